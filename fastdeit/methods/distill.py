@@ -1,0 +1,57 @@
+"""DeiT's distillation through attention, and usual distillation (Touvron et al., ICML 2021, section 4).
+
+hard  L = (1 - alpha) * base(class, y) + alpha * CE(distillation, argmax teacher)
+soft  L = (1 - alpha) * base(class, y) + alpha * tau**2 * KL(softmax(teacher / tau) || softmax(distillation / tau))
+
+The soft term is divided by B*K ("numel", the public code: a thousandth of the other on ImageNet) or by B ("batchmean").
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from fastdeit import kernels
+from fastdeit.methods.base import Batch, Context, Fuse, Method, MethodConfig, Out, scores
+from fastdeit.methods.teacher import TeacherConfig
+
+
+class Distill(Method):
+    """The class head learns the label, the distillation head the teacher; a model with one head learns both with it."""
+
+    class Config(MethodConfig):
+        """The recipe's `method:` section."""
+
+        use: Literal["distill"] = "distill"
+        loss: Literal["ce", "bce"] = "ce"
+        smoothing: float = Field(0.1, ge=0, lt=1)
+        distillation: Literal["hard", "soft"] = "hard"
+        alpha: float = Field(0.5, ge=0, le=1)
+        tau: float = Field(1.0, gt=0)
+        reduction: Literal["numel", "batchmean"] = "numel"
+        fuse: Fuse = "softmax"
+        teacher: TeacherConfig
+
+    def __init__(self, model, config: Config, context: Context) -> None:
+        super().__init__(model, config, context)
+        self.teacher = context.teacher(config.teacher)
+
+    def forward(self, batch: Batch) -> Out:
+        logits = self.student(batch)
+        first, second = logits if isinstance(logits, tuple) else (logits, logits)
+        config = self.config
+        loss = kernels.distillation_loss(
+            first,
+            second,
+            batch.targets,
+            self.teacher(batch),
+            smoothing=config.smoothing,
+            base=config.loss,
+            distillation=config.distillation,
+            alpha=config.alpha,
+            tau=config.tau,
+            reduction=config.reduction,
+        )
+        return Out(loss.total, first, {"base": loss.base, "distill": loss.distill})
+
+    def predict(self, x):
+        return scores(self.model(x), self.config.fuse)

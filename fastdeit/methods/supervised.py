@@ -1,0 +1,28 @@
+"""Training on labels alone: cross-entropy with label smoothing and mixed targets, or DeiT III's binary cross-entropy."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from fastdeit import kernels
+from fastdeit.methods.base import Batch, Method, MethodConfig, Out
+
+
+class Supervised(Method):
+    """`loss(f(x), y)`. A model with two heads is trained on the mean of their logits, as DeiT's fine-tuning does."""
+
+    class Config(MethodConfig):
+        """The recipe's `method:` section."""
+
+        use: Literal["supervised"] = "supervised"
+        loss: Literal["ce", "bce"] = "ce"
+        smoothing: float = Field(0.1, ge=0, lt=1)
+
+    def forward(self, batch: Batch) -> Out:
+        logits = self.student(batch)
+        if isinstance(logits, tuple):
+            logits = (logits[0] + logits[1]) / 2
+        loss = kernels.distillation_loss(
+            logits, None, batch.targets, smoothing=self.config.smoothing, base=self.config.loss
+        )
+        return Out(loss.total, logits, {"base": loss.base})
