@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from fastdeit import kernels
@@ -24,6 +24,19 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     use: str
+
+
+class LabelConfig(MethodConfig):
+    """Shared by methods that learn from labels: the loss of the (mixed) label and its smoothing."""
+
+    loss: Literal["ce", "bce"] = "ce"
+    smoothing: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _smoothing_fits_loss(self) -> "LabelConfig":
+        if self.loss == "bce" and self.smoothing > 0:
+            raise ValueError("loss bce needs smoothing 0: a smoothed target makes every class positive")
+        return self
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,17 @@ from typing import Literal
 from pydantic import Field
 
 from fastdeit import kernels
-from fastdeit.methods.base import Batch, Context, Fuse, Method, MethodConfig, Out, scores
+from fastdeit.methods.base import Batch, Context, Fuse, LabelConfig, Method, Out, scores
 from fastdeit.methods.teacher import TeacherConfig
 
 
 class Distill(Method):
     """The class head learns the label, the distillation head the teacher; a model with one head learns both with it."""
 
-    class Config(MethodConfig):
+    class Config(LabelConfig):
         """The recipe's `method:` section."""
 
         use: Literal["distill"] = "distill"
-        loss: Literal["ce", "bce"] = "ce"
-        smoothing: float = Field(0.1, ge=0, lt=1)
         distillation: Literal["hard", "soft"] = "hard"
         alpha: float = Field(0.5, ge=0, le=1)
         tau: float = Field(1.0, gt=0)

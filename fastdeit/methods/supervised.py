@@ -2,21 +2,17 @@
 
 from typing import Literal
 
-from pydantic import Field
-
 from fastdeit import kernels
-from fastdeit.methods.base import Batch, Method, MethodConfig, Out
+from fastdeit.methods.base import Batch, LabelConfig, Method, Out
 
 
 class Supervised(Method):
     """`loss(f(x), y)`. A model with two heads is trained on the mean of their logits, as DeiT's fine-tuning does."""
 
-    class Config(MethodConfig):
+    class Config(LabelConfig):
         """The recipe's `method:` section."""
 
         use: Literal["supervised"] = "supervised"
-        loss: Literal["ce", "bce"] = "ce"
-        smoothing: float = Field(0.1, ge=0, lt=1)
 
     def forward(self, batch: Batch) -> Out:
         logits = self.student(batch)

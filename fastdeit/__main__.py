@@ -1,0 +1,7 @@
+"""`python -m fastdeit`."""
+
+import sys
+
+from fastdeit.cli import main
+
+sys.exit(main())

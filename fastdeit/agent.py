@@ -1,0 +1,247 @@
+"""The processes of a run on one machine: torch's elastic agent, made to stop gracefully.
+
+torch owns the protocol: rank assignment, the store the workers meet at, their environment, the subprocesses. What it
+does not offer is an ending whose exit code can be believed. A signal raises `SignalException` through the agent, so a
+run which saved and stopped looks like a crash; a worker that ends early leaves its peers a fixed 30 s, whatever they
+are writing; and signals go to whole process groups, where they also hit the helpers of the loader. `_Agent` therefore
+replaces the three documented extension points that decide this: `_start_workers`, `_monitor_workers`, `_shutdown`.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from subprocess import Popen
+from typing import Any
+
+from torch.distributed import TCPStore
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+
+HOST = "127.0.0.1"
+# Names the signals for torch's own handler, which raises from wherever the agent is. Early versions do not read it.
+TORCH_SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# After one worker has failed the others cannot finish a step; they only get time to say what they saw.
+PEER_GRACE_S = 5.0
+# A worker needs a moment to install its signal handlers; before that a SIGTERM would end it with nothing said.
+BOOT_S = 1.0
+POLL_S = 0.1
+
+
+def elastic(command: list[str], nproc: int, grace_s: float = 60.0, env: Mapping[str, str] | None = None) -> int:
+    """Run `nproc` copies of `command` as the ranks of one run and return the exit code of the whole.
+
+    Each copy finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, besides `env`.
+
+    A first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is passed on to every worker as one SIGTERM: they have `grace_s` seconds
+    to save and exit 75. After that, or at a further SIGINT, they are killed. The result is
+
+    * 3 or 2 when a worker said so: the 1 of its peers is then only the lost connection;
+    * else 1 when any worker failed or had to be killed;
+    * else 75 when any worker was interrupted and saved;
+    * else 0.
+
+    Must be called from the main thread, the only one that can receive signals.
+    """
+    run_id = f"fastdeit-{os.getpid()}"
+    # A multi-tenant store on port 0 takes a free port and keeps it; rendezvous and workers share this very server.
+    store = TCPStore(HOST, 0, world_size=1, is_master=True, multi_tenant=True)
+    spec = WorkerSpec(
+        role="worker",
+        local_world_size=nproc,
+        rdzv_handler=StaticTCPRendezvous(HOST, store.port, rank=0, world_size=1, run_id=run_id, timeout=60),
+        entrypoint=command[0],
+        args=tuple(argument.replace("$", "$$") for argument in command[1:]),  # the agent expands ${local_rank}
+        max_restarts=0,
+        monitor_interval=POLL_S,
+        master_addr=HOST,
+        master_port=store.port,
+        local_addr=HOST,
+    )
+    agent = _Agent(spec, grace_s)
+    with _environment({**(env or {}), TORCH_SIGNALS_VARIABLE: "SIGQUIT"}), _signals_restored(), _quiet_elastic():
+        try:
+            agent.run()
+        except SignalException as error:
+            _say(f"{error.sigval.name} received; the workers were killed")
+            return FastdeitError.exit_code
+    code = verdict(agent.codes, agent.killed)
+    agent.report(code)
+    return code
+
+
+def verdict(codes: Mapping[int, int], killed: set[int]) -> int:
+    """Exit code of a run from those of its ranks; `killed` are the ranks whose code is the launcher's doing."""
+    own = {code for rank, code in codes.items() if rank not in killed}
+    for code in (NonFiniteError.exit_code, UsageError.exit_code):
+        if code in own:
+            return code
+    if killed or own - {0, Interrupted.exit_code}:
+        return FastdeitError.exit_code
+    return Interrupted.exit_code if Interrupted.exit_code in own else 0
+
+
+class _Agent(LocalElasticAgent):
+    """See the module. `codes` maps a local rank to its exit code (negative: the signal that ended it)."""
+
+    def __init__(self, spec: WorkerSpec, grace_s: float) -> None:
+        super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull))
+        self.codes: dict[int, int] = {}
+        self.killed: set[int] = set()
+        self._first_failure: int | None = None
+        self._grace_s = grace_s
+        self._started = 0.0
+        self._deadline: float | None = None
+        self._requested: signal.Signals | None = None
+        self._kill_now = False
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
+        self._take_signals()
+        pids = super()._start_workers(worker_group)
+        self._take_signals()  # again: see TORCH_SIGNALS_VARIABLE
+        self._started = time.monotonic()
+        return pids
+
+    def _take_signals(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._requested is None:
+            self._requested = signal.Signals(number)
+        elif number == signal.SIGINT:
+            self._kill_now = True
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        running = self._reap()
+        if not running:
+            if any(self.codes.values()):
+                return RunResult(state=WorkerState.FAILED)
+            return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(self.codes))
+        if self._deadline is None:
+            self._stop_if_needed(running)
+        elif self._kill_now or time.monotonic() > self._deadline:
+            self._kill(running)
+        return RunResult(state=WorkerState.HEALTHY)
+
+    def _reap(self) -> dict[int, Popen]:
+        """Note the workers that have ended; return the others, by local rank."""
+        running = {}
+        for rank, process in self._processes().items():
+            code = process.poll()
+            if code is None:
+                running[rank] = process
+            elif rank not in self.codes:
+                self.codes[rank] = code
+                if code not in (0, Interrupted.exit_code) and self._first_failure is None and rank not in self.killed:
+                    self._first_failure = rank
+        return running
+
+    def _stop_if_needed(self, running: dict[int, Popen]) -> None:
+        if time.monotonic() < self._started + BOOT_S:
+            return
+        if self._requested is not None:
+            seconds = self._grace_s
+            _say(
+                f"{self._requested.name} received; the workers have {seconds:g} s to save and stop "
+                "(Ctrl-C again kills them now)"
+            )
+        elif self._first_failure is not None:
+            seconds = min(PEER_GRACE_S, self._grace_s)
+        elif Interrupted.exit_code in self.codes.values():
+            seconds = self._grace_s
+        else:
+            return
+        self._deadline = time.monotonic() + seconds
+        for process in running.values():
+            # To the worker alone, not to its process group: its loader must go on feeding it until it has saved.
+            process.send_signal(signal.SIGTERM)
+
+    def _kill(self, running: dict[int, Popen]) -> None:
+        for rank, process in running.items():
+            if rank in self.killed:
+                continue
+            self.killed.add(rank)
+            try:
+                # torch starts each worker in a session of its own; the group takes the worker's helpers along.
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                process.kill()
+
+    def _processes(self) -> dict[int, Popen]:
+        handlers = self._pcontext.subprocess_handlers if self._pcontext else {}
+        return {rank: handler.proc for rank, handler in handlers.items()}
+
+    def _shutdown(self, *args: Any, **options: Any) -> None:  # torch's parameters differ between versions
+        # The agent comes here at its end, whatever the cause; workers still running then have lost their launcher.
+        self._kill(self._reap())
+        for process in self._processes().values():
+            process.wait()
+        super()._shutdown(*args, **options)
+
+    def report(self, code: int) -> None:
+        """Say why a run ended with `code` where the ranks have not: a failed rank's peers may be louder than it was."""
+        if self._first_failure is not None:
+            # Rank 0 has given the reason itself for an end that all ranks came to together.
+            if code == FastdeitError.exit_code or self.codes[0] != code:
+                _say(f"rank {self._first_failure} failed first: {_describe(self.codes[self._first_failure])}")
+        elif self.killed:
+            ranks = ", ".join(map(str, sorted(self.killed)))
+            why = "on request" if self._kill_now else f"still running {self._grace_s:g} s after being asked to stop"
+            _say(f"rank {ranks} killed ({why}); `--resume` continues from the last checkpoint")
+
+
+def _describe(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"killed by {name}" + (" (often the kernel's out-of-memory killer)" if name == "SIGKILL" else "")
+
+
+def _say(message: str) -> None:
+    print(f"fastdeit: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _environment(extra: Mapping[str, str]) -> Iterator[None]:
+    """`extra` in `os.environ`, which the agent copies for every worker, for the time of the block."""
+    before = {name: os.environ.get(name) for name in extra}
+    os.environ.update(extra)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet_elastic() -> Iterator[None]:
+    """The agent's warnings describe its own bookkeeping; what matters of it is said by `report`."""
+    logger = logging.getLogger("torch.distributed.elastic.agent.server.api")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,190 @@
+"""From a recipe to the parts of a run: sources, loaders, model, method, teacher."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fastdeit import methods, models, rng
+from fastdeit.data import digits
+from fastdeit.data.loader import EvalLoader, Samples, TrainLoader
+from fastdeit.data.plan import Augment
+from fastdeit.data.source import Source, SyntheticSource, folders
+from fastdeit.engine import checkpoint
+from fastdeit.engine.dist import World
+from fastdeit.errors import UsageError
+from fastdeit.methods.base import Batch, Context, Method
+from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.models.weights import load_weights
+
+if TYPE_CHECKING:
+    from fastdeit.recipe import Recipe
+
+Report = Callable[[str], None]
+
+
+def sources(recipe: "Recipe") -> tuple[Source, Source]:
+    """(training, held-out) samples. Raises DataError or UsageError with the path and the way out."""
+    data = recipe.data
+    if data.source == "synthetic":
+        shape = {"classes": data.synthetic_classes, "size": image_size(recipe)}
+        train = SyntheticSource(data.synthetic_samples, seed=recipe.train.seed, **shape)
+        held_out = max(data.synthetic_samples // 10, 1)
+        return train, SyntheticSource(held_out, seed=recipe.train.seed + 1, **shape)
+    if data.source == "digits":
+        return folders(digits.write(), "train", "val")
+    if data.root is None:
+        raise UsageError(
+            f"recipe {recipe.name} needs images: add --data DIR, where DIR holds {data.train}/CLASS/*.jpg and "
+            f"{data.val}/CLASS/*.jpg"
+        )
+    return folders(Path(data.root), data.train, data.val)
+
+
+def image_size(recipe: "Recipe") -> tuple[int, int]:
+    """(height, width) in pixels of the model's input."""
+    size = recipe.model.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def loader_device(device: torch.device) -> str | int:
+    """The device as the loaders name it: "cpu" or the index of a GPU."""
+    return "cpu" if device.type == "cpu" else device.index or 0
+
+
+def train_loader(
+    recipe: "Recipe", source: Source, world: World, noise_per_sample: int, on_bad: Callable[[str, str], None]
+) -> TrainLoader:
+    """The stream of training samples that this process works on."""
+    data = recipe.data
+    augment = Augment(
+        size=image_size(recipe),
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        flip=data.flip,
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        mix_probability=data.mix_probability,
+        mix_switch=data.mix_switch,
+        group_size=data.group_size,
+    )
+    return TrainLoader(
+        source,
+        augment,
+        seed=recipe.train.seed,
+        batch_size=recipe.train.batch_size,
+        accumulate=recipe.train.accumulate,
+        repeats=data.repeats,
+        rank=world.rank,
+        world=world.size,
+        threads=data.threads,
+        device=loader_device(world.device),
+        noise_per_sample=noise_per_sample,
+        max_bad_fraction=data.max_bad_fraction,
+        on_bad=on_bad,
+    )
+
+
+def eval_loader(recipe: "Recipe", source: Source, world: World, on_bad: Callable[[str, str], None]) -> EvalLoader:
+    """Held-out images, each exactly once over all processes."""
+    per_process = recipe.train.batch_size // (recipe.train.accumulate * world.size)
+    return EvalLoader(
+        source,
+        size=image_size(recipe),
+        crop_ratio=recipe.data.eval_crop_ratio,
+        rank=world.rank,
+        world=world.size,
+        batch_size=max(per_process, 1),
+        threads=recipe.data.threads,
+        device=loader_device(world.device),
+        max_bad_fraction=recipe.data.max_bad_fraction,
+        on_bad=on_bad,
+    )
+
+
+def to_batch(samples: Samples, recipe: "Recipe", device: torch.device) -> Batch:
+    """Samples of the loader as a batch on the device."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return Batch(
+        images=(move(samples.images),),
+        y1=move(samples.y1),
+        y2=move(samples.y2),
+        lam=move(samples.lam),
+        partner=move(samples.partner),
+        pixel_lam=move(samples.pixel_lam),
+        box=move(samples.box),
+        noise=move(samples.noise),
+        index=move(samples.index),
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+    )
+
+
+def model(recipe: "Recipe", num_classes: int, say: Report) -> nn.Module:
+    """The student, initialised from the seed alone and, if the recipe says so, from weights."""
+    config = recipe.model
+    if config.num_classes is not None and config.num_classes != num_classes:
+        raise UsageError(f"model.num_classes is {config.num_classes}, but the data set has {num_classes} classes")
+    torch.manual_seed(rng.key(recipe.train.seed, "init") >> 1)
+    options = {"image_size": image_size(recipe), "num_classes": num_classes, "drop_path": config.drop_path}
+    try:
+        built = models.build_timm(config.timm, **options) if config.timm else models.build(config.name, **options)
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from error
+    if config.weights is not None:
+        say(f"weights of {config.weights}: {load_weights(built, read_weights(Path(config.weights)))}")
+    return built
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """State dict of a safetensors file, of a checkpoint, or of the newest checkpoint of a run."""
+    if path.is_file():
+        return load_file(path)
+    tensors = open_checkpoint(path, lambda damaged, why: None).tensors
+    return tensors["model"]
+
+
+def open_checkpoint(path: Path, on_damaged: Callable[[Path, str], None]) -> checkpoint.Checkpoint:
+    """The checkpoint at `path`, or the newest that verifies of the run at `path`."""
+    if (path / "manifest.json").exists():
+        return checkpoint.load(path)
+    found = checkpoint.newest(path / "checkpoints", on_damaged) if path.is_dir() else None
+    if found is None:
+        raise UsageError(f"{path} is neither a run with checkpoints nor a checkpoint directory (step_00001250)")
+    return found
+
+
+def method(
+    recipe: "Recipe", student: nn.Module, num_classes: int, steps: int, teacher: Callable[[TeacherConfig], Teacher]
+) -> Method:
+    """The training method around the student."""
+    context = Context(num_classes, recipe.train.epochs, steps, teacher)
+    return methods.find(recipe.method.use)(student, recipe.method, context)
+
+
+def teacher(config: TeacherConfig, size: tuple[int, int], num_classes: int, trained: Path) -> Teacher:
+    """The teacher that `config` describes; `trained` is the run of a teacher that has a recipe of its own."""
+    side = config.image_size or size
+    options = {"image_size": side, "num_classes": num_classes, "drop_path": 0.0}
+    mean, std = config.mean, config.std
+    if config.timm is not None:
+        network = models.build_timm(config.timm, pretrained=config.weights is None, **options)
+        if mean is None:
+            mean, std = network.mean, network.std
+    elif config.model is not None:
+        network = models.build(config.model, **options)
+    else:
+        restored = open_checkpoint(trained, lambda damaged, why: None)
+        network = models.build(restored.state["model"], **options)
+        network.load_state_dict(restored.tensors["model"])
+    if config.weights is not None:
+        report = load_weights(network, read_weights(Path(config.weights)))
+        if report.missing or report.reinitialised_heads:
+            raise UsageError(f"method.teacher.weights {config.weights} do not fit the teacher: {report}")
+    return Teacher(network, image_size=config.image_size, mean=mean, std=std)

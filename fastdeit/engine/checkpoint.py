@@ -1,0 +1,452 @@
+"""Checkpoints: a directory of safetensors files that exists if and only if it is complete.
+
+    ROOT/step_00001250/model.safetensors, optim.safetensors, ...
+    ROOT/step_00001250/manifest.json     {format, step, state, files: {name: {bytes, blake2b}}, blake2b}
+
+Everything is written into a temporary directory beside its destination, synced, and renamed: the rename is the
+commit, so a process killed at any moment leaves the earlier checkpoints and nothing that looks like a new one. There
+is no "latest" pointer that could lie; the newest directory that verifies wins. The manifest holds the hash of every
+file and its own, so damage is found before anything is parsed, and no pickle is involved anywhere.
+
+This needs a file system on which rename is atomic: any local one, and NFS or Lustre for a single writer; no object
+store.
+"""
+
+import json
+import os
+import re
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fastdeit.engine import _fault
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+_STEP = re.compile(r"step_(\d{8})")
+_NAME = re.compile(r"[a-z_]+")
+_FILE = re.compile(r"[a-z_]+\.safetensors")
+_TEMPORARY = re.compile(r"\.tmp-step_\d{8}-[0-9a-f]{8}-(?P<pid>\d+)-(?P<start>\d+)-(?P<host>.+)")
+_MANIFEST_LIMIT = 1 << 28
+_CHUNK = 1 << 22
+_FOREIGN_SECONDS = 24 * 3600
+_DTYPES = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+)
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written, or what is on disk is not the checkpoint that was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: `tensors[file][name]` on the CPU, and the JSON `state` it was saved with."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Write `root/step_%08d` and return it; when this returns, the checkpoint survives a kill and a power cut.
+
+    Each key of `tensors` becomes a file (`[a-z_]+`, ".safetensors" is added). Tensors of any device, stride and
+    sharing are accepted and stored dense and separate; values, shapes and dtypes come back bit for bit, strides and
+    aliasing do not. `state` holds str, int, float (also NaN and infinities), bool, None, and lists and str-keyed
+    dicts of them.
+
+    A checkpoint of this step that verifies is left alone; a damaged one is replaced.
+    Raises CheckpointError when something cannot be stored or the disk fails; earlier checkpoints are not touched.
+    """
+    root = Path(root)
+    if type(state) is not dict:
+        raise CheckpointError(f"state is a {_type_name(state)}; it must be a dict")
+    _check_state(state, "state")
+    files = {_file_name(name): _storable(group, name) for name, group in tensors.items()}
+    final = _directory(root, step)
+    if os.path.lexists(final):
+        if not _is_directory(final):
+            raise CheckpointError(f"{final} is in the way of a checkpoint and is not a directory; move it away")
+        if _is_sound(final):
+            return final
+    temporary = root / _temporary_name(final.name)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        _write_files(temporary, step, files, state)
+        _commit(temporary, final)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint of step {step} was not saved to {root}: {error}; earlier checkpoints are intact"
+        ) from error
+    finally:
+        # After the rename there is nothing left here. What cannot be removed now, `sweep` removes at the next start.
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _write_files(directory: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    entries = {}
+    for name, group in files.items():
+        path = directory / name
+        _fault.point(f"write {name}")
+        safetensors.torch.save_file(group, path, metadata={"format": "pt"})
+        _sync(path)
+        entries[name] = {"bytes": path.stat().st_size, "blake2b": _hash_file(path)}
+    _fault.point(f"write {MANIFEST}")
+    (directory / MANIFEST).write_bytes(_encode({"format": FORMAT, "step": step, "state": state, "files": entries}))
+    _sync(directory / MANIFEST)
+    _sync(directory)
+
+
+def _commit(temporary: Path, final: Path) -> None:
+    # Only a damaged checkpoint is ever in the way, and rename cannot replace a directory that is not empty.
+    displaced = _set_aside(final) if final.exists() else None
+    _fault.point(f"rename {final.name}")
+    temporary.rename(final)
+    _sync(final.parent)
+    if displaced is not None:
+        _remove_tree(displaced)
+
+
+def _file_name(name: str) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise CheckpointError(f"{name!r} cannot name a checkpoint file; use lower-case letters and underscores")
+    return f"{name}.safetensors"
+
+
+def _storable(group: dict[str, Tensor], file: str) -> dict[str, Tensor]:
+    """The same values as dense CPU tensors, no two of which share memory, which is what safetensors can store."""
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in group.items():
+        where = f"tensors[{file!r}][{key!r}]"
+        if not isinstance(key, str):
+            raise CheckpointError(f"{where} is keyed by a {_type_name(key)}; keys must be strings")
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{where} is a {_type_name(tensor)}, not a tensor; plain values belong into state")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise CheckpointError(
+                f"{where} is a {tensor.layout} tensor on {tensor.device}; only dense data can be saved"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"{where} has dtype {tensor.dtype}, which safetensors cannot store")
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen:
+            tensor = tensor.clone()
+        seen.add(storage)
+        stored[key] = tensor
+    return stored
+
+
+def _check_state(value: Any, where: str) -> None:
+    """Refuse what JSON would turn into something else (a tuple, a numpy float, an int key) or cannot hold."""
+    if type(value) is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                raise CheckpointError(f"{where} has the key {key!r}, a {_type_name(key)}; keys must be strings")
+            _check_state(item, f"{where}[{key!r}]")
+    elif type(value) is list:
+        for index, item in enumerate(value):
+            _check_state(item, f"{where}[{index}]")
+    elif value is not None and type(value) not in (str, int, float, bool):
+        raise CheckpointError(
+            f"{where} is a {_type_name(value)}; state holds str, int, float, bool, None, and lists and dicts of them"
+        )
+
+
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _encode(manifest: dict[str, Any]) -> bytes:
+    """The manifest as JSON whose last entry is the hash of the rest. One content has one encoding."""
+    rest = {key: value for key, value in manifest.items() if key != "blake2b"}
+    rest["blake2b"] = _hash(json.dumps(rest).encode())
+    return json.dumps(rest, indent=1).encode() + b"\n"
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Checkpoint:
+    """Read the checkpoint directory `path`; sizes and hashes are verified before any tensor file is parsed.
+
+    Raises CheckpointError, which names the file and what is wrong with it, for anything but a sound checkpoint.
+    """
+    try:
+        return _load(Path(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
+
+
+def newest(root: Path, on_damaged: Callable[[Path, str], None]) -> Checkpoint | None:
+    """The newest checkpoint under `root` that verifies, or None if `root` holds no checkpoint at all.
+
+    Each newer one that is damaged is reported as `on_damaged(path, reason)` and skipped. Raises CheckpointError
+    naming all of them if there are checkpoints and none verifies: starting over in silence would hide the loss.
+    """
+    reasons = []
+    for step in reversed(steps(root)):
+        path = _directory(root, step)
+        try:
+            return _load(path)
+        except CheckpointError as error:
+            on_damaged(path, str(error))
+            reasons.append(f"{path.name}: {error}")
+    if reasons:
+        raise CheckpointError(
+            f"none of the {len(reasons)} checkpoints in {root} can be used; move them away to start anew:\n  "
+            + "\n  ".join(reasons)
+        )
+    return None
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of the checkpoint directories under `root`, ascending, damaged ones included."""
+    root = Path(root)
+    if not root.is_dir():
+        return []
+    return sorted(int(match[1]) for path in root.iterdir() if (match := _STEP.fullmatch(path.name)) and path.is_dir())
+
+
+def _load(path: Path) -> Checkpoint:
+    """`load`, with errors that give the reason only."""
+    manifest = _read_manifest(path)
+    tensors = {
+        name.removesuffix(".safetensors"): _parse(_read_file(path / name, entry), name)
+        for name, entry in manifest["files"].items()
+    }
+    return Checkpoint(path, manifest["step"], tensors, manifest["state"])
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest, once its own hash and every field of it have been checked."""
+    data = _read_bytes(directory / MANIFEST, _MANIFEST_LIMIT)
+    try:
+        manifest = json.loads(data)
+        intact = isinstance(manifest, dict) and _encode(manifest) == data
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST} is not JSON ({error})") from error
+    if not intact:
+        raise CheckpointError(f"{MANIFEST} does not match its own hash")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{MANIFEST} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    _check_manifest(manifest, directory)
+    return manifest
+
+
+def _check_manifest(manifest: dict[str, Any], directory: Path) -> None:
+    step, files = manifest.get("step"), manifest.get("files")
+    named = _STEP.fullmatch(directory.name)
+    if type(step) is not int or (named and int(named[1]) != step):
+        raise CheckpointError(f"{MANIFEST} is that of step {step!r}")
+    if not isinstance(manifest.get("state"), dict) or not isinstance(files, dict):
+        raise CheckpointError(f"{MANIFEST} has no state or no list of files")
+    for name, entry in files.items():
+        if not _FILE.fullmatch(name):
+            raise CheckpointError(f"{MANIFEST} lists {name!r}, which is not the name of a checkpoint file")
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("blake2b")) is not str:
+            raise CheckpointError(f"{MANIFEST} gives no size or no hash for {name}")
+
+
+def _read_file(path: Path, entry: dict[str, Any]) -> bytes:
+    """Contents of a listed file. The bytes that were hashed are the ones returned: no second read could differ."""
+    _check_size(path, entry)
+    data = _read_bytes(path, entry["bytes"])
+    if _hash(data) != entry["blake2b"]:
+        raise CheckpointError(f"{path.name} has changed since it was written: its hash differs from the manifest's")
+    return data
+
+
+def _check_size(path: Path, entry: dict[str, Any]) -> None:
+    size = _size(path)
+    if size != entry["bytes"]:
+        raise CheckpointError(f"{path.name} has {size} bytes, the manifest says {entry['bytes']}")
+
+
+def _size(path: Path) -> int:
+    try:
+        info = path.lstat()
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(info.st_mode):
+        raise CheckpointError(f"{path.name} is not a regular file")
+    return info.st_size
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
+    if _size(path) > limit:
+        raise CheckpointError(f"{path.name} is larger than {limit} bytes")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
+
+
+def _parse(data: bytes, name: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{name} is not a safetensors file ({reason})") from error
+
+
+def _is_sound(directory: Path) -> bool:
+    """Whether every file has the size and hash it was written with; reads all of it, a chunk at a time."""
+    try:
+        for name, entry in _read_manifest(directory)["files"].items():
+            _check_size(directory / name, entry)
+            if _hash_file(directory / name) != entry["blake2b"]:
+                return False
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether the manifest is intact and every file has its size: all that can be told without reading the files."""
+    try:
+        for name, entry in _read_manifest(directory)["files"].items():
+            _check_size(directory / name, entry)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _hash(data: bytes) -> str:
+    return blake2b(data, digest_size=16).hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---- retention -----------------------------------------------------------------------------------
+
+
+def prune(root: Path, keep_last: int, keep: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the steps in `keep`.
+
+    Only whole checkpoints count towards `keep_last`: intact manifest, files of the recorded sizes. (Contents are not
+    hashed again, which would read `keep_last` checkpoints at every save.) So damaged ones never push out good ones;
+    they stay, for inspection, until `keep_last` whole ones are newer. Nothing but real directories named step_ and
+    eight digits is removed. A checkpoint is renamed away before its files go, so a kill here leaves no half
+    checkpoint either. Raises CheckpointError if the file system refuses.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last is {keep_last}; at least the newest checkpoint must stay")
+    whole = 0
+    for step in reversed(steps(root)):
+        path = _directory(root, step)
+        if whole < keep_last:
+            whole += _is_whole(path)
+        elif step not in keep and _is_directory(path):
+            try:
+                _remove_tree(_set_aside(path))
+            except OSError as error:
+                raise CheckpointError(f"the old checkpoint {path} could not be removed: {error}") from error
+
+
+def sweep(root: Path) -> None:
+    """Remove what savers that are no more left half-written under `root`. Call it once at start, from one process.
+
+    A temporary directory names its owner. It goes when that process is gone from this machine; one of another
+    machine, whose processes cannot be seen from here, goes when nothing was added to it for a day.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        return
+    for path in sorted(root.iterdir()):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and _is_directory(path) and _is_abandoned(path, match):
+            try:
+                _remove_tree(path)
+            except OSError as error:
+                raise CheckpointError(f"the unfinished checkpoint {path} could not be removed: {error}") from error
+
+
+def _is_abandoned(path: Path, owner: re.Match[str]) -> bool:
+    if owner["host"] != os.uname().nodename:
+        return time.time() - path.stat().st_mtime > _FOREIGN_SECONDS
+    return _start_of(int(owner["pid"])) != int(owner["start"])
+
+
+def _start_of(pid: int) -> int | None:
+    """Start time of a living process in clock ticks since boot, which tells it from a later one of the same id."""
+    try:
+        # The command name, in parentheses, may hold spaces; field 3 (state) follows it and field 22 is the start time.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+# ---- the file system -----------------------------------------------------------------------------
+
+
+def _directory(root: Path, step: int) -> Path:
+    if not 0 <= step < 10**8:
+        raise CheckpointError(f"step {step} cannot name a checkpoint; it must be between 0 and 99999999")
+    return Path(root) / f"step_{step:08d}"
+
+
+def _temporary_name(name: str) -> str:
+    pid = os.getpid()
+    return f".tmp-{name}-{uuid.uuid4().hex[:8]}-{pid}-{_start_of(pid)}-{os.uname().nodename}"
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _set_aside(path: Path) -> Path:
+    """Take a checkpoint out of sight in one step, under a name that `sweep` clears up should this process die."""
+    aside = path.with_name(_temporary_name(path.name))
+    _fault.point(f"rename {path.name}")
+    return path.rename(aside)
+
+
+def _remove_tree(directory: Path) -> None:
+    for parent, directories, files in os.walk(directory, topdown=False):
+        for name in files:
+            _fault.point(f"unlink {name}")
+            os.unlink(os.path.join(parent, name))
+        for name in directories:
+            entry = os.path.join(parent, name)
+            (os.unlink if os.path.islink(entry) else os.rmdir)(entry)
+    _fault.point(f"unlink {directory.name}")
+    os.rmdir(directory)
+
+
+def _sync(path: Path) -> None:
+    _fault.point(f"fsync {path.name}")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

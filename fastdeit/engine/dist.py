@@ -1,0 +1,108 @@
+"""The processes of a run: who this one is, and the few things all of them decide together."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class World:
+    """This process among the processes of the run, as torchrun's environment variables describe it."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    _stop: bool = field(default=False, repr=False)
+    _control: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that logs and writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def same(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._control)
+        return values[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self._control)
+
+    def stop_requested(self) -> bool:
+        """Whether any process was asked to stop; every process gets the same answer.
+
+        The flag travels over gloo, so that a GPU is never waited for.
+        """
+        if self.size == 1:
+            return self._stop
+        flag = torch.tensor([int(self._stop)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(flag.item())
+
+    @contextmanager
+    def stop_on_signals(self) -> Iterator[None]:
+        """SIGINT, SIGTERM and SIGUSR1 only raise a flag, which the loop reads at a step; a second SIGINT acts at once."""
+
+        def request(number: int, frame: FrameType | None) -> None:
+            if self._stop and number == signal.SIGINT and self.size == 1:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        handled = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+        previous = {number: signal.signal(number, request) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device; raises RuntimeError when CUDA is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("engine.device is cuda, but torch finds no CUDA device; use engine.device=cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise RuntimeError(f"process {local_rank} has no GPU: {count} found; use --nproc {count}")
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def world(device: str, timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
+    """Join the other processes (gloo on CPU, NCCL on GPU) for the time of a run; alone when the environment names none.
+
+    The timeout is long because the first step of a run may compile and the first epoch may decode slowly.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield World(chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        yield World(chosen, rank, size, _control=dist.new_group(backend="gloo", timeout=timeout))
+    finally:
+        dist.destroy_process_group()

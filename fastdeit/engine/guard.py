@@ -1,0 +1,67 @@
+"""The guard of a step: loss scale, global norm, clipping, and the decision to skip, all on the device.
+
+After the gradient reduction the norm is the same on every process, so the decision is, too, without a collective. The host
+looks at the counters only when it logs.
+"""
+
+import torch
+from torch import Tensor
+
+from fastdeit import kernels
+
+_FIRST_SCALE, _GROW_AFTER = 2.0**16, 2000
+_SKIPS_IN_A_ROW = {"fp16": 24, "bf16": 3, "fp32": 3}
+
+
+class Guard:
+    """Loss scale (fp16 only), clip coefficient and skip decision of each step.
+
+    fp16's scale halves on overflow and doubles after 2,000 good steps, as torch's GradScaler does. `limit` is the number
+    of skipped steps in a row at which training must stop; fp16 may skip more, since a first scale that is too high costs
+    one step a halving.
+    """
+
+    def __init__(self, precision: str, clip_grad: float | None, device: torch.device) -> None:
+        self.scaled = precision == "fp16"
+        self.clip_grad = clip_grad
+        self.limit = _SKIPS_IN_A_ROW[precision]
+        self.scale = torch.full((), _FIRST_SCALE if self.scaled else 1.0, device=device)
+        self.good = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.in_a_row = torch.zeros((), device=device)
+        self.worst_row = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def judge(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(factor on the gradients, skip flag, gradient norm) of this step, and the counters moved on."""
+        unscale = 1 / self.scale
+        norm = kernels.global_norm(gradients) * unscale
+        bad = ~torch.isfinite(norm)
+        factor = unscale
+        if self.clip_grad is not None:
+            factor = unscale * (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        self._count(bad)
+        return factor, bad, norm
+
+    def _count(self, bad: Tensor) -> None:
+        self.skipped += bad
+        self.in_a_row.copy_(torch.where(bad, self.in_a_row + 1, torch.zeros_like(self.in_a_row)))
+        self.worst_row.copy_(torch.maximum(self.worst_row, self.in_a_row))
+        if self.scaled:
+            good = torch.where(bad, torch.zeros_like(self.good), self.good + 1)
+            grow = good >= _GROW_AFTER
+            self.scale.mul_(torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0)))
+            self.good.copy_(torch.where(grow, torch.zeros_like(good), good))
+
+    def exceeded(self) -> bool:
+        """Whether too many steps in a row were skipped. Reads the device: call it when logging."""
+        return self.worst_row.item() >= self.limit
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            name: getattr(self, name).reshape(1) for name in ("scale", "good", "skipped", "in_a_row", "worst_row")
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])

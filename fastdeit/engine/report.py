@@ -1,0 +1,127 @@
+"""The picture of a run: loss, held-out accuracy and learning rate over the epochs, drawn from metrics.jsonl."""
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdeit.engine import metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_TEACHER = "top1_teacher"
+_SMOOTH_FROM = 50
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_GREY = "#767676"
+
+Series = tuple[list[float], list[float]]
+
+
+def curves(metrics_path: Path, out_path: Path) -> None:
+    """Draw `out_path` (PNG) from `metrics_path`: a panel each for training loss, top-1 and learning rate.
+
+    Reads `loss` and `lr` of records of kind "train" and every `top1_*` (percent) of kind "eval", against `epoch`. What
+    no record holds gets no panel or line; `top1_teacher` becomes a level. Of several records of a step the last counts.
+    Raises metrics.MetricsError if nothing can be drawn.
+    """
+    records = metrics.read(Path(metrics_path))
+    train, evaluations = _of_kind(records, "train"), _of_kind(records, "eval")
+    heads = dict.fromkeys(key for record in evaluations for key in record if key.startswith("top1_"))
+    accuracy = {head: series for head in heads if (series := _series(evaluations, head))}
+    loss, rate = _series(train, "loss"), _series(train, "lr")
+    # (relative height, data, drawing) of each panel, from the top.
+    panels = [
+        panel
+        for panel in ((1.0, loss, _draw_loss), (1.0, accuracy, _draw_accuracy), (0.55, rate, _draw_rate))
+        if panel[1]
+    ]
+    if not panels:
+        raise metrics.MetricsError(f"{metrics_path} holds no loss, top1_* or lr to draw")
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heights = [height for height, _, _ in panels]
+    figure = Figure(figsize=(9, 0.6 + 2.7 * sum(heights)), dpi=130, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    all_axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (_, data, draw) in zip(all_axes, panels, strict=True):
+        draw(axes, data)
+        axes.grid(color="#e5e5e5", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False)
+    span = max(record["epoch"] for record in (*train, *evaluations)) or 1
+    all_axes[-1].set_xlim(-0.02 * span, 1.02 * span)
+    all_axes[-1].set_xlabel("epoch")
+    figure.align_ylabels()
+
+    out_path = Path(out_path)
+    temporary = out_path.with_name(f".tmp-{out_path.name}")
+    FigureCanvasAgg(figure).print_png(temporary)
+    os.replace(temporary, out_path)
+
+
+def _of_kind(records: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
+    """Records of one kind by ascending step; a log that was not cut on resume holds some steps twice."""
+    by_step = {record["step"]: record for record in records if record.get("kind") == kind and "epoch" in record}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> Series | None:
+    """(epochs, values) of the records that hold a finite number under `key`."""
+    points = [(record["epoch"], record[key]) for record in records if _is_finite(record.get(key))]
+    return ([x for x, _ in points], [y for _, y in points]) if points else None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _draw_loss(axes: "Axes", series: Series) -> None:
+    epochs, values = series
+    label = f"training loss\nlast {values[-1]:.4f}"
+    if len(values) < _SMOOTH_FROM:
+        axes.plot(epochs, values, color=_COLOURS[0], label=label, **_marks(values))
+    else:
+        means = _smooth(values)
+        axes.plot(epochs, values, color=_COLOURS[0], alpha=0.3, linewidth=0.8, label="training loss")
+        axes.plot(epochs, means, color=_COLOURS[0], label=f"smoothed\nlast {means[-1]:.4f}")
+    axes.set_ylabel("training loss")
+
+
+def _draw_accuracy(axes: "Axes", accuracy: Mapping[str, Series]) -> None:
+    heads = [head for head in accuracy if head != _TEACHER]
+    for index, head in enumerate(heads):
+        epochs, values = accuracy[head]
+        label = f"{head.removeprefix('top1_')}\nbest {max(values):.2f}, last {values[-1]:.2f}"
+        # The first head is the method's answer: it lies on top.
+        style = {"color": _COLOURS[index % len(_COLOURS)], "zorder": 3 - index / len(heads)}
+        axes.plot(epochs, values, label=label, **style, **_marks(values))
+    if _TEACHER in accuracy:
+        level = accuracy[_TEACHER][1][-1]
+        axes.axhline(level, color=_GREY, linestyle="--", linewidth=1.2, label=f"teacher\n{level:.2f}")
+    axes.set_ylabel("held-out top-1 (%)")
+
+
+def _draw_rate(axes: "Axes", series: Series) -> None:
+    epochs, values = series
+    axes.plot(epochs, values, color=_GREY, label=f"learning rate\npeak {max(values):.2e}", **_marks(values))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    axes.set_ylabel("learning rate")
+
+
+def _marks(values: Sequence[float]) -> dict[str, Any]:
+    """Markers where there are few points: a single one would not show as a line."""
+    return {"linewidth": 1.6, "marker": "o" if len(values) <= 30 else "", "markersize": 4}
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean over about 2 % of the points around each (at least 11), over as many as there are near the ends."""
+    half = max(5, len(values) // 100)
+    sums = [0.0, *itertools.accumulate(values)]
+    bounds = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in bounds]

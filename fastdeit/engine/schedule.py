@@ -1,0 +1,34 @@
+"""Learning rates as pure functions of the step: nothing to save, nothing to restore."""
+
+from math import cos, pi
+
+
+def learning_rate(
+    step: int,
+    *,
+    schedule: str,
+    steps_per_epoch: int,
+    epochs: int,
+    lr: float,
+    warmup_epochs: float,
+    warmup_lr: float,
+    min_lr: float,
+) -> float:
+    """Learning rate of training step `step` (counted from 0).
+
+    cosine      linear warm-up per step from `warmup_lr` to `lr`, then a half cosine to `min_lr` over the remaining epochs.
+    deit-exact  what facebookresearch/deit trains with: one value per epoch, a cosine over all epochs that the warm-up cuts
+                into, and the whole of it one epoch late, because the scheduler is stepped with the index of the epoch that has
+                ended. Epochs 0 and 1 both train at `warmup_lr`.
+    """
+    if schedule == "deit-exact":
+        t = float(max(step // steps_per_epoch - 1, 0))
+        progress = t / epochs
+    elif schedule == "cosine":
+        t = step / steps_per_epoch
+        progress = (t - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
+    else:
+        raise ValueError(f"schedule must be cosine or deit-exact, got {schedule!r}")
+    if t < warmup_epochs:
+        return warmup_lr + t * (lr - warmup_lr) / warmup_epochs
+    return min_lr + 0.5 * (lr - min_lr) * (1 + cos(pi * min(progress, 1.0)))

@@ -1,0 +1,32 @@
+"""Errors the command line turns into an exit code and one line on stderr.
+
+Only the modules at the top of the package use them. `recipe`, `data` and `engine` define their own exception classes,
+because dependencies point down; `cli.exit_code` knows what those mean.
+"""
+
+
+class FastdeitError(Exception):
+    """A failure with a message meant for the person at the terminal; shown without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(FastdeitError):
+    """The command cannot be carried out as it was given."""
+
+    exit_code = 2
+
+
+class NonFiniteError(FastdeitError):
+    """Training was stopped because losses or gradients stayed non-finite."""
+
+    exit_code = 3
+
+
+class Interrupted(FastdeitError):
+    """The run was asked to stop and did, with nothing lost; the same command with `--resume` continues it.
+
+    75 is EX_TEMPFAIL of sysexits.h, "try again later", which schedulers can be told to requeue.
+    """
+
+    exit_code = 75

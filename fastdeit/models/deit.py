@@ -1,0 +1,34 @@
+"""The DeiT family (Touvron et al., "Training data-efficient image transformers", ICML 2021).
+
+Tiny, small and base are the shapes of the paper's table 1. The digits models are the same architecture for 32x32
+images, small enough to be trained on two CPU cores in a minute.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from fastdeit.models.contract import with_options
+from fastdeit.models.vit import VisionTransformer, ViTConfig
+
+_TINY = ViTConfig(image_size=224, patch_size=16, dim=192, depth=12, heads=3)
+_SMALL = replace(_TINY, dim=384, heads=6)
+_BASE = replace(_TINY, dim=768, heads=12)
+_DIGITS = ViTConfig(image_size=32, patch_size=8, dim=96, depth=6, heads=3, num_classes=10)
+
+CONFIGS = {
+    "deit_tiny_patch16_224": _TINY,
+    "deit_small_patch16_224": _SMALL,
+    "deit_base_patch16_224": _BASE,
+    "deit_base_patch16_384": replace(_BASE, image_size=384),
+    "deit_tiny_distilled_patch16_224": replace(_TINY, distilled=True),
+    "deit_small_distilled_patch16_224": replace(_SMALL, distilled=True),
+    "deit_base_distilled_patch16_224": replace(_BASE, distilled=True),
+    "deit_base_distilled_patch16_384": replace(_BASE, image_size=384, distilled=True),
+    "deit_digits_patch8_32": _DIGITS,
+    "deit_digits_distilled_patch8_32": replace(_DIGITS, distilled=True),
+}
+
+
+def deit(name: str, **options: Any) -> VisionTransformer:
+    """The model `name` of `CONFIGS`, with fields of its `ViTConfig` replaced by `options`."""
+    return VisionTransformer(with_options(CONFIGS[name], name, options))

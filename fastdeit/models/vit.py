@@ -1,0 +1,413 @@
+"""The vision transformer (Dosovitskiy et al., ICLR 2021) with DeiT's second token, on `fastdeit.kernels`.
+
+Modules, parameter names and their order are timm's, so state dicts are interchangeable. The computation differs in
+three ways, none of which changes the result:
+
+* A residual addition waits for the LayerNorm that follows it: addition, drop-path and LayerNorm are one kernel. Between
+  two blocks the tokens therefore exist as a pair (residual, branch), and tokens = residual + keep * branch.
+* Drop-path reads its uniforms from an argument instead of a generator, so a sample meets the same noise wherever it is
+  computed.
+* Only the class (and distillation) token of the last block reaches the heads, so `forward` drops the others as soon as
+  their keys and values have been used: before the last projection and the last MLP.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeit import kernels
+from fastdeit.models.contract import ImageSize, size_pair, split_decay
+
+Taps = Mapping[int, Callable[[Tensor], Tensor]]
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Shape of a vision transformer.
+
+    image_size  pixels: int or (height, width), each a multiple of patch_size; kept as (height, width)
+    patch_size  pixels per side of a square patch
+    dim         channels of a token, a multiple of heads
+    mlp_ratio   hidden channels of the MLP = int(dim * mlp_ratio)
+    distilled   adds DeiT's distillation token and head
+    drop_path   stochastic depth: rate of the last block, in [0, 1); the rate grows linearly from 0 in the first
+    eps         of every LayerNorm
+    """
+
+    image_size: ImageSize
+    patch_size: int
+    dim: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    distilled: bool = False
+    drop_path: float = 0.0
+    in_chans: int = 3
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        height, width = size_pair(self.image_size, "image_size")
+        object.__setattr__(self, "image_size", (height, width))
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"image_size {height}x{width} is not a multiple of the patch size {self.patch_size}; "
+                f"the nearest that is: {_round(height, self.patch_size)}x{_round(width, self.patch_size)}"
+            )
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}, but must be in [0, 1)")
+        if self.num_classes < 1 or self.depth < 1:
+            raise ValueError(f"num_classes {self.num_classes} and depth {self.depth} must be at least 1")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per (column, row) of the image: (height, width) / patch_size."""
+        height, width = self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+
+def _round(length: int, patch_size: int) -> int:
+    return max(round(length / patch_size), 1) * patch_size
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """`[B, C, H, W]` -> `[B, H/p * W/p, C*p*p]`: patches row by row, each as a convolution's weight is laid out."""
+    batch, channels, height, width = images.shape
+    p = patch_size
+    cells = images.reshape(batch, channels, height // p, p, width // p, p)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * p)
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of flat patches. The weight is kept as that of a convolution, which is how it is published."""
+
+    def __init__(self, in_chans: int, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of normalised tokens `[B, N, dim]`."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """`[B, N, dim]`, or `[B, rows, dim]`: the result of the first `rows` tokens alone."""
+        mixed = kernels.attention(self.qkv(x), self.heads)
+        return self.proj(mixed if rows is None else mixed[:, :rows])
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (exact), linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block whose residual additions wait for the next LayerNorm."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.attn = Attention(config.dim, config.heads)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio))
+
+    def forward(
+        self,
+        residual: Tensor,
+        branch: Tensor | None,
+        keep: Tensor | None,
+        keep_attn: Tensor | None,
+        rows: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens in and out are pairs: `residual + keep * branch`, each `[B, N, dim]`; a missing branch is zero.
+
+        `keep` (of the incoming branch) and `keep_attn` are float32 `[B]` drop-path factors or None for 1. The factor of
+        the returned branch is the caller's to apply. With `rows`, only the first `rows` tokens come out.
+        """
+        residual, normed = _add_norm(residual, branch, self.norm1, keep)
+        branch = self.attn(normed, rows)
+        if rows is not None:
+            residual = residual[:, :rows]
+        residual, normed = _add_norm(residual, branch, self.norm2, keep_attn)
+        return residual, self.mlp(normed)
+
+
+def _add_norm(
+    residual: Tensor, branch: Tensor | None, norm: nn.LayerNorm, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return kernels.add_layer_norm(residual, branch, norm.weight, norm.bias, eps=norm.eps, keep=keep)
+
+
+def _add(residual: Tensor, branch: Tensor | None, keep: Tensor | None) -> Tensor:
+    """The tokens that a pair stands for, where no LayerNorm follows that could do the addition."""
+    if branch is None:
+        return residual
+    return residual + (branch if keep is None else branch * keep[:, None, None]).to(residual.dtype)
+
+
+class VisionTransformer(nn.Module):
+    """ViT or (with `config.distilled`) DeiT with its second token and head. Same parameters and results as timm's.
+
+    Initialised as DeiT: truncated normal of standard deviation 0.02 for tokens, positions and linear weights including
+    the heads; zero biases; LayerNorm 1 and 0; the patch convolution keeps PyTorch's default.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        patches = config.grid[0] * config.grid[1]
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, patches + self.prefix_tokens, config.dim))
+        if config.distilled:
+            self.dist_token = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.patch_embed = PatchEmbed(config.in_chans, config.patch_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=config.eps)
+        self.head = nn.Linear(config.dim, config.num_classes)
+        if config.distilled:
+            self.head_dist = nn.Linear(config.dim, config.num_classes)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for parameter in self.parameters(recurse=False):
+            trunc_normal_(parameter)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether `forward` returns two logits."""
+        return self.config.distilled
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per side of a patch; not None says that patchified input is welcome."""
+        return self.config.patch_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per (column, row) that the positional embedding is for."""
+        return self.config.grid
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patches, each with a slot of its own in `pos_embed`."""
+        return 2 if self.config.distilled else 1
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Names of the linear layers whose output is logits."""
+        return ("head", "head_dist") if self.config.distilled else ("head",)
+
+    @property
+    def noise_per_sample(self) -> int:
+        """Uniforms that a training-mode forward needs per sample: one per residual branch, none without drop-path."""
+        return 0 if self.config.drop_path == 0 else 2 * self.config.depth
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits `[B, num_classes]`; of a distilled model (class, distillation) logits, in train and eval mode alike.
+
+        x      float images `[B, C, H, W]` of `config.image_size`, or their patches `[B, P, C*p*p]` (see `patchify`)
+        noise  float32 `[B, noise_per_sample]` uniforms in [0, 1); needed for training with drop-path, unused in eval
+               mode. Columns 2i and 2i+1 belong to attention and MLP of block i. A branch of rate p is kept, and scaled
+               by 1 / (1 - p), where its uniform is >= p (Huang et al., "Deep networks with stochastic depth", ECCV
+               2016).
+
+        Raises ValueError for input of another size, and for missing or ill-shaped noise.
+        """
+        start = self._embed(self._patches(x))
+        residual, branch, keep = self._run(start, self._keeps(noise, len(x)), rows=self.prefix_tokens)
+        return self.classify(_add_norm(residual, branch, self.norm, keep)[1])
+
+    def tokens(
+        self,
+        x: Tensor,
+        *,
+        at: Taps | None = None,
+        stop: int | None = None,
+        keep: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """All tokens `[B, N, dim]` after the final LayerNorm, prefix tokens first; `x` and `noise` as in `forward`.
+
+        at    {block index: fn}: the tokens before that block are replaced by `fn(tokens)`; a tap returns its argument,
+              token pruning returns fewer tokens
+        stop  run blocks [0, stop) and return their tokens without the final LayerNorm
+        keep  int64 `[B, M]`: indices of the patches to embed, with their positions; the others are never computed
+
+        Raises ValueError for an index that no block has, and for what `forward` raises it for.
+        """
+        patches = self._patches(x)
+        keeps = self._keeps(noise, len(x))
+        if at is None and stop is None and keep is None:
+            residual, branch, last_keep = self._run(self._embed(patches), keeps)
+        else:
+            end = self._check_seam(at or {}, stop)
+            residual, branch, last_keep = self._run_tapped(self._embed(patches, keep), keeps, at or {}, end)
+        if stop is not None:
+            return _add(residual, branch, last_keep)
+        return _add_norm(residual, branch, self.norm, last_keep)[1]
+
+    def classify(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or (class, distillation) logits, of normalised tokens `[B, N, dim]`."""
+        if self.config.distilled:
+            return self.head(tokens[:, 0]), self.head_dist(tokens[:, 1])
+        return self.head(tokens[:, 0])
+
+    def _patches(self, x: Tensor) -> Tensor:
+        config = self.config
+        height, width = config.image_size
+        if x.ndim == 4 and tuple(x.shape[1:]) == (config.in_chans, height, width):
+            return patchify(x, config.patch_size)
+        flat = (config.grid[0] * config.grid[1], config.in_chans * config.patch_size**2)
+        if x.ndim == 3 and tuple(x.shape[1:]) == flat:
+            return x
+        raise ValueError(
+            f"input {tuple(x.shape)} does not fit a model for images [B, {config.in_chans}, {height}, {width}] "
+            f"or their patches [B, {flat[0]}, {flat[1]}]; build the model with another image_size, or resize the images"
+        )
+
+    def _embed(self, patches: Tensor, keep: Tensor | None = None) -> Tensor:
+        positions = self.pos_embed[:, self.prefix_tokens :]
+        if keep is not None:
+            if keep.ndim != 2 or len(keep) != len(patches) or keep.dtype != torch.int64:
+                raise ValueError(
+                    f"keep must be int64 [B, M] with B = {len(patches)}, but is {keep.dtype} {tuple(keep.shape)}"
+                )
+            patches = patches.gather(1, keep[:, :, None].expand(-1, -1, patches.shape[2]))
+            positions = positions[0, keep]
+        prefix = (self.cls_token, self.dist_token) if self.config.distilled else (self.cls_token,)
+        prefix = torch.cat(prefix, 1) + self.pos_embed[:, : self.prefix_tokens]
+        return torch.cat((prefix.expand(len(patches), -1, -1), self.patch_embed(patches) + positions), 1)
+
+    def _keeps(self, noise: Tensor | None, batch: int) -> Sequence[Tensor | None]:
+        """Drop-path factors of all branches: float32 `[B]` each, or None for 1."""
+        count = self.noise_per_sample
+        if not self.training or count == 0:
+            return [None] * (2 * self.config.depth)
+        if noise is None:
+            raise ValueError(
+                f"training with drop_path {self.config.drop_path} needs noise: pass float32 uniforms in [0, 1) of "
+                f"shape [{batch}, {count}] (noise_per_sample columns), or call eval()"
+            )
+        if tuple(noise.shape) != (batch, count):
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, but must be [{batch}, {count}]")
+        # Made on the device, every step: a buffer would be broadcast by DDP, a list copied from the host.
+        rates = torch.linspace(0, self.config.drop_path, self.config.depth, device=noise.device).repeat_interleave(2)
+        return ((noise >= rates) / (1 - rates)).float().t().contiguous().unbind(0)
+
+    def _run(
+        self, tokens: Tensor, keeps: Sequence[Tensor | None], rows: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All blocks; the last one returns the first `rows` tokens alone."""
+        residual, branch, keep = tokens, None, None
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            residual, branch = block(residual, branch, keep, keeps[2 * i], rows if i == last else None)
+            keep = keeps[2 * i + 1]
+        return residual, branch, keep
+
+    def _run_tapped(
+        self, tokens: Tensor, keeps: Sequence[Tensor | None], at: Taps, end: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        residual, branch, keep = tokens, None, None
+        for i in range(end):
+            if i in at:
+                residual, branch, keep = at[i](_add(residual, branch, keep)), None, None
+                if not isinstance(residual, Tensor) or residual.ndim != 3 or residual.shape[::2] != tokens.shape[::2]:
+                    got = f"shape {tuple(residual.shape)}" if isinstance(residual, Tensor) else repr(residual)
+                    raise ValueError(f"at[{i}] must return tokens [{len(tokens)}, N, {tokens.shape[2]}], not {got}")
+            residual, branch = self.blocks[i](residual, branch, keep, keeps[2 * i])
+            keep = keeps[2 * i + 1]
+        return residual, branch, keep
+
+    def _check_seam(self, at: Taps, stop: int | None) -> int:
+        depth = self.config.depth
+        end = depth if stop is None else stop
+        if not 0 <= end <= depth:
+            raise ValueError(f"stop is {stop}, but the model has {depth} blocks")
+        for index in at:
+            if not 0 <= index < end:
+                raise ValueError(f"at has block {index}, but only blocks 0 to {end - 1} run")
+        return end
+
+    def stages(self, depths: Sequence[int]) -> list[list[nn.Module | nn.Parameter]]:
+        """Owners of the parameters in the order of the computation; `depths[i]` blocks go to stage i.
+
+        The embedding belongs to the first stage, the final LayerNorm and the heads to the last: every parameter has
+        exactly one owner. For layer-wise learning rates, freezing and incubation.
+        """
+        if sum(depths) != self.config.depth or min(depths, default=0) < 1:
+            raise ValueError(f"depths {list(depths)} must be positive and add up to the {self.config.depth} blocks")
+        blocks = iter(self.blocks)
+        stages: list[list[nn.Module | nn.Parameter]] = [[next(blocks) for _ in range(depth)] for depth in depths]
+        stages[0][:0] = [*self.parameters(recurse=False), self.patch_embed]
+        stages[-1] += [self.norm, *(self.get_submodule(name) for name in self.head_names)]
+        return stages
+
+    def decay_groups(self, decay_dist_token: bool = False) -> tuple[list[str], list[str]]:
+        """Names of the parameters `(with, without)` weight decay.
+
+        Without: 1-D parameters, biases, `pos_embed`, `cls_token` and `dist_token`. DeiT's public code decays
+        `dist_token`, which its list of exceptions forgot; `decay_dist_token=True` reproduces that.
+        """
+        exempt = {"pos_embed", "cls_token"} if decay_dist_token else {"pos_embed", "cls_token", "dist_token"}
+        return split_decay(self, exempt)
+
+    def shard_units(self) -> list[nn.Module]:
+        """Modules to shard (FSDP) or to recompute (activation checkpointing), in order: the blocks.
+
+        A block reads the weights of its children directly, so nothing smaller than a block can be a unit.
+        """
+        return list(self.blocks)
+
+    def flops(self, image_size: ImageSize | None = None) -> int:
+        """Floating-point operations (2 per multiply-add) of `forward` for one image, by default of the model's size.
+
+        Counted are matrix products: embedding, linear layers, attention, heads. The last projection and MLP count for
+        the prefix tokens alone, as they are computed; published numbers count all tokens there (about 6 % more at depth
+        12).
+        """
+        config = self.config
+        size = size_pair(config.image_size if image_size is None else image_size, "image_size")
+        patches = size[0] // config.patch_size * (size[1] // config.patch_size)
+        prefix, dim, tokens = self.prefix_tokens, config.dim, patches + self.prefix_tokens
+        hidden = int(dim * config.mlp_ratio)
+        embed = patches * config.in_chans * config.patch_size**2 * dim
+        attention = tokens * 3 * dim * dim + 2 * tokens * tokens * dim
+        after = dim * dim + 2 * dim * hidden
+        blocks = config.depth * attention + ((config.depth - 1) * tokens + prefix) * after
+        return 2 * (embed + blocks + prefix * dim * config.num_classes)
+
+
+def trunc_normal_(tensor: Tensor) -> Tensor:
+    """Fill with a normal of standard deviation 0.02, truncated at -2 and 2: absolute, as in DeiT, so hardly ever."""
+    return nn.init.trunc_normal_(tensor, std=0.02, a=-2.0, b=2.0)
+
+
+def init_linear(linear: nn.Linear) -> None:
+    """DeiT's initialisation of a linear layer."""
+    trunc_normal_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

@@ -1,0 +1,174 @@
+"""Weights of one model into another of the same kind: another image size, class count, or number of heads.
+
+Nothing is dropped, resized or left as initialised without being named in the report.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeit.models.vit import init_linear
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_weights` could not take over as it was.
+
+    missing             names of the model's tensors that keep their initial values because the weights have none for
+                        them
+    unexpected          names of the weights' tensors that the model has no place for
+    resized             what became of the positional embedding, in words; empty if it fitted
+    reinitialised_heads names of the heads whose number of classes differs: initialised anew
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
+    reinitialised_heads: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Every tensor of the model is now that of the weights, and all of those were used."""
+        return self == LoadReport()
+
+    def __str__(self) -> str:
+        parts = (
+            ("kept as initialised", self.missing),
+            ("not used", self.unexpected),
+            ("resized", self.resized),
+            ("heads initialised anew", self.reinitialised_heads),
+        )
+        return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names) or "all tensors fit"
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> LoadReport:
+    """Load `state_dict` into `model`, with names as timm has them, and say what did not fit.
+
+    A positional embedding for another image size is resized (`resize_pos_embed`); `grid` is its (height, width) in
+    patches, needed where it is not square. A head with another number of classes is initialised anew. Raises
+    ValueError, before anything is changed, if no name fits or any other shape differs.
+    """
+    own = model.state_dict()
+    if not own.keys() & state_dict.keys():
+        raise ValueError(
+            f"no tensor name of the weights ({_some(state_dict)}) is one of the model's ({_some(own)}); "
+            "are they nested under a key such as 'model', or prefixed with 'module.'?"
+        )
+    heads = _foreign_heads(model, own, state_dict)
+    taken = {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if name in own and not any(name.startswith(f"{head}.") for head in heads)
+    }
+    resized = ()
+    if "pos_embed" in taken and taken["pos_embed"].ndim == 3 and getattr(model, "grid", None) is not None:
+        taken["pos_embed"], note = resize_pos_embed(state_dict, model, grid)
+        resized = (note,) if note else ()
+    wrong = [name for name, tensor in taken.items() if tensor.shape != own[name].shape]
+    if wrong:
+        shapes = (f"{name} is {tuple(taken[name].shape)}, not {tuple(own[name].shape)}" for name in wrong[:4])
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"the weights are of another model: {'; '.join(shapes)}{more}")
+    model.load_state_dict(taken, strict=False)
+    for head in heads:
+        init_linear(model.get_submodule(head))
+    return LoadReport(
+        missing=tuple(name for name in own if name not in state_dict),
+        unexpected=tuple(name for name in state_dict if name not in own),
+        resized=resized,
+        reinitialised_heads=heads,
+    )
+
+
+def _some(names: Mapping[str, Tensor]) -> str:
+    return ", ".join(list(names)[:2]) + ", ..."
+
+
+def _foreign_heads(model: nn.Module, own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Heads whose weight differs from the model's in the number of classes alone."""
+    foreign = []
+    for head in model.head_names:
+        mine, theirs = own.get(f"{head}.weight"), state_dict.get(f"{head}.weight")
+        if mine is None or theirs is None or mine.shape == theirs.shape:
+            continue
+        if mine.shape[1:] == theirs.shape[1:]:
+            foreign.append(head)
+    return tuple(foreign)
+
+
+def resize_pos_embed(
+    state_dict: Mapping[str, Tensor], model: nn.Module, grid: tuple[int, int] | None = None
+) -> tuple[Tensor, str]:
+    """(positional embedding `[1, N, dim]` as `model` needs it, what was done in words: "" for nothing).
+
+    Patch positions are interpolated as DeiT does for fine-tuning at another size: bicubic, align_corners False, no
+    antialias, in float32. Positions of prefix tokens are copied; one that only the model has is 0 if the weights add
+    the token without a position (DeiT III), and else stays as initialised, as its token does.
+
+    `grid` is the (height, width) of the weights' patches. Without it a square is assumed, or the model's grid if the
+    patches are as many and no square. Raises ValueError where that does not settle it, and for a model that has no
+    positions for prefix tokens where the weights have them.
+    """
+    source, own = state_dict["pos_embed"], model.state_dict()["pos_embed"]
+    new_grid, new_prefix = tuple(model.grid), model.prefix_tokens
+    old_prefix, old_grid = _source_layout(source, state_dict, new_grid, grid)
+    if (old_grid, old_prefix) == (new_grid, new_prefix):
+        return source, ""
+    patches = source[:, old_prefix:]
+    if old_grid != new_grid:
+        cells = patches.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+        cells = F.interpolate(cells, size=new_grid, mode="bicubic", align_corners=False)
+        patches = cells.flatten(2).transpose(1, 2).to(source.dtype)
+    note = f"pos_embed {old_prefix}+{_by(old_grid)} -> {new_prefix}+{_by(new_grid)}"
+    if old_prefix and not new_prefix:
+        raise ValueError(f"{note}: the model adds its prefix tokens without positions, so these would be lost")
+    prefix = source[:, : min(old_prefix, new_prefix)]
+    if old_prefix == 0:
+        prefix = source.new_zeros(1, min(_tokens(state_dict), new_prefix), source.shape[2])
+    if prefix.shape[1] < new_prefix:
+        prefix = torch.cat((prefix, own[:, prefix.shape[1] : new_prefix].to(source)), 1)
+        note += " (position of the distillation token kept as initialised)"
+    return torch.cat((prefix, patches), 1), note
+
+
+def _source_layout(
+    source: Tensor, state_dict: Mapping[str, Tensor], new_grid: tuple[int, int], grid: tuple[int, int] | None
+) -> tuple[int, tuple[int, int]]:
+    """(prefix positions, grid) of a stored positional embedding: they add up to its length."""
+    length, tokens = source.shape[1], _tokens(state_dict)
+    if grid is not None:
+        prefix = length - grid[0] * grid[1]
+        if prefix not in (0, tokens):
+            raise ValueError(
+                f"pos_embed has {length} positions, neither grid {_by(grid)} nor that plus {tokens} prefix tokens"
+            )
+        return prefix, tuple(grid)
+    for prefix in (tokens, 0):
+        side = math.isqrt(length - prefix)
+        same_count = length - prefix == new_grid[0] * new_grid[1]
+        if side * side == length - prefix:
+            if same_count and new_grid != (side, side):
+                raise ValueError(
+                    f"pos_embed has {length - prefix} patches, which can be {side}x{side} or {_by(new_grid)}; "
+                    "say which with grid=(height, width)"
+                )
+            return prefix, (side, side)
+        if same_count:
+            return prefix, new_grid
+    raise ValueError(
+        f"pos_embed has {length} positions, which is no square plus {tokens} prefix tokens; "
+        "say what it is with grid=(height, width)"
+    )
+
+
+def _tokens(state_dict: Mapping[str, Tensor]) -> int:
+    """Number of prefix tokens of the model the weights come from."""
+    return sum(state_dict[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in state_dict)
+
+
+def _by(grid: tuple[int, int]) -> str:
+    return f"{grid[0]}x{grid[1]}"

@@ -1,0 +1,182 @@
+"""The training loop.
+
+Read `train` from top to bottom: build, resume, then one step after the other. What a batch's loss is belongs to the method,
+how a step is made to the engine, what a sample looks like to the data package.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastdeit import build, recipe as recipes, rng
+from fastdeit.engine.dist import World, world as join_world
+from fastdeit.engine.ema import Ema
+from fastdeit.engine.optim import AdamW, ParamGroup, default_groups
+from fastdeit.engine.schedule import learning_rate
+from fastdeit.engine.step import Engine, autocast
+from fastdeit.errors import Interrupted
+from fastdeit.evaluate import Accuracy, Predict, evaluate
+from fastdeit.methods.base import Method
+from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.run import Record, RunLog, Saver, choose_directory, describe, prepare_directory
+
+if TYPE_CHECKING:
+    from fastdeit.recipe import Recipe
+
+
+def main(args: argparse.Namespace) -> None:
+    """Worker of `fastdeit train`: one process of the run."""
+    recipe = recipes.load(args.recipe, args.overrides)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", 1))))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    with join_world(recipe.engine.device) as world, world.stop_on_signals():
+        run_dir = Path(world.same(str(choose_directory(args.run_dir, recipe.name, args.resume))))
+        train(recipe, run_dir, world, resume=args.resume)
+
+
+def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dict[str, Any]:
+    """Train by the recipe into `run_dir` and return the summary.
+
+    Raises UsageError when `run_dir` holds another run, Interrupted after a signal (everything is saved), NonFiniteError when
+    too many steps in a row had non-finite gradients.
+    """
+    # ---- build ---------------------------------------------------------------------------------------------------------
+    train_source, val_source = build.sources(recipe)
+    classes, size = len(train_source.classes), build.image_size(recipe)
+    prepare_directory(run_dir, world, resume)
+    trained_teacher = train_teacher(recipe, run_dir, world)
+
+    steps_per_epoch = max(1, len(train_source) // recipe.train.batch_size)
+    total = steps_per_epoch * recipe.train.epochs
+    log = RunLog(run_dir, recipe, world, total, steps_per_epoch)
+    student = build.model(recipe, classes, log.say)
+
+    def make_teacher(config: TeacherConfig) -> Teacher:
+        made = build.teacher(config, size, classes, trained_teacher)
+        made.model.to(world.device)
+        return made
+
+    method = build.method(recipe, student, classes, total, make_teacher).to(world.device)
+    optimizer = AdamW(method.param_groups(decay_groups(method, recipe)), recipe.optim.betas, recipe.optim.eps)
+    ema = Ema(optimizer.params, recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None
+    engine = Engine(
+        method,
+        optimizer,
+        world,
+        precision=recipe.engine.precision,
+        accumulate=recipe.train.accumulate,
+        clip_grad=recipe.optim.clip_grad,
+        ema=ema,
+    )
+    loader = build.train_loader(recipe, train_source, world, method.noise_per_sample, log.bad_image)
+    val_loader = build.eval_loader(recipe, val_source, world, log.bad_image)
+
+    # ---- resume --------------------------------------------------------------------------------------------------------
+    identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": train_source.classes}
+    saved = Saver(run_dir, recipe, identity, engine, world)
+    start, record = saved.restore(log.say) if resume else (0, Record())
+    log.begin(start, record, describe(recipe, method, train_source, val_source, world, steps_per_epoch, run_dir))
+
+    # ---- go ------------------------------------------------------------------------------------------------------------
+    log_every = recipe.engine.log_every
+    eval_every = steps_per_epoch * recipe.train.eval_every
+    save_every = max(1, round(steps_per_epoch * recipe.engine.checkpoint_every))
+    step = start
+
+    def held_out(predict: Predict) -> Accuracy:
+        precision = autocast(world.device, recipe.engine.precision)
+        return evaluate(
+            predict, val_loader, world, mean=recipe.data.mean, std=recipe.data.std, autocast=precision
+        )
+
+    def evaluate_now() -> None:
+        method.eval()
+        results = {"": held_out(method.predict)}
+        if ema is not None:
+            with ema.applied():
+                results["_ema"] = held_out(method.predict)
+        method.train()
+        log.evaluation(step, results, record)
+
+    batches = loader.batches(start, total)
+    try:
+        method.train()
+        if 0 < start != record.evaluated_step and (start % eval_every == 0 or start == total):
+            evaluate_now()  # the run was stopped after the last step of an epoch, before its evaluation
+        while step < total:
+            if step % steps_per_epoch == 0 or step == start:
+                method.on_epoch(step // steps_per_epoch, engine)
+            seed_torch(recipe.train.seed, step, world.rank)
+            began = time.perf_counter()
+            micro_batches = [build.to_batch(samples, recipe, world.device) for samples in next(batches)]
+            waited = time.perf_counter() - began
+            lr = learning_rate(step, steps_per_epoch=steps_per_epoch, epochs=recipe.train.epochs, **schedule_of(recipe))
+            engine.step(micro_batches, lr)
+            step += 1
+            record.add(recipe.train.batch_size, time.perf_counter() - began, waited)
+            log.step(step)
+
+            if step % log_every == 0 or step == total:
+                log.training(step, engine, record, lr)
+            finished = step == total
+            stop = world.stop_requested() and not finished
+            if finished or (step % eval_every == 0 and not stop):
+                evaluate_now()
+            if finished or stop or step % save_every == 0:
+                saved.save(step, record)
+            if stop:
+                raise Interrupted(f"interrupted at step {step} of {total}; saved in {run_dir}, go on with --resume")
+
+        # ---- done ------------------------------------------------------------------------------------------------------
+        if method.teacher is not None and record.teacher_top1 is None:
+            record.teacher_top1 = held_out(teacher_predict(method.teacher, recipe)).top1["class"]
+        bad_images = world.sum(torch.tensor(len(loader.bad.reasons), device=world.device)).item()
+        return log.finish(record, bad_images)
+    finally:
+        batches.close()
+        log.close()
+
+
+def train_teacher(recipe: "Recipe", run_dir: Path, world: World) -> Path:
+    """Train the teacher that has a recipe of its own into RUN/teacher, unless it is there already; returns that path."""
+    path = run_dir / "teacher"
+    config = getattr(recipe.method, "teacher", None)
+    if config is not None and config.recipe is not None:
+        own = recipes.load(config.recipe)
+        data = own.data.model_copy(update={"root": recipe.data.root})
+        train(own.model_copy(update={"data": data, "engine": recipe.engine}), path, world, resume=True)
+    return path
+
+
+def teacher_predict(teacher: Teacher, recipe: "Recipe") -> Predict:
+    """The teacher as a predictor of images in the student's normalisation."""
+    if teacher.mean is None:
+        return lambda x: {"class": teacher.logits(x)}
+    device = next(teacher.model.parameters()).device
+    ours, theirs = (
+        [torch.tensor(values, device=device).reshape(3, 1, 1) for values in pair]
+        for pair in ((recipe.data.mean, recipe.data.std), (teacher.mean, teacher.std))
+    )
+    return lambda x: {"class": teacher.logits((x * ours[1] + ours[0] - theirs[0]) / theirs[1])}
+
+
+def decay_groups(method: Method, recipe: "Recipe") -> list[ParamGroup]:
+    """Base optimizer groups: what the student exempts from weight decay, by its names inside the method."""
+    _, exempt = method.model.decay_groups(decay_dist_token=recipe.optim.decay_dist_token)
+    return default_groups(method.named_parameters(), recipe.optim.weight_decay, {f"model.{name}" for name in exempt})
+
+
+def schedule_of(recipe: "Recipe") -> dict[str, Any]:
+    optim = recipe.optim
+    names = "schedule", "lr", "warmup_epochs", "warmup_lr", "min_lr"
+    return {name: getattr(optim, name) for name in names}
+
+
+def seed_torch(seed: int, step: int, rank: int) -> None:
+    """torch's own generator as a function of the step, for dropout inside models that are not ours."""
+    torch.manual_seed(rng.key(seed, "torch", step, rank) >> 1)

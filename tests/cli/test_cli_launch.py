@@ -1,0 +1,271 @@
+"""The launcher: exit codes, signals, grace, orphans. Workers are small scripts without torch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastdeit import launch
+from fastdeit.agent import elastic, verdict
+from fastdeit.errors import UsageError
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+from fastdeit import launch
+
+mode, folder = sys.argv[1], Path(sys.argv[2])
+rank = os.environ["RANK"]
+stop = []
+with launch.process_of_a_run():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else lambda number, frame: stop.append(number))
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT")
+    words = [str(os.getpid()), *(os.environ[name] for name in names), *sys.argv[3:]]
+    (folder / f"{rank}.part").write_text(" ".join(words))
+    (folder / f"{rank}.part").rename(folder / f"{rank}.up")
+    if mode == "fail":
+        code = int(sys.argv[3 + int(rank)])
+        if code < 0:
+            os.kill(os.getpid(), -code)
+        if code:
+            sys.exit(code)
+    if mode == "late" and rank == "0":
+        sys.exit(75)
+    if mode in ("stop", "deaf") and rank == "0":
+        while not (folder / "1.up").exists():
+            time.sleep(0.01)
+        for name in sys.argv[3:]:
+            os.kill(os.getppid(), getattr(signal, name))
+            time.sleep(0.3)
+    while mode in ("stop", "deaf", "wait", "late") and not stop:
+        time.sleep(0.01)
+    if mode == "late":
+        time.sleep(1)  # still writing the checkpoint when rank 0 has gone
+    if mode in ("stop", "wait", "late"):
+        (folder / f"{rank}.saved").write_text(str(len(stop)))
+        sys.exit(75)
+"""
+LAUNCHER = """
+import sys
+from fastdeit import agent, launch
+sys.exit(agent.elastic([sys.executable, *sys.argv[1:]], 2, grace_s=20, env=launch.worker_environment(2, {})))
+"""
+
+
+@pytest.fixture
+def worker(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    return script
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """Workers started anywhere find the package under test."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(launch.__file__).parent.parent))
+
+
+def run(worker: Path, mode: str, *more: str, grace_s: float = 20.0) -> int:
+    command = [sys.executable, str(worker), mode, str(worker.parent), *more]
+    return elastic(command, 2, grace_s, launch.worker_environment(2, {}))
+
+
+def wait_for(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_all_done_is_0_and_ranks_find_their_place(worker, capfd):
+    before = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    assert run(worker, "done", "data.root=$HOME/${local_rank}") == 0
+    found = [(worker.parent / f"{rank}.up").read_text().split() for rank in (0, 1)]
+    cores = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert [words[1:6] for words in found] == [["0", "0", "2", "2", cores], ["1", "1", "2", "2", cores]]
+    assert found[0][6] == found[1][6] == "127.0.0.1"
+    assert found[0][7] == found[1][7] != "0"
+    assert found[1][8] == "data.root=$HOME/${local_rank}", "arguments must reach the workers as they were given"
+    assert (dict(os.environ), signal.getsignal(signal.SIGTERM)) == before
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected", "message"),
+    [
+        ("3 0", 3, ""),
+        ("0 3", 3, "fastdeit: rank 1 failed first: exit code 3\n"),
+        ("0 1", 1, "fastdeit: rank 1 failed first: exit code 1\n"),
+        ("0 -9", 1, "fastdeit: rank 1 failed first: killed by SIGKILL (often the kernel's out-of-memory killer)\n"),
+        ("2 2", 2, ""),
+    ],
+)
+def test_failure_of_a_worker_is_the_runs(worker, capfd, codes, expected, message):
+    assert run(worker, "fail", *codes.split()) == expected
+    assert capfd.readouterr().err == message
+
+
+def test_verdict():
+    assert verdict({0: 0, 1: 75}, set()) == 75
+    assert verdict({0: 1, 1: 3}, set()) == 3, "the peer's 1 is the connection it lost"
+    assert verdict({0: 75, 1: 1}, set()) == 1
+    assert verdict({0: 75, 1: -9}, {1}) == 1, "a killed rank has not saved"
+    assert verdict({0: 3, 1: -9}, {1}) == 3
+    assert verdict({0: -15, 1: 0}, set()) == 1
+
+
+def test_sigterm_to_the_launcher_is_75(worker, capfd):
+    assert run(worker, "stop", "SIGTERM", "SIGTERM") == 75
+    assert [(worker.parent / f"{rank}.saved").read_text() for rank in (0, 1)] == ["1", "1"], (
+        "told once, however often we are"
+    )
+    err = capfd.readouterr().err
+    assert err.startswith("fastdeit: SIGTERM received; the workers have 20 s")
+    assert err.count("\n") == 1
+
+
+def test_a_worker_gone_early_leaves_its_peer_the_time_to_save(worker):
+    assert run(worker, "late") == 75
+    assert (worker.parent / "1.saved").exists()
+
+
+def test_deaf_workers_are_killed_after_the_grace(worker, capfd):
+    assert run(worker, "deaf", "SIGTERM", grace_s=0.3) == 1
+    assert "rank 0, 1 killed (still running 0.3 s after being asked to stop)" in capfd.readouterr().err
+
+
+def test_a_second_interrupt_kills_at_once(worker, capfd):
+    start = time.monotonic()
+    assert run(worker, "deaf", "SIGINT", "SIGINT", grace_s=60) == 1
+    assert time.monotonic() - start < 10
+    assert "rank 0, 1 killed (on request)" in capfd.readouterr().err
+
+
+def test_ctrl_c_and_death_of_a_real_launcher(tmp_path):
+    """Ctrl-C goes to a whole process group; SIGKILL gives the launcher no chance to tell its workers."""
+    folders = [tmp_path / "interrupt", tmp_path / "kill"]
+    launchers = []
+    for folder in folders:
+        folder.mkdir()
+        (folder / "worker.py").write_text(WORKER)
+        command = [sys.executable, "-c", LAUNCHER, str(folder / "worker.py"), "wait", str(folder)]
+        launchers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True))
+    try:
+        wait_for(lambda: all((folder / f"{rank}.up").exists() for folder in folders for rank in (0, 1)))
+        pids = [int((folder / f"{rank}.up").read_text().split()[0]) for folder in folders for rank in (0, 1)]
+        assert all(map(alive, pids))
+        launchers[1].kill()
+        os.killpg(launchers[0].pid, signal.SIGINT)
+        err = launchers[0].communicate(timeout=20)[1]
+        assert launchers[0].returncode == 75
+        assert "Traceback" not in err
+        assert err.startswith("fastdeit: SIGINT received")
+        wait_for(lambda: not any(map(alive, pids)), seconds=5)
+    finally:
+        for process in launchers:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+
+
+def test_die_with_parent_notices_that_the_parent_is_gone():
+    code = "from fastdeit import launch; launch.die_with_parent(1 << 22); print('survived')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
+
+
+def test_interrupted_before_training_is_75():
+    code = (
+        "import os, signal\nfrom fastdeit import launch\n"
+        "with launch.process_of_a_run():\n    os.kill(os.getpid(), signal.SIGINT)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 75
+    assert done.stderr == "fastdeit: SIGINT received while not training; nothing is lost\n"
+
+
+TORCHRUN = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "1",
+}
+SLURM_BATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123456"}
+SRUN = SLURM_BATCH | {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}
+
+
+def test_ranks_given_from_outside():
+    assert launch.rank_environment({}) is None
+    assert launch.rank_environment(TORCHRUN | {"HOME": "/"}) == TORCHRUN
+    assert launch.rank_environment(SLURM_BATCH) is None, "a batch script is no rank; --nproc works in it"
+    assert launch.rank_environment(SLURM_BATCH | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert launch.rank_environment(SRUN) == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "8",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": str(20000 + 123456 % 20000),
+    }
+    assert launch.rank_environment(SRUN | TORCHRUN) == TORCHRUN, "torchrun inside a SLURM step is nearer"
+    kept = launch.rank_environment(SRUN | {"MASTER_ADDR": "x", "MASTER_PORT": "5", "SLURM_STEP_TASKS_PER_NODE": "5,3"})
+    assert (kept["MASTER_ADDR"], kept["MASTER_PORT"], "LOCAL_WORLD_SIZE" in kept) == ("x", "5", False)
+
+
+@pytest.mark.parametrize("missing", ["LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_half_a_rank_is_refused(missing):
+    env = {name: value for name, value in TORCHRUN.items() if name != missing}
+    with pytest.raises(UsageError, match=f"RANK is set but {missing} is not"):
+        launch.rank_environment(env)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("n1", "n1"),
+        ("a,b", "a"),
+        ("a[03-07,9],b1", "a03"),
+        ("a[12,15]", "a12"),
+        ("r1n[2]-ib,c", "r1n2-ib"),
+        ("a-b[1-2]", "a-b1"),
+    ],
+)
+def test_first_host(nodelist, first):
+    assert launch._first_host(nodelist) == first
+
+
+def test_nproc_under_another_launcher():
+    launch.check_nproc(None, TORCHRUN)
+    launch.check_nproc(2, TORCHRUN)
+    launch.check_nproc(7, {"RANK": "0"})
+    with pytest.raises(UsageError, match="--nproc 8 disagrees"):
+        launch.check_nproc(8, TORCHRUN)
+
+
+def test_settings_from_the_environment():
+    assert "OMP_NUM_THREADS" not in launch.worker_environment(2, {"OMP_NUM_THREADS": "7"})
+    assert launch.worker_environment(10**6, {})["OMP_NUM_THREADS"] == "1"
+    assert launch.grace_seconds({}) == 60
+    assert launch.grace_seconds({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}) == 90
+    for wrong in ("soon", "-1", "nan", "inf"):
+        with pytest.raises(UsageError, match=f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT='{wrong}'"):
+            launch.grace_seconds({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": wrong})

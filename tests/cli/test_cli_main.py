@@ -1,0 +1,213 @@
+"""The command line: what is parsed, what is refused and how, and the exit codes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import fastdeit
+from fastdeit import cli
+from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+
+ROOT = Path(fastdeit.__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_rank(monkeypatch):
+    for name in ("RANK", "SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the verbs hand to the modules behind them; `calls.error` is raised by train."""
+    seen = SimpleNamespace(args=None, loaded=[], error=None)
+
+    def main(args):
+        seen.args = args
+        if seen.error is not None:
+            raise seen.error
+
+    for name in ("train", "evaluate", "bench", "doctor"):
+        monkeypatch.setattr(fastdeit, name, SimpleNamespace(main=main), raising=False)
+    load = SimpleNamespace(load=lambda name, overrides: seen.loaded.append((name, overrides)))
+    monkeypatch.setattr(fastdeit, "recipe", load, raising=False)
+    return seen
+
+
+def fails(capsys, *argv):
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastdeit: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_flags_are_pinned():
+    """A flag is a promise: adding or dropping one is a decision, made here too."""
+    assert {name: verb.parser.flags for name, verb in cli.VERBS.items()} == {
+        "train": ["-h", "--help", "--data", "--nproc", "--run-dir", "--resume"],
+        "eval": ["-h", "--help", "--data"],
+        "bench": ["-h", "--help", "--peer", "--device", "--model", "--batch", "--rounds", "--out"],
+        "recipes": ["-h", "--help"],
+        "doctor": ["-h", "--help"],
+    }
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_usage_line_names_every_flag(verb):
+    parser = cli.VERBS[verb].parser
+    assert [flag for flag in parser.flags if flag not in parser.usage] == ["-h", "--help"]
+
+
+def test_train_in_any_order(calls):
+    argv = ["train", "optim.lr=1e-3", "--nproc", "1", "mine.yaml", "--data", "/images", "train.epochs=2", "--resume"]
+    assert cli.main(argv) == 0
+    args = calls.args
+    assert (args.recipe, args.nproc, args.run_dir, args.resume) == ("mine.yaml", 1, None, True)
+    assert args.overrides == ["optim.lr=1e-3", "train.epochs=2", "data.root=/images"]
+    assert calls.loaded == [("mine.yaml", args.overrides)]
+
+
+def test_train_without_a_recipe_says_what_it_does(calls, capsys):
+    assert cli.main(["train", "train.epochs=1"]) == 0
+    assert (calls.args.recipe, calls.args.overrides) == ("digits", ["train.epochs=1"])
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert "'digits'" in out
+    assert "fastdeit train deit_small_distilled --data /path/to/imagenet --nproc 8" in out
+    assert cli.main(["train", "digits"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_worker_neither_repeats_the_line_nor_the_check(calls, capsys, monkeypatch):
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train"]) == 0
+    assert (calls.args.recipe, calls.loaded, capsys.readouterr().out) == ("digits", [], "")
+
+
+def test_eval_and_bench(calls):
+    assert cli.main(["eval", "runs/a", "--data=/images", "data.val=test"]) == 0
+    assert (calls.args.path, calls.args.overrides) == ("runs/a", ["data.val=test", "data.root=/images"])
+    assert cli.main(["bench"]) == 0
+    args = vars(calls.args)
+    assert args == {
+        "what": "step",
+        "peer": "timm",
+        "device": "auto",
+        "model": "deit_tiny_patch16_224",
+        "batch": 16,
+        "rounds": 5,
+        "out": None,
+    }
+    assert cli.main(["bench", "--batch", "4", "data", "--peer", "none"]) == 0
+    assert (calls.args.what, calls.args.batch, calls.args.peer) == ("data", 4, "none")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["xyzzy"], "verbs: train, eval, bench, recipes, doctor"),
+        (["train", "--resme"], "did you mean '--resume'?"),
+        (["train", "--rundir=x"], "did you mean '--run-dir'?"),
+        (["train", "digits", "imagenet"], "expected one recipe"),
+        (["train", "--nproc", "0"], "0 is not a positive number"),
+        (["train", "--nproc", "two"], "invalid int value: 'two'"),
+        (["train", "--data"], "--data: expected one argument"),
+        (["train", "--res"], "no flag --res"),
+        (["eval"], "name a run or a checkpoint"),
+        (["bench", "stp"], "invalid choice: 'stp'"),
+        (["doctor", "now"], "now"),
+    ],
+)
+def test_bad_usage_is_2_in_one_line(calls, capsys, argv, message):
+    assert message in fails(capsys, *argv)
+    assert calls.args is None
+
+
+def test_no_verb_is_bad_usage_with_help(capsys):
+    assert cli.main([]) == 2
+    assert "verbs:" in capsys.readouterr().err
+
+
+def foreign(module, name, base=Exception):
+    return type(name, (base,), {"__module__": module})
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FastdeitError("x"), 1),
+        (UsageError("x"), 2),
+        (NonFiniteError("x"), 3),
+        (Interrupted("x"), 75),
+        (foreign("fastdeit.recipe", "RecipeError")("x"), 2),
+        (foreign("fastdeit.data.source", "DataError", ValueError)("x"), 2),
+        (foreign("elsewhere", "Sub", foreign("fastdeit.engine.checkpoint", "CheckpointError"))("x"), 2),
+    ],
+)
+def test_errors_for_people(calls, capsys, error, code):
+    calls.error = error
+    assert cli.main(["train", "digits"]) == code
+    assert capsys.readouterr().err == "fastdeit: x\n"
+
+
+def test_the_foreign_errors_exist():
+    """The table names them as text."""
+    for module, name in cli._EXIT_CODES:
+        source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+        assert f"\nclass {name}(" in source
+
+
+def test_any_other_error_keeps_its_traceback(calls, capsys):
+    calls.error = ValueError("elsewhere's DataError is not ours")
+    assert cli.main(["train", "digits"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("fastdeit: failed with ValueError, see above\n")
+
+
+def test_ctrl_c_is_1_without_traceback(calls, capsys):
+    calls.error = KeyboardInterrupt()
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == "fastdeit: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "err"),
+    [
+        (UsageError("x"), ""),
+        (Interrupted("x"), ""),
+        (NonFiniteError("x"), ""),
+        (FastdeitError("x"), "fastdeit: rank 3: x\n"),
+    ],
+)
+def test_what_all_ranks_find_is_said_by_rank_0(calls, capsys, monkeypatch, error, err):
+    ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    calls.error = error
+    assert cli.main(["train", "digits"]) == error.exit_code
+    assert capsys.readouterr().err == err
+
+
+def test_help_and_version_are_quick():
+    seconds = []
+    for argv in (["--help"], ["train", "--help"], ["--version"]):
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "fastdeit", *argv]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert done.stdout == f"fastdeit {fastdeit.__version__}\n"
+    assert min(seconds) < 0.3

@@ -1,0 +1,207 @@
+"""The engine's step: accumulation, processes, clipping, guard and EMA against one plain update in float64."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fastdeit.engine.dist import World
+from fastdeit.engine.ema import Ema
+from fastdeit.engine.guard import Guard
+from fastdeit.engine.optim import AdamW, default_groups
+from fastdeit.engine.step import Engine
+
+CPU = torch.device("cpu")
+X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Toy(nn.Module):
+    """A method to the engine: mean squared output of a small network."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 2))
+
+    def forward(self, x):
+        loss = self.model(x).float().square().mean()
+        return SimpleNamespace(loss=loss, parts={"half": loss.detach() / 2})
+
+    def step(self, batch, engine):
+        with engine.micro():
+            engine.backward(engine.run(batch).loss)
+
+    def after_step(self, engine):
+        pass
+
+
+def make(precision="fp32", accumulate=1, clip_grad=None, ema_decay=None, world=None):
+    toy = Toy()
+    optimizer = AdamW(default_groups(toy.named_parameters(), 0.05), (0.9, 0.999), 1e-8)
+    ema = Ema(optimizer.params, ema_decay) if ema_decay is not None else None
+    return Engine(
+        toy, optimizer, world or World(CPU), precision=precision, accumulate=accumulate, clip_grad=clip_grad, ema=ema
+    )
+
+
+def weights(engine):
+    return {name: p.detach().clone() for name, p in engine.method.named_parameters()}
+
+
+def plain(steps=3, clip_grad=None):
+    """The same updates by torch.optim.AdamW in float64."""
+    toy = Toy().double()
+    groups = default_groups(toy.named_parameters(), 0.05)
+    optimizer = torch.optim.AdamW(
+        [{"params": list(g.params.values()), "weight_decay": g.weight_decay} for g in groups], betas=(0.9, 0.999)
+    )
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.01 * (step + 1)
+        toy.model(X.double()).square().mean().backward()
+        if clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(toy.parameters(), clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(toy.named_parameters())
+
+
+def close(ours, expected, rtol=1e-4):
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.double(), expected[name].detach(), rtol=rtol, atol=2e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("clip_grad", [None, 0.01])
+def test_step_equals_plain_adamw(accumulate, clip_grad):
+    engine = make(accumulate=accumulate, clip_grad=clip_grad)
+    for step in range(3):
+        engine.step(X.chunk(accumulate), 0.01 * (step + 1))
+    close(weights(engine), plain(clip_grad=clip_grad))
+
+
+def two_ranks(rank, size):
+    engine = make(accumulate=2, world=World(CPU, rank, size))
+    for step in range(3):
+        engine.step(X.chunk(size)[rank].chunk(2), 0.01 * (step + 1))
+    return {name: p.numpy() for name, p in weights(engine).items()}, engine.means()
+
+
+def test_two_processes_equal_one(ranks):
+    (first, means), (second, other_means) = ranks(2, two_ranks)
+    assert all((first[name] == second[name]).all() for name in first)
+    assert means == other_means
+    close({name: torch.from_numpy(p) for name, p in first.items()}, plain())
+    engine = make()
+    for step in range(3):
+        engine.step([X], 0.01 * (step + 1))
+    assert means["loss"] == pytest.approx(engine.means()["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_gradient_changes_nothing(poison):
+    engine = make(ema_decay=0.9)
+    engine.step([X], 0.01)
+    before = weights(engine), {k: v.clone() for k, v in engine.optimizer.state_dict().items()}, dict(engine.ema.average)
+    before = (*before[:2], {k: v.clone() for k, v in before[2].items()})
+    engine.step([X * poison], 0.01)
+    for old, new in zip(before, (weights(engine), engine.optimizer.state_dict(), engine.ema.average), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    assert engine.guard.skipped.item() == 1
+    engine.step([X], 0.01)
+    assert engine.guard.in_a_row.item() == 0
+    assert engine.guard.worst_row.item() == 1
+    assert not torch.equal(weights(engine)["model.0.weight"], before[0]["model.0.weight"])
+
+
+def poisoned_rank(rank, size):
+    engine = make(world=World(CPU, rank, size))
+    before = weights(engine)
+    engine.step([X * (float("nan") if rank == 1 else 1.0)], 0.01)
+    return engine.guard.skipped.item(), all(torch.equal(before[k], v) for k, v in weights(engine).items())
+
+
+def test_one_bad_process_makes_all_skip(ranks):
+    assert ranks(2, poisoned_rank) == [(1.0, True), (1.0, True)]
+
+
+def test_guard_gives_up_after_three_in_a_row():
+    guard = Guard("fp32", None, CPU)
+    bad, good = [torch.tensor([float("nan")])], [torch.ones(1)]
+    for gradients, exceeded in ((bad, False), (bad, False), (good, False), (bad, False), (bad, False), (bad, True)):
+        guard.judge(gradients)
+        assert guard.exceeded() is exceeded
+
+
+def test_fp16_scale_halves_on_overflow_and_doubles_after_2000_good_steps():
+    guard = Guard("fp16", None, CPU)
+    factor, bad, _ = guard.judge([torch.tensor([float("inf")])])
+    assert (factor.item(), bad.item(), guard.scale.item()) == (2.0**-16, True, 2.0**15)
+    for _ in range(1999):
+        guard.judge([torch.ones(1)])
+    assert guard.scale.item() == 2.0**15
+    guard.judge([torch.ones(1)])
+    assert guard.scale.item() == 2.0**16
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_sixteen_bit_follows_fp32(precision):
+    engine = make(precision=precision)
+    for step in range(3):
+        engine.step([X], 0.01 * (step + 1))
+    assert engine.guard.skipped.item() == 0
+    # Adam's first steps have the size of the learning rate whatever the gradient, so weights may differ by sign flips of tiny
+    # gradients; 16-bit rounding must stay well below the 0.06 that was walked.
+    expected = plain()
+    for name, tensor in weights(engine).items():
+        assert (tensor.double() - expected[name]).abs().mean() < 0.006
+
+
+def test_ema_follows_its_formula_and_swaps_in_place():
+    engine = make(ema_decay=0.75)
+    expected = weights(engine)
+    for step in range(3):
+        engine.step([X], 0.01 * (step + 1))
+        expected = {name: 0.75 * e + 0.25 * engine.optimizer.params[name].detach() for name, e in expected.items()}
+    raw = weights(engine)
+    with pytest.raises(RuntimeError, match="inside"), engine.ema.applied():
+        for name, p in engine.method.named_parameters():
+            torch.testing.assert_close(p.detach(), expected[name])
+        raise RuntimeError("inside")
+    assert all(torch.equal(raw[name], p) for name, p in engine.method.named_parameters())
+
+
+def test_a_parameter_without_gradient_is_named():
+    engine = make()
+    engine.method.unused = nn.Parameter(torch.zeros(2))
+    engine.optimizer.params["unused"] = engine.method.unused
+    with pytest.raises(RuntimeError, match="'unused'"):
+        engine.step([X], 0.01)
+
+
+def test_state_round_trip_continues_bit_for_bit():
+    engine = make(precision="fp16", ema_decay=0.9)
+    for _ in range(2):
+        engine.step([X], 0.01)
+    other = make(precision="fp16", ema_decay=0.9)
+    other.method.load_state_dict(engine.method.state_dict())
+    other.optimizer.load_state_dict({k: v.clone() for k, v in engine.optimizer.state_dict().items()})
+    other.ema.load(engine.ema.average)
+    other.load_state_dict({k: v.clone() for k, v in engine.state_dict().items()})
+    for one in (engine, other):
+        one.step([X], 0.02)
+    assert all(torch.equal(a, b) for a, b in zip(weights(engine).values(), weights(other).values(), strict=True))
+    assert engine.means() == other.means()
+
+
+def test_groups_follow_deit():
+    names = [
+        ("w", torch.zeros(2, 2)),
+        ("w.bias", torch.zeros(2)),
+        ("pos", torch.zeros(1, 2, 2)),
+        ("frozen", torch.zeros(2, 2)),
+    ]
+    named = [(n, nn.Parameter(t, requires_grad=n != "frozen")) for n, t in names]
+    decayed, undecayed = default_groups(named, 0.05, {"pos"})
+    assert (list(decayed.params), decayed.weight_decay) == (["w"], 0.05)
+    assert (list(undecayed.params), undecayed.weight_decay) == (["w.bias", "pos"], 0.0)

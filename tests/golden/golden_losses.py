@@ -1,0 +1,109 @@
+"""Losses of 30 training steps of every method, printed as JSON of exact (hexadecimal) floats.
+
+Run by `test_golden.py` in a process of its own, where torch, MKL and oneDNN are told to use one portable code path, so that the
+numbers do not depend on the vector width or the core count of the machine. To accept a deliberate change:
+`python tests/golden/golden_losses.py --write`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+PORTABLE = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "MKL_CBWR": "COMPATIBLE",
+    "MKL_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+}
+STEPS, BATCH, CLASSES = 30, 16, 10
+METHODS = {
+    "supervised": {"use": "supervised"},
+    "supervised_bce": {"use": "supervised", "loss": "bce", "smoothing": 0.0},
+    "distill_hard": {"use": "distill", "distillation": "hard"},
+    "distill_soft_numel": {"use": "distill", "distillation": "soft", "tau": 3.0, "alpha": 0.1},
+    "distill_soft_batchmean": {"use": "distill", "distillation": "soft", "tau": 3.0, "reduction": "batchmean"},
+}
+FOLDER = Path(__file__).parent / "losses"
+
+
+def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    torch.backends.mkldnn.enabled = False
+    torch.use_deterministic_algorithms(True)
+    results = {"torch": torch.__version__.split("+")[0]}
+    results |= {name: [loss.hex() for loss in train(options)] for name, options in METHODS.items()}
+    if "--write" in sys.argv:
+        FOLDER.mkdir(exist_ok=True)
+        for name in METHODS:
+            (FOLDER / f"{name}.txt").write_text("\n".join([f"# torch {results['torch']}", *results[name]]) + "\n")
+    else:
+        print(json.dumps(results))
+
+
+def train(options: dict) -> list[float]:
+    """Loss of every step, with everything in the loop that a real run has: drop-path, mixing, schedule, clipping, EMA."""
+    import torch
+
+    from fastdeit import methods, models, rng
+    from fastdeit.engine.dist import World
+    from fastdeit.engine.ema import Ema
+    from fastdeit.engine.optim import AdamW, default_groups
+    from fastdeit.engine.schedule import learning_rate
+    from fastdeit.engine.step import Engine
+    from fastdeit.methods.base import Context
+    from fastdeit.methods.teacher import Teacher, TeacherConfig
+
+    distill = options["use"] == "distill"
+    torch.manual_seed(rng.key(0, "init") >> 1)
+    name = "deit_digits_distilled_patch8_32" if distill else "deit_digits_patch8_32"
+    student = models.build(name, num_classes=CLASSES, drop_path=0.1)
+    network = models.build("convnet_digits", num_classes=CLASSES)
+    if distill:
+        options = {**options, "teacher": TeacherConfig(recipe="digits_teacher")}
+    context = Context(CLASSES, 1, STEPS, lambda config: Teacher(network))
+    method = methods.find(options["use"])(student, methods.config(options["use"])(**options), context).train()
+    _, exempt = student.decay_groups()
+    groups = default_groups(method.named_parameters(), 0.05, {f"model.{n}" for n in exempt})
+    optimizer = AdamW(groups, (0.9, 0.999), 1e-8)
+    ema = Ema(optimizer.params, 0.9)
+    engine = Engine(method, optimizer, World(torch.device("cpu")), precision="fp32", accumulate=2, clip_grad=1.0, ema=ema)
+    losses = []
+    for step in range(STEPS):
+        rate = learning_rate(
+            step, schedule="cosine", steps_per_epoch=10, epochs=3, lr=2e-3, warmup_epochs=0.5, warmup_lr=1e-6, min_lr=1e-5
+        )
+        engine.step([batch(step, micro, method.noise_per_sample) for micro in range(2)], rate)
+        losses.append(engine.means()["loss"])
+    return losses
+
+
+def batch(step: int, micro: int, noise: int):
+    """Coloured noise with a class-dependent brightness, mixed by the real plan; no decoder is involved."""
+    import numpy as np
+    import torch
+
+    from fastdeit import rng
+    from fastdeit.data import plan
+    from fastdeit.methods.base import Batch
+
+    index = rng.permutation(rng.key(0, "golden", step, micro), 160)[:BATCH]
+    labels = index % CLASSES
+    words = rng.bits(rng.key(0, "golden pixels"), index, 32 * 32 * 3).reshape(BATCH, 32, 32, 3)
+    images = (words % 64 + 18 * labels.reshape(-1, 1, 1, 1)).astype(np.uint8)
+    mix = plan.mix(plan.Augment(size=(32, 32), group_size=8), 0, step, slice(2 * micro, 2 * micro + 2))
+    positions = np.arange(micro * BATCH, (micro + 1) * BATCH)
+    arrays = {
+        "y1": labels, "y2": labels[mix.partner], "lam": mix.lam, "partner": mix.partner, "pixel_lam": mix.pixel_lam,
+        "box": mix.box, "noise": plan.noise(0, step, positions, noise), "index": index,
+    }  # fmt: skip
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}
+    return Batch(images=(torch.from_numpy(images),), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), **tensors)
+
+
+if __name__ == "__main__":
+    os.environ.update(PORTABLE)
+    main()

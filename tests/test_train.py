@@ -1,0 +1,297 @@
+"""Whole runs in small: what is written, exact resume, several processes, signals, wrong resumes, bad images."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastdeit import recipe as recipes
+from fastdeit.cli import main as cli
+from fastdeit.data import digits
+from fastdeit.engine.dist import World
+from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.train import train
+
+RECIPE = """\
+model: {name: deit_digits_distilled_patch8_32, image_size: 32, drop_path: 0.1}
+method:
+  use: distill
+  teacher: {recipe: TEACHER}
+data: {source: folder, flip: 0.0, group_size: 16, repeats: 2, eval_crop_ratio: 1.0, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
+optim: {lr: 1e-3, warmup_epochs: 0.5, min_lr: 1e-5, ema_decay: 0.9}
+train: {epochs: 2, batch_size: 64}
+engine: {device: cpu, precision: fp32, log_every: 5}
+"""
+TEACHER = """\
+model: {name: convnet_digits, image_size: 32}
+method: {use: supervised}
+data: {source: folder, flip: 0.0, mixup: 0, cutmix: 0, group_size: 16, repeats: 1, eval_crop_ratio: 1.0, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
+optim: {lr: 2e-3, warmup_epochs: 0.5, min_lr: 1e-5}
+train: {epochs: 1, batch_size: 64}
+engine: {device: cpu, precision: fp32}
+"""
+STEPS_PER_EPOCH, TOTAL = 6, 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of 400 training and 100 held-out digits."""
+    os.environ.setdefault("FASTDEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    root, full = tmp_path_factory.mktemp("data"), Path(digits.write())
+    for split, count in (("train", 40), ("val", 10)):
+        for folder in sorted((full / split).iterdir()):
+            (root / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:count]:
+                shutil.copy(file, root / split / folder.name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "teacher.yaml").write_text(TEACHER)
+    (folder / "student.yaml").write_text(RECIPE.replace("TEACHER", str(folder / "teacher.yaml")))
+    return folder / "student.yaml"
+
+
+@pytest.fixture(scope="module")
+def load(data, recipe_file):
+    return lambda *overrides: recipes.load(str(recipe_file), [f"data.root={data}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def whole(load, tmp_path_factory):
+    """The run that is never interrupted."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    summary = train(load(), run, World(torch.device("cpu")), resume=False)
+    return run, summary
+
+
+def tensors(run, step=TOTAL):
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    return {file.name: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def assert_same_weights(run, other):
+    mine, theirs = tensors(run), tensors(other)
+    assert mine.keys() == theirs.keys()
+    for file in mine:
+        assert mine[file].keys() == theirs[file].keys()
+        for name, tensor in mine[file].items():
+            assert torch.equal(tensor, theirs[file][name]), f"{file} {name}"
+
+
+class StopAt(World):
+    """A world in which somebody asks to stop once `step` steps of the student are done."""
+
+    def __init__(self, *steps):
+        super().__init__(torch.device("cpu"))
+        self.steps, self.asked = set(steps), 0
+
+    def stop_requested(self):
+        self.asked += 1
+        return self.asked in self.steps
+
+
+def test_run_directory(whole):
+    run, summary = whole
+    files = {path.name for path in run.iterdir()}
+    assert files == {"recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints", "curves.png", "summary.json", "teacher"}
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert summary["epochs"] == 2
+    assert summary["steps"] == TOTAL
+    for name in ("top1_fused", "top1_class", "top1_distillation", "teacher_top1", "top1_fused_ema"):
+        assert 0 <= summary[name] <= 100
+    assert 0 < summary["train_loss"] < 3
+    assert summary["images_per_second"] > 0
+    assert 0 <= summary["data_wait_percent"] <= 100
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["torch"].startswith(torch.__version__.split("+")[0])
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [5, 10, 12]
+    assert [r["images"] for r in records if r["kind"] == "eval"] == [100, 100]
+    assert recipes.load(str(run / "recipe.yaml")).model_dump(exclude={"name"})["train"]["batch_size"] == 64
+
+
+def test_retention_keeps_two_and_the_best(whole):
+    steps = sorted(int(path.name.removeprefix("step_")) for path in (whole[0] / "checkpoints").iterdir())
+    assert steps == [6, 12]
+
+
+@pytest.mark.parametrize("stop", [3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1, TOTAL - 1])
+def test_interrupted_and_resumed_run_ends_with_the_same_weights(load, whole, tmp_path, stop):
+    shutil.copytree(whole[0] / "teacher", tmp_path / "run" / "teacher")
+    with pytest.raises(Interrupted, match=f"step {stop} of {TOTAL}"):
+        train(load(), tmp_path / "run", StopAt(stop), resume=False)
+    summary = train(load(), tmp_path / "run", World(torch.device("cpu")), resume=True)
+    assert_same_weights(whole[0], tmp_path / "run")
+    assert {k: v for k, v in summary.items() if k.startswith("top1")} == {
+        k: v for k, v in whole[1].items() if k.startswith("top1")
+    }
+    losses = [[r["loss"] for r in map(json.loads, (run / "metrics.jsonl").open()) if r["kind"] == "train"] for run in (whole[0], tmp_path / "run")]
+    assert losses[0] == losses[1]
+
+
+def test_interrupted_teacher_is_resumed_too(load, whole, tmp_path):
+    with pytest.raises(Interrupted, match=r"step 2 of 6.*teacher"):
+        train(load(), tmp_path / "run", StopAt(2), resume=False)
+    train(load(), tmp_path / "run", World(torch.device("cpu")), resume=True)
+    assert_same_weights(whole[0], tmp_path / "run")
+
+
+def test_a_damaged_newest_checkpoint_costs_one_interval(load, whole, tmp_path, capsys):
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    victim = run / "checkpoints" / f"step_{TOTAL:08d}" / "optim.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-7] ^= 1
+    victim.write_bytes(content)
+    train(load(), run, World(torch.device("cpu")), resume=True)
+    assert f"step_{TOTAL:08d} is damaged" in capsys.readouterr().out
+    assert_same_weights(whole[0], run)
+
+
+def test_used_run_directory_is_refused(load, whole):
+    with pytest.raises(UsageError, match="already holds a run; add --resume"):
+        train(load(), whole[0], World(torch.device("cpu")), resume=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "values"),
+    [
+        ("train.batch_size=32", "train.batch_size", ("64", "32")),
+        ("model.drop_path=0.2", "model.drop_path", ("0.1", "0.2")),
+        ("optim.lr=2e-3", "optim.lr", ("0.001", "0.002")),
+        ("train.seed=1", "train.seed", ("0", "1")),
+    ],
+)
+def test_wrong_resume_names_field_and_values(load, whole, override, field, values):
+    with pytest.raises(UsageError) as error:
+        train(load(override), whole[0], World(torch.device("cpu")), resume=True)
+    assert f"{field}: the run has {values[0]}, asked for {values[1]}" in str(error.value)
+
+
+def test_resume_on_other_data_is_refused(load, whole, data, tmp_path):
+    other = shutil.copytree(data, tmp_path / "other")
+    victim = next(file for file in sorted((other / "train").rglob("*.jpg")))
+    victim.rename(victim.with_name("renamed.jpg"))
+    shutil.copytree(whole[0], tmp_path / "run", ignore=shutil.ignore_patterns("teacher"))
+    with pytest.raises(UsageError, match="training images"):
+        train(load(f"data.root={other}", "method.teacher.model=convnet_digits", f"method.teacher.weights={whole[0] / 'teacher'}", "method.teacher.recipe=null"), tmp_path / "run", World(torch.device("cpu")), resume=True)  # fmt: skip
+
+
+def test_bad_images_are_replaced_counted_and_named(load, data, tmp_path, capsys):
+    broken = shutil.copytree(data, tmp_path / "broken")
+    files = sorted((broken / "train").rglob("*.jpg"))
+    files[10].write_bytes(b"")
+    files[200].write_bytes(files[200].read_bytes()[:200])
+    plain = ["method.use=supervised", f"data.root={broken}", "train.epochs=1", "data.repeats=1"]
+    with pytest.raises(FastdeitError, match=r"max_bad_fraction") as error:
+        train(load(*plain), tmp_path / "strict", World(torch.device("cpu")), resume=False)
+    assert str(files[10]) in str(error.value) or str(files[200]) in str(error.value)
+    capsys.readouterr()
+    summary = train(load(*plain, "data.max_bad_fraction=0.02"), tmp_path / "run", World(torch.device("cpu")), resume=False)
+    assert summary["bad_images"] == 2
+    assert summary["steps"] == STEPS_PER_EPOCH
+    out = capsys.readouterr().out
+    for file in (files[10], files[200]):
+        assert out.count(str(file)) == 1
+
+
+def test_persistent_nan_stops_with_its_own_exit_code(load, tmp_path):
+    plain = ["method.use=supervised", "optim.lr=1e30", "optim.schedule=cosine", "optim.warmup_epochs=0", "optim.ema_decay=null"]
+    with pytest.raises(NonFiniteError, match=r"optim\.lr"):
+        train(load(*plain), tmp_path / "run", World(torch.device("cpu")), resume=False)
+
+
+def fastdeit(*arguments, **options):
+    command = [sys.executable, "-m", "fastdeit", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def test_ctrl_c_then_resume_on_the_command_line(recipe_file, data, whole, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["train", recipe_file, "--data", data, "--run-dir", run, "--resume"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    shutil.copytree(whole[0] / "teacher", run / "teacher")
+    process = fastdeit(*arguments, "engine.log_every=1", env=one_thread)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step 2/12" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 75, "".join(lines) + rest
+    assert "Traceback" not in rest
+    assert "go on with --resume" in rest
+    again = fastdeit(*arguments, "engine.log_every=1", env=one_thread)
+    out, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, out
+    assert "resumed at step" in out
+    step = json.loads((run / "summary.json").read_text())["steps"]
+    assert step == TOTAL
+
+
+def test_two_processes_reach_the_result_of_one(recipe_file, data, whole, tmp_path):
+    run = tmp_path / "run"
+    process = fastdeit("train", recipe_file, "--data", data, "--run-dir", run, "--nproc", "2")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert out.count("held-out top-1") == 3  # one of the teacher, two of the student: the main process alone speaks
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["train_loss"] == pytest.approx(whole[1]["train_loss"], rel=2e-3)
+    one, two = tensors(whole[0])["model.safetensors"], tensors(run)["model.safetensors"]
+    # Adam moves a weight by up to the learning rate a step whatever the size of its gradient, so rounding of tiny gradients may
+    # cost some weights a few steps' worth (12 x 1e-3); on average the difference must stay far below that.
+    difference = sum((one[n] - two[n]).abs().sum() for n in one) / sum(t.numel() for t in one.values())
+    assert difference < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "deit_small"], "add --data DIR"),
+        (["train", "deit_small", "--data", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["train", "digits", "model.drop_pth=0.1"], "drop_path"),
+        (["eval", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_refusals_are_one_message_and_exit_code_2(arguments, message, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli(arguments) == 2
+    err = capfd.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_eval_repeats_the_result_of_the_run(whole, data, capsys):
+    run, summary = whole
+    assert cli(["eval", str(run)]) == 0
+    out = capsys.readouterr().out
+    for name in ("top1_fused", "top1_class", "top1_distillation", "top1_fused_ema"):
+        assert f"{summary[name]:.2f}" in out
+    assert cli(["eval", str(run / "checkpoints" / f"step_{TOTAL:08d}"), "--data", str(data), "method.fuse=logit"]) == 0
+    assert "mean of logits" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_quick_start_reaches_95_percent(tmp_path):
+    """`fastdeit train`, with nothing named, on this machine: the promise of the README."""
+    process = fastdeit("train", "--run-dir", tmp_path / "run", env={**os.environ, "FASTDEIT_CACHE": str(tmp_path)})
+    began = time.monotonic()
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, out
+    assert "no recipe named" in out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["top1_fused"] >= 95.0
+    assert summary["teacher_top1"] >= 95.0
+    print(f"quick start: {time.monotonic() - began:.0f} s, top-1 {summary['top1_fused']:.2f} %")
