@@ -20,7 +20,7 @@ import torch
 from fastdeit import build, doctor, methods, models, rng
 from fastdeit.data.loader import TrainLoader
 from fastdeit.data.plan import Augment
-from fastdeit.data.source import SyntheticSource, folders
+from fastdeit.data.source import SyntheticSource, train_val
 from fastdeit.engine.dist import World, pick_device
 from fastdeit.engine.optim import AdamW, default_groups
 from fastdeit.engine.step import Engine
@@ -138,7 +138,7 @@ def _write_images(root: Path) -> None:
 
 
 def _our_stream(root: Path, batch_size: int, threads: int, device: torch.device) -> Callable[[], None]:
-    source, _ = folders(root, "train", "val")
+    source, _ = train_val(root)
     augment = Augment(
         size=(224, 224), crop_scale=(0.08, 1.0), crop_ratio=(0.75, 4 / 3), flip=0.5, mixup=0.0, cutmix=0.0,
         mix_probability=0.0, mix_switch=0.5, group_size=batch_size,

@@ -12,7 +12,7 @@ from fastdeit import methods, models, rng
 from fastdeit.data import digits
 from fastdeit.data.loader import EvalLoader, Samples, TrainLoader
 from fastdeit.data.plan import Augment
-from fastdeit.data.source import Source, SyntheticSource, folders
+from fastdeit.data.source import Source, SyntheticSource, train_val
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
@@ -35,13 +35,13 @@ def sources(recipe: "Recipe") -> tuple[Source, Source]:
         held_out = max(data.synthetic_samples // 10, 1)
         return train, SyntheticSource(held_out, seed=recipe.train.seed + 1, **shape)
     if data.source == "digits":
-        return folders(digits.write(), "train", "val")
+        return train_val(digits.prepare())
     if data.root is None:
         raise UsageError(
             f"recipe {recipe.name} needs images: add --data DIR, where DIR holds {data.train}/CLASS/*.jpg and "
             f"{data.val}/CLASS/*.jpg"
         )
-    return folders(Path(data.root), data.train, data.val)
+    return train_val(data.root, data.train, data.val)
 
 
 def image_size(recipe: "Recipe") -> tuple[int, int]:

@@ -59,9 +59,8 @@ def _report(error: Exception) -> int:
         who = "fastdeit" if rank == "0" else f"fastdeit: rank {rank}"
         if code is None:
             traceback.print_exception(error)
-        print(
-            f"{who}: {error if code is not None else f'failed with {type(error).__name__}, see above'}", file=sys.stderr
-        )
+        message = str(error) if code is not None else f"failed with {type(error).__name__}, see above"
+        print("\n".join(f"{who}: {line}" for line in message.splitlines() or [type(error).__name__]), file=sys.stderr)
     return FastdeitError.exit_code if code is None else code
 
 
@@ -76,7 +75,7 @@ def _dispatch(argv: list[str]) -> int:
     )
     top.add_argument("--version", action="version", version=f"fastdeit {__version__}")
     if not argv or argv[0].startswith("-"):
-        top.parse_args(argv)
+        top.parse(argv)
         top.print_help(sys.stderr)
         return UsageError.exit_code
     if argv[0] not in VERBS:
@@ -108,6 +107,8 @@ class _Parser(argparse.ArgumentParser):
         # Intermixed: recipe, overrides and flags come in any order.
         args, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
+            if not unknown[0].startswith("-"):
+                self.error(f"unexpected argument {unknown[0]!r}")
             flag = unknown[0].split("=")[0]
             raise UsageError(
                 f"{self.prog} has no flag {flag} (flags: {', '.join(self.flags)}){did_you_mean(flag, self.flags)}"
@@ -115,7 +116,7 @@ class _Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 class Verb:
@@ -190,7 +191,17 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _recipes(args: argparse.Namespace, argv: list[str]) -> None:
-    raise NotImplementedError
+    if args.action == "show" and args.name is None:
+        raise UsageError("name a recipe: fastdeit recipes show NAME")
+    from fastdeit import recipe
+
+    if args.action == "show":
+        print(recipe.text(args.name), end="")
+        return
+    summaries = recipe.summaries()
+    width = max((len(name) for name, _ in summaries), default=0)
+    for name, summary in summaries:
+        print(f"{name:{width}}  {summary}")
 
 
 def _doctor(args: argparse.Namespace, argv: list[str]) -> None:
@@ -245,8 +256,8 @@ def _verbs() -> dict[str, Verb]:
 
     recipes = Verb("recipes", "list the recipes, or show one", "[show NAME]", _recipes)
     add = recipes.parser.add_argument
-    add("action", nargs="?", choices=("list", "show"), default="list", help="default: list")
-    add("name", nargs="?", metavar="NAME", help="recipe to show, with everything it leaves to defaults")
+    add("action", nargs="?", choices=("show",), help="without it, list the recipes")
+    add("name", nargs="?", metavar="NAME", help="recipe whose file to print")
 
     doctor = Verb("doctor", "what this machine offers, and which kernels will be used", "", _doctor)
     return {"train": train, "eval": evaluate, "bench": bench, "recipes": recipes, "doctor": doctor}

@@ -45,7 +45,7 @@ STEPS_PER_EPOCH, TOTAL = 6, 12
 def data(tmp_path_factory):
     """A folder of 400 training and 100 held-out digits."""
     os.environ.setdefault("FASTDEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-    root, full = tmp_path_factory.mktemp("data"), Path(digits.write())
+    root, full = tmp_path_factory.mktemp("data"), Path(digits.prepare())
     for split, count in (("train", 40), ("val", 10)):
         for folder in sorted((full / split).iterdir()):
             (root / split / folder.name).mkdir(parents=True)

@@ -19,7 +19,7 @@ Rules, each from a failure:
 
 import io
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +73,14 @@ class Executor:
         self._pending: deque[Work] = deque()
         self._pipe = self._build(batch_size, threads)
 
-    def __len__(self) -> int:
-        return len(self._pending)
+    def run(self, works: Iterable[Work]) -> Iterator[tuple[Work, Any]]:
+        """Submit and collect all `works`, keeping `IN_FLIGHT` batches under way."""
+        for work in works:
+            self.submit(work)
+            if len(self._pending) == IN_FLIGHT:
+                yield self.collect()
+        while self._pending:
+            yield self.collect()
 
     def submit(self, work: Work) -> None:
         """Start decoding; returns at once. Not more than `IN_FLIGHT` batches may wait for `collect`."""

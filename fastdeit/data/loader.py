@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastdeit.data import order, plan
-from fastdeit.data.dali import IN_FLIGHT, Executor, Work
+from fastdeit.data.dali import Executor, Work
 from fastdeit.data.prefetch import Prefetch
 from fastdeit.data.source import BadImage, DataError, Source, check
 
@@ -124,10 +124,9 @@ class TrainLoader:
     def batches(self, start_step: int, stop_step: int) -> Generator[list[Samples], None, None]:
         """One list of `accumulate` micro-batches for each step. Threads live until the generator is exhausted or
         closed, and starting them costs a pipeline: iterate a whole run by one call."""
-        stream = _stream(self._works(start_step, stop_step), self._executor, self._device)
-        with closing(stream):
+        with closing(_stream(self._works(start_step, stop_step), self._executor, self._device, self._arrays)) as stream:
             for _ in range(start_step, stop_step):
-                yield [self._samples(*next(stream)) for _ in range(self._accumulate)]
+                yield [next(stream) for _ in range(self._accumulate)]
 
     def _executor(self) -> Executor:
         return Executor(
@@ -182,13 +181,13 @@ class TrainLoader:
         self._fill(work.owner, list(failures), partial(_read, self._source))
         return self._work(work.owner)
 
-    def _samples(self, work: Work, images: torch.Tensor) -> Samples:
-        rows = work.owner
+    def _arrays(self, work: Work) -> list[torch.Tensor]:
+        rows: _Rows = work.owner
         mix = plan.mix(self._augment, self._seed, rows.step, rows.groups)
         size = self._augment.group_size
         positions = np.arange(rows.groups.start * size, rows.groups.stop * size)
         noise = plan.noise(self._seed, rows.step, positions, self._noise_per_sample)
-        return _samples(self._source, images, rows.sample, mix, noise)
+        return _tensors(self._source, rows.sample, mix, noise)
 
 
 class EvalLoader:
@@ -217,12 +216,8 @@ class EvalLoader:
 
     def batches(self) -> Generator[Samples, None, None]:
         """Batches of this process, each without its undecodable images (their sizes vary)."""
-        stream = _stream(self._works(), self._executor, self._device)
-        with closing(stream):
-            for work, images in stream:
-                yield _samples(
-                    self._source, images, work.owner, _unmixed(len(images)), np.empty((len(images), 0), np.float32)
-                )
+        with closing(_stream(self._works(), self._executor, self._device, self._arrays)) as stream:
+            yield from stream
 
     def _executor(self) -> Executor:
         return Executor(
@@ -253,6 +248,12 @@ class EvalLoader:
         box = np.concatenate((start * scale, np.asarray(self._size) * scale), axis=1)
         return Work([data for data, _ in results], box, np.zeros(len(index), bool), index)
 
+    def _arrays(self, work: Work) -> list[torch.Tensor]:
+        count = len(work.owner)
+        ones = np.ones(count, np.float32)
+        unmixed = plan.Mix(np.arange(count), ones, np.zeros((count, 4), np.int32), ones)
+        return _tensors(self._source, work.owner, unmixed, np.empty((count, 0), np.float32))
+
     def _repair(self, work: Work, failures: dict[int, str]) -> Work:
         for row, reason in failures.items():
             self.bad.add(int(work.owner[row]), reason)
@@ -275,29 +276,29 @@ class _Rows:
 
 
 def _stream(
-    works: Generator[Work, None, None], executor: Callable[[], Executor], device: str | int
-) -> Generator[tuple[Work, torch.Tensor], None, None]:
+    works: Generator[Work, None, None],
+    executor: Callable[[], Executor],
+    device: str | int,
+    arrays: Callable[[Work], list[torch.Tensor]],
+) -> Generator[Samples, None, None]:
     """Decode `works` in background threads; batches of which nothing is left are passed over."""
     reader = Prefetch(works, _AHEAD, "fastdeit-reader")
-    decoder = Prefetch(_decode(reader, executor), _AHEAD, "fastdeit-decoder")
+    decoder = Prefetch(_decode(reader, executor, arrays), _AHEAD, "fastdeit-decoder")
     handover = _Handover(device)
     try:
-        for work, images in decoder:
-            if images is not None:
-                yield work, handover(images)
+        for images, tensors in decoder:
+            yield Samples(handover(images), *tensors)
     finally:
         reader.close()
         decoder.close()
 
 
-def _decode(works: Iterable[Work], make_executor: Callable[[], Executor]) -> Generator[tuple[Work, Any], None, None]:
-    executor = make_executor()
-    for work in works:
-        executor.submit(work)
-        if len(executor) == IN_FLIGHT:
-            yield executor.collect()
-    while len(executor):
-        yield executor.collect()
+def _decode(
+    works: Iterable[Work], make_executor: Callable[[], Executor], arrays: Callable[[Work], list[torch.Tensor]]
+) -> Generator[tuple[Any, list[torch.Tensor]], None, None]:
+    for work, images in make_executor().run(works):
+        if images is not None:
+            yield images, arrays(work)
 
 
 class _Handover:
@@ -346,17 +347,11 @@ def _read(source: Source, index: NDArray[np.int64]) -> list[Read]:
     return results
 
 
-def _samples(
-    source: Source, images: torch.Tensor, index: NDArray[np.int64], mix: plan.Mix, noise: NDArray[np.float32]
-) -> Samples:
+def _tensors(source: Source, index: NDArray[np.int64], mix: plan.Mix, noise: NDArray[np.float32]) -> list[torch.Tensor]:
+    """The fields of `Samples` after the images."""
     labels = np.array([source.label(i) for i in index.tolist()], dtype=np.int64)
     arrays = (labels, labels[mix.partner], mix.lam, mix.partner, mix.pixel_lam, mix.box, noise, index)
-    return Samples(images, *(torch.from_numpy(array) for array in arrays))
-
-
-def _unmixed(count: int) -> plan.Mix:
-    ones = np.ones(count, np.float32)
-    return plan.Mix(np.arange(count), ones, np.zeros((count, 4), np.int32), ones)
+    return [torch.from_numpy(array) for array in arrays]
 
 
 def _threads(world: int) -> int:

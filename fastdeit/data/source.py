@@ -20,7 +20,6 @@ from fastdeit import rng
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _DECODABLE = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
-_LAYOUT = "ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg"
 _TAIL = 64
 _POOL = 512
 
@@ -49,8 +48,8 @@ class FolderSource:
     """Images under `root/CLASS/`, by torchvision's ImageFolder rule: classes are the sorted names of the subfolders,
     images every file with a known extension at any depth, sorted by folder and name.
 
-    The fingerprint covers relative paths and labels, not the contents: reading 1.3 million files to start would cost
-    minutes.
+    The fingerprint covers the relative paths, and thereby the labels, not the contents: to read 1.3 million files at
+    every start would take minutes.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -75,7 +74,7 @@ class FolderSource:
                 f"extensions: {extensions}); add images or delete the folder"
             )
         self._labels = np.array(labels, dtype=np.int64)
-        self.fingerprint = _fingerprint(self._files, self._labels)
+        self.fingerprint = blake2b("\0".join(self._files).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -122,19 +121,27 @@ class SyntheticSource:
         return f"synthetic:{index}"
 
 
-def train_val(root: str | Path) -> tuple[FolderSource, FolderSource]:
-    """Sources of `root/train` and `root/val`; DataError unless both exist and have the same classes."""
+def train_val(root: str | Path, train: str = "train", val: str = "val") -> tuple[FolderSource, FolderSource]:
+    """Sources of the subfolders `train` and `val` of `root`; DataError unless both exist and have the same classes."""
     root = Path(root)
     _require_directory(root)
-    for part in ("train", "val"):
+    for part in (train, val):
         if not (root / part).is_dir():
-            raise DataError(f"{root}: no subfolder {part!r}; the expected layout is {_LAYOUT}")
-    train, val = FolderSource(root / "train"), FolderSource(root / "val")
-    if train.classes != val.classes:
-        extra, missing = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
-        parts = [f"only in train: {_names(extra)}"] * bool(extra) + [f"only in val: {_names(missing)}"] * bool(missing)
-        raise DataError(f"{root}: the class folders of train and val differ ({'; '.join(parts)}); make them the same")
-    return train, val
+            raise DataError(f"{root}: no subfolder {part!r}; the expected layout is {_layout(train, val)}")
+    training, held_out = FolderSource(root / train), FolderSource(root / val)
+    extra, missing = (sorted(set(a.classes) - set(b.classes)) for a, b in ((training, held_out), (held_out, training)))
+    if extra or missing:
+        parts = [f"only in {train}: {_names(extra)}"] * bool(extra) + [f"only in {val}: {_names(missing)}"] * bool(
+            missing
+        )
+        raise DataError(
+            f"{root}: the class folders of {train} and {val} differ ({'; '.join(parts)}); make them the same"
+        )
+    return training, held_out
+
+
+def _layout(train: str = "train", val: str = "val") -> str:
+    return f"ROOT/{train}/CLASS/*.jpg and ROOT/{val}/CLASS/*.jpg"
 
 
 def header(data: NDArray[np.uint8]) -> tuple[int, int]:
@@ -202,18 +209,18 @@ def _jpeg_size(view: memoryview) -> tuple[int, int]:
 
 def _require_directory(path: Path) -> None:
     if not path.exists():
-        raise DataError(f"{path}: no such directory; the expected layout is {_LAYOUT}")
+        raise DataError(f"{path}: no such directory; the expected layout is {_layout()}")
     if not path.is_dir():
-        raise DataError(f"{path}: not a directory; give the folder that holds the images ({_LAYOUT})")
+        raise DataError(f"{path}: not a directory; give the folder that holds the images ({_layout()})")
 
 
 def _class_names(root: Path) -> list[str]:
     _require_directory(root)
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not names:
-        raise DataError(f"{root}: no class folders; the expected layout is {_LAYOUT}")
+        raise DataError(f"{root}: no class folders; the expected layout is {_layout()}")
     if len(names) == 1:
-        raise DataError(f"{root}: only one class folder, {names[0]!r}; classification needs two or more ({_LAYOUT})")
+        raise DataError(f"{root}: only one class folder, {names[0]!r}; classification needs two or more ({_layout()})")
     return names
 
 
@@ -224,13 +231,6 @@ def _image_files(root: Path, name: str) -> list[str]:
         prefix = name + folder[len(top) :]
         found += [f"{prefix}/{file}" for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
     return found
-
-
-def _fingerprint(files: list[str], labels: NDArray[np.int64]) -> str:
-    digest = blake2b(digest_size=16)
-    digest.update("\0".join(files).encode("utf-8", "surrogateescape"))
-    digest.update(labels.astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def _names(names: list[str], limit: int = 5) -> str:

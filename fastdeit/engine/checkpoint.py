@@ -109,6 +109,8 @@ def _write_files(directory: Path, step: int, files: dict[str, dict[str, Tensor]]
         path = directory / name
         _fault.point(f"write {name}")
         safetensors.torch.save_file(group, path, metadata={"format": "pt"})
+        # Some versions of safetensors give the owner alone access; the directory's mode tells what the umask allows.
+        path.chmod(directory.stat().st_mode & 0o666)
         _sync(path)
         entries[name] = {"bytes": path.stat().st_size, "blake2b": _hash_file(path)}
     _fault.point(f"write {MANIFEST}")

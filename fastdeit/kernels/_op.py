@@ -1,24 +1,24 @@
-"""What all ops share: which backend runs, the reason, the autocast rule, and the wording of argument errors.
+"""What all ops share: registration, the choice of a backend and its reason, autocast, and the wording of argument errors.
 
 An op has one or more backends in order of preference; the last is `reference`, pure PyTorch, which runs everywhere and
 defines the result. `FASTDEIT_KERNELS` forces a choice: `reference`, or `op=backend` pairs separated by commas. A forced
 backend that cannot run raises; left alone (`auto`), the first that can run is taken, and `info()` says why.
 
-Public functions call the reference directly in eager mode, under native autograd, because a registered op costs about ten
-microseconds a call. They go through the registered op under `torch.compile`, and when a backend is forced.
+In eager mode the reference runs under native autograd, since a registered op costs ten to twenty microseconds a call. Under
+`torch.compile`, and when a backend is forced, the registered op runs.
 """
 
 import os
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 NAMESPACE = "fastdeit"
 VARIABLE = "FASTDEIT_KERNELS"
-AUTO = "auto"
+AUTO, REFERENCE = "auto", "reference"
 OPS: dict[str, "Op"] = {}
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -46,12 +46,44 @@ class OpInfo(NamedTuple):
 
 
 class Op:
-    """A public op and its backends, preferred ones first."""
+    """A public op: its backends, and `torch.ops.fastdeit.<name>`, which runs the selected one.
 
-    def __init__(self, name: str, *backends: Backend) -> None:
+    The reference's annotations are the schema of the op, and likewise those of `backward` of `<name>_backward`: arguments
+    are positional, and every Tensor result is a new contiguous one.
+
+    reference, backward  the reference and its explicit backward, None when the op is not differentiable
+    others               backends to prefer to the reference, best first
+    cast                 arguments that take the autocast dtype under autocast; the rest of the op runs with autocast off
+    mutates              arguments that are changed in place
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable,
+        backward: Callable | None = None,
+        *,
+        others: Sequence[Backend] = (),
+        cast: Collection[str] = (),
+        mutates: Collection[str] = (),
+    ) -> None:
         self.name = name
-        self.backends = backends
+        self.backends = (*others, Backend(REFERENCE, _reference_capability, reference, backward))
+        self.registered = self._register(name, reference, "forward", mutates)
+        _autocast(name, cast)
+        if backward is not None:
+            self.registered_backward = self._register(f"{name}_backward", backward, "backward")
+            _autocast(f"{name}_backward")
         OPS[name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on the arguments of the reference: directly in eager mode, else as the registered op."""
+        if torch.compiler.is_compiling() or choice(self.name) != AUTO:
+            return self.registered(*args)
+        backend, _ = self.select(_device(args))
+        if backend.backward is None or backend.name == REFERENCE:
+            return backend.forward(*args)
+        return self.registered(*args)
 
     def select(self, device: torch.device) -> tuple[Backend, str]:
         """The backend for tensors on `device` and the reason; RuntimeError when the forced one cannot run."""
@@ -67,15 +99,25 @@ class Op:
         names = ", ".join(backend.name for backend in self.backends)
         raise RuntimeError(f"{VARIABLE} asks for {self.name}={wanted}, but {self.name} has: {names}")
 
-    def forward(self, device: torch.device) -> Callable:
-        return self.select(device)[0].forward
+    def _register(self, name: str, like: Callable, role: str, mutates: Collection[str] = ()) -> Callable:
+        def run(*args: Any) -> Any:
+            backend, _ = self.select(_device(args))
+            return _contiguous(getattr(backend, role)(*args))
 
-    def backward(self, device: torch.device) -> Callable:
-        return self.select(device)[0].backward
+        schema = torch.library.infer_schema(like, mutates_args=mutates)
+        return torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=mutates, schema=schema)
 
 
-def reference_backend(forward: Callable, backward: Callable | None = None) -> Backend:
-    return Backend("reference", _reference_capability, forward, backward)
+def _device(args: tuple) -> torch.device:
+    first = args[0]
+    return first.device if isinstance(first, Tensor) else first[0].device
+
+
+def _contiguous(result: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
+    """The layout that fakes promise, whatever the layout of the arguments."""
+    if isinstance(result, tuple):
+        return tuple(tensor.contiguous() for tensor in result)
+    return None if result is None else result.contiguous()
 
 
 def _reference_capability(device: torch.device) -> tuple[bool, str]:
@@ -90,7 +132,7 @@ def _choices() -> dict[str, str]:
     for part in filter(None, os.environ.get(VARIABLE, AUTO).split(",")):
         name, _, backend = part.strip().rpartition("=")
         if name and name not in OPS:
-            raise ValueError(f"{VARIABLE} names the op {name!r}; there are: {', '.join(OPS)}")
+            raise ValueError(f"{VARIABLE} names the op {name!r}, but the ops are: {', '.join(OPS)}")
         choices[name] = backend
     return choices
 
@@ -99,11 +141,6 @@ def choice(name: str) -> str:
     """What `FASTDEIT_KERNELS` asks for op `name`: a backend's name or "auto". The variable is read once."""
     choices = _choices()
     return choices.get(name, choices.get("", AUTO))
-
-
-def eager(op: Op) -> bool:
-    """Whether the public function may call an implementation directly: not compiling, and no backend was forced."""
-    return not torch.compiler.is_compiling() and choice(op.name) == AUTO
 
 
 def info() -> list[OpInfo]:
@@ -119,7 +156,7 @@ def format_info() -> str:
     return "\n".join(f"{row.name:{name}}  {row.backend:{backend}}  {row.reason}" for row in rows)
 
 
-def autocast_rule(name: str, cast: Collection[str] = ()) -> None:
+def _autocast(name: str, cast: Collection[str] = ()) -> None:
     """Under autocast, run `fastdeit::name` with autocast off and the arguments in `cast` in the autocast dtype.
 
     `torch.library.register_autocast` fixes one dtype at registration; this rule reads the dtype of the region (fp16 or
@@ -130,9 +167,9 @@ def autocast_rule(name: str, cast: Collection[str] = ()) -> None:
     chosen = [argument.name in cast for argument in op._schema.arguments]
 
     def rule(device: str) -> Callable:
-        def run(*args: object) -> object:
+        def run(*args: Any) -> Any:
             dtype = torch.get_autocast_dtype(device)
-            args = [to_autocast(a, dtype) if c else a for a, c in zip(args, chosen, strict=False)]
+            args = [_to_autocast(a, dtype) if c else a for a, c in zip(args, chosen, strict=False)]
             with torch.autocast(device, enabled=False):
                 return op(*args)
 
@@ -142,7 +179,7 @@ def autocast_rule(name: str, cast: Collection[str] = ()) -> None:
         _LIBRARY.impl(name, rule(device), f"Autocast{device.upper()}")
 
 
-def to_autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 

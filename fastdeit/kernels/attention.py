@@ -8,8 +8,8 @@ Backward, with dP = dout v^T and D = rowsum(P * dP):
 
     dv = P^T dout      dS = scale * P * (dP - D)      dq = dS k      dk = dS^T q
 
-Bytes moved at best, per element of out in 16 bit: forward reads 6 and writes 2; backward reads 8 and writes 6, since the
-gradient is written packed, as the qkv projection's backward wants it.
+Bytes moved at best, per element of out in 16 bit: forward reads 6 and writes 2; backward reads 8 and writes 6, since its
+result is packed, as the qkv projection's backward wants it.
 """
 
 import torch
@@ -41,26 +41,16 @@ def reference_backward(grad: Tensor, qkv: Tensor, num_heads: int, scale: float) 
     return packed.permute(0, 3, 2, 1, 4).reshape(batch, tokens, width).to(qkv.dtype)
 
 
-OP = _op.Op("attention", _op.reference_backend(reference, reference_backward))
+OP = _op.Op("attention", reference, reference_backward, cast={"qkv"})
 
 
-@torch.library.custom_op("fastdeit::attention", mutates_args=())
-def _attention(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
-    return OP.forward(qkv.device)(qkv, num_heads, scale).contiguous()
-
-
-@_attention.register_fake
+@OP.registered.register_fake
 def _(qkv, num_heads, scale):
     batch, tokens, width = qkv.shape
     return qkv.new_empty(batch, tokens, width // 3)
 
 
-@torch.library.custom_op("fastdeit::attention_backward", mutates_args=())
-def _attention_backward(grad: Tensor, qkv: Tensor, num_heads: int, scale: float) -> Tensor:
-    return OP.backward(qkv.device)(grad, qkv, num_heads, scale).contiguous()
-
-
-@_attention_backward.register_fake
+@OP.registered_backward.register_fake
 def _(grad, qkv, num_heads, scale):
     return qkv.new_empty(qkv.shape)
 
@@ -71,13 +61,10 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad):
-    (qkv,) = ctx.saved_tensors
-    return _attention_backward(grad, qkv, ctx.num_heads, ctx.scale), None, None
+    return OP.registered_backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
-_op.autocast_rule("attention", cast={"qkv"})
-_op.autocast_rule("attention_backward")
+OP.registered.register_autograd(_differentiate, setup_context=_save)
 
 
 def attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
@@ -94,10 +81,9 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor
         raise ValueError(f"qkv has shape {list(qkv.shape)}, but must be [B, N, 3*H*d]")
     if num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
-            f"num_heads is {num_heads}, but must be positive and 3 * num_heads divide qkv's last dimension {qkv.shape[2]}"
+            f"num_heads is {num_heads}, but must be positive, and 3 * num_heads must divide qkv's last dimension "
+            f"{qkv.shape[2]}"
         )
     if scale is None:
         scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
-    if _op.eager(OP):
-        return reference(qkv, num_heads, scale)
-    return _attention(qkv, num_heads, scale)
+    return OP(qkv, num_heads, scale)

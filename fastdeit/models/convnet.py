@@ -19,12 +19,14 @@ class ConvNetConfig:
     """Shape of a `ConvNet`.
 
     image_size  pixels: int or (height, width); documents the input, as the parameters do not depend on it
-    widths      channels after each of the strided convolutions, multiples of 8
+    widths      channels after each convolution, multiples of 8
+    strides     of the convolutions
     drop_path   must be 0: there are no residual branches to drop
     """
 
     image_size: ImageSize = 32
-    widths: tuple[int, ...] = (32, 64, 128)
+    widths: tuple[int, ...] = (32, 64, 64, 128)
+    strides: tuple[int, ...] = (2, 2, 1, 2)
     num_classes: int = 10
     drop_path: float = 0.0
     in_chans: int = 3
@@ -36,7 +38,7 @@ class ConvNetConfig:
 
 
 class ConvNet(nn.Module):
-    """Strided 3x3 convolutions with GroupNorm and ReLU, global average pool, linear head."""
+    """3x3 convolutions with GroupNorm and ReLU, global average pool, linear head."""
 
     patch_size = None
     distilled = False
@@ -48,7 +50,8 @@ class ConvNet(nn.Module):
         self.config = config
         channels = (config.in_chans, *config.widths)
         self.convs = nn.ModuleList(
-            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False) for before, after in pairwise(channels)
+            nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+            for (before, after), stride in zip(pairwise(channels), config.strides, strict=True)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in config.widths)
         self.head = nn.Linear(config.widths[-1], config.num_classes)

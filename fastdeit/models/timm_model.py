@@ -43,7 +43,8 @@ class TimmModel(nn.Module):
         inner = _create(name, image_size, num_classes, drop_path, pretrained)
         # The adapter has no tensors of its own: it shares timm's registries instead of holding timm's model as a child,
         # so that the names of parameters and of the state dict are timm's everywhere, without a prefix to add and
-        # strip. lf.__dict__["inner"] = inner
+        # strip.
+        self.__dict__["inner"] = inner
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = inner.__dict__[registry]
         self.name = name

@@ -12,7 +12,7 @@ three ways, none of which changes the result:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -314,8 +314,10 @@ class VisionTransformer(nn.Module):
         if tuple(noise.shape) != (batch, count):
             raise ValueError(f"noise has shape {tuple(noise.shape)}, but must be [{batch}, {count}]")
         # Made on the device, every step: a buffer would be broadcast by DDP, a list copied from the host.
-        rates = torch.linspace(0, self.config.drop_path, self.config.depth, device=noise.device).repeat_interleave(2)
-        return ((noise >= rates) / (1 - rates)).float().t().contiguous().unbind(0)
+        config = self.config
+        rates = torch.linspace(0, config.drop_path, config.depth, dtype=torch.float32, device=noise.device)
+        rates = rates.repeat_interleave(2)
+        return ((noise >= rates) / (1 - rates)).t().contiguous().unbind(0)
 
     def _run(
         self, tokens: Tensor, keeps: Sequence[Tensor | None], rows: int | None = None
@@ -378,7 +380,8 @@ class VisionTransformer(nn.Module):
     def shard_units(self) -> list[nn.Module]:
         """Modules to shard (FSDP) or to recompute (activation checkpointing), in order: the blocks.
 
-        A block reads the weights of its children directly, so nothing smaller than a block can be a unit.
+        A block reads the weights of its children directly, so nothing smaller than a block can be a unit. Whoever calls
+        `tokens` of a sharded model names it to FSDP first (`torch.distributed.fsdp.register_fsdp_forward_method`).
         """
         return list(self.blocks)
 
@@ -390,8 +393,8 @@ class VisionTransformer(nn.Module):
         12).
         """
         config = self.config
-        size = size_pair(config.image_size if image_size is None else image_size, "image_size")
-        patches = size[0] // config.patch_size * (size[1] // config.patch_size)
+        rows, columns = config.grid if image_size is None else replace(config, image_size=image_size).grid
+        patches = rows * columns
         prefix, dim, tokens = self.prefix_tokens, config.dim, patches + self.prefix_tokens
         hidden = int(dim * config.mlp_ratio)
         embed = patches * config.in_chans * config.patch_size**2 * dim

@@ -118,14 +118,14 @@ def resize_pos_embed(
     old_prefix, old_grid = _source_layout(source, state_dict, new_grid, grid)
     if (old_grid, old_prefix) == (new_grid, new_prefix):
         return source, ""
+    note = f"pos_embed {old_prefix}+{_by(old_grid)} -> {new_prefix}+{_by(new_grid)}"
+    if old_prefix and not new_prefix:
+        raise ValueError(f"{note}: the model adds its prefix tokens without positions, so these would be lost")
     patches = source[:, old_prefix:]
     if old_grid != new_grid:
         cells = patches.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
         cells = F.interpolate(cells, size=new_grid, mode="bicubic", align_corners=False)
         patches = cells.flatten(2).transpose(1, 2).to(source.dtype)
-    note = f"pos_embed {old_prefix}+{_by(old_grid)} -> {new_prefix}+{_by(new_grid)}"
-    if old_prefix and not new_prefix:
-        raise ValueError(f"{note}: the model adds its prefix tokens without positions, so these would be lost")
     prefix = source[:, : min(old_prefix, new_prefix)]
     if old_prefix == 0:
         prefix = source.new_zeros(1, min(_tokens(state_dict), new_prefix), source.shape[2])
@@ -147,7 +147,7 @@ def _source_layout(
                 f"pos_embed has {length} positions, neither grid {_by(grid)} nor that plus {tokens} prefix tokens"
             )
         return prefix, tuple(grid)
-    for prefix in (tokens, 0):
+    for prefix in (tokens, 0) if length > tokens else (0,):
         side = math.isqrt(length - prefix)
         same_count = length - prefix == new_grid[0] * new_grid[1]
         if side * side == length - prefix:

@@ -21,6 +21,10 @@ from fastdeit import launch
 mode, folder = sys.argv[1], Path(sys.argv[2])
 rank = os.environ["RANK"]
 stop = []
+if mode == "slow":
+    if rank == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(0.5)
 with launch.process_of_a_run():
     signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else lambda number, frame: stop.append(number))
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT")
@@ -41,11 +45,11 @@ with launch.process_of_a_run():
         for name in sys.argv[3:]:
             os.kill(os.getppid(), getattr(signal, name))
             time.sleep(0.3)
-    while mode in ("stop", "deaf", "wait", "late") and not stop:
+    while mode in ("stop", "slow", "deaf", "wait", "late") and not stop:
         time.sleep(0.01)
     if mode == "late":
         time.sleep(1)  # still writing the checkpoint when rank 0 has gone
-    if mode in ("stop", "wait", "late"):
+    if mode in ("stop", "slow", "wait", "late"):
         (folder / f"{rank}.saved").write_text(str(len(stop)))
         sys.exit(75)
 """
@@ -133,6 +137,11 @@ def test_sigterm_to_the_launcher_is_75(worker, capfd):
     err = capfd.readouterr().err
     assert err.startswith("fastdeit: SIGTERM received; the workers have 20 s")
     assert err.count("\n") == 1
+
+
+def test_a_signal_at_the_start_waits_until_workers_can_hear_it(worker):
+    assert run(worker, "slow") == 75
+    assert [(worker.parent / f"{rank}.saved").exists() for rank in (0, 1)] == [True, True]
 
 
 def test_a_worker_gone_early_leaves_its_peer_the_time_to_save(worker):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import fastdeit
-from fastdeit import cli
+from fastdeit import cli, recipe
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 
 ROOT = Path(fastdeit.__file__).parent.parent
@@ -118,6 +118,7 @@ def test_eval_and_bench(calls):
     ("argv", "message"),
     [
         (["trian"], "did you mean 'train'?"),
+        (["--versoin"], "did you mean '--version'?"),
         (["xyzzy"], "verbs: train, eval, bench, recipes, doctor"),
         (["train", "--resme"], "did you mean '--resume'?"),
         (["train", "--rundir=x"], "did you mean '--run-dir'?"),
@@ -128,7 +129,7 @@ def test_eval_and_bench(calls):
         (["train", "--res"], "no flag --res"),
         (["eval"], "name a run or a checkpoint"),
         (["bench", "stp"], "invalid choice: 'stp'"),
-        (["doctor", "now"], "now"),
+        (["doctor", "now"], "unexpected argument 'now' (see fastdeit doctor --help)"),
     ],
 )
 def test_bad_usage_is_2_in_one_line(calls, capsys, argv, message):
@@ -168,6 +169,25 @@ def test_the_foreign_errors_exist():
     for module, name in cli._EXIT_CODES:
         source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
         assert f"\nclass {name}(" in source
+
+
+def test_every_line_says_who_speaks(calls, capsys):
+    calls.error = foreign("fastdeit.recipe", "RecipeError")("a.yaml:1: one\na.yaml:2: two")
+    assert cli.main(["train", "digits"]) == 2
+    assert capsys.readouterr().err == "fastdeit: a.yaml:1: one\nfastdeit: a.yaml:2: two\n"
+
+
+def test_recipes(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(recipe, "SHIPPED", tmp_path)
+    (tmp_path / "small.yaml").write_text("about: {summary: a small one}\n")
+    (tmp_path / "larger.yaml").write_text("# why\nabout: {summary: a larger one}\n")
+    assert cli.main(["recipes"]) == 0
+    assert capsys.readouterr().out == "larger  a larger one\nsmall   a small one\n"
+    assert cli.main(["recipes", "show", "larger"]) == 0
+    assert capsys.readouterr().out == "# why\nabout: {summary: a larger one}\n"
+    assert "did you mean 'small'?" in fails(capsys, "recipes", "show", "smal")
+    assert "recipes show NAME" in fails(capsys, "recipes", "show")
+    assert "'list'" in fails(capsys, "recipes", "list")
 
 
 def test_any_other_error_keeps_its_traceback(calls, capsys):

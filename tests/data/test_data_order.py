@@ -12,7 +12,7 @@ def rasampler(permutation: list[int], rank: int, world: int, repeats: int = 3) -
     each = -(-n * repeats // world)
     stream = [index for index in permutation for _ in range(repeats)]
     stream += stream[: each * world - len(stream)]
-    return stream[rank :: world][: n // 256 * 256 // world]
+    return stream[rank::world][: n // 256 * 256 // world]
 
 
 def test_pinned_values():
@@ -79,9 +79,13 @@ def test_shares_cover_the_groups_once_and_in_order(accumulate, world):
 def test_groups_that_cannot_be_shared_are_refused_with_all_numbers_and_a_way_out():
     with pytest.raises(ValueError, match=r"16 mixing groups .* accumulate 2 x nproc 3 = 6; change the batch size"):
         order.slice_of(16, 0, 2, 0, 3)
-    with pytest.raises(ValueError, match=r"batch size 1000 .* groups of 64 .* accumulate 2 x nproc 8 .* = 1024\): use a"):
+    with pytest.raises(
+        ValueError, match=r"batch size 1000 .* groups of 64 .* accumulate 2 x nproc 8 .* = 1024\): use a"
+    ):
         order.groups_per_batch(1000, 64, 2, 8)
-    with pytest.raises(ValueError, match=r"batch size 96 .* multiple of 64, or a group size that divides 48, or change"):
+    with pytest.raises(
+        ValueError, match=r"batch size 96 .* multiple of 128, or a group size that divides 48, or change"
+    ):
         order.groups_per_batch(96, 64, 2, 1)
     assert order.groups_per_batch(1024, 64, 2, 8) == 16
 

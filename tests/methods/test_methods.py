@@ -74,14 +74,14 @@ def targets64(batch, smoothing):
     return smoothing / K + (1 - smoothing) * hot
 
 
-def build(use, heads, teacher=None, **options):
+def build(use, heads, network=None, **options):
     torch.manual_seed(0)
     config = methods.config(use)(**options)
-    return methods.find(use)(TwoHeads(heads), config, Context(K, 1, 1, lambda config: teacher))
+    return methods.find(use)(TwoHeads(heads), config, Context(K, 1, 1, lambda config: network))
 
 
-def make_distill(heads, teacher, **options):
-    return build("distill", heads, teacher, teacher=TeacherConfig(recipe="digits_teacher"), **options)
+def make_distill(heads, network, **options):
+    return build("distill", heads, network, teacher=TeacherConfig(recipe="digits_teacher"), **options)
 
 
 def heads64(method, batch):

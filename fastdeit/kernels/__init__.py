@@ -1,0 +1,30 @@
+"""Fused operations of vision transformers and their training, for any model.
+
+Each op's file holds its mathematics, a `reference` in pure PyTorch that defines the result, its registration with
+`torch.library`, and the public function. `info()` says which backend each op uses, and why.
+"""
+
+from fastdeit.kernels._op import OpInfo, format_info, info
+from fastdeit.kernels.attention import attention
+from fastdeit.kernels.input import patchify, pixels
+from fastdeit.kernels.layer_norm import add_layer_norm
+from fastdeit.kernels.losses import DistillationLoss, distillation_loss
+from fastdeit.kernels.mlp import layer_norm_mlp, mlp
+from fastdeit.kernels.optimizer import fused_adamw, fused_lamb, global_norm
+
+__all__ = [
+    "DistillationLoss",
+    "OpInfo",
+    "add_layer_norm",
+    "attention",
+    "distillation_loss",
+    "format_info",
+    "fused_adamw",
+    "fused_lamb",
+    "global_norm",
+    "info",
+    "layer_norm_mlp",
+    "mlp",
+    "patchify",
+    "pixels",
+]

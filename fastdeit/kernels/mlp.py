@@ -1,0 +1,170 @@
+"""The MLP of a transformer block, alone and after a LayerNorm.
+
+    pre = x w1^T + b1        act = gelu(pre) = pre * Phi(pre)        out = act w2^T + b2
+
+with Phi the standard normal distribution function (exact GELU, by erf). Backward:
+
+    dact = dout w2           dpre = dact * (Phi(pre) + pre * phi(pre))        dx = dpre w1
+    dw2 = dout^T act         db2 = sum dout        dw1 = dpre^T x             db1 = sum dpre
+
+x is [..., C], out [..., C']; w1 [F, C], b1 [F], w2 [C', F], b2 [C'], as of nn.Linear. Only pre is saved, act is recomputed.
+Bytes moved at best per element of pre in 16 bit, beside the operands of the matrix products: forward writes 2, backward
+reads 2, since GELU, its derivative and the bias gradients fit into the products' epilogues.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdeit.kernels import _op
+from fastdeit.kernels.layer_norm import normalize, normalize_backward
+
+
+def reference(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, pre) as in the module's formula, in the dtype of `F.linear`; pre is for backward."""
+    pre = F.linear(x, w1, b1)
+    return F.linear(F.gelu(pre), w2, b2), pre
+
+
+def reference_backward(
+    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w1, b1, w2, b2. The derivative of GELU and the sums over tokens are at least float32."""
+    compute = _op.statistics_dtype(pre.dtype)
+    rows, grads, pres = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, grad, pre))
+    exact = pres.to(compute)
+    cdf = 0.5 * (1 + torch.erf(exact * math.sqrt(0.5)))
+    density = torch.exp(-0.5 * exact * exact) * (1 / math.sqrt(2 * math.pi))
+    dpre = ((grads @ w2).to(compute) * (cdf + exact * density)).to(pre.dtype)
+    return (
+        (dpre @ w1).reshape(x.shape),
+        dpre.T @ rows,
+        dpre.sum(0, dtype=compute).to(w1.dtype),
+        grads.T @ (exact * cdf).to(pre.dtype),
+        grads.sum(0, dtype=compute).to(w2.dtype),
+    )
+
+
+def layer_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, pre, mean, rstd): `reference` of the LayerNorm of x, and the statistics for backward."""
+    normed, mean, rstd = normalize(x, weight, bias, eps, _op.autocast_dtype(x) or w1.dtype)
+    return *reference(normed, w1, b1, w2, b2), mean, rstd
+
+
+def layer_norm_reference_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    pre: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, w1, b1, w2, b2; the normalised tokens are recomputed."""
+    normed = ((x - mean) * rstd * weight + bias).to(pre.dtype)
+    dnormed, *grads = reference_backward(grad, normed, w1, w2, pre)
+    dx, dweight, dbias = normalize_backward(dnormed, x, weight, mean, rstd)
+    return dx.to(x.dtype), dweight, dbias, *grads
+
+
+OP = _op.Op("mlp", reference, reference_backward, cast={"x", "w1", "b1", "w2", "b2"})
+NORMED = _op.Op("layer_norm_mlp", layer_norm_reference, layer_norm_reference_backward, cast={"w1", "b1", "w2", "b2"})
+
+
+def _fake_weight_gradients(w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
+    return tuple(w.new_empty(shape) for w in (w1, w2) for shape in (w.shape, w.shape[:1]))
+
+
+@OP.registered.register_fake
+def _(x, w1, b1, w2, b2):
+    return tuple(w.new_empty(*x.shape[:-1], w.shape[0]) for w in (w2, w1))
+
+
+@OP.registered_backward.register_fake
+def _(grad, x, w1, w2, pre):
+    return x.new_empty(x.shape), *_fake_weight_gradients(w1, w2)
+
+
+@NORMED.registered.register_fake
+def _(x, weight, bias, eps, w1, b1, w2, b2):
+    rows = x.shape[:-1]
+    out, pre = (w.new_empty(*rows, w.shape[0]) for w in (w2, w1))
+    mean, rstd = (x.new_empty(*rows, 1, dtype=_op.statistics_dtype(x.dtype)) for _ in range(2))
+    return out, pre, mean, rstd
+
+
+@NORMED.registered_backward.register_fake
+def _(grad, x, weight, bias, w1, w2, pre, mean, rstd):
+    return *(like.new_empty(like.shape) for like in (x, weight, weight)), *_fake_weight_gradients(w1, w2)
+
+
+def _save(ctx, inputs, output):
+    x, w1, _, w2, _ = inputs
+    _, pre = output
+    ctx.mark_non_differentiable(pre)
+    ctx.save_for_backward(x, w1, w2, pre)
+
+
+def _differentiate(ctx, grad, *_):
+    return OP.registered_backward(grad, *ctx.saved_tensors)
+
+
+def _save_normed(ctx, inputs, output):
+    x, weight, bias, _, w1, _, w2, _ = inputs
+    _, pre, mean, rstd = output
+    ctx.mark_non_differentiable(pre, mean, rstd)
+    ctx.save_for_backward(x, weight, bias, w1, w2, pre, mean, rstd)
+
+
+def _differentiate_normed(ctx, grad, *_):
+    dx, dweight, dbias, *grads = NORMED.registered_backward(grad, *ctx.saved_tensors)
+    return dx, dweight, dbias, None, *grads
+
+
+OP.registered.register_autograd(_differentiate, setup_context=_save)
+NORMED.registered.register_autograd(_differentiate_normed, setup_context=_save_normed)
+
+
+def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """Linear, exact GELU, linear.
+
+    x       floating `[..., C]`
+    w1, b1  `[F, C]`, `[F]`
+    w2, b2  `[C', F]`, `[C']`
+
+    Returns `[..., C']`. All arguments have one dtype, or autocast gives them one.
+    """
+    _check(x, w1, b1, w2, b2)
+    return OP(x, w1, b1, w2, b2)[0]
+
+
+def layer_norm_mlp(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> Tensor:
+    """`mlp` of the LayerNorm of x.
+
+    weight, bias  `[C]` of the LayerNorm, whose statistics are float32 (float64 for float64)
+    eps           added to the variance
+    others        as of `mlp`; the normalised tokens take w1's dtype (the autocast dtype under autocast)
+    """
+    for name, vector in (("weight", weight), ("bias", bias)):
+        _op.check_shape(name, vector, x.shape[-1:], "[C], C the last dimension of x,")
+    _check(x, w1, b1, w2, b2)
+    return NORMED(x, weight, bias, eps, w1, b1, w2, b2)[0]
+
+
+def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+    _op.check_floating("x", x)
+    for name, matrix, width in (("w1", w1, x.shape[-1]), ("w2", w2, w1.shape[0])):
+        if matrix.dim() != 2 or matrix.shape[1] != width:
+            raise ValueError(
+                f"{name} has shape {list(matrix.shape)}, but must be [outputs, inputs] with {width} inputs"
+            )
+    for name, vector, matrix in (("b1", b1, w1), ("b2", b2, w2)):
+        _op.check_shape(name, vector, matrix.shape[:1], "[outputs] of its matrix")

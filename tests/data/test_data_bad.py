@@ -1,0 +1,188 @@
+"""Files that are no images, or only half: nothing crashes, others keep their pixels, every bad one is named once."""
+
+import re
+
+import numpy as np
+import pytest
+
+from fastdeit.data import dali, order, plan
+from fastdeit.data.dali import Executor, Work
+from fastdeit.data.loader import EvalLoader, TrainLoader
+from fastdeit.data.source import DataError, FolderSource
+
+AUGMENT = plan.Augment(size=(40, 40), group_size=4, mixup=0.0, cutmix=0.0)
+
+
+@pytest.fixture(scope="module")
+def kinds(varied):
+    from conftest import encode, picture
+
+    photo, png = picture(0, 90, 70), encode(picture(1, 90, 70), "PNG")
+    jpeg, data = encode(photo), png.index(b"IDAT")
+    bad = {
+        "zero_bytes.jpg": b"",
+        "text.jpg": b"this is not a picture\n",
+        "html.jpg": b"<!DOCTYPE html><html><body>404</body></html>",
+        "gif_inside.jpg": encode(photo.convert("P"), "GIF"),
+        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "header_only.jpg": jpeg[: jpeg.index(b"\xff\xda")] + b"\xff\xd9",  # these three pass the header check
+        "no_tables.jpg": jpeg[:20] + jpeg[20:].replace(b"\xff\xdb", b"\xff\xfe"),
+        "bad_stream.png": png[: data + 40] + bytes(60) + png[data + 100 :],
+        "truncated.png": png[: len(png) // 2],
+    }
+    odd = {
+        "png_inside.jpg": png,
+        "palette.png": encode(photo.convert("P"), "PNG"),
+        "one_pixel.jpg": encode(photo.resize((1, 1))),
+        "cmyk.jpg": encode(photo.convert("CMYK")),
+        "grey.jpg": encode(photo.convert("L")),
+        "rgba.png": encode(photo.convert("RGBA"), "PNG"),
+        "tail.jpg": jpeg + bytes(200),
+    }
+    return bad, odd
+
+
+@pytest.fixture
+def folder(tmp_path, kinds, varied):
+    """10 bad files (class a), 7 odd but sound ones, 39 ordinary ones; and the same with the bad ones healed."""
+    bad, odd = kinds
+    for top in ("sick", "healed"):
+        for name in "abc":
+            (tmp_path / top / name).mkdir(parents=True)
+        for name, data in odd.items():
+            (tmp_path / top / "b" / name).write_bytes(data)
+        for i in range(39):
+            (tmp_path / top / "c" / f"{i:02d}.jpg").write_bytes(varied[i])
+        (tmp_path / top / "a" / "directory.jpg").mkdir()
+    for name, data in bad.items():
+        (tmp_path / "sick" / "a" / name).write_bytes(data)
+        (tmp_path / "healed" / "a" / name).write_bytes(varied[50])
+    (tmp_path / "sick" / "a" / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "healed" / "a" / "dangling.jpg").write_bytes(varied[50])
+    return FolderSource(tmp_path / "sick"), FolderSource(tmp_path / "healed")
+
+
+def train(source, reports=None, **options):
+    options = {"batch_size": 8, "max_bad_fraction": 0.5, "threads": 1} | options
+    loader = TrainLoader(source, AUGMENT, seed=2, **options, on_bad=lambda *report: reports.append(report))
+    return loader, [samples for micros in loader.batches(0, 7) for samples in micros]
+
+
+@pytest.mark.parametrize("options", [{"threads": 2}, {"accumulate": 2}])
+def test_training_takes_substitutes_and_nothing_else_changes(folder, kinds, options):
+    sick, healed = folder
+    reports = []
+    loader, got = train(sick, reports, **options)
+    _, expected = train(healed, [], **options)
+    index = np.concatenate([samples.index.numpy() for samples in expected])
+    swapped = index < 10  # class a comes first
+    assert swapped.sum() == 10  # 56 samples, 7 batches of 8: nothing is dropped
+
+    images, wanted = (np.concatenate([samples.images.numpy() for samples in run]) for run in (got, expected))
+    assert np.array_equal(images[~swapped], wanted[~swapped])
+    used = np.concatenate([samples.index.numpy() for samples in got])
+    labels = np.concatenate([samples.y1.numpy() for samples in got])
+    assert np.array_equal(used[~swapped], index[~swapped])
+    attempts = 0
+    for row in np.flatnonzero(swapped):
+        stand_in, attempt = int(index[row]), 0
+        while stand_in < 10:
+            stand_in = order.substitute(2, 0, int(index[row]), attempt, 56)
+            attempt += 1
+        assert (used[row], labels[row]) == (stand_in, sick.label(stand_in))
+        attempts += attempt
+
+    assert loader.bad.count == attempts
+    assert sorted(path.rsplit("/")[-1] for path, _ in reports) == sorted([*kinds[0], "dangling.jpg"])
+    assert dict(reports) == loader.bad.reasons
+
+
+def test_reasons_say_what_is_wrong(folder):
+    reports = []
+    train(folder[0], reports)
+    reasons = {path.rsplit("/")[-1]: reason for path, reason in reports}
+    assert reasons["zero_bytes.jpg"] == "the file is empty"
+    assert reasons["html.jpg"].endswith("it starts with b'<!DOCTYPE html><'")
+    assert "truncated" in reasons["truncated.jpg"]
+    assert reasons["dangling.jpg"] == "the file cannot be read: No such file or directory"
+
+
+def test_stream_with_bad_files_does_not_depend_on_the_division(folder):
+    _, whole = train(folder[0], [], batch_size=16)
+    parts = [train(folder[0], [], batch_size=16, world=2, rank=rank)[1] for rank in range(2)]
+    for step, samples in enumerate(whole):
+        halves = [part[step] for part in parts]
+        assert np.array_equal(samples.index, np.concatenate([half.index for half in halves]))
+        assert np.array_equal(samples.images, np.concatenate([half.images for half in halves]))
+
+
+def test_evaluation_leaves_bad_files_out(folder):
+    sick, healed = folder
+    reports = []
+    options = {"batch_size": 8, "threads": 1, "max_bad_fraction": 0.5}
+    loader = EvalLoader(sick, (40, 40), 0.875, **options, on_bad=lambda *report: reports.append(report))
+    got = list(loader.batches())
+    wanted = list(EvalLoader(healed, (40, 40), 0.875, **options).batches())
+    assert np.concatenate([samples.index for samples in got]).tolist() == list(range(10, 56))
+    images, expected = (np.concatenate([samples.images for samples in run]) for run in (got, wanted))
+    assert np.array_equal(images, expected[10:])
+    assert loader.bad.count == len(reports) == len(loader.bad.reasons) == 10
+
+
+def test_too_many_bad_files_are_an_error_that_lists_them(folder):
+    sick, _ = folder
+    with pytest.raises(DataError) as info:
+        train(sick, [], max_bad_fraction=0.1)
+    first, *listed = str(info.value).splitlines()
+    # Two threads may each meet one too many; the first error to arrive counts those of both.
+    assert re.match(r"[67] of 56 images .*, more than max_bad_fraction 0.1 allows; repair or delete these files", first)
+    assert len(listed) == int(first[0])
+    assert all("/sick/a/" in line for line in listed)
+    loader = EvalLoader(sick, (40, 40), 0.875, max_bad_fraction=0.1, threads=1, on_bad=lambda path, reason: None)
+    with pytest.raises(DataError, match=r"[67] of 56 images"):
+        list(loader.batches())
+
+
+def test_a_data_set_of_bad_files_only_ends(memory):
+    loader = TrainLoader(
+        memory([b""] * 30), AUGMENT, seed=0, batch_size=8, max_bad_fraction=1.0, on_bad=lambda *_: None
+    )
+    with pytest.raises(DataError, match=r"(?s)30 of 30 images .*\n  and 10 more$") as info:
+        next(loader.batches(0, 1))
+    assert str(info.value).count("memory:") == 20
+
+
+def test_a_bad_file_is_a_warning_by_default(memory, varied):
+    loader = EvalLoader(memory([b"", *varied[:20]]), (40, 40), 1.0, max_bad_fraction=0.1, threads=1)
+    with pytest.warns(UserWarning, match="memory:0 cannot be decoded and is left out: the file is empty"):
+        assert sum(len(samples) for samples in loader.batches()) == 20
+
+
+def test_decoder_is_guarded_even_without_the_header_check(kinds, varied):
+    bad, _ = kinds
+    junk = [np.frombuffer(data, np.uint8) for data in bad.values()]
+    sound = [np.frombuffer(data, np.uint8) for data in varied[:8]]
+    repaired = []
+
+    def repair(work, failures):
+        repaired.append(failures)
+        encoded = [sound[0] if row in failures else data for row, data in enumerate(work.encoded)]
+        return Work(encoded, work.box, work.flip)
+
+    for decode_box in (True, False):
+        executor = Executor((32, 32), 13, threads=2, device="cpu", decode_box=decode_box, repair=repair)
+        for encoded in (sound[:4] + junk[:4], junk[4:] + sound):
+            box = np.tile([0, 0, 30, 30], (len(encoded), 1))
+            executor.submit(Work(encoded, box, np.zeros(len(encoded), bool)))
+        assert len(executor.collect()[1]) == 8
+        assert len(executor.collect()[1]) == 13
+        assert [sorted(failures) for failures in repaired[-2:]] == [[4, 5, 6, 7], [0, 1, 2, 3, 4]]
+
+
+def test_where_even_a_sound_image_fails_no_sample_is_blamed(varied, monkeypatch):
+    executor = Executor((32, 32), 1, threads=1, device="cpu", decode_box=True, repair=None)
+    broken = Work([np.frombuffer(b"broken", np.uint8)], np.array([[0, 0, 30, 30]]), np.zeros(1, bool))
+    monkeypatch.setattr(dali, "_sound", lambda: broken)
+    executor.submit(broken)
+    with pytest.raises(RuntimeError, match="peek_image_shape"):
+        executor.collect()

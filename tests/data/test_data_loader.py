@@ -1,0 +1,248 @@
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastdeit.data import order, plan
+from fastdeit.data.loader import EvalLoader, Samples, TrainLoader
+from fastdeit.data.prefetch import Prefetch
+from fastdeit.data.source import DataError
+
+ROOT = Path(__file__).parents[2]
+AUGMENT = plan.Augment(size=(48, 40), group_size=8)
+BATCH = 32
+STEPS = 6  # 136 samples are 4 steps an epoch
+
+
+def fastdeit_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastdeit")]
+
+
+def train(source, world=1, accumulate=1, threads=1, start=0, stop=STEPS, repeats=3, **options) -> list[list[str]]:
+    """For every step the MD5 of every mixing group, with all its arrays, in the order of the global batch."""
+    steps: list[dict[int, list[str]]] = [{} for _ in range(start, stop)]
+    for rank in range(world):
+        loader = TrainLoader(
+            source,
+            AUGMENT,
+            seed=3,
+            batch_size=BATCH,
+            accumulate=accumulate,
+            repeats=repeats,
+            rank=rank,
+            world=world,
+            threads=threads,
+            noise_per_sample=5,
+            **options,
+        )
+        for groups, micros in zip(steps, list(loader.batches(start, stop)), strict=True):
+            for micro, samples in enumerate(micros):
+                part = order.slice_of(BATCH // 8, micro, accumulate, rank, world)
+                groups.update(zip(range(part.start, part.stop), by_group(samples), strict=True))
+    return [[groups[g] for g in range(BATCH // 8)] for groups in steps]
+
+
+def by_group(samples: Samples) -> list[str]:
+    digests = []
+    for start in range(0, len(samples), 8):
+        digest = hashlib.md5()
+        for field in fields(samples):
+            rows = getattr(samples, field.name)[start : start + 8]
+            digest.update((rows - start if field.name == "partner" else rows).contiguous().numpy().tobytes())
+        digests.append(digest.hexdigest())
+    return digests
+
+
+@pytest.fixture(scope="module")
+def source(varied):
+    from conftest import Bytes
+
+    return Bytes(varied, classes=7)
+
+
+@pytest.fixture(scope="module")
+def reference(source):
+    return train(source)
+
+
+def test_every_group_is_different(reference):
+    assert len(set(itertools.chain(*reference))) == STEPS * BATCH // 8
+
+
+@pytest.mark.parametrize(("world", "accumulate", "threads"), [(2, 1, 2), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)])
+def test_stream_is_the_same_for_any_division(source, reference, world, accumulate, threads):
+    assert train(source, world, accumulate, threads) == reference
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 5])
+def test_restart_at_any_step(source, reference, start):
+    assert train(source, start=start) == reference[start:]
+
+
+def test_another_seed_or_epoch_is_another_stream(source, reference):
+    loader = TrainLoader(source, AUGMENT, seed=4, batch_size=BATCH, repeats=3, threads=1, noise_per_sample=5)
+    other = next(by_group(samples) for (samples,) in loader.batches(0, 1))
+    assert not set(other) & set(itertools.chain(*reference))
+
+
+def test_samples_agree_with_the_plan(source):
+    loader = TrainLoader(source, AUGMENT, seed=3, batch_size=BATCH, accumulate=2, threads=1, noise_per_sample=3)
+    assert loader.steps_per_epoch == 4
+    ((first, second),) = loader.batches(5, 6)
+    stream = order.groups(order.epoch(3, 1, 136, BATCH), 1, BATCH, 8)
+    assert first.index.tolist() + second.index.tolist() == stream.sample.reshape(-1).tolist()
+    assert first.y1.tolist() == [i % 7 for i in first.index.tolist()]
+    assert torch.equal(first.y2, first.y1[first.partner])
+    assert np.array_equal(second.noise.numpy(), plan.noise(3, 5, np.arange(16, 32), 3))
+    mix = plan.mix(AUGMENT, 3, 5, slice(2, 4))
+    for name in ("lam", "partner", "pixel_lam", "box"):
+        assert np.array_equal(getattr(second, name).numpy(), getattr(mix, name))
+    assert (first.images.shape, first.images.dtype) == ((16, 48, 40, 3), torch.uint8)
+
+
+def test_images_stay_valid_while_held(source, reference):
+    loader = TrainLoader(source, AUGMENT, seed=3, batch_size=BATCH, repeats=3, threads=2, noise_per_sample=5)
+    held = [samples for (samples,) in loader.batches(0, 20)]
+    assert [by_group(samples) for samples in held[:STEPS]] == reference
+
+
+def test_mixing_groups_must_divide(source):
+    with pytest.raises(ValueError, match=r"batch size 32 .* accumulate 3 x nproc 1"):
+        TrainLoader(source, AUGMENT, seed=0, batch_size=32, accumulate=3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_counts_101_images_exactly_once(memory, varied, world):
+    seen = []
+    for rank in range(world):
+        loader = EvalLoader(memory(varied[:101], 7), (40, 48), 0.9, rank=rank, world=world, batch_size=16, threads=1)
+        for samples in loader.batches():
+            assert samples.images.shape == (len(samples), 40, 48, 3)
+            assert samples.y1.tolist() == samples.y2.tolist() == [i % 7 for i in samples.index.tolist()]
+            assert (samples.lam == 1).all()
+            assert (samples.pixel_lam == 1).all()
+            assert not samples.box.any()
+            assert samples.partner.tolist() == list(range(len(samples)))
+            seen += samples.index.tolist()
+    assert sorted(seen) == list(range(101))
+
+
+def test_evaluation_pixels_do_not_depend_on_the_batch(memory, varied):
+    def images(batch_size, world):
+        found = {}
+        for rank in range(world):
+            loader = EvalLoader(
+                memory(varied[:50]), (40, 48), 0.9, rank=rank, world=world, batch_size=batch_size, threads=1
+            )
+            for samples in loader.batches():
+                found.update(zip(samples.index.tolist(), samples.images.numpy(), strict=True))
+        return np.stack([found[i] for i in range(50)])
+
+    assert np.array_equal(images(50, 1), images(7, 3))
+
+
+def test_a_process_without_images_evaluates_none(memory, varied):
+    assert list(EvalLoader(memory(varied[:1]), (40, 48), 0.9, rank=1, world=2, threads=1).batches()) == []
+
+
+def test_closing_early_ends_all_threads(source):
+    batches = TrainLoader(source, AUGMENT, seed=0, batch_size=BATCH, threads=2).batches(0, 10**9)
+    next(batches)
+    assert {"fastdeit-reader", "fastdeit-decoder"} <= set(fastdeit_threads())
+    batches.close()
+    assert fastdeit_threads() == []
+
+
+def test_dropping_the_iterator_ends_all_threads(source):
+    for _ in TrainLoader(source, AUGMENT, seed=0, batch_size=BATCH, threads=2).batches(0, 10**9):
+        break
+    assert fastdeit_threads() == []
+
+
+def test_errors_of_the_source_reach_the_consumer(memory, varied):
+    broken = memory(varied)
+    broken.read = lambda index: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        next(TrainLoader(broken, AUGMENT, seed=0, batch_size=BATCH, threads=2).batches(0, 1))
+    with pytest.raises(ZeroDivisionError):
+        next(EvalLoader(broken, (40, 48), 0.9, threads=1).batches())
+    assert fastdeit_threads() == []
+
+
+def test_a_process_that_exits_in_mid_stream_exits(tmp_path):
+    code = (
+        "from fastdeit.data import plan, source, loader\n"
+        "augment = plan.Augment(size=(32, 32), group_size=8)\n"
+        "images = source.SyntheticSource(64, 4, (40, 60))\n"
+        "batches = loader.TrainLoader(images, augment, seed=0, batch_size=16).batches(0, 10**9)\n"
+        "next(batches)\n"
+        "print('leaving')\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
+
+
+def test_prefetch_runs_ahead_only_so_far():
+    produced, full = [], threading.Event()
+
+    def items():
+        for item in range(100):
+            produced.append(item)
+            if item == 3:
+                full.set()
+            yield item
+
+    ahead = Prefetch(items(), 3, "fastdeit-test")
+    assert full.wait(10)
+    assert produced == [0, 1, 2, 3]  # three ready and one in hand
+    assert next(ahead) == 0
+    ahead.close()
+    assert fastdeit_threads() == []
+
+
+def test_prefetch_gives_what_came_before_an_error():
+    def items():
+        yield 1
+        yield 2
+        raise OSError("disk")
+
+    ahead = Prefetch(items(), 5, "fastdeit-test")
+    assert (next(ahead), next(ahead)) == (1, 2)
+    with pytest.raises(OSError, match="disk"):
+        next(ahead)
+    ahead.close()
+
+
+def test_closing_wakes_a_thread_that_waits_for_another():
+    asked, release = threading.Event(), threading.Event()
+
+    def stuck():
+        asked.set()
+        release.wait(10)
+        yield 1
+
+    def through(items):
+        yield from items
+
+    first = Prefetch(stuck(), 1, "fastdeit-first")
+    second = Prefetch(through(first), 1, "fastdeit-second")
+    assert asked.wait(10)
+    release.set()
+    first.close()
+    second.close()
+    assert fastdeit_threads() == []
+
+
+def test_data_error_is_a_value_error():
+    assert issubclass(DataError, ValueError)

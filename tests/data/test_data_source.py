@@ -1,0 +1,161 @@
+import io
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from fastdeit.data import source
+from fastdeit.data.source import BadImage, DataError, FolderSource, SyntheticSource
+
+
+@pytest.fixture
+def folder(tmp_path, jpeg):
+    """Two classes, nested folders, odd names, files that are no images."""
+
+    def write(*names: str):
+        for name in names:
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg)
+        return tmp_path
+
+    return write
+
+
+def test_folder_lists_what_torchvision_lists(folder):
+    root = folder("b/2.JPG", "b/10.png", "b/deep/er/x.jpeg", "b/deep/a.webp", "a/z.jpg", "a/Z.jpg", "a/é.bmp")
+    folder("a/notes.txt", "b/x.gif", "stray.jpg")
+    (root / "a" / "folder.jpg").mkdir()
+    (root / "a" / "dangling.jpg").symlink_to(root / "nowhere")
+    folder("b/m/1.jpg", "b/a/1.jpg", "b/z/1.jpg", "b/k/1.jpg", "a/other/2.jpg")
+    (root / "b" / "link").symlink_to(root / "a" / "other")
+    expected = torchvision.datasets.ImageFolder(root)
+    ours = FolderSource(root)
+    assert [(ours.path(i), ours.label(i)) for i in range(len(ours))] == expected.samples
+    assert list(ours.classes) == expected.classes == ["a", "b"]
+
+
+def test_read_returns_the_bytes(folder, jpeg):
+    ours = FolderSource(folder("a/1.jpg", "b/1.jpg"))
+    assert ours.read(1).tobytes() == jpeg
+    assert ours.read(1).dtype == np.uint8
+
+
+def test_fingerprint_follows_names_and_classes(folder):
+    first = FolderSource(folder("one/a/1.jpg", "one/b/1.jpg") / "one").fingerprint
+    assert FolderSource(folder("two/a/1.jpg", "two/b/1.jpg") / "two").fingerprint == first
+    assert FolderSource(folder("three/a/1.jpg", "three/b/2.jpg") / "three").fingerprint != first
+    assert FolderSource(folder("four/a/1.jpg", "four/c/1.jpg") / "four").fingerprint != first
+
+
+@pytest.mark.parametrize(
+    ("files", "root", "message"),
+    [
+        ([], "gone", r"gone: no such directory; the expected layout is ROOT/train/CLASS/\*\.jpg"),
+        (["file/a.jpg"], "file/a.jpg", r"a\.jpg: not a directory"),
+        (["flat/1.jpg"], "flat", r"flat: no class folders; the expected layout"),
+        (["one/a/1.jpg"], "one", r"one: only one class folder, 'a'; classification needs two or more"),
+        (
+            ["empty/a/x.txt", "empty/b/y.txt"],
+            "empty",
+            r"empty: 2 class folders, but no image in any .*unpacked completely",
+        ),
+        (["half/a/1.jpg", "half/b/y.txt"], "half", r"half: no image in class folder 'b' .*; add images or delete"),
+    ],
+)
+def test_unusable_folders_are_one_sentence(folder, tmp_path, files, root, message):
+    folder(*files)
+    with pytest.raises(DataError, match=message):
+        FolderSource(tmp_path / root)
+
+
+def test_train_and_val(folder):
+    root = folder("train/a/1.jpg", "train/b/1.jpg", "train/b/2.jpg", "val/a/1.jpg", "val/b/1.jpg")
+    train, val = source.train_val(root)
+    assert (len(train), len(val)) == (3, 2)
+    folder("train/c/1.jpg", "val/d/1.jpg", "val/e/1.jpg")
+    with pytest.raises(
+        DataError, match=r"train and val differ \(only in train: 'c'; only in val: 'd', 'e'\); make them"
+    ):
+        source.train_val(root)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_missing_part_names_the_layout(folder, part):
+    root = folder(*(f"{kept}/{name}/1.jpg" for kept in {"train", "val"} - {part} for name in "ab"))
+    with pytest.raises(DataError, match=rf"no subfolder '{part}'; the expected layout is ROOT/train/CLASS/\*\.jpg"):
+        source.train_val(root)
+
+
+def test_synthetic_is_deterministic_and_its_classes_differ(make_image):
+    one, two, other = SyntheticSource(50, 4, (60, 80)), SyntheticSource(50, 4, (60, 80)), SyntheticSource(50, 4, seed=1)
+    assert len(one) == 50
+    assert [one.label(i) for i in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert source.header(one.read(3)) == (80, 60)
+    assert source.header(other.read(3)) == (500, 375)
+    assert one.read(7).tobytes() == two.read(7).tobytes() != one.read(3).tobytes()
+    assert one.fingerprint == two.fingerprint != other.fingerprint
+    means = np.array([[_pixels(one, 4 * i + label).mean((0, 1)) for i in range(5)] for label in range(4)])
+    within = means.std(axis=1).mean()
+    assert means.mean(axis=1).std(axis=0).mean() > within / 2
+    with pytest.raises(DataError, match="2 classes"):
+        SyntheticSource(5, 1)
+
+
+def _pixels(synthetic: SyntheticSource, index: int) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(synthetic.read(index))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "RGB", {}),
+        ("JPEG", "L", {"progressive": True}),
+        ("JPEG", "CMYK", {"exif": b"Exif\0\0" + bytes(60_000)}),
+        ("PNG", "P", {}),
+        ("PNG", "RGBA", {}),
+        ("WEBP", "RGB", {}),
+        ("BMP", "RGB", {}),
+        ("TIFF", "RGB", {}),
+        ("PPM", "RGB", {}),
+    ],
+)
+def test_header_reads_the_size(make_image, make_bytes, kind, mode, options):
+    data = np.frombuffer(make_bytes(make_image(0, 91, 47).convert(mode), kind, **options), dtype=np.uint8)
+    assert source.header(data) == (91, 47)
+    assert source.check(data) == (91, 47)
+
+
+def test_jpeg_and_png_headers_need_no_pil(jpeg, make_image, make_bytes, monkeypatch):
+    png = make_bytes(make_image(0, 90, 70), "PNG")
+    monkeypatch.delattr(Image, "open")
+    assert source.check(np.frombuffer(jpeg, np.uint8)) == source.check(np.frombuffer(png, np.uint8)) == (90, 70)
+
+
+def test_what_is_no_image_is_refused(jpeg, make_image, make_bytes):
+    png, gif = make_bytes(make_image(0, 90, 70), "PNG"), make_bytes(make_image(0, 90, 70).convert("P"), "GIF")
+    scan = jpeg.index(b"\xff\xda")
+    cases = {
+        "empty": b"",
+        "starts with b'<!DOCTYPE html><'": b"<!DOCTYPE html><html>404</html>",
+        "starts with b'GIF87a": gif,
+        "JPEG header is cut off": jpeg[: jpeg.index(b"\xff\xc0") + 5],
+        "truncated": jpeg[: scan + (len(jpeg) - scan) // 2],
+        "cannot load": jpeg[:scan],
+        "image file is truncated": png[: len(png) // 2],
+        "the header is damaged": png[:40],
+    }
+    for reason, data in cases.items():
+        with pytest.raises(BadImage, match=reason):
+            source.check(np.frombuffer(data, dtype=np.uint8))
+
+
+def test_huffman_tables_may_come_before_the_frame(jpeg):
+    at = jpeg.index(b"\xff\xc4")
+    table = jpeg[at : at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")]
+    assert source.header(np.frombuffer(jpeg[:2] + table + b"\xff" + jpeg[2:], dtype=np.uint8)) == (90, 70)
+
+
+def test_garbage_after_a_jpeg_is_no_fault(jpeg):
+    assert source.check(np.frombuffer(jpeg + bytes(500), dtype=np.uint8)) == (90, 70)

@@ -1,0 +1,166 @@
+"""Loading weights of another size, class count or number of heads: what changes, and that it is said."""
+
+import pytest
+import torch
+from timm.layers import resample_abs_pos_embed
+
+from fastdeit import models
+from fastdeit.models.weights import LoadReport, load_weights, resize_pos_embed
+
+PLAIN, DISTILLED = "deit_digits_patch8_32", "deit_digits_distilled_patch8_32"
+
+
+def build(name=PLAIN, seed=0, **options):
+    torch.manual_seed(seed)
+    return models.build(name, **({"depth": 1, "image_size": 32} | options))
+
+
+def weights(name=PLAIN, **options):
+    return {key: torch.randn_like(tensor) for key, tensor in build(name, seed=1, **options).state_dict().items()}
+
+
+def timms(pos_embed, new, old=None, prefix=1):
+    return resample_abs_pos_embed(
+        pos_embed, new_size=new, old_size=old, num_prefix_tokens=prefix, antialias=False, align_corners=False
+    )
+
+
+def test_weights_of_the_same_model_fit_exactly():
+    vit, source = build(), weights()
+    report = load_weights(vit, source)
+    assert report.exact
+    assert str(report) == "all tensors fit"
+    assert all(torch.equal(source[name], tensor) for name, tensor in vit.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "prefix"), [(PLAIN, 1), (DISTILLED, 2)])
+@pytest.mark.parametrize("size", [48, 16, (48, 24)])
+def test_positions_are_resized_as_timm_resizes_them(name, prefix, size):
+    vit, source = build(name, image_size=size), weights(name)
+    report = load_weights(vit, source)
+    expected = timms(source["pos_embed"], vit.grid, prefix=prefix)
+    torch.testing.assert_close(vit.pos_embed.detach(), expected, rtol=1e-6, atol=1e-6)
+    assert report.resized == (f"pos_embed {prefix}+4x4 -> {prefix}+{vit.grid[0]}x{vit.grid[1]}",)
+    assert not report.exact
+
+
+def test_positions_of_a_grid_that_is_no_square():
+    vit, source = build(image_size=32), weights(image_size=(24, 48))
+    load_weights(vit, source, grid=(3, 6))
+    torch.testing.assert_close(vit.pos_embed.detach(), timms(source["pos_embed"], (4, 4), (3, 6)), rtol=1e-6, atol=1e-6)
+    same = build(image_size=(24, 48))
+    assert load_weights(same, source).exact
+    with pytest.raises(
+        ValueError, match=r"pos_embed has 19 positions, which is no square plus 1 prefix tokens; .*grid="
+    ):
+        load_weights(build(image_size=32), source)
+    with pytest.raises(ValueError, match="pos_embed has 19 positions, neither grid 3x4 nor that plus 1 prefix tokens"):
+        load_weights(build(image_size=32), source, grid=(3, 4))
+
+
+def test_positions_of_which_two_grids_have_as_many():
+    vit, source = build(image_size=(16, 64)), weights(image_size=32)
+    with pytest.raises(ValueError, match=r"16 patches, which can be 4x4 or 2x8; say which with grid=\(height, width\)"):
+        load_weights(vit, source)
+    load_weights(vit, source, grid=(4, 4))
+    torch.testing.assert_close(vit.pos_embed.detach(), timms(source["pos_embed"], (2, 8), (4, 4)), rtol=1e-6, atol=1e-6)
+    assert load_weights(vit, source, grid=(2, 8)).exact
+
+
+def test_half_precision_positions_are_interpolated_in_float32():
+    vit = build(image_size=48)
+    source = {key: tensor.bfloat16() for key, tensor in weights().items()}
+    resized, _ = resize_pos_embed(source, vit)
+    assert torch.equal(resized, timms(source["pos_embed"].float(), (6, 6)).bfloat16())
+
+
+def test_plain_weights_in_a_distilled_model():
+    vit, source = build(DISTILLED), weights(PLAIN)
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    report = load_weights(vit, source)
+    assert report.missing == ("dist_token", "head_dist.weight", "head_dist.bias")
+    assert report.resized == ("pos_embed 1+4x4 -> 2+4x4 (position of the distillation token kept as initialised)",)
+    assert not report.unexpected
+    assert torch.equal(vit.pos_embed[:, :1], source["pos_embed"][:, :1])
+    assert torch.equal(vit.pos_embed[:, 1], before["pos_embed"][:, 1])
+    assert torch.equal(vit.pos_embed[:, 2:], source["pos_embed"][:, 1:])
+    assert torch.equal(vit.dist_token, before["dist_token"])
+    assert torch.equal(vit.head_dist.weight, before["head_dist.weight"])
+    assert torch.equal(vit.head.weight, source["head.weight"])
+
+
+def test_distilled_weights_in_a_plain_model():
+    vit, source = build(PLAIN), weights(DISTILLED)
+    report = load_weights(vit, source)
+    assert report.unexpected == ("dist_token", "head_dist.weight", "head_dist.bias")
+    assert report.resized == ("pos_embed 2+4x4 -> 1+4x4",)
+    assert torch.equal(vit.pos_embed, torch.cat((source["pos_embed"][:, :1], source["pos_embed"][:, 2:]), 1))
+
+
+def test_positions_without_a_slot_for_the_class_token():
+    """DeiT III adds its class token after the positions: a position of zero gives the same tokens."""
+    vit, source = build(PLAIN), weights(PLAIN)
+    source["pos_embed"] = source["pos_embed"][:, 1:]
+    report = load_weights(vit, source)
+    assert report.resized == ("pos_embed 0+4x4 -> 1+4x4",)
+    assert vit.pos_embed[:, 0].abs().max() == 0
+    assert torch.equal(vit.pos_embed[:, 1:], source["pos_embed"])
+
+
+def test_heads_of_another_class_count_are_initialised_anew():
+    vit, source = build(DISTILLED, num_classes=300), weights(DISTILLED)
+    torch.nn.init.ones_(vit.head.weight)
+    torch.nn.init.ones_(vit.head.bias)
+    report = load_weights(vit, source)
+    assert report.reinitialised_heads == ("head", "head_dist")
+    assert (report.missing, report.unexpected, report.resized) == ((), (), ())
+    for head in (vit.head, vit.head_dist):
+        assert head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert head.bias.abs().max() == 0
+    assert torch.equal(vit.norm.weight, source["norm.weight"])
+    assert "heads initialised anew: head, head_dist" in str(report)
+
+
+def test_weights_of_another_model_change_nothing():
+    vit, source = build(), weights(dim=192)
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"of another model: cls_token is \(1, 1, 192\), not \(1, 1, 96\); .* and \d+ more"
+    ):
+        load_weights(vit, source)
+    assert all(torch.equal(before[name], tensor) for name, tensor in vit.state_dict().items())
+    with pytest.raises(ValueError, match=r"nested under a key such as 'model', or prefixed with 'module\.'"):
+        load_weights(vit, {f"module.{name}": tensor for name, tensor in weights().items()})
+
+
+def test_what_is_missing_and_what_is_not_used_is_named():
+    vit, source = build(), weights()
+    del source["norm.bias"]
+    source["ls1.gamma"] = torch.zeros(3)
+    report = load_weights(vit, source)
+    assert report == LoadReport(missing=("norm.bias",), unexpected=("ls1.gamma",))
+    assert str(report) == "kept as initialised: norm.bias; not used: ls1.gamma"
+
+
+def test_a_model_without_positions():
+    net, other = models.build("convnet_digits"), models.build("convnet_digits", num_classes=3)
+    assert load_weights(net, models.build("convnet_digits").state_dict()).exact
+    assert load_weights(net, other.state_dict()).reinitialised_heads == ("head",)
+
+
+def test_a_timm_model_is_loaded_as_ours_is():
+    peer = models.build_timm("deit_tiny_distilled_patch16_224", image_size=96, num_classes=5)
+    source = weights(DISTILLED, dim=192, depth=12, patch_size=16, image_size=64, num_classes=7)
+    report = load_weights(peer, source)
+    assert report.resized == ("pos_embed 2+4x4 -> 2+6x6",)
+    assert report.reinitialised_heads == ("head", "head_dist")
+    torch.testing.assert_close(peer.inner.pos_embed.detach(), timms(source["pos_embed"], (6, 6), prefix=2))
+
+
+def test_a_model_that_has_no_positions_for_its_prefix_refuses_to_lose_them():
+    peer = models.build_timm("deit3_small_patch16_224", image_size=64)
+    source = weights(dim=384, depth=12, patch_size=16, image_size=64, num_classes=1000)
+    with pytest.raises(
+        ValueError, match=r"pos_embed 1\+4x4 -> 0\+4x4: the model adds its prefix tokens without positions"
+    ):
+        load_weights(peer, source)
