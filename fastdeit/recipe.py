@@ -209,7 +209,7 @@ def _read(path: Path, problems: Problems) -> Item | None:
         problems.add(Place(source), (), f"is larger than {MAX_BYTES // 1024} KiB, which no recipe needs")
         return None
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         problems.add(Place(source, line), (), f"is not UTF-8 text (byte 0x{data[error.start]:02x})")
@@ -308,7 +308,7 @@ _CHOICES: dict[FieldPath, _Choice] = {
 def _merged(base: Item, child: Item, path: FieldPath = ()) -> Item:
     """`child` laid over `base`: mappings field by field, anything else replaced."""
     if not isinstance(base.value, dict) or not isinstance(child.value, dict):
-        return Item(child.value, _written_at(child))
+        return child
     kept = dict(base.value)
     choice = _CHOICES.get(path)
     if choice is not None and _decides_anew(choice, base.value, child.value):
@@ -322,7 +322,7 @@ def _merged(base: Item, child: Item, path: FieldPath = ()) -> Item:
 
 def _written_at(item: Item) -> Place:
     """Place of the item, or that of the first field inside for a section that only overrides made."""
-    while item.place == NOWHERE and item.value:
+    while item.place == NOWHERE and isinstance(item.value, dict) and item.value:
         item = next(iter(item.value.values()))
     return item.place
 
@@ -433,7 +433,9 @@ def _section(
         for detail in error.errors(include_url=False):
             path = _path_of(root, (section, *detail["loc"]))
             written = _written(root, path)
-            if problems.skips(path) or (problems.incomplete and not written):
+            # Fields that disagree with one that could not be read, or with one that the base may have.
+            doubtful = detail["type"] == "value_error" and problems.skips_within(path if written else path[:-1])
+            if problems.skips(path) or doubtful or (problems.incomplete and not written):
                 continue
             found.setdefault(path, []).append(_explained(detail, written, models, path))
         for path, reasons in found.items():
@@ -448,7 +450,7 @@ def _path_of(root: Item, loc: Iterable[str | int]) -> FieldPath:
     path: FieldPath = ()
     item: Item | None = root
     for part in loc:
-        value = item.value if item is not None else None
+        value = item.value if item is not None else {}
         if isinstance(value, dict) and isinstance(part, str):
             path, item = (*path, part), value.get(part)
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
@@ -469,10 +471,11 @@ def _place_of(root: Item, path: FieldPath) -> Place:
     place = root.place
     for part in path:
         if isinstance(root.value, dict) and part not in root.value:
-            break
+            return place
         root = root.value[part]
         place = root.place if root.place != NOWHERE else place
-    return place
+    inside = _written_at(root)
+    return place if inside == NOWHERE else inside
 
 
 def _explained(detail: Mapping[str, Any], written: bool, models: Mapping[str, Any], path: FieldPath) -> tuple[str, str]:
@@ -490,7 +493,8 @@ def _explained(detail: Mapping[str, Any], written: bool, models: Mapping[str, An
         one_of = "must be one of " if len(choices) > 1 else "must be "
         return one_of + ", ".join(choices), got + (meant(value, choices) if isinstance(value, str) else "")
     words = _WORDS.get(kind)
-    return (words.format_map(limits) if words else detail["msg"]), got
+    bounds = {name: str(bound).removesuffix(".0") for name, bound in limits.items()}
+    return (words.format_map(bounds) if words else detail["msg"]), got
 
 
 _WORDS = {
@@ -503,10 +507,10 @@ _WORDS = {
     "list_type": "must be a list",
     "dict_type": "must be a mapping",
     "model_type": "must be a mapping",
-    "greater_than": "must be above {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than": "must be below {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
     "finite_number": "must be a finite number",
     "string_too_short": "must not be empty",
     "too_short": "must have at least {min_length} entries",

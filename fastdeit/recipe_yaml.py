@@ -71,6 +71,9 @@ class Problems:
         """One line per problem, in the order of the files' lines."""
         return "\n".join(dict.fromkeys(f"{place}: {problem}" for place, problem in sorted(self.found)))
 
+    def skips_within(self, path: FieldPath) -> bool:
+        return any(unread[: len(path)] == path for unread in self._unread)
+
 
 class _Stop(Exception):
     """Reading cannot go on behind this; the problem is already recorded."""
@@ -138,7 +141,7 @@ class Reader:
         if not isinstance(start, DocumentStartEvent):
             return Item(None, Place(self.source, 1 if self.line_numbers else 0))
         if start.version or start.tags:
-            self._refuse(start, self.path, "YAML directives (%) are not allowed; remove the line")
+            self._refuse(start, self.path, "YAML directives (%), as before this line, are not allowed")
             raise _Stop
         item = self._item(next(self.events), self.path)
         next(self.events)  # end of the document

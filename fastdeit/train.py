@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastdeit import build, recipe as recipes, rng
+from fastdeit.data.source import DataError
 from fastdeit.engine.dist import World, world as join_world
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.optim import AdamW, ParamGroup, default_groups
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine, autocast
-from fastdeit.errors import Interrupted
+from fastdeit.errors import FastdeitError, Interrupted
 from fastdeit.evaluate import Accuracy, Predict, evaluate
 from fastdeit.methods.base import Method
 from fastdeit.methods.teacher import Teacher, TeacherConfig
@@ -137,6 +138,8 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
             record.teacher_top1 = held_out(teacher_predict(method.teacher, recipe)).top1["class"]
         bad_images = world.sum(torch.tensor(len(loader.bad.reasons), device=world.device)).item()
         return log.finish(record, bad_images)
+    except DataError as error:
+        raise FastdeitError(f"{error}\nwhat was trained is in {run_dir}; once the data is repaired, go on with --resume") from error
     finally:
         batches.close()
         log.close()

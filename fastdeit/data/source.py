@@ -131,11 +131,9 @@ def train_val(root: str | Path, train: str = "train", val: str = "val") -> tuple
     training, held_out = FolderSource(root / train), FolderSource(root / val)
     extra, missing = (sorted(set(a.classes) - set(b.classes)) for a, b in ((training, held_out), (held_out, training)))
     if extra or missing:
-        parts = [f"only in {train}: {_names(extra)}"] * bool(extra) + [f"only in {val}: {_names(missing)}"] * bool(
-            missing
-        )
+        only = [f"only in {part}: {_names(names)}" for part, names in ((train, extra), (val, missing)) if names]
         raise DataError(
-            f"{root}: the class folders of {train} and {val} differ ({'; '.join(parts)}); make them the same"
+            f"{root}: the class folders of {train} and {val} differ ({'; '.join(only)}); make them the same"
         )
     return training, held_out
 

@@ -151,7 +151,7 @@ def _storable(group: dict[str, Tensor], file: str) -> dict[str, Tensor]:
             )
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(f"{where} has dtype {tensor.dtype}, which safetensors cannot store")
-        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        tensor = tensor.detach().cpu().resolve_neg().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         if storage in seen:
             tensor = tensor.clone()

@@ -12,7 +12,7 @@ from fastdeit.engine import metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_TEACHER = "top1_teacher"
+_TEACHER = "teacher_top1"
 _SMOOTH_FROM = 50
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _GREY = "#767676"
@@ -23,14 +23,16 @@ Series = tuple[list[float], list[float]]
 def curves(metrics_path: Path, out_path: Path) -> None:
     """Draw `out_path` (PNG) from `metrics_path`: a panel each for training loss, top-1 and learning rate.
 
-    Reads `loss` and `lr` of records of kind "train" and every `top1_*` (percent) of kind "eval", against `epoch`. What
-    no record holds gets no panel or line; `top1_teacher` becomes a level. Of several records of a step the last counts.
+    Reads `loss` and `lr` of records of kind "train" and every `top1_*` (percent) of kind "eval", against `epoch`, and
+    the last `teacher_top1` of any record, which becomes a level beside the heads. What no record holds gets no panel or
+    line. Of several records of a step the last counts.
     Raises metrics.MetricsError if nothing can be drawn.
     """
     records = metrics.read(Path(metrics_path))
     train, evaluations = _of_kind(records, "train"), _of_kind(records, "eval")
     heads = dict.fromkeys(key for record in evaluations for key in record if key.startswith("top1_"))
     accuracy = {head: series for head in heads if (series := _series(evaluations, head))}
+    levels = [record[_TEACHER] for record in records if _is_finite(record.get(_TEACHER))]
     loss, rate = _series(train, "loss"), _series(train, "lr")
     # (relative height, data, drawing) of each panel, from the top.
     panels = [
@@ -50,6 +52,8 @@ def curves(metrics_path: Path, out_path: Path) -> None:
     all_axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (_, data, draw) in zip(all_axes, panels, strict=True):
         draw(axes, data)
+        if draw is _draw_accuracy and levels:
+            axes.axhline(levels[-1], color=_GREY, linestyle="--", linewidth=1.2, label=f"teacher\n{levels[-1]:.2f}")
         axes.grid(color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -94,16 +98,11 @@ def _draw_loss(axes: "Axes", series: Series) -> None:
 
 
 def _draw_accuracy(axes: "Axes", accuracy: Mapping[str, Series]) -> None:
-    heads = [head for head in accuracy if head != _TEACHER]
-    for index, head in enumerate(heads):
-        epochs, values = accuracy[head]
+    for index, (head, (epochs, values)) in enumerate(accuracy.items()):
         label = f"{head.removeprefix('top1_')}\nbest {max(values):.2f}, last {values[-1]:.2f}"
         # The first head is the method's answer: it lies on top.
-        style = {"color": _COLOURS[index % len(_COLOURS)], "zorder": 3 - index / len(heads)}
+        style = {"color": _COLOURS[index % len(_COLOURS)], "zorder": 3 - index / len(accuracy)}
         axes.plot(epochs, values, label=label, **style, **_marks(values))
-    if _TEACHER in accuracy:
-        level = accuracy[_TEACHER][1][-1]
-        axes.axhline(level, color=_GREY, linestyle="--", linewidth=1.2, label=f"teacher\n{level:.2f}")
     axes.set_ylabel("held-out top-1 (%)")
 
 

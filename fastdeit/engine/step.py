@@ -1,5 +1,6 @@
 """One training step: micro-batches, autocast, gradient reduction, guard, update, EMA, and sums for the log."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -41,6 +42,8 @@ class Engine:
         self.sums: dict[str, Tensor] = {}
         self.module = method
         if world.size > 1:
+            # Gradients of one-token parameters differ from DDP's views in the stride of a dimension of size 1: no copy is slow.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             device_ids = [world.device.index] if world.device.type == "cuda" else None
             self.module = DistributedDataParallel(method, device_ids=device_ids, gradient_as_bucket_view=True)
         self._last_micro = True

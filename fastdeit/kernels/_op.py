@@ -1,11 +1,12 @@
-"""What all ops share: registration, the choice of a backend and its reason, autocast, and the wording of argument errors.
+"""What all ops share: registration, the choice of a backend with its reason, autocast, and argument checks.
 
-An op has one or more backends in order of preference; the last is `reference`, pure PyTorch, which runs everywhere and
-defines the result. `FASTDEIT_KERNELS` forces a choice: `reference`, or `op=backend` pairs separated by commas. A forced
-backend that cannot run raises; left alone (`auto`), the first that can run is taken, and `info()` says why.
+An op has one or more backends in order of preference; the last is `reference`, pure PyTorch, which runs everywhere
+and defines the result. The first that can run is taken, and `info()` says why. The environment variable
+`FASTDEIT_KERNELS` forces another choice: a backend for all ops, `op=backend` for one, or several of these separated by
+commas. A forced backend that cannot run raises.
 
-In eager mode the reference runs under native autograd, since a registered op costs ten to twenty microseconds a call. Under
-`torch.compile`, and when a backend is forced, the registered op runs.
+In eager mode the reference runs under native autograd, since a registered op costs ten to twenty microseconds a call.
+Under `torch.compile`, and when a backend is forced, the registered op runs.
 """
 
 import os
@@ -48,12 +49,12 @@ class OpInfo(NamedTuple):
 class Op:
     """A public op: its backends, and `torch.ops.fastdeit.<name>`, which runs the selected one.
 
-    The reference's annotations are the schema of the op, and likewise those of `backward` of `<name>_backward`: arguments
-    are positional, and every Tensor result is a new contiguous one.
+    The annotations of the reference are the schema of the op, and those of its backward that of `<name>_backward`.
+    Arguments are positional; results are new, contiguous tensors.
 
     reference, backward  the reference and its explicit backward, None when the op is not differentiable
     others               backends to prefer to the reference, best first
-    cast                 arguments that take the autocast dtype under autocast; the rest of the op runs with autocast off
+    cast                 arguments that take the autocast dtype under autocast; the op itself runs with autocast off
     mutates              arguments that are changed in place
     """
 
@@ -169,7 +170,7 @@ def _autocast(name: str, cast: Collection[str] = ()) -> None:
     def rule(device: str) -> Callable:
         def run(*args: Any) -> Any:
             dtype = torch.get_autocast_dtype(device)
-            args = [_to_autocast(a, dtype) if c else a for a, c in zip(args, chosen, strict=False)]
+            args = [_to_autocast(a, dtype) if c else a for a, c in zip(args, chosen, strict=True)]
             with torch.autocast(device, enabled=False):
                 return op(*args)
 

@@ -8,8 +8,8 @@ Backward, with dP = dout v^T and D = rowsum(P * dP):
 
     dv = P^T dout      dS = scale * P * (dP - D)      dq = dS k      dk = dS^T q
 
-Bytes moved at best, per element of out in 16 bit: forward reads 6 and writes 2; backward reads 8 and writes 6, since its
-result is packed, as the qkv projection's backward wants it.
+Bytes moved at best per element of out in 16 bit: forward reads 6 and writes 2; backward reads 8 and writes 6, since the
+gradient is written packed, as the qkv projection's backward wants it.
 """
 
 import torch

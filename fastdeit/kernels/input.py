@@ -8,8 +8,8 @@ in DeiT's order: the partner is mixed with its own erasure. A box is (y0, x0, y1
 y1 <= y0 or x1 <= x0. `patchify` writes [B, P, 3*p*p] with patches row by row and (c, i, j) inside a patch, so that
 `patches @ conv.weight.reshape(C, -1).T` is the patch convolution; `pixels` writes [B, 3, H, W].
 
-Noise is a pure function of (sample's key, element): words w0, w1 of Philox4x32-10 (Salmon et al., SC 2011) for the counter
-(element, 0, 0, 0), element = (c * H + y) * W + x, and the key's low and high 32 bits; then, by Box and Muller,
+Noise is a pure function of (sample's key, element): words w0, w1 of Philox4x32-10 (Salmon et al., SC 2011) for the
+counter (element, 0, 0, 0), element = (c * H + y) * W + x, and the key's low and high 32 bits; then, by Box and Muller,
 sqrt(-2 ln u) cos(2 pi v) with u = (w0 // 256 + 1) / 2**24 and v = (w1 // 256) / 2**24, both exact in float32.
 
 Bytes moved at best per element: reads 1 (2 when mixed), writes the size of `dtype`.
@@ -32,8 +32,8 @@ _ROUNDS = 10
 def philox(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit words, as int64, of Philox4x32-10 for the counter (counter, 0, 0, 0) and a 64-bit key.
 
-    Both are int64 tensors that broadcast; a counter is in [0, 2**32), a key any 64 bits. A product wraps modulo 2**64 and so
-    has the bits of the unsigned product.
+    Both are int64 tensors that broadcast; a counter is in [0, 2**32), a key any 64 bits. A product wraps modulo 2**64
+    and so has the bits of the unsigned product.
     """
     c0, k0, k1 = counter, key & _LOW, key >> 32 & _LOW
     c1 = c2 = c3 = torch.zeros_like(counter)
@@ -167,7 +167,7 @@ def pixels(
     partner    int64 `[B]`: the sample each is mixed with; None mixes nothing
     lam        float32 `[B]`: weight of the own pixel outside `box`; None is 1
     box        int32 `[B, 4]` (y0, x0, y1, x1): inside it the partner's pixel is taken; None is empty
-    erase      (boxes int32 `[B, 4]`, keys int64 `[B]`): pixels to replace by N(0, 1) noise, and its key; None erases nothing
+    erase      (boxes int32 `[B, 4]`, keys int64 `[B]`): pixels to replace by N(0, 1) noise, and its key; None is none
     dtype      of the result
 
     A partner outside [0, B) raises IndexError on the CPU; on a GPU the indexing asserts on the device.
@@ -189,7 +189,7 @@ def patchify(
     erase: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`pixels` as patches `[B, H/p * W/p, 3*p*p]`: patches row by row, (c, i, j) inside, like a patch convolution's weight.
+    """`pixels` as patches `[B, H/p * W/p, 3*p*p]`: row by row, (c, i, j) inside, like a patch convolution's weight.
 
     patch_size  p, a divisor of H and W
     others      as of `pixels`

@@ -10,7 +10,7 @@ Backward, with g = dnormed * weight and averages over C:
     dbranch = keep * gamma * dr        dgamma = sum_BN(keep * branch * dr)
     dweight = sum_BN(dnormed * x)      dbias = sum_BN(dnormed)
 
-residual, branch, normed are [..., C]; weight, bias, gamma [C]; keep [B]. Bytes moved at best per element, with a float32
+residual, branch, normed are [..., C]; weight, bias, gamma [C]; keep [B]. Bytes moved at best per element of a float32
 residual and a 16-bit branch: forward reads 6 and writes 6; backward reads 10 (and 2 more for dgamma) and writes 6.
 """
 

@@ -7,9 +7,9 @@ with Phi the standard normal distribution function (exact GELU, by erf). Backwar
     dact = dout w2           dpre = dact * (Phi(pre) + pre * phi(pre))        dx = dpre w1
     dw2 = dout^T act         db2 = sum dout        dw1 = dpre^T x             db1 = sum dpre
 
-x is [..., C], out [..., C']; w1 [F, C], b1 [F], w2 [C', F], b2 [C'], as of nn.Linear. Only pre is saved, act is recomputed.
-Bytes moved at best per element of pre in 16 bit, beside the operands of the matrix products: forward writes 2, backward
-reads 2, since GELU, its derivative and the bias gradients fit into the products' epilogues.
+x is [..., C], out [..., C']; w1 [F, C], b1 [F], w2 [C', F], b2 [C'], as of nn.Linear. Only pre is saved; act is
+recomputed. Bytes moved at best per element of pre in 16 bit, beside the operands of the matrix products: forward writes
+2, backward reads 2, since GELU, its derivative and the bias gradients fit into the products' epilogues.
 """
 
 import math

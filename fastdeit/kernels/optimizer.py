@@ -7,15 +7,15 @@ With g = grad_scale * grad, t = step + 1, c_i = 1 - beta_i**t:
     AdamW (Loshchilov & Hutter, ICLR 2019)
         p = (1 - lr weight_decay) p - lr (m / c1) / (sqrt(v / c2) + eps)
 
-    LAMB (You et al., ICLR 2020) as NVIDIA apex's FusedLAMB, with g / max(1, |g| / max_grad_norm) for g, |g| over all tensors
+    LAMB (You et al., ICLR 2020) as in NVIDIA apex's FusedLAMB, on g / max(1, |g| / max_grad_norm), |g| over all tensors
         u = (m / c1) / (sqrt(v / c2) + eps) + weight_decay p
         p = p - lr r u,  r = |p| / |u| where weight_decay != 0 and neither norm is 0, else 1
 
     ema = ema_decay ema + (1 - ema_decay) p        copy = p in the copy's dtype
 
-When found_inf is nonzero nothing changes, step included. That is decided on the device, by selecting between old and
-new values; multiplying by zero would let NaN through. Bytes moved at best per float32 parameter: AdamW reads 16 and writes
-12, EMA adds 4 and 4, a copy 2; LAMB needs the norms of u first and so reads everything twice.
+When found_inf is nonzero nothing changes, step included. On a GPU that is decided there, by selecting between old and
+new values; multiplying by zero would let NaN through. Bytes moved at best per float32 parameter: AdamW reads 16 and
+writes 12, EMA adds 4 and 4, a copy 2; LAMB needs the norm of u first and so reads everything twice.
 """
 
 from collections.abc import Sequence
@@ -103,12 +103,12 @@ def reference_adamw(
     if skip is True:
         return
     correction1, correction2 = _corrections(step + 1, beta1, beta2)
-    rate, root = lr / correction1, torch.sqrt(correction2)
+    rate, root, decay = lr / correction1, torch.sqrt(correction2), 1 - lr.double() * weight_decay
     for p, g, m, v in zip(params, _gradients(params, grads, grad_scale), exp_avgs, exp_avg_sqs, strict=True):
         new_m = torch.lerp(m, g, 1 - beta1)
         new_v = (beta2 * v).addcmul_(g, g, value=1 - beta2)
         update = new_m / (new_v.sqrt().div_(root).add_(eps))
-        new_p = (p * (1 - lr * weight_decay)).sub_(update.mul_(rate))
+        new_p = (p * decay).sub_(update.mul_(rate))
         _write(skip, (p, m, v), (new_p, new_m, new_v))
     _write(skip, [step], [step + 1])
     _follow(params, skip, ema, ema_decay, copies)
@@ -286,8 +286,8 @@ def fused_lamb(
     """One LAMB step in place, with the semantics of NVIDIA apex's FusedLAMB (`adam_w_mode`, `use_nvlamb=False`).
 
     max_grad_norm  the gradients are clipped to this global norm; `math.inf` does not clip
-    grad_norm      float32 scalar tensor: norm of the gradients as given, before grad_scale. Pass `global_norm` of all of
-                   them when the parameters are spread over several calls; None takes the norm of `grads` alone
+    grad_norm      float32 scalar tensor: norm of the gradients as given, before grad_scale. Pass `global_norm` of them
+                   all when the parameters are spread over several calls; None takes the norm of `grads` alone
     others         as of `fused_adamw`
 
     The trust ratio applies where weight_decay is not 0, and to tensors whose norm and whose update's norm are not 0.
@@ -315,26 +315,25 @@ def _lists(
     dtype = params[0].dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"params are {dtype}, but must be float32 or float64; keep 16-bit weights in `copies`")
-    result = [list(params)]
-    for name, tensors, same in (
-        ("params", params, True),
+    lists = [list(params)]
+    for name, tensors, moment in (
         ("grads", grads, False),
         ("exp_avgs", exp_avgs, True),
         ("exp_avg_sqs", exp_avg_sqs, True),
-        ("ema", ema, True),
-        ("copies", copies, False),
+        ("ema", ema or params, True),
+        ("copies", copies or params, False),
     ):
-        tensors = [] if tensors is None and name in ("ema", "copies") else list(tensors)
-        if name != "params":
-            result.append(tensors)
-        if tensors and len(tensors) != len(params):
+        if len(tensors) != len(params):
             raise ValueError(f"{name} has {len(tensors)} tensors, but params has {len(params)}")
-        for i, (p, tensor) in enumerate(zip(params, tensors, strict=True) if tensors else ()):
+        for i, (p, tensor) in enumerate(zip(params, tensors, strict=True)):
+            # The name is formatted only when the check fails: there are hundreds of tensors a step.
             if tensor.shape != p.shape:
                 _op.check_shape(f"{name}[{i}]", tensor, p.shape, f"like params[{i}]")
-            if same and tensor.dtype != dtype:
+            if tensor.dtype != dtype and moment:
                 _op.check_dtype(f"{name}[{i}]", tensor, dtype)
-    return tuple(result)
+        lists.append(list(tensors))
+    lists[4:] = list(ema or ()), list(copies or ())
+    return tuple(lists)
 
 
 def _scalars(

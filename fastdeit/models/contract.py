@@ -48,7 +48,7 @@ def split_decay(model: nn.Module, exempt: Collection[str]) -> tuple[list[str], l
     """
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
-        free = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+        free = parameter.ndim <= 1 or name.rpartition(".")[2] == "bias" or name in exempt
         (no_decay if free else decay).append(name)
     return decay, no_decay
 

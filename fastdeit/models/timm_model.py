@@ -80,7 +80,7 @@ class TimmModel(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Patches per (column, row) of the positional embedding; None for a model without patches."""
+        """(rows, columns) of patches of the positional embedding; None for a model without patches."""
         return getattr(getattr(self.inner, "patch_embed", None), "grid_size", None)
 
     @property

@@ -66,7 +66,7 @@ class ViTConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches per (column, row) of the image: (height, width) / patch_size."""
+        """(rows, columns) of patches."""
         height, width = self.image_size
         return height // self.patch_size, width // self.patch_size
 
@@ -207,7 +207,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches per (column, row) that the positional embedding is for."""
+        """(rows, columns) of patches that the positional embedding is for."""
         return self.config.grid
 
     @property

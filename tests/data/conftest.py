@@ -2,10 +2,7 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-
-torch.set_num_threads(1)
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
@@ -16,7 +13,7 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray((smooth + noise.integers(-12, 13, (height, width, 1))).clip(0, 255).astype(np.uint8))
 
 
-def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
@@ -25,16 +22,16 @@ def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
 class Bytes:
     """A source of encoded images in memory."""
 
-    def __init__(self, encoded: list[bytes], classes: int = 2) -> None:
-        self.encoded = [np.frombuffer(data, dtype=np.uint8) for data in encoded]
+    def __init__(self, images: list[bytes], classes: int = 2) -> None:
+        self.images = [np.frombuffer(data, dtype=np.uint8) for data in images]
         self.classes = [str(label) for label in range(classes)]
         self.fingerprint = "bytes"
 
     def __len__(self) -> int:
-        return len(self.encoded)
+        return len(self.images)
 
     def read(self, index: int) -> np.ndarray:
-        return self.encoded[index]
+        return self.images[index]
 
     def label(self, index: int) -> int:
         return index % len(self.classes)
@@ -47,24 +44,24 @@ class Bytes:
 def varied() -> list[bytes]:
     """136 JPEGs of 136 sizes, 40 to 160 pixels a side, with and without chroma subsampling."""
     sizes = np.random.default_rng(0).integers(40, 161, (136, 2)).tolist()
-    return [encode(picture(i, *size), quality=90, subsampling=2 * (i % 2)) for i, size in enumerate(sizes)]
+    return [encoded(picture(i, *size), quality=90, subsampling=2 * (i % 2)) for i, size in enumerate(sizes)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def memory():
     return Bytes
 
 
 @pytest.fixture
 def jpeg() -> bytes:
-    return encode(picture(0, 90, 70), quality=90)
+    return encoded(picture(0, 90, 70), quality=90)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_image():
     return picture
 
 
-@pytest.fixture
-def make_bytes():
-    return encode
+@pytest.fixture(scope="session")
+def encode():
+    return encoded

@@ -62,10 +62,8 @@ def by_group(samples: Samples) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def source(varied):
-    from conftest import Bytes
-
-    return Bytes(varied, classes=7)
+def source(varied, memory):
+    return memory(varied, classes=7)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +232,9 @@ def test_closing_wakes_a_thread_that_waits_for_another():
 
     def through(items):
         yield from items
+        drained.append(True)
 
+    drained: list[bool] = []
     first = Prefetch(stuck(), 1, "fastdeit-first")
     second = Prefetch(through(first), 1, "fastdeit-second")
     assert asked.wait(10)
@@ -242,6 +242,7 @@ def test_closing_wakes_a_thread_that_waits_for_another():
     first.close()
     second.close()
     assert fastdeit_threads() == []
+    assert not drained  # a stream that was closed is not one that ended
 
 
 def test_data_error_is_a_value_error():

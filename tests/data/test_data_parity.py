@@ -74,11 +74,11 @@ def test_evaluation_crop(photos, memory, size, ratio):
     assert apart.mean() < 0.25
 
 
-def test_exif_rotation_is_ignored(memory, make_image, make_bytes):
+def test_exif_rotation_is_ignored(memory, make_image, encode):
     exif = Image.Exif()
     exif[0x0112] = 6
     image = make_image(3, 60, 40)
-    encoded = [make_bytes(image, quality=95), make_bytes(image, quality=95, exif=exif)]
+    encoded = [encode(image, quality=95), encode(image, quality=95, exif=exif)]
     (batch,) = EvalLoader(memory(encoded), (40, 60), 1.0, batch_size=2, threads=1).batches()
     assert torch.equal(batch.images[0], batch.images[1])
     loader = TrainLoader(

@@ -74,7 +74,10 @@ def test_train_and_val(folder):
     root = folder("train/a/1.jpg", "train/b/1.jpg", "train/b/2.jpg", "val/a/1.jpg", "val/b/1.jpg")
     train, val = source.train_val(root)
     assert (len(train), len(val)) == (3, 2)
-    folder("train/c/1.jpg", "val/d/1.jpg", "val/e/1.jpg")
+    folder("val/d/1.jpg", "val/e/1.jpg")
+    with pytest.raises(DataError, match=r"train and val differ \(only in val: 'd', 'e'\); make them the same"):
+        source.train_val(root)
+    folder("train/c/1.jpg")
     with pytest.raises(
         DataError, match=r"train and val differ \(only in train: 'c'; only in val: 'd', 'e'\); make them"
     ):
@@ -121,26 +124,27 @@ def _pixels(synthetic: SyntheticSource, index: int) -> np.ndarray:
         ("PPM", "RGB", {}),
     ],
 )
-def test_header_reads_the_size(make_image, make_bytes, kind, mode, options):
-    data = np.frombuffer(make_bytes(make_image(0, 91, 47).convert(mode), kind, **options), dtype=np.uint8)
+def test_header_reads_the_size(make_image, encode, kind, mode, options):
+    data = np.frombuffer(encode(make_image(0, 91, 47).convert(mode), kind, **options), dtype=np.uint8)
     assert source.header(data) == (91, 47)
     assert source.check(data) == (91, 47)
 
 
-def test_jpeg_and_png_headers_need_no_pil(jpeg, make_image, make_bytes, monkeypatch):
-    png = make_bytes(make_image(0, 90, 70), "PNG")
+def test_jpeg_and_png_headers_need_no_pil(jpeg, make_image, encode, monkeypatch):
+    png = encode(make_image(0, 90, 70), "PNG")
     monkeypatch.delattr(Image, "open")
     assert source.check(np.frombuffer(jpeg, np.uint8)) == source.check(np.frombuffer(png, np.uint8)) == (90, 70)
 
 
-def test_what_is_no_image_is_refused(jpeg, make_image, make_bytes):
-    png, gif = make_bytes(make_image(0, 90, 70), "PNG"), make_bytes(make_image(0, 90, 70).convert("P"), "GIF")
+def test_what_is_no_image_is_refused(jpeg, make_image, encode):
+    png, gif = encode(make_image(0, 90, 70), "PNG"), encode(make_image(0, 90, 70).convert("P"), "GIF")
     scan = jpeg.index(b"\xff\xda")
     cases = {
         "empty": b"",
         "starts with b'<!DOCTYPE html><'": b"<!DOCTYPE html><html>404</html>",
         "starts with b'GIF87a": gif,
         "JPEG header is cut off": jpeg[: jpeg.index(b"\xff\xc0") + 5],
+        "JPEG header is .* damaged": b"\xff\xd8\x00\xc0" + jpeg[jpeg.index(b"\xff\xc0") + 2 :],
         "truncated": jpeg[: scan + (len(jpeg) - scan) // 2],
         "cannot load": jpeg[:scan],
         "image file is truncated": png[: len(png) // 2],

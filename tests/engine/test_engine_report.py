@@ -42,7 +42,7 @@ BLUE, ORANGE, GREEN = report._COLOURS[:3]
 def test_a_full_log_draws_every_line(tmp_path):
     records = [train(step) for step in range(200)]
     scores = [
-        evaluation(step, top1_fused=step / 4, top1_class=step / 5, top1_distillation=step / 6, top1_teacher=70.0)
+        evaluation(step, top1_fused=step / 4, top1_class=step / 5, top1_distillation=step / 6)
         for step in range(10, 200, 10)
     ]
     image = draw(tmp_path, records + scores)
@@ -53,7 +53,8 @@ def test_a_full_log_draws_every_line(tmp_path):
 
 
 def test_the_teacher_is_a_level(tmp_path):
-    image = draw(tmp_path, [evaluation(step, top1_class=float(step), top1_teacher=70.0) for step in (10, 20)])
+    teacher = {"kind": "teacher", "step": 20, "teacher_top1": 70.0}
+    image = draw(tmp_path, [evaluation(step, top1_class=float(step)) for step in (10, 20)] + [teacher])
     grey = tuple(bytes.fromhex(report._GREY[1:]))
     rows = {y for y in range(image.height) if sum(image.getpixel((x, y)) == grey for x in range(image.width)) > 100}
     assert 1 <= len(rows) <= 3

@@ -98,6 +98,23 @@ def points(action):
     return seen.names
 
 
+def test_everything_is_synced_before_the_rename_and_the_rename_after_it(tmp_path):
+    names = points(lambda: save(tmp_path / "root", 1))
+    temporary = names[-3].removeprefix("fsync ")
+    assert temporary.startswith(".tmp-step_00000001-")
+    assert names == [
+        "write model.safetensors",
+        "fsync model.safetensors",
+        "write optim.safetensors",
+        "fsync optim.safetensors",
+        "write manifest.json",
+        "fsync manifest.json",
+        f"fsync {temporary}",
+        "rename step_00000001",
+        "fsync root",
+    ]
+
+
 # ---- kills ---------------------------------------------------------------------------------------
 
 
@@ -148,7 +165,6 @@ def test_sigkill_at_random_times_costs_nothing_that_was_saved(tmp_path):
         assert leftovers(tmp_path) == []
         last = found.step
     assert last > awaited > 20
-    print("TORN", torn, last, awaited)
     assert torn >= 5, "the kills missed the saves, so this proved nothing"
 
 
@@ -562,8 +578,7 @@ def test_sweep_removes_what_the_dead_left_and_nothing_else(tmp_path, prepare):
     dead = os.fork()
     if dead == 0:
         os._exit(0)
-    while checkpoint._start_of(dead) is not None:
-        pass
+    os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)
     zombie = abandoned(tmp_path, dead, 1)
     reused = abandoned(tmp_path, me, started + 1)
     living = abandoned(tmp_path, me, started)

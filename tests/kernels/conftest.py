@@ -1,4 +1,5 @@
 import pytest
+
 from fastdeit.kernels import _op
 
 

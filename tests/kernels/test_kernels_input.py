@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from fastdeit.kernels import patchify, pixels
 from fastdeit.kernels.input import normal, philox
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from fastdeit.kernels import distillation_loss
 
 B, K = 6, 11
@@ -55,7 +56,8 @@ def test_is_the_dense_formula(base, smoothing, distillation, reduction, register
     if registered:
         force("reference")
     cls, dist, teacher = logits()
-    settings = dict(smoothing=smoothing, base=base, distillation=distillation, alpha=0.3, tau=2.0, reduction=reduction)
+    settings = {"smoothing": smoothing, "base": base, "distillation": distillation, "alpha": 0.3, "tau": 2.0}
+    settings["reduction"] = reduction
     expected = dense_loss(cls, dist, teacher, **settings)
     wanted = [cls] if distillation == "none" else [cls, dist]
     heads = [cls, None, (Y1, Y2, LAM)] if distillation == "none" else [cls, dist, (Y1, Y2, LAM), teacher]
@@ -81,9 +83,7 @@ def test_soft_reductions_differ_by_the_number_of_classes():
 def test_usual_distillation_sums_the_gradients_of_the_one_head():
     cls, _, teacher = logits()
     second = cls.detach().clone().requires_grad_()
-    (one,) = torch.autograd.grad(
-        distillation_loss(cls, cls, (Y1, Y2, LAM), teacher, distillation="hard").total, [cls]
-    )
+    (one,) = torch.autograd.grad(distillation_loss(cls, cls, (Y1, Y2, LAM), teacher, distillation="hard").total, [cls])
     two = torch.autograd.grad(
         distillation_loss(cls, second, (Y1, Y2, LAM), teacher, distillation="hard").total, [cls, second]
     )

@@ -1,4 +1,4 @@
-"""What every op promises: a sound registration, `torch.compile` without graph breaks, exact gradients, the autocast dtype."""
+"""What every op promises: a sound registration, compilation to one graph, exact gradients, the autocast dtype."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
 from fastdeit import kernels
 from fastdeit.kernels._op import OPS, Op
 

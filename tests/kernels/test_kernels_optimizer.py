@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fastdeit.kernels import fused_adamw, fused_lamb, global_norm, info
 
 SHAPES = (7, 5), (5,), (3, 2, 4), (33, 65)
@@ -34,14 +35,6 @@ def zeros(dtype=torch.float32):
     return [torch.zeros(shape, dtype=dtype) for shape in SHAPES]
 
 
-def ulps(mine, theirs):
-    """Largest difference in units of the last place of the larger of tensor element and 1e-3."""
-    return max(
-        float(((a - b).abs() / (torch.finfo(a.dtype).eps * b.abs().clamp(min=1e-3))).max())
-        for a, b in zip(mine, theirs, strict=True)
-    )
-
-
 def bits(items):
     """Copies that compare bit for bit: NaN equals NaN, and 0 does not equal -0."""
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -57,19 +50,19 @@ def test_adamw_is_torchs(backend, dtype, tensor_lr, force):
     moments = zeros(dtype), zeros(dtype)
     step = torch.tensor(0.0)
     optimizer = torch.optim.AdamW(theirs, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
-    for i, lr in enumerate((1e-2, 2e-2, 0.25, 1e-3, 5e-3), 1):
+    for i, lr in enumerate((2**-7, 2**-6, 0.25, 2**-10, 2**-8), 1):
         grads = tensors(i, dtype)
         optimizer.param_groups[0]["lr"] = lr
         for p, g in zip(theirs, grads, strict=True):
             p.grad = g.clone()
         optimizer.step()
         fused_adamw(mine, grads, *moments, step, torch.tensor(lr) if tensor_lr else lr, **NUMBERS)
-        assert [torch.equal(a, b) for a, b in zip(grads, tensors(i, dtype), strict=True)] == [True] * 4
+        assert all(torch.equal(a, b) for a, b in zip(grads, tensors(i, dtype), strict=True))
     assert step == 5
-    exact = dtype == torch.float32 or not tensor_lr
-    assert ulps(mine, [p.detach() for p in theirs]) < (8 if exact else 1e9)
+    few_ulps = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(mine, [p.detach() for p in theirs], **few_ulps)
     for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-        assert ulps(moment, [optimizer.state[p][key] for p in theirs]) < 8
+        torch.testing.assert_close(moment, [optimizer.state[p][key] for p in theirs], **few_ulps)
 
 
 def exact_lamb(params, grads, ms, vs, t, lr, clip):
@@ -121,12 +114,13 @@ def test_lamb_in_two_calls_clips_by_the_norm_of_both():
 
 
 def test_grad_scale_multiplies(update, decision):
-    scaled, plain = tensors(0), tensors(0)
-    extra = {"max_grad_norm": math.inf} if update is fused_lamb else {}
-    eighth = [g / 8 for g in tensors(1)]
-    update(scaled, tensors(1), zeros(), zeros(), torch.tensor(0.0), 0.1, **NUMBERS, **extra, grad_scale=torch.tensor(1 / 8))
-    update(plain, eighth, zeros(), zeros(), torch.tensor(0.0), 0.1, **NUMBERS, **extra)
-    assert all(torch.equal(a, b) for a, b in zip(scaled, plain, strict=True))
+    """The update hardly depends on a common factor of all gradients; the moments do."""
+    scaled, plain = (tensors(0), zeros(), zeros()), (tensors(0), zeros(), zeros())
+    sixteenth = [g / 16 for g in tensors(1)]
+    scale = torch.tensor(1 / 16)
+    update(scaled[0], tensors(1), *scaled[1:], torch.tensor(0.0), 0.1, **NUMBERS, grad_scale=scale)
+    update(plain[0], sixteenth, *plain[1:], torch.tensor(0.0), 0.1, **NUMBERS)
+    torch.testing.assert_close(scaled, plain)
 
 
 def test_ema_and_copies_follow_the_update(update, decision):
@@ -173,7 +167,7 @@ def test_gradients_of_other_dtypes_and_strides(update):
     grads[0] = grads[0].T.contiguous().T
     grads[3] = grads[3].T.contiguous().T.float()
     update(result, grads, zeros(), zeros(), torch.tensor(0.0), 0.1, **NUMBERS)
-    assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+    torch.testing.assert_close([p.detach() for p in result], expected)
 
 
 def test_global_norm():
@@ -221,7 +215,7 @@ def test_errors_name_the_argument(update, changes, error, message):
 
 def test_other_errors():
     lists = tensors(0), tensors(1), zeros(), zeros()
-    with pytest.raises(ValueError, match="max_grad_norm is 0.0, but must be positive"):
+    with pytest.raises(ValueError, match=r"max_grad_norm is 0\.0, but must be positive"):
         fused_lamb(*lists, torch.tensor(0.0), 0.1, **NUMBERS, max_grad_norm=0.0)
     with pytest.raises(ValueError, match="tensors is empty"):
         global_norm([])

@@ -31,10 +31,11 @@ def flops(model, x):
 
 def test_convnet_result_of_an_image_does_not_depend_on_its_batch(digits_net):
     x = torch.randn(4, 3, 32, 32)
-    for net in (digits_net.train(), digits_net.eval()):
-        whole = net(x)
+    for training in (True, False):
+        digits_net.train(training)
+        whole = digits_net(x)
         assert whole.shape == (4, 10)
-        torch.testing.assert_close(whole, torch.cat([net(row[None]) for row in x]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(whole, torch.cat([digits_net(row[None]) for row in x]), rtol=1e-5, atol=1e-5)
 
 
 def test_convnet_contract(digits_net):
@@ -99,6 +100,10 @@ def test_timm_copy_load_and_move(distilled):
     assert twin.double()(x.double())[0].dtype == torch.float64
     for (_, mine), theirs in zip(twin.named_parameters(), twin.inner.parameters(), strict=True):
         assert mine is theirs
+    twin.inner.register_buffer("kept", torch.zeros(1))
+    twin.inner.register_buffer("computed", torch.zeros(1), persistent=False)
+    assert "kept" in twin.state_dict()
+    assert "computed" not in twin.state_dict()
     wrapped = torch.nn.Sequential(distilled)
     assert next(iter(wrapped.state_dict())) == "0.cls_token"
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeit import models
+from fastdeit.models.contract import split_decay
 from fastdeit.models.vit import VisionTransformer, ViTConfig, patchify
 
 SMALL = ViTConfig(image_size=(16, 24), patch_size=8, dim=32, depth=4, heads=2, num_classes=5, distilled=True)
@@ -220,6 +221,13 @@ def test_decay_groups():
     assert sorted(decay + no_decay) == sorted(name for name, _ in vit.named_parameters())
     assert {"cls_token", "pos_embed", "dist_token", "norm.weight", "head.bias"} <= set(no_decay)
     assert set(vit.decay_groups(decay_dist_token=True)[0]) == {*decay, "dist_token"}
+
+
+def test_a_bias_of_any_shape_is_not_decayed():
+    module = torch.nn.Linear(2, 3)
+    module.bias = torch.nn.Parameter(torch.zeros(3, 4))
+    assert split_decay(module, ()) == (["weight"], ["bias"])
+    assert split_decay(module, {"weight"}) == ([], ["weight", "bias"])
 
 
 def test_shard_units_are_the_blocks():
