@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 def main(args: argparse.Namespace) -> None:
     """Worker of `fastdeit train`: one process of the run."""
     recipe = recipes.load(args.recipe, args.overrides)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", 1))))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("WORLD_SIZE", 1))))
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     with join_world(recipe.engine.device) as world, world.stop_on_signals():

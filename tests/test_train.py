@@ -64,7 +64,7 @@ def recipe_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(data, recipe_file):
-    return lambda *overrides: recipes.load(str(recipe_file), [f"data.root={data}", *overrides])
+    return lambda *overrides, root=data: recipes.load(str(recipe_file), [f"data.root={root}", *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_run_directory(whole):
     assert 0 <= summary["data_wait_percent"] <= 100
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["torch"].startswith(torch.__version__.split("+")[0])
+    assert environment["torch"]["version"] == torch.__version__
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "train"] == [5, 10, 12]
     assert [r["images"] for r in records if r["kind"] == "eval"] == [100, 100]
@@ -185,7 +185,7 @@ def test_resume_on_other_data_is_refused(load, whole, data, tmp_path):
     victim.rename(victim.with_name("renamed.jpg"))
     shutil.copytree(whole[0], tmp_path / "run", ignore=shutil.ignore_patterns("teacher"))
     with pytest.raises(UsageError, match="training images"):
-        train(load(f"data.root={other}", "method.teacher.model=convnet_digits", f"method.teacher.weights={whole[0] / 'teacher'}", "method.teacher.recipe=null"), tmp_path / "run", World(torch.device("cpu")), resume=True)  # fmt: skip
+        train(load(root=other), tmp_path / "run", World(torch.device("cpu")), resume=True)
 
 
 def test_bad_images_are_replaced_counted_and_named(load, data, tmp_path, capsys):
@@ -193,12 +193,12 @@ def test_bad_images_are_replaced_counted_and_named(load, data, tmp_path, capsys)
     files = sorted((broken / "train").rglob("*.jpg"))
     files[10].write_bytes(b"")
     files[200].write_bytes(files[200].read_bytes()[:200])
-    plain = ["method.use=supervised", f"data.root={broken}", "train.epochs=1", "data.repeats=1"]
+    plain = ["method.use=supervised", "train.epochs=1", "data.repeats=1"]
     with pytest.raises(FastdeitError, match=r"max_bad_fraction") as error:
-        train(load(*plain), tmp_path / "strict", World(torch.device("cpu")), resume=False)
+        train(load(*plain, root=broken), tmp_path / "strict", World(torch.device("cpu")), resume=False)
     assert str(files[10]) in str(error.value) or str(files[200]) in str(error.value)
     capsys.readouterr()
-    summary = train(load(*plain, "data.max_bad_fraction=0.02"), tmp_path / "run", World(torch.device("cpu")), resume=False)
+    summary = train(load(*plain, "data.max_bad_fraction=0.02", root=broken), tmp_path / "run", World(torch.device("cpu")), resume=False)
     assert summary["bad_images"] == 2
     assert summary["steps"] == STEPS_PER_EPOCH
     out = capsys.readouterr().out
@@ -237,8 +237,7 @@ def test_ctrl_c_then_resume_on_the_command_line(recipe_file, data, whole, tmp_pa
     out, _ = again.communicate(timeout=120)
     assert again.returncode == 0, out
     assert "resumed at step" in out
-    step = json.loads((run / "summary.json").read_text())["steps"]
-    assert step == TOTAL
+    assert_same_weights(whole[0], run)
 
 
 def test_two_processes_reach_the_result_of_one(recipe_file, data, whole, tmp_path):

@@ -256,7 +256,7 @@ def fused_adamw(
     ema, ema_decay         averages like params: ema = ema_decay * ema + (1 - ema_decay) * param, after the update
     copies                 tensors of any floating dtype that take the updated parameters
 
-    step, grad_scale and found_inf are on the parameters' device. No argument is read on the host.
+    step, grad_scale and found_inf are on the parameters' device. Nothing on a GPU is read by the host.
     """
     *updated, ema, copies = _lists(params, grads, exp_avgs, exp_avg_sqs, ema, copies)
     lr = _scalars(params, step, lr, grad_scale, found_inf, betas, ema_decay)
