@@ -1,7 +1,7 @@
 """Measurements: ours and the peer's in turn, in one process, medians and ratios.
 
-A round times both sides once, the order alternating, so that a machine whose speed drifts slows both. What is printed and
-appended to a results file is the ratio of medians and the spread of the ratio over rounds, never a single time.
+A round times both sides once, the order alternating, so that a machine whose speed drifts slows both. What is printed
+and appended to a results file is the ratio of medians and the spread of the ratio over rounds, never a single time.
 """
 
 import argparse
@@ -37,7 +37,9 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     measure = {"step": step, "data": data}[args.what]
     row = {"what": args.what, **measure(args, device)}
-    row["ratio"] = {name: _median(row, name) / _median(row, "fastdeit") for name in row["seconds"] if name != "fastdeit"}
+    row["ratio"] = {
+        name: _median(row, name) / _median(row, "fastdeit") for name in row["seconds"] if name != "fastdeit"
+    }
     row["environment"] = _environment()
     print(_sentence(row))
     if args.out:
@@ -49,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Training step in fp32: forward, loss, backward, AdamW; ours starts from uint8 images, timm from normalised floats."""
+    """Training step in fp32: forward, loss, backward, AdamW. Ours starts from uint8 images, timm's from floats."""
     sides = {"fastdeit": _our_step(args.model, args.batch, device)}
     if args.peer == "timm":
         sides["timm"] = _timm_step(args.model, args.batch, device)
@@ -161,7 +163,9 @@ def _plain_stream(root: Path, batch_size: int, threads: int, device: torch.devic
 
     place = "cpu" if device.type == "cpu" else "mixed"
 
-    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None if place == "cpu" else device.index or 0, seed=0)
+    @pipeline_def(
+        batch_size=batch_size, num_threads=threads, device_id=None if place == "cpu" else device.index or 0, seed=0
+    )
     def pipeline():
         encoded, labels = fn.readers.file(file_root=str(root), random_shuffle=True)
         images = fn.decoders.image_random_crop(
@@ -208,7 +212,9 @@ def _median(row: dict[str, Any], name: str) -> float:
 
 def _sentence(row: dict[str, Any]) -> str:
     speeds = ", ".join(f"{name} {row['images'] / _median(row, name):.2f} images/s" for name in row["seconds"])
-    text = f"{row['what']} on {row['device']}, batch {row['batch']}, medians of {row['rounds']} interleaved rounds: {speeds}"
+    text = (
+        f"{row['what']} on {row['device']}, batch {row['batch']}, {row['rounds']} interleaved rounds, medians: {speeds}"
+    )
     ours = row["seconds"]["fastdeit"]
     for peer, ratio in row["ratio"].items():
         by_round = [theirs / mine for mine, theirs in zip(ours, row["seconds"][peer], strict=True)]

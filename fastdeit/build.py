@@ -174,7 +174,17 @@ def teacher(config: TeacherConfig, size: tuple[int, int], num_classes: int, trai
     options = {"image_size": side, "num_classes": num_classes, "drop_path": 0.0}
     mean, std = config.mean, config.std
     if config.timm is not None:
-        network = models.build_timm(config.timm, pretrained=config.weights is None, **options)
+        pretrained = config.weights is None
+        if pretrained:
+            # Asked for another number of classes, timm would give the network a head that has learned nothing.
+            options["num_classes"] = None
+        network = models.build_timm(config.timm, pretrained=pretrained, **options)
+        known = network.inner.num_classes
+        if known != num_classes:
+            raise UsageError(
+                f"method.teacher.timm {config.timm} knows {known} classes, but the data set has {num_classes}; "
+                "give method.teacher.weights trained on this data set"
+            )
         if mean is None:
             mean, std = network.mean, network.std
     elif config.model is not None:

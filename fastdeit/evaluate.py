@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdeit import build, kernels, recipe as recipes
+from fastdeit import build, kernels
+from fastdeit import recipe as recipes
 from fastdeit.data.loader import EvalLoader
-from fastdeit.engine.dist import World, world as join_world
+from fastdeit.engine.dist import World
+from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.progress import table
 from fastdeit.engine.step import autocast
 

@@ -1,11 +1,11 @@
 """Noise as a pure function of what it is for.
 
-Every random thing in fastdeit is `f(key(seed, purpose, *ids))`. Nothing random is carried state, so a run resumed at any
-step, spread over any number of processes, or replayed for one sample sees exactly the noise of the original run.
+Every random thing in fastdeit is `f(key(seed, purpose, *ids))`. Nothing random is carried state, so a run resumed at
+any step, spread over any number of processes, or replayed for one sample sees exactly the noise of the original run.
 
-`key` turns a purpose into 64 bits; `bits` and `uniform` expand a key into per-id streams with Philox4x32-10 (Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011): the counter is (block, id low, id high, stream), so the value of
-one id never depends on which other ids are asked for. Pinned values: `tests/test_rng.py`.
+`key` turns a purpose into 64 bits; `bits` and `uniform` expand a key into per-id streams with Philox4x32-10 (Salmon
+et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the counter is (block, id low, id high, stream), so
+the value of one id never depends on which other ids are asked for. Pinned values: `tests/test_rng.py`.
 """
 
 from hashlib import blake2b
@@ -56,8 +56,8 @@ def uniform(key: int, ids: ArrayLike, count: int, stream: int = 0) -> NDArray[np
 def permutation(key: int, n: int) -> NDArray[np.int64]:
     """A permutation of `range(n)`, n < 2**40.
 
-    Sorting (random word, index) packed into one integer makes every sort key distinct, so the result depends neither on the
-    sort algorithm nor on the numpy version.
+    Sorting (random word, index) packed into one integer makes every sort key distinct, so the result depends neither
+    on the sort algorithm nor on the numpy version.
     """
     width = max(n - 1, 1).bit_length()
     words = bits(key, np.arange((n + 1) // 2), 4).view(np.uint64).reshape(-1)[:n]

@@ -6,7 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdeit import build, doctor, recipe as recipes
+from fastdeit import build, doctor
+from fastdeit import recipe as recipes
 from fastdeit.data.source import Source
 from fastdeit.engine import checkpoint, report
 from fastdeit.engine.dist import World
@@ -75,9 +76,7 @@ class Record:
 class Saver:
     """Writes and restores the checkpoints of one run."""
 
-    def __init__(
-        self, run_dir: Path, recipe: "Recipe", identity: dict[str, Any], engine: Engine, world: World
-    ) -> None:
+    def __init__(self, run_dir: Path, recipe: "Recipe", identity: dict[str, Any], engine: Engine, world: World) -> None:
         self.root = run_dir / "checkpoints"
         self.recipe, self.identity, self.engine, self.world = recipe, identity, engine, world
 
@@ -102,8 +101,8 @@ class Saver:
     def restore(self, say: build.Report) -> tuple[int, Record]:
         """(step, record) of the newest checkpoint that verifies, with everything loaded; (0, fresh) when there is none.
 
-        Every process reads the files itself. Raises UsageError when the checkpoint is of another run: other model, method,
-        data, optimizer, global batch or seed.
+        Every process reads the files itself. Raises UsageError when the checkpoint is of another run: other model,
+        method, data, optimizer, global batch or seed.
         """
         found = checkpoint.newest(self.root, lambda path, why: say(f"checkpoint {path} is damaged ({why}); skipped"))
         if found is None:
@@ -127,10 +126,12 @@ class Saver:
             if found.state["identity"][key] != self.identity[key]:
                 differences.append((name, found.state["identity"][key], self.identity[key]))
         if differences:
-            lines = "\n".join(f"  {field}: the run has {_short(old)}, asked for {_short(new)}" for field, old, new in differences)
+            lines = "\n".join(
+                f"  {field}: the run has {_short(old)}, asked for {_short(new)}" for field, old, new in differences
+            )
             raise UsageError(
-                f"{found.path} is a checkpoint of another run; resume with the same settings, or start anew with another "
-                f"--run-dir:\n{lines}"
+                f"{found.path} is a checkpoint of another run; resume with the same settings, or start anew with "
+                f"another --run-dir:\n{lines}"
             )
 
 
@@ -207,10 +208,16 @@ class RunLog:
         )
         if engine.guard.exceeded():
             raise NonFiniteError(
-                f"stopped at step {step}: {engine.guard.limit} steps in a row had non-finite gradients; the newest checkpoint "
-                f"in {self.run_dir / 'checkpoints'} is from before. Try a lower optim.lr, optim.clip_grad=1.0 or, on GPUs that "
-                "have it, engine.precision=bf16"
+                f"stopped at step {step}: {engine.guard.limit} steps in a row had non-finite gradients; the newest "
+                f"checkpoint in {self.run_dir / 'checkpoints'} is from before. Try a lower optim.lr, "
+                "optim.clip_grad=1.0 or, on GPUs that have it, engine.precision=bf16"
             )
+
+    def teacher(self, accuracy: Accuracy, record: Record) -> None:
+        """The teacher's accuracy on the held-out images."""
+        record.teacher_top1 = accuracy.top1["class"]
+        self._write("teacher", 0, teacher_top1=record.teacher_top1)
+        self.say(f"teacher: held-out top-1 {record.teacher_top1:.2f} %")
 
     def evaluation(self, step: int, results: dict[str, Accuracy], record: Record) -> None:
         """Accuracies of the weights ("") and of their averages ("_ema") after `step` steps."""
@@ -253,8 +260,6 @@ class RunLog:
             "steps": self.steps,
         }
         if self.progress is not None:
-            if record.teacher_top1 is not None:
-                self._write("teacher", self.steps, teacher_top1=record.teacher_top1)
             (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
             report.curves(self.run_dir / "metrics.jsonl", self.run_dir / "curves.png")
             self.progress.close()
@@ -288,9 +293,11 @@ def describe(
     groups = batch // data.group_size
     return [
         f"recipe {recipe.name}, run directory {run_dir}",
-        f"model {recipe.model.timm or recipe.model.name}: {parameters / 1e6:.2f} M parameters, {height}x{width} pixels, "
+        f"model {recipe.model.timm or recipe.model.name}: {parameters / 1e6:.2f} M parameters, {height}x{width} "
+        "pixels, "
         f"{len(train.classes)} classes, {recipe.engine.precision} on {world.size} x {world.device.type}",
-        f"data {len(train):,} training and {len(val):,} held-out images; evaluation crop ratio {data.eval_crop_ratio:g}",
+        f"data {len(train):,} training and {len(val):,} held-out images; evaluation crop ratio "
+        f"{data.eval_crop_ratio:g}",
         f"global batch {batch} = {groups} groups of {data.group_size}, over {world.size} processes x "
         f"{recipe.train.accumulate} micro-batches; learning rate {recipe.optim.lr:g}; "
         f"{recipe.train.epochs} epochs x {steps_per_epoch} steps",

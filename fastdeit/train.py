@@ -1,7 +1,7 @@
 """The training loop.
 
-Read `train` from top to bottom: build, resume, then one step after the other. What a batch's loss is belongs to the method,
-how a step is made to the engine, what a sample looks like to the data package.
+Read `train` from top to bottom: build, resume, then one step after the other. What a batch's loss is belongs to the
+method, how a step is made to the engine, what a sample looks like to the data package.
 """
 
 import argparse
@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdeit import build, recipe as recipes, rng
+from fastdeit import build, rng
+from fastdeit import recipe as recipes
 from fastdeit.data.source import DataError
-from fastdeit.engine.dist import World, world as join_world
+from fastdeit.engine.checkpoint import CheckpointError
+from fastdeit.engine.dist import World
+from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.optim import AdamW, ParamGroup, default_groups
 from fastdeit.engine.schedule import learning_rate
@@ -44,10 +47,10 @@ def main(args: argparse.Namespace) -> None:
 def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dict[str, Any]:
     """Train by the recipe into `run_dir` and return the summary.
 
-    Raises UsageError when `run_dir` holds another run, Interrupted after a signal (everything is saved), NonFiniteError when
-    too many steps in a row had non-finite gradients.
+    Raises UsageError when `run_dir` holds another run, Interrupted after a signal (everything is saved),
+    NonFiniteError when too many steps in a row had non-finite gradients.
     """
-    # ---- build ---------------------------------------------------------------------------------------------------------
+    # ---- build -----------------------------------------------------------------------------------------------------
     train_source, val_source = build.sources(recipe)
     classes, size = len(train_source.classes), build.image_size(recipe)
     prepare_directory(run_dir, world, resume)
@@ -78,13 +81,13 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     loader = build.train_loader(recipe, train_source, world, method.noise_per_sample, log.bad_image)
     val_loader = build.eval_loader(recipe, val_source, world, log.bad_image)
 
-    # ---- resume --------------------------------------------------------------------------------------------------------
+    # ---- resume ----------------------------------------------------------------------------------------------------
     identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": train_source.classes}
     saved = Saver(run_dir, recipe, identity, engine, world)
     start, record = saved.restore(log.say) if resume else (0, Record())
     log.begin(start, record, describe(recipe, method, train_source, val_source, world, steps_per_epoch, run_dir))
 
-    # ---- go ------------------------------------------------------------------------------------------------------------
+    # ---- go --------------------------------------------------------------------------------------------------------
     log_every = recipe.engine.log_every
     eval_every = steps_per_epoch * recipe.train.eval_every
     save_every = max(1, round(steps_per_epoch * recipe.engine.checkpoint_every))
@@ -92,9 +95,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
 
     def held_out(predict: Predict) -> Accuracy:
         precision = autocast(world.device, recipe.engine.precision)
-        return evaluate(
-            predict, val_loader, world, mean=recipe.data.mean, std=recipe.data.std, autocast=precision
-        )
+        return evaluate(predict, val_loader, world, mean=recipe.data.mean, std=recipe.data.std, autocast=precision)
 
     def evaluate_now() -> None:
         method.eval()
@@ -107,6 +108,9 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
 
     batches = loader.batches(start, total)
     try:
+        if method.teacher is not None and record.teacher_top1 is None:
+            # Before the first step: a teacher with the wrong classes or normalisation shows here, not after two days.
+            log.teacher(held_out(teacher_predict(method.teacher, recipe)), record)
         method.train()
         if 0 < start != record.evaluated_step and (start % eval_every == 0 or start == total):
             evaluate_now()  # the run was stopped after the last step of an epoch, before its evaluation
@@ -120,40 +124,43 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
             lr = learning_rate(step, steps_per_epoch=steps_per_epoch, epochs=recipe.train.epochs, **schedule_of(recipe))
             engine.step(micro_batches, lr)
             step += 1
-            record.add(recipe.train.batch_size, time.perf_counter() - began, waited)
-            log.step(step)
 
-            if step % log_every == 0 or step == total:
-                log.training(step, engine, record, lr)
             finished = step == total
             stop = world.stop_requested() and not finished
-            if finished or (step % eval_every == 0 and not stop):
+            logs = finished or step % log_every == 0
+            evaluates = finished or (step % eval_every == 0 and not stop)
+            saves = finished or stop or step % save_every == 0
+            if logs or evaluates or saves:
+                world.synchronize()  # what is still queued on the device belongs to the time of these steps
+            record.add(recipe.train.batch_size, time.perf_counter() - began, waited)
+            log.step(step)
+            if logs:
+                log.training(step, engine, record, lr)
+            if evaluates:
                 evaluate_now()
-            if finished or stop or step % save_every == 0:
+            if saves:
                 saved.save(step, record)
             if stop:
                 raise Interrupted(f"interrupted at step {step} of {total}; saved in {run_dir}, go on with --resume")
 
-        # ---- done ------------------------------------------------------------------------------------------------------
-        if method.teacher is not None and record.teacher_top1 is None:
-            record.teacher_top1 = held_out(teacher_predict(method.teacher, recipe)).top1["class"]
+        # ---- done --------------------------------------------------------------------------------------------------
         bad_images = world.sum(torch.tensor(len(loader.bad.reasons), device=world.device)).item()
         return log.finish(record, bad_images)
-    except DataError as error:
-        raise FastdeitError(f"{error}\nwhat was trained is in {run_dir}; once the data is repaired, go on with --resume") from error
+    except (DataError, CheckpointError) as error:
+        raise FastdeitError(f"{error}\nstopped at step {step}; once that is mended, go on with --resume") from error
     finally:
         batches.close()
         log.close()
 
 
 def train_teacher(recipe: "Recipe", run_dir: Path, world: World) -> Path:
-    """Train the teacher that has a recipe of its own into RUN/teacher, unless it is there already; returns that path."""
+    """Train the teacher that has a recipe of its own, unless it is trained already; returns its run, RUN/teacher."""
     path = run_dir / "teacher"
     config = getattr(recipe.method, "teacher", None)
     if config is not None and config.recipe is not None:
         own = recipes.load(config.recipe)
         data = own.data.model_copy(update={"root": recipe.data.root})
-        train(own.model_copy(update={"data": data, "engine": recipe.engine}), path, world, resume=True)
+        train(own.model_copy(update={"data": data, "engine": recipe.engine}), path, world, resume=path.exists())
     return path
 
 

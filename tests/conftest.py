@@ -1,4 +1,5 @@
-"""Shared by all tests: one compute thread, so that results do not depend on the machine's core count, and forked ranks."""
+"""Shared by all tests: one compute thread, so that results do not depend on the machine's core count, and forked
+ranks."""
 
 import os
 import traceback
@@ -24,7 +25,8 @@ def _rank(function, rank, size, rendezvous, arguments, results):
 
 @pytest.fixture
 def ranks(tmp_path: Path):
-    """`ranks(size, function, *arguments)` -> [function(rank, size, *arguments) of every rank], over gloo in forked processes.
+    """`ranks(size, function, *arguments)` -> [function(rank, size, *arguments) of every rank], over gloo in forked
+    processes.
 
     A fork costs 0.2 s where starting an interpreter with torch costs several.
     """

@@ -8,7 +8,12 @@ from fastdeit import rng
 
 def test_philox_known_answer():
     """Random123's known-answer vectors for Philox4x32-10."""
-    assert [hex(word) for word in rng.bits(0, [0], 4)[0].tolist()] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    assert [hex(word) for word in rng.bits(0, [0], 4)[0].tolist()] == [
+        "0x6627e8d5",
+        "0xe169c58d",
+        "0xbc57ac4c",
+        "0x9b00dbd8",
+    ]
 
 
 def test_pinned_keys():
@@ -29,8 +34,8 @@ def test_permutation_is_one(n):
 
 def test_purposes_seeds_and_ids_are_told_apart():
     keys = [
-        rng.key(0, "a"), rng.key(1, "a"), rng.key(0, "b"), rng.key(0, "a", 0), rng.key(0, "a", 0, 0), rng.key(0, "a", 1),
-        rng.key(1, "a", 0),
+        rng.key(0, "a"), rng.key(1, "a"), rng.key(0, "b"), rng.key(0, "a", 0), rng.key(0, "a", 0, 0), rng.key(0, "a",
+        1), rng.key(1, "a", 0),
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
 

@@ -25,7 +25,9 @@ model: {name: deit_digits_distilled_patch8_32, image_size: 32, drop_path: 0.1}
 method:
   use: distill
   teacher: {recipe: TEACHER}
-data: {source: folder, flip: 0.0, group_size: 16, repeats: 2, eval_crop_ratio: 1.0, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
+data:
+  {source: folder, flip: 0.0, group_size: 16, repeats: 2, eval_crop_ratio: 1.0,
+   mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
 optim: {lr: 1e-3, warmup_epochs: 0.5, min_lr: 1e-5, ema_decay: 0.9}
 train: {epochs: 2, batch_size: 64}
 engine: {device: cpu, precision: fp32, log_every: 5}
@@ -33,7 +35,9 @@ engine: {device: cpu, precision: fp32, log_every: 5}
 TEACHER = """\
 model: {name: convnet_digits, image_size: 32}
 method: {use: supervised}
-data: {source: folder, flip: 0.0, mixup: 0, cutmix: 0, group_size: 16, repeats: 1, eval_crop_ratio: 1.0, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
+data:
+  {source: folder, flip: 0.0, mixup: 0, cutmix: 0, group_size: 16, repeats: 1, eval_crop_ratio: 1.0,
+   mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
 optim: {lr: 2e-3, warmup_epochs: 0.5, min_lr: 1e-5}
 train: {epochs: 1, batch_size: 64}
 engine: {device: cpu, precision: fp32}
@@ -104,7 +108,15 @@ class StopAt(World):
 def test_run_directory(whole):
     run, summary = whole
     files = {path.name for path in run.iterdir()}
-    assert files == {"recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints", "curves.png", "summary.json", "teacher"}
+    assert files == {
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "curves.png",
+        "summary.json",
+        "teacher",
+    }
     assert json.loads((run / "summary.json").read_text()) == summary
     assert summary["epochs"] == 2
     assert summary["steps"] == TOTAL
@@ -137,7 +149,10 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(load, whole, tmp
     assert {k: v for k, v in summary.items() if k.startswith("top1")} == {
         k: v for k, v in whole[1].items() if k.startswith("top1")
     }
-    losses = [[r["loss"] for r in map(json.loads, (run / "metrics.jsonl").open()) if r["kind"] == "train"] for run in (whole[0], tmp_path / "run")]
+    losses = [
+        [r["loss"] for r in map(json.loads, (run / "metrics.jsonl").open()) if r["kind"] == "train"]
+        for run in (whole[0], tmp_path / "run")
+    ]
     assert losses[0] == losses[1]
 
 
@@ -198,7 +213,12 @@ def test_bad_images_are_replaced_counted_and_named(load, data, tmp_path, capsys)
         train(load(*plain, root=broken), tmp_path / "strict", World(torch.device("cpu")), resume=False)
     assert str(files[10]) in str(error.value) or str(files[200]) in str(error.value)
     capsys.readouterr()
-    summary = train(load(*plain, "data.max_bad_fraction=0.02", root=broken), tmp_path / "run", World(torch.device("cpu")), resume=False)
+    summary = train(
+        load(*plain, "data.max_bad_fraction=0.02", root=broken),
+        tmp_path / "run",
+        World(torch.device("cpu")),
+        resume=False,
+    )
     assert summary["bad_images"] == 2
     assert summary["steps"] == STEPS_PER_EPOCH
     out = capsys.readouterr().out
@@ -207,7 +227,13 @@ def test_bad_images_are_replaced_counted_and_named(load, data, tmp_path, capsys)
 
 
 def test_persistent_nan_stops_with_its_own_exit_code(load, tmp_path):
-    plain = ["method.use=supervised", "optim.lr=1e30", "optim.schedule=cosine", "optim.warmup_epochs=0", "optim.ema_decay=null"]
+    plain = [
+        "method.use=supervised",
+        "optim.lr=1e30",
+        "optim.schedule=cosine",
+        "optim.warmup_epochs=0",
+        "optim.ema_decay=null",
+    ]
     with pytest.raises(NonFiniteError, match=r"optim\.lr"):
         train(load(*plain), tmp_path / "run", World(torch.device("cpu")), resume=False)
 
@@ -249,8 +275,9 @@ def test_two_processes_reach_the_result_of_one(recipe_file, data, whole, tmp_pat
     summary = json.loads((run / "summary.json").read_text())
     assert summary["train_loss"] == pytest.approx(whole[1]["train_loss"], rel=2e-3)
     one, two = tensors(whole[0])["model.safetensors"], tensors(run)["model.safetensors"]
-    # Adam moves a weight by up to the learning rate a step whatever the size of its gradient, so rounding of tiny gradients may
-    # cost some weights a few steps' worth (12 x 1e-3); on average the difference must stay far below that.
+    # Adam moves a weight by up to the learning rate a step whatever the size of its gradient, so rounding of tiny
+    # gradients may cost some weights a few steps' worth (12 x 1e-3); on average the difference must stay far below
+    # that.
     difference = sum((one[n] - two[n]).abs().sum() for n in one) / sum(t.numel() for t in one.values())
     assert difference < 2e-4
 

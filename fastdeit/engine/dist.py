@@ -43,6 +43,11 @@ class World:
         dist.broadcast_object_list(values, src=0, group=self._control)
         return values[0]
 
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next to it is honest."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self._control)
@@ -60,7 +65,7 @@ class World:
 
     @contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """SIGINT, SIGTERM and SIGUSR1 only raise a flag, which the loop reads at a step; a second SIGINT acts at once."""
+        """SIGINT, SIGTERM and SIGUSR1 raise a flag that the loop reads at every step; a second SIGINT acts at once."""
 
         def request(number: int, frame: FrameType | None) -> None:
             if self._stop and number == signal.SIGINT and self.size == 1:

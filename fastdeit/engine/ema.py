@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, updated inside the optimizer's pass and evaluated like the model itself."""
+"""Exponential moving average of the weights: updated inside the optimizer's pass, evaluated like the weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class Ema:
     """`ema = decay * ema + (1 - decay) * parameter` after every update that is not skipped.
 
-    The average covers the trainable parameters; buffers and frozen parameters are the model's own. DeiT's decay is a constant
-    (0.99996, no warm-up).
+    The average covers the trainable parameters; buffers and frozen parameters are the model's own. DeiT's decay is a
+    constant (0.99996, no warm-up).
     """
 
     def __init__(self, params: dict[str, Tensor], decay: float) -> None:

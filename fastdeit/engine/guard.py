@@ -1,7 +1,7 @@
 """The guard of a step: loss scale, global norm, clipping, and the decision to skip, all on the device.
 
-After the gradient reduction the norm is the same on every process, so the decision is, too, without a collective. The host
-looks at the counters only when it logs.
+After the gradient reduction the norm is the same on every process, so the decision is, too, without a collective. The
+host looks at the counters only when it logs.
 """
 
 import torch
@@ -16,9 +16,9 @@ _SKIPS_IN_A_ROW = {"fp16": 24, "bf16": 3, "fp32": 3}
 class Guard:
     """Loss scale (fp16 only), clip coefficient and skip decision of each step.
 
-    fp16's scale halves on overflow and doubles after 2,000 good steps, as torch's GradScaler does. `limit` is the number
-    of skipped steps in a row at which training must stop; fp16 may skip more, since a first scale that is too high costs
-    one step a halving.
+    fp16's scale halves on overflow and doubles after 2,000 good steps, as torch's GradScaler does. `limit` is the
+    number of skipped steps in a row at which training must stop; fp16 may skip more, since a first scale that is too
+    high costs one step a halving.
     """
 
     def __init__(self, precision: str, clip_grad: float | None, device: torch.device) -> None:
@@ -58,9 +58,7 @@ class Guard:
         return self.worst_row.item() >= self.limit
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {
-            name: getattr(self, name).reshape(1) for name in ("scale", "good", "skipped", "in_a_row", "worst_row")
-        }
+        return {name: getattr(self, name).reshape(1) for name in ("scale", "good", "skipped", "in_a_row", "worst_row")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.state_dict().items():

@@ -1,7 +1,7 @@
 """AdamW over named parameters, with DeiT's parameter groups.
 
-One call to `kernels.fused_adamw` a group does unscaling, clipping, update and EMA, and skips a step with non-finite gradients
-on the device. State is named after the parameters, so a checkpoint says what belongs to what.
+One call to `kernels.fused_adamw` a group does unscaling, clipping, update and EMA, and skips a step with non-finite
+gradients on the device. State is named after the parameters, so a checkpoint says what belongs to what.
 """
 
 from collections.abc import Collection, Iterable
@@ -49,7 +49,7 @@ class AdamW:
         self.steps = [torch.zeros((), device=device) for _ in groups]
 
     def gradients(self) -> list[Tensor]:
-        """Gradients of all parameters; one that got none is an error, because DDP and the EMA would go wrong silently."""
+        """Gradients of all parameters. One that got none is an error: DDP and the EMA would go wrong silently."""
         missing = [name for name, p in self.params.items() if p.grad is None]
         if missing:
             raise RuntimeError(

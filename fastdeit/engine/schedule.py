@@ -16,10 +16,10 @@ def learning_rate(
 ) -> float:
     """Learning rate of training step `step` (counted from 0).
 
-    cosine      linear warm-up per step from `warmup_lr` to `lr`, then a half cosine to `min_lr` over the remaining epochs.
-    deit-exact  what facebookresearch/deit trains with: one value per epoch, a cosine over all epochs that the warm-up cuts
-                into, and the whole of it one epoch late, because the scheduler is stepped with the index of the epoch that has
-                ended. Epochs 0 and 1 both train at `warmup_lr`.
+    cosine      linear warm-up per step from `warmup_lr` to `lr`, then a half cosine to `min_lr` over the rest.
+    deit-exact  what facebookresearch/deit trains with: one value per epoch, a cosine over all epochs that the
+                warm-up cuts into, and the whole of it one epoch late, because the scheduler is stepped with the index
+                of the epoch that has ended. Epochs 0 and 1 both train at `warmup_lr`.
     """
     if schedule == "deit-exact":
         t = float(max(step // steps_per_epoch - 1, 0))

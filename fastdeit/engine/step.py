@@ -42,7 +42,7 @@ class Engine:
         self.sums: dict[str, Tensor] = {}
         self.module = method
         if world.size > 1:
-            # Gradients of one-token parameters differ from DDP's views in the stride of a dimension of size 1: no copy is slow.
+            # For one-token parameters the stride of a dimension of size 1 differs, which costs nothing.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             device_ids = [world.device.index] if world.device.type == "cuda" else None
             self.module = DistributedDataParallel(method, device_ids=device_ids, gradient_as_bucket_view=True)

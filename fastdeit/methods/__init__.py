@@ -16,7 +16,9 @@ def find(use: str) -> type:
     path = METHODS.get(use, use)
     module_name, _, class_name = path.partition(":")
     if not class_name:
-        raise ValueError(f"no method named {use!r}; there are {', '.join(METHODS)}, or an import path 'package.module:Class'")
+        raise ValueError(
+            f"no method named {use!r}; there are {', '.join(METHODS)}, or an import path 'package.module:Class'"
+        )
     try:
         return getattr(import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:

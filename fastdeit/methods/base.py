@@ -98,7 +98,7 @@ class Batch:
 
 @dataclass
 class Out:
-    """What a method's forward returns: a scalar loss, optionally logits `[B, K]`, and detached scalar parts for the log."""
+    """What a forward returns: a scalar loss, optionally logits `[B, K]`, and detached scalar parts for the log."""
 
     loss: Tensor
     logits: Tensor | None = None
@@ -169,8 +169,8 @@ class Method(nn.Module):
 def scores(logits: Tensor | tuple[Tensor, Tensor], fuse: Fuse) -> dict[str, Tensor]:
     """Scores of a model with one or two heads.
 
-    Two heads are fused by the sum of softmaxes (DeiT paper, section 4), the mean of logits (the public code), or by reading one
-    head alone.
+    Two heads are fused by the sum of softmaxes (DeiT paper, section 4), the mean of logits (the public code), or by
+    reading one head alone.
     """
     if isinstance(logits, Tensor):
         return {"class": logits.float()}

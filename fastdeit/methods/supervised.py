@@ -1,4 +1,4 @@
-"""Training on labels alone: cross-entropy with label smoothing and mixed targets, or DeiT III's binary cross-entropy."""
+"""Training on labels alone: cross-entropy with smoothing and mixed targets, or DeiT III's binary cross-entropy."""
 
 from typing import Literal
 

@@ -1,6 +1,7 @@
 """Learning-rate schedules against the values of the public DeiT code and against their own definition."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_cosine_warms_up_per_step_and_is_continuous():
     assert rate(peak - 1, "cosine") == pytest.approx(1e-3, rel=1e-3)
     assert rate(300 * 1251, "cosine") == pytest.approx(1e-5)
     rates = [rate(step, "cosine") for step in range(peak, 300 * 1251, 997)]
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in pairwise(rates))
 
 
 def test_cosine_formula_in_the_middle():

@@ -70,7 +70,9 @@ def pixels64(batch, mean=MEAN, std=STD):
 
 
 def targets64(batch, smoothing):
-    hot = batch.lam.double()[:, None] * F.one_hot(batch.y1, K) + (1 - batch.lam.double()[:, None]) * F.one_hot(batch.y2, K)
+    hot = batch.lam.double()[:, None] * F.one_hot(batch.y1, K) + (1 - batch.lam.double()[:, None]) * F.one_hot(
+        batch.y2, K
+    )
     return smoothing / K + (1 - smoothing) * hot
 
 
@@ -124,16 +126,16 @@ def test_supervised_trains_two_heads_on_the_mean_of_their_logits(batch):
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize(
-    ("kind", "reduction"), [("hard", "numel"), ("soft", "numel"), ("soft", "batchmean")]
-)
+@pytest.mark.parametrize(("kind", "reduction"), [("hard", "numel"), ("soft", "numel"), ("soft", "batchmean")])
 def test_distillation_formula(batch, heads, kind, reduction):
     torch.manual_seed(3)
     network = Listener()
     method = make_distill(heads, Teacher(network), distillation=kind, reduction=reduction, alpha=0.3, tau=2.0)
     logits, weights = heads64(method, batch)
     first, second = logits if heads == 2 else (logits[0], logits[0])
-    taught = 4 * F.linear(pixels64(batch).flatten(1), network.linear.weight.double(), network.linear.bias.double()).detach()
+    taught = (
+        4 * F.linear(pixels64(batch).flatten(1), network.linear.weight.double(), network.linear.bias.double()).detach()
+    )
     base = -(targets64(batch, 0.1) * first.log_softmax(-1)).sum(-1).mean()
     if kind == "hard":
         distill = F.cross_entropy(second, taught.argmax(-1))

@@ -12,7 +12,15 @@ from fastdeit.models.deit import CONFIGS
 
 NAMES = [name for name in CONFIGS if "digits" not in name]
 # timm's factories take any shape, so the digits models can be compared as well.
-DIGITS = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 10}
+_SHAPE = CONFIGS["deit_digits_patch8_32"]
+DIGITS = {
+    "img_size": _SHAPE.image_size,
+    "patch_size": _SHAPE.patch_size,
+    "embed_dim": _SHAPE.dim,
+    "depth": _SHAPE.depth,
+    "num_heads": _SHAPE.heads,
+    "num_classes": _SHAPE.num_classes,
+}
 ALL = [*NAMES, "deit_digits_patch8_32", "deit_digits_distilled_patch8_32"]
 
 
