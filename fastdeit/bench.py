@@ -10,7 +10,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from fastdeit.methods.base import Batch, Context
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = 1000
 DATA_IMAGES, DATA_SIDE = 512, (375, 500)
+WARM_BATCHES, TIMED_BATCHES = 8, 16
+
+Timer = Callable[[], float]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -58,7 +62,7 @@ def step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return _interleave(sides, args.rounds, device) | {"model": args.model, "batch": args.batch, "images": args.batch}
 
 
-def _our_step(name: str, batch_size: int, device: torch.device) -> Callable[[], None]:
+def _our_step(name: str, batch_size: int, device: torch.device) -> Timer:
     try:
         model = models.build(name, num_classes=CLASSES)
     except ValueError as error:
@@ -69,9 +73,27 @@ def _our_step(name: str, batch_size: int, device: torch.device) -> Callable[[], 
     groups = default_groups(method.named_parameters(), 0.05, {f"model.{name}" for name in exempt})
     optimizer = AdamW(groups, (0.9, 0.999), 1e-8)
     engine = Engine(method, optimizer, World(device), precision="fp32", accumulate=1)
-    batch = _batch(batch_size, model.image_size, device)
+    batch = _batch(batch_size, model.config.image_size, device)
     method.train()
-    return lambda: engine.step([batch], 1e-4)
+    return _timed(lambda: engine.step([batch], 1e-4), device)
+
+
+def _timed(run: Callable[[], None], device: torch.device) -> Timer:
+    """Seconds of one call, the device's work included; the first call, which allocates, is not measured."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def measure() -> float:
+        wait()
+        began = time.perf_counter()
+        run()
+        wait()
+        return time.perf_counter() - began
+
+    measure()
+    return measure
 
 
 def _batch(batch_size: int, size: tuple[int, int], device: torch.device) -> Batch:
@@ -93,7 +115,7 @@ def _batch(batch_size: int, size: tuple[int, int], device: torch.device) -> Batc
     return Batch(images=(images.to(device),), mean=MEAN, std=STD, **tensors)
 
 
-def _timm_step(name: str, batch_size: int, device: torch.device) -> Callable[[], None]:
+def _timm_step(name: str, batch_size: int, device: torch.device) -> Timer:
     import timm
     from timm.loss import SoftTargetCrossEntropy
 
@@ -113,21 +135,37 @@ def _timm_step(name: str, batch_size: int, device: torch.device) -> Callable[[],
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return run
+    return _timed(run, device)
 
 
 def data(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Random resized crop and flip to 224 pixels: our replayable stream against a plain DALI pipeline, whole epochs."""
-    threads = os.cpu_count() or 1
+    """Random resized crop and flip to 224 pixels: our replayable stream against a plain DALI pipeline.
+
+    Each measurement opens the stream anew and first takes `WARM_BATCHES`: what a side has decoded ahead while nobody
+    looked is used up, and the next `TIMED_BATCHES` come at the speed at which they are made.
+    """
+    threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as root:
         _write_images(Path(root))
         sides = {
-            "fastdeit": _our_stream(Path(root), args.batch, threads, device),
-            "dali": _plain_stream(Path(root) / "train", args.batch, threads, device),
+            "fastdeit": _stream_timer(lambda: _our_stream(Path(root), args.batch, threads, device)),
+            "dali": _stream_timer(lambda: _plain_stream(Path(root) / "train", args.batch, threads, device)),
         }
         row = _interleave(sides, args.rounds, device)
-    images = DATA_IMAGES // args.batch * args.batch
-    return row | {"batch": args.batch, "images": images, "threads": threads, "side": DATA_SIDE}
+    return row | {"batch": args.batch, "images": TIMED_BATCHES * args.batch, "threads": threads, "side": DATA_SIDE}
+
+
+def _stream_timer(open_stream: Callable[[], Iterator[Any]]) -> Timer:
+    def measure() -> float:
+        with closing(open_stream()) as stream:
+            for _ in range(WARM_BATCHES):
+                next(stream)
+            began = time.perf_counter()
+            for _ in range(TIMED_BATCHES):
+                next(stream)
+            return time.perf_counter() - began
+
+    return measure
 
 
 def _write_images(root: Path) -> None:
@@ -139,71 +177,43 @@ def _write_images(root: Path) -> None:
             (folder / f"{i:05d}.jpg").write_bytes(bytes(source.read(i)))
 
 
-def _our_stream(root: Path, batch_size: int, threads: int, device: torch.device) -> Callable[[], None]:
+def _our_stream(root: Path, batch_size: int, threads: int, device: torch.device) -> Iterator[Any]:
     source, _ = train_val(root)
-    augment = Augment(
-        size=(224, 224), crop_scale=(0.08, 1.0), crop_ratio=(0.75, 4 / 3), flip=0.5, mixup=0.0, cutmix=0.0,
-        mix_probability=0.0, mix_switch=0.5, group_size=batch_size,
-    )  # fmt: skip
+    augment = Augment(mixup=0.0, cutmix=0.0, group_size=batch_size)
     loader = TrainLoader(
-        source, augment, seed=0, batch_size=batch_size, accumulate=1, repeats=1, rank=0, world=1, threads=threads,
-        device=build.loader_device(device), noise_per_sample=0, max_bad_fraction=0.0, on_bad=lambda path, reason: None,
-    )  # fmt: skip
-    batches = loader.batches(0, 10_000 * loader.steps_per_epoch)
-
-    def run() -> None:
-        for _ in range(loader.steps_per_epoch):
-            next(batches)
-
-    return run
+        source, augment, seed=0, batch_size=batch_size, threads=threads, device=build.loader_device(device)
+    )
+    return loader.batches(0, WARM_BATCHES + TIMED_BATCHES)
 
 
-def _plain_stream(root: Path, batch_size: int, threads: int, device: torch.device) -> Callable[[], None]:
+def _plain_stream(root: Path, batch_size: int, threads: int, device: torch.device) -> Iterator[Any]:
     from nvidia.dali import fn, pipeline_def, types
 
-    place = "cpu" if device.type == "cpu" else "mixed"
+    on_cpu = device.type == "cpu"
 
-    @pipeline_def(
-        batch_size=batch_size, num_threads=threads, device_id=None if place == "cpu" else device.index or 0, seed=0
-    )
+    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None if on_cpu else device.index or 0, seed=0)
     def pipeline():
         encoded, labels = fn.readers.file(file_root=str(root), random_shuffle=True)
         images = fn.decoders.image_random_crop(
-            encoded, device=place, random_area=[0.08, 1.0], random_aspect_ratio=[0.75, 4 / 3]
+            encoded, device="cpu" if on_cpu else "mixed", random_area=[0.08, 1.0], random_aspect_ratio=[0.75, 4 / 3]
         )
         images = fn.resize(images, size=(224, 224), interp_type=types.INTERP_CUBIC, antialias=True)
         return fn.flip(images, horizontal=fn.random.coin_flip()), labels
 
     pipe = pipeline()
     pipe.build()
-
-    def run() -> None:
-        for _ in range(DATA_IMAGES // batch_size):
-            images, _ = pipe.run()
-            torch.from_dlpack(images.as_tensor())
-
-    return run
+    while True:
+        images, _ = pipe.run()
+        yield torch.from_dlpack(images.as_tensor())
 
 
-def _interleave(sides: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of every side and round, after one untimed call of each."""
-    for run in sides.values():
-        run()
+def _interleave(sides: dict[str, Timer], rounds: int, device: torch.device) -> dict[str, Any]:
+    """Seconds of every side in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
-        order = list(sides) if number % 2 == 0 else list(reversed(sides))
-        for name in order:
-            _wait(device)
-            began = time.perf_counter()
-            sides[name]()
-            _wait(device)
-            seconds[name].append(time.perf_counter() - began)
+        for name in list(sides) if number % 2 == 0 else list(reversed(sides)):
+            seconds[name].append(sides[name]())
     return {"seconds": seconds, "rounds": rounds, "device": device.type}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _median(row: dict[str, Any], name: str) -> float:

@@ -71,7 +71,7 @@ class Executor:
         self._decode_box = decode_box and device == "cpu"
         self._repair = repair
         self._pending: deque[Work] = deque()
-        self._pipe = self._build(batch_size, threads)
+        self._stream = self._open(batch_size, threads, IN_FLIGHT)
 
     def run(self, works: Iterable[Work]) -> Iterator[tuple[Work, Any]]:
         """Submit and collect all `works`, keeping `IN_FLIGHT` batches under way."""
@@ -85,7 +85,7 @@ class Executor:
     def submit(self, work: Work) -> None:
         """Start decoding; returns at once. Not more than `IN_FLIGHT` batches may wait for `collect`."""
         self._pending.append(work)
-        self._feed(self._pipe, work)
+        self._push(self._stream, work)
 
     def collect(self) -> tuple[Work, Any]:
         """The oldest batch, as repaired, and its images: a DALI TensorList uint8 `[B, H, W, 3]`, None if no row is
@@ -94,14 +94,14 @@ class Executor:
             if not self._pending[0].encoded:
                 return self._pending.popleft(), None
             try:
-                (images,) = self._pipe.outputs()
+                images = self._stream.pop()
             except RuntimeError as error:
                 self._recover(error)
             else:
                 return self._pending.popleft(), images
 
     def _recover(self, error: RuntimeError) -> None:
-        del self._pipe
+        del self._stream
         found = False
         for position, work in enumerate(self._pending):
             failures = self._failures(work)
@@ -110,52 +110,82 @@ class Executor:
                 self._pending[position] = self._repair(work, failures)
         if not found:
             raise error
-        self._pipe = self._build(self._batch_size, self._threads)
+        self._stream = self._open(self._batch_size, self._threads, IN_FLIGHT)
         for work in self._pending:
-            self._feed(self._pipe, work)
+            self._push(self._stream, work)
 
     def _failures(self, work: Work) -> dict[int, str]:
         """Rows that DALI cannot decode, with the reason. A sound image goes first: where that fails, the machine is at
         fault."""
-        pipe = self._build(1, 1)
-        self._feed(pipe, _sound())
-        pipe.outputs()
+        alone = self._open(1, 1, 1)
+        self._push(alone, _sound())
+        alone.pop()
         failures = {}
         for row, data in enumerate(work.encoded):
             try:
-                self._feed(pipe, work.row(row))
-                pipe.outputs()
+                self._push(alone, work.row(row))
+                alone.pop()
             except RuntimeError as error:
                 failures[row] = undecodable(data) or f"DALI cannot decode it ({_summary(error)})"
-                pipe = self._build(1, 1)
+                alone = self._open(1, 1, 1)
         return failures
 
-    def _build(self, batch_size: int, threads: int) -> Pipeline:
+    def _open(self, batch_size: int, threads: int, depth: int) -> "_Stream":
         pipe = Pipeline(
             batch_size=batch_size,
             num_threads=threads,
             device_id=None if self._device == "cpu" else int(self._device),
-            prefetch_queue_depth=1,
+            prefetch_queue_depth=depth,
         )
         with pipe:
             pipe.set_outputs(_graph(self._size, cpu=self._device == "cpu", decode_box=self._decode_box))
         pipe.build()
-        return pipe
+        return _Stream(pipe, depth, self._inputs(_sound()))
 
-    def _feed(self, pipe: Pipeline, work: Work) -> None:
-        if not work.encoded:
-            return
+    def _push(self, stream: "_Stream", work: Work) -> None:
+        if work.encoded:
+            stream.push(self._inputs(work))
+
+    def _inputs(self, work: Work) -> dict[str, Any]:
         corner, extent = work.box[:, :2], work.box[:, 2:]
         start, end = corner.astype(np.float32), (corner + extent).astype(np.float32)
+        inputs: dict[str, Any] = {"encoded": work.encoded}
         if self._decode_box:
-            pipe.feed_input("corner", corner.astype(np.int32))
-            pipe.feed_input("extent", extent.astype(np.int32))
+            inputs |= {"corner": corner.astype(np.int32), "extent": extent.astype(np.int32)}
             start, end = start - start, end - start
         start[work.flip, 1], end[work.flip, 1] = end[work.flip, 1], start[work.flip, 1]
-        pipe.feed_input("encoded", work.encoded)
-        pipe.feed_input("start", start)
-        pipe.feed_input("end", end)
-        pipe.schedule_run()
+        return inputs | {"start": start, "end": end}
+
+
+class _Stream:
+    """A DALI pipeline as a queue: batches come out in the order in which they went in.
+
+    DALI's first `schedule_run` starts as many runs as the pipeline is deep, which keeps its threads busy from one batch
+    to the next. It is therefore held back until that many batches were fed, and if they never come, `filler` takes
+    their place and its images are dropped.
+    """
+
+    def __init__(self, pipe: Pipeline, depth: int, filler: dict[str, Any]) -> None:
+        self._pipe, self._filler = pipe, filler
+        self._missing = depth
+        self._wanted: deque[bool] = deque()
+
+    def push(self, inputs: dict[str, Any], wanted: bool = True) -> None:
+        for name, value in inputs.items():
+            self._pipe.feed_input(name, value)
+        self._wanted.append(wanted)
+        self._missing -= 1
+        if self._missing <= 0:
+            self._pipe.schedule_run()
+
+    def pop(self) -> Any:
+        """The images of the oldest batch; raises RuntimeError if DALI could not make them."""
+        while self._missing > 0:
+            self.push(self._filler, wanted=False)
+        while True:
+            (images,) = self._pipe.outputs()
+            if self._wanted.popleft():
+                return images
 
 
 def _graph(size: tuple[int, int], *, cpu: bool, decode_box: bool) -> DataNode:
