@@ -233,4 +233,14 @@ def _sentence(row: dict[str, Any]) -> str:
 
 
 def _environment() -> dict[str, Any]:
-    return doctor.report() | {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    """What a reader needs to repeat a row; no paths, no host."""
+    found = doctor.report()
+    kept = {name: found[name] for name in ("fastdeit", "torch", "gpus", "driver", "packages", "dali")}
+    processor = {"cores": len(os.sched_getaffinity(0)), "model": _cpu_model()}
+    time_stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return kept | {"python": found["python"]["version"], "processor": processor, "time": time_stamp}
+
+
+def _cpu_model() -> str | None:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
