@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from fastdeit import methods, models, rng
-from fastdeit.data import digits
+from fastdeit.data import digits, order
 from fastdeit.data.loader import EvalLoader, Samples, TrainLoader
 from fastdeit.data.plan import Augment
 from fastdeit.data.source import Source, SyntheticSource, train_val
@@ -71,6 +71,10 @@ def train_loader(
         mix_switch=data.mix_switch,
         group_size=data.group_size,
     )
+    try:
+        order.groups_per_batch(recipe.train.batch_size, data.group_size, recipe.train.accumulate, world.size)
+    except ValueError as error:
+        raise UsageError(f"recipe {recipe.name}: {error}") from error
     return TrainLoader(
         source,
         augment,
@@ -178,7 +182,7 @@ def teacher(config: TeacherConfig, size: tuple[int, int], num_classes: int, trai
         if pretrained:
             # Asked for another number of classes, timm would give the network a head that has learned nothing.
             options["num_classes"] = None
-        network = models.build_timm(config.timm, pretrained=pretrained, **options)
+        network = _timm_teacher(config.timm, pretrained, options)
         known = network.inner.num_classes
         if known != num_classes:
             raise UsageError(
@@ -198,3 +202,15 @@ def teacher(config: TeacherConfig, size: tuple[int, int], num_classes: int, trai
         if report.missing or report.reinitialised_heads:
             raise UsageError(f"method.teacher.weights {config.weights} do not fit the teacher: {report}")
     return Teacher(network, image_size=config.image_size, mean=mean, std=std)
+
+
+def _timm_teacher(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    try:
+        return models.build_timm(name, pretrained=pretrained, **options)
+    except ValueError as error:
+        raise UsageError(f"method.teacher: {error}") from error
+    except (OSError, RuntimeError) as error:
+        raise UsageError(
+            f"the weights of timm's {name} cannot be loaded ({error}); with no network, give their file as "
+            "method.teacher.weights=PATH.safetensors"
+        ) from error

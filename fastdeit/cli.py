@@ -24,6 +24,7 @@ _EXIT_CODES = {
     ("fastdeit.recipe", "RecipeError"): UsageError.exit_code,
     ("fastdeit.data.source", "DataError"): UsageError.exit_code,
     ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,
+    ("fastdeit.engine.dist", "DeviceError"): UsageError.exit_code,
 }
 # Every rank comes to these together, so that rank 0 can speak for all.
 _COMMON_CODES = {UsageError.exit_code, NonFiniteError.exit_code, Interrupted.exit_code}

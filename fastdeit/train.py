@@ -62,7 +62,8 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     student = build.model(recipe, classes, log.say)
 
     def make_teacher(config: TeacherConfig) -> Teacher:
-        made = build.teacher(config, size, classes, trained_teacher)
+        with world.main_first():  # timm may have to download; the others then find the files
+            made = build.teacher(config, size, classes, trained_teacher)
         made.model.to(world.device)
         return made
 

@@ -1,28 +1,15 @@
-"""Shared by all tests: one compute thread, so that results do not depend on the machine's core count, and forked
-ranks."""
+"""Shared by all tests: one compute thread, so that results do not depend on the core count, and `ranks`."""
 
 import os
-import traceback
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from process_of_ranks import be_rank
 
 torch.set_num_threads(1)
 TIMEOUT_S = 120
-
-
-def _rank(function, rank, size, rendezvous, arguments, results):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
-        results.put((rank, function(rank, size, *arguments), None))
-        dist.destroy_process_group()
-    except BaseException:
-        results.put((rank, None, traceback.format_exc()))
 
 
 @pytest.fixture
@@ -39,7 +26,7 @@ def ranks(tmp_path: Path):
         results = context.Queue()
         rendezvous = tmp_path / f"rendezvous_{os.urandom(4).hex()}"
         processes = [
-            context.Process(target=_rank, args=(function, rank, size, rendezvous, arguments, results), daemon=True)
+            context.Process(target=be_rank, args=(function, rank, size, rendezvous, arguments, results), daemon=True)
             for rank in range(size)
         ]
         for process in processes:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastdeit import build
 from fastdeit import recipe as recipes
 from fastdeit.cli import main as cli
 from fastdeit.data import digits
@@ -289,6 +290,11 @@ def test_two_processes_reach_the_result_of_one(recipe_file, data, whole, tmp_pat
         (["train", "deit_small", "--data", "/nowhere/at/all"], "/nowhere/at/all"),
         (["train", "digits", "model.drop_pth=0.1"], "drop_path"),
         (["eval", "/nowhere/at/all"], "/nowhere/at/all"),
+        pytest.param(
+            ["train", "digits", "engine.device=cuda"],
+            "engine.device is cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_refusals_are_one_message_and_exit_code_2(arguments, message, capfd, tmp_path, monkeypatch):
@@ -321,3 +327,11 @@ def test_quick_start_reaches_95_percent(tmp_path):
     assert summary["top1_fused"] >= 95.0
     assert summary["teacher_top1"] >= 95.0
     print(f"quick start: {time.monotonic() - began:.0f} s, top-1 {summary['top1_fused']:.2f} %")
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(load, tmp_path):
+    world = World(torch.device("cpu"))
+    world.size = 3
+    recipe = load("method.use=supervised")
+    with pytest.raises(UsageError, match=r"batch size 64 .*nproc 3"):
+        build.train_loader(recipe, build.sources(recipe)[0], world, 0, print)

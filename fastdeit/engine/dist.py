@@ -14,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class DeviceError(RuntimeError):
+    """The device that was asked for is not there."""
+
+
 @dataclass
 class World:
     """This process among the processes of the run, as torchrun's environment variables describe it."""
@@ -52,6 +56,17 @@ class World:
         if self.size > 1:
             dist.barrier(group=self._control)
 
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process goes through the body alone, then the others."""
+        if not self.main:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.main:
+                self.barrier()
+
     def stop_requested(self) -> bool:
         """Whether any process was asked to stop; every process gets the same answer.
 
@@ -82,14 +97,14 @@ class World:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device; raises RuntimeError when CUDA is asked for and there is none."""
+    """`auto`, `cpu` or `cuda` as a device; raises DeviceError when it is not there."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("engine.device is cuda, but torch finds no CUDA device; use engine.device=cpu or auto")
+        raise DeviceError("engine.device is cuda, but torch finds no CUDA device; use engine.device=cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise RuntimeError(f"process {local_rank} has no GPU: {count} found; use --nproc {count}")
+        raise DeviceError(f"process {local_rank} has no GPU: {count} found; use --nproc {count}")
     return torch.device("cuda", local_rank)
 
 
