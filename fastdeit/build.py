@@ -168,8 +168,13 @@ def method(
     recipe: "Recipe", student: nn.Module, num_classes: int, steps: int, teacher: Callable[[TeacherConfig], Teacher]
 ) -> Method:
     """The training method around the student."""
+    kind = methods.find(recipe.method.use)
+    if len(kind.views) != 1:
+        raise UsageError(
+            f"method {recipe.method.use} wants {len(kind.views)} views of a sample; the pipeline makes one"
+        )
     context = Context(num_classes, recipe.train.epochs, steps, teacher)
-    return methods.find(recipe.method.use)(student, recipe.method, context)
+    return kind(student, recipe.method, context)
 
 
 def teacher(config: TeacherConfig, size: tuple[int, int], num_classes: int, trained: Path) -> Teacher:
