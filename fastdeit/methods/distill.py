@@ -21,7 +21,7 @@ class Distill(Method):
     class Config(LabelConfig):
         """The recipe's `method:` section."""
 
-        use: Literal["distill"] = "distill"
+        use: str = "distill"
         distillation: Literal["hard", "soft"] = "hard"
         alpha: float = Field(0.5, ge=0, le=1)
         tau: float = Field(1.0, gt=0)

@@ -1,7 +1,5 @@
 """Training on labels alone: cross-entropy with smoothing and mixed targets, or DeiT III's binary cross-entropy."""
 
-from typing import Literal
-
 from fastdeit import kernels
 from fastdeit.methods.base import Batch, LabelConfig, Method, Out
 
@@ -12,7 +10,7 @@ class Supervised(Method):
     class Config(LabelConfig):
         """The recipe's `method:` section."""
 
-        use: Literal["supervised"] = "supervised"
+        use: str = "supervised"
 
     def forward(self, batch: Batch) -> Out:
         logits = self.student(batch)
