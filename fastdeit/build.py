@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,7 +19,7 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.methods.base import Batch, Context, Method
 from fastdeit.methods.teacher import Teacher, TeacherConfig
-from fastdeit.models.weights import load_weights
+from fastdeit.models.weights import LoadReport, load_weights
 
 if TYPE_CHECKING:
     from fastdeit.recipe import Recipe
@@ -142,8 +143,15 @@ def model(recipe: "Recipe", num_classes: int, say: Report) -> nn.Module:
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
     if config.weights is not None:
-        say(f"weights of {config.weights}: {load_weights(built, read_weights(Path(config.weights)))}")
+        say(f"weights of {config.weights}: {_load(built, config.weights, 'model.weights')}")
     return built
+
+
+def _load(network: nn.Module, weights: str, field: str) -> LoadReport:
+    try:
+        return load_weights(network, read_weights(Path(weights)))
+    except (ValueError, OSError, SafetensorError) as error:
+        raise UsageError(f"{field} {weights}: {error}") from error
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -179,9 +187,8 @@ def method(
 
 def teacher(config: TeacherConfig, size: tuple[int, int], num_classes: int, trained: Path) -> Teacher:
     """The teacher that `config` describes; `trained` is the run of a teacher that has a recipe of its own."""
-    side = config.image_size or size
-    options = {"image_size": side, "num_classes": num_classes, "drop_path": 0.0}
-    mean, std = config.mean, config.std
+    options = {"image_size": config.image_size or size, "num_classes": num_classes, "drop_path": 0.0}
+    mean, std, side = config.mean, config.std, config.image_size
     if config.timm is not None:
         pretrained = config.weights is None
         if pretrained:
@@ -200,13 +207,17 @@ def teacher(config: TeacherConfig, size: tuple[int, int], num_classes: int, trai
         network = models.build(config.model, **options)
     else:
         restored = open_checkpoint(trained, lambda damaged, why: None)
-        network = models.build(restored.state["model"], **options)
+        own = restored.state["recipe"]
+        # It sees what it was trained on, whatever the student's resolution and normalisation are.
+        side = config.image_size or own["model"]["image_size"]
+        mean, std = (mean, std) if mean is not None else (own["data"]["mean"], own["data"]["std"])
+        network = models.build(restored.state["model"], **options | {"image_size": side})
         network.load_state_dict(restored.tensors["model"])
     if config.weights is not None:
-        report = load_weights(network, read_weights(Path(config.weights)))
+        report = _load(network, config.weights, "method.teacher.weights")
         if report.missing or report.reinitialised_heads:
             raise UsageError(f"method.teacher.weights {config.weights} do not fit the teacher: {report}")
-    return Teacher(network, image_size=config.image_size, mean=mean, std=std)
+    return Teacher(network, image_size=side, mean=mean, std=std)
 
 
 def _timm_teacher(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:

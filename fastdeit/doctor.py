@@ -106,7 +106,7 @@ def apex_status() -> str:
     """Whether NVIDIA apex is there; PyPI's package of that name is another project and breaks at first use."""
     spec = find_spec("apex")
     if spec is None:
-        return f"not installed (optional; NVIDIA apex is not on PyPI but at {APEX_SOURCE})"
+        return f"not installed (optional; PyPI's apex is an unrelated project, NVIDIA apex is at {APEX_SOURCE})"
     # Looked up as a directory: asking for the submodule would run the package, whichever it is.
     if any((Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or []):
         return "NVIDIA apex is installed"

@@ -347,3 +347,16 @@ def test_a_method_of_a_third_party_is_found_by_import_path_and_its_needs_are_che
     recipe = load("method.use=test_train:TwoViews")
     with pytest.raises(UsageError, match="2 views"):
         build.method(recipe, torch.nn.Linear(1, 1), 10, 1, lambda config: None)
+
+
+def test_a_teacher_sees_the_resolution_and_normalisation_it_was_trained_at(load, whole):
+    recipe = load("model.image_size=64", "data.mean=[0.4, 0.4, 0.4]")
+    teacher = build.teacher(recipe.method.teacher, (64, 64), 10, whole[0] / "teacher")
+    assert (teacher.size, teacher.mean, teacher.std) == ((32, 32), [0.5] * 3, [0.5] * 3)
+
+
+@pytest.mark.parametrize("weights", ["teacher", "metrics.jsonl", "nothing/there"])
+def test_weights_that_do_not_fit_are_refused(load, whole, weights):
+    recipe = load(f"model.weights={whole[0] / weights}")
+    with pytest.raises(UsageError, match=weights):
+        build.model(recipe, 10, print)

@@ -25,10 +25,10 @@ class TeacherConfig(BaseModel):
     weights: str | None = None
     """safetensors file, checkpoint or run directory."""
     image_size: int | None = None
-    """Resolution in pixels; null is the student's."""
+    """Resolution in pixels (a square); null is the one it was trained at for `recipe`, else the student's."""
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    """Normalisation; null is the student's for `recipe` and `model`, the pretrained configuration's for `timm`."""
+    """Normalisation; null is the one it was trained with for `recipe` and `timm`, the student's for `model`."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "TeacherConfig":
@@ -52,12 +52,13 @@ class Teacher:
         self,
         model: nn.Module,
         *,
-        image_size: int | None = None,
+        image_size: int | Sequence[int] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.image_size, self.mean, self.std = image_size, mean, std
+        self.size = None if image_size is None else _pair(image_size)
+        self.mean, self.std = mean, std
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
@@ -67,7 +68,11 @@ class Teacher:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of images `[B, 3, H, W]` in the teacher's normalisation, resized to its resolution."""
-        if self.image_size is not None and x.shape[-2:] != (self.image_size, self.image_size):
-            x = F.interpolate(x, size=self.image_size, mode="bicubic", antialias=True)
+        if self.size is not None and tuple(x.shape[-2:]) != self.size:
+            x = F.interpolate(x, size=self.size, mode="bicubic", antialias=True)
         out: Any = self.model(x)
         return (out[0] + out[1]) / 2 if isinstance(out, tuple) else out
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
