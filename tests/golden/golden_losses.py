@@ -49,7 +49,7 @@ def train(options: dict) -> list[float]:
     EMA."""
     import torch
 
-    from fastdeit import methods, models, rng
+    from fastdeit import methods, models
     from fastdeit.engine.dist import World
     from fastdeit.engine.ema import Ema
     from fastdeit.engine.optim import AdamW, default_groups
@@ -59,10 +59,11 @@ def train(options: dict) -> list[float]:
     from fastdeit.methods.teacher import Teacher, TeacherConfig
 
     distill = options["use"] == "distill"
-    torch.manual_seed(rng.key(0, "init") >> 1)
     name = "deit_digits_distilled_patch8_32" if distill else "deit_digits_patch8_32"
     student = models.build(name, num_classes=CLASSES, drop_path=0.1)
     network = models.build("convnet_digits", num_classes=CLASSES)
+    for model in (student, network):
+        fill(model)
     if distill:
         options = {**options, "teacher": TeacherConfig(recipe="digits_teacher")}
     context = Context(CLASSES, 1, STEPS, lambda config: Teacher(network))
@@ -89,6 +90,22 @@ def train(options: dict) -> list[float]:
         engine.step([batch(step, micro, method.noise_per_sample) for micro in range(2)], rate)
         losses.append(engine.means()["loss"])
     return losses
+
+
+def fill(model) -> None:
+    """Weights from our own noise: torch's initialisers draw other numbers in other versions."""
+    import torch
+
+    from fastdeit import rng
+
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if parameter.ndim > 1:
+                bound = 0.03 if "token" in name or "embed" in name else (parameter.numel() / len(parameter)) ** -0.5
+                uniform = rng.uniform(rng.key(0, name), range(parameter.numel()), 1).reshape(parameter.shape)
+                parameter.copy_(torch.from_numpy((2 * uniform - 1) * bound))
+            elif name.endswith("bias"):
+                parameter.zero_()
 
 
 def batch(step: int, micro: int, noise: int):

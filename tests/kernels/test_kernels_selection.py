@@ -1,5 +1,7 @@
 """The choice of a backend, its reason, and what a forced choice does."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -18,6 +20,9 @@ def works(device):
     return True, "it is the fastest here"
 
 
+_NUMBERS = itertools.count()
+
+
 @pytest.fixture
 def scale():
     """A differentiable op with a backend that cannot run, one that can, and the reference."""
@@ -31,8 +36,9 @@ def scale():
     def marked(x, factor):
         return (x.detach() * factor).clone()
 
+    name = f"test_scale_{next(_NUMBERS)}"  # torch before 2.9 keeps the autocast rule of a name for ever
     op = Op(
-        "test_scale",
+        name,
         reference,
         backward,
         others=[Backend("absent", refuses, marked), Backend("quick", works, marked, backward)],
@@ -43,7 +49,7 @@ def scale():
         setup_context=lambda ctx, inputs, output: setattr(ctx, "factor", inputs[1]),
     )
     yield op
-    del OPS["test_scale"]
+    del OPS[name]
 
 
 def test_info_has_a_reason_for_every_op():
@@ -94,9 +100,9 @@ def test_preference_capability_and_reason(scale, force):
     cpu = torch.device("cpu")
     backend, reason = scale.select(cpu)
     assert (backend.name, reason) == ("quick", "it is the fastest here")
-    force("test_scale=absent")
+    force(f"{scale.name}=absent")
     with pytest.raises(
-        RuntimeError, match="test_scale=absent, which cannot run on cpu: it is made for another machine"
+        RuntimeError, match=f"{scale.name}=absent, which cannot run on cpu: it is made for another machine"
     ):
         scale.select(cpu)
 
@@ -106,7 +112,7 @@ def test_backend_that_autograd_cannot_see_runs_as_the_registered_op(scale, force
     assert type(scale(x, 2.0).grad_fn).__name__ != "MulBackward0"
     (grad,) = torch.autograd.grad(scale(x, 2.0).sum(), x)
     assert torch.equal(grad, torch.full((3,), 2.0))
-    force("test_scale=reference")
+    force(f"{scale.name}=reference")
     (grad,) = torch.autograd.grad(scale(x, 3.0).sum(), x)
     assert torch.equal(grad, torch.full((3,), 3.0))
 

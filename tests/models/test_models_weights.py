@@ -20,9 +20,7 @@ def weights(name=PLAIN, **options):
 
 
 def timms(pos_embed, new, old=None, prefix=1):
-    return resample_abs_pos_embed(
-        pos_embed, new_size=new, old_size=old, num_prefix_tokens=prefix, antialias=False, align_corners=False
-    )
+    return resample_abs_pos_embed(pos_embed, new_size=new, old_size=old, num_prefix_tokens=prefix, antialias=False)
 
 
 def test_weights_of_the_same_model_fit_exactly():
