@@ -139,12 +139,16 @@ def model(recipe: "Recipe", num_classes: int, say: Report) -> nn.Module:
     torch.manual_seed(rng.key(recipe.train.seed, "init") >> 1)
     options = {"image_size": image_size(recipe), "num_classes": num_classes, "drop_path": config.drop_path}
     try:
-        built = models.build_timm(config.timm, **options) if config.timm else models.build(config.name, **options)
+        built = _network(config.name, config.timm, **options)
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
     if config.weights is not None:
         say(f"weights of {config.weights}: {_load(built, config.weights, 'model.weights')}")
     return built
+
+
+def _network(name: str | None, timm: str | None, **options: Any) -> nn.Module:
+    return models.build(name, **options) if timm is None else models.build_timm(timm, **options)
 
 
 def _load(network: nn.Module, weights: str, field: str) -> LoadReport:
@@ -211,7 +215,7 @@ def teacher(config: TeacherConfig, size: tuple[int, int], num_classes: int, trai
         # It sees what it was trained on, whatever the student's resolution and normalisation are.
         side = config.image_size or own["model"]["image_size"]
         mean, std = (mean, std) if mean is not None else (own["data"]["mean"], own["data"]["std"])
-        network = models.build(restored.state["model"], **options | {"image_size": side})
+        network = _network(own["model"]["name"], own["model"]["timm"], **options | {"image_size": side})
         network.load_state_dict(restored.tensors["model"])
     if config.weights is not None:
         report = _load(network, config.weights, "method.teacher.weights")

@@ -91,9 +91,8 @@ class Saver:
             tensors["engine"] = engine_state
             if ema is not None:
                 tensors["ema"] = ema.average
-            model = self.recipe.model.timm or self.recipe.model.name
-            state = {"recipe": self.recipe.model_dump(mode="json"), "identity": self.identity, "model": model}
-            checkpoint.save(self.root, step, tensors, state | {"record": asdict(record)})
+            state = {"recipe": self.recipe.model_dump(mode="json"), "identity": self.identity, "record": asdict(record)}
+            checkpoint.save(self.root, step, tensors, state)
             keep = [record.best_step] if record.best_step else []
             checkpoint.prune(self.root, self.recipe.engine.keep_checkpoints, keep)
         self.world.barrier()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from fastdeit.cli import main as cli
 from fastdeit.data import digits
 from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.evaluate import evaluate
 from fastdeit.methods.base import View
 from fastdeit.methods.supervised import Supervised
 from fastdeit.train import train
@@ -360,3 +362,22 @@ def test_weights_that_do_not_fit_are_refused(load, whole, weights):
     recipe = load(f"model.weights={whole[0] / weights}")
     with pytest.raises(UsageError, match=weights):
         build.model(recipe, 10, print)
+
+
+def test_a_timm_model_is_trained_resumed_and_can_teach(load, whole, tmp_path):
+    overrides = ["method.use=supervised", "model.timm=vit_tiny_patch16_224", "train.epochs=1", "data.repeats=1"]
+    recipe, run = load(*overrides), tmp_path / "run" / "teacher"
+    with pytest.raises(Interrupted):
+        train(recipe, run, StopAt(2), resume=False)
+    summary = train(recipe, run, World(torch.device("cpu")), resume=True)
+    student = load("model.image_size=48")
+    teacher = build.teacher(student.method.teacher, (48, 48), 10, run)
+    accuracy = evaluate(
+        lambda x: {"class": teacher.logits(x)},
+        build.eval_loader(recipe, build.sources(recipe)[1], World(torch.device("cpu")), print),
+        World(torch.device("cpu")),
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        autocast=nullcontext(),
+    )
+    assert accuracy.top1["class"] == pytest.approx(summary["top1_class"])
