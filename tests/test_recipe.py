@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -241,16 +240,12 @@ def test_a_file_that_is_no_recipe_is_refused(write, case):
 )
 def test_large_files_are_refused_unread(write, data):
     path = write(data)
-    began = time.perf_counter()
     assert refusal(path) == [f"{path}: is larger than 256 KiB, which no recipe needs"]
-    assert time.perf_counter() - began < 1
 
 
-def test_nested_brackets_are_refused_in_time(write):
-    began = time.perf_counter()
+def test_nested_brackets_are_refused(write):
     (message,) = refusal(write(b"[" * 20_000))
     assert "nested deeper" in message
-    assert time.perf_counter() - began < 5
 
 
 def test_files_that_cannot_be_read(tmp_path, write):

@@ -223,11 +223,17 @@ def test_what_all_ranks_find_is_said_by_rank_0(calls, capsys, monkeypatch, error
 
 
 def test_help_and_version_are_quick():
-    seconds = []
-    for argv in (["--help"], ["train", "--help"], ["--version"]):
+    """Against an interpreter that does nothing, in turn: a bound on seconds would measure the machine."""
+
+    def seconds(*command):
         start = time.perf_counter()
-        command = [sys.executable, "-m", "fastdeit", *argv]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert done.stdout == f"fastdeit {fastdeit.__version__}\n"
-    assert min(seconds) < 0.3
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
+        return time.perf_counter() - start, done.stdout
+
+    ours, bare = [], []
+    for argv in (["--help"], ["train", "--help"], ["--version"]):
+        bare.append(seconds("-c", "pass")[0])
+        duration, out = seconds("-m", "fastdeit", *argv)
+        ours.append(duration)
+    assert out == f"fastdeit {fastdeit.__version__}\n"
+    assert min(ours) < 8 * min(bare)  # measured 3.6; importing numpy would make it 12, torch 160
