@@ -1,5 +1,6 @@
 """From a recipe to the parts of a run: sources, loaders, model, method, teacher."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,8 +163,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """State dict of a safetensors file, of a checkpoint, or of the newest checkpoint of a run."""
     if path.is_file():
         return load_file(path)
-    tensors = open_checkpoint(path, lambda damaged, why: None).tensors
+    tensors = open_checkpoint(path, _warn_of_damage).tensors
     return tensors["model"]
+
+
+def _warn_of_damage(path: Path, why: str) -> None:
+    warnings.warn(f"checkpoint {path} is damaged ({why}); an earlier one is used", stacklevel=2)
 
 
 def open_checkpoint(path: Path, on_damaged: Callable[[Path, str], None]) -> checkpoint.Checkpoint:
@@ -210,7 +215,7 @@ def teacher(config: TeacherConfig, size: tuple[int, int], num_classes: int, trai
     elif config.model is not None:
         network = models.build(config.model, **options)
     else:
-        restored = open_checkpoint(trained, lambda damaged, why: None)
+        restored = open_checkpoint(trained, _warn_of_damage)
         own = restored.state["recipe"]
         # It sees what it was trained on, whatever the student's resolution and normalisation are.
         side = config.image_size or own["model"]["image_size"]

@@ -82,6 +82,8 @@ def main(args: argparse.Namespace) -> None:
 
     restored = build.open_checkpoint(Path(args.path), report)
     recipe = recipes.override(recipes.Recipe.model_validate(restored.state["recipe"]), args.overrides)
+    # The checkpoint holds the weights; the file that training started from need not exist any more.
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
     with join_world(recipe.engine.device) as world:
         _, source = build.sources(recipe)
         student = build.model(recipe, len(source.classes), lambda text: None)
@@ -92,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
         if "ema" in restored.tensors:
             weights["_ema"] = restored.tensors["ema"]
         for kind, tensors in weights.items():
-            method.load_state_dict(restored.tensors["method"] | method.state_dict() | tensors)
+            method.load_state_dict(method.state_dict() | restored.tensors["method"] | tensors)
             method.eval()
             accuracy = evaluate(
                 method.predict,

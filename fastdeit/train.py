@@ -139,7 +139,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
                 log.training(step, engine, record, lr)
             if evaluates:
                 evaluate_now()
-            if saves:
+            if saves or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
                 saved.save(step, record)
             if stop:
                 raise Interrupted(f"interrupted at step {step} of {total}; saved in {run_dir}, go on with --resume")

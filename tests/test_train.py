@@ -390,3 +390,36 @@ def test_micro_batches_change_nothing_but_rounding(load, whole, tmp_path):
     shutil.copytree(whole[0] / "teacher", tmp_path / "run" / "teacher")
     summary = train(load("train.accumulate=2"), tmp_path / "run", World(torch.device("cpu")), resume=False)
     assert summary["train_loss"] == pytest.approx(whole[1]["train_loss"], rel=2e-3)
+
+
+class Shifted(Supervised):
+    """A method with a buffer of its own, on which its answer depends."""
+
+    def __init__(self, model, config, context):
+        super().__init__(model, config, context)
+        self.register_buffer("shift", torch.zeros(10))
+
+    def after_step(self, engine):
+        self.shift[3] = 1e6
+
+    def predict(self, x):
+        return {"class": super().predict(x)["class"] + self.shift}
+
+
+def test_state_of_a_method_is_evaluated_with_it_and_the_best_is_on_disk(load, tmp_path, capsys):
+    run = tmp_path / "run"
+    shifted = load("method.use=test_train:Shifted", "engine.checkpoint_every=2", "optim.ema_decay=null")
+    summary = train(shifted, run, World(torch.device("cpu")), resume=False)
+    # Always the same answer: a tenth is right, from the first evaluation on, which therefore stays the best.
+    assert (summary["top1_class"], summary["best_step"]) == (10.0, STEPS_PER_EPOCH)
+    assert (run / "checkpoints" / f"step_{STEPS_PER_EPOCH:08d}").is_dir()
+    capsys.readouterr()
+    assert cli(["eval", str(run)]) == 0
+    assert "10.00 %" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_of_weights_is_named(whole, tmp_path):
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    (run / "checkpoints" / f"step_{TOTAL:08d}" / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match=f"step_{TOTAL:08d} is damaged"):
+        build.read_weights(run)
