@@ -4,7 +4,7 @@ Each op's file holds its mathematics, a `reference` in pure PyTorch that defines
 `torch.library`, and the public function. `info()` says which backend each op uses, and why.
 """
 
-from fastdeit.kernels._op import OpInfo, format_info, info
+from fastdeit.kernels._op import OpInfo, format_info, info, use
 from fastdeit.kernels.attention import attention
 from fastdeit.kernels.input import patchify, pixels
 from fastdeit.kernels.layer_norm import add_layer_norm
@@ -27,4 +27,5 @@ __all__ = [
     "mlp",
     "patchify",
     "pixels",
+    "use",
 ]

@@ -1,16 +1,20 @@
 """What all ops share: registration, the choice of a backend with its reason, autocast, and argument checks.
 
 An op has one or more backends in order of preference; the last is `reference`, pure PyTorch, which runs everywhere
-and defines the result. The first that can run is taken, and `info()` says why. The environment variable
-`FASTDEIT_KERNELS` forces another choice: a backend for all ops, `op=backend` for one, or several of these separated by
-commas. A forced backend that cannot run raises.
+and defines the result. The first that can run is taken, and `info()` says why. `use()`, and the environment variable
+`FASTDEIT_KERNELS` around it, force another choice: a backend for all ops, `op=backend` for one, or several of these
+separated by commas. A forced backend that cannot run raises; otherwise the next takes its place, with one warning for
+each reason.
 
-In eager mode the reference runs under native autograd, since a registered op costs ten to twenty microseconds a call.
-Under `torch.compile`, and when a backend is forced, the registered op runs.
+In eager mode the reference runs under native autograd and any other backend under an `autograd.Function`, since a
+registered op costs ten to twenty microseconds a call. Under `torch.compile`, and when the reference is forced, the
+registered op runs.
 """
 
 import os
-from collections.abc import Callable, Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,15 +29,20 @@ OPS: dict[str, "Op"] = {}
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
+class Unsupported(Exception):
+    """Raised by a backend, before it does anything, for arguments it cannot run on; the message is the reason."""
+
+
 class Backend(NamedTuple):
     """One implementation of an op.
 
-    `capability(device)` answers whether it can run there, and the reason in one sentence: why it is a good choice, or
-    why it cannot run.
+    `capability(device, forced)` answers whether it can run there, and the reason in one sentence: why it is a good
+    choice, or why it cannot run. Some can run only where they are asked for by name: `forced`. For arguments that they
+    do not support, forward and backward raise `Unsupported`.
     """
 
     name: str
-    capability: Callable[[torch.device], tuple[bool, str]]
+    capability: Callable[[torch.device, bool], tuple[bool, str]]
     forward: Callable
     backward: Callable | None = None
 
@@ -54,6 +63,7 @@ class Op:
 
     reference, backward  the reference and its explicit backward, None when the op is not differentiable
     others               backends to prefer to the reference, best first
+    native               what eager mode runs under native autograd, where the registered reference does more than that
     cast                 arguments that take the autocast dtype under autocast; the op itself runs with autocast off
     mutates              arguments that are changed in place
     """
@@ -65,51 +75,120 @@ class Op:
         backward: Callable | None = None,
         *,
         others: Sequence[Backend] = (),
+        native: Callable | None = None,
         cast: Collection[str] = (),
         mutates: Collection[str] = (),
     ) -> None:
         self.name = name
         self.backends = (*others, Backend(REFERENCE, _reference_capability, reference, backward))
+        self._native = native or reference
+        self._function: type[torch.autograd.Function] | None = None
         self.registered = self._register(name, reference, "forward", mutates)
-        _autocast(name, cast)
+        arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
+        self._cast = [argument.name in cast for argument in arguments]
+        _autocast(name, self._cast)
         if backward is not None:
             self.registered_backward = self._register(f"{name}_backward", backward, "backward")
             _autocast(f"{name}_backward")
         OPS[name] = self
 
+    def differentiable(self, save: Callable, differentiate: Callable) -> None:
+        """The derivative, for the registered op and for eager mode: `save(ctx, inputs, output)` and
+        `differentiate(ctx, *grads)`, which calls `run_backward`, as of `torch.library.register_autograd`."""
+        self.registered.register_autograd(differentiate, setup_context=save)
+        self._function = _function(self.name, save, differentiate)
+
     def __call__(self, *args: Any) -> Any:
         """Run on the arguments of the reference: directly in eager mode, else as the registered op."""
-        if torch.compiler.is_compiling() or choice(self.name) != AUTO:
+        if torch.compiler.is_compiling() or choice(self.name) == REFERENCE:
             return self.registered(*args)
-        backend, _ = self.select(_device(args))
-        if backend.backward is None or backend.name == REFERENCE:
-            return backend.forward(*args)
-        return self.registered(*args)
+        for backend, _ in self._able(_device(args)):
+            if backend.name == REFERENCE:
+                break
+            try:
+                return self._eager(backend, args)
+            except Unsupported as error:
+                self._refused(backend, error)
+        return self._native(*args)
+
+    def run_backward(self, ctx: Any, *args: Any) -> Any:
+        """The backward of the backend whose forward made `ctx`, on the arguments of the reference's backward."""
+        backend = getattr(ctx, "backend", None)
+        if backend is None:
+            return self.registered_backward(*args)
+        with _no_autocast(_device(args)):
+            return backend.backward(*args)
 
     def select(self, device: torch.device) -> tuple[Backend, str]:
         """The backend for tensors on `device` and the reason; RuntimeError when the forced one cannot run."""
+        return self._able(device)[0]
+
+    def _able(self, device: torch.device) -> list[tuple[Backend, str]]:
+        """The backends that may run on `device`, best first, each with the reason: one, if it is forced."""
         wanted = choice(self.name)
-        for backend in self.backends:
-            able, reason = backend.capability(device)
-            if wanted == AUTO and able:
-                return backend, reason
-            if wanted == backend.name:
+        verdicts = [(backend, *backend.capability(device, wanted == backend.name)) for backend in self.backends]
+        if wanted == AUTO:
+            return [(backend, reason) for backend, able, reason in verdicts if able]
+        for backend, able, reason in verdicts:
+            if backend.name == wanted:
                 if able:
-                    return backend, f"chosen by {VARIABLE}"
-                raise RuntimeError(f"{VARIABLE} asks for {self.name}={wanted}, which cannot run on {device}: {reason}")
+                    return [(backend, f"chosen by {_source()}")]
+                raise RuntimeError(f"{_source()} asks for {self.name}={wanted}, which cannot run on {device}: {reason}")
         names = ", ".join(backend.name for backend in self.backends)
-        raise RuntimeError(f"{VARIABLE} asks for {self.name}={wanted}, but {self.name} has: {names}")
+        raise RuntimeError(f"{_source()} asks for {self.name}={wanted}, but {self.name} has: {names}")
+
+    def _refused(self, backend: Backend, error: Unsupported) -> None:
+        if choice(self.name) == backend.name:
+            raise RuntimeError(
+                f"{_source()} asks for {self.name}={backend.name}, which cannot run on these arguments: {error}"
+            ) from error
+        _warn_once(f"{self.name} does not run on {backend.name}: {error}")
+
+    def _eager(self, backend: Backend, args: Sequence[Any]) -> Any:
+        device = _device(args)
+        if torch.is_autocast_enabled(device.type):
+            args = _to_autocast(args, self._cast, torch.get_autocast_dtype(device.type))
+        with _no_autocast(device):
+            if self._function is not None and torch.is_grad_enabled():
+                return self._function.apply(backend, *args)
+            return backend.forward(*args)
 
     def _register(self, name: str, like: Callable, role: str, mutates: Collection[str] = ()) -> Callable:
         def run(*args: Any) -> Any:
-            backend, _ = self.select(_device(args))
-            return _contiguous(getattr(backend, role)(*args))
+            for backend, _ in self._able(_device(args)):
+                try:
+                    return _contiguous(getattr(backend, role)(*args))
+                except Unsupported as error:
+                    self._refused(backend, error)
+            raise AssertionError("the reference supports everything")
 
         schema = torch.library.infer_schema(like, mutates_args=mutates)
         return torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=mutates, schema=schema)
 
 
-def _device(args: tuple) -> torch.device:
+def _function(name: str, save: Callable, differentiate: Callable) -> type[torch.autograd.Function]:
+    """The `autograd.Function` of (backend, *arguments). Differentiating its gradient raises: it would be wrong."""
+
+    def forward(backend: Backend, *args: Any) -> Any:
+        return backend.forward(*args)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.backend = inputs[0]
+        save(ctx, inputs[1:], output)
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        result = differentiate(ctx, *grads)
+        return None, *(result if isinstance(result, tuple) else (result,))
+
+    body = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
+    }
+    return type(f"fastdeit_{name}", (torch.autograd.Function,), body)
+
+
+def _device(args: Sequence[Any]) -> torch.device:
     first = args[0]
     return first.device if isinstance(first, Tensor) else first[0].device
 
@@ -121,26 +200,60 @@ def _contiguous(result: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Te
     return None if result is None else result.contiguous()
 
 
-def _reference_capability(device: torch.device) -> tuple[bool, str]:
-    reason = "Triton kernels are not part of this version"
-    return True, reason if device.type == "cuda" else f"no CUDA device; {reason}"
+def _reference_capability(device: torch.device, forced: bool) -> tuple[bool, str]:
+    return True, "no CUDA device" if device.type == "cpu" else "there is no other kernel for it yet"
 
 
 @cache
-def _choices() -> dict[str, str]:
-    """`FASTDEIT_KERNELS` as {op: backend}, with "" for the choice of all other ops."""
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+_used: list[dict[str, str]] = []
+
+
+@contextmanager
+def use(backend: str | None = None, **ops: str) -> Iterator[None]:
+    """Inside, run every op on `backend`, or single ones on theirs: `with use("reference", attention="auto")`.
+
+    It outranks `FASTDEIT_KERNELS`. The backward of an eager call runs where its forward ran; a compiled graph looks at
+    every run. ValueError for an op that does not exist; a backend that cannot run raises RuntimeError at the call.
+    """
+    _check_names("use()", ops)
+    outer = _used[-1] if _used else _environment()
+    _used.append({**({} if backend else outer), **({"": backend} if backend else {}), **ops})
+    try:
+        yield
+    finally:
+        _used.pop()
+
+
+@cache
+def _environment() -> dict[str, str]:
+    """`FASTDEIT_KERNELS` as {op: backend}, with "" for the choice of all other ops. Read once."""
     choices = {}
     for part in filter(None, os.environ.get(VARIABLE, AUTO).split(",")):
         name, _, backend = part.strip().rpartition("=")
-        if name and name not in OPS:
-            raise ValueError(f"{VARIABLE} names the op {name!r}, but the ops are: {', '.join(OPS)}")
         choices[name] = backend
+    _check_names(VARIABLE, [name for name in choices if name])
     return choices
 
 
+def _check_names(origin: str, names: Collection[str]) -> None:
+    for name in names:
+        if name not in OPS:
+            raise ValueError(f"{origin} names the op {name!r}, but the ops are: {', '.join(OPS)}")
+
+
+def _source() -> str:
+    return "use()" if _used else VARIABLE
+
+
 def choice(name: str) -> str:
-    """What `FASTDEIT_KERNELS` asks for op `name`: a backend's name or "auto". The variable is read once."""
-    choices = _choices()
+    """What `use()` or `FASTDEIT_KERNELS` asks for op `name`: a backend's name or "auto"."""
+    choices = _used[-1] if _used else _environment()
     return choices.get(name, choices.get("", AUTO))
 
 
@@ -157,20 +270,22 @@ def format_info() -> str:
     return "\n".join(f"{row.name:{name}}  {row.backend:{backend}}  {row.reason}" for row in rows)
 
 
-def _autocast(name: str, cast: Collection[str] = ()) -> None:
-    """Under autocast, run `fastdeit::name` with autocast off and the arguments in `cast` in the autocast dtype.
+# ---- autocast --------------------------------------------------------------------------------------------------------
+
+
+def _autocast(name: str, chosen: Sequence[bool] | None = None) -> None:
+    """Under autocast, run `fastdeit::name` with autocast off and the `chosen` arguments in the autocast dtype.
 
     `torch.library.register_autocast` fixes one dtype at registration; this rule reads the dtype of the region (fp16 or
     bf16), and leaves float64, which autocast never touches, alone. Casts are differentiable: gradients come back in the
     dtype of the arguments.
     """
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    chosen = [argument.name in cast for argument in op._schema.arguments]
+    chosen = chosen or [False] * len(op._schema.arguments)
 
     def rule(device: str) -> Callable:
         def run(*args: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device)
-            args = [_to_autocast(a, dtype) if c else a for a, c in zip(args, chosen, strict=True)]
+            args = _to_autocast(args, chosen, torch.get_autocast_dtype(device))
             with torch.autocast(device, enabled=False):
                 return op(*args)
 
@@ -180,8 +295,21 @@ def _autocast(name: str, cast: Collection[str] = ()) -> None:
         _LIBRARY.impl(name, rule(device), f"Autocast{device.upper()}")
 
 
-def _to_autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+def _to_autocast(args: Sequence[Any], chosen: Sequence[bool], dtype: torch.dtype) -> list[Any]:
+    return [
+        a.to(dtype) if c and a.is_floating_point() and a.dtype != torch.float64 else a
+        for a, c in zip(args, chosen, strict=True)
+    ]
+
+
+@contextmanager
+def _no_autocast(device: torch.device) -> Iterator[None]:
+    """Autocast off, at no cost where it is off."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -195,6 +323,9 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """dtype of statistics and losses of data of `dtype`: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
@@ -225,3 +356,8 @@ def check_index(name: str, index: Tensor, size: int) -> None:
     low, high = (int(value) for value in index.aminmax())
     if low < 0 or high >= size:
         raise IndexError(f"{name} holds {low if low < 0 else high}, but must be in [0, {size})")
+
+
+def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, but must be on {other.device} like {other_name}")

@@ -61,10 +61,10 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad):
-    return OP.registered_backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
+    return OP.run_backward(ctx, grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
 
 
-OP.registered.register_autograd(_differentiate, setup_context=_save)
+OP.differentiable(_save, _differentiate)
 
 
 def attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:

@@ -1,23 +1,34 @@
 """Residual addition, LayerScale, drop-path and LayerNorm in one op.
 
-    r = residual + keep * gamma * branch                         new residual stream, in residual's dtype
+    r = residual + keep * gamma * (branch + branch_bias)         new residual stream, in residual's dtype
     x = (r - mean(r)) * rstd(r),  rstd = (var(r) + eps)**-0.5    statistics over C, biased variance, float32
     normed = x * weight + bias                                   in out_dtype
 
 Backward, with g = dnormed * weight and averages over C:
 
     dr = dr_out + rstd * (g - mean(g) - x * mean(g * x))         also the gradient of residual
-    dbranch = keep * gamma * dr        dgamma = sum_BN(keep * branch * dr)
+    dbranch = keep * gamma * dr        dbranch_bias = sum_BN(dbranch)
+    dgamma = sum_BN(keep * (branch + branch_bias) * dr)
     dweight = sum_BN(dnormed * x)      dbias = sum_BN(dnormed)
 
-residual, branch, normed are [..., C]; weight, bias, gamma [C]; keep [B]. Bytes moved at best per element of a float32
-residual and a 16-bit branch: forward reads 6 and writes 6; backward reads 10 (and 2 more for dgamma) and writes 6.
+residual, branch, normed are [B, ..., C]; weight, bias, gamma, branch_bias [C]; keep [B]. Where samples are skipped,
+branch holds those of `branch_samples` and normed those of `norm_samples`; the formulas hold for these, and elsewhere
+the stream and its gradient pass unchanged.
+
+Bytes moved at best per element of a float32 residual and a 16-bit branch: forward reads 6 and writes 6; backward reads
+10 (and 2 more for dgamma) and writes 6. The Triton backward makes one pass over the rows: each of a fixed number of
+programs adds up its share of the four column sums, and their partial sums are added in a fixed order, so that the
+result does not depend on the card or on timing.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _op
+from fastdeit.kernels import _op, _triton
+
+# ---- reference -------------------------------------------------------------------------------------------------------
 
 
 def normalize(
@@ -57,6 +68,10 @@ def _branch_scale(residual: Tensor, gamma: Tensor | None, keep: Tensor | None) -
     return keep if gamma is None else keep * gamma
 
 
+def _selected(tensor: Tensor, samples: Tensor | None) -> Tensor:
+    return tensor if samples is None else tensor[samples]
+
+
 def reference(
     residual: Tensor,
     branch: Tensor,
@@ -65,13 +80,21 @@ def reference(
     eps: float,
     gamma: Tensor | None,
     keep: Tensor | None,
+    branch_bias: Tensor | None,
+    branch_samples: Tensor | None,
+    norm_samples: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(new residual, normed, mean, rstd) as in the module's formula; the statistics, `[..., 1]`, are for backward."""
+    if branch_bias is not None:
+        branch = branch + branch_bias
     scale = _branch_scale(residual, gamma, keep)
-    total = residual + branch if scale is None else torch.addcmul(residual, branch, scale)
+    held = _selected(residual, branch_samples)
+    total = held + branch if scale is None else torch.addcmul(held, branch, scale)
     new_residual = total.to(residual.dtype)
-    return new_residual, *normalize(new_residual, weight, bias, eps, out_dtype)
+    if branch_samples is not None:
+        new_residual = residual.index_copy(0, branch_samples, new_residual)
+    return new_residual, *normalize(_selected(new_residual, norm_samples), weight, bias, eps, out_dtype)
 
 
 def reference_backward(
@@ -84,45 +107,324 @@ def reference_backward(
     rstd: Tensor,
     gamma: Tensor | None,
     keep: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, branch, weight, bias and gamma (empty when there is none)."""
-    dx, dweight, dbias = normalize_backward(dnormed, new_residual, weight, mean, rstd)
-    dr = dresidual + dx
+    branch_bias: Tensor | None,
+    branch_samples: Tensor | None,
+    norm_samples: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of residual, branch, weight, bias, gamma and branch_bias (the last two empty where there is none)."""
+    x = _selected(new_residual, norm_samples)
+    dx, dweight, dbias = normalize_backward(dnormed, x, weight, mean, rstd)
+    all_samples = dresidual + dx if norm_samples is None else dresidual.to(dx.dtype).index_add(0, norm_samples, dx)
+    dr = _selected(all_samples, branch_samples)
     scale = _branch_scale(dr, gamma, keep)
     # An op's results must not share memory, hence a copy where the branch's gradient is the residual's.
     dbranch = dr.to(branch.dtype, copy=True) if scale is None else (dr * scale).to(branch.dtype)
-    if gamma is None:
-        dgamma = weight.new_empty(0)
-    else:
+    rows = tuple(range(dr.dim() - 1))
+    dgamma = dbranch_bias = weight.new_empty(0)
+    if gamma is not None:
         kept = _branch_scale(dr, None, keep)
-        scaled = branch * dr if kept is None else branch * dr * kept
-        dgamma = scaled.sum(tuple(range(dr.dim() - 1))).to(gamma.dtype)
-    return dr.to(new_residual.dtype), dbranch, dweight, dbias, dgamma
+        scaled = (branch if branch_bias is None else branch + branch_bias) * dr
+        dgamma = (scaled if kept is None else scaled * kept).sum(rows).to(gamma.dtype)
+    if branch_bias is not None:
+        dbranch_bias = (dr if scale is None else dr * scale).sum(rows).to(branch_bias.dtype)
+    return all_samples.to(new_residual.dtype), dbranch, dweight, dbias, dgamma, dbranch_bias.clone()
 
 
-OP = _op.Op("add_layer_norm", reference, reference_backward)
-PLAIN = _op.Op("layer_norm", normalize, _plain_backward)
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+_ELEMENTS = 2048
+"""Elements that a program of four warps works on at a time: 16 of each tensor in every thread."""
+_PROGRAMS = 512
+"""Programs, and therefore partial sums, of a backward pass: four on every SM of the largest card."""
+_WIDEST = 8192
 
 
-def _fake_normalize(x: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty(*x.shape[:-1], 1, dtype=_op.statistics_dtype(x.dtype)) for _ in range(2))
-    return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
+@triton.jit
+def _places(slot, row, inside, tokens):
+    """Rows of a tensor of selected samples that hold `row`, and which of these exist. slot[b] is the place of sample b
+    among the selected, or -1; None selects all."""
+    if slot is None:
+        return row, inside
+    sample = row // tokens
+    place = tl.load(slot + sample, mask=inside, other=-1)
+    return place.to(tl.int64) * tokens + (row - sample * tokens), inside & (place >= 0)
+
+
+@triton.jit
+def _load(pointer, row, column, mask, C: tl.constexpr):
+    return tl.load(pointer + row[:, None] * C + column[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_vector(pointer, column, C: tl.constexpr):
+    return tl.load(pointer + column, mask=column < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _forward_kernel(
+    residual,
+    branch,
+    weight,
+    bias,
+    gamma,
+    keep,
+    branch_bias,
+    branch_slot,
+    norm_slot,
+    new_residual,
+    normed,
+    mean,
+    rstd,
+    rows,
+    tokens,
+    eps,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside, real = row < rows, (column < C)[None, :]
+    x = _load(residual, row, column, inside[:, None] & real, C)
+    if branch is not None:
+        place, has = _places(branch_slot, row, inside, tokens)
+        mask = has[:, None] & real
+        b = _load(branch, place, column, mask, C)
+        if branch_bias is not None:
+            b += _load_vector(branch_bias, column, C)[None, :]
+        if gamma is not None:
+            b *= _load_vector(gamma, column, C)[None, :]
+        if keep is not None:
+            b *= tl.load(keep + place // tokens, mask=has, other=0.0).to(tl.float32)[:, None]
+        stored = (x + tl.where(mask, b, 0.0)).to(new_residual.dtype.element_ty)
+        tl.store(new_residual + row[:, None] * C + column[None, :], stored, mask=inside[:, None] & real)
+        x = stored.to(tl.float32)
+    place, has = _places(norm_slot, row, inside, tokens)
+    mask = has[:, None] & real
+    mu = tl.sum(x, 1) / C
+    centred = tl.where(mask, x - mu[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
+    scaled = centred * inverse[:, None] * _load_vector(weight, column, C)[None, :]
+    y = scaled + _load_vector(bias, column, C)[None, :]
+    tl.store(normed + place[:, None] * C + column[None, :], y.to(normed.dtype.element_ty), mask=mask)
+    tl.store(mean + place, mu, mask=has)
+    tl.store(rstd + place, inverse, mask=has)
+
+
+@triton.jit
+def _backward_kernel(
+    dresidual,
+    dnormed,
+    new_residual,
+    branch,
+    weight,
+    mean,
+    rstd,
+    gamma,
+    keep,
+    branch_bias,
+    branch_slot,
+    norm_slot,
+    dr,
+    dbranch,
+    partial,
+    rows,
+    tokens,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """partial[program] = [dweight, dbias, dbranch_bias, dgamma], the first `SUMS` of them."""
+    column = tl.arange(0, BLOCK)
+    real = (column < C)[None, :]
+    w = _load_vector(weight, column, C)[None, :]
+    dweight = tl.zeros((BLOCK,), tl.float32)
+    dbias = tl.zeros((BLOCK,), tl.float32)
+    dbranch_bias = tl.zeros((BLOCK,), tl.float32)
+    dgamma = tl.zeros((BLOCK,), tl.float32)
+    first, stride = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
+    for start in range(first, rows, stride):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        inside = row < rows
+        here = inside[:, None] & real
+        place, has = _places(norm_slot, row, inside, tokens)
+        mask = has[:, None] & real
+        dy = _load(dnormed, place, column, mask, C)
+        mu = tl.load(mean + place, mask=has, other=0.0)[:, None]
+        inverse = tl.load(rstd + place, mask=has, other=0.0)[:, None]
+        hat = tl.where(mask, (_load(new_residual, row, column, mask, C) - mu) * inverse, 0.0)
+        dweight += tl.sum(dy * hat, 0)
+        dbias += tl.sum(dy, 0)
+        g = dy * w
+        dx = (g - tl.sum(g, 1)[:, None] / C - hat * (tl.sum(g * hat, 1)[:, None] / C)) * inverse
+        if dresidual is not None:
+            dx += _load(dresidual, row, column, here, C)
+        tl.store(dr + row[:, None] * C + column[None, :], dx.to(dr.dtype.element_ty), mask=here)
+        if branch is not None:
+            place, has = _places(branch_slot, row, inside, tokens)
+            mask = has[:, None] & real
+            db = tl.where(mask, dx, 0.0)
+            if keep is not None:
+                db *= tl.load(keep + place // tokens, mask=has, other=0.0).to(tl.float32)[:, None]
+            if gamma is not None:
+                b = _load(branch, place, column, mask, C)
+                if branch_bias is not None:
+                    b += _load_vector(branch_bias, column, C)[None, :]
+                dgamma += tl.sum(db * b, 0)
+                db *= _load_vector(gamma, column, C)[None, :]
+            if branch_bias is not None:
+                dbranch_bias += tl.sum(db, 0)
+            tl.store(dbranch + place[:, None] * C + column[None, :], db.to(dbranch.dtype.element_ty), mask=mask)
+    at = partial + tl.program_id(0) * (SUMS * C) + column
+    tl.store(at, dweight, mask=column < C)
+    tl.store(at + C, dbias, mask=column < C)
+    if SUMS > 2:
+        tl.store(at + 2 * C, dbranch_bias, mask=column < C)
+    if SUMS > 3:
+        tl.store(at + 3 * C, dgamma, mask=column < C)
+
+
+def _tile(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"C": width, "BLOCK": block, "ROWS": max(1, _ELEMENTS // block), "warps": max(4, block // 512)}
+
+
+def _slots(samples: Tensor | None, batch: int) -> Tensor | None:
+    """int32 `[batch]`: place of every sample among the selected, -1 for the others."""
+    if samples is None:
+        return None
+    places = torch.arange(len(samples), dtype=torch.int32, device=samples.device)
+    return torch.full((batch,), -1, dtype=torch.int32, device=samples.device).index_copy_(0, samples, places)
+
+
+def _rows_and_tokens(x: Tensor) -> tuple[int, int]:
+    rows = x.numel() // x.shape[-1] if x.numel() else 0
+    return rows, rows // x.shape[0] if rows else 1
+
+
+def _require(*tensors: Tensor | None) -> None:
+    _triton.require_dtypes(*tensors)
+    width = tensors[0].shape[-1]
+    _triton.require(width <= _WIDEST, f"rows of {width} elements do not fit its registers (at most {_WIDEST})")
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device) for _ in range(2))
+
+
+def triton_forward(
+    residual: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    branch_bias: Tensor | None,
+    branch_samples: Tensor | None,
+    norm_samples: Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference` in one launch."""
+    inputs = residual, branch, weight, bias, gamma, keep, branch_bias
+    _require(*inputs)
+    residual, *others = _dense(*inputs)
+    new_residual = None if branch is None else torch.empty_like(residual)
+    batch = len(residual)
+    selected = batch if norm_samples is None else len(norm_samples)
+    normed = torch.empty(selected, *residual.shape[1:], dtype=out_dtype, device=residual.device)
+    mean, rstd = _statistics(normed)
+    rows, tokens = _rows_and_tokens(residual)
+    tile = _tile(residual.shape[-1])
+    slots = _slots(branch_samples, batch), _slots(norm_samples, batch)
+    results = new_residual, normed, mean, rstd
+    grid = (triton.cdiv(rows, tile["ROWS"]),)
+    _triton.launch(_forward_kernel, grid, residual, *others, *slots, *results, rows, tokens, eps, **tile)
+    return results
+
+
+def triton_backward(
+    dresidual: Tensor | None,
+    dnormed: Tensor,
+    new_residual: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    branch_bias: Tensor | None,
+    branch_samples: Tensor | None,
+    norm_samples: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """`reference_backward` in one pass over the rows and a sum of the programs' partial sums."""
+    inputs = dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep, branch_bias
+    _require(new_residual, dnormed, branch, weight, gamma, keep, branch_bias)
+    dresidual, dnormed, new_residual, branch, *others = _dense(*inputs)
+    dr = torch.empty_like(new_residual)
+    dbranch = None if branch is None else torch.empty_like(branch)
+    rows, tokens = _rows_and_tokens(new_residual)
+    width, batch = new_residual.shape[-1], len(new_residual)
+    tile = _tile(width)
+    grid = (min(triton.cdiv(rows, tile["ROWS"]), _PROGRAMS),)
+    sums = 4 if gamma is not None else 3 if branch_bias is not None else 2
+    partial = torch.empty(grid[0], sums, width, dtype=torch.float32, device=dr.device)
+    slots = _slots(branch_samples, batch), _slots(norm_samples, batch)
+    tensors = dresidual, dnormed, new_residual, branch, *others, *slots, dr, dbranch, partial
+    _triton.launch(_backward_kernel, grid, *tensors, rows, tokens, SUMS=sums, **tile)
+    dweight, dbias, *rest = partial.sum(0)
+    nothing = weight.new_empty(0)
+    dbranch_bias = rest[0].to(branch_bias.dtype) if branch_bias is not None else nothing
+    dgamma = rest[1].to(gamma.dtype) if gamma is not None else nothing.clone()
+    return dr, dbranch, dweight.to(weight.dtype), dbias.to(weight.dtype), dgamma, dbranch_bias
+
+
+def _plain_triton_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return triton_forward(x, None, weight, bias, eps, *[None] * 5, out_dtype)[1:]
+
+
+def _plain_triton_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, _, dweight, dbias, *_ = triton_backward(None, grad, x, None, weight, mean, rstd, *[None] * 5)
+    return dx, dweight, dbias
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+_TRITON = _op.Backend("triton", _triton.capability, triton_forward, triton_backward)
+_PLAIN_TRITON = _op.Backend("triton", _triton.capability, _plain_triton_forward, _plain_triton_backward)
+OP = _op.Op("add_layer_norm", reference, reference_backward, others=[_TRITON])
+PLAIN = _op.Op("layer_norm", normalize, _plain_backward, others=[_PLAIN_TRITON])
+
+
+def _fake_normalize(x: Tensor, samples: Tensor | None, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (len(x if samples is None else samples), *x.shape[1:])
+    mean, rstd = (x.new_empty(*shape[:-1], 1, dtype=_op.statistics_dtype(x.dtype)) for _ in range(2))
+    return x.new_empty(shape, dtype=out_dtype), mean, rstd
 
 
 @OP.registered.register_fake
-def _(residual, branch, weight, bias, eps, gamma, keep, out_dtype):
-    return residual.new_empty(residual.shape), *_fake_normalize(residual, out_dtype)
+def _(residual, branch, weight, bias, eps, gamma, keep, branch_bias, branch_samples, norm_samples, out_dtype):
+    return residual.new_empty(residual.shape), *_fake_normalize(residual, norm_samples, out_dtype)
 
 
 @PLAIN.registered.register_fake
 def _(x, weight, bias, eps, out_dtype):
-    return _fake_normalize(x, out_dtype)
+    return _fake_normalize(x, None, out_dtype)
 
 
 @OP.registered_backward.register_fake
-def _(dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep):
-    dgamma = weight.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
-    return *(like.new_empty(like.shape) for like in (new_residual, branch, weight, weight)), dgamma
+def _(dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep, branch_bias, *_):
+    optional = (weight.new_empty(0) if v is None else v.new_empty(v.shape) for v in (gamma, branch_bias))
+    return *(like.new_empty(like.shape) for like in (new_residual, branch, weight, weight)), *optional
 
 
 @PLAIN.registered_backward.register_fake
@@ -131,16 +433,18 @@ def _(grad, x, weight, mean, rstd):
 
 
 def _save(ctx, inputs, output):
-    _, branch, weight, _, _, gamma, keep, _ = inputs
+    _, branch, weight, _, _, *optional, _ = inputs
     new_residual, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(new_residual, branch, weight, mean, rstd, gamma, keep)
+    ctx.save_for_backward(new_residual, branch, weight, mean, rstd, *optional)
 
 
 def _differentiate(ctx, dresidual, dnormed, *_):
-    gamma = ctx.saved_tensors[5]
-    *grads, dgamma = OP.registered_backward(dresidual, dnormed, *ctx.saved_tensors)
-    return *grads, None, None if gamma is None else dgamma, None, None
+    *_, gamma, _, branch_bias, _, _ = ctx.saved_tensors
+    *grads, dgamma, dbranch_bias = OP.run_backward(ctx, dresidual, dnormed, *ctx.saved_tensors)
+    dgamma = None if gamma is None else dgamma
+    dbranch_bias = None if branch_bias is None else dbranch_bias
+    return *grads, None, dgamma, None, dbranch_bias, None, None, None
 
 
 def _save_plain(ctx, inputs, output):
@@ -151,11 +455,14 @@ def _save_plain(ctx, inputs, output):
 
 
 def _differentiate_plain(ctx, grad, *_):
-    return *PLAIN.registered_backward(grad, *ctx.saved_tensors), None, None
+    return *PLAIN.run_backward(ctx, grad, *ctx.saved_tensors), None, None
 
 
-OP.registered.register_autograd(_differentiate, setup_context=_save)
-PLAIN.registered.register_autograd(_differentiate_plain, setup_context=_save_plain)
+OP.differentiable(_save, _differentiate)
+PLAIN.differentiable(_save_plain, _differentiate_plain)
+
+
+# ---- public ----------------------------------------------------------------------------------------------------------
 
 
 def add_layer_norm(
@@ -167,26 +474,40 @@ def add_layer_norm(
     gamma: Tensor | None = None,
     keep: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    *,
+    branch_bias: Tensor | None = None,
+    branch_samples: Tensor | None = None,
+    norm_samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and normalise the sum.
 
-    residual      floating `[..., C]`
+    residual      floating `[B, ..., C]`
     branch        like residual in shape, of any floating dtype; None adds nothing: plain LayerNorm
     weight, bias  `[C]`
     eps           added to the variance
     gamma         LayerScale `[C]`; None is 1
-    keep          drop-path factor of each sample, float32 `[B]`, B = residual.shape[0]: 0 or 1 / (1 - p); None is 1
+    keep          drop-path factor of each sample of the branch, float32 `[B]`: 0 or 1 / (1 - p); None is 1
     out_dtype     of the normalised tokens; default the autocast dtype under autocast, else residual's dtype
+    branch_bias   `[C]`, added to the branch: the bias of the linear layer that made it. Its gradient costs no pass of
+                  its own here
+    branch_samples, norm_samples
+                  distinct int64 `[B']`, `[B'']`: the samples that branch holds, and those to normalise; None is all.
+                  This is stochastic depth that saves the work of the samples it drops (Oquab et al., "DINOv2", 2023,
+                  section 5): a fixed number of samples a step instead of a Bernoulli draw for each, hence another
+                  distribution than `keep`. Scale the branch by `keep`, B / B' for the kept
 
-    Returns (new residual, normed): `residual + keep * gamma * branch` in residual's dtype (residual itself without a
-    branch), and its LayerNorm in out_dtype. Statistics are float32 (float64 for float64).
+    Returns (new residual, normed): `residual + keep * gamma * (branch + branch_bias)` in residual's dtype (residual
+    itself without a branch), and its LayerNorm in out_dtype, `[B'', ..., C]`. Statistics are float32 (float64 for
+    float64). Samples outside [0, B) raise IndexError on the CPU; on a GPU the indexing asserts on the device.
     """
-    _check(residual, branch, weight, bias, gamma, keep)
+    _check(residual, branch, weight, bias, gamma, keep, branch_bias, branch_samples, norm_samples)
     if out_dtype is None:
         out_dtype = _op.autocast_dtype(residual) or residual.dtype
     if branch is None:
-        return residual, PLAIN(residual, weight, bias, eps, out_dtype)[0]
-    return OP(residual, branch, weight, bias, eps, gamma, keep, out_dtype)[:2]
+        return residual, PLAIN(_selected(residual, norm_samples), weight, bias, eps, out_dtype)[0]
+    return OP(residual, branch, weight, bias, eps, gamma, keep, branch_bias, branch_samples, norm_samples, out_dtype)[
+        :2
+    ]
 
 
 def _check(
@@ -196,19 +517,43 @@ def _check(
     bias: Tensor,
     gamma: Tensor | None,
     keep: Tensor | None,
+    branch_bias: Tensor | None,
+    branch_samples: Tensor | None,
+    norm_samples: Tensor | None,
 ) -> None:
     _op.check_floating("residual", residual)
-    for name, vector in (("weight", weight), ("bias", bias), ("gamma", gamma)):
+    vectors = {"weight": weight, "bias": bias, "gamma": gamma, "branch_bias": branch_bias}
+    for name, vector in vectors.items():
         if vector is not None:
             _op.check_shape(name, vector, residual.shape[-1:], "[C], C the last dimension of residual,")
+            _op.check_device(name, vector, residual, "residual")
+    for name, samples in (("branch_samples", branch_samples), ("norm_samples", norm_samples)):
+        _check_samples(name, samples, len(residual))
     if branch is None:
-        if gamma is not None or keep is not None:
-            raise ValueError(
-                f"{'keep' if gamma is None else 'gamma'} scales the branch, but branch is None; leave it out"
-            )
+        scales = {"gamma": gamma, "keep": keep, "branch_bias": branch_bias, "branch_samples": branch_samples}
+        for name, value in scales.items():
+            if value is not None:
+                raise ValueError(f"{name} belongs to the branch, but branch is None; leave it out")
         return
     _op.check_floating("branch", branch)
-    _op.check_shape("branch", branch, residual.shape, "like residual")
+    _op.check_device("branch", branch, residual, "residual")
+    if branch_samples is None:
+        _op.check_shape("branch", branch, residual.shape, "like residual")
+    else:
+        shape = (len(branch_samples), *residual.shape[1:])
+        _op.check_shape("branch", branch, shape, "[B', ...] for the B' branch_samples, else like residual")
     if keep is not None:
         _op.check_floating("keep", keep)
-        _op.check_shape("keep", keep, residual.shape[:1], "[B], B the first dimension of residual,")
+        _op.check_device("keep", keep, residual, "residual")
+        _op.check_shape("keep", keep, branch.shape[:1], "[B], B the first dimension of branch,")
+
+
+def _check_samples(name: str, samples: Tensor | None, batch: int) -> None:
+    if samples is None:
+        return
+    _op.check_dtype(name, samples, torch.int64)
+    if samples.dim() != 1:
+        raise ValueError(f"{name} has shape {list(samples.shape)}, but must be [B']")
+    _op.check_index(name, samples, batch)
+    if samples.device.type == "cpu" and len(samples.unique()) < len(samples):
+        raise ValueError(f"{name} holds a sample more than once, but must be distinct")

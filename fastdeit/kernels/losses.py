@@ -164,11 +164,11 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, *_):
-    dcls, ddist = OP.registered_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    dcls, ddist = OP.run_backward(ctx, grad, *ctx.saved_tensors, *ctx.settings)
     return dcls, None if ctx.saved_tensors[1] is None else ddist, *[None] * 10
 
 
-OP.registered.register_autograd(_differentiate, setup_context=_save)
+OP.differentiable(_save, _differentiate)
 
 
 def distillation_loss(

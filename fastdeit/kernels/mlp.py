@@ -112,7 +112,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, *_):
-    return OP.registered_backward(grad, *ctx.saved_tensors)
+    return OP.run_backward(ctx, grad, *ctx.saved_tensors)
 
 
 def _save_normed(ctx, inputs, output):
@@ -123,12 +123,12 @@ def _save_normed(ctx, inputs, output):
 
 
 def _differentiate_normed(ctx, grad, *_):
-    dx, dweight, dbias, *grads = NORMED.registered_backward(grad, *ctx.saved_tensors)
+    dx, dweight, dbias, *grads = NORMED.run_backward(ctx, grad, *ctx.saved_tensors)
     return dx, dweight, dbias, None, *grads
 
 
-OP.registered.register_autograd(_differentiate, setup_context=_save)
-NORMED.registered.register_autograd(_differentiate_normed, setup_context=_save_normed)
+OP.differentiable(_save, _differentiate)
+NORMED.differentiable(_save_normed, _differentiate_normed)
 
 
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

@@ -200,9 +200,9 @@ def _trust_ratio(p: Tensor, update: Tensor) -> Tensor:
     return torch.where((length > 0) & (step > 0), length / step, 1.0)
 
 
-def _aten_capability(device: torch.device) -> tuple[bool, str]:
+def _aten_capability(device: torch.device, forced: bool) -> tuple[bool, str]:
     if device.type in ("cpu", "cuda"):
-        return True, "the kernel of torch.optim.AdamW(fused=True); Triton kernels are not part of this version"
+        return True, "the kernel of torch.optim.AdamW(fused=True)"
     return False, f"torch's fused AdamW is used on CPU and CUDA only, not on {device.type}"
 
 

@@ -129,8 +129,8 @@ def test_attention_errors(qkv, heads, error, message):
         ({"weight": torch.zeros(C, 1)}, r"weight has shape \[12, 1\], but must be \[C\].* = \[12\]"),
         ({"gamma": torch.zeros(1)}, r"gamma has shape \[1\]"),
         ({"keep": torch.zeros(B, 1)}, r"keep has shape \[3, 1\], but must be \[B\].* = \[3\]"),
-        ({"branch": None, "keep": torch.zeros(B)}, "keep scales the branch, but branch is None"),
-        ({"branch": None, "gamma": torch.zeros(C)}, "gamma scales the branch, but branch is None"),
+        ({"branch": None, "keep": torch.zeros(B)}, "keep belongs to the branch, but branch is None"),
+        ({"branch": None, "gamma": torch.zeros(C)}, "gamma belongs to the branch, but branch is None"),
     ],
 )
 def test_layer_norm_errors(changes, message):

@@ -25,12 +25,16 @@ def rand(*shape, dtype=torch.float64, grad=True):
     return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
 
 
-def norm_args(dtype, branch, gamma, keep):
-    args = [rand(B, N, C, dtype=dtype), *([rand(B, N, C, dtype=dtype)] if branch else [])]
-    args += [rand(C, dtype=dtype), rand(C, dtype=dtype), 1e-6]
-    if branch:
-        args += [rand(C, dtype=dtype) if gamma else None, torch.tensor([0.0, 1.25]) if keep else None]
-    return [*args, dtype]
+def norm_args(dtype, gamma=False, keep=False, bias=False, skip=False):
+    x, branch = rand(B, N, C, dtype=dtype), rand(B - skip, N, C, dtype=dtype)
+    optional = [rand(C, dtype=dtype) if gamma else None, torch.tensor([0.0, 1.25])[skip:] if keep else None]
+    optional += [rand(C, dtype=dtype) if bias else None]
+    optional += [torch.tensor([1]), torch.tensor([0])] if skip else [None, None]
+    return [x, branch, rand(C, dtype=dtype), rand(C, dtype=dtype), 1e-6, *optional, dtype]
+
+
+def plain_norm_args(dtype):
+    return [rand(B, N, C, dtype=dtype), rand(C, dtype=dtype), rand(C, dtype=dtype), 1e-6, dtype]
 
 
 def mlp_args(dtype):
@@ -53,11 +57,13 @@ class Case(NamedTuple):
 
 CASES = {
     "attention": Case(OPS["attention"], lambda dtype: [rand(B, N, 3 * C, dtype=dtype), H, 0.3]),
-    "layer_norm": Case(OPS["layer_norm"], lambda dtype: norm_args(dtype, False, False, False)),
-    "add_layer_norm": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, True, False, False)),
-    "add_layer_norm-gamma": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, True, True, False)),
-    "add_layer_norm-keep": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, True, False, True)),
-    "add_layer_norm-gamma-keep": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, True, True, True)),
+    "layer_norm": Case(OPS["layer_norm"], plain_norm_args),
+    "add_layer_norm": Case(OPS["add_layer_norm"], norm_args),
+    "add_layer_norm-gamma": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, gamma=True)),
+    "add_layer_norm-keep": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, keep=True)),
+    "add_layer_norm-bias": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, bias=True)),
+    "add_layer_norm-skip": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, skip=True)),
+    "add_layer_norm-all": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, True, True, True, True)),
     "mlp": Case(OPS["mlp"], lambda dtype: [rand(B, N, C, dtype=dtype), *mlp_args(dtype)]),
     "layer_norm_mlp": Case(
         OPS["layer_norm_mlp"],

@@ -1,0 +1,113 @@
+"""What all Triton kernels share: where they run, how they are launched, and how launches are recorded.
+
+Every launch of the package goes through `launch`. That is why `recording` sees exactly what would be compiled, for a
+card that need not be there: `lint.py` compiles what it saw.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastdeit.kernels._op import Unsupported
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 before this package is imported."""
+
+_DTYPES = torch.float32, torch.float16, torch.bfloat16
+
+OLDEST = 70
+"""Oldest supported architecture, as a number: 70 is sm_70, Volta."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel, its arguments by name, and its number of warps and pipeline stages."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+
+@dataclass
+class Recording:
+    """Launches meant for architecture `arch`."""
+
+    arch: int
+    launches: list[Launch] = field(default_factory=list)
+
+
+_recording: Recording | None = None
+
+
+def capability(device: torch.device, forced: bool, needs: int = OLDEST) -> tuple[bool, str]:
+    """Whether Triton kernels for architecture `needs` and newer run on `device`, and the reason."""
+    if device.type == "cuda":
+        able = _arch_of(device) >= needs
+        card = f"sm_{_arch_of(device)}"
+        return able, f"Triton {triton.__version__} on {card}" if able else f"it needs sm_{needs} or newer, not {card}"
+    if device.type == "cpu" and INTERPRETED and forced:
+        return True, "Triton's interpreter"
+    return False, "no CUDA device"
+
+
+def arch(device: torch.device) -> int:
+    """Architecture that kernels for tensors on `device` are compiled for: 90 is sm_90. The interpreter counts as 80."""
+    if _recording is not None:
+        return _recording.arch
+    return _arch_of(device) if device.type == "cuda" else 80
+
+
+@cache
+def _arch_of(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@contextmanager
+def recording(arch: int) -> Iterator[Recording]:
+    """Inside, kernels are not run: their launches, which may have tensors on the meta device, are recorded."""
+    global _recording
+    _recording = Recording(arch)
+    try:
+        yield _recording
+    finally:
+        _recording = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int = 1, **constants: Any) -> None:
+    """`kernel[grid](*args, **constants)` on the device of its first tensor; nothing for an empty grid.
+
+    Contraction of products and sums into fused multiply-adds is asked for by name, because its default changes between
+    versions of Triton.
+    """
+    if 0 in grid:
+        return
+    if _recording is not None:
+        arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
+        _recording.launches.append(Launch(kernel, arguments, warps, stages))
+        return
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
+
+
+def require(condition: bool, reason: str) -> None:
+    """Raise `Unsupported` with the reason unless the condition holds."""
+    if not condition:
+        raise Unsupported(reason)
+
+
+def require_dtypes(*tensors: Tensor | None) -> None:
+    """Triton backends compute in float32: float64 is the reference's."""
+    for tensor in tensors:
+        if tensor is not None:
+            require(
+                tensor.dtype in (torch.float32, torch.float16, torch.bfloat16), f"it does not compute in {tensor.dtype}"
+            )

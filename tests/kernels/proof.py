@@ -1,0 +1,132 @@
+"""What every Triton kernel has to prove: it is as good as PyTorch in the same dtypes, measured against float64.
+
+The same proofs run in Triton's interpreter on the CPU and, as `pytest -m gpu`, on a real card. The interpreter differs
+from a card in three ways: it is slow, `tl.dot` of bfloat16 is wrong in it, and it cuts float32 off to bfloat16 where a
+card rounds.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastdeit import kernels
+from fastdeit.kernels._triton import INTERPRETED
+
+TOKENS = 1, 49, 65, 145, 196, 197, 198, 257, 577, 578
+"""Tokens of the models in use: images of 16 to 384 pixels, with and without class and distillation token."""
+
+tokens = st.sampled_from(TOKENS)
+layouts = st.sampled_from(["dense", "expanded", "strided"])
+few = settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],  # in the interpreter, shrinking would take minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, memory that nothing was written to is NaN, so that a result that was not computed shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape: int, dtype: torch.dtype, device: str, seed: int, layout: str = "dense") -> Tensor:
+    """Standard normal values, the same on every device: in memory as they come, one value expanded over all with zero
+    strides, or every other element of a larger tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator).to(device, dtype)
+    if layout == "expanded" and shape:
+        return values.reshape(-1)[:1].reshape([1] * len(shape)).expand(shape)
+    if layout == "strided" and shape:
+        return values.repeat_interleave(2, -1)[..., ::2]
+    return values
+
+
+def prove(function: Callable[..., Any], inputs: dict[str, Any], layout: str = "dense", seed: int = 99) -> None:
+    """`function(**inputs)` and its gradients on the Triton backend are as good as those of the reference.
+
+    Floating tensors and dtypes among the inputs are float64 where the exact result is computed. `layout` is that of the
+    incoming gradients.
+    """
+    exact = {name: _as_double(value) for name, value in inputs.items()}
+    with kernels.use("triton"), poisoned():
+        mine = _outcome(function, inputs, layout, seed)
+    with kernels.use("reference"):
+        same = _outcome(function, inputs, layout, seed)
+        truth = _outcome(function, exact, layout, seed)
+    assert mine.keys() == same.keys() == truth.keys()
+    for name in mine:
+        assert_as_good(mine[name], same[name], truth[name], name)
+
+
+def _as_double(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
+
+
+def _outcome(function: Callable[..., Any], inputs: dict[str, Any], layout: str, seed: int) -> dict[str, Tensor]:
+    """Outputs and gradients by name."""
+    results = function(**inputs)
+    results = list(results) if isinstance(results, tuple) else [results]
+    outcome = {f"output {i}": result.detach() for i, result in enumerate(results)}
+    ends = [result for result in results if result.requires_grad]
+    free = {n: value for n, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad}
+    if ends:
+        incoming = [
+            normal(*t.shape, dtype=torch.float16, device=t.device.type, seed=seed + i, layout=layout).to(t.dtype)
+            for i, t in enumerate(ends)
+        ]
+        grads = torch.autograd.grad(ends, list(free.values()), incoming)
+        outcome |= {f"gradient of {name}": grad for name, grad in zip(free, grads, strict=True)}
+    return outcome
+
+
+def assert_as_good(mine: Tensor, same: Tensor, exact: Tensor, name: str) -> None:
+    """Error against float64 at most twice that of PyTorch in the same dtype, plus one unit in the last place, in the
+    largest element and in the mean square; no sign preferred; NaN and infinity where PyTorch has them."""
+    assert (mine.dtype, mine.shape) == (same.dtype, same.shape), name
+    if not mine.is_floating_point():
+        assert torch.equal(mine, same), name
+        return
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(mine), kind(same)), f"{name}: {kind.__name__} differs"
+    finite = torch.isfinite(same) & torch.isfinite(exact)
+    exact = exact[finite]
+    if not exact.numel():
+        return
+    error, their_error = mine[finite].double() - exact, same[finite].double() - exact
+    ulp = torch.finfo(mine.dtype).eps * (2 if INTERPRETED and mine.dtype == torch.bfloat16 else 1)
+    for size in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
+        bound = 2 * size(their_error) + ulp * size(exact)
+        assert size(error) <= bound, f"{name}: error {size(error):.3g}, but PyTorch's is {size(their_error):.3g}"
+    if not (INTERPRETED and mine.dtype == torch.bfloat16):
+        # Errors without a preferred sign average out: five standard errors of the mean, or PyTorch's own bias twice.
+        chance = 5 * error.square().mean().sqrt() / error.numel() ** 0.5
+        bias = torch.finfo(torch.float32).eps * exact.abs().mean()
+        assert error.mean().abs() <= 2 * their_error.mean().abs() + chance + bias, (
+            f"{name}: biased by {error.mean():.3g}"
+        )
+
+
+def repeated(function: Callable[[], tuple[Tensor, ...]], times: int) -> None:
+    """Every run of `function` gives the same bits."""
+    first = function()
+    for _ in range(times - 1):
+        for one, other in zip(first, function(), strict=True):
+            assert torch.equal(one, other)
