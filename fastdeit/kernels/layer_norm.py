@@ -285,6 +285,18 @@ def _backward_kernel(
         tl.store(at + 3 * C, dgamma, mask=column < C)
 
 
+@triton.jit
+def _apply_kernel(x, weight, bias, mean, rstd, normed, rows, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = row < rows
+    mask = inside[:, None] & (column < C)[None, :]
+    centred = _load(x, row, column, mask, C) - tl.load(mean + row, mask=inside, other=0.0)[:, None]
+    scaled = centred * tl.load(rstd + row, mask=inside, other=0.0)[:, None] * _load_vector(weight, column, C)[None, :]
+    y = scaled + _load_vector(bias, column, C)[None, :]
+    tl.store(normed + row[:, None] * C + column[None, :], y.to(normed.dtype.element_ty), mask=mask)
+
+
 def _tile(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     return {"C": width, "BLOCK": block, "ROWS": max(1, _ELEMENTS // block), "warps": max(4, block // 512)}
@@ -384,23 +396,36 @@ def triton_backward(
     return dr, dbranch, dweight.to(weight.dtype), dbias.to(weight.dtype), dgamma, dbranch_bias
 
 
-def _plain_triton_forward(
+def plain_triton_forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`normalize` in one launch."""
     return triton_forward(x, None, weight, bias, eps, *[None] * 5, out_dtype)[1:]
 
 
-def _plain_triton_backward(
+def plain_triton_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, in their dtypes."""
     dx, _, dweight, dbias, *_ = triton_backward(None, grad, x, None, weight, mean, rstd, *[None] * 5)
     return dx, dweight, dbias
+
+
+def triton_apply(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """The normalised tokens again, from statistics that are known."""
+    x = x.contiguous()
+    normed = torch.empty_like(x, dtype=out_dtype)
+    rows, _ = _rows_and_tokens(x)
+    tile = _tile(x.shape[-1])
+    grid = (triton.cdiv(rows, tile["ROWS"]),)
+    _triton.launch(_apply_kernel, grid, x, weight, bias, mean, rstd, normed, rows, **tile)
+    return normed
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 _TRITON = _op.Backend("triton", _triton.capability, triton_forward, triton_backward)
-_PLAIN_TRITON = _op.Backend("triton", _triton.capability, _plain_triton_forward, _plain_triton_backward)
+_PLAIN_TRITON = _op.Backend("triton", _triton.capability, plain_triton_forward, plain_triton_backward)
 OP = _op.Op("add_layer_norm", reference, reference_backward, others=[_TRITON])
 PLAIN = _op.Op("layer_norm", normalize, _plain_backward, others=[_PLAIN_TRITON])
 

@@ -10,6 +10,9 @@ with Phi the standard normal distribution function (exact GELU, by erf). Backwar
 x is [..., C], out [..., C']; w1 [F, C], b1 [F], w2 [C', F], b2 [C'], as of nn.Linear. Only pre is saved; act is
 recomputed. Bytes moved at best per element of pre in 16 bit, beside the operands of the matrix products: forward writes
 2, backward reads 2, since GELU, its derivative and the bias gradients fit into the products' epilogues.
+
+The Triton backend leaves the products to the vendor's library. Between those of its backward stands one kernel that
+makes dpre, act and db1 in one pass (`gelu.py`): it reads 4 and writes 4.
 """
 
 import math
@@ -18,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdeit.kernels import _op
+from fastdeit.kernels import _op, _triton, gelu, layer_norm
 from fastdeit.kernels.layer_norm import normalize, normalize_backward
 
 
@@ -73,8 +76,60 @@ def layer_norm_reference_backward(
     return dx.to(x.dtype), dweight, dbias, *grads
 
 
-OP = _op.Op("mlp", reference, reference_backward, cast={"x", "w1", "b1", "w2", "b2"})
-NORMED = _op.Op("layer_norm_mlp", layer_norm_reference, layer_norm_reference_backward, cast={"w1", "b1", "w2", "b2"})
+def triton_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference`, whose products carry the biases; only the backward is fused."""
+    _triton.require_dtypes(x, w1, b1, w2, b2)
+    return reference(x, w1, b1, w2, b2)
+
+
+def triton_backward(
+    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`reference_backward` with everything between the products in one pass."""
+    _triton.require_dtypes(grad, x, w1, w2, pre)
+    rows, grads, pres = (tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in (x, grad, pre))
+    dpre, act, db1 = gelu.backward(grads @ w2, pres, act=True)
+    return (
+        (dpre @ w1).reshape(x.shape),
+        dpre.T @ rows,
+        db1.to(w1.dtype),
+        grads.T @ act,
+        gelu.column_sums(grads).to(w2.dtype),
+    )
+
+
+def layer_norm_triton_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`layer_norm_reference` with the LayerNorm in one launch."""
+    normed, mean, rstd = layer_norm.plain_triton_forward(x, weight, bias, eps, w1.dtype)
+    return *triton_forward(normed, w1, b1, w2, b2), mean, rstd
+
+
+def layer_norm_triton_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    pre: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`layer_norm_reference_backward`; the normalised tokens are recomputed in one launch."""
+    normed = layer_norm.triton_apply(x, weight, bias, mean, rstd, pre.dtype)
+    dnormed, *grads = triton_backward(grad, normed, w1, w2, pre)
+    return *layer_norm.plain_triton_backward(dnormed, x, weight, mean, rstd), *grads
+
+
+_TRITON = _op.Backend("triton", _triton.capability, triton_forward, triton_backward)
+_NORMED_TRITON = _op.Backend("triton", _triton.capability, layer_norm_triton_forward, layer_norm_triton_backward)
+_PRODUCTS = {"w1", "b1", "w2", "b2"}
+OP = _op.Op("mlp", reference, reference_backward, others=[_TRITON], cast={"x", *_PRODUCTS})
+NORMED = _op.Op(
+    "layer_norm_mlp", layer_norm_reference, layer_norm_reference_backward, others=[_NORMED_TRITON], cast=_PRODUCTS
+)
 
 
 def _fake_weight_gradients(w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:

@@ -43,14 +43,18 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def normal(*shape: int, dtype: torch.dtype, device: str, seed: int, layout: str = "dense") -> Tensor:
-    """Standard normal values, the same on every device: in memory as they come, one value expanded over all with zero
-    strides, or every other element of a larger tensor."""
+def normal(*shape: int, dtype: torch.dtype, device: str, seed: int) -> Tensor:
+    """Standard normal values, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator).to(device, dtype)
-    if layout == "expanded" and shape:
-        return values.reshape(-1)[:1].reshape([1] * len(shape)).expand(shape)
-    if layout == "strided" and shape:
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The values in memory as they come, or every other element of a larger tensor; or the first of them expanded over
+    all with zero strides."""
+    if layout == "expanded" and values.numel():
+        return values[(slice(1),) * values.dim()].expand(values.shape)
+    if layout == "strided" and values.dim():
         return values.repeat_interleave(2, -1)[..., ::2]
     return values
 
@@ -89,7 +93,7 @@ def _outcome(function: Callable[..., Any], inputs: dict[str, Any], layout: str, 
     free = {n: value for n, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad}
     if ends:
         incoming = [
-            normal(*t.shape, dtype=torch.float16, device=t.device.type, seed=seed + i, layout=layout).to(t.dtype)
+            laid_out(normal(*t.shape, dtype=torch.float16, device=t.device.type, seed=seed + i).to(t.dtype), layout)
             for i, t in enumerate(ends)
         ]
         grads = torch.autograd.grad(ends, list(free.values()), incoming)

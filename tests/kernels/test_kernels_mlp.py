@@ -1,0 +1,110 @@
+"""The Triton parts of the MLP: GELU's backward with the bias gradient, column sums, and the op they serve."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from proof import assert_as_good, few, normal, poisoned, prove, repeated, tokens
+
+from fastdeit import kernels
+from fastdeit.kernels import gelu
+
+WIDTHS = 3, 64, 100
+
+
+def exact_gelu(pre):
+    """(gelu, gelu') in float64."""
+    pre = pre.double()
+    cdf = 0.5 * (1 + torch.erf(pre / math.sqrt(2)))
+    return pre * cdf, cdf + pre * torch.exp(-pre * pre / 2) / math.sqrt(2 * math.pi)
+
+
+@given(rows=tokens, width=st.sampled_from(WIDTHS), act=st.booleans())
+@few
+def test_backward_of_gelu_as_good_as_pytorch(device, dtype, rows, width, act):
+    pre = normal(rows, width, dtype=dtype, device=device, seed=0) * 2
+    dact = normal(rows, width, dtype=dtype, device=device, seed=1)
+    with poisoned():
+        dpre, value, dbias = gelu.backward(dact, pre, act=act)
+    exact_value, derivative = exact_gelu(pre)
+    theirs = pre.clone().requires_grad_()
+    their_value = torch.nn.functional.gelu(theirs)
+    their_value.backward(dact)
+    exact = dact.double() * derivative
+    assert_as_good(dpre, theirs.grad, exact, "dpre")
+    assert (value is not None) == act
+    if act:
+        assert_as_good(value, their_value.detach(), exact_value, "act")
+    their_dbias = (dact.float() * derivative.float()).sum(0).to(dtype)
+    assert_as_good(dbias.to(dtype), their_dbias, exact.sum(0), "dbias")
+
+
+def test_polynomial_distribution(device):
+    """Everywhere within 3e-5 of the normal distribution, in float32, weighted by the size of the argument."""
+    pre = torch.linspace(-12, 12, 4096 * 8, device=device).half().reshape(-1, 64)
+    ones = torch.ones_like(pre)
+    dpre, value, _ = gelu.backward(ones, pre, act=True)
+    exact_value, derivative = exact_gelu(pre)
+    half = torch.finfo(torch.float16).eps / 2
+    assert ((value - exact_value).abs() <= half * exact_value.abs() + 4.5e-5).all()
+    assert ((dpre - derivative).abs() <= half * derivative.abs() + 4.5e-5).all()
+
+
+@given(rows=tokens, width=st.sampled_from(WIDTHS))
+@few
+def test_column_sums(device, dtype, rows, width):
+    x = normal(rows, width, dtype=dtype, device=device, seed=0)
+    with poisoned():
+        mine = gelu.column_sums(x)
+    assert_as_good(mine, x.float().sum(0), x.double().sum(0), "sums")
+
+
+def test_more_rows_than_programs(device):
+    x = normal(1100, 16, dtype=torch.float32, device=device, seed=0)
+    dpre, _, dbias = gelu.backward(x, x, act=False)
+    torch.testing.assert_close(gelu.column_sums(x).double(), x.double().sum(0), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(dbias.double(), dpre.double().sum(0), atol=1e-4, rtol=1e-5)
+
+
+def weights(width, hidden, dtype, device):
+    shapes = {"w1": (hidden, width), "b1": (hidden,), "w2": (width, hidden), "b2": (width,)}
+    tensors = {}
+    for seed, (name, shape) in enumerate(shapes.items(), start=2):
+        values = normal(*shape, dtype=torch.float32, device=device, seed=seed) * shape[-1] ** -0.5
+        tensors[name] = values.to(dtype).requires_grad_()
+    return tensors
+
+
+@pytest.mark.parametrize("layout", ["dense", "expanded", "strided"])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 7, 24), (0, 24)])
+def test_mlp_as_good_as_pytorch(device, dtype, shape, layout):
+    x = normal(*shape, dtype=dtype, device=device, seed=0).requires_grad_()
+    prove(kernels.mlp, {"x": x, **weights(24, 96, dtype, device)}, layout)
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.float16])
+def test_layer_norm_mlp_as_good_as_pytorch(device, stream):
+    x = normal(2, 7, 24, dtype=stream, device=device, seed=0).requires_grad_()
+    weight, bias = (normal(24, dtype=torch.float32, device=device, seed=i).requires_grad_() for i in (8, 9))
+    inputs = {"x": x, "weight": weight, "bias": bias, "eps": 1e-6, **weights(24, 96, torch.float16, device)}
+    prove(kernels.layer_norm_mlp, inputs, "strided")
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow)")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 6e4, -6e4])
+def test_not_finite_where_pytorch_is_not(device, value):
+    pre = normal(3, 32, dtype=torch.float16, device=device, seed=0)
+    pre[1, 5] = value
+    theirs = pre.clone().requires_grad_()
+    torch.nn.functional.gelu(theirs).sum().backward()
+    dpre, _, _ = gelu.backward(torch.ones_like(pre), pre, act=False)
+    torch.testing.assert_close(dpre, theirs.grad, equal_nan=True, atol=1e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.gpu)])
+def test_every_run_has_the_same_bits(device, times):
+    rows = 50_688 if device == "cuda" else 70
+    dact, pre = (normal(rows, 96, dtype=torch.float16, device=device, seed=i) for i in range(2))
+    repeated(lambda: (*gelu.backward(dact, pre, act=True), gelu.column_sums(pre)), times)
