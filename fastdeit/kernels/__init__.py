@@ -5,7 +5,7 @@ Each op's file holds its mathematics, a `reference` in pure PyTorch that defines
 """
 
 from fastdeit.kernels._op import OpInfo, format_info, info, use
-from fastdeit.kernels.attention import attention
+from fastdeit.kernels.attention import attention, query_attention
 from fastdeit.kernels.input import patchify, pixels
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.losses import DistillationLoss, distillation_loss
@@ -27,5 +27,6 @@ __all__ = [
     "mlp",
     "patchify",
     "pixels",
+    "query_attention",
     "use",
 ]

@@ -58,10 +58,10 @@ def capability(device: torch.device, forced: bool, needs: int = OLDEST) -> tuple
 
 
 def arch(device: torch.device) -> int:
-    """Architecture that kernels for tensors on `device` are compiled for: 90 is sm_90. The interpreter counts as 80."""
+    """Architecture that kernels for tensors on `device` are compiled for: 90 is sm_90. The interpreter counts as 90."""
     if _recording is not None:
         return _recording.arch
-    return _arch_of(device) if device.type == "cuda" else 80
+    return _arch_of(device) if device.type == "cuda" else 90
 
 
 @cache

@@ -65,7 +65,7 @@ def _backward_kernel(
     """partial[program, column] = sum of this program's rows of dpre, before rounding."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = (column < WIDTH)[None, :]
-    total = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)  # of a matrix: sums over threads once, not once a step
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         mask = (row < rows) & real
@@ -76,20 +76,20 @@ def _backward_kernel(
         tl.store(dpre + at, gradient.to(dpre.dtype.element_ty), mask=mask)
         if act is not None:
             tl.store(act + at, value.to(act.dtype.element_ty), mask=mask)
-        total += tl.sum(gradient, 0)
-    tl.store(partial + tl.program_id(0) * WIDTH + column, total, mask=column < WIDTH)
+        total += gradient
+    tl.store(partial + tl.program_id(0) * WIDTH + column, tl.sum(total, 0), mask=column < WIDTH)
 
 
 @triton.jit
 def _column_sums_kernel(x, partial, rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = (column < WIDTH)[None, :]
-    total = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)  # of a matrix: sums over threads once, not once a step
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         at = row * WIDTH + column[None, :]
-        total += tl.sum(tl.load(x + at, mask=(row < rows) & real, other=0.0).to(tl.float32), 0)
-    tl.store(partial + tl.program_id(0) * WIDTH + column, total, mask=column < WIDTH)
+        total += tl.load(x + at, mask=(row < rows) & real, other=0.0).to(tl.float32)
+    tl.store(partial + tl.program_id(0) * WIDTH + column, tl.sum(total, 0), mask=column < WIDTH)
 
 
 def _plan(x: Tensor) -> tuple[tuple[int, int], Tensor, dict[str, int]]:

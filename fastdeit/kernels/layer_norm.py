@@ -143,11 +143,12 @@ _WIDEST = 8192
 def _places(slot, row, inside, tokens):
     """Rows of a tensor of selected samples that hold `row`, and which of these exist. slot[b] is the place of sample b
     among the selected, or -1; None selects all."""
-    if slot is None:
-        return row, inside
-    sample = row // tokens
-    place = tl.load(slot + sample, mask=inside, other=-1)
-    return place.to(tl.int64) * tokens + (row - sample * tokens), inside & (place >= 0)
+    place, has = row, inside
+    if slot is not None:
+        sample = row // tokens
+        slots = tl.load(slot + sample, mask=inside, other=-1).to(tl.int64)
+        place, has = slots * tokens + (row - sample * tokens), inside & (slots >= 0)
+    return place, has
 
 
 @triton.jit

@@ -29,3 +29,9 @@ def device(request):
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 def dtype(request):
     return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])], ids=str)
+def product_dtype(request):
+    """Of operands of `tl.dot`, which is wrong for bfloat16 in the interpreter."""
+    return request.param

@@ -113,7 +113,7 @@ def test_no_rows(device):
 
 def test_what_triton_does_not_take_is_the_references(device):
     inputs = arguments(device, torch.float64, 2, 3, 8)
-    with kernels.use("triton"), pytest.raises(RuntimeError, match="it does not compute in torch.float64"):
+    with kernels.use("triton"), pytest.raises(RuntimeError, match="it does not compute in torch"):
         kernels.add_layer_norm(**inputs)
     wide = torch.zeros(1, 1, 8193, device=device)
     with kernels.use("triton"), pytest.raises(RuntimeError, match="rows of 8193 elements"):

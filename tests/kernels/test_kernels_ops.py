@@ -56,7 +56,10 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "attention": Case(OPS["attention"], lambda dtype: [rand(B, N, 3 * C, dtype=dtype), H, 0.3]),
+    "attention": Case(OPS["attention"], lambda dtype: [rand(B, N, 3 * C, dtype=dtype), H, 0.3, None]),
+    "query_attention": Case(
+        OPS["query_attention"], lambda dtype: [rand(B, 2, C, dtype=dtype), rand(B, N, 2 * C, dtype=dtype), H, 0.3]
+    ),
     "layer_norm": Case(OPS["layer_norm"], plain_norm_args),
     "add_layer_norm": Case(OPS["add_layer_norm"], norm_args),
     "add_layer_norm-gamma": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, gamma=True)),
@@ -223,12 +226,14 @@ def public_calls(dtype):
     torch.manual_seed(0)
     qkv, branch = rand(B, N, 3 * C, dtype=dtype), rand(B, N, C, dtype=dtype)
     x, weight, bias, gamma = rand(B, N, C, dtype=dtype), *(rand(C, dtype=dtype) for _ in range(3))
+    q, kv = rand(B, 2, C, dtype=dtype), rand(B, N, 2 * C, dtype=dtype)
     keep, weights = torch.tensor([0.0, 1.25]), mlp_args(dtype)
     cls, dist, y1, y2, lam, teacher, *_ = loss_args(dtype, "hard")
     targets = y1, y2, lam
     images, plan = image_args()
     return {
         "attention": (lambda: kernels.attention(qkv, H), [qkv]),
+        "query_attention": (lambda: kernels.query_attention(q, kv, H), [q, kv]),
         "layer_norm": (lambda: kernels.add_layer_norm(x, None, weight, bias)[1], [x, weight, bias]),
         "add_layer_norm": (
             lambda: kernels.add_layer_norm(x, branch, weight, bias, gamma=gamma, keep=keep),
@@ -248,6 +253,7 @@ def public_calls(dtype):
 
 NAMES = [
     "attention",
+    "query_attention",
     "layer_norm",
     "add_layer_norm",
     "mlp",
@@ -329,6 +335,7 @@ def test_compiled_optimizer(name):
 
 AUTOCAST_DTYPES = {
     "attention": [torch.bfloat16],
+    "query_attention": [torch.bfloat16],
     "layer_norm": [torch.bfloat16],
     "add_layer_norm": [torch.float32, torch.bfloat16],
     "mlp": [torch.bfloat16],

@@ -1,0 +1,145 @@
+"""Attention in Triton: every number of tokens and width of heads in use, packed or with queries of its own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from proof import TOKENS, few, layouts, normal, prove, repeated
+
+from fastdeit import kernels
+from fastdeit.kernels.attention import chunks
+
+
+def packed(device, dtype, batch, tokens, heads, width, scale=1.0, seed=0, parts=3):
+    values = normal(batch, tokens, parts * heads * width, dtype=torch.float32, device=device, seed=seed)
+    return (values * scale).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_as_good_as_pytorch(device, tokens):
+    heads = 2 if tokens < 200 else 1
+    bias = normal(3 * heads * 32, dtype=torch.float32, device=device, seed=1).requires_grad_()
+    qkv = packed(device, torch.float16, 1, tokens, heads, 32)
+    prove(kernels.attention, {"qkv": qkv, "num_heads": heads, "bias": bias})
+
+
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 100),
+    heads=st.integers(1, 3),
+    width=st.sampled_from([8, 16, 32, 48, 64, 80, 96, 128]),
+    scale=st.sampled_from([None, 0.3, 2.0]),
+    layout=layouts,
+)
+@settings(few, max_examples=5)
+def test_any_shape(device, product_dtype, batch, tokens, heads, width, scale, layout):
+    qkv = packed(device, product_dtype, batch, tokens, heads, width)
+    prove(kernels.attention, {"qkv": qkv, "num_heads": heads, "scale": scale}, layout)
+
+
+@given(
+    queries=st.sampled_from([1, 2, 65, 80]),
+    tokens=st.sampled_from([1, 50, 198, 300]),
+    heads=st.integers(1, 2),
+    layout=layouts,
+)
+@settings(few, max_examples=5)
+def test_queries_of_their_own(device, product_dtype, queries, tokens, heads, layout):
+    q = packed(device, product_dtype, 2, queries, heads, 32, parts=1)
+    kv = packed(device, product_dtype, 2, tokens, heads, 32, seed=1, parts=2)
+    prove(kernels.query_attention, {"q": q, "kv": kv, "num_heads": heads}, layout)
+
+
+def test_query_attention_is_the_first_rows_of_attention(device):
+    qkv = packed(device, torch.float64, 2, 10, 2, 8).detach()
+    q, kv = qkv[:, :3, :16], qkv[:, :, 16:]
+    torch.testing.assert_close(kernels.query_attention(q, kv, 2), kernels.attention(qkv, 2)[:, :3])
+
+
+@pytest.mark.parametrize("how", ["auto", "reference", "compiled"])
+def test_gradient_of_the_bias_is_that_of_the_linear_layer(how):
+    torch.compiler.reset()
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 5, 8), (24, 8), (24,)))
+    weight.requires_grad_()
+    bias.requires_grad_()
+
+    def ours():
+        qkv = torch.nn.functional.linear(x, weight, bias.detach())
+        return kernels.attention(qkv, 2, bias=bias)
+
+    run = torch.compile(ours, fullgraph=True, backend="aot_eager") if how == "compiled" else ours
+    theirs = kernels.attention(torch.nn.functional.linear(x, weight, bias), 2)
+    with kernels.use("reference" if how == "reference" else "auto"):
+        mine = run()
+        assert torch.equal(mine, theirs)
+        gradients = torch.autograd.grad(mine.square().sum(), (weight, bias))
+    torch.testing.assert_close(gradients, torch.autograd.grad(theirs.square().sum(), (weight, bias)))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+@pytest.mark.parametrize("tokens", [70, 300])
+def test_huge_and_tiny_logits(device, scale, tokens):
+    prove(kernels.attention, {"qkv": packed(device, torch.float16, 1, tokens, 1, 32, scale), "num_heads": 1})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sign", [1, -1])
+def test_logits_far_from_zero_do_not_reach_the_padding(device, sign):
+    """All logits near +-4,500: the exponential of a missing key, whose logit is 0, would be 0 or infinite."""
+    x = packed(device, torch.float32, 1, 70, 1, 32, 0.1).detach()
+    x[..., :32] += 20.0
+    x[..., 32:64] += sign * 40.0
+    prove(kernels.attention, {"qkv": x.half().requires_grad_(), "num_heads": 1})
+
+
+def test_survives_logits_that_overflow_the_naive_form(device):
+    """q k^T before scaling is 102,400, beyond fp16's 65,504: a softmax of fp16 products is NaN."""
+    qkv = torch.full((1, 5, 3 * 64), 40.0, dtype=torch.float16, device=device)
+    q, k, v = qkv.chunk(3, -1)
+    naive = torch.softmax((q @ k.mT) * 64**-0.5, -1) @ v
+    assert naive.isnan().all()
+    with kernels.use("triton"):
+        assert torch.equal(kernels.attention(qkv, 1), v)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
+def test_not_finite_where_pytorch_is_not(device, part):
+    qkv = packed(device, torch.float32, 2, 20, 2, 16).detach()
+    qkv[1, 7, part * 32 + 3] = float("nan")
+    with kernels.use("triton"):
+        mine = kernels.attention(qkv, 2)
+    assert torch.equal(mine.isnan(), kernels.attention(qkv, 2).isnan())
+
+
+def test_chunks_cover_with_little_padding():
+    for tokens in range(1, 258):
+        cover = chunks(tokens)
+        assert sum(cover) >= tokens
+        assert sum(cover) - tokens < max(16, tokens / 6 + 16)
+        assert all(size & (size - 1) == 0 for size in cover)
+    assert [sum(chunks(tokens)) for tokens in (65, 145, 197, 198, 257)] == [80, 160, 208, 208, 272]
+
+
+def test_what_triton_does_not_take_is_the_references(device):
+    for qkv, reason in (
+        (torch.zeros(1, 2, 6, dtype=torch.float64, device=device), "it does not compute in torch.float64"),
+        (torch.zeros(1, 2, 3 * 136, device=device), "heads are 136 wide, at most 128 fit"),
+        (torch.zeros(1, 0, 6, device=device), "are empty"),
+    ):
+        with kernels.use("triton"), pytest.raises(RuntimeError, match=reason):
+            kernels.attention(qkv, 1)
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.gpu)])
+def test_every_run_has_the_same_bits(device, times):
+    batch, tokens, heads = (64, 198, 12) if device == "cuda" else (1, 70, 1)
+    qkv = packed(device, torch.float16, batch, tokens, heads, 64)
+    bias = torch.zeros(3 * heads * 64, device=device, requires_grad=True)
+
+    def run():
+        with kernels.use("triton"):
+            out = kernels.attention(qkv, heads, bias=bias)
+            return out, *torch.autograd.grad(out.float().square().sum(), (qkv, bias))
+
+    repeated(run, times)
