@@ -325,6 +325,28 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# ---- by-products -----------------------------------------------------------------------------------------------------
+
+
+class _BiasGradient(torch.autograd.Function):
+    """x itself, and to the bias that it contains the gradient of x summed over all rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.flatten(0, -2).sum(0, dtype=ctx.dtype)
+
+
+def with_bias_gradient(x: Tensor, bias: Tensor | None) -> Tensor:
+    """`x [..., C]`, made with `bias.detach()`, now with a gradient for `bias [C]`: what some kernels have for nothing,
+    as native autograd has it at the usual price."""
+    return x if bias is None else _BiasGradient.apply(x, bias)
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 

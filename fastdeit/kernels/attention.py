@@ -49,8 +49,7 @@ def _packed(*parts: Tensor) -> Tensor:
 
 def native(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> Tensor:
     """out `[B, N, H*d]` of qkv `[B, N, 3*H*d]`, in qkv's dtype, or the autocast dtype under autocast."""
-    if bias is not None:
-        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)  # zero, for the sake of its gradient
+    qkv = _op.with_bias_gradient(qkv, bias)
     return _packed(F.scaled_dot_product_attention(*_heads(qkv, 3, num_heads), scale=scale))
 
 

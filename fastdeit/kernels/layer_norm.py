@@ -1,6 +1,6 @@
 """Residual addition, LayerScale, drop-path and LayerNorm in one op.
 
-    r = residual + keep * gamma * (branch + branch_bias)         new residual stream, in residual's dtype
+    r = residual + keep * gamma * branch                         new residual stream, in residual's dtype
     x = (r - mean(r)) * rstd(r),  rstd = (var(r) + eps)**-0.5    statistics over C, biased variance, float32
     normed = x * weight + bias                                   in out_dtype
 
@@ -8,7 +8,7 @@ Backward, with g = dnormed * weight and averages over C:
 
     dr = dr_out + rstd * (g - mean(g) - x * mean(g * x))         also the gradient of residual
     dbranch = keep * gamma * dr        dbranch_bias = sum_BN(dbranch)
-    dgamma = sum_BN(keep * (branch + branch_bias) * dr)
+    dgamma = sum_BN(keep * branch * dr)
     dweight = sum_BN(dnormed * x)      dbias = sum_BN(dnormed)
 
 residual, branch, normed are [B, ..., C]; weight, bias, gamma, branch_bias [C]; keep [B]. Where samples are skipped,
@@ -20,6 +20,8 @@ Bytes moved at best per element of a float32 residual and a 16-bit branch: forwa
 programs adds up its share of the four column sums, and their partial sums are added in a fixed order, so that the
 result does not depend on the card or on timing.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -86,8 +88,6 @@ def reference(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(new residual, normed, mean, rstd) as in the module's formula; the statistics, `[..., 1]`, are for backward."""
-    if branch_bias is not None:
-        branch = branch + branch_bias
     scale = _branch_scale(residual, gamma, keep)
     held = _selected(residual, branch_samples)
     total = held + branch if scale is None else torch.addcmul(held, branch, scale)
@@ -95,6 +95,22 @@ def reference(
     if branch_samples is not None:
         new_residual = residual.index_copy(0, branch_samples, new_residual)
     return new_residual, *normalize(_selected(new_residual, norm_samples), weight, bias, eps, out_dtype)
+
+
+def native(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    branch_bias: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference` with a gradient for branch_bias."""
+    branch = _op.with_bias_gradient(branch, branch_bias)
+    return reference(residual, branch, weight, bias, eps, gamma, keep, None, *others)
 
 
 def reference_backward(
@@ -123,8 +139,8 @@ def reference_backward(
     dgamma = dbranch_bias = weight.new_empty(0)
     if gamma is not None:
         kept = _branch_scale(dr, None, keep)
-        scaled = (branch if branch_bias is None else branch + branch_bias) * dr
-        dgamma = (scaled if kept is None else scaled * kept).sum(rows).to(gamma.dtype)
+        scaled = branch * dr if kept is None else branch * dr * kept
+        dgamma = scaled.sum(rows).to(gamma.dtype)
     if branch_bias is not None:
         dbranch_bias = (dr if scale is None else dr * scale).sum(rows).to(branch_bias.dtype)
     return all_samples.to(new_residual.dtype), dbranch, dweight, dbias, dgamma, dbranch_bias.clone()
@@ -169,7 +185,6 @@ def _forward_kernel(
     bias,
     gamma,
     keep,
-    branch_bias,
     branch_slot,
     norm_slot,
     new_residual,
@@ -191,8 +206,6 @@ def _forward_kernel(
         place, has = _places(branch_slot, row, inside, tokens)
         mask = has[:, None] & real
         b = _load(branch, place, column, mask, C)
-        if branch_bias is not None:
-            b += _load_vector(branch_bias, column, C)[None, :]
         if gamma is not None:
             b *= _load_vector(gamma, column, C)[None, :]
         if keep is not None:
@@ -223,7 +236,6 @@ def _backward_kernel(
     rstd,
     gamma,
     keep,
-    branch_bias,
     branch_slot,
     norm_slot,
     dr,
@@ -269,12 +281,9 @@ def _backward_kernel(
             if keep is not None:
                 db *= tl.load(keep + place // tokens, mask=has, other=0.0).to(tl.float32)[:, None]
             if gamma is not None:
-                b = _load(branch, place, column, mask, C)
-                if branch_bias is not None:
-                    b += _load_vector(branch_bias, column, C)[None, :]
-                dgamma += tl.sum(db * b, 0)
+                dgamma += tl.sum(db * _load(branch, place, column, mask, C), 0)
                 db *= _load_vector(gamma, column, C)[None, :]
-            if branch_bias is not None:
+            if SUMS > 2:
                 dbranch_bias += tl.sum(db, 0)
             tl.store(dbranch + place[:, None] * C + column[None, :], db.to(dbranch.dtype.element_ty), mask=mask)
     at = partial + tl.program_id(0) * (SUMS * C) + column
@@ -344,7 +353,7 @@ def triton_forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference` in one launch."""
-    inputs = residual, branch, weight, bias, gamma, keep, branch_bias
+    inputs = residual, branch, weight, bias, gamma, keep
     _require(*inputs)
     residual, *others = _dense(*inputs)
     new_residual = None if branch is None else torch.empty_like(residual)
@@ -376,8 +385,8 @@ def triton_backward(
     norm_samples: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """`reference_backward` in one pass over the rows and a sum of the programs' partial sums."""
-    inputs = dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep, branch_bias
-    _require(new_residual, dnormed, branch, weight, gamma, keep, branch_bias)
+    inputs = dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep
+    _require(new_residual, dnormed, branch, weight, gamma, keep)
     dresidual, dnormed, new_residual, branch, *others = _dense(*inputs)
     dr = torch.empty_like(new_residual)
     dbranch = None if branch is None else torch.empty_like(branch)
@@ -427,7 +436,7 @@ def triton_apply(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Te
 
 _TRITON = _op.Backend("triton", _triton.capability, triton_forward, triton_backward)
 _PLAIN_TRITON = _op.Backend("triton", _triton.capability, plain_triton_forward, plain_triton_backward)
-OP = _op.Op("add_layer_norm", reference, reference_backward, others=[_TRITON])
+OP = _op.Op("add_layer_norm", reference, reference_backward, others=[_TRITON], native=native)
 PLAIN = _op.Op("layer_norm", normalize, _plain_backward, others=[_PLAIN_TRITON])
 
 
@@ -514,17 +523,17 @@ def add_layer_norm(
     gamma         LayerScale `[C]`; None is 1
     keep          drop-path factor of each sample of the branch, float32 `[B]`: 0 or 1 / (1 - p); None is 1
     out_dtype     of the normalised tokens; default the autocast dtype under autocast, else residual's dtype
-    branch_bias   `[C]`, added to the branch: the bias of the linear layer that made it. Its gradient costs no pass of
-                  its own here
+    branch_bias   `[C]`, the bias that the branch already contains. It changes nothing but its own gradient, which
+                  is a by-product of the branch's here: make the branch with the detached bias
     branch_samples, norm_samples
                   distinct int64 `[B']`, `[B'']`: the samples that branch holds, and those to normalise; None is all.
                   This is stochastic depth that saves the work of the samples it drops (Oquab et al., "DINOv2", 2023,
                   section 5): a fixed number of samples a step instead of a Bernoulli draw for each, hence another
                   distribution than `keep`. Scale the branch by `keep`, B / B' for the kept
 
-    Returns (new residual, normed): `residual + keep * gamma * (branch + branch_bias)` in residual's dtype (residual
-    itself without a branch), and its LayerNorm in out_dtype, `[B'', ..., C]`. Statistics are float32 (float64 for
-    float64). Samples outside [0, B) raise IndexError on the CPU; on a GPU the indexing asserts on the device.
+    Returns (new residual, normed): `residual + keep * gamma * branch` in residual's dtype (residual itself without a
+    branch), and its LayerNorm in out_dtype, `[B'', ..., C]`. Statistics are float32 (float64 for float64). Samples
+    outside [0, B) raise IndexError on the CPU; on a GPU the indexing asserts on the device.
     """
     _check(residual, branch, weight, bias, gamma, keep, branch_bias, branch_samples, norm_samples)
     if out_dtype is None:

@@ -104,9 +104,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
-        """`[B, N, dim]`, or `[B, rows, dim]`: the result of the first `rows` tokens alone."""
-        mixed = kernels.attention(self.qkv(x), self.heads)
-        return self.proj(mixed if rows is None else mixed[:, :rows])
+        """`[B, N, dim]`, or `[B, rows, dim]`: the result of the first `rows` tokens, made from their queries alone.
+
+        The result has no gradient for `proj.bias`: the LayerNorm behind it has that as a by-product, if it is told.
+        """
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if rows is None:
+            mixed = kernels.attention(F.linear(x, weight, bias.detach()), self.heads, bias=bias)
+        else:
+            dim = x.shape[-1]
+            queries = F.linear(x[:, :rows], weight[:dim], bias[:dim])
+            mixed = kernels.query_attention(queries, F.linear(x, weight[dim:], bias[dim:]), self.heads)
+        return F.linear(mixed, self.proj.weight, self.proj.bias.detach())
 
 
 class Mlp(nn.Module):
@@ -148,14 +157,16 @@ class Block(nn.Module):
         branch = self.attn(normed, rows)
         if rows is not None:
             residual = residual[:, :rows]
-        residual, normed = _add_norm(residual, branch, self.norm2, keep_attn)
+        residual, normed = _add_norm(residual, branch, self.norm2, keep_attn, self.attn.proj.bias)
         return residual, self.mlp(normed)
 
 
 def _add_norm(
-    residual: Tensor, branch: Tensor | None, norm: nn.LayerNorm, keep: Tensor | None
+    residual: Tensor, branch: Tensor | None, norm: nn.LayerNorm, keep: Tensor | None, branch_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    return kernels.add_layer_norm(residual, branch, norm.weight, norm.bias, eps=norm.eps, keep=keep)
+    """`branch_bias`: the bias of the layer that made the branch, where that was detached."""
+    weight, bias = norm.weight, norm.bias
+    return kernels.add_layer_norm(residual, branch, weight, bias, norm.eps, keep=keep, branch_bias=branch_bias)
 
 
 def _add(residual: Tensor, branch: Tensor | None, keep: Tensor | None) -> Tensor:
@@ -388,9 +399,8 @@ class VisionTransformer(nn.Module):
     def flops(self, image_size: ImageSize | None = None) -> int:
         """Floating-point operations (2 per multiply-add) of `forward` for one image, by default of the model's size.
 
-        Counted are matrix products: embedding, linear layers, attention, heads. The last projection and MLP count for
-        the prefix tokens alone, as they are computed; published numbers count all tokens there (about 6 % more at depth
-        12).
+        Counted are matrix products: embedding, linear layers, attention, heads. In the last block queries, projection
+        and MLP count for the prefix tokens alone, as they are computed; published numbers count all tokens there.
         """
         config = self.config
         rows, columns = config.grid if image_size is None else replace(config, image_size=image_size).grid
@@ -398,9 +408,9 @@ class VisionTransformer(nn.Module):
         prefix, dim, tokens = self.prefix_tokens, config.dim, patches + self.prefix_tokens
         hidden = int(dim * config.mlp_ratio)
         embed = patches * config.in_chans * config.patch_size**2 * dim
-        attention = tokens * 3 * dim * dim + 2 * tokens * tokens * dim
-        after = dim * dim + 2 * dim * hidden
-        blocks = config.depth * attention + ((config.depth - 1) * tokens + prefix) * after
+        per_query = 2 * dim * dim + 2 * tokens * dim + 2 * dim * hidden
+        queries = (config.depth - 1) * tokens + prefix
+        blocks = queries * per_query + config.depth * tokens * 2 * dim * dim
         return 2 * (embed + blocks + prefix * dim * config.num_classes)
 
 

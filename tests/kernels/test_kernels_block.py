@@ -83,6 +83,26 @@ def test_layer_norm_dtypes(residual_dtype, out_dtype):
     assert error <= max(torch.finfo(normed.dtype).eps, 2e-5) * exact.abs().max()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_of_the_branch_bias_is_that_of_the_linear_layer(compiled):
+    torch.compiler.reset()
+    x, weight, bias, gamma = (torch.nn.Parameter(rand(*shape)) for shape in ((B, N, F), (C, F), (C,), (C,)))
+    residual, ones, zeros = rand(B, N, C), torch.ones(C, dtype=torch.float64), torch.zeros(C, dtype=torch.float64)
+    options = {"gamma": gamma, "keep": torch.tensor([0.0, 1.0, 1.25])}
+
+    def ours():
+        branch = torch.nn.functional.linear(x, weight, bias.detach())
+        return add_layer_norm(residual, branch, ones, zeros, branch_bias=bias, **options)
+
+    run = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
+    theirs = add_layer_norm(residual, torch.nn.functional.linear(x, weight, bias), ones, zeros, **options)
+    gradients = []
+    for new_residual, normed in (run(), theirs):
+        loss = new_residual.square().sum() + normed.pow(3).sum()
+        gradients.append(torch.autograd.grad(loss, (x, weight, bias, gamma)))
+    torch.testing.assert_close(*gradients)
+
+
 def test_dropped_branch_may_hold_anything_finite():
     residual, branch = rand(B, N, C), torch.full((B, N, C), 1e300, dtype=torch.float64)
     new_residual, _ = add_layer_norm(residual, branch, rand(C), rand(C), keep=torch.zeros(B))
