@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdeit import build, rng
+from fastdeit import build, kernels, rng
 from fastdeit import recipe as recipes
 from fastdeit.data.source import DataError
 from fastdeit.engine.checkpoint import CheckpointError
@@ -51,6 +51,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     NonFiniteError when too many steps in a row had non-finite gradients.
     """
     # ---- build -----------------------------------------------------------------------------------------------------
+    world.agree("the kernels that they choose", {row.name: row.backend for row in kernels.info()})
     train_source, val_source = build.sources(recipe)
     classes, size = len(train_source.classes), build.image_size(recipe)
     prepare_directory(run_dir, world, resume)

@@ -47,6 +47,16 @@ class World:
         dist.broadcast_object_list(values, src=0, group=self._control)
         return values[0]
 
+    def agree(self, what: str, value: Any) -> None:
+        """RuntimeError, on every process, unless all processes have the same value of `what`."""
+        if self.size == 1:
+            return
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self._control)
+        if any(other != values[0] for other in values):
+            told = "; ".join(f"process {rank}: {other}" for rank, other in enumerate(values))
+            raise RuntimeError(f"the processes differ in {what}, and so would their results: {told}")
+
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next to it is honest."""
         if self.device.type == "cuda":

@@ -31,6 +31,21 @@ def test_processes_agree(ranks, tmp_path):
     assert sorted(order) == ["0", "1", "2"]
 
 
+def disagree(rank, size, values):
+    world = World(CPU, rank, size)
+    try:
+        world.agree("taste", values[rank])
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def test_a_difference_between_processes_is_found_by_all(ranks):
+    assert ranks(2, disagree, ["sweet", "sweet"]) == [None, None]
+    told = "the processes differ in taste, and so would their results: process 0: sweet; process 1: sour"
+    assert ranks(2, disagree, ["sweet", "sour"]) == [told, told]
+
+
 def alone_stops(rank, size):
     return World(CPU, rank, size).stop_requested()
 
