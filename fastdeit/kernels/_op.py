@@ -1,7 +1,8 @@
 """What all ops share: registration, the choice of a backend with its reason, autocast, and argument checks.
 
 An op has one or more backends in order of preference; the last is `reference`, pure PyTorch, which runs everywhere
-and defines the result. The first that can run is taken, and `info()` says why. `use()`, and the environment variable
+and defines the result. Taken is the one that was fastest where it was measured on such a card (`choices.json`, written
+by `fastdeit bench kernels`), else the first that can run, and `info()` says why. `use()`, and the environment variable
 `FASTDEIT_KERNELS` around it, force another choice: a backend for all ops, `op=backend` for one, or several of these
 separated by commas. A forced backend that cannot run raises; otherwise the next takes its place, with one warning for
 each reason.
@@ -11,11 +12,13 @@ registered op costs ten to twenty microseconds a call. Under `torch.compile`, an
 registered op runs.
 """
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -128,7 +131,7 @@ class Op:
         wanted = choice(self.name)
         verdicts = [(backend, *backend.capability(device, wanted == backend.name)) for backend in self.backends]
         if wanted == AUTO:
-            return [(backend, reason) for backend, able, reason in verdicts if able]
+            return _fastest_first(self.name, device, [(b, reason) for b, able, reason in verdicts if able])
         for backend, able, reason in verdicts:
             if backend.name == wanted:
                 if able:
@@ -255,6 +258,30 @@ def choice(name: str) -> str:
     """What `use()` or `FASTDEIT_KERNELS` asks for op `name`: a backend's name or "auto"."""
     choices = _used[-1] if _used else _environment()
     return choices.get(name, choices.get("", AUTO))
+
+
+@cache
+def _measured() -> dict[str, dict[str, dict[str, str]]]:
+    """{card: {op: {"backend": the fastest, "because": a sentence}}}, of the cards that were measured."""
+    return json.loads((Path(__file__).parent / "choices.json").read_text())
+
+
+def card(device: torch.device) -> str:
+    """What measurements are valid for: the architecture of a GPU, such as "sm_90", or "cpu"."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _fastest_first(name: str, device: torch.device, able: list[tuple["Backend", str]]) -> list[tuple["Backend", str]]:
+    """The backends that are able, the fastest first where they were measured on such a card."""
+    row = _measured().get(card(device), {}).get(name)
+    if row is None:
+        unknown = f"; not measured on {card(device)} yet" if len(able) > 1 else ""
+        return [(backend, reason + unknown) for backend, reason in able]
+    others = [pair for pair in able if pair[0].name != row["backend"]]
+    return [(backend, row["because"]) for backend, _ in able if backend.name == row["backend"]] + others
 
 
 def info() -> list[OpInfo]:

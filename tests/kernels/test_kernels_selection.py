@@ -1,15 +1,17 @@
 """The choice of a backend, its reason, and what a forced choice does."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
 
 from fastdeit import kernels
-from fastdeit.kernels._op import OPS, Backend, Op
+from fastdeit.kernels import _op
+from fastdeit.kernels._op import OPS, Backend, Op, Unsupported
 
 PUBLIC = {"attention", "add_layer_norm", "mlp", "layer_norm_mlp", "distillation_loss", "patchify", "pixels"}
-PUBLIC |= {"global_norm", "fused_adamw", "fused_lamb"}
+PUBLIC |= {"cosub_loss", "global_norm", "fused_adamw", "fused_lamb"}
 
 
 def refuses(device, forced):
@@ -62,6 +64,74 @@ def test_info_has_a_reason_for_every_op():
         assert rows["attention"].reason.startswith("no CUDA device")
 
 
+def test_measured_choice(scale, monkeypatch):
+    cpu = torch.device("cpu")
+    assert scale.select(cpu)[1].endswith("not measured on cpu yet")
+    rows = {"cpu": {scale.name: {"backend": "reference", "because": "2.0x quick on this card"}}}
+    monkeypatch.setattr(_op, "_measured", lambda: rows)
+    assert (scale.select(cpu)[0].name, scale.select(cpu)[1]) == ("reference", "2.0x quick on this card")
+    assert type(scale(torch.ones(3, requires_grad=True), 2.0).grad_fn).__name__ == "MulBackward0"
+    rows["cpu"][scale.name]["backend"] = "absent"  # measured on another machine, and not able here
+    assert scale.select(cpu)[0].name == "quick"
+
+
+def test_shipped_measurements_name_ops_and_backends():
+    for ops in _op._measured().values():
+        for name, row in ops.items():
+            assert row["backend"] in {backend.name for backend in OPS[name].backends}
+            assert row["because"]
+
+
+def test_use_outranks_the_environment(force):
+    force("fused_adamw=reference")
+    with kernels.use(fused_adamw="auto"):
+        assert next(row for row in kernels.info() if row.name == "fused_adamw").backend == "aten"
+        with kernels.use("reference"):
+            assert all(row[1:] == ("reference", "chosen by use()") for row in kernels.info())
+    assert next(row for row in kernels.info() if row.name == "fused_adamw").reason == "chosen by FASTDEIT_KERNELS"
+    with pytest.raises(ValueError, match=r"use\(\) names the op 'atention'"), kernels.use(atention="reference"):
+        pass
+
+
+def test_what_a_backend_does_not_take_goes_to_the_next_with_one_warning(scale):
+    def picky(x, factor):
+        raise Unsupported("x is not to its taste")
+
+    picky = scale.backends[1]._replace(forward=picky)
+    scale.backends = (picky, scale.backends[-1])
+    x = torch.ones(3)
+    with pytest.warns(RuntimeWarning, match=f"{scale.name} does not run on quick: x is not to its taste"):
+        assert torch.equal(scale(x, 2.0), 2 * x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(scale(x, 2.0), 2 * x)
+        assert torch.equal(scale.registered(x, 2.0), 2 * x)
+    with kernels.use(**{scale.name: "quick"}), pytest.raises(RuntimeError, match="these arguments: x is not to its"):
+        scale(x, 2.0)
+
+
+def test_gradient_of_a_gradient_raises_instead_of_being_wrong(scale):
+    x = torch.ones(3, requires_grad=True)
+    (grad,) = torch.autograd.grad(scale(x, 2.0).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_backward_runs_where_its_forward_ran(scale):
+    x = torch.ones(3, requires_grad=True)
+    calls = []
+    quick = scale.backends[1]
+    scale.backends = (
+        quick._replace(backward=lambda *args: calls.append(args) or quick.backward(*args)),
+        scale.backends[-1],
+    )
+    with kernels.use(**{scale.name: "quick"}):
+        y = scale(x, 2.0)
+    with kernels.use("reference"):
+        y.sum().backward()
+    assert len(calls) == 1
+
+
 def test_format_info_is_one_line_an_op():
     lines = kernels.format_info().splitlines()
     assert [line.split()[:2] for line in lines] == [[row.name, row.backend] for row in kernels.info()]
@@ -85,8 +155,8 @@ def test_forced_choice_of_all_but_one(force):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("cuda", RuntimeError, "asks for attention=cuda, but attention has: reference"),
-        ("attention=aten", RuntimeError, "asks for attention=aten, but attention has: reference"),
+        ("cuda", RuntimeError, "asks for attention=cuda, but attention has: triton, reference"),
+        ("attention=aten", RuntimeError, "asks for attention=aten, but attention has: triton, reference"),
         ("atention=reference", ValueError, "names the op 'atention', but the ops are: attention, "),
     ],
 )
@@ -99,7 +169,7 @@ def test_impossible_choice_raises(value, error, message, force):
 def test_preference_capability_and_reason(scale, force):
     cpu = torch.device("cpu")
     backend, reason = scale.select(cpu)
-    assert (backend.name, reason) == ("quick", "it is the fastest here")
+    assert (backend.name, reason) == ("quick", "it is the fastest here; not measured on cpu yet")
     force(f"{scale.name}=absent")
     with pytest.raises(
         RuntimeError, match=f"{scale.name}=absent, which cannot run on cpu: it is made for another machine"
