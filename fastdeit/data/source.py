@@ -17,10 +17,17 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from fastdeit import rng
+from fastdeit.data.index import Listed, Strings, digest, read_range
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _DECODABLE = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
+MAX_LABEL = 999_999  # beyond any image data set: a larger one is some other number
+_SORT = (
+    ". The images that lie in it directly have to be moved into one folder for each class; for the held-out images of "
+    "ImageNet, unpack ILSVRC2012_devkit_t12 into ROOT instead and choose the data source imagenet"
+)
 _TAIL = 64
+_MAX_PIXELS = 2 * 89_478_485  # where Pillow's decompression bomb check raises
 _POOL = 512
 
 
@@ -44,49 +51,65 @@ class Source(Protocol):
     def path(self, index: int) -> str: ...
 
 
-class FolderSource:
+class NamedSource(Source, Protocol):
+    """A source that knows what its samples are called wherever the data set lies, and what it had to leave out:
+    `skipped`, as (path, reason)."""
+
+    skipped: Sequence[tuple[str, str]]
+
+    def name(self, index: int) -> str: ...
+
+
+class FileSource(Listed):
+    """Images in files of their own: `names` are their paths relative to `root`."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        classes: Sequence[str],
+        names: Strings,
+        labels: NDArray[np.int64],
+        fingerprint: str | None = None,
+    ) -> None:
+        super().__init__(classes, names, labels, fingerprint or digest(names.blob, labels, classes))
+        self._root = str(root)
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        return read_range(self.path(index))
+
+    def path(self, index: int) -> str:
+        return os.path.join(self._root, self.name(index))
+
+
+class FolderSource(FileSource):
     """Images under `root/CLASS/`, by torchvision's ImageFolder rule: classes are the sorted names of the subfolders,
     images every file with a known extension at any depth, sorted by folder and name.
 
     The fingerprint covers the relative paths, and thereby the labels, not the contents: to read 1.3 million files at
-    every start would take minutes.
+    every start would take minutes. Listing them takes 1 us each, because a listing says which entries are folders; so
+    the list is made anew at every start and never out of date.
     """
 
     def __init__(self, root: str | Path) -> None:
-        self._root = Path(root)
-        self.classes = _class_names(self._root)
-        self._files: list[str] = []
-        labels, empty = [], []
-        for label, name in enumerate(self.classes):
-            files = _image_files(self._root, name)
-            self._files += files
-            labels += [label] * len(files)
-            empty += [] if files else [name]
+        root = Path(root)
+        classes = _class_names(root)
+        found = [Strings.of(_image_files(root, name)) for name in classes]
+        counts = np.array([len(files) for files in found])
         extensions = ", ".join(EXTENSIONS)
-        if not self._files:
+        if not counts.any():
             raise DataError(
-                f"{self._root}: {len(self.classes)} class folders, but no image in any of them (known extensions: "
+                f"{root}: {len(classes)} class folders, but no image in any of them (known extensions: "
                 f"{extensions}); check that the data set was unpacked completely"
             )
+        empty = [name for name, count in zip(classes, counts, strict=True) if not count]
         if empty:
             raise DataError(
-                f"{self._root}: no image in class folder{'s' if len(empty) > 1 else ''} {_names(empty)} (known "
+                f"{root}: no image in class folder{'s' if len(empty) > 1 else ''} {_names(empty)} (known "
                 f"extensions: {extensions}); add images or delete the folder"
             )
-        self._labels = np.array(labels, dtype=np.int64)
-        self.fingerprint = blake2b("\0".join(self._files).encode(errors="surrogateescape"), digest_size=16).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        return np.fromfile(self.path(index), dtype=np.uint8)
-
-    def label(self, index: int) -> int:
-        return int(self._labels[index])
-
-    def path(self, index: int) -> str:
-        return os.path.join(self._root, self._files[index])
+        names = Strings(b"\0".join(files.blob for files in found))
+        fingerprint = blake2b(names.blob, digest_size=16).hexdigest()
+        super().__init__(root, classes, names, np.repeat(np.arange(len(classes)), counts), fingerprint)
 
 
 class SyntheticSource:
@@ -102,6 +125,7 @@ class SyntheticSource:
         self._n, self._size, self._seed = n, size, seed
         self._variants = max(1, _POOL // classes)
         self._pool: dict[tuple[int, int], NDArray[np.uint8]] = {}
+        self.skipped: Sequence[tuple[str, str]] = ()
         self.classes = [f"class_{label:04d}" for label in range(classes)]
         self.fingerprint = f"synthetic-{n}-{classes}-{size[0]}x{size[1]}-{seed}"
 
@@ -117,6 +141,9 @@ class SyntheticSource:
     def label(self, index: int) -> int:
         return index % len(self.classes)
 
+    def name(self, index: int) -> str:
+        return f"{index}.jpg"
+
     def path(self, index: int) -> str:
         return f"synthetic:{index}"
 
@@ -129,13 +156,40 @@ def train_val(root: str | Path, train: str = "train", val: str = "val") -> tuple
         if not (root / part).is_dir():
             raise DataError(f"{root}: no subfolder {part!r}; the expected layout is {_layout(train, val)}")
     training, held_out = FolderSource(root / train), FolderSource(root / val)
-    extra, missing = (sorted(set(a.classes) - set(b.classes)) for a, b in ((training, held_out), (held_out, training)))
+    require_same_classes(root, (train, training), (val, held_out))
+    return training, held_out
+
+
+def require_same_classes(root: str | Path, training: tuple[str, Source], held_out: tuple[str, Source]) -> None:
+    """DataError unless both (split name, source) pairs have the same classes in the same order: a head has one output
+    for each."""
+    (train, a), (val, b) = training, held_out
+    extra, missing = sorted(set(a.classes) - set(b.classes)), sorted(set(b.classes) - set(a.classes))
     if extra or missing:
         only = [f"only in {part}: {_names(names)}" for part, names in ((train, extra), (val, missing)) if names]
+        raise DataError(f"{root}: the classes of {train} and {val} differ ({'; '.join(only)}); make them the same")
+    if list(a.classes) != list(b.classes):
         raise DataError(
-            f"{root}: the class folders of {train} and {val} differ ({'; '.join(only)}); make them the same"
+            f"{root}: the classes of {train} and {val} are the same, but in another order, so that labels "
+            "mean different classes; number them alike"
         )
-    return training, held_out
+
+
+def contents(path: Path) -> bytes:
+    """A file of a data set that is no image: labels, lists. DataError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def class_numbers(labels: NDArray[np.int64], root: str | Path) -> list[str]:
+    """Class names "0", "1", ... up to the largest label, where a data set has numbers only; DataError if fewer than
+    two."""
+    count = int(labels.max()) + 1
+    if count < 2:
+        raise DataError(f"{root}: every label is 0; classification needs two or more classes")
+    return [str(number) for number in range(count)]
 
 
 def _layout(train: str = "train", val: str = "val") -> str:
@@ -144,10 +198,18 @@ def _layout(train: str = "train", val: str = "val") -> str:
 
 def header(data: NDArray[np.uint8]) -> tuple[int, int]:
     """(width, height) of an encoded image, in microseconds for JPEG and PNG; BadImage if it is none that DALI
-    decodes."""
-    if len(data) == 0:
+    decodes, or larger than Pillow decodes: a header of a few bytes may ask for gigabytes of pixels."""
+    width, height = _size(memoryview(data))
+    if width < 1 or height < 1:
+        raise BadImage(f"the header is damaged: it says {width} x {height} pixels")
+    if width * height > _MAX_PIXELS:
+        raise BadImage(f"the header says {width} x {height} pixels; more than {_MAX_PIXELS} are not decoded")
+    return width, height
+
+
+def _size(view: memoryview) -> tuple[int, int]:
+    if len(view) == 0:
         raise BadImage("the file is empty")
-    view = memoryview(data)
     if view[:2] == b"\xff\xd8":
         return _jpeg_size(view)
     if view[:16] == b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" and len(view) >= 33:
@@ -157,8 +219,8 @@ def header(data: NDArray[np.uint8]) -> tuple[int, int]:
             return image.size
     except UnidentifiedImageError:
         raise BadImage(f"not a JPEG, PNG, WebP, BMP, TIFF or PPM image: it starts with {bytes(view[:16])!r}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(f"the header cannot be read: {error}") from error
+    except Exception as error:
+        raise BadImage(f"the header cannot be read: {error or type(error).__name__}") from error
 
 
 def check(data: NDArray[np.uint8]) -> tuple[int, int]:
@@ -180,8 +242,10 @@ def undecodable(data: NDArray[np.uint8]) -> str | None:
             image.convert("RGB")
     except UnidentifiedImageError:
         return "the header is damaged"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return str(error)
+    except Exception as error:
+        # Whatever the parser of a format trips over: besides OSError, ValueError and SyntaxError also struct.error,
+        # EOFError, TypeError, KeyError, zlib.error, MemoryError.
+        return str(error) or type(error).__name__
     return None
 
 
@@ -216,7 +280,8 @@ def _class_names(root: Path) -> list[str]:
     _require_directory(root)
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not names:
-        raise DataError(f"{root}: no class folders; the expected layout is {_layout()}")
+        flat = any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(root))
+        raise DataError(f"{root}: no class folders; the expected layout is {_layout()}{_SORT if flat else ''}")
     if len(names) == 1:
         raise DataError(f"{root}: only one class folder, {names[0]!r}; classification needs two or more ({_layout()})")
     return names
@@ -224,11 +289,25 @@ def _class_names(root: Path) -> list[str]:
 
 def _image_files(root: Path, name: str) -> list[str]:
     top = os.path.join(root, name)
+    folders = []
+    for folder, subfolders, files in os.walk(top, onerror=_not_listed, followlinks=True):
+        for subfolder in subfolders:
+            _require_no_loop(Path(folder, subfolder))
+        folders.append((folder, files))
     found = []
-    for folder, _, files in sorted(os.walk(top, followlinks=True)):
+    for folder, files in sorted(folders):
         prefix = name + folder[len(top) :]
         found += [f"{prefix}/{file}" for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
     return found
+
+
+def _not_listed(error: OSError) -> None:
+    raise DataError(f"{error.filename}: the folder cannot be listed: {error.strerror}") from error
+
+
+def _require_no_loop(path: Path) -> None:
+    if path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
+        raise DataError(f"{path}: a link to a folder that it lies in itself; remove the link")
 
 
 def _names(names: list[str], limit: int = 5) -> str:

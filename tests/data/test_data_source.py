@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import pytest
@@ -68,6 +69,21 @@ def test_unusable_folders_are_one_sentence(folder, tmp_path, files, root, messag
     folder(*files)
     with pytest.raises(DataError, match=message):
         FolderSource(tmp_path / root)
+
+
+def test_a_link_back_is_refused_and_not_followed_for_ever(folder):
+    root = folder("a/1.jpg", "b/deep/1.jpg")
+    (root / "b" / "deep" / "up").symlink_to("../..")
+    with pytest.raises(DataError, match="b/deep/up: a link to a folder that it lies in itself; remove the link"):
+        FolderSource(root)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list everything")
+def test_a_folder_that_may_not_be_listed_is_an_error(folder):
+    root = folder("a/1.jpg", "b/deep/1.jpg", "b/2.jpg")
+    (root / "b" / "deep").chmod(0)
+    with pytest.raises(DataError, match="b/deep: the folder cannot be listed: Permission denied"):
+        FolderSource(root)
 
 
 def test_train_and_val(folder):

@@ -1,0 +1,254 @@
+"""Tar shards in the WebDataset layout, read in any order.
+
+A sample is the members of one shard that share a key, the name up to the first dot of its last part: `0001.jpg` with
+`0001.cls` (a class number) or `0001.json` (an object with the class number in a field). The headers of all shards are
+read once; offset and size of every image then make each a `pread`. That list is kept beside the shards, or in
+$FASTDEIT_CACHE (default ~/.cache/fastdeit) where that cannot be written, and made anew when a shard's size or time of
+change differs.
+
+Nothing is ever extracted. Members that no well-formed shard has (links, absolute names, `..`, a name that comes twice)
+are left out with a reason, as are samples without a label.
+"""
+
+import json
+import os
+import re
+import tarfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdeit.data.index import Listed, Strings, atomic, digest, read_range, seal, text_array, unseal
+from fastdeit.data.source import EXTENSIONS, MAX_LABEL, BadImage, DataError, class_numbers
+
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+_IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
+_CACHE_FORMAT = "1"
+_LABEL_BYTES = 1 << 20
+_BLOCK = 512
+_SHOWN = 5
+
+Skipped = list[tuple[str, str]]
+
+
+class _Member(NamedTuple):
+    name: str
+    offset: int
+    size: int
+
+
+class TarSource(Listed):
+    """The images of `shards`, paths relative to `root`, in the order of shards and members.
+
+    label_field: field of `.json` members that holds the class number. Classes are named by their numbers, 0 to the
+    largest label. Raises DataError where no shard has a usable sample; warns of what was left out, and lists it in
+    `skipped`.
+    """
+
+    def __init__(self, root: str | Path, shards: Sequence[str], label_field: str = "label") -> None:
+        self._root, self._shards = str(root), list(shards)
+        index = _cached(Path(root), self._shards, label_field)
+        self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
+        names, skipped = Strings(index["names"].tobytes()), json.loads(index["skipped"].tobytes())
+        reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped[:_SHOWN])
+        more = f"\n  and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
+        if not len(names):
+            raise DataError(
+                f"{root}: no image with a label in {len(shards)} tar file{'s' if len(shards) > 1 else ''}; a sample is "
+                f"KEY.jpg with KEY.cls (a class number) or KEY.json (with field {label_field!r}){reasons}{more}"
+            )
+        if skipped:
+            warnings.warn(f"{root}: {len(skipped)} entries of tar files are left out:{reasons}{more}", stacklevel=2)
+        classes = class_numbers(index["label"], root)
+        fingerprint = digest(names.blob, index["label"], self._size)
+        super().__init__(classes, names, index["label"], fingerprint, [tuple(entry) for entry in skipped])
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        shard = os.path.join(self._root, self._shards[self._shard[index]])
+        size = int(self._size[index])
+        data = read_range(shard, int(self._offset[index]), size)
+        if len(data) < size:
+            raise BadImage("the tar file ends before the image does; it was cut while in use")
+        return data
+
+    def path(self, index: int) -> str:
+        return os.path.join(self._root, self.name(index))
+
+
+def shards(root: str | Path, pattern: str) -> list[str]:
+    """Paths relative to `root` of the tar files that `pattern` means: a folder (all `*.tar` in it), a name with
+    `{0000..0127}` or `{a,b}`, a glob, or the first part of their names (`train` for train-0001.tar). Sorted where the
+    pattern gives no order; DataError if there is none or a numbered one is missing."""
+    root = Path(root)
+    if (root / pattern).is_dir():
+        globs = [f"{pattern}/*.tar"]
+    elif pattern.endswith(".tar"):
+        globs = _braces(pattern)
+    else:
+        globs = [f"{pattern}[-_.]*tar"]
+    found = []
+    for glob in globs:
+        matches = sorted(str(path.relative_to(root)) for path in root.glob(glob)) if root.is_dir() else []
+        if not matches:
+            raise DataError(
+                f"{root}: no tar file {glob}; give the folder of the shards, or their names as in "
+                "train-{0000..0127}.tar"
+            )
+        found += matches
+    return found
+
+
+def _braces(pattern: str) -> list[str]:
+    """`a{00..02}` -> a00, a01, a02; `{x,y}` -> x, y; leading zeros are kept."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, words = match.groups()
+    items = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+    return [rest for item in items for rest in _braces(pattern[: match.start()] + item + pattern[match.end() :])]
+
+
+def _cached(root: Path, shards: list[str], label_field: str) -> dict[str, NDArray[np.generic]]:
+    """The list of samples, from the cache where that is valid."""
+    try:
+        states = [os.stat(root / shard) for shard in shards]
+    except OSError as error:
+        raise DataError(f"{error.filename}: the tar file cannot be read: {error.strerror}") from error
+    key = digest([_CACHE_FORMAT, label_field, *shards])
+    state = np.array([(one.st_size, one.st_mtime_ns) for one in states])
+    cache = Path(os.environ.get("FASTDEIT_CACHE") or Path.home() / ".cache" / "fastdeit")
+    # Beside the shards under one name for all machines; elsewhere the name has to tell data sets apart.
+    elsewhere = digest([str(root.resolve()), key])
+    places = root / f".fastdeit-tar-{key}", cache / f"tar-{elsewhere}"
+    for place in places:
+        try:
+            index = unseal(place.read_bytes())
+        except (OSError, ValueError):
+            continue  # none there, or a damaged one: it is only a cache
+        if np.array_equal(index["state"], state):
+            return index
+    index = _index(root, shards, label_field) | {"state": state}
+    sealed = seal(index)
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(place) as file:
+                file.write(sealed)
+        except OSError:
+            continue  # read-only, or full
+        break
+    return index
+
+
+def _index(root: Path, shards: list[str], label_field: str) -> dict[str, NDArray[np.generic]]:
+    names, rows, skipped = [], [], []
+    for number, shard in enumerate(shards):
+        path = os.path.join(root, shard)
+        for name, offset, size, label in _samples(path, label_field, skipped):
+            names.append(f"{shard}:{name}")
+            rows.append((number, offset, size, label))
+    columns = np.array(rows, np.int64).reshape(-1, 4).T
+    return {
+        **dict(zip(("shard", "offset", "size", "label"), columns, strict=True)),
+        "names": text_array(Strings.of(names).blob),
+        "skipped": text_array(json.dumps(skipped).encode()),
+    }
+
+
+def _samples(path: str, label_field: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
+    """(name, offset, size, label) of every image of a shard."""
+    groups: dict[str, dict[str, _Member]] = {}
+    for member in _members(path, skipped):
+        match = _KEY.fullmatch(member.name)
+        if match is None:
+            skipped.append((f"{path}:{member.name}", "the name is not KEY.EXTENSION"))
+            continue
+        key, extension = match.group(1), match.group(2).lower()
+        group = groups.setdefault(key, {})
+        if extension in group:
+            skipped.append((f"{path}:{member.name}", "an earlier file in the tar file has this name"))
+        else:
+            group[extension] = member
+    for key, group in groups.items():
+        images = [group[extension] for extension in group if extension in _IMAGES]
+        if len(images) != 1:
+            found = " and ".join(repr(image.name) for image in images) or f"only {', '.join(sorted(group))}"
+            skipped.append((f"{path}:{key}", f"a sample has one image; here is {found}"))
+            continue
+        label = _label(path, group, label_field)
+        if isinstance(label, str):
+            skipped.append((f"{path}:{images[0].name}", label))
+        else:
+            yield *images[0], label
+
+
+def _label(path: str, group: dict[str, _Member], label_field: str) -> int | str:
+    """The class number of a sample, or why there is none."""
+    extension = "cls" if "cls" in group else "json"
+    member = group.get(extension)
+    if member is None:
+        return "there is no .cls and no .json file with its label"
+    if member.size > _LABEL_BYTES:
+        return f"its .{extension} file has {member.size} bytes, too many for a label"
+    text = read_range(path, member.offset, member.size).tobytes()
+    try:
+        label = int(text) if extension == "cls" else json.loads(text)[label_field]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        want = "a class number" if extension == "cls" else f"an object with field {label_field!r}"
+        return f"its .{extension} file is not {want}: {text[:40]!r}"
+    if type(label) is not int or not 0 <= label <= MAX_LABEL:
+        return f"its label {label!r} is not a class number (0 to {MAX_LABEL})"
+    return label
+
+
+def _members(path: str, skipped: Skipped) -> Iterator[_Member]:
+    """The regular files of a tar archive that lie wholly inside it; what is wrong with it goes to `skipped`."""
+    try:
+        length = os.path.getsize(path)
+        if not os.path.isfile(path):
+            raise tarfile.ReadError("it is not a regular file")  # opening a pipe would wait for ever
+        with tarfile.open(path, "r:") as archive:
+            end = 0
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # tarfile keeps every header it has read
+                if archive.offset <= end:
+                    raise tarfile.ReadError(f"the header at byte {info.offset} has a negative size")
+                end = archive.offset
+                reason = _unusable(info, length)
+                if reason:
+                    skipped.append((f"{path}:{info.name}", reason))
+                elif info.isreg():
+                    yield _Member(info.name, info.offset_data, info.size)
+        closing = read_range(path, end, _BLOCK)
+        if len(closing) < _BLOCK or closing.any():
+            skipped.append((path, f"the tar file is cut short or damaged at byte {end} of {length}"))
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        skipped.append((path, _why_not(path, error)))
+
+
+def _unusable(info: tarfile.TarInfo, length: int) -> str | None:
+    if info.isdir():
+        return None
+    if not info.isreg() or info.issparse():
+        return "not a regular file (a link, a device or a sparse file)"
+    if info.name.startswith("/") or ".." in info.name.split("/") or "\0" in info.name:
+        return "the name is absolute, leads upwards or contains a NUL"
+    if info.offset_data + info.size > length:
+        return f"the tar file is cut short: it ends at byte {length}, inside this file"
+    return None
+
+
+def _why_not(path: str, error: Exception) -> str:
+    try:
+        start = read_range(path, 0, 6).tobytes()
+    except OSError as refused:
+        return f"the tar file cannot be read: {refused.strerror}"
+    packers = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+    packer = next((name for magic, name in packers.items() if start.startswith(magic)), None)
+    if packer:
+        return f"compressed with {packer}; only a plain tar file can be read in any order, so uncompress it"
+    return f"not a tar file, or one that is cut short or damaged: {error}"
