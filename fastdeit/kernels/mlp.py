@@ -11,17 +11,22 @@ x is [..., C], out [..., C']; w1 [F, C], b1 [F], w2 [C', F], b2 [C'], as of nn.L
 recomputed. Bytes moved at best per element of pre in 16 bit, beside the operands of the matrix products: forward writes
 2, backward reads 2, since GELU, its derivative and the bias gradients fit into the products' epilogues.
 
-The Triton backend leaves the products to the vendor's library. Between those of its backward stands one kernel that
-makes dpre, act and db1 in one pass (`gelu.py`): it reads 4 and writes 4.
+Two backends in Triton. "triton" leaves the products to the vendor's library; between those of its backward stands one
+kernel that makes dpre, act and db1 in one pass (`gelu.py`): it reads 4 and writes 4. "epilogue" has products of its
+own that do all this on the way (`gelu_products.py`) and needs tensor cores; it is taken where it was measured to be
+faster, or asked for.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdeit.kernels import _op, _triton, gelu, layer_norm
+from fastdeit.kernels import _op, _triton, gelu, gelu_products, layer_norm
 from fastdeit.kernels.layer_norm import normalize, normalize_backward
 
 
@@ -89,6 +94,27 @@ def triton_backward(
     _triton.require_dtypes(grad, x, w1, w2, pre)
     rows, grads, pres = (tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in (x, grad, pre))
     dpre, act, db1 = gelu.backward(grads @ w2, pres, act=True)
+    return _gradients(x, rows, grads, w1, w2, dpre, act, db1)
+
+
+def epilogue_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference` with GELU in the first product."""
+    pre, act = gelu_products.product_gelu(x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), b1)
+    return F.linear(act, w2, b2).reshape(*x.shape[:-1], -1), pre.reshape(*x.shape[:-1], -1)
+
+
+def epilogue_backward(
+    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`reference_backward` with everything between the products in the first of them."""
+    rows, grads, pres = (tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in (x, grad, pre))
+    dpre, act, db1 = gelu_products.product_gelu_backward(grads, w2.contiguous(), pres)
+    return _gradients(x, rows, grads, w1, w2, dpre, act, db1)
+
+
+def _gradients(
+    x: Tensor, rows: Tensor, grads: Tensor, w1: Tensor, w2: Tensor, dpre: Tensor, act: Tensor, db1: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         (dpre @ w1).reshape(x.shape),
         dpre.T @ rows,
@@ -98,15 +124,15 @@ def triton_backward(
     )
 
 
-def layer_norm_triton_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _normed_forward(mlp_forward: Callable, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`layer_norm_reference` with the LayerNorm in one launch."""
+    weight, bias, eps, w1, *others = args
     normed, mean, rstd = layer_norm.plain_triton_forward(x, weight, bias, eps, w1.dtype)
-    return *triton_forward(normed, w1, b1, w2, b2), mean, rstd
+    return *mlp_forward(normed, w1, *others), mean, rstd
 
 
-def layer_norm_triton_backward(
+def _normed_backward(
+    mlp_backward: Callable,
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -119,16 +145,24 @@ def layer_norm_triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`layer_norm_reference_backward`; the normalised tokens are recomputed in one launch."""
     normed = layer_norm.triton_apply(x, weight, bias, mean, rstd, pre.dtype)
-    dnormed, *grads = triton_backward(grad, normed, w1, w2, pre)
+    dnormed, *grads = mlp_backward(grad, normed, w1, w2, pre)
     return *layer_norm.plain_triton_backward(dnormed, x, weight, mean, rstd), *grads
 
 
-_TRITON = _op.Backend("triton", _triton.capability, triton_forward, triton_backward)
-_NORMED_TRITON = _op.Backend("triton", _triton.capability, layer_norm_triton_forward, layer_norm_triton_backward)
+_PLAIN = [
+    _op.Backend("triton", _triton.capability, triton_forward, triton_backward),
+    _op.Backend("epilogue", partial(_triton.capability, needs=80), epilogue_forward, epilogue_backward),
+]
+_AFTER_NORM = [
+    backend._replace(
+        forward=partial(_normed_forward, backend.forward), backward=partial(_normed_backward, backend.backward)
+    )
+    for backend in _PLAIN
+]
 _PRODUCTS = {"w1", "b1", "w2", "b2"}
-OP = _op.Op("mlp", reference, reference_backward, others=[_TRITON], cast={"x", *_PRODUCTS})
+OP = _op.Op("mlp", reference, reference_backward, others=_PLAIN, cast={"x", *_PRODUCTS})
 NORMED = _op.Op(
-    "layer_norm_mlp", layer_norm_reference, layer_norm_reference_backward, others=[_NORMED_TRITON], cast=_PRODUCTS
+    "layer_norm_mlp", layer_norm_reference, layer_norm_reference_backward, others=_AFTER_NORM, cast=_PRODUCTS
 )
 
 

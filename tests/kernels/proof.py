@@ -6,7 +6,7 @@ card rounds.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -59,21 +59,28 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return values
 
 
-def prove(function: Callable[..., Any], inputs: dict[str, Any], layout: str = "dense", seed: int = 99) -> None:
-    """`function(**inputs)` and its gradients on the Triton backend are as good as those of the reference.
+def prove(
+    function: Callable[..., Any],
+    inputs: dict[str, Any],
+    layout: str = "dense",
+    *,
+    mine: AbstractContextManager | None = None,
+    seed: int = 99,
+) -> None:
+    """`function(**inputs)` and its gradients inside `mine`, by default `use("triton")`, are as good as the reference's.
 
     Floating tensors and dtypes among the inputs are float64 where the exact result is computed. `layout` is that of the
     incoming gradients.
     """
     exact = {name: _as_double(value) for name, value in inputs.items()}
-    with kernels.use("triton"), poisoned():
-        mine = _outcome(function, inputs, layout, seed)
+    with mine or kernels.use("triton"), poisoned():
+        ours = _outcome(function, inputs, layout, seed)
     with kernels.use("reference"):
         same = _outcome(function, inputs, layout, seed)
         truth = _outcome(function, exact, layout, seed)
-    assert mine.keys() == same.keys() == truth.keys()
-    for name in mine:
-        assert_as_good(mine[name], same[name], truth[name], name)
+    assert ours.keys() == same.keys() == truth.keys()
+    for name in ours:
+        assert_as_good(ours[name], same[name], truth[name], name)
 
 
 def _as_double(value: Any) -> Any:

@@ -10,6 +10,7 @@ from proof import assert_as_good, few, normal, poisoned, prove, repeated, tokens
 
 from fastdeit import kernels
 from fastdeit.kernels import gelu
+from fastdeit.kernels._triton import INTERPRETED
 
 WIDTHS = 3, 64, 100
 
@@ -84,12 +85,32 @@ def test_mlp_as_good_as_pytorch(device, dtype, shape, layout):
     prove(kernels.mlp, {"x": x, **weights(24, 96, dtype, device)}, layout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
+@pytest.mark.parametrize(("rows", "width", "hidden"), [(1, 24, 96), (130, 24, 150), (257, 40, 64)])
+def test_products_with_an_epilogue_are_as_good_as_pytorch(device, dtype, rows, width, hidden):
+    x = normal(1, rows, width, dtype=dtype, device=device, seed=0).requires_grad_()
+    mine = kernels.use("triton", mlp="epilogue")
+    prove(kernels.mlp, {"x": x, **weights(width, hidden, dtype, device)}, "strided", mine=mine)
+
+
+def test_products_take_16_bit_operands_of_one_dtype(device):
+    with kernels.use(mlp="epilogue"):
+        for dtypes, reason in (
+            ((torch.float32,) * 2, "16-bit operands, not torch.float32"),
+            ((torch.float16, torch.bfloat16), "operands are"),
+        ):
+            x, w = (torch.zeros(4, 4, dtype=dtype, device=device) for dtype in dtypes)
+            with pytest.raises(RuntimeError, match=reason):
+                kernels.mlp(x, w, w[0], w, w[0])
+
+
+@pytest.mark.parametrize("backend", ["triton", "epilogue"])
 @pytest.mark.parametrize("stream", [torch.float32, torch.float16])
-def test_layer_norm_mlp_as_good_as_pytorch(device, stream):
+def test_layer_norm_mlp_as_good_as_pytorch(device, stream, backend):
     x = normal(2, 7, 24, dtype=stream, device=device, seed=0).requires_grad_()
     weight, bias = (normal(24, dtype=torch.float32, device=device, seed=i).requires_grad_() for i in (8, 9))
     inputs = {"x": x, "weight": weight, "bias": bias, "eps": 1e-6, **weights(24, 96, torch.float16, device)}
-    prove(kernels.layer_norm_mlp, inputs, "strided")
+    prove(kernels.layer_norm_mlp, inputs, "strided", mine=kernels.use(layer_norm_mlp=backend))
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow)")
