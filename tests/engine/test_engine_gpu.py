@@ -1,0 +1,73 @@
+"""A training step on a card: it waits for nothing, and learns what the CPU learns."""
+
+import pytest
+import torch
+
+from fastdeit import methods, models, rng
+from fastdeit.engine.dist import World
+from fastdeit.engine.ema import Ema
+from fastdeit.engine.optim import AdamW, default_groups
+from fastdeit.engine.step import Engine
+from fastdeit.methods.base import Batch, Context
+
+pytestmark = pytest.mark.gpu
+B, SIDE, CLASSES = 8, 32, 10
+
+
+def batch(step, device):
+    words = rng.bits(rng.key(step, "test"), range(B), SIDE * SIDE)
+    images = torch.from_numpy(words.view("uint8").reshape(B, SIDE, SIDE, 4)[..., :3].copy())
+    y1 = torch.arange(B) % CLASSES
+    tensors = {
+        "y1": y1,
+        "y2": y1.flip(0),
+        "lam": torch.full((B,), 0.7),
+        "partner": torch.arange(B).flip(0),
+        "pixel_lam": torch.full((B,), 0.7),
+        "box": torch.zeros(B, 4, dtype=torch.int32),
+        "noise": torch.zeros(B, 0),
+        "index": y1,
+    }
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return Batch(images=(images.to(device),), mean=(0.5,) * 3, std=(0.25,) * 3, **tensors)
+
+
+def make(device, precision):
+    device = torch.device(device)
+    torch.manual_seed(0)
+    model = models.build("deit_tiny_patch16_224", image_size=(SIDE, SIDE), depth=2, num_classes=CLASSES)
+    method = methods.find("supervised")(model, methods.config("supervised")(), Context(CLASSES, 1, 1, teacher=None))
+    optimizer = AdamW(default_groups(method.to(device).named_parameters(), 0.05), (0.9, 0.999), 1e-8)
+    ema = Ema(optimizer.params, 0.9)
+    return Engine(method, optimizer, World(device), precision=precision, accumulate=1, clip_grad=1.0, ema=ema)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_step_waits_for_nothing(precision):
+    engine, data = make("cuda", precision), batch(0, "cuda")
+    for _ in range(2):  # compiles kernels and allocates
+        engine.step([data], 1e-3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.step([data], 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def losses(device, precision, steps=10):
+    engine = make(device, precision)
+    found = []
+    for step in range(steps):
+        engine.step([batch(step, device)], 1e-3)
+        found.append(engine.means()["loss"])
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize(("precision", "rtol"), [("fp32", 1e-4), ("bf16", 0.02), ("fp16", 5e-3)])
+def test_losses_are_those_of_the_cpu(precision, rtol):
+    torch.testing.assert_close(losses("cuda", precision), losses("cpu", "fp32"), rtol=rtol, atol=0)
+
+
+def test_two_runs_have_the_same_losses():
+    assert torch.equal(losses("cuda", "fp16"), losses("cuda", "fp16"))
