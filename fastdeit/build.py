@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastdeit import methods, models, rng
-from fastdeit.data import digits, order
+from fastdeit.data import digits, order, policy
+from fastdeit.data.datasets import open_pair
+from fastdeit.data.layout import kinds_at, layout
 from fastdeit.data.loader import EvalLoader, Samples, TrainLoader
 from fastdeit.data.plan import Augment
-from fastdeit.data.source import Source, SyntheticSource, train_val
+from fastdeit.data.source import DataError, Source, SyntheticSource, train_val
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
@@ -29,7 +31,7 @@ Report = Callable[[str], None]
 
 
 def sources(recipe: "Recipe") -> tuple[Source, Source]:
-    """(training, held-out) samples. Raises DataError or UsageError with the path and the way out."""
+    """(training, held-out) samples. Raises DataError or UsageError with the field, the path and the way out."""
     data = recipe.data
     if data.source == "synthetic":
         shape = {"classes": data.synthetic_classes, "size": image_size(recipe)}
@@ -38,12 +40,27 @@ def sources(recipe: "Recipe") -> tuple[Source, Source]:
         return train, SyntheticSource(held_out, seed=recipe.train.seed + 1, **shape)
     if data.source == "digits":
         return train_val(digits.prepare())
+    splits = data.train, data.val
     if data.root is None:
         raise UsageError(
-            f"recipe {recipe.name} needs images: add --data DIR, where DIR holds {data.train}/CLASS/*.jpg and "
-            f"{data.val}/CLASS/*.jpg"
+            f"recipe {recipe.name} needs images: add --data ROOT, which sets data.root; data.source is {data.source}, "
+            f"expected are {layout(data.source, *splits)}"
         )
-    return train_val(data.root, data.train, data.val)
+    try:
+        return open_pair(data.source, data.root, *splits)
+    except DataError as error:
+        raise DataError(f"data.source {data.source}: {error}{_expected(data.source, data.root, *splits)}") from error
+
+
+def _expected(kind: str, root: str, train: str, val: str) -> str:
+    """What to add to the reason why `root` is no data set of that kind."""
+    found = kinds_at(root, train, val)
+    if kind in found:
+        return ""
+    if found:
+        return f"; it looks like {' or '.join(found)}: add data.source={found[0]}"
+    # What a folder has to look like is in the reason.
+    return "" if kind == "folder" else f"; expected are {layout(kind, train, val)}"
 
 
 def image_size(recipe: "Recipe") -> tuple[int, int]:
@@ -57,29 +74,38 @@ def loader_device(device: torch.device) -> str | int:
     return "cpu" if device.type == "cpu" else device.index or 0
 
 
-def train_loader(
-    recipe: "Recipe", source: Source, world: World, noise_per_sample: int, on_bad: Callable[[str, str], None]
-) -> TrainLoader:
-    """The stream of training samples that this process works on."""
+def augmentation(recipe: "Recipe") -> Augment:
+    """What the plan of a training sample is drawn from."""
     data = recipe.data
-    augment = Augment(
+    return Augment(
         size=image_size(recipe),
+        crop=data.crop,
         crop_scale=data.crop_scale,
         crop_ratio=data.crop_ratio,
         flip=data.flip,
+        policy=policy.parse(data.augment, image_size(recipe), data.color_jitter),
+        erase=data.erase,
         mixup=data.mixup,
         cutmix=data.cutmix,
         mix_probability=data.mix_probability,
         mix_switch=data.mix_switch,
         group_size=data.group_size,
+        mix_mode=data.mix_mode,
     )
+
+
+def train_loader(
+    recipe: "Recipe", source: Source, world: World, noise_per_sample: int, on_bad: Callable[[str, str], None]
+) -> TrainLoader:
+    """The stream of training samples that this process works on."""
+    data = recipe.data
     try:
         order.groups_per_batch(recipe.train.batch_size, data.group_size, recipe.train.accumulate, world.size)
     except ValueError as error:
         raise UsageError(f"recipe {recipe.name}: {error}") from error
     return TrainLoader(
         source,
-        augment,
+        augmentation(recipe),
         seed=recipe.train.seed,
         batch_size=recipe.train.batch_size,
         accumulate=recipe.train.accumulate,
@@ -129,6 +155,8 @@ def to_batch(samples: Samples, recipe: "Recipe", device: torch.device) -> Batch:
         index=move(samples.index),
         mean=recipe.data.mean,
         std=recipe.data.std,
+        # Empty boxes would still cost the noise of every pixel on a GPU.
+        erase=(move(samples.erase_box), move(samples.erase_key)) if recipe.data.erase else None,
     )
 
 

@@ -14,6 +14,27 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+Source = Literal[
+    "folder",
+    "packed",
+    "tar",
+    "parquet",
+    "imagenet",
+    "cifar10",
+    "cifar100",
+    "flowers102",
+    "stanford_cars",
+    "inat2018",
+    "inat2019",
+    "synthetic",
+    "digits",
+]
+Jitter = Annotated[
+    Annotated[NonNegative, Tag("one")]
+    | Annotated[tuple[NonNegative, ...], Field(min_length=3, max_length=4), Tag("all")],
+    Discriminator(lambda strength: "all" if isinstance(strength, list | tuple) else "one"),
+]
+
 
 class Section(BaseModel):
     """Base of the sections: frozen, no unknown key, no NaN or infinity; defaults are validated like given values."""
@@ -75,32 +96,46 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Where samples come from and how they are augmented. Defaults are DeiT's, as far as the pipeline has them."""
+    """Where samples come from and how they are augmented. Defaults are DeiT's, but for `augment` and `erase`."""
 
-    source: Literal["folder", "synthetic", "digits"] = "folder"
-    """folder: ROOT/SPLIT/CLASS/image; synthetic: noise made on the fly; digits: scikit-learn's handwritten digits."""
+    source: Source = "folder"
+    """folder: ROOT/SPLIT/CLASS/image; packed: ROOT/SPLIT.pack, made by `fastdeit data pack`; tar: shards in the
+    WebDataset layout; parquet: files of the Hugging Face hub; imagenet, cifar10, ... as their authors distribute them;
+    synthetic: noise made on the fly; digits: scikit-learn's handwritten digits. See docs/data.md."""
     root: Text | None = None
-    """Directory of the data set, for source folder."""
+    """Directory of the data set; synthetic and digits have none."""
     train: Text = "train"
-    """Directory of the training images under `root`."""
+    """Name of the training split under `root`: a folder, or files as docs/data.md says. Public data sets that come
+    split need none."""
     val: Text = "val"
-    """Directory of the held-out images under `root`."""
+    """Name of the held-out split under `root`, likewise."""
+    crop: Literal["random_resized", "simple"] = "random_resized"
+    """simple: DeiT III's, resized so that the short side fits, padded by 4 reflected pixels, cut at random."""
     crop_scale: tuple[Positive, Positive] = (0.08, 1.0)
-    """Area of the random crop as a fraction of the image: smallest, largest."""
+    """Area of the random resized crop as a fraction of the image: smallest, largest."""
     crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333333333)
-    """Width over height of the random crop: smallest, largest."""
+    """Width over height of the random resized crop: smallest, largest."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
+    augment: str = "none"
+    """Operations on the pixels in timm's notation: rand-m9-mstd0.5-inc1, original, trivial, three_augment, none, ..."""
+    color_jitter: Jitter | None = None
+    """Strength of brightness, contrast and saturation, or three of them, or four with the hue's; null: that of the
+    policy in `augment`, 0.3 for three_augment and none for the others."""
+    erase: Fraction = 0.0
+    """Probability of random erasing: a rectangle of 2 to 33 % of the image filled with noise."""
     mixup: NonNegative = 0.8
     """Parameter of mixup's Beta distribution; 0 turns mixup off."""
     cutmix: NonNegative = 1.0
     """Parameter of cutmix's Beta distribution; 0 turns cutmix off."""
     mix_probability: Fraction = 1.0
-    """Probability that a group of samples is mixed at all."""
+    """Probability that samples are mixed at all."""
     mix_switch: Fraction = 0.5
     """Probability of cutmix instead of mixup, where both are on."""
     group_size: Count = 64
-    """Samples that share one mixing draw (DeiT: the batch of one GPU), whatever the number of processes."""
+    """Samples that are mixed among themselves (DeiT: the batch of one GPU), whatever the number of processes."""
+    mix_mode: Literal["batch", "pair", "element"] = "batch"
+    """Samples that share one mixing draw: a whole group, the two partners of a pair, or none."""
     repeats: Count = 3
     """Copies of each sample in an epoch's stream (repeated augmentation); 1 turns it off."""
     mean: tuple[Fraction, Fraction, Fraction] = (0.485, 0.456, 0.406)
@@ -122,7 +157,7 @@ class DataConfig(Section):
     @classmethod
     def _root_is_read(cls, root: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source", "folder")
-        if root is not None and source != "folder":
+        if root is not None and source in ("synthetic", "digits"):
             raise ValueError(f"has no place beside data.source {source}, which reads no directory of yours")
         return root
 
@@ -139,6 +174,24 @@ class DataConfig(Section):
         if scale[1] > 1:
             raise ValueError("must be at most 1: a crop is a part of the image")
         return scale
+
+    @field_validator("augment")
+    @classmethod
+    def _known_policy(cls, augment: str) -> str:
+        # Policies import numpy; reading, listing and showing recipes does without.
+        from fastdeit.data import policy
+
+        policy.parse(augment)
+        return augment
+
+    @field_validator("color_jitter")
+    @classmethod
+    def _fits_the_policy(cls, strength: Any, info: ValidationInfo) -> Any:
+        from fastdeit.data import policy
+
+        if "augment" in info.data:
+            policy.parse(info.data["augment"], color_jitter=strength)
+        return strength
 
     @field_validator("group_size")
     @classmethod

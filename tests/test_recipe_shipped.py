@@ -112,12 +112,26 @@ def test_fine_tuning_at_384():
 
 
 @pytest.mark.parametrize("name", IMAGENET)
-def test_a_reader_is_told_what_is_not_the_paper_s(name):
-    source = recipes.text(name)
-    header = source[: source.index("about:")]
-    assert "RandAugment" in header
-    assert "random erasing" in header
+def test_figures_of_the_paper_are_not_claimed(name):
     assert recipes.load(name).about.top1.startswith("unverified")
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_the_paper_s_augmentation(name):
+    data = recipes.load(name).data
+    assert (data.crop, data.augment, data.color_jitter, data.erase) == (
+        "random_resized",
+        "rand-m9-mstd0.5-inc1",
+        None,
+        0.25,
+    )
+    assert data.mix_mode == "batch"
+
+
+def test_digits_are_not_augmented_beyond_crop_and_mixup():
+    for name in ("digits", "digits_teacher"):
+        data = recipes.load(name).data
+        assert (data.augment, data.color_jitter, data.erase) == ("none", None, 0.0)
 
 
 def test_sizes_differ_in_the_model_alone():

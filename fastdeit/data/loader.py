@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -37,9 +37,9 @@ class Samples:
     """B samples of one micro-batch; CPU tensors, `images` on the loader's device.
 
     images uint8 `[B, H, W, 3]`; y1, y2 int64 `[B]`, lam float32 `[B]`: target = lam * onehot(y1) + (1 - lam) *
-    onehot(y2); partner int64 `[B]`, pixel_lam float32 `[B]`, box int32 `[B, 4]` as in `plan.Mix`; noise float32 `[B,
-    K]` drop-path uniforms; index int64 `[B]` position in the source. In evaluation nothing is mixed: y2 = y1, lam = 1,
-    partner = itself.
+    onehot(y2); partner int64 `[B]`, pixel_lam float32 `[B]`, box int32 `[B, 4]` as in `plan.Mix`; erase_box int32 `[B,
+    4]`, erase_key int64 `[B]` as in `plan.Plan`; noise float32 `[B, K]` drop-path uniforms; index int64 `[B]` position
+    in the source. In evaluation nothing is mixed or erased: y2 = y1, lam = 1, partner = itself, boxes zero.
     """
 
     images: torch.Tensor
@@ -49,6 +49,8 @@ class Samples:
     partner: torch.Tensor
     pixel_lam: torch.Tensor
     box: torch.Tensor
+    erase_box: torch.Tensor
+    erase_key: torch.Tensor
     noise: torch.Tensor
     index: torch.Tensor
 
@@ -134,7 +136,6 @@ class TrainLoader:
             self._batch_size // (self._accumulate * self._world),
             threads=self._threads,
             device=self._device,
-            decode_box=True,
             repair=self._repair,
         )
 
@@ -172,8 +173,8 @@ class TrainLoader:
 
     def _work(self, rows: "_Rows") -> Work:
         width, height = rows.size.T
-        geometry = plan.samples(self._augment, self._seed, rows.epoch, rows.sample, rows.copy, width, height)
-        return Work(list(rows.encoded), geometry.box, geometry.flip, rows)
+        rows.view = view = plan.samples(self._augment, self._seed, rows.epoch, rows.sample, rows.copy, width, height)
+        return Work(list(rows.encoded), view.box, view.flip, view.ops, view.resize, view.start, rows)
 
     def _repair(self, work: Work, failures: dict[int, str]) -> Work:
         for row, reason in failures.items():
@@ -187,7 +188,7 @@ class TrainLoader:
         size = self._augment.group_size
         positions = np.arange(rows.groups.start * size, rows.groups.stop * size)
         noise = plan.noise(self._seed, rows.step, positions, self._noise_per_sample)
-        return _tensors(self._source, rows.sample, mix, noise)
+        return _tensors(self._source, rows.sample, mix, rows.view.erase_box, rows.view.erase_key, noise)
 
 
 class EvalLoader:
@@ -225,7 +226,6 @@ class EvalLoader:
             self._batch_size,
             threads=self._threads,
             device=self._device,
-            decode_box=False,
             repair=self._repair,
         )
 
@@ -244,21 +244,23 @@ class EvalLoader:
     def _work(self, index: NDArray[np.int64], results: list[Read]) -> Work:
         source_size = np.array([size for _, size in results])[:, ::-1]
         resize, start = plan.eval_window(source_size[:, 1], source_size[:, 0], self._size, self._crop_ratio)
-        scale = source_size / resize
-        box = np.concatenate((start * scale, np.asarray(self._size) * scale), axis=1)
-        return Work([data for data, _ in results], box, np.zeros(len(index), bool), index)
+        whole = np.concatenate((np.zeros_like(source_size), source_size), axis=1).astype(np.int32)
+        unflipped = np.zeros(len(index), bool)
+        return Work([data for data, _ in results], whole, unflipped, resize=resize, start=start, owner=index)
 
     def _arrays(self, work: Work) -> list[torch.Tensor]:
         count = len(work.owner)
         ones = np.ones(count, np.float32)
-        unmixed = plan.Mix(np.arange(count), ones, np.zeros((count, 4), np.int32), ones)
-        return _tensors(self._source, work.owner, unmixed, np.empty((count, 0), np.float32))
+        nowhere = np.zeros((count, 4), np.int32)
+        unmixed = plan.Mix(np.arange(count), ones, nowhere, ones)
+        keys, noise = np.zeros(count, np.int64), np.empty((count, 0), np.float32)
+        return _tensors(self._source, work.owner, unmixed, nowhere, keys, noise)
 
     def _repair(self, work: Work, failures: dict[int, str]) -> Work:
         for row, reason in failures.items():
             self.bad.add(int(work.owner[row]), reason)
         sound = [row for row in range(len(work.owner)) if row not in failures]
-        return Work([work.encoded[row] for row in sound], work.box[sound], work.flip[sound], work.owner[sound])
+        return replace(work.take(sound), owner=work.owner[sound])
 
 
 class _Rows:
@@ -273,6 +275,7 @@ class _Rows:
         self.attempt = np.zeros(len(sample), dtype=np.int64)
         self.size = np.zeros((len(sample), 2), dtype=np.int64)
         self.encoded: list[Any] = [None] * len(sample)
+        self.view: plan.Plan | None = None
 
 
 def _stream(
@@ -296,17 +299,17 @@ def _stream(
 def _decode(
     works: Iterable[Work], make_executor: Callable[[], Executor], arrays: Callable[[Work], list[torch.Tensor]]
 ) -> Generator[tuple[Any, list[torch.Tensor]], None, None]:
-    for work, images in make_executor().run(works):
-        if images is not None:
-            yield images, arrays(work)
+    with closing(make_executor().run(works)) as batches:
+        for work, images in batches:
+            if images is not None:
+                yield images, arrays(work)
 
 
 class _Handover:
-    """DALI images to torch, in the consumer's thread and therefore on its current stream.
+    """The executor's images to torch, in the consumer's thread and therefore on its current stream.
 
-    On the CPU without a copy: under DALI's dynamic executor an output belongs to whoever holds it. On the GPU the
-    memory could be decoded into again while kernels that read it are still queued, so it is copied (microseconds) and
-    held until the copy is done.
+    On the CPU they are ready. On the GPU the memory could be decoded into again while kernels that read it are still
+    queued, so it is copied (microseconds) and held until the copy is done.
     """
 
     def __init__(self, device: str | int) -> None:
@@ -315,7 +318,7 @@ class _Handover:
 
     def __call__(self, images: Any) -> torch.Tensor:
         if self._device == "cpu":
-            return torch.from_dlpack(images.as_tensor())
+            return images
         while self._held and self._held[0][0].query():
             self._held.popleft()
         with torch.cuda.device(self._device):
@@ -347,10 +350,18 @@ def _read(source: Source, index: NDArray[np.int64]) -> list[Read]:
     return results
 
 
-def _tensors(source: Source, index: NDArray[np.int64], mix: plan.Mix, noise: NDArray[np.float32]) -> list[torch.Tensor]:
+def _tensors(
+    source: Source,
+    index: NDArray[np.int64],
+    mix: plan.Mix,
+    erase_box: NDArray[np.int32],
+    erase_key: NDArray[np.int64],
+    noise: NDArray[np.float32],
+) -> list[torch.Tensor]:
     """The fields of `Samples` after the images."""
     labels = np.array([source.label(i) for i in index.tolist()], dtype=np.int64)
-    arrays = (labels, labels[mix.partner], mix.lam, mix.partner, mix.pixel_lam, mix.box, noise, index)
+    mixed = (labels, labels[mix.partner], mix.lam, mix.partner, mix.pixel_lam, mix.box)
+    arrays = (*mixed, erase_box, erase_key, noise, index)
     return [torch.from_numpy(array) for array in arrays]
 
 

@@ -1,54 +1,82 @@
 """The plan: ids in, plain arrays out. Everything random about a batch is decided here, before any pixel is read.
 
-Crop and flip are functions of (seed, epoch, sample, copy), mixing of (seed, step, group), drop-path noise of (seed,
-step, position in the global batch). Each has a key purpose of its own, so a further augmentation never changes the
-existing ones. Executors (`dali.py`, the mixing kernel) contain no randomness.
+Crop, flip, pixel operations and erasing are functions of (seed, epoch, sample, copy), mixing of (seed, step, group or
+position), drop-path noise of (seed, step, position in the global batch). Each has a key purpose of its own, so a
+further augmentation never changes the existing ones. Executors (`dali.py`, the mixing kernel) contain no randomness.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
 from fastdeit import rng
+from fastdeit.data.policy import FILL as FILL
+from fastdeit.data.policy import KINDS as KINDS
+from fastdeit.data.policy import NO_POLICY, Ops, Policy
 
+PAD = 4
+"""Pixels by which the window of the simple crop may reach out of the resized image."""
 _ATTEMPTS = 10
+_UNIT = 2.0**-32
+"""From 32 random bits to a uniform in [0, 1)."""
+_ERASE_AREA, _ERASE_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Training augmentation.
+    """Training augmentation of one view.
 
-    size: output (height, width) in pixels. crop_scale, crop_ratio: area fraction and width/height range of the random
-    resized crop. flip: probability of a horizontal flip. mixup, cutmix: alpha of Beta(alpha, alpha), 0 turns it off.
-    mix_probability: share of groups that are mixed at all. mix_switch: share of cutmix where both are on.
-    group_size: samples that share one lambda (DeiT: the batch of one GPU).
+    size: output (height, width) in pixels. crop: "random_resized", with crop_scale and crop_ratio the range of its area
+    fraction and of width/height, or "simple", DeiT III's: the whole image, its short side resized to `size`, padded by
+    `PAD` reflected pixels and cut at random. flip: probability of a horizontal flip. policy: pixel operations after
+    that. erase: probability of random erasing. mixup, cutmix: alpha of Beta(alpha, alpha), 0 turns it off.
+    mix_probability: share of draws that mix at all. mix_switch: share of cutmix where both are on. group_size: samples
+    that are mixed among themselves (DeiT: the batch of one GPU). mix_mode: who shares a draw, as in timm's Mixup: the
+    group ("batch"), two partners ("pair"), or nobody ("element").
     """
 
     size: tuple[int, int] = (224, 224)
+    crop: Literal["random_resized", "simple"] = "random_resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    policy: Policy = NO_POLICY
+    erase: float = 0.0
     mixup: float = 0.8
     cutmix: float = 1.0
     mix_probability: float = 1.0
     mix_switch: float = 0.5
     group_size: int = 64
+    mix_mode: Literal["batch", "pair", "element"] = "batch"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Geometry of B samples: `box` int32 `[B, 4]` as (y, x, height, width) in source pixels, `flip` bool `[B]`."""
+    """One view of B samples, in the order of execution: crop, flip, `ops`, normalisation, erasing.
+
+    box int32 `[B, 4]` as (y, x, height, width) in source pixels: the random resized crop, or the whole image for the
+    simple crop, which has further `resize` int32 `[B, 2]` (height, width), to which the whole image is resized, and
+    `start` int32 `[B, 2]` (y, x) of the output window in the resized image; up to `PAD` pixels of the window lie
+    outside and are reflected (without repeating the edge). flip bool `[B]`. erase_box int32 `[B, 4]` as (y0, x0, y1,
+    x1) in output pixels (zeros: nothing is erased), erase_key int64 `[B]`: key of the noise that fills it.
+    """
 
     box: NDArray[np.int32]
     flip: NDArray[np.bool_]
+    ops: Ops
+    erase_box: NDArray[np.int32]
+    erase_key: NDArray[np.int64]
+    resize: NDArray[np.int32] | None = None
+    start: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Mixing of B samples, consecutive groups of `group_size`.
+    """Mixing of B samples, consecutive groups of `group_size`, sample i of a group with its sample group_size - 1 - i.
 
     The mixed image is `pixel_lam * x[i] + (1 - pixel_lam) * x[partner[i]]`, and the partner's pixels inside `box`; its
     target is `lam * onehot(y[i]) + (1 - lam) * onehot(y[partner[i]])`.
@@ -68,10 +96,33 @@ def samples(
 ) -> Plan:
     """Plan of B samples, all arguments after `epoch` int `[B]`; row i depends on (seed, epoch, sample[i], copy[i]) and
     the size of its image alone."""
-    crop = _per_copy(rng.key(seed, "crop", epoch), sample, copy, _ATTEMPTS * 4)
-    flip = _per_copy(rng.key(seed, "flip", epoch), sample, copy, 1)
-    box = crop_boxes(crop.reshape(-1, _ATTEMPTS, 4), width, height, augment.crop_scale, augment.crop_ratio)
-    return Plan(box, flip[:, 0] < augment.flip)
+    sample, copy = np.asarray(sample), np.asarray(copy)
+
+    def words(purpose: str, count: int) -> NDArray[np.uint32]:
+        return _bits(rng.key(seed, purpose, epoch), sample, copy, count)
+
+    resize = start = None
+    if augment.crop == "simple":
+        box, resize, start = simple_crops(words("simple_crop", 2) * _UNIT, width, height, augment.size)
+    else:
+        attempts = words("crop", _ATTEMPTS * 4).reshape(-1, _ATTEMPTS, 4) * _UNIT
+        box = crop_boxes(attempts, width, height, augment.crop_scale, augment.crop_ratio)
+    policy = augment.policy
+    ops = policy.draw(words("policy", policy.uniforms) * _UNIT, words("color_jitter", policy.jitter_uniforms) * _UNIT)
+    erase = words("erase", 4)
+    erased = erase[:, 0] * _UNIT < augment.erase
+    attempts = _bits(rng.key(seed, "erase_box", epoch), sample[erased], copy[erased], _ATTEMPTS * 4) * _UNIT
+    erase_box = np.zeros((len(sample), 4), np.int32)
+    erase_box[erased] = erase_boxes(attempts.reshape(-1, _ATTEMPTS, 4), augment.size)
+    return Plan(
+        box=box,
+        flip=words("flip", 1)[:, 0] * _UNIT < augment.flip,
+        ops=ops,
+        erase_box=erase_box,
+        erase_key=np.ascontiguousarray(erase[:, 2:]).view(np.int64)[:, 0],
+        resize=resize,
+        start=start,
+    )
 
 
 def crop_boxes(
@@ -87,10 +138,7 @@ def crop_boxes(
     first that fits is placed uniformly. If none fits, the largest central crop whose aspect ratio lies within `ratio`.
     """
     width, height = np.asarray(width, np.float64), np.asarray(height, np.float64)
-    area = (width * height)[:, None] * (scale[0] + uniforms[..., 0] * (scale[1] - scale[0]))
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = np.exp(low + uniforms[..., 1] * (high - low))
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    w, h = _sides(uniforms, (width * height)[:, None], scale, ratio)
     fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
     rows, first = np.arange(len(uniforms)), fits.argmax(1)
     w, h, u = w[rows, first], h[rows, first], uniforms[rows, first]
@@ -105,15 +153,50 @@ def crop_boxes(
     return np.stack((y, x, h, w), axis=1).astype(np.int32)
 
 
+def simple_crops(
+    uniforms: NDArray[np.float64], width: ArrayLike, height: ArrayLike, size: tuple[int, int]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """DeiT III's simple random crop: uniforms `[B, 2]` to (box, resize, start) as in `Plan`.
+
+    torchvision's Resize(size) and RandomCrop(size, padding=4, padding_mode="reflect"): every window within the padded
+    image is equally likely.
+    """
+    resize, _ = eval_window(width, height, size, 1.0)
+    box = np.zeros((len(resize), 4), np.int32)
+    box[:, 2], box[:, 3] = height, width
+    start = np.floor(uniforms * (resize + 2 * PAD - np.asarray(size) + 1)) - PAD
+    return box, resize.astype(np.int32), start.astype(np.int32)
+
+
+def erase_boxes(uniforms: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.int32]:
+    """The rectangle of timm's RandomErasing (Zhong et al., 2017) in an output of `size`: uniforms `[B, attempts, 4]` to
+    boxes int32 `[B, 4]` (y0, x0, y1, x1).
+
+    An attempt draws area uniformly in 1/50 to 1/3 of the image and height/width log-uniformly in 0.3 to 1/0.3; the
+    first that is smaller than the image on both sides is placed uniformly. If none is, the box is zeros.
+    """
+    height, width = size
+    h, w = _sides(uniforms, height * width, _ERASE_AREA, _ERASE_ASPECT)
+    fits = (h < height) & (w < width)
+    rows, first = np.arange(len(uniforms)), fits.argmax(1)
+    h, w, u = h[rows, first], w[rows, first], uniforms[rows, first]
+    y, x = np.floor(u[:, 2] * (height - h + 1)), np.floor(u[:, 3] * (width - w + 1))
+    return (np.stack((y, x, y + h, x + w), axis=1) * fits.any(1)[:, None]).astype(np.int32)
+
+
 def mix(augment: Augment, seed: int, step: int, groups: slice) -> Mix:
-    """Mixing of the global batch's groups `groups.start ... groups.stop` at `step`, one draw a group.
+    """Mixing of the global batch's groups `groups.start ... groups.stop` at `step`, one draw for each group, pair or
+    element (`augment.mix_mode`).
 
     lambda is the inverse CDF of Beta(alpha, alpha) at one uniform. The cut box has side ratio sqrt(1 - lambda) and a
     uniform centre, is clipped to the image, and lambda of the target is corrected to the area left (Yun et al.,
     "CutMix", 2019, as in timm's Mixup).
     """
-    ids = np.arange(groups.start, groups.stop)
     size = augment.group_size
+    slot = np.arange(size)
+    of_slot = {"batch": slot * 0, "pair": np.minimum(slot, size - 1 - slot), "element": slot}[augment.mix_mode]
+    per_group = of_slot.max() + 1
+    ids = np.arange(groups.start * per_group, groups.stop * per_group)
     apply, switch, quantile, centre_y, centre_x = rng.uniform(rng.key(seed, "mix", step), ids, 5).T
     share = augment.mix_switch if augment.mixup and augment.cutmix else float(augment.cutmix > 0)
     cut = switch < share
@@ -124,12 +207,13 @@ def mix(augment: Augment, seed: int, step: int, groups: slice) -> Mix:
 
     box = _cut_boxes(lam, centre_y, centre_x, augment.size) * cut[:, None]
     left = 1 - (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / (augment.size[0] * augment.size[1])
-    pairs = np.arange(len(ids))[:, None] * size + np.arange(size)[::-1]
+    group = np.arange(groups.stop - groups.start)[:, None]
+    drawn = (group * per_group + of_slot).reshape(-1)
     return Mix(
-        partner=pairs.reshape(-1),
-        pixel_lam=np.repeat(np.where(cut, 1.0, lam), size).astype(np.float32),
-        box=np.repeat(box, size, axis=0).astype(np.int32),
-        lam=np.repeat(np.where(cut, left, lam), size).astype(np.float32),
+        partner=(group * size + slot[::-1]).reshape(-1),
+        pixel_lam=np.where(cut, 1.0, lam)[drawn].astype(np.float32),
+        box=box[drawn].astype(np.int32),
+        lam=np.where(cut, left, lam)[drawn].astype(np.float32),
     )
 
 
@@ -163,13 +247,26 @@ def eval_window(
     return resize, start
 
 
-def _per_copy(key: int, sample: ArrayLike, copy: ArrayLike, count: int) -> NDArray[np.float64]:
-    sample, copy = np.asarray(sample), np.asarray(copy)
-    out = np.empty((len(sample), count))
-    for stream in np.unique(copy):
+def _bits(key: int, sample: NDArray[np.int64], copy: NDArray[np.int64], count: int) -> NDArray[np.uint32]:
+    out = np.empty((len(sample), count), np.uint32)
+    for stream in np.unique(copy) if count else ():
         rows = copy == stream
-        out[rows] = rng.uniform(key, sample[rows], count, int(stream))
+        out[rows] = rng.bits(key, sample[rows], count, int(stream))
     return out
+
+
+def _sides(
+    uniforms: NDArray[np.float64],
+    area: ArrayLike,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Rounded sides, both `[B, attempts]`: their product is uniform in `scale` times `area`, the first over the second
+    log-uniform in `ratio`."""
+    area = area * (scale[0] + uniforms[..., 0] * (scale[1] - scale[0]))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    quotient = np.exp(low + uniforms[..., 1] * (high - low))
+    return np.rint(np.sqrt(area * quotient)), np.rint(np.sqrt(area / quotient))
 
 
 def _beta(alpha: float, quantile: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -56,6 +56,7 @@ class Batch:
     noise        float32 `[B, noise_per_sample]` uniforms in [0, 1), a function of the place in the global batch
     index        int64 `[B]`: the samples' numbers in the data set
     mean, std    normalisation of the student, in units of [0, 1]
+    erase        (boxes int32 `[B, 4]` like `box`, keys int64 `[B]`): what noise replaces, and its key; None is nothing
     """
 
     images: tuple[Tensor, ...]
@@ -69,13 +70,14 @@ class Batch:
     index: Tensor
     mean: Sequence[float]
     std: Sequence[float]
+    erase: tuple[Tensor, Tensor] | None = None
 
     @property
     def targets(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.y1, self.y2, self.lam
 
     def pixels(self, view: int = 0, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
-        """Normalised, mixed images `[B, 3, H, W]` in the autocast dtype (float32 without autocast)."""
+        """Normalised, erased and mixed images `[B, 3, H, W]` in the autocast dtype (float32 without autocast)."""
         images = self.images[view]
         return kernels.pixels(images, **self._rendering(images, mean, std))
 
@@ -92,6 +94,7 @@ class Batch:
             "partner": self.partner,
             "lam": self.pixel_lam,
             "box": self.box,
+            "erase": self.erase,
             "dtype": torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32,
         }
 

@@ -1,12 +1,18 @@
 import math
+import random
 
 import numpy as np
 import pytest
 import timm.data
+import torch
+from PIL import Image
 from scipy import stats
+from torchvision import transforms
 
 from fastdeit import rng
-from fastdeit.data import plan
+from fastdeit.data import plan, policy
+
+ALPHA = 1e-9  # some twenty comparisons: a false alarm below 1e-7, and the seeds are fixed
 
 
 def crop_by_hand(uniforms, width, height, scale, ratio):
@@ -26,6 +32,23 @@ def crop_by_hand(uniforms, width, height, scale, ratio):
     return [(height - h) // 2, (width - w) // 2, h, w]
 
 
+def erase_by_hand(uniforms, height, width):
+    """timm's RandomErasing for one image, in scalar arithmetic."""
+    for area_u, aspect_u, y_u, x_u in uniforms:
+        area = height * width * (0.02 + area_u * (1 / 3 - 0.02))
+        aspect = math.exp(math.log(0.3) + aspect_u * (math.log(1 / 0.3) - math.log(0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if w < width and h < height:
+            y, x = int(y_u * (height - h + 1)), int(x_u * (width - w + 1))
+            return [y, x, y + h, x + w]
+    return [0, 0, 0, 0]
+
+
+def views(n: int, **options) -> plan.Plan:
+    """Plans of n square images of 300 pixels."""
+    return plan.samples(plan.Augment(**options), 0, 0, np.arange(n), np.zeros(n, int), *np.full((2, n), 300))
+
+
 def mixes(groups: int, **options) -> plan.Mix:
     return plan.mix(plan.Augment(group_size=2, **options), 0, 0, slice(0, groups))
 
@@ -40,6 +63,138 @@ def test_pinned_values():
     assert mix.box[::4].tolist() == [[0, 0, 107, 108], [0, 0, 0, 0], [19, 175, 79, 224], [0, 0, 0, 0]]
     noise = plan.noise(1, 2, [0, 9], 2)
     np.testing.assert_allclose(noise, [[0.02994257, 0.31830388], [0.40043586, 0.49891317]], atol=1e-7)
+
+
+def test_pinned_values_of_the_deit_recipe():
+    augment = plan.Augment(policy=policy.parse("rand-m9-mstd0.5-inc1-p1"), erase=0.9)
+    view = plan.samples(augment, 1, 2, [0, 5, 5], [0, 0, 1], [500, 300, 300], [375, 400, 400])
+    assert view.box.tolist() == [[62, 62, 250, 216], [51, 25, 305, 264], [52, 11, 173, 174]]
+    assert view.flip.tolist() == [True, True, False]
+    assert view.ops.kind.tolist() == [[2, 8], [13, 13], [14, 5]]
+    values = [[0.0, 1.887336], [0.287881, -0.271612], [93.916245, 1.0]]
+    np.testing.assert_allclose(view.ops.value, values, atol=1e-6)
+    assert view.erase_box.tolist() == [[5, 6, 74, 224], [154, 31, 216, 143], [0, 0, 0, 0]]
+    assert view.erase_key.tolist() == [-1563867559137949817, -4601373734792287329, 3557153503048176286]
+
+
+def test_an_augmentation_changes_no_other():
+    bare = views(50)
+    full = views(50, policy=policy.parse("3a", color_jitter=0.3), erase=1.0, mix_mode="pair")
+    assert (full.box == bare.box).all()
+    assert (full.flip == bare.flip).all()
+    assert (full.erase_key == bare.erase_key).all()
+    assert (views(50, erase=1.0).erase_box == full.erase_box).all()
+    assert (views(50, policy=policy.parse("3a")).ops.value == full.ops.value[:, :1]).all()
+    assert (views(50, policy=policy.parse("none", color_jitter=0.3)).ops.value == full.ops.value[:, 1:]).all()
+    assert (views(50, erase=0.3).erase_box == full.erase_box).all(axis=1).mean() == pytest.approx(0.3, abs=0.2)
+
+
+def test_every_augmentation_has_a_key_purpose_of_its_own(monkeypatch):
+    purposes, key = [], rng.key
+    monkeypatch.setattr(rng, "key", lambda seed, purpose, *ids: purposes.append(purpose) or key(seed, purpose, *ids))
+    views(3)
+    views(3, crop="simple", policy=policy.parse("three_augment"), erase=0.5)
+    common = ["color_jitter", "erase", "erase_box", "flip", "policy"]
+    assert sorted(purposes) == sorted([*common, *common, "crop", "simple_crop"])
+
+
+def test_off_by_default():
+    view = views(20)
+    assert view.ops.kind.shape == view.ops.value.shape == (20, 0)
+    assert not view.erase_box.any()
+    assert view.resize is view.start is None
+
+
+def test_erase_boxes_equal_scalar_arithmetic():
+    uniforms = np.random.default_rng(2).random((300, 10, 4))
+    for size in ((224, 224), (96, 160), (160, 96), (3, 200)):
+        boxes = plan.erase_boxes(uniforms, size)
+        assert boxes.dtype == np.int32
+        assert boxes.tolist() == [erase_by_hand(u, *size) for u in uniforms]
+    assert not plan.erase_boxes(uniforms, (2, 200)).any()  # every rectangle is 2 pixels high or more: none fits
+
+
+def test_erasing_is_distributed_as_timms():
+    class Canvas:
+        box = (0, 0, 0, 0)
+
+        def __setitem__(self, where, _):
+            _, y, x = where
+            self.box = (y.start, x.start, y.stop, x.stop)
+
+    n, height, width = 20_000, 96, 160
+    ours = views(n, size=(height, width), erase=0.25).erase_box
+    random.seed(3)
+    eraser = timm.data.random_erasing.RandomErasing(0.25, device="cpu")
+    canvases = [Canvas() for _ in range(n)]
+    for canvas in canvases:
+        eraser._erase(canvas, 3, height, width, torch.float32)
+    theirs = np.array([canvas.box for canvas in canvases])
+    hit = [boxes[:, 2] > 0 for boxes in (ours, theirs)]
+    assert stats.chi2_contingency([np.bincount(h, minlength=2) for h in hit]).pvalue > ALPHA
+    for measure in (*range(4), area, aspect):
+        values = [
+            boxes[h][:, measure] if isinstance(measure, int) else measure(boxes[h])
+            for boxes, h in zip((ours, theirs), hit, strict=True)
+        ]
+        assert stats.ks_2samp(*values).pvalue > ALPHA, measure
+
+
+def area(boxes):
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def aspect(boxes):
+    return (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
+
+
+def test_erase_keys_are_unrelated_64_bit_numbers():
+    view = views(4000, erase=0.3)
+    keys = view.erase_key[view.erase_box.any(axis=1)]
+    assert keys.dtype == np.int64
+    bits = (keys[:, None] >> np.arange(64)) & 1
+    assert abs(bits.mean(0) - 0.5).max() < 6 * 0.5 / math.sqrt(len(keys))
+    assert len(np.unique(view.erase_key)) == 4000
+    other = plan.samples(plan.Augment(), 0, 1, np.arange(4000), np.zeros(4000, int), *np.full((2, 4000), 300)).erase_key
+    assert not np.isin(other, view.erase_key).any()
+
+
+def test_simple_crop_is_torchvisions():
+    sizes = [(500, 375), (375, 500), (300, 300), (225, 1000), (1, 7)]
+    for width, height in sizes:
+        resized = transforms.Resize(64)(Image.new("L", (width, height)))
+        box, resize, start = plan.simple_crops(np.array([[0.0, 1 - 2.0**-32]]), width, height, (64, 64))
+        assert resize.tolist() == [[resized.height, resized.width]]
+        assert box.tolist() == [[0, 0, height, width]]
+        assert start.tolist() == [[-4, resized.width - 64 + 4]]
+        assert {array.dtype for array in (box, resize, start)} == {np.dtype(np.int32)}
+    n = 20_000
+    augment = plan.Augment(size=(64, 64), crop="simple")
+    view = plan.samples(augment, 0, 0, np.arange(n), np.zeros(n, int), np.full(n, 140), np.full(n, 128))
+    torch.manual_seed(0)
+    padded = torch.zeros(1, *(view.resize[0] + 2 * plan.PAD))
+    theirs = np.array([transforms.RandomCrop.get_params(padded, (64, 64))[:2] for _ in range(n)]) - plan.PAD
+    for axis in (0, 1):
+        table = [np.bincount(starts[:, axis] + plan.PAD, minlength=15) for starts in (view.start, theirs)]
+        table = np.array(table)
+        assert stats.chi2_contingency(table[:, table.sum(0) > 0]).pvalue > ALPHA
+    assert abs(np.corrcoef(view.start.T)[0, 1]) < 6 / math.sqrt(n)
+    assert (view.flip == views(n).flip).all()
+
+
+def test_a_view_of_every_policy_depends_on_its_own_ids_alone():
+    augment = plan.Augment(crop="simple", policy=policy.parse("three_augment"), erase=0.6)
+    sample, copy, width, height = np.arange(50), np.arange(50) % 3, np.arange(50) + 40, np.arange(50) + 60
+    whole = plan.samples(augment, 9, 4, sample, copy, width, height)
+    rows = np.array([31, 2, 17])
+    part = plan.samples(augment, 9, 4, sample[rows], copy[rows], width[rows], height[rows])
+    for name in ("box", "flip", "erase_box", "erase_key", "resize", "start"):
+        assert (getattr(part, name) == getattr(whole, name)[rows]).all(), name
+    assert (part.ops.kind == whole.ops.kind[rows]).all()
+    assert (part.ops.value == whole.ops.value[rows]).all()
+    other = plan.samples(augment, 9, 4, sample, copy + 1, width, height)
+    assert (other.ops.value != whole.ops.value).any(axis=1).all()
+    assert (other.erase_key != whole.erase_key).all()
 
 
 def test_crop_equals_scalar_arithmetic_with_the_fallback():
@@ -100,6 +255,44 @@ def test_a_group_is_mixed_alike_wherever_it_is_asked_for():
     part = plan.mix(plan.Augment(group_size=2), 0, 3, slice(5, 7))
     assert (part.lam == whole.lam[10:14]).all()
     assert (part.box == whole.box[10:14]).all()
+
+
+def test_two_partners_share_a_draw_in_mode_pair():
+    mix = plan.mix(plan.Augment(group_size=6, mix_mode="pair"), 0, 3, slice(6, 40))
+    assert (mix.partner.reshape(-1, 6) == np.arange(5, -1, -1) + np.arange(0, 34 * 6, 6)[:, None]).all()
+    for array in (mix.lam, mix.pixel_lam, mix.box):
+        assert (array == array[mix.partner]).all()
+    assert len(np.unique(mix.lam)) > 0.9 * 34 * 3
+
+
+def test_every_sample_has_its_draw_in_mode_element():
+    mix = plan.mix(plan.Augment(group_size=6, mix_mode="element"), 0, 3, slice(6, 40))
+    assert (mix.partner.reshape(-1, 6) == np.arange(5, -1, -1) + np.arange(0, 34 * 6, 6)[:, None]).all()
+    assert len(np.unique(mix.lam)) > 0.9 * 34 * 6
+
+
+@pytest.mark.parametrize("mode", ["pair", "element"])
+def test_other_modes_are_the_same_wherever_they_are_asked_for(mode):
+    augment = plan.Augment(group_size=4, mix_mode=mode)
+    whole, part = plan.mix(augment, 0, 3, slice(0, 8)), plan.mix(augment, 0, 3, slice(5, 7))
+    assert (part.lam == whole.lam[20:28]).all()
+    assert (part.box == whole.box[20:28]).all()
+    assert (part.partner == whole.partner[20:28] - 20).all()
+
+
+def test_element_mode_is_distributed_as_timms():
+    n = 20_000
+    mix = plan.mix(
+        plan.Augment(group_size=4, mix_mode="element", mix_probability=0.9, mix_switch=0.4), 0, 0, slice(0, n // 4)
+    )
+    np.random.seed(0)
+    lam, cutmix = timm.data.Mixup(0.8, 1.0, prob=0.9, switch_prob=0.4, mode="elem", num_classes=10)._params_per_elem(n)
+    kinds = np.where(lam == 1, 0, np.where(cutmix, 2, 1))
+    ours = np.where(mix.lam == 1, 0, np.where(mix.pixel_lam == 1, 2, 1))
+    assert stats.chi2_contingency([np.bincount(k, minlength=3) for k in (ours, kinds)]).pvalue > ALPHA
+    assert stats.ks_2samp(mix.lam[ours == 1], lam[kinds == 1]).pvalue > ALPHA
+    corrected = [timm.data.mixup.cutmix_bbox_and_lam((3, 224, 224), value)[1] for value in lam[kinds == 2]]
+    assert stats.ks_2samp(mix.lam[ours == 2], corrected).pvalue > ALPHA
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 3.0])

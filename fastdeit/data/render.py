@@ -1,0 +1,84 @@
+"""From decoded regions to a batch, as the CPU executes the plan: resize, window, flip, pixel operations.
+
+A thread takes one sample through all stages while it is in the cache. The resize is the torch operator behind
+`interpolate` for uint8: Pillow's method in 16-bit fixed point, a few levels apart at most, at a seventh of its time.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastdeit.data import pixel_ops
+from fastdeit.data.policy import Ops
+
+Pixels = NDArray[np.uint8]
+
+
+class RenderError(RuntimeError):
+    """One sample cannot be rendered; the message is the reason, without the path."""
+
+
+class Steps(Protocol):
+    """What is to be done to B regions; see `dali.Work`."""
+
+    box: NDArray[np.int32]
+    flip: NDArray[np.bool_]
+    ops: Ops | None
+    resize: NDArray[np.int32] | None
+    start: NDArray[np.int32] | None
+
+
+class Renderer:
+    """Renders to `size` (height, width) in `threads` threads, until `close`."""
+
+    def __init__(self, size: tuple[int, int], threads: int) -> None:
+        self._size, self._threads = size, threads
+        self._pool = ThreadPoolExecutor(threads, "fastdeit-render")
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def batch(self, regions: Sequence[Pixels], steps: Steps) -> torch.Tensor:
+        """uint8 `[B, H, W, 3]` in memory of its own; RenderError if a sample fails."""
+        out = np.empty((len(regions), *self._size, 3), np.uint8)
+        rows = iter(range(len(regions)))  # shared: a thread that is free takes the next row
+
+        def run(_: int) -> None:
+            for row in rows:
+                try:
+                    out[row] = self._image(regions[row], steps, row)
+                except Exception as error:
+                    raise RenderError(f"it cannot be augmented ({type(error).__name__}: {error})") from error
+
+        for _ in self._pool.map(run, range(self._threads)):
+            pass
+        return torch.from_numpy(out)
+
+    def _image(self, region: Pixels, steps: Steps, row: int) -> Pixels:
+        if steps.resize is None:
+            image = resized(region, self._size)
+        else:
+            image = window(resized(region, steps.resize[row].tolist()), steps.start[row], self._size)
+        if steps.flip[row]:
+            image = torch.from_numpy(image).flip(1).numpy()  # numpy reverses pixel by pixel, 15 times slower
+        return image if steps.ops is None else pixel_ops.apply(image, steps.ops.kind[row], steps.ops.value[row])
+
+
+def resized(image: Pixels, size: Sequence[int]) -> Pixels:
+    """uint8 `[h, w, 3]` to `[H, W, 3]`, `size` = (H, W): bicubic (coefficient -1/2), with antialiasing."""
+    channels_last = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    out = torch.ops.aten._upsample_bicubic2d_aa(channels_last, list(size), False)
+    return out.permute(0, 2, 3, 1)[0].numpy()
+
+
+def window(image: Pixels, start: NDArray[np.int32], size: tuple[int, int]) -> Pixels:
+    """`size` (height, width) pixels from `start` (y, x), reflected where they lie outside, the edge not repeated."""
+    for axis in (0, 1):
+        last = image.shape[axis] - 1
+        index = np.abs(start[axis] + np.arange(size[axis]))
+        image = image.take(last - np.abs(last - index), axis=axis)
+    return image

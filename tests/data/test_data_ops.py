@@ -1,0 +1,216 @@
+"""Pixel operations: each against Pillow and timm on a grid of magnitudes, and all of them in random plans."""
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import parity
+import pytest
+
+from fastdeit.data import dali, order, pixel_ops, plan, policy
+from fastdeit.data.dali import Executor, Work
+from fastdeit.data.loader import TrainLoader
+from fastdeit.data.policy import KINDS, Ops
+from fastdeit.data.source import FolderSource
+
+SIZE = (40, 48)
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return parity.photographs()
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return parity.on_cpu()
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return parity.in_graph()
+
+
+def test_every_operation_is_covered():
+    assert set(parity.BOUNDS) == set(KINDS[1:])
+    assert [name for name, run in zip(KINDS, pixel_ops._BY_KIND, strict=True) if run is None] == ["none"]
+
+
+@pytest.mark.parametrize("name", KINDS[1:])
+def test_operation_on_the_cpu(cpu, photos, name):
+    largest, mean = parity.BOUNDS[name][0]
+    found = parity.apart(cpu, photos, name)
+    assert found[0] <= largest
+    assert found[1] <= mean
+
+
+@pytest.mark.parametrize("name", KINDS[1:])
+def test_operation_in_the_graph(graph, photos, name):
+    largest, mean = parity.BOUNDS[name][1]
+    found = parity.apart(graph, photos, name)
+    assert found[0] <= largest
+    assert found[1] <= mean
+
+
+def test_what_geometry_uncovers_is_filled(photos, cpu):
+    moved = cpu(parity.work(photos, KINDS.index("translate_y"), 20.0))
+    assert (moved[:, -20:] == plan.FILL).all()
+    assert (moved[:6, -21] != plan.FILL).any(-1).mean() > 0.9
+
+
+def test_an_image_without_operations_is_returned_itself():
+    image = np.zeros((4, 4, 3), np.uint8)
+    nothing = np.zeros(2, np.uint8), np.zeros(2, np.float32)
+    assert pixel_ops.apply(image, *nothing) is image
+
+
+def test_operations_do_not_write_to_their_input(photos):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    image.flags.writeable = False
+    before = image.copy()
+    for kind in range(1, len(KINDS)):
+        pixel_ops.apply(image, np.array([kind]), np.array([1.0], np.float32))
+    assert np.array_equal(image, before)
+
+
+def all_kinds(count: int, layers: int = 3) -> Ops:
+    """Every kind in every layer, with magnitudes from the grid."""
+    rng = np.random.default_rng(1)
+    kind = rng.integers(0, len(KINDS), (count, layers))
+    value = [[rng.choice(parity.GRID.get(KINDS[index], [0])) for index in row] for row in kind.tolist()]
+    return Ops(kind.astype(np.uint8), np.array(value, np.float32))
+
+
+RECIPE = plan.Augment(size=SIZE, policy=policy.parse("rand-m9-mstd0.5-inc1", SIZE))
+THREE = plan.Augment(size=SIZE, crop="simple", policy=policy.parse("three_augment", SIZE, color_jitter=0.3))
+
+
+@pytest.mark.parametrize("augment", [RECIPE, THREE], ids=["rand_augment", "three_augment"])
+def test_whole_plan_on_the_cpu(varied, augment):
+    run = parity.on_cpu(SIZE)
+    works = [parity.planned(varied[:128], augment, epoch) for epoch in range(2)]
+    per_image = np.concatenate([parity.difference(run, varied[:128], work) for work in works]).mean((1, 2, 3))
+    assert per_image.mean() < 0.12  # one level of the resize, multiplied by equalize and posterize
+    assert np.median(per_image) < 0.02
+
+
+@pytest.mark.parametrize("augment", [RECIPE, THREE], ids=["rand_augment", "three_augment"])
+def test_whole_plan_in_the_graph(varied, augment):
+    work = parity.planned(varied[:64], augment)
+    run = parity.in_graph(SIZE, work.layers, windowed=augment.crop == "simple")
+    apart = parity.difference(run, varied[:64], work)[:, 4:-4, 4:-4]  # a region sees the pixels around it
+    assert apart.mean() < 2.0
+    assert np.median(apart.mean((1, 2, 3))) < 0.6
+
+
+def test_window_reflects_without_repeating_the_edge(varied):
+    work = parity.planned(varied[:3], plan.Augment(size=SIZE, crop="simple"))
+    edges = np.array([[-4, -4], [-1, 0], [3, -2]], np.int32)
+    work = replace(work, resize=np.tile(np.array([[50, 52]], np.int32), (3, 1)), start=edges)
+    for run in (parity.on_cpu(SIZE), parity.in_graph(SIZE, work.layers, windowed=True)):
+        apart = parity.difference(run, varied[:3], work)
+        assert apart.max() <= 8
+        assert apart.mean() < 0.5
+
+
+@pytest.fixture(scope="module")
+def everything(varied):
+    """544 samples, 4 of each image, with 3 operations of every kind."""
+    work = parity.planned(varied * 4, plan.Augment(size=SIZE))
+    return replace(work, ops=all_kinds(len(work.encoded)))
+
+
+def stream(work: Work, batch_size: int, threads: int, start: int = 0) -> np.ndarray:
+    executor = Executor(SIZE, batch_size, threads=threads, device="cpu", repair=None)
+    count = len(work.encoded)
+    parts = (work.take(range(first, min(first + batch_size, count))) for first in range(start, count, batch_size))
+    return np.concatenate([images.numpy() for _, images in executor.run(parts)])
+
+
+@pytest.mark.parametrize(("batch_size", "threads", "start"), [(64, 1, 0), (17, 3, 0), (1, 1, 500), (48, 2, 200)])
+def test_pixels_do_not_depend_on_batches_threads_or_start(everything, batch_size, threads, start):
+    reference = stream(everything, 128, 2)
+    assert len(np.unique(everything.ops.kind)) == len(KINDS)
+    assert np.array_equal(stream(everything, batch_size, threads, start), reference[start:])
+
+
+def test_order_does_not_matter(everything):
+    shuffled = np.random.default_rng(2).permutation(len(everything.encoded))
+    assert np.array_equal(stream(everything.take(shuffled), 64, 2), stream(everything, 64, 2)[shuffled])
+
+
+def test_stream_of_the_recipe_is_the_same_from_files_and_memory_and_for_two_ranks(tmp_path, varied, memory):
+    for i, data in enumerate(varied):
+        (tmp_path / f"{i % 2}").mkdir(exist_ok=True)
+        (tmp_path / f"{i % 2}" / f"{i:03d}.jpg").write_bytes(data)
+    files = FolderSource(tmp_path)
+    stored = memory([files.read(i).tobytes() for i in range(len(files))])
+    options = {"seed": 5, "batch_size": 32, "threads": 1}
+    augment = replace(RECIPE, group_size=8)
+    whole = [samples.images for (samples,) in TrainLoader(files, augment, **options).batches(0, 4)]
+    ranks = [TrainLoader(stored, augment, **options, rank=rank, world=2).batches(2, 4) for rank in range(2)]
+    for step, ((first,), (second,)) in enumerate(zip(*ranks, strict=True), start=2):
+        assert np.array_equal(whole[step], np.concatenate((first.images, second.images)))
+
+
+def test_a_sample_that_cannot_be_augmented_is_named(varied, memory, monkeypatch):
+    """An error after the decoder counts as a bad sample, and the others of its batch keep their pixels."""
+    source = memory(varied[:32])
+    augment = plan.Augment(size=SIZE, group_size=8, flip=0.0)
+    options = {"seed": 0, "batch_size": 8, "threads": 2, "max_bad_fraction": 0.1}
+    sound = [samples for (samples,) in TrainLoader(source, augment, **options).batches(0, 4)]
+    victim = parity.planned([varied[int(sound[1].index[3])]], augment).encoded[0]
+    real = dali.Renderer.batch
+
+    def failing(self, regions, work):
+        if any(np.array_equal(data, victim) for data in work.encoded):
+            raise dali.RenderError("it cannot be augmented (ValueError: no)")
+        return real(self, regions, work)
+
+    monkeypatch.setattr(dali.Renderer, "batch", failing)
+    reports = []
+    loader = TrainLoader(source, augment, **options, on_bad=lambda *report: reports.append(report))
+    got = [samples for (samples,) in loader.batches(0, 4)]
+    index = int(sound[1].index[3])
+    assert reports == [(f"memory:{index}", "it cannot be augmented (ValueError: no)")]
+    for before, after in zip(sound, got, strict=True):
+        kept = before.index != index
+        assert np.array_equal(before.images[kept], after.images[kept])
+    assert int(got[1].index[3]) == order.substitute(0, 0, index, 0, 32)
+
+
+def test_an_error_of_an_operation_says_which(photos):
+    broken = parity.work(photos[:1], KINDS.index("posterize"), float("nan"))
+    executor = Executor(parity.SIZE, 1, threads=1, device="cpu", repair=lambda work, failures: repaired(failures))
+
+    def repaired(failures):
+        raise LookupError(failures[0])
+
+    executor.submit(broken)
+    with pytest.raises(LookupError, match=r"^it cannot be augmented \(ValueError: cannot convert float NaN"):
+        executor.collect()
+
+
+def test_memory_does_not_grow(everything):
+    executor = Executor(SIZE, 8, threads=2, device="cpu", repair=None)
+
+    def resident() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def batches(count):
+        for _ in executor_run(executor, (everything.take(range(i % 60 * 8, i % 60 * 8 + 8)) for i in range(count))):
+            pass
+
+    def executor_run(executor, works):
+        for work in works:
+            executor.submit(work)
+            yield executor.collect()
+
+    batches(120)
+    before = resident()
+    batches(240)
+    assert resident() - before < 240 * 8 * SIZE[0] * SIZE[1] * 3 / 2  # half of what the images alone take
+    executor.close()
