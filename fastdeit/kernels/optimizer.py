@@ -1,222 +1,11 @@
-"""One update of many tensors: AdamW and LAMB with unscaling, skipping, EMA and 16-bit copies; and the global norm.
-
-With g = grad_scale * grad, t = step + 1, c_i = 1 - beta_i**t:
-
-    m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g**2
-
-    AdamW (Loshchilov & Hutter, ICLR 2019)
-        p = (1 - lr weight_decay) p - lr (m / c1) / (sqrt(v / c2) + eps)
-
-    LAMB (You et al., ICLR 2020) as in NVIDIA apex's FusedLAMB, on g / max(1, |g| / max_grad_norm), |g| over all tensors
-        u = (m / c1) / (sqrt(v / c2) + eps) + weight_decay p
-        p = p - lr r u,  r = |p| / |u| where weight_decay != 0 and neither norm is 0, else 1
-
-    ema = ema_decay ema + (1 - ema_decay) p        copy = p in the copy's dtype
-
-When found_inf is nonzero nothing changes, step included. On a GPU that is decided there, by selecting between old and
-new values; multiplying by zero would let NaN through. Bytes moved at best per float32 parameter: AdamW reads 16 and
-writes 12, EMA adds 4 and 4, a copy 2; LAMB needs the norm of u first and so reads everything twice.
-"""
+"""The public functions of optimizers: updates of many tensors in place, and the global norm."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastdeit.kernels import _op
-
-
-def reference_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """2-norm of all elements of all tensors as a float32 scalar."""
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    norms = torch._foreach_norm(tensors, 2, dtype=torch.float64 if double else torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms)).float()
-
-
-def _host_may_look(flag: Tensor) -> bool:
-    """Whether reading `flag` stalls no device."""
-    return flag.device.type == "cpu"
-
-
-def _skip(found_inf: Tensor | None) -> Tensor | bool:
-    """Whether to change nothing: True or False where that can be known at once, else a bool tensor on the device."""
-    if found_inf is None:
-        return False
-    return bool(found_inf) if _host_may_look(found_inf) else found_inf != 0
-
-
-def _write(skip: Tensor | bool, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-    """old <- new where not skipped. `torch.where` keeps the old bits and, unlike a product, ignores NaN in new."""
-    if skip is not False:
-        new = [torch.where(skip, before, after.to(before.dtype)) for before, after in zip(old, new, strict=True)]
-    torch._foreach_copy_(old, new)
-
-
-def _gradients(params: Sequence[Tensor], grads: Sequence[Tensor], scale: Tensor | None) -> list[Tensor]:
-    """`scale * grads` in the dtype and layout of the parameters; the gradients themselves stay as they are."""
-    grads = [
-        g if g.dtype == p.dtype and g.stride() == p.stride() else torch.empty_like(p).copy_(g)
-        for p, g in zip(params, grads, strict=True)
-    ]
-    return grads if scale is None else torch._foreach_mul(grads, scale.to(grads[0].dtype))
-
-
-def _follow(
-    params: Sequence[Tensor],
-    skip: Tensor | bool,
-    ema: Sequence[Tensor],
-    ema_decay: float,
-    copies: Sequence[Tensor],
-) -> None:
-    if ema and skip is False:
-        torch._foreach_lerp_(ema, params, 1 - ema_decay)
-    elif ema:
-        _write(skip, ema, torch._foreach_lerp(ema, params, 1 - ema_decay))
-    if copies:
-        _write(skip, copies, params)
-
-
-def _corrections(now: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
-    now = now.double()
-    return 1 - beta1**now, 1 - beta2**now
-
-
-def reference_adamw(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    ema: Sequence[Tensor],
-    ema_decay: float,
-    copies: Sequence[Tensor],
-) -> None:
-    """AdamW as in the module's formula, tensor by tensor, in place."""
-    skip = _skip(found_inf)
-    if skip is True:
-        return
-    correction1, correction2 = _corrections(step + 1, beta1, beta2)
-    rate, root, decay = lr / correction1, torch.sqrt(correction2), 1 - lr.double() * weight_decay
-    for p, g, m, v in zip(params, _gradients(params, grads, grad_scale), exp_avgs, exp_avg_sqs, strict=True):
-        new_m = torch.lerp(m, g, 1 - beta1)
-        new_v = (beta2 * v).addcmul_(g, g, value=1 - beta2)
-        update = new_m / (new_v.sqrt().div_(root).add_(eps))
-        new_p = (p * decay).sub_(update.mul_(rate))
-        _write(skip, (p, m, v), (new_p, new_m, new_v))
-    _write(skip, [step], [step + 1])
-    _follow(params, skip, ema, ema_decay, copies)
-
-
-def aten_adamw(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    ema: Sequence[Tensor],
-    ema_decay: float,
-    copies: Sequence[Tensor],
-) -> None:
-    """The same by the kernel of `torch.optim.AdamW(fused=True)`: one pass over the tensors, which skips by itself."""
-    skip = _skip(found_inf)
-    if skip is True:
-        return
-    torch._fused_adamw_(
-        params,
-        # Scaled out of place: the kernel's own grad_scale divides, and overwrites the gradients.
-        _gradients(params, grads, grad_scale),
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        [step + 1] * len(params),
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-        found_inf=None if skip is False else skip.float(),
-    )
-    _write(skip, [step], [step + 1])
-    _follow(params, skip, ema, ema_decay, copies)
-
-
-def reference_lamb(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    max_grad_norm: float,
-    grad_norm: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    ema: Sequence[Tensor],
-    ema_decay: float,
-    copies: Sequence[Tensor],
-) -> None:
-    """LAMB as in the module's formula, in place."""
-    skip = _skip(found_inf)
-    if skip is True:
-        return
-    norm = reference_norm(grads) if grad_norm is None else grad_norm
-    scale = torch.ones_like(norm) if grad_scale is None else grad_scale
-    scale = scale / (norm * scale / max_grad_norm).clamp(min=1)
-    grads = _gradients(params, grads, scale)
-    correction1, correction2 = _corrections(step + 1, beta1, beta2)
-    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        new_m = torch.lerp(m, g, 1 - beta1)
-        new_v = (beta2 * v).addcmul_(g, g, value=1 - beta2)
-        update = new_m / (new_v / correction2).sqrt_().add_(eps)
-        update.div_(correction1).add_(p, alpha=weight_decay)
-        rate = lr if weight_decay == 0 else lr * _trust_ratio(p, update)
-        _write(skip, (p, m, v), (p - update.mul_(rate), new_m, new_v))
-    _write(skip, [step], [step + 1])
-    _follow(params, skip, ema, ema_decay, copies)
-
-
-def _trust_ratio(p: Tensor, update: Tensor) -> Tensor:
-    length, step = torch.linalg.vector_norm(p), torch.linalg.vector_norm(update)
-    return torch.where((length > 0) & (step > 0), length / step, 1.0)
-
-
-def _aten_capability(device: torch.device, forced: bool) -> tuple[bool, str]:
-    if device.type in ("cpu", "cuda"):
-        return True, "the kernel of torch.optim.AdamW(fused=True)"
-    return False, f"torch's fused AdamW is used on CPU and CUDA only, not on {device.type}"
-
-
-_MUTATED = "params", "exp_avgs", "exp_avg_sqs", "step", "ema", "copies"
-NORM = _op.Op("global_norm", reference_norm)
-ADAMW = _op.Op(
-    "fused_adamw", reference_adamw, others=[_op.Backend("aten", _aten_capability, aten_adamw)], mutates=_MUTATED
-)
-LAMB = _op.Op("fused_lamb", reference_lamb, mutates=_MUTATED)
-
-
-@NORM.registered.register_fake
-def _(tensors):
-    return tensors[0].new_empty((), dtype=torch.float32)
+from fastdeit.kernels import _op, adamw, lamb, norm
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -224,7 +13,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         raise ValueError("tensors is empty: the norm needs at least one tensor to know its device")
     with torch.no_grad():
-        return NORM(list(tensors))
+        return norm.OP(list(tensors))
 
 
 def fused_adamw(
@@ -250,7 +39,8 @@ def fused_adamw(
     grads                  their gradients, of any floating dtype; not changed
     exp_avgs, exp_avg_sqs  first and second moments, in the parameters' shape and dtype
     step                   float32 scalar tensor: updates so far; incremented
-    lr                     float, or float32 scalar tensor
+    lr                     float, or float32 scalar tensor. A CUDA graph repeats the float it was captured with, and
+                           reads a tensor on the device again
     grad_scale             float32 scalar tensor that multiplies the gradients (unscaling, clipping); None is 1
     found_inf              bool or float scalar tensor: nonzero leaves every argument bit for bit as it is; None is 0
     ema, ema_decay         averages like params: ema = ema_decay * ema + (1 - ema_decay) * param, after the update
@@ -261,7 +51,7 @@ def fused_adamw(
     *updated, ema, copies = _lists(params, grads, exp_avgs, exp_avg_sqs, ema, copies)
     lr = _scalars(params, step, lr, grad_scale, found_inf, betas, ema_decay)
     with torch.no_grad():
-        ADAMW(*updated, step, lr, *betas, eps, weight_decay, grad_scale, found_inf, ema, ema_decay, copies)
+        adamw.OP(*updated, step, lr, *betas, eps, weight_decay, grad_scale, found_inf, ema, ema_decay, copies)
 
 
 def fused_lamb(
@@ -298,7 +88,7 @@ def fused_lamb(
     lr = _scalars(params, step, lr, grad_scale, found_inf, betas, ema_decay)
     numbers = *betas, eps, weight_decay, max_grad_norm, grad_norm, grad_scale
     with torch.no_grad():
-        LAMB(*updated, step, lr, *numbers, found_inf, ema, ema_decay, copies)
+        lamb.OP(*updated, step, lr, *numbers, found_inf, ema, ema_decay, copies)
 
 
 def _lists(

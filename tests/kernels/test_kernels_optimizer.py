@@ -6,15 +6,29 @@ import pytest
 import torch
 
 from fastdeit.kernels import fused_adamw, fused_lamb, global_norm, info
+from fastdeit.kernels._triton import INTERPRETED
 
 SHAPES = (7, 5), (5,), (3, 2, 4), (33, 65)
 NUMBERS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 UPDATES = {"fused_adamw": fused_adamw, "fused_lamb": fused_lamb}
 
 
-@pytest.fixture(params=["fused_adamw", "fused_adamw=reference", "fused_lamb"])
+def interpreted(*values):
+    """A parameter of tests that run Triton on the CPU."""
+    return pytest.param(*values, marks=pytest.mark.skipif(not INTERPRETED, reason="there is a card, no interpreter"))
+
+
+@pytest.fixture(
+    params=[
+        "fused_adamw",
+        "fused_adamw=reference",
+        "fused_lamb",
+        interpreted("fused_adamw=triton"),
+        interpreted("fused_lamb=triton"),
+    ]
+)
 def update(request, force):
-    """Each update; AdamW by the backend chosen and by the reference."""
+    """Each update, by the backend chosen and by others."""
     force(request.param if "=" in request.param else "auto")
     return UPDATES[request.param.partition("=")[0]]
 
@@ -23,7 +37,7 @@ def update(request, force):
 def decision(request, monkeypatch):
     """Whether `found_inf` is read at once, as on the CPU, or selects on the device, as it must elsewhere."""
     if request.param == "device":
-        monkeypatch.setattr("fastdeit.kernels.optimizer._host_may_look", lambda flag: False)
+        monkeypatch.setattr("fastdeit.kernels._update.host_may_look", lambda flag: False)
 
 
 def tensors(seed, dtype=torch.float32):
@@ -41,8 +55,16 @@ def bits(items):
     return [t.clone().reshape(-1).view(kinds[t.element_size()]) for t in items]
 
 
-@pytest.mark.parametrize("backend", ["auto", "fused_adamw=reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("auto", torch.float32),
+        ("auto", torch.float64),
+        ("fused_adamw=reference", torch.float32),
+        ("fused_adamw=reference", torch.float64),
+        interpreted("fused_adamw=triton", torch.float32),
+    ],
+)
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_adamw_is_torchs(backend, dtype, tensor_lr, force):
     force(backend)
@@ -125,13 +147,13 @@ def test_grad_scale_multiplies(update, decision):
 
 def test_ema_and_copies_follow_the_update(update, decision):
     params, ema, found = tensors(0), tensors(2), torch.tensor(False)
-    copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in params]
+    copies = [torch.empty_like(p, dtype=torch.float16) for p in params]
     before = [e.clone() for e in ema]
     lists = params, tensors(1), zeros(), zeros()
     update(*lists, torch.tensor(0.0), 0.1, **NUMBERS, found_inf=found, ema=ema, ema_decay=0.75, copies=copies)
     expected = [0.75 * e + 0.25 * p for e, p in zip(before, params, strict=True)]
     torch.testing.assert_close(ema, expected)
-    assert all(torch.equal(c, p.bfloat16()) for c, p in zip(copies, params, strict=True))
+    assert all(torch.equal(c, p.half()) for c, p in zip(copies, params, strict=True))
 
 
 @pytest.mark.parametrize("flag", [torch.tensor(True), torch.tensor(1.0), torch.tensor(3.0)], ids=["bool", "1.0", "3.0"])
