@@ -12,16 +12,24 @@ Noise is a pure function of (sample's key, element): words w0, w1 of Philox4x32-
 counter (element, 0, 0, 0), element = (c * H + y) * W + x, and the key's low and high 32 bits; then, by Box and Muller,
 sqrt(-2 ln u) cos(2 pi v) with u = (w0 // 256 + 1) / 2**24 and v = (w1 // 256) / 2**24, both exact in float32.
 
-Bytes moved at best per element: reads 1 (2 when mixed), writes the size of `dtype`.
+Bytes moved at best per element: reads 1 (2 where two images have a weight), writes the size of `dtype`. The Triton
+kernel reads a run of pixels as three words of up to 8 bytes, takes the channels apart in registers, and writes 128 bits
+at a time where the patches' width is a multiple of that. Of a cutmix it reads only the image that shows, but for runs
+across a side of the box. Noise is computed by the programs whose patches touch an erase box. A partner outside [0, B)
+is never read: its sample becomes NaN.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _op
+from fastdeit.kernels import _op, _triton
+
+# ---- reference -------------------------------------------------------------------------------------------------------
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
@@ -132,8 +140,228 @@ def reference_patchify(
     return cells.reshape(batch, -1, channels * p * p)
 
 
-PIXELS = _op.Op("pixels", reference_pixels)
-PATCHIFY = _op.Op("patchify", reference_patchify)
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+_PIXELS = 512
+"""Pixels that a program of two warps works on: eight in every thread, so 24 bytes in flight there from each source."""
+_WORDS = {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+
+@triton.jit
+def _normal(element, key):
+    """`normal` in float32. cos(2 pi v) = sin(pi s / 2), s = 4 |v - 1/2| - 1 in [-1, 1], which is exact."""
+    zero = tl.zeros_like(element)
+    word0, word1, _, _ = tl.philox(key, element, zero, zero, zero)
+    u, v = ((word0 >> 8) + 1).to(tl.float32) * 2.0**-24, (word1 >> 8).to(tl.float32) * 2.0**-24
+    s = 4.0 * tl.abs(v - 0.5) - 1.0
+    t = s * s
+    sine = 0.0001514851308480336 * t - 0.004673766616424491
+    sine = sine * t + 0.07968967895383972
+    sine = sine * t - 0.6459637106024416
+    sine = (sine * t + 1.5707963184479732) * s
+    return tl.sqrt(-2.0 * tl.log(u)) * sine
+
+
+@triton.jit
+def _columns(box, y):
+    """First column of a box in row y and the one after the last; an empty range in rows beside it."""
+    within = (y >= tl.load(box)) & (y < tl.load(box + 2))
+    return tl.where(within, tl.load(box + 1), 0), tl.where(within, tl.load(box + 3), 0)
+
+
+@triton.jit
+def _read(images, used, y, x, W: tl.constexpr, RUN: tl.constexpr, WORD: tl.constexpr):
+    """The three words of RUN bytes that are a run of RUN pixels; 0 for those that are not used."""
+    words = images.to(tl.pointer_type(WORD), bitcast=True) + (y * W + x) // RUN * 3
+    word0 = tl.load(words, mask=used, other=0)
+    return word0, tl.load(words + 1, mask=used, other=0), tl.load(words + 2, mask=used, other=0)
+
+
+@triton.jit
+def _channel(words, scale, shift, C: tl.constexpr, RUN: tl.constexpr):
+    """Channel C of runs `[runs, RUN]`, normalised: bytes 3 * j + C of the three words."""
+    at = 3 * tl.arange(0, RUN)[None, :] + C
+    word = tl.where(at < RUN, words[0], tl.where(at < 2 * RUN, words[1], words[2]))
+    return ((word >> (8 * (at % RUN))).to(tl.int32) & 255).to(tl.float32) * scale + shift
+
+
+@triton.jit
+def _weighted(
+    words,
+    weight,
+    boxes,
+    keys,
+    sample,
+    y,
+    x,
+    tile,
+    scales,
+    shifts,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """`weight` times the channels of a sample, normalised and erased."""
+    r = _channel(words, scales[0], shifts[0], 0, RUN)
+    g = _channel(words, scales[1], shifts[1], 1, RUN)
+    b = _channel(words, scales[2], shifts[2], 2, RUN)
+    if boxes is not None:
+        box = boxes + 4 * sample
+        top, left, bottom, right = tile
+        touched = (tl.load(box) < bottom) & (tl.load(box + 1) < right)
+        if touched & (tl.load(box + 2) > top) & (tl.load(box + 3) > left):
+            key = tl.load(keys + sample)
+            first, end = _columns(box, y)
+            # Pixel by pixel of the runs: noise for whole runs at once would take twice the registers.
+            for j in range(RUN):
+                here = (tl.arange(0, RUN)[None, :] == j) & (x + j >= first) & (x + j < end)
+                element = y * W + x + j
+                r = tl.where(here, _normal(element, key), r)
+                g = tl.where(here, _normal(element + H * W, key), g)
+                b = tl.where(here, _normal(element + 2 * H * W, key), b)
+    return weight * r, weight * g, weight * b
+
+
+@triton.jit
+def _render_kernel(
+    images,
+    partner,
+    lam,
+    box,
+    boxes,
+    keys,
+    out,
+    batch,
+    scale0,
+    scale1,
+    scale2,
+    shift0,
+    shift1,
+    shift2,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CELL_H: tl.constexpr,
+    CELL_W: tl.constexpr,
+    PLANE: tl.constexpr,
+    RUN: tl.constexpr,
+    WORD: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """Pixels in the order of the result: cells of CELL_H x CELL_W, row by row. PLANE consecutive ones of them are a
+    channel in the result, followed by those of the other channels."""
+    programs: tl.constexpr = (H * W + RUNS * RUN - 1) // (RUNS * RUN)
+    sample = (tl.program_id(0) // programs).to(tl.int64)
+    start = tl.program_id(0) % programs * (RUNS * RUN)
+    pixel = start + RUN * tl.arange(0, RUNS)[:, None]
+    lane = tl.arange(0, RUN)[None, :]
+    cell, inside = pixel // (CELL_H * CELL_W), pixel % (CELL_H * CELL_W)
+    across: tl.constexpr = W // CELL_W
+    y = cell // across * CELL_H + inside // CELL_W
+    x = cell % across * CELL_W + inside % CELL_W
+    real = pixel < H * W
+    # What this program works on lies in these rows and columns.
+    one, last = start // (CELL_H * CELL_W), (start + RUNS * RUN - 1) // (CELL_H * CELL_W)
+    strip = one // across == last // across
+    left, right = tl.where(strip, one % across * CELL_W, 0), tl.where(strip, (last % across + 1) * CELL_W, W)
+    tile = one // across * CELL_H, left, (last // across + 1) * CELL_H, right
+    scales, shifts = (scale0, scale1, scale2), (shift0, shift1, shift2)
+    share = tl.full((RUNS, 1), 1.0, tl.float32)
+    if lam is not None:
+        share *= tl.load(lam + sample)
+    # What has a weight of 0 is not read: of cutmix, each pixel's run from one image but at the sides of the box.
+    own, own_used, other_used = share, real, real & (share != 1.0)
+    if box is not None:
+        first, end = _columns(box + 4 * sample, y)
+        own = tl.where((x + lane >= first) & (x + lane < end), 0.0, share)
+        own_used = real & ((x < first) | (x + RUN > end))
+        other_used = other_used | (real & (x < end) & (x + RUN > first))
+    words = _read(images + sample * (3 * H * W), own_used, y, x, W, RUN, WORD)
+    if partner is not None:
+        other = tl.load(partner + sample)
+        known = (other >= 0) & (other < batch)
+        other = tl.where(known, other, sample)
+        rest = tl.where(known, 1.0, float("nan")) - own
+        other_words = _read(images + other * (3 * H * W), other_used, y, x, W, RUN, WORD)
+        r2, g2, b2 = _weighted(other_words, rest, boxes, keys, other, y, x, tile, scales, shifts, H, W, RUN)
+    r, g, b = _weighted(words, own, boxes, keys, sample, y, x, tile, scales, shifts, H, W, RUN)
+    if partner is not None:
+        r, g, b = r + r2, g + g2, b + b2
+    place = pixel + lane + pixel // PLANE * (2 * PLANE)
+    result = out + sample * (3 * H * W) + place
+    tl.store(result, r.to(out.dtype.element_ty), mask=real)
+    tl.store(result + PLANE, g.to(out.dtype.element_ty), mask=real)
+    tl.store(result + 2 * PLANE, b.to(out.dtype.element_ty), mask=real)
+
+
+def _render(
+    out: Tensor,
+    cell: tuple[int, int],
+    plane: int,
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    partner: Tensor | None,
+    lam: Tensor | None,
+    box: Tensor | None,
+    boxes: Tensor | None,
+    keys: Tensor | None,
+) -> Tensor:
+    """Fill `out` in one launch: cells of (height, width) pixels one after the other, `plane` pixels to a channel."""
+    _triton.require_dtypes(out)
+    batch, height, width, _ = images.shape
+    if partner is not None:
+        _op.check_index("partner", partner, batch)
+    images, *plan = (None if t is None else t.contiguous() for t in (images, partner, lam, box, boxes, keys))
+    # Runs fill a store of 128 bits where the cells' width and the address of the images let them.
+    run = math.gcd(cell[1], 16 // out.element_size(), images.data_ptr())
+    grid = (batch * triton.cdiv(height * width, _PIXELS),)
+    numbers = *(1 / (255 * s) for s in std), *(-m / s for m, s in zip(mean, std, strict=True))
+    sizes = {"H": height, "W": width, "CELL_H": cell[0], "CELL_W": cell[1], "PLANE": plane}
+    tile = {"RUN": run, "WORD": _WORDS[run], "RUNS": _PIXELS // run}
+    _triton.launch(_render_kernel, grid, images, *plan, out, batch, *numbers, **sizes, **tile, warps=2)
+    return out
+
+
+def triton_pixels(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    partner: Tensor | None,
+    lam: Tensor | None,
+    box: Tensor | None,
+    boxes: Tensor | None,
+    keys: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference_pixels` in one launch: an image's rows are its cells, the whole image is a plane."""
+    batch, height, width, channels = images.shape
+    out = torch.empty(batch, channels, height, width, dtype=dtype, device=images.device)
+    return _render(out, (1, width), height * width, images, mean, std, partner, lam, box, boxes, keys)
+
+
+def triton_patchify(
+    images: Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    partner: Tensor | None,
+    lam: Tensor | None,
+    box: Tensor | None,
+    boxes: Tensor | None,
+    keys: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference_patchify` in one launch: patches are the cells, and each is a plane."""
+    batch, height, width, channels = images.shape
+    p = patch_size
+    out = torch.empty(batch, height * width // (p * p), channels * p * p, dtype=dtype, device=images.device)
+    return _render(out, (p, p), p * p, images, mean, std, partner, lam, box, boxes, keys)
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+PIXELS = _op.Op("pixels", reference_pixels, others=[_op.Backend("triton", _triton.capability, triton_pixels)])
+PATCHIFY = _op.Op("patchify", reference_patchify, others=[_op.Backend("triton", _triton.capability, triton_patchify)])
 
 
 @PIXELS.registered.register_fake
@@ -147,6 +375,9 @@ def _(images, patch_size, mean, std, partner, lam, box, boxes, keys, dtype):
     batch, height, width, channels = images.shape
     patches = (height // patch_size) * (width // patch_size)
     return images.new_empty(batch, patches, channels * patch_size * patch_size, dtype=dtype)
+
+
+# ---- public ----------------------------------------------------------------------------------------------------------
 
 
 def pixels(
@@ -170,7 +401,8 @@ def pixels(
     erase      (boxes int32 `[B, 4]`, keys int64 `[B]`): pixels to replace by N(0, 1) noise, and its key; None is none
     dtype      of the result
 
-    A partner outside [0, B) raises IndexError on the CPU; on a GPU the indexing asserts on the device.
+    A partner outside [0, B) raises IndexError on the CPU. On a GPU, where looking would stall the device, the mixed
+    sample is NaN, and the reference's indexing asserts on the device.
     """
     boxes, keys = (None, None) if erase is None else erase
     _check(images, mean, std, partner, lam, box, boxes, keys, dtype)
@@ -238,3 +470,4 @@ def _check(
         if tensor is not None:
             _op.check_shape(name, tensor, (batch, *sides), "[B, 4]" if sides else "[B]")
             _op.check_dtype(name, tensor, wanted)
+            _op.check_device(name, tensor, images, "images")
