@@ -253,6 +253,8 @@ class EngineConfig(Section):
     """auto: cuda where there is a GPU."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss."""
+    capture: Literal["none", "compile", "graph"] = "none"
+    """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph."""
     log_every: Count = 50
     """Steps between two lines of metrics."""
     checkpoint_every: Positive = 1.0

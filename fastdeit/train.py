@@ -79,6 +79,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
         accumulate=recipe.train.accumulate,
         clip_grad=recipe.optim.clip_grad,
         ema=ema,
+        capture=recipe.engine.capture,
     )
     loader = build.train_loader(recipe, train_source, world, method.noise_per_sample, log.bad_image)
     val_loader = build.eval_loader(recipe, val_source, world, log.bad_image)

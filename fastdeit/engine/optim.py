@@ -60,7 +60,12 @@ class AdamW:
 
     @torch.no_grad()
     def step(
-        self, lr: float, grad_scale: Tensor, found_inf: Tensor, ema: dict[str, Tensor] | None, ema_decay: float
+        self,
+        lr: float | Tensor,
+        grad_scale: Tensor,
+        found_inf: Tensor,
+        ema: dict[str, Tensor] | None,
+        ema_decay: float,
     ) -> None:
         """One update with gradients multiplied by `grad_scale`; nothing changes when `found_inf` is true."""
         for group, step in zip(self.groups, self.steps, strict=True):

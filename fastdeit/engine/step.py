@@ -1,7 +1,7 @@
 """One training step: micro-batches, autocast, gradient reduction, guard, update, EMA, and sums for the log."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdeit.engine.dist import World
+from fastdeit.engine.capture import GraphedStep
+from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.guard import Guard
 from fastdeit.engine.optim import AdamW
@@ -23,7 +24,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 class Engine:
-    """Runs the steps of a method, which is to it an `nn.Module` with `step` and `after_step`."""
+    """Runs the steps of a method, which is to it an `nn.Module` with `step` and `after_step`.
+
+    capture: "none" runs a step kernel by kernel, "compile" compiles the method's forward and its gradient with
+    torch.compile, "graph" records the whole step as a CUDA graph.
+    """
 
     def __init__(
         self,
@@ -35,24 +40,30 @@ class Engine:
         accumulate: int,
         clip_grad: float | None = None,
         ema: Ema | None = None,
+        capture: str = "none",
     ) -> None:
         self.method, self.optimizer, self.world, self.ema = method, optimizer, world, ema
         self.precision, self.accumulate = precision, accumulate
         self.guard = Guard(precision, clip_grad, world.device)
         self.sums: dict[str, Tensor] = {}
-        self.module = method
+        self.module = torch.compile(method, dynamic=False) if capture == "compile" else method
         if world.size > 1:
             # For one-token parameters the stride of a dimension of size 1 differs, which costs nothing.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             device_ids = [world.device.index] if world.device.type == "cuda" else None
-            self.module = DistributedDataParallel(method, device_ids=device_ids, gradient_as_bucket_view=True)
+            self.module = DistributedDataParallel(self.module, device_ids=device_ids, gradient_as_bucket_view=True)
         self._last_micro = True
+        self._graphed: GraphedStep | None = None
+        if capture == "graph":
+            if world.device.type != "cuda":
+                raise DeviceError(f"engine.capture graph needs a CUDA device, not {world.device}; use none or compile")
+            self._graphed = GraphedStep(self._run_step, world.device)
 
     @contextmanager
     def micro(self, last: bool = True) -> Iterator[None]:
         """Around one forward and backward; gradients are reduced over processes only in the last of a step."""
         reduce = last and self._last_micro
-        with nullcontext() if reduce or self.module is self.method else self.module.no_sync():
+        with nullcontext() if reduce or self.world.size == 1 else self.module.no_sync():
             yield
 
     def run(self, batch: Any) -> Any:
@@ -68,7 +79,9 @@ class Engine:
 
     def step(self, batches: Iterable[Any], lr: float) -> None:
         """One update from `accumulate` micro-batches; skipped as a whole when a gradient is not finite."""
-        batches = list(batches)
+        (self._graphed or self._run_step)(list(batches), lr)
+
+    def _run_step(self, batches: Sequence[Any], lr: float | Tensor) -> None:
         for number, batch in enumerate(batches):
             self._last_micro = number == len(batches) - 1
             self.method.step(batch, self)
@@ -96,9 +109,10 @@ class Engine:
     def means(self) -> dict[str, float]:
         """Means over processes and over the steps since the last call. Reads the device: call it when logging."""
         totals = {name: total.item() for name, total in self._totals().items()}
-        self.sums = {}
-        steps = totals.pop("steps", 1.0)
-        return {name: total / steps for name, total in totals.items()}
+        for total in self.sums.values():
+            total.zero_()  # in place: a recorded step adds to these very tensors
+        steps = totals.pop("steps", 0.0)
+        return {name: total / steps for name, total in totals.items()} if steps else {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Guard counters and the sums since the last log line, so that a resumed run logs what the whole run would.

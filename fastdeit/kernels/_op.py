@@ -84,7 +84,7 @@ class Op:
     ) -> None:
         self.name = name
         self.backends = (*others, Backend(REFERENCE, _reference_capability, reference, backward))
-        self._native = native or reference
+        self.native = native or reference
         self._function: type[torch.autograd.Function] | None = None
         self.registered = self._register(name, reference, "forward", mutates)
         arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
@@ -112,7 +112,7 @@ class Op:
                 return self._eager(backend, args)
             except Unsupported as error:
                 self._refused(backend, error)
-        return self._native(*args)
+        return self.native(*args)
 
     def run_backward(self, ctx: Any, *args: Any) -> Any:
         """The backward of the backend whose forward made `ctx`, on the arguments of the reference's backward."""

@@ -32,14 +32,15 @@ def batch(step, device):
     return Batch(images=(images.to(device),), mean=(0.5,) * 3, std=(0.25,) * 3, **tensors)
 
 
-def make(device, precision):
+def make(device, precision, capture="none"):
     device = torch.device(device)
     torch.manual_seed(0)
     model = models.build("deit_tiny_patch16_224", image_size=(SIDE, SIDE), depth=2, num_classes=CLASSES)
     method = methods.find("supervised")(model, methods.config("supervised")(), Context(CLASSES, 1, 1, teacher=None))
     optimizer = AdamW(default_groups(method.to(device).named_parameters(), 0.05), (0.9, 0.999), 1e-8)
     ema = Ema(optimizer.params, 0.9)
-    return Engine(method, optimizer, World(device), precision=precision, accumulate=1, clip_grad=1.0, ema=ema)
+    world = World(device)
+    return Engine(method, optimizer, world, precision=precision, accumulate=1, clip_grad=1.0, ema=ema, capture=capture)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -55,11 +56,11 @@ def test_a_step_waits_for_nothing(precision):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def losses(device, precision, steps=10):
-    engine = make(device, precision)
+def losses(device, precision, steps=10, capture="none"):
+    engine = make(device, precision, capture)
     found = []
     for step in range(steps):
-        engine.step([batch(step, device)], 1e-3)
+        engine.step([batch(step, device)], 1e-3 * (1 + step % 3))
         found.append(engine.means()["loss"])
     return torch.tensor(found)
 
@@ -71,3 +72,24 @@ def test_losses_are_those_of_the_cpu(precision, rtol):
 
 def test_two_runs_have_the_same_losses():
     assert torch.equal(losses("cuda", "fp16"), losses("cuda", "fp16"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_recorded_step_has_the_bits_of_one_that_runs(precision):
+    assert torch.equal(losses("cuda", precision, 50, "graph"), losses("cuda", precision, 50))
+
+
+def test_a_compiled_step_learns_the_same():
+    torch.testing.assert_close(losses("cuda", "fp32", 50, "compile"), losses("cuda", "fp32", 50), rtol=1e-3, atol=0)
+
+
+def test_a_replayed_step_waits_for_nothing():
+    engine, data = make("cuda", "fp16", "graph"), batch(0, "cuda")
+    for _ in range(13):  # runs, is recorded, is replayed
+        engine.step([data], 1e-3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.step([data], 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -36,13 +36,12 @@ class Toy(nn.Module):
         pass
 
 
-def make(precision="fp32", accumulate=1, clip_grad=None, ema_decay=None, world=None):
+def make(precision="fp32", accumulate=1, clip_grad=None, ema_decay=None, world=None, capture="none"):
     toy = Toy()
     optimizer = AdamW(default_groups(toy.named_parameters(), 0.05), (0.9, 0.999), 1e-8)
     ema = Ema(optimizer.params, ema_decay) if ema_decay is not None else None
-    return Engine(
-        toy, optimizer, world or World(CPU), precision=precision, accumulate=accumulate, clip_grad=clip_grad, ema=ema
-    )
+    options = {"precision": precision, "accumulate": accumulate, "clip_grad": clip_grad, "ema": ema}
+    return Engine(toy, optimizer, world or World(CPU), capture=capture, **options)
 
 
 def weights(engine):

@@ -1,0 +1,85 @@
+"""`fastdeit kernels bench`: every op is measured, and the table of choices says what the rows say."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from fastdeit import bench_kernels, models
+from fastdeit.errors import UsageError
+from fastdeit.kernels._op import OPS
+
+CPU = torch.device("cpu")
+TINY = {"image_size": (32, 32), "depth": 1, "num_classes": 10}
+
+
+def arguments(**changes):
+    given = {"device": "cpu", "op": ["layer_norm"], "model": "deit_tiny_patch16_224", "batch": 1, "dtype": "fp32"}
+    return argparse.Namespace(**given | {"rounds": 2, "out": None, "update_choices": False} | changes)
+
+
+def test_every_op_has_work_that_it_can_do():
+    with torch.device("meta"):
+        config = models.build("deit_tiny_distilled_patch16_224", **TINY).config
+    missing = OPS.keys() - bench_kernels.works_by_op().keys()
+    assert missing == {"pixels"}  # patchify with another layout
+    for name, build in bench_kernels.works_by_op().items():
+        work = build(config, 2, torch.float32, CPU)
+        assert work.op == name
+        assert work.bytes > 0
+        bench_kernels._trained(OPS[name].native, work.args)
+
+
+def test_a_row_holds_every_side_and_says_what_cannot_run(tmp_path, capsys, monkeypatch):
+    def sides(name, device):
+        yield "reference", lambda work: OPS[name].native(*work.args)
+        yield "broken", lambda work: 1 / 0
+
+    monkeypatch.setattr(bench_kernels, "_sides", sides)
+    bench_kernels.main(arguments(out=str(tmp_path / "rows.jsonl")))
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert {name: len(seconds) for name, seconds in row["seconds"].items()} == {"reference": 2, "copy": 2}
+    assert row["failed"] == {"broken": "ZeroDivisionError: division by zero"}
+    assert row["card"] == "cpu"
+    printed = capsys.readouterr().out
+    assert "1.00x reference" in printed
+    assert "broken     cannot run: ZeroDivisionError" in printed
+    assert "they say nothing of a GPU" in printed
+
+
+def test_sides_are_the_backends_the_reference_and_the_compiled_reference():
+    assert [name for name, _ in bench_kernels._sides("fused_adamw", CPU)] == ["aten", "reference", "compiled"]
+
+
+def row(op, model, **seconds):
+    return {"card": "sm_90", "op": op, "model": model, "batch": 256, "dtype": "bf16"} | {
+        "seconds": {name: [value] * 3 for name, value in seconds.items()} | {"copy": [1.0]}
+    }
+
+
+def test_choices_are_the_fastest_over_all_models(tmp_path):
+    table = tmp_path / "choices.json"
+    table.write_text('{"sm_80": {"mlp": {"backend": "triton", "because": "kept"}}}')
+    rows = [
+        row("mlp", "deit_tiny", triton=1.0, epilogue=0.8, reference=4.0, compiled=0.1),
+        row("mlp", "deit_base", triton=1.0, epilogue=2.0, reference=4.0, compiled=0.1),
+        row("cosub_loss", "deit_tiny", reference=1.0),
+    ]
+    bench_kernels.update_choices(rows, table)
+    choices = json.loads(table.read_text())
+    assert choices["sm_80"]["mlp"]["because"] == "kept"
+    assert choices["sm_90"]["mlp"] == {
+        "backend": "triton",
+        "because": "measured: 1.26 times epilogue, 4.00 times reference "
+        "(deit_base batch 256 bf16, deit_tiny batch 256 bf16)",
+    }
+    assert choices["sm_90"]["cosub_loss"]["because"].startswith("measured: nothing else runs")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"op": ["atention"]}, "no op 'atention' to measure"), ({"model": "deit_huge"}, "deit_huge")]
+)
+def test_mistakes_are_told(changes, words):
+    with pytest.raises(UsageError, match=words):
+        bench_kernels.main(arguments(**changes))
