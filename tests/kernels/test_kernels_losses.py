@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastdeit.kernels import distillation_loss
+from fastdeit.kernels import distillation_loss, losses
 
 B, K = 6, 11
 LAM = torch.tensor([0.3, 0.7, 1.0, 0.0, 0.4, 1.0])
@@ -111,6 +111,30 @@ def test_16_bit_logits_lose_nothing_inside(dtype, registered, force):
         assert ((got.double() - want).abs() <= spacing).all()
 
 
+def test_eager_mode_computes_no_unit_gradients(monkeypatch):
+    monkeypatch.delattr(losses, "_label_gradient")
+    cls, dist, teacher = logits()
+    total = distillation_loss(cls, dist, (Y1, Y2, LAM), teacher, distillation="soft").total
+    total.backward()
+    assert cls.grad is not None
+    assert "fastdeit" not in type(total.grad_fn).__name__.lower()
+
+
+@pytest.mark.parametrize("wanted", ["cls", "dist", "neither", "no_grad"])
+def test_unit_gradients_only_where_a_gradient_is_wanted(wanted, force, monkeypatch):
+    force("reference")
+    seen = []
+    registered = losses.OP.registered
+    monkeypatch.setattr(losses.OP, "registered", lambda *args: seen.append(registered(*args)) or seen[-1])
+    cls, dist, teacher = (t.detach() for t in logits())
+    (dist if wanted == "dist" else cls).requires_grad_(wanted != "neither")
+    with torch.set_grad_enabled(wanted != "no_grad"):
+        total = distillation_loss(cls, dist, (Y1, Y2, LAM), teacher, distillation="hard").total
+    *_, dcls, ddist = seen[0]
+    assert total.requires_grad == (wanted in ("cls", "dist"))
+    assert (dcls.numel(), ddist.numel()) == ((B * K, B * K) if total.requires_grad else (0, 0))
+
+
 @pytest.mark.parametrize("base", ["ce", "bce"])
 def test_large_logits_stay_finite(base):
     cls = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
@@ -153,6 +177,12 @@ def test_label_out_of_range(name, label, registered, force):
         ({"cls": torch.zeros(B)}, ValueError, r"cls has shape \[6\], but must be \[B, K\]"),
         ({"cls": torch.zeros(B, K, dtype=torch.int64)}, TypeError, "cls is torch.int64"),
         ({"targets": (Y1[:2], Y2, LAM)}, ValueError, r"targets: y1 has shape \[2\]"),
+        ({"targets": (Y1, Y2, LAM.to("meta"))}, ValueError, "targets: lam is on meta, but must be on cpu like cls"),
+        (
+            {"distillation": "hard", "dist": torch.zeros(B, K), "teacher": torch.zeros(B, K, device="meta")},
+            ValueError,
+            "teacher is on meta, but must be on cpu like cls",
+        ),
         ({"targets": (Y1, Y2.int(), LAM)}, TypeError, "targets: y2 is torch.int32, but must be torch.int64"),
     ],
 )
