@@ -1,22 +1,29 @@
 """Fused operations of vision transformers and their training, for any model.
 
 Each op's file holds its mathematics, a `reference` in pure PyTorch that defines the result, its registration with
-`torch.library`, and the public function. `info()` says which backend each op uses, and why.
+`torch.library`, and the public function. `info()` says which backend each op uses, and why. `accelerate()` brings them
+into an existing model, and `nn` holds modules for a new one.
 """
 
+from fastdeit.kernels import nn
 from fastdeit.kernels._op import OpInfo, format_info, info, use
 from fastdeit.kernels.attention import attention, query_attention
+from fastdeit.kernels.cosub import cosub_loss
 from fastdeit.kernels.input import patchify, pixels
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.losses import DistillationLoss, distillation_loss
 from fastdeit.kernels.mlp import layer_norm_mlp, mlp
 from fastdeit.kernels.optimizer import fused_adamw, fused_lamb, global_norm
+from fastdeit.kernels.patch import Report, accelerate, restore
 
 __all__ = [
     "DistillationLoss",
     "OpInfo",
+    "Report",
+    "accelerate",
     "add_layer_norm",
     "attention",
+    "cosub_loss",
     "distillation_loss",
     "format_info",
     "fused_adamw",
@@ -25,8 +32,10 @@ __all__ = [
     "info",
     "layer_norm_mlp",
     "mlp",
+    "nn",
     "patchify",
     "pixels",
     "query_attention",
+    "restore",
     "use",
 ]

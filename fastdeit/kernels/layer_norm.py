@@ -62,7 +62,7 @@ def _plain_backward(
     return dx.to(x.dtype), dweight, dbias
 
 
-def _branch_scale(residual: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor | None:
+def branch_scale(residual: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor | None:
     """`keep * gamma`, shaped to multiply the branch; None when both are None."""
     if keep is None:
         return gamma
@@ -88,7 +88,7 @@ def reference(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(new residual, normed, mean, rstd) as in the module's formula; the statistics, `[..., 1]`, are for backward."""
-    scale = _branch_scale(residual, gamma, keep)
+    scale = branch_scale(residual, gamma, keep)
     held = _selected(residual, branch_samples)
     total = held + branch if scale is None else torch.addcmul(held, branch, scale)
     new_residual = total.to(residual.dtype)
@@ -132,13 +132,13 @@ def reference_backward(
     dx, dweight, dbias = normalize_backward(dnormed, x, weight, mean, rstd)
     all_samples = dresidual + dx if norm_samples is None else dresidual.to(dx.dtype).index_add(0, norm_samples, dx)
     dr = _selected(all_samples, branch_samples)
-    scale = _branch_scale(dr, gamma, keep)
+    scale = branch_scale(dr, gamma, keep)
     # An op's results must not share memory, hence a copy where the branch's gradient is the residual's.
     dbranch = dr.to(branch.dtype, copy=True) if scale is None else (dr * scale).to(branch.dtype)
     rows = tuple(range(dr.dim() - 1))
     dgamma = dbranch_bias = weight.new_empty(0)
     if gamma is not None:
-        kept = _branch_scale(dr, None, keep)
+        kept = branch_scale(dr, None, keep)
         scaled = branch * dr if kept is None else branch * dr * kept
         dgamma = scaled.sum(rows).to(gamma.dtype)
     if branch_bias is not None:
