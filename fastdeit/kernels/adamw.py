@@ -104,7 +104,7 @@ def _aten_capability(device: torch.device, forced: bool) -> tuple[bool, str]:
 
 @triton.jit
 def _adamw_kernel(
-    params,
+    masters,
     grads,
     exp_avgs,
     exp_avg_sqs,
@@ -127,7 +127,7 @@ def _adamw_kernel(
     BLOCK: tl.constexpr,
 ):
     tensor, first, length = _multi_tensor.chunk(sizes, starts, found_inf, TENSORS, ALIGNED)
-    p_at = _multi_tensor.pointer(params, tensor, first, tl.float32, ALIGNED)
+    p_at = _multi_tensor.pointer(masters, tensor, first, tl.float32, ALIGNED)
     g_at = _multi_tensor.pointer(grads, tensor, first, GRAD, ALIGNED)
     m_at = _multi_tensor.pointer(exp_avgs, tensor, first, tl.float32, ALIGNED)
     v_at = _multi_tensor.pointer(exp_avg_sqs, tensor, first, tl.float32, ALIGNED)

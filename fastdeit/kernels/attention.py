@@ -445,7 +445,7 @@ def _triton_backward(
         query_sums = torch.empty(batch * query_grid[0], width, dtype=torch.float32, device=q.device)
         key_sums = torch.empty(batch * key_grid[0], 2 * width, dtype=torch.float32, device=q.device)
     inputs = q, operands.k, operands.v
-    constants = tile | {"KEYS": step, "warps": 4 if tile["BLOCK"] <= 64 else 8}
+    constants = tile | {"KEYS": step, "warps": 4 if tile["BLOCK"] <= 64 and q.element_size() == 2 else 8}
     tensors = *inputs, out, grad, lse, delta, gradients.q, query_sums
     _triton.launch(_query_gradient_kernel, query_grid, *tensors, *operands.sizes, **constants)
     tensors = *inputs, grad, lse, delta, gradients.k, gradients.v, key_sums

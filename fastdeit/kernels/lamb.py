@@ -80,7 +80,7 @@ def _update_of(p, m, v, correction1, correction2, eps, weight_decay):
 
 @triton.jit
 def _moments_kernel(
-    params,
+    masters,
     grads,
     exp_avgs,
     exp_avg_sqs,
@@ -101,7 +101,7 @@ def _moments_kernel(
     BLOCK: tl.constexpr,
 ):
     tensor, first, length = _multi_tensor.chunk(sizes, starts, found_inf, TENSORS, ALIGNED)
-    p_at = _multi_tensor.pointer(params, tensor, first, tl.float32, ALIGNED)
+    p_at = _multi_tensor.pointer(masters, tensor, first, tl.float32, ALIGNED)
     g_at = _multi_tensor.pointer(grads, tensor, first, GRAD, ALIGNED)
     m_at = _multi_tensor.pointer(exp_avgs, tensor, first, tl.float32, ALIGNED)
     v_at = _multi_tensor.pointer(exp_avg_sqs, tensor, first, tl.float32, ALIGNED)
@@ -143,7 +143,7 @@ def _ratio_kernel(squares_p, squares_u, sizes, starts, ratios, CHUNK: tl.constex
 
 @triton.jit
 def _apply_kernel(
-    params,
+    masters,
     exp_avgs,
     exp_avg_sqs,
     emas,
@@ -162,7 +162,7 @@ def _apply_kernel(
     BLOCK: tl.constexpr,
 ):
     tensor, first, length = _multi_tensor.chunk(sizes, starts, found_inf, TENSORS, ALIGNED)
-    p_at = _multi_tensor.pointer(params, tensor, first, tl.float32, ALIGNED)
+    p_at = _multi_tensor.pointer(masters, tensor, first, tl.float32, ALIGNED)
     m_at = _multi_tensor.pointer(exp_avgs, tensor, first, tl.float32, ALIGNED)
     v_at = _multi_tensor.pointer(exp_avg_sqs, tensor, first, tl.float32, ALIGNED)
     if emas is not None:
