@@ -1,0 +1,124 @@
+"""How far the estimate is from what was measured: published rows of others, and this project's own rows.
+
+A published row is a training speed that somebody else reports; `errors` is what `estimate.py` makes of it. The shares
+in `estimate.GPUS` were judged with the first three rows of the RTX 3090 in view, so their errors are no proof; those of
+other models and cards are.
+
+Rows of `fastdeit bench` (benchmarks/README.md) on a known GPU calibrate: measured / modelled seconds of a step, the
+geometric mean of all rows, by GPU, design and precision. Published rows never do.
+"""
+
+import json
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from fastdeit.estimate import COMPILE, DESIGNS, EAGER, GPUS, Design, Network, ViT, Work, step
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+"""Of a checkout; an installed package has none."""
+
+
+class Published(NamedTuple):
+    """A published training speed in images/s of one GPU. `whole`: of a run with its input and communication."""
+
+    gpu: str
+    model: str
+    batch: int
+    vit: ViT
+    design: Design
+    speed: float
+    whole: bool
+    source: str
+
+
+def _vit(dim: int, *, depth: int = 12, prefix: int = 1, patches: int = 196) -> ViT:
+    return ViT(patches, prefix, 768, dim, depth, dim // 64, 4 * dim, 1000, pruned=False)
+
+
+# Attention with its scores in memory, an optimizer of many passes; Inductor with two passes for LayerNorm's gradients.
+_UNFUSED = replace(EAGER, name="unfused", attention="unfused", packing=2, optimizer="foreach", launch=7e-6)
+_COMPILE_2_9 = replace(COMPILE, name="compile < 2.10", two_pass=True)
+
+_TIMM = "timm, results/benchmark-train-amp-nchw-pt112-cu113-rtx3090.csv"
+_NVS = "NVIDIA-BioNeMo/nvSubquadratic, benchmarks/README: "
+_HOURS, _IMAGES, _PROCESSES = 53, 300 * 1_281_167, 8
+
+PUBLISHED = (
+    Published("RTX3090", "deit_tiny_patch16_224", 512, _vit(192), _UNFUSED, 2290.53, False, _TIMM),
+    Published("RTX3090", "deit_small_patch16_224", 384, _vit(384), _UNFUSED, 1053.64, False, _TIMM),
+    Published("RTX3090", "deit_base_patch16_224", 192, _vit(768), _UNFUSED, 390.88, False, _TIMM),
+    Published("RTX3090", "deit_base_patch16_384", 32, _vit(768, patches=576), _UNFUSED, 96.37, False, _TIMM),
+    Published("RTX3090", "vit_large_patch16_224", 64, _vit(1024, depth=24), _UNFUSED, 117.08, False, _TIMM),
+    Published("H100", "ViT-5-S", 256, _vit(384, prefix=2), _COMPILE_2_9, 7716, False, f"{_NVS}torch 2.6, compiled"),
+    Published(
+        "H100", "ViT-5-B", 256, _vit(768, prefix=2), _COMPILE_2_9, 256 / 0.1208, True, f"{_NVS}8 GPUs, 120.8 ms a step"
+    ),
+    Published(
+        "V100",
+        "deit_base_patch16_224",
+        128,
+        _vit(768),
+        _UNFUSED,
+        _IMAGES / (_HOURS * 3600 * _PROCESSES),
+        True,
+        "arXiv:2012.12877: 300 epochs in 53 hours on 8 GPUs",
+    ),
+)
+
+
+def modelled_speed(row: Published) -> float:
+    """Images/s that the model gives for the step of a published row, its input and communication left out."""
+    vit = row.vit
+    values, outputs = vit.patches * vit.patch_values, vit.prefix * vit.classes
+    network = Network(row.model, vit.parameters, vit.flops, values, outputs, own=False, vit=vit)
+    return row.batch / sum(step(network, Work(row.batch, "fp16"), row.design, GPUS[row.gpu]))
+
+
+def errors(*, whole: bool) -> list[float]:
+    """(modelled - published) / published of the rows that are whole runs, or of the others."""
+    return [modelled_speed(row) / row.speed - 1 for row in PUBLISHED if row.whole == whole]
+
+
+class Calibration(NamedTuple):
+    """Measured over modelled seconds of a step, from so many rows."""
+
+    factor: float
+    rows: int
+
+
+NOT_CALIBRATED = Calibration(1.0, 0)
+
+
+def calibrations(files: Iterable[Path], network: Callable[[str], Network]) -> dict[tuple[str, str, str], Calibration]:
+    """By (GPU, design, precision), from the rows of these files; `network` is asked for the model of a row."""
+    logs: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for path in files:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            gpu = _known_gpu(row)
+            if row["what"] != "step" or gpu is None:
+                continue
+            # Unless a row says otherwise, `bench step` measures float32, without drop-path and average of weights.
+            work = Work(row["batch"], row.get("precision", "fp32"), drop_path=False)
+            for side, taken in row["seconds"].items():
+                design = DESIGNS.get("fused" if side == "fastdeit" else side)
+                if design is not None:
+                    modelled = sum(step(network(row["model"]), work, design, GPUS[gpu]))
+                    logs[gpu, design.name, work.precision].append(math.log(statistics.median(taken) / modelled))
+    return {key: Calibration(math.exp(statistics.fmean(found)), len(found)) for key, found in logs.items()}
+
+
+def _known_gpu(row: dict) -> str | None:
+    """The GPU of `GPUS` that a row was measured on. Cards on PCIe, and superchips, share names but not speeds."""
+    if row["device"] != "cuda":
+        return None
+    name = row["environment"]["gpus"][0]["name"].replace("RTX ", "RTX")
+    if "PCIE" in name.upper():
+        return None
+    return next((gpu for gpu in GPUS if re.search(rf"(?<![A-Za-z0-9]){gpu}(?![A-Za-z0-9])", name)), None)

@@ -1,0 +1,257 @@
+"""`fastdeit plan`: what it prints, what it refuses, and figures that must agree with each other."""
+
+import json
+
+import pytest
+import torch
+
+from fastdeit import cli, estimate, estimate_report, estimate_rows, recipe
+from fastdeit.config import DataConfig
+from fastdeit.data import datasets, digits
+from fastdeit.data.source import train_val
+from fastdeit.estimate import FUSED, GPUS, Work
+
+TINY = "deit_tiny", "--gpu", "A100", "--count", "8"
+KEYS = {"recipe", "model", "teacher", "data", "run", "published", "plans", "notes"}
+PLAN_KEYS = {
+    *("gpu", "count", "nodes", "design", "precision", "batch_per_gpu", "images_per_second", "mfu", "step"),
+    *("communication", "memory", "largest_batch", "fits", "accumulate", "seconds", "usd", "basis"),
+}
+
+
+@pytest.fixture
+def plan(capsys):
+    """The report of a command line."""
+
+    def run(*argv):
+        assert cli.main(["plan", *argv, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def fused(found):
+    return next(row for row in found["plans"] if row["design"] == "fused")
+
+
+def fails(capsys, *argv):
+    assert cli.main(["plan", *argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastdeit: ")
+    assert "Traceback" not in err
+    return err
+
+
+# ---- what it says ----------------------------------------------------------------------------------------------------
+
+
+def test_json_is_complete(plan):
+    found = plan("deit_tiny")
+    assert found.keys() == KEYS
+    assert {row["gpu"] for row in found["plans"]} == set(estimate.DEFAULT_GPUS)
+    assert {row["count"] for row in found["plans"]} == {1, 8}
+    for row in found["plans"]:
+        assert row.keys() == PLAN_KEYS
+        assert row["basis"].keys() == {"speed", "teacher", "communication", "memory"}
+        assert row["seconds"]["total"] == sum(row["seconds"][part] for part in ("training", "evaluation", "teacher"))
+        assert row["memory"]["total"] == pytest.approx(estimate.total(row["memory"]["parts"]))
+        assert 0 < row["mfu"] < 1
+    for row in found["published"]:
+        assert row["source"]
+        assert row["modelled"] != row["published"]
+
+
+def test_text_names_every_plan_and_what_it_rests_on(capsys):
+    assert cli.main(["plan", *TINY]) == 0
+    text = capsys.readouterr().out
+    for word in ("8 A100", "modelled", "deit_tiny_patch16_224", "1,281,167", "(assumed)", "memory of a process"):
+        assert word in text
+    errors = estimate_rows.errors(whole=False)
+    assert f"{min(errors):+.0%} to {max(errors):+.0%}" in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_the_same_command_prints_the_same(capsys):
+    texts = []
+    for _ in range(2):
+        cli.main(["plan", *TINY])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_figures_follow_from_each_other(plan):
+    row = fused(plan(*TINY, "--price", "2.5"))
+    assert row["images_per_second"] == pytest.approx(1024 / row["step"]["seconds"])
+    assert row["seconds"]["training"] == pytest.approx(300 * (1_281_167 // 1024) * row["step"]["seconds"])
+    assert row["usd"] == pytest.approx(2.5 * 8 * row["seconds"]["total"] / 3600)
+    assert row["batch_per_gpu"] == 128
+
+
+@pytest.mark.parametrize("recipe_name", ["deit_tiny", "deit_tiny_distilled"])
+def test_twice_the_epochs_take_twice_the_time(plan, recipe_name):
+    once, twice = (
+        fused(plan(recipe_name, *TINY[1:], f"train.epochs={epochs}"))["seconds"]["training"] for epochs in (100, 200)
+    )
+    assert twice == pytest.approx(2 * once)
+
+
+def test_evaluations_are_counted_as_train_counts_them(plan):
+    often, seldom, last = (plan(*TINY, "train.epochs=10", f"train.eval_every={every}") for every in (1, 4, 100))
+    assert [found["run"]["evaluations"] for found in (often, seldom, last)] == [10, 3, 1]
+    assert fused(often)["seconds"]["evaluation"] == pytest.approx(10 * fused(last)["seconds"]["evaluation"])
+
+
+def test_averaged_weights_are_evaluated_too(plan):
+    plain, averaged = (fused(plan(*TINY, *words))["seconds"]["evaluation"] for words in ((), ("optim.ema_decay=0.99",)))
+    assert averaged == pytest.approx(2 * plain)
+
+
+def test_more_gpus_take_less_time_and_communicate(plan):
+    one, eight, sixteen = (fused(plan("deit_tiny", "--gpu", "A100", "--count", count)) for count in ("1", "8", "16"))
+    assert one["communication"]["seconds"] == 0
+    assert one["seconds"]["total"] > eight["seconds"]["total"] > sixteen["seconds"]["total"]
+    assert [row["nodes"] for row in (one, eight, sixteen)] == [1, 1, 2]
+    assert sixteen["communication"]["seconds"] > eight["communication"]["seconds"] > 0
+
+
+def test_fsdp_is_said_to_be_hypothetical(plan):
+    found = plan(*TINY, "--sharding", "fsdp")
+    assert found["run"]["sharding"] == "fsdp"
+    assert any("train runs ddp" in note for note in found["notes"])
+
+
+def test_an_online_teacher_costs_time_and_memory(plan):
+    alone, distilled = (fused(plan(name, *TINY[1:])) for name in ("deit_tiny", "deit_tiny_distilled"))
+    assert alone["step"]["teacher_seconds"] == alone["memory"]["parts"]["teacher"] == 0
+    assert distilled["step"]["teacher_seconds"] > 0.1 * distilled["step"]["seconds"]
+    assert distilled["memory"]["parts"]["teacher"] > 4 * 83e6
+
+
+def test_a_teacher_with_a_recipe_is_trained_first(plan):
+    found = plan("digits", "--gpu", "A100")
+    assert found["teacher"]["name"] == "convnet_digits"
+    own = plan("digits_teacher", "--gpu", "A100")["plans"][0]["seconds"]
+    assert fused(found)["seconds"]["teacher"] == pytest.approx(own["total"])
+
+
+def test_bf16_on_a_v100_is_planned_in_fp16_and_said(plan):
+    found = plan("deit_tiny", "--gpu", "V100", "--gpu", "A100", "--count", "8")
+    assert {row["gpu"]: row["precision"] for row in found["plans"]} == {"V100": "fp16", "A100": "bf16"}
+    assert any("engine.precision=fp16" in note for note in found["notes"])
+    assert not any("V100" in note for note in plan(*TINY)["notes"])
+
+
+def test_what_does_not_fit_comes_with_what_would(plan, capsys):
+    words = "deit_base_384", "--gpu", "V100", "--count", "1"
+    row = fused(plan(*words))
+    assert not row["fits"]
+    advised = fused(plan(*words, f"train.accumulate={row['accumulate']}"))
+    assert advised["fits"]
+    assert advised["batch_per_gpu"] * 2 > advised["largest_batch"]
+    cli.main(["plan", *words])
+    assert f"train.accumulate={row['accumulate']}" in capsys.readouterr().out
+
+
+def test_images_can_be_given(plan):
+    found = plan(*TINY, "--images", "102400")
+    assert found["data"] == {"images": 102_400, "held_out": 50_000, "assumed": None}
+    assert found["run"]["steps"] == 300 * 100
+
+
+def test_own_rows_are_used_and_named(tmp_path):
+    found = recipe.load("deit_tiny", ["engine.precision=fp32", "data.source=synthetic"])
+    machine = estimate_report.Machine(GPUS["A100"], 1, 1)
+    student = estimate_report.subject(found).student
+    slow = 3 * sum(estimate.step(student, Work(64, "fp32", drop_path=False), FUSED, GPUS["A100"]))
+    row = {"what": "step", "device": "cuda", "model": "deit_tiny_patch16_224", "batch": 64}
+    row |= {"seconds": {"fastdeit": [slow]}, "environment": {"gpus": [{"name": "NVIDIA A100-SXM4-80GB"}]}}
+    (tmp_path / "a100.jsonl").write_text(json.dumps(row) + "\n")
+
+    (tmp_path / "empty").mkdir()
+    before, after = (estimate_report.report(found, [machine], results=path) for path in (tmp_path / "empty", tmp_path))
+    assert fused(after)["step"]["seconds"] == pytest.approx(3 * fused(before)["step"]["seconds"])
+    assert fused(after)["basis"]["speed"] == "measured x3.00 (1 rows)"
+    assert after["plans"][0] == before["plans"][0]
+    assert any("nothing here is measured" in note for note in before["notes"])
+    assert not any("nothing here is measured" in note for note in after["notes"])
+
+
+# ---- networks and data -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_timm_transformers_are_recognised(plan, name):
+    found = plan(*TINY, f"model.timm={name}")
+    assert [row["design"] for row in found["plans"]] == ["eager", "compile"]
+
+
+def test_a_transformer_with_something_else_in_it_is_not(plan):
+    found = plan(*TINY, "model.timm=vit_medium_patch16_gap_256", "model.image_size=256")
+    assert [row["design"] for row in found["plans"]] == ["eager"]
+    assert any("not a plain vision transformer" in note for note in found["notes"])
+
+
+def test_other_timm_models_follow_their_flops(plan):
+    found = plan(*TINY, "model.timm=resnet18")
+    assert [row["design"] for row in found["plans"]] == ["eager"]
+    assert found["model"]["flops"] == pytest.approx(2 * 1.81e9, rel=0.01)
+    assert any("FLOPs alone" in note for note in found["notes"])
+
+
+def test_activations_of_other_networks_are_those_that_torch_keeps():
+    layer = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU()).to("meta")
+    counted = estimate_report._activations(layer, (16, 16))
+    pixels = 16 * 16 * 4
+    assert counted == {"saved": (3 + 8) * pixels, "widest": (8 + 8) * pixels, "layers": 2}
+
+
+def test_sizes_of_data_sets():
+    sources = DataConfig.model_fields["source"].annotation.__args__
+    assert set(estimate_report.SIZES) <= set(sources)
+    assert set(datasets.KINDS) - set(estimate_report.SIZES) == {"folder", "packed", "tar", "parquet"}
+
+
+def test_size_of_the_digits(tmp_path):
+    train, held_out = train_val(digits.prepare(tmp_path))
+    assert estimate_report.SIZES["digits"] == (len(train), len(held_out), len(train.classes))
+
+
+def test_size_of_synthetic_data(plan):
+    found = plan(*TINY, "data.source=synthetic", "data.synthetic_samples=5000")
+    assert found["data"] == {"images": 5000, "held_out": 500, "assumed": None}
+
+
+# ---- what it refuses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "name a recipe"),
+        (("deit_tin",), "did you mean 'deit_tiny'?"),
+        (("deit_tiny", "digits"), "expected one recipe"),
+        (("deit_tiny", "--gpu", "H10"), "did you mean 'H100'?"),
+        (("deit_tiny", "--count", "3"), "multiple of 64 x 1 x 3"),
+        (("deit_tiny", "--count", "0"), "not a positive number"),
+        (("deit_tiny", "--count", "16", "--nodes", "1"), "at most 8"),
+        (("deit_tiny", "--count", "8", "--nodes", "3"), "the same number of GPUs"),
+        (("deit_tiny", "--price", "2"), "one for each"),
+        (("deit_tiny", "--gpu", "A100", "--price", "0"), "positive"),
+        (("deit_tiny", "--gpu", "A100", "--price", "nan"), "positive"),
+        (("deit_tiny", "--sharding", "zero"), "invalid choice"),
+        (("deit_tiny", "model.timm=vit_tinny_patch16_224"), "did you mean"),
+        (("deit_tiny", "model.image_size=225"), "multiple of the patch size"),
+    ],
+)
+def test_refused_with_a_reason(capsys, argv, message):
+    assert message in fails(capsys, *argv)
+
+
+def test_flops_that_cannot_be_counted_are_an_error(capsys, monkeypatch):
+    def flops(self, image_size=None):
+        raise NotImplementedError("no kernel on meta")
+
+    from fastdeit.models import timm_model
+
+    monkeypatch.setattr(timm_model.TimmModel, "flops", flops)
+    assert "cannot be counted" in fails(capsys, *TINY, "model.timm=resnet26")

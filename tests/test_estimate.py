@@ -1,0 +1,371 @@
+"""The estimate against independent counts: torch's own, a ring simulated message by message, and published speeds."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdeit import estimate, estimate_rows, kernels, models
+from fastdeit.engine.ema import Ema
+from fastdeit.engine.optim import AdamW, default_groups
+from fastdeit.estimate import COMPILE, DESIGNS, EAGER, EPILOGUE, FUSED, GIB, GPUS, Network, ViT, Work
+
+NAMES = [name for name in models.MODELS if name.startswith("deit_")]
+
+
+def vit_of(model):
+    config = model.config
+    patches = config.grid[0] * config.grid[1]
+    values, hidden = config.in_chans * config.patch_size**2, int(config.dim * config.mlp_ratio)
+    shape = patches, model.prefix_tokens, values, config.dim, config.depth, config.heads, hidden, config.num_classes
+    return ViT(*shape)
+
+
+def network_of(vit):
+    return Network("vit", vit.parameters, vit.flops, vit.patches * vit.patch_values, vit.prefix * vit.classes, vit=vit)
+
+
+def on_meta(name, **options):
+    with torch.device("meta"):
+        return models.build(name, **options)
+
+
+BASE = network_of(ViT(196, 2, 768, 768, 12, 12, 3072, 1000))
+CONVNET = Network("convnet", 1000, 10**9, 3 * 224**2, 1000, saved=10**6, widest=10**5)
+
+
+def time(network=BASE, batch=256, design=FUSED, gpu="A100", **work):
+    return sum(estimate.step(network, Work(batch, **work), design, GPUS[gpu]))
+
+
+# ---- operations and shapes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flops_and_parameters_are_the_model_s(name):
+    model = on_meta(name)
+    assert vit_of(model).flops == model.flops()
+    assert vit_of(model).parameters == sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "deit_small_patch16_224"])
+def test_flops_of_a_training_step_are_those_that_torch_counts(name):
+    model = models.build(name, image_size=(64, 96), depth=3)
+    patches = torch.rand(2, vit_of(model).patches, vit_of(model).patch_values)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        out = model(patches)
+        sum(head.sum() for head in (out if isinstance(out, tuple) else (out,))).backward()
+    found = estimate.ops(network_of(vit_of(model)), Work(2), EAGER, GPUS["A100"])
+    # The library makes the scores a second time: five products in backward, of which torch counts the four needed.
+    once = {("library", "backward"): 4 / 5}
+    assert sum(op.count * op.flops * once.get((op.kind, op.phase), 1) for op in found) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("design", "drop_path", "bytes_per_value"),
+    [
+        # LayerNorms, residual additions, casts; drop-path; GELU; attention; packing; bias gradients
+        (replace(EAGER, packing=2), True, 136 + 16 + 40 + 42 + 24 + 18),
+        (replace(EAGER, packing=2), False, 136 + 40 + 42 + 24 + 18),
+        (EAGER, True, 136 + 16 + 40 + 42 + 12 + 18),
+        (COMPILE, True, 56 + 40 + 42 + 12 + 18),
+        (FUSED, True, 56 + 48 + 32 + 2),
+        (EPILOGUE, True, 56 + 32 + 2),
+    ],
+    ids=["timm", "timm without drop-path", "eager", "compile", "fused", "epilogue"],
+)
+def test_bytes_between_the_products_of_a_block(design, drop_path, bytes_per_value):
+    """In units of tokens * channels, 16 bit: the table in docs/plan.md."""
+    work, card = Work(64, drop_path=drop_path), GPUS["A100"]
+    found = estimate._block(BASE.vit, work, design, card, BASE.vit.tokens)
+    assert sum(op.count * op.bytes for op in found if op.kind != "gemm") == bytes_per_value * 64 * 198 * 768
+
+
+def test_gelu_in_the_products_makes_them_move_more():
+    fused, epilogue = (
+        sum(op.bytes for op in estimate._products(BASE.vit, Work(64), design, GPUS["A100"], 198))
+        for design in (FUSED, EPILOGUE)
+    )
+    written, written_and_read = 2, 2 * 2
+    assert epilogue - fused == (written + written_and_read) * 64 * 198 * 3072
+
+
+def test_pruning_the_last_block_saves_what_it_leaves_out():
+    pruned, whole = BASE.vit, replace(BASE.vit, pruned=False)
+    left_out = whole.tokens - whole.prefix
+    per_row = 2 * 768 * 768 + 2 * 198 * 768 + 2 * 768 * 3072
+    assert whole.flops - pruned.flops == 2 * left_out * per_row
+    assert time(network_of(whole)) > time(network_of(pruned))
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("design", DESIGNS.values(), ids=str)
+@pytest.mark.parametrize("gpu", GPUS)
+def test_no_step_beats_the_hardware(gpu, design):
+    card, work = GPUS[gpu], Work(256, ema=True)
+    found = estimate.ops(BASE, work, design, card)
+    for amount, peak in (("flops", card.flops), ("bytes", card.bandwidth)):
+        assert sum(op.count * getattr(op, amount) for op in found) / peak < sum(estimate.step(BASE, work, design, card))
+
+
+def test_time_grows_with_the_batch_and_less_than_it():
+    times = [time(batch=batch) for batch in (64, 128, 256, 512)]
+    assert all(less < more <= 2 * less for less, more in pairwise(times))
+
+
+@pytest.mark.parametrize("design", ["eager", "compile", "fused"])
+def test_a_larger_card_is_faster(design):
+    times = [time(gpu=gpu, design=DESIGNS[design]) for gpu in ("V100", "A100", "H100", "H200")]
+    assert times == sorted(times, reverse=True)
+
+
+def test_fusing_more_is_faster_on_a_busy_gpu():
+    eager, compiled, fused, epilogue = (time(design=design) for design in DESIGNS.values())
+    assert eager > compiled > fused > epilogue
+
+
+def test_small_steps_take_the_host_s_time():
+    found = estimate.ops(BASE, Work(1), EAGER, GPUS["H100"])
+    launches = sum(op.count * op.launches for op in found)
+    assert time(batch=1, design=EAGER, gpu="H100") == pytest.approx(launches * EAGER.launch)
+
+
+def test_float32_and_options_cost_time():
+    assert time(precision="fp32") > 1.5 * time(precision="bf16")
+    assert time(ema=True) > time(ema=False)
+    assert time(design=EAGER, drop_path=True) > time(design=EAGER, drop_path=False)
+
+
+def test_on_a_v100_attention_is_the_library_s():
+    kinds = {op.kind for op in estimate.ops(BASE, Work(64, "fp16"), FUSED, GPUS["V100"])}
+    assert "library" in kinds
+    assert "ours" not in kinds
+
+
+def test_designs_that_cannot_run_are_not_offered():
+    def names(gpu, precision="bf16", network=BASE):
+        return [design.name for design in estimate.designs(GPUS[gpu], precision, network)]
+
+    assert names("A100") == ["eager", "compile", "fused", "epilogue"]
+    assert names("V100", "fp16") == names("A100", "fp32") == ["eager", "compile", "fused"]
+    assert names("A100", network=replace(BASE, own=False)) == ["eager", "compile"]
+    assert names("A100", network=CONVNET) == ["eager"]
+
+
+def test_other_networks_follow_their_flops():
+    twice = replace(CONVNET, flops=2 * CONVNET.flops)
+    forward = [estimate.step(network, Work(512), EAGER, GPUS["A100"]).forward for network in (CONVNET, twice)]
+    assert forward[1] == pytest.approx(2 * forward[0], rel=0.01)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(backend, batch, depth):
+    """Bytes that torch keeps for the backward of a small model in bf16, weights left out."""
+    model = models.build("deit_tiny_distilled_patch16_224", image_size=64, depth=depth, drop_path=0.1)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    patches, noise = torch.rand(batch, 16, 768).bfloat16(), torch.rand(batch, model.noise_per_sample)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with kernels.use(backend), torch.autocast("cpu", torch.bfloat16), hooks:
+        out = model(patches, noise=noise)
+    assert len(out) == 2
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(("design", "backend"), [("eager", "auto"), ("fused", "reference")])
+def test_blocks_keep_what_torch_keeps(design, backend):
+    """The registered references keep what the fused kernels keep. Differences leave copies of weights out."""
+    two, three = (saved_bytes(backend, 3, depth) - saved_bytes(backend, 2, depth) for depth in (2, 3))
+    vit = ViT(16, 2, 768, 192, 3, 3, 768, 1000)
+    full, _, last = estimate.blocks_saved(vit, Work(1), DESIGNS[design])
+    assert full == pytest.approx(three - two, rel=0.01)
+    patches = 2 * 16 * 768
+    assert full + last + patches == pytest.approx(two, rel=0.05)
+
+
+def test_weights_moments_and_average_are_the_optimizer_s():
+    model = models.build("deit_tiny_patch16_224")
+    optimizer = AdamW(default_groups(model.named_parameters(), 0.05), (0.9, 0.999), 1e-8)
+    average = Ema(dict(model.named_parameters()), 0.9).average
+    parts = estimate.memory(network_of(vit_of(model)), Work(1, ema=True), FUSED, world=1, sharding="ddp")
+
+    def size(tensors):
+        return sum(tensor.nbytes for tensor in tensors)
+
+    assert parts["weights"] == parts["gradients"] == size(model.parameters())
+    assert parts["moments"] == size([*optimizer.exp_avg.values(), *optimizer.exp_avg_sq.values()])
+    assert parts["ema"] == size(average.values())
+
+
+def test_sharding_divides_what_belongs_to_parameters():
+    whole, sharded = (
+        estimate.memory(BASE, Work(8, ema=True), FUSED, world=8, sharding=sharding) for sharding in ("ddp", "fsdp")
+    )
+    for part in ("weights", "gradients", "moments", "ema"):
+        assert sharded[part] == whole[part] / 8
+    for part in ("blocks", "logits", "input", "embedding"):
+        assert sharded[part] == whole[part]
+
+
+@pytest.mark.parametrize("network", [BASE, CONVNET], ids=["vit", "convnet"])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_the_largest_batch_fits_and_the_next_does_not(network, sharding):
+    options = {"world": 8, "sharding": sharding, "teacher": CONVNET}
+    largest = estimate.largest_batch(network, Work(1), EAGER, GPUS["A100"], 64, **options)
+    sizes = [
+        estimate.total(estimate.memory(network, Work(batch), EAGER, **options)) for batch in (largest, largest + 64)
+    ]
+    assert largest % 64 == 0
+    assert sizes[0] <= 0.95 * 80e9 < sizes[1]
+
+
+def test_nothing_fits_into_too_little():
+    card = replace(GPUS["A100"], memory=GIB)
+    assert estimate.largest_batch(BASE, Work(1), EAGER, card, 64, world=1, sharding="ddp") == 0
+
+
+def test_a_teacher_takes_memory():
+    without, with_it = (
+        estimate.memory(BASE, Work(64), FUSED, world=1, sharding="ddp", teacher=teacher) for teacher in (None, BASE)
+    )
+    assert without["teacher"] == 0
+    assert with_it["teacher"] > 4 * BASE.parameters
+
+
+# ---- communication ---------------------------------------------------------------------------------------------------
+
+
+def ring_bytes(world, size, *, gather, scatter):
+    """Bytes that a process sends when shards of `size` travel round a ring, a shard a turn."""
+    turns = (world - 1) * (gather + scatter)
+    return turns * size / world
+
+
+def communicated(world, sharding="ddp", nodes=1, gpu="A100", accumulate=1, network=BASE):
+    step = estimate.step(network, Work(128), FUSED, GPUS[gpu])
+    options = {"world": world, "nodes": nodes, "sharding": sharding, "accumulate": accumulate, "width": 2}
+    return estimate.communication(network, step, GPUS[gpu], **options)
+
+
+def test_one_gpu_sends_nothing():
+    assert communicated(1) == communicated(1, "fsdp") == (0, 0, 0)
+
+
+@pytest.mark.parametrize("world", [2, 8, 16])
+def test_bytes_are_those_of_rings(world):
+    gradients, weights = 4 * BASE.parameters, 2 * BASE.parameters
+    ddp = ring_bytes(world, gradients, gather=1, scatter=1)
+    fsdp = ring_bytes(world, weights, gather=2, scatter=0) + ring_bytes(world, gradients, gather=0, scatter=1)
+    assert communicated(world).bytes == pytest.approx(ddp)
+    assert communicated(world, "fsdp", accumulate=3).bytes == pytest.approx(3 * fsdp)
+    assert communicated(world, accumulate=3).bytes == communicated(world).bytes
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_some_of_it_shows_and_never_more_than_all(sharding):
+    near, far = communicated(8, sharding), communicated(16, sharding, nodes=16)
+    for spent in (near, far):
+        assert 0 < spent.exposed <= spent.seconds
+    assert near.seconds < far.seconds
+    assert near.exposed < far.exposed
+
+
+def test_more_adapters_are_faster():
+    assert communicated(16, nodes=2).seconds < communicated(16, nodes=4).seconds < communicated(16, nodes=8).seconds
+    assert estimate.bus(GPUS["A100"], 16, 2) < estimate.bus(GPUS["A100"], 8, 1)
+
+
+# ---- against measurements --------------------------------------------------------------------------------------------
+
+
+def test_errors_against_published_speeds_are_within_the_stated_bounds():
+    steps, runs = estimate_rows.errors(whole=False), estimate_rows.errors(whole=True)
+    assert len(steps) + len(runs) == len(estimate_rows.PUBLISHED)
+    assert max(map(abs, steps)) < 0.2
+    assert all(0.5 < error < 0.75 for error in runs)
+
+
+def test_published_rows_have_sources_and_known_gpus():
+    for row in estimate_rows.PUBLISHED:
+        assert row.gpu in GPUS
+        assert row.source
+        assert row.speed > 0
+
+
+def test_the_teacher_s_rows_agree_with_each_other():
+    flops = estimate._CONVNET_FLOPS
+    for speed, bandwidth in estimate._CONVNET_ROWS:
+        assert speed * flops / bandwidth == pytest.approx(estimate.CONVNET_FLOPS_PER_BYTE, rel=0.1)
+
+
+def bench_row(card="NVIDIA A100-SXM4-80GB", slower=2.0, **changes):
+    work = Work(64, changes.get("precision", "fp32"), drop_path=False)
+    seconds = slower * sum(estimate.step(BASE, work, FUSED, GPUS["A100"]))
+    sides = {"fastdeit": [seconds, 0.9 * seconds, 9 * seconds], "timm": [1.0]}
+    row = {"what": "step", "device": "cuda", "model": "base", "batch": 64, "seconds": sides}
+    return row | {"environment": {"gpus": [{"name": card}]}} | changes
+
+
+def calibrated(tmp_path, *rows):
+    path = tmp_path / "a100.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return estimate_rows.calibrations([path], {"base": BASE}.get)
+
+
+def test_own_rows_calibrate(tmp_path):
+    found = calibrated(tmp_path, bench_row(slower=2.0), bench_row(slower=0.5), bench_row(precision="bf16", slower=1.5))
+    assert found["A100", "fused", "fp32"] == (pytest.approx(1.0), 2)
+    assert found["A100", "fused", "bf16"] == (pytest.approx(1.5), 1)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"what": "data"},
+        {"device": "cpu", "environment": {"gpus": []}},
+        {"card": "NVIDIA A100-PCIE-40GB"},
+        {"card": "NVIDIA GH200 480GB"},
+        {"card": "NVIDIA L4"},
+        {"seconds": {"timm": [1.0]}},
+    ],
+)
+def test_other_rows_do_not(tmp_path, other):
+    assert calibrated(tmp_path, bench_row(**other)) == {}
+
+
+@pytest.mark.parametrize(
+    ("card", "gpu"),
+    [
+        ("Tesla V100-SXM2-32GB", "V100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GeForce RTX 3090", "RTX3090"),
+    ],
+)
+def test_cards_are_known_by_their_names(tmp_path, card, gpu):
+    assert list(calibrated(tmp_path, bench_row(card))) == [(gpu, "fused", "fp32")]
+
+
+def test_the_model_needs_no_torch():
+    code = "import sys\nfrom fastdeit import estimate, estimate_rows\nprint(estimate_rows.errors(whole=False))\n"
+    code += "print({'torch', 'numpy', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
