@@ -20,7 +20,7 @@ from fastdeit.data.source import DataError, Source, SyntheticSource, train_val
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
-from fastdeit.methods.base import Batch, Context, Method
+from fastdeit.methods.base import Batch, Context, Method, View, overridden
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.models.weights import LoadReport, load_weights
 
@@ -74,24 +74,47 @@ def loader_device(device: torch.device) -> str | int:
     return "cpu" if device.type == "cpu" else device.index or 0
 
 
-def augmentation(recipe: "Recipe") -> Augment:
-    """What the plan of a training sample is drawn from."""
-    data = recipe.data
+def augmentations(recipe: "Recipe") -> tuple[Augment, ...]:
+    """What the plan of a training sample is drawn from: one for each view that the method wants."""
+    made: dict[str, Augment] = {}
+    for view in overridden(methods.find(recipe.method.use).views, recipe.data.views):
+        made[view.name] = _augmentation(recipe, view, made)
+    return tuple(made.values())
+
+
+def _augmentation(recipe: "Recipe", view: View, earlier: dict[str, Augment]) -> Augment:
+    data, said = recipe.data, view.over(recipe.data)
+    size = image_size(recipe) if view.size is None else (view.size, view.size)
+    stream = view.name if earlier else ""
+    shared = earlier.get(view.crop_of)
+    if shared and shared.crop == "simple" and shared.size != size:
+        raise UsageError(
+            f"recipe {recipe.name}: view {view.name} of {_pixels(size)} pixels cannot have the crop of view "
+            f"{view.crop_of}, a simple crop to {_pixels(shared.size)}: give both the same size, or view {view.crop_of} "
+            "crop random_resized"
+        )
+    crop = shared or said
     return Augment(
-        size=image_size(recipe),
-        crop=data.crop,
-        crop_scale=data.crop_scale,
+        size=size,
+        crop=crop.crop,
+        crop_scale=crop.crop_scale,
         crop_ratio=data.crop_ratio,
-        flip=data.flip,
-        policy=policy.parse(data.augment, image_size(recipe), data.color_jitter),
-        erase=data.erase,
+        flip=crop.flip,
+        policy=policy.parse(said.augment, size, said.color_jitter),
+        erase=said.erase,
         mixup=data.mixup,
         cutmix=data.cutmix,
         mix_probability=data.mix_probability,
         mix_switch=data.mix_switch,
         group_size=data.group_size,
         mix_mode=data.mix_mode,
+        stream=stream,
+        crop_stream=shared.crop_stream if shared else stream,
     )
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def train_loader(
@@ -103,9 +126,11 @@ def train_loader(
         order.groups_per_batch(recipe.train.batch_size, data.group_size, recipe.train.accumulate, world.size)
     except ValueError as error:
         raise UsageError(f"recipe {recipe.name}: {error}") from error
+    first, *further = augmentations(recipe)
     return TrainLoader(
         source,
-        augmentation(recipe),
+        first,
+        further=further,
         seed=recipe.train.seed,
         batch_size=recipe.train.batch_size,
         accumulate=recipe.train.accumulate,
@@ -144,7 +169,7 @@ def to_batch(samples: Samples, recipe: "Recipe", device: torch.device) -> Batch:
         return tensor.to(device, non_blocking=True)
 
     return Batch(
-        images=(move(samples.images),),
+        images=tuple(map(move, samples.images)),
         y1=move(samples.y1),
         y2=move(samples.y2),
         lam=move(samples.lam),
@@ -155,8 +180,7 @@ def to_batch(samples: Samples, recipe: "Recipe", device: torch.device) -> Batch:
         index=move(samples.index),
         mean=recipe.data.mean,
         std=recipe.data.std,
-        # Empty boxes would still cost the noise of every pixel on a GPU.
-        erase=(move(samples.erase_box), move(samples.erase_key)) if recipe.data.erase else None,
+        erase=tuple(None if view is None else tuple(map(move, view)) for view in samples.erase),
     )
 
 
@@ -214,10 +238,6 @@ def method(
 ) -> Method:
     """The training method around the student."""
     kind = methods.find(recipe.method.use)
-    if len(kind.views) != 1:
-        raise UsageError(
-            f"method {recipe.method.use} wants {len(kind.views)} views of a sample; the pipeline makes one"
-        )
     context = Context(num_classes, recipe.train.epochs, steps, teacher)
     return kind(student, recipe.method, context)
 

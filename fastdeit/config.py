@@ -6,7 +6,17 @@ YAML, checks what spans sections, and turns pydantic's complaints into sentences
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -14,6 +24,38 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError("must be [smallest, largest]")
+    return limits
+
+
+def _inside_the_image(scale: tuple[float, float]) -> tuple[float, float]:
+    if scale[1] > 1:
+        raise ValueError("must be at most 1: a crop is a part of the image")
+    return scale
+
+
+def _known_policy(augment: str) -> str:
+    # Policies import numpy; reading, listing and showing recipes does without.
+    from fastdeit.data import policy
+
+    policy.parse(augment)
+    return augment
+
+
+def _fits_the_policy(strength: Any, info: ValidationInfo) -> Any:
+    from fastdeit.data import policy
+
+    policy.parse(info.data.get("augment") or "none", color_jitter=strength)
+    return strength
+
+
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
+Crop = Literal["random_resized", "simple"]
+CropScale = Annotated[Range, AfterValidator(_inside_the_image)]
+Policy = Annotated[str, AfterValidator(_known_policy)]
 Source = Literal[
     "folder",
     "packed",
@@ -33,6 +75,7 @@ Jitter = Annotated[
     Annotated[NonNegative, Tag("one")]
     | Annotated[tuple[NonNegative, ...], Field(min_length=3, max_length=4), Tag("all")],
     Discriminator(lambda strength: "all" if isinstance(strength, list | tuple) else "one"),
+    AfterValidator(_fits_the_policy),
 ]
 
 
@@ -95,6 +138,21 @@ class ModelConfig(Section):
         return timm
 
 
+class ViewConfig(Section):
+    """What a recipe changes of one view of its method; null: nothing. Fields not explained here are those of `data`."""
+
+    size: Count | None = None
+    """Side of the view in pixels."""
+    crop: Crop | None = None
+    crop_scale: CropScale | None = None
+    flip: Fraction | None = None
+    augment: Policy | None = None
+    color_jitter: Jitter | None = None
+    erase: Fraction | None = None
+    crop_of: Text | None = None
+    """An earlier view of which crop and flip are taken."""
+
+
 class DataConfig(Section):
     """Where samples come from and how they are augmented. Defaults are DeiT's, but for `augment` and `erase`."""
 
@@ -109,21 +167,23 @@ class DataConfig(Section):
     split need none."""
     val: Text = "val"
     """Name of the held-out split under `root`, likewise."""
-    crop: Literal["random_resized", "simple"] = "random_resized"
+    crop: Crop = "random_resized"
     """simple: DeiT III's, resized so that the short side fits, padded by 4 reflected pixels, cut at random."""
-    crop_scale: tuple[Positive, Positive] = (0.08, 1.0)
+    crop_scale: CropScale = (0.08, 1.0)
     """Area of the random resized crop as a fraction of the image: smallest, largest."""
-    crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333333333)
+    crop_ratio: Range = (0.75, 1.3333333333)
     """Width over height of the random resized crop: smallest, largest."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
-    augment: str = "none"
+    augment: Policy = "none"
     """Operations on the pixels in timm's notation: rand-m9-mstd0.5-inc1, original, trivial, three_augment, none, ..."""
     color_jitter: Jitter | None = None
     """Strength of brightness, contrast and saturation, or three of them, or four with the hue's; null: that of the
     policy in `augment`, 0.3 for three_augment and none for the others."""
     erase: Fraction = 0.0
     """Probability of random erasing: a rectangle of 2 to 33 % of the image filled with noise."""
+    views: dict[str, ViewConfig] = {}
+    """Of a method that wants several views of a sample: what differs from the method's own settings, by view."""
     mixup: NonNegative = 0.8
     """Parameter of mixup's Beta distribution; 0 turns mixup off."""
     cutmix: NonNegative = 1.0
@@ -160,38 +220,6 @@ class DataConfig(Section):
         if root is not None and source in ("synthetic", "digits"):
             raise ValueError(f"has no place beside data.source {source}, which reads no directory of yours")
         return root
-
-    @field_validator("crop_scale", "crop_ratio")
-    @classmethod
-    def _ascending(cls, limits: tuple[float, float]) -> tuple[float, float]:
-        if limits[0] > limits[1]:
-            raise ValueError("must be [smallest, largest]")
-        return limits
-
-    @field_validator("crop_scale")
-    @classmethod
-    def _inside_the_image(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if scale[1] > 1:
-            raise ValueError("must be at most 1: a crop is a part of the image")
-        return scale
-
-    @field_validator("augment")
-    @classmethod
-    def _known_policy(cls, augment: str) -> str:
-        # Policies import numpy; reading, listing and showing recipes does without.
-        from fastdeit.data import policy
-
-        policy.parse(augment)
-        return augment
-
-    @field_validator("color_jitter")
-    @classmethod
-    def _fits_the_policy(cls, strength: Any, info: ValidationInfo) -> Any:
-        from fastdeit.data import policy
-
-        if "augment" in info.data:
-            policy.parse(info.data["augment"], color_jitter=strength)
-        return strength
 
     @field_validator("group_size")
     @classmethod

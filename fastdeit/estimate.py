@@ -217,7 +217,7 @@ FUSED = Design(
     packing=0,
     optimizer="ours",
     launch=10e-6,
-    kept=(8, 1),
+    kept=(6, 1),
 )
 EPILOGUE = replace(FUSED, name="epilogue", help="the same, with FASTDEIT_KERNELS=mlp=epilogue", epilogue=True)
 DESIGNS = {design.name: design for design in (EAGER, COMPILE, FUSED, EPILOGUE)}

@@ -48,7 +48,7 @@ def evaluate(
     counts: dict[str, Tensor] = {}
     seen = torch.zeros((), dtype=torch.float64, device=world.device)
     for batch in loader.batches():
-        images, labels = batch.images.to(world.device), batch.y1.to(world.device)
+        images, labels = batch.images[0].to(world.device), batch.y1.to(world.device)
         with autocast:
             scores = predict(kernels.pixels(images, mean=mean, std=std))
         seen += len(labels)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -310,6 +310,8 @@ def _merged(base: Item, child: Item, path: FieldPath = ()) -> Item:
     if not isinstance(base.value, dict) or not isinstance(child.value, dict):
         return child
     kept = dict(base.value)
+    if not path and _changes_method(base, child):
+        kept["data"] = _without_views(kept.get("data", Item({}, NOWHERE)))
     choice = _CHOICES.get(path)
     if choice is not None and _decides_anew(choice, base.value, child.value):
         if choice.stale is None:
@@ -318,6 +320,18 @@ def _merged(base: Item, child: Item, path: FieldPath = ()) -> Item:
     for key, item in child.value.items():
         kept[key] = _merged(kept[key], item, (*path, key)) if key in kept else item
     return Item(kept, child.place if child.place != NOWHERE else base.place)
+
+
+def _changes_method(base: Item, child: Item) -> bool:
+    old, new = (root.value["method"].value if "method" in root.value else None for root in (base, child))
+    return isinstance(old, dict) and isinstance(new, dict) and _decides_anew(_CHOICES["method",], old, new)
+
+
+def _without_views(data: Item) -> Item:
+    """The data section without what it says of the views of a method that is not trained."""
+    if not isinstance(data.value, dict):
+        return data
+    return Item({key: item for key, item in data.value.items() if key != "views"}, data.place)
 
 
 def _written_at(item: Item) -> Place:
@@ -362,6 +376,8 @@ def _validated(name: str, root: Item, problems: Problems) -> Recipe:
 def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
     """What valid sections have against each other; of sections that are missing in `parts` nothing is said."""
     data, optim, train = (parts.get(section) for section in ("data", "optim", "train"))
+    if data and "method" in parts:
+        yield from _view_conflicts(parts["method"].use, data)
     if data and train:
         groups, rest = divmod(train.batch_size, data.group_size)
         if rest:
@@ -379,6 +395,30 @@ def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
             ("optim", "warmup_epochs"),
             f"must be less than train.epochs ({train.epochs}), got {shown(optim.warmup_epochs)}",
         )
+
+
+def _view_conflicts(use: str, data: DataConfig) -> Iterator[tuple[FieldPath, str]]:
+    """What the views of the method have against what the recipe makes of them."""
+    # Methods import torch, policies numpy.
+    from fastdeit import methods
+    from fastdeit.data import policy
+    from fastdeit.methods.base import overridden, view_problems
+
+    own = getattr(methods.find(use), "views", ())
+    known = [view.name for view in own]
+    for name in data.views:
+        if name not in known:
+            problem = f"is no view of method {use}, which has {', '.join(known)}{meant(name, known)}"
+            yield ("data", "views", name), problem
+    views = overridden(own, data.views)
+    for name, field, problem in view_problems(views):
+        yield ("data", "views", name, field), problem
+    for view in views:
+        said = view.over(data)
+        try:
+            policy.parse(said.augment, color_jitter=said.color_jitter)
+        except ValueError as error:
+            yield ("data", "views", view.name, "color_jitter"), f"{error}, or give the view an augment of its own"
 
 
 def _method_config(use: str) -> type[BaseModel]:
@@ -529,9 +569,13 @@ def _hint(models: Mapping[str, type[BaseModel] | None], path: FieldPath) -> str:
 
 def _fields(models: Mapping[str, type[BaseModel] | None], path: Sequence[str | int]) -> Iterable[str]:
     """Field names of the (nested) model at `path`."""
-    model: Any = models.get(str(path[0]))
+    kind: Any = models.get(str(path[0]))
     for part in path[1:]:
-        annotation = model.model_fields[part].annotation if model is not None and part in model.model_fields else None
-        inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
-        model = next((kind for kind in inner if issubclass(kind, BaseModel)), None)
-    return model.model_fields if model is not None else ()
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+            continue
+        fields = getattr(kind, "model_fields", {})
+        annotation = fields[part].annotation if part in fields else None
+        inner = [(inner, get_origin(inner) or inner) for inner in (annotation, *get_args(annotation))]
+        kind = next((kind for kind, of in inner if isinstance(of, type) and issubclass(of, BaseModel | dict)), None)
+    return getattr(kind, "model_fields", ())

@@ -8,7 +8,12 @@ import torch
 from fastdeit import build
 from fastdeit import recipe as recipes
 from fastdeit.data import plan
+from fastdeit.data.packed import pack
+from fastdeit.data.source import DataError, SyntheticSource
 from fastdeit.engine.dist import World
+from fastdeit.errors import UsageError
+from fastdeit.methods.base import View
+from fastdeit.methods.supervised import Supervised
 
 RECIPE = """\
 model: {name: deit_tiny_patch16_224, image_size: 32}
@@ -50,9 +55,9 @@ def inside(boxes, height, width):
 def test_erased_pixels_are_noise_and_the_rest_is_untouched(batch_of):
     batch, samples = batch_of("data.erase=1", "data.mixup=0", "data.cutmix=0")
     plain, _ = batch_of("data.mixup=0", "data.cutmix=0")
-    assert plain.erase is None
+    assert plain.erase == (None,)
     assert torch.equal(batch.images[0], plain.images[0])
-    where = inside(samples.erase_box, 32, 32)[:, None].expand(-1, 3, -1, -1)
+    where = inside(samples.erase[0][0], 32, 32)[:, None].expand(-1, 3, -1, -1)
     assert 0.02 < where.float().mean() < 0.34
     x = batch.pixels()
     assert torch.equal(x[~where], plain.pixels()[~where])
@@ -63,7 +68,7 @@ def test_erased_pixels_are_noise_and_the_rest_is_untouched(batch_of):
 
 def test_a_teacher_sees_the_same_erasure(batch_of):
     batch, samples = batch_of("data.erase=1", "data.mixup=0", "data.cutmix=0")
-    where = inside(samples.erase_box, 32, 32)[:, None].expand(-1, 3, -1, -1)
+    where = inside(samples.erase[0][0], 32, 32)[:, None].expand(-1, 3, -1, -1)
     student, teacher = batch.pixels(), batch.pixels(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
     assert torch.equal(student[where], teacher[where])
     assert not torch.equal(student[~where], teacher[~where])
@@ -73,9 +78,50 @@ def test_a_teacher_sees_the_same_erasure(batch_of):
 
 def test_every_field_reaches_the_plan(path):
     overrides = ["data.crop=simple", "data.augment=three_augment", "data.color_jitter=0.2", "data.mix_mode=pair"]
-    augment = build.augmentation(recipes.load(path, [*overrides, "data.erase=0.1", "model.image_size=[48, 32]"]))
+    (augment,) = build.augmentations(recipes.load(path, [*overrides, "data.erase=0.1", "model.image_size=[48, 32]"]))
     assert (augment.crop, augment.erase, augment.mix_mode) == ("simple", 0.1, "pair")
     assert (augment.policy.size, augment.policy.layers, augment.policy.jitter) == ((48, 32), 1, (0.2, 0.2, 0.2, 0.0))
+
+
+class MultiCrop(Supervised):
+    views = (
+        View("global_0", crop_scale=(0.4, 1.0)),
+        View("global_1", crop_scale=(0.4, 1.0), erase=0.2),
+        View("local_0", size=16, crop_scale=(0.05, 0.4), augment="none"),
+        View("local_1", size=16, crop_scale=(0.05, 0.4), augment="none"),
+        View("teacher", crop_of="local_1"),
+    )
+
+
+def test_views_of_a_method_reach_the_plan(path):
+    augment = ["data.augment=three_augment", "data.color_jitter=0.2", "data.erase=0.1", "data.flip=0.3"]
+    views = ["data.views.local_0={size: 24, flip: 0.5}", "data.views.global_0.erase=0"]
+    made = build.augmentations(recipes.load(path, ["method.use=test_build:MultiCrop", *augment, *views]))
+    assert [view.size for view in made] == [(32, 32), (32, 32), (24, 24), (16, 16), (32, 32)]
+    assert [view.crop_scale for view in made] == [(0.4, 1.0)] * 2 + [(0.05, 0.4)] * 3
+    assert [view.flip for view in made] == [0.3, 0.3, 0.5, 0.3, 0.3]
+    assert [view.erase for view in made] == [0, 0.2, 0.1, 0.1, 0.1]
+    assert [view.policy.jitter[0] for view in made] == [0.2, 0.2, 0, 0, 0.2]
+    assert [view.policy.size for view in made] == [view.size for view in made]
+    assert [view.stream for view in made] == ["", "global_1", "local_0", "local_1", "teacher"]
+    assert [view.crop_stream for view in made] == ["", "global_1", "local_0", "local_1", "local_1"]
+
+
+def test_views_of_a_method_reach_the_model(batch_of):
+    batch, _ = batch_of("method.use=test_build:MultiCrop")
+    assert [batch.pixels(view).shape[-1] for view in range(5)] == [32, 32, 16, 16, 32]
+    assert [erase is None for erase in batch.erase] == [True, False, True, True, True]
+    assert batch.box.shape == (5, 16, 4)
+    assert torch.equal(batch.images[0], batch_of("data.crop_scale=[0.4, 1.0]")[0].images[0])
+
+
+def test_a_simple_crop_is_shared_at_its_size_only(path):
+    recipe = recipes.load(path, ["method.use=test_build:MultiCrop", "data.crop=simple"])
+    with pytest.raises(
+        UsageError, match=r"view teacher of 32 x 32 pixels cannot have the crop of view local_1, a simple"
+    ):
+        build.augmentations(recipe)
+    assert len(build.augmentations(recipes.override(recipe, ["data.views.teacher.size=16"]))) == 5
 
 
 def test_the_batch_holds_the_planned_mixing_and_erasure(batch_of):
@@ -83,7 +129,69 @@ def test_the_batch_holds_the_planned_mixing_and_erasure(batch_of):
     augment = plan.Augment(size=(32, 32), group_size=8, erase=0.5, mix_mode="element")
     size = torch.full((16,), 32)
     view = plan.samples(augment, 0, 0, samples.index.numpy(), torch.zeros(16).long().numpy(), size, size)
-    assert batch.erase[0].tolist() == view.erase_box.tolist()
-    assert batch.erase[1].tolist() == view.erase_key.tolist()
+    assert batch.erase[0][0].tolist() == view.erase_box.tolist()
+    assert batch.erase[0][1].tolist() == view.erase_key.tolist()
     assert batch.lam.tolist() == plan.mix(augment, 0, 0, slice(0, 2)).lam.tolist()
     assert len(set(batch.lam.tolist())) > 8
+
+
+FOLDER = RECIPE.replace("source: synthetic, synthetic_samples: 32, synthetic_classes: 4", "source: folder")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """(recipe, root) with 8 training and 4 held-out images as class folders."""
+    (tmp_path / "r.yaml").write_text(FOLDER)
+    source = SyntheticSource(8, classes=4, size=(16, 16))
+    for split, count in (("train", 8), ("val", 4)):
+        for i in range(count):
+            path = tmp_path / "images" / split / source.classes[source.label(i)] / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes(source.read(i)))
+    return str(tmp_path / "r.yaml"), tmp_path / "images"
+
+
+def test_a_packed_data_set_is_read_as_the_folder_it_was_made_of(data, tmp_path):
+    path, root = data
+    before = build.sources(recipes.load(path, [f"data.root={root}"]))
+    for split, source in zip(("train", "val"), before, strict=True):
+        pack(source, tmp_path / f"{split}.pack")
+    after = build.sources(recipes.load(path, ["data.source=packed", f"data.root={tmp_path}"]))
+    assert [source.fingerprint for source in after] == [source.fingerprint for source in before]
+    assert [len(source) for source in after] == [8, 4]
+
+
+def test_splits_of_other_names(data):
+    path, root = data
+    (root / "train").rename(root / "fit")
+    train, _ = build.sources(recipes.load(path, [f"data.root={root}", "data.train=fit"]))
+    assert len(train) == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.root=nowhere"], "data.source folder: nowhere: no such directory; the expected layout is ROOT/train/"),
+        (["data.root=images", "data.val=test"], "data.source folder: images: no subfolder 'test'"),
+        (["data.root=images", "data.source=packed"], "it looks like folder: add data.source=folder"),
+        (["data.root=empty", "data.source=tar"], "data.source tar: empty: no tar file train[-_.]*tar"),
+        (["data.root=empty", "data.source=tar"], "; expected are ROOT/train/*.tar and ROOT/val/*.tar"),
+        (["data.root=empty", "data.source=cifar10", "data.train=fit"], "has the splits train and val, not 'fit'"),
+        (["data.root=packed"], "it looks like packed: add data.source=packed"),
+    ],
+)
+def test_what_is_no_data_set_names_field_path_and_layout(data, tmp_path, monkeypatch, overrides, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "train.pack").touch()
+    with pytest.raises(DataError) as refused:
+        build.sources(recipes.load(data[0], overrides))
+    assert message in str(refused.value)
+
+
+def test_no_data_at_all_names_field_and_layout(data):
+    with pytest.raises(
+        UsageError, match=r"add --data ROOT, which sets data\.root; data\.source is tar, expected are ROOT"
+    ):
+        build.sources(recipes.load(data[0], ["data.source=tar"]))

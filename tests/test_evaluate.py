@@ -22,7 +22,7 @@ class Labelled:
     def batches(self):
         for labels in torch.tensor(self.labels, dtype=torch.int64).split(3):
             images = (25 * labels).to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 2, 2, 3)
-            yield SimpleNamespace(images=images, y1=labels)
+            yield SimpleNamespace(images=(images,), y1=labels)
 
 
 def predict(x):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastdeit import recipe as recipes
 from fastdeit.cli import main as cli
+from fastdeit.data.datasets import KINDS
 from fastdeit.recipe import Recipe, RecipeError
 
 GOOD = """\
@@ -111,6 +112,12 @@ FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     ("data.flip", "1.5", "must be at most 1, got 1.5"),
     ("model.drop_path", "1.0", "must be below 1, got 1.0"),
     ("data.eval_crop_ratio", "0", "must be above 0, got 0"),
+    ("data.eval_crop_ratio", "1.1", "must be at most 1, got 1.1"),
+    ("data.erase", "1.5", "must be at most 1, got 1.5"),
+    ("data.color_jitter", "-0.4", "must be at least 0, got -0.4"),
+    ("data.color_jitter", "strong", "must be a number, got 'strong'"),
+    ("data.color_jitter", "[0.4, 0.4]", "must have at least 3 entries, got [0.4, 0.4]"),
+    ("data.color_jitter", "[0.4, 0.4, 0.4, 0.6]", "must have a hue of at most 0.5"),
     ("engine.keep_checkpoints", "1", "must be at least 2, got 1"),
     ("engine.checkpoint_every", "0", "must be above 0, got 0"),
     ("optim.lr", ".nan", "must be a finite number, got .nan"),
@@ -118,7 +125,14 @@ FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     ("data.std[2]", "[1, 1, -.inf]", "must be a finite number, got -.inf"),
     ("train.seed", "18446744073709551616", "must fit 64 bits, got 18446744073709551616"),
     ("train.epochs", "9" * 5000, "is a number of more digits than Python reads, 99999"),
-    ("data.source", "folders", "must be one of folder, synthetic, digits, got 'folders'; did you mean 'folder'?"),
+    ("data.source", "folders", "must be one of folder, packed, tar, parquet, imagenet, cifar10, cifar100, flowers102"),
+    ("data.source", "folders", "got 'folders'; did you mean 'folder'?"),
+    ("data.crop", "src", "must be one of random_resized, simple, got 'src'"),
+    ("data.mix_mode", "elem", "must be one of batch, pair, element, got 'elem'; did you mean 'element'?"),
+    ("data.augment", "rand-m99-x", "has a section 'x' that is not valid; valid are m9 (magnitude), n2"),
+    ("data.augment", "augmix-m5", "cannot be augmix, which blends several augmented copies of an image"),
+    ("data.augment", "randaug", "must be one of none, rand-... as in rand-m9-mstd0.5-inc1, original"),
+    ("data.augment", "3", "must be text, got 3"),
     ("engine.precision", "bf61", "must be one of fp32, fp16, bf16, got 'bf61'; did you mean 'bf16'?"),
     (
         "engine.sinks[0]",
@@ -188,6 +202,69 @@ PLACES_GONE_WRONG = {  # what is replaced in GOOD, by what, the line and field t
         11,
         "optim.min_lr",
         "must not be above optim.lr (1e-06), got 1e-05 by default",
+    ),
+    "view that the method has not": (
+        "  group_size: 16",
+        "  group_size: 16\n  views:\n    mian: {size: 96}",
+        12,
+        "data.views.mian",
+        "is no view of method supervised, which has main; did you mean 'main'?",
+    ),
+    "unknown field of a view": (
+        "  group_size: 16",
+        "  group_size: 16\n  views:\n    main: {szie: 96}",
+        12,
+        "data.views.main.szie",
+        "unknown field (96); did you mean 'size'?",
+    ),
+    "field of data that a view has not": (
+        "  group_size: 16",
+        "  group_size: 16\n  views:\n    main: {mixup: 0.1}",
+        12,
+        "data.views.main.mixup",
+        "unknown field (0.1); did you mean 'data.mixup'?",
+    ),
+    "crop of a view out of range": (
+        "  group_size: 16",
+        "  group_size: 16\n  views: {main: {\n    crop_scale: [0.5, 1.5]}}",
+        12,
+        "data.views.main.crop_scale",
+        "must be at most 1: a crop is a part of the image, got [0.5, 1.5]",
+    ),
+    "policy of a view": (
+        "  group_size: 16",
+        "  group_size: 16\n  views: {main: {augment: randaug}}",
+        11,
+        "data.views.main.augment",
+        "must be one of none, rand-...",
+    ),
+    "hue of a view": (
+        "  group_size: 16",
+        "  group_size: 16\n  views: {main: {color_jitter: [0.4, 0.4, 0.4, 0.6]}}",
+        11,
+        "data.views.main.color_jitter",
+        "must have a hue of at most 0.5",
+    ),
+    "crop of a view that is not there": (
+        "  group_size: 16",
+        "  group_size: 16\n  views:\n    main:\n      crop_of: clean",
+        13,
+        "data.views.main.crop_of",
+        "must name a view before main (it is the first), got 'clean'",
+    ),
+    "jitter of a view over the policy of all": (
+        "  group_size: 16",
+        "  augment: rand-m9\n  views: {main: {\n    color_jitter: 0.4}}",
+        12,
+        "data.views.main.color_jitter",
+        "has no place beside augment rand-m9, which changes the colours itself; set it to null, or give the view an",
+    ),
+    "view that is a number": (
+        "  group_size: 16",
+        "  group_size: 16\n  views: {main: 96}",
+        11,
+        "data.views.main",
+        "must be a mapping, got 96",
     ),
     "repeated field": ("  lr: 1e-3", "  lr: 1e-3\n  lr: 2e-3", 13, "optim.lr", "is given twice, first on line 12"),
     "repeated section": ("train:", "optim: {lr: 1e-4}\ntrain:", 13, "optim", "is given twice, first on line 11"),
@@ -423,6 +500,23 @@ def test_another_method_takes_nothing_from_the_base(write):
     assert (same.method.alpha, same.method.tau, same.method.teacher.timm) == (0.1, 2.0, "resnet18")
 
 
+def test_views_belong_to_the_method(write):
+    path = write(GOOD + "\n")
+    parent = recipes.load(path, ["data.views.main.size=96", "data.views.main.crop_scale=[0.4, 1.0]"])
+    assert (parent.data.views["main"].size, parent.data.views["main"].crop_scale) == (96, (0.4, 1.0))
+    assert [name for name, *_ in recipes.difference(parent, recipes.load(path))] == [
+        "data.views.main.size",
+        "data.views.main.crop_scale",
+    ]
+    assert recipes.load(write(recipes.dump(parent))) == parent
+    path = write(recipes.dump(parent), "parent.yaml")
+    assert recipes.load(path, ["method.smoothing=0"]).data.views == parent.data.views
+    teacher = "method.teacher={timm: resnet18, weights: w.safetensors}"
+    assert recipes.load(path, ["method.use=distill", teacher]).data.views == {}
+    anew = recipes.load(path, ["method.use=distill", teacher, "data.views.main.erase=0.1"]).data.views
+    assert (anew["main"].size, anew["main"].erase) == (None, 0.1)
+
+
 def test_another_teacher_takes_nothing_from_the_base(write):
     path = write(DISTILL)
     teacher = recipes.load(path, ["method.teacher.model=convnet_digits", "method.teacher.weights=x"]).method.teacher
@@ -443,6 +537,17 @@ def test_another_source_and_another_model(write):
 
 
 # ---- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_data_set_can_be_chosen_and_only_files_have_a_root(write):
+    path = write(GOOD.replace("  source: synthetic\n", "  root: /data\n"))
+    for kind in KINDS:
+        data = recipes.load(path, [f"data.source={kind}", "data.root=/data"]).data
+        assert (data.source, data.root) == (kind, "/data")
+    for kind in ("synthetic", "digits"):
+        assert recipes.load(path, [f"data.source={kind}"]).data.root is None
+        with pytest.raises(RecipeError, match=f"has no place beside data.source {kind}"):
+            recipes.load(path, [f"data.source={kind}", "data.root=/data"])
 
 
 def test_overrides_are_typed_as_yaml(write):

@@ -21,7 +21,6 @@ from fastdeit.data import digits
 from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.evaluate import evaluate
-from fastdeit.methods.base import View
 from fastdeit.methods.supervised import Supervised
 from fastdeit.train import train
 
@@ -342,16 +341,6 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(load, tmp_path):
     recipe = load("method.use=supervised")
     with pytest.raises(UsageError, match=r"batch size 64 .*nproc 3"):
         build.train_loader(recipe, build.sources(recipe)[0], world, 0, print)
-
-
-class TwoViews(Supervised):
-    views = (View(), View())
-
-
-def test_a_method_of_a_third_party_is_found_by_import_path_and_its_needs_are_checked(load):
-    recipe = load("method.use=test_train:TwoViews")
-    with pytest.raises(UsageError, match="2 views"):
-        build.method(recipe, torch.nn.Linear(1, 1), 10, 1, lambda config: None)
 
 
 def test_a_teacher_sees_the_resolution_and_normalisation_it_was_trained_at(load, whole):

@@ -7,6 +7,9 @@ On the CPU, DALI decodes the box, which is what it is fastest at, and `render` d
 being decoded: less than half the CPU time that the same steps take as DALI operators, and nearer to PIL. On the GPU all
 of it is one DALI graph (`dali_graph`).
 
+A sample is decoded once for all of its views: on the CPU the smallest rectangle that holds their boxes. DALI decodes
+the same pixels of a box whether it decodes more around it or not, so that no view depends on the others.
+
 Rules, each from a failure:
 
 * `peek_image_shape` stands before the decoder, and the decoder's input depends on its result: bytes that are no image
@@ -22,7 +25,7 @@ Rules, each from a failure:
 import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ from nvidia.dali.data_node import DataNode
 from PIL import Image
 
 from fastdeit.data import dali_graph
+from fastdeit.data.plan import Plan, unaugmented
 from fastdeit.data.policy import Ops
 from fastdeit.data.render import Renderer, RenderError
 from fastdeit.data.source import undecodable
@@ -41,67 +45,46 @@ IN_FLIGHT = 2
 
 @dataclass(frozen=True)
 class Work:
-    """One batch of B samples to execute: `encoded` B byte arrays, and the fields of `plan.Plan` that concern pixels.
-
-    box int32 `[B, 4]` as (y, x, height, width) in source pixels is resampled to the output size; or, with resize and
-    start int32 `[B, 2]`, to `resize` (height, width), of which the output is the window at `start` (y, x). flip bool
-    `[B]`. ops: None where there is no operation. `owner`: whatever the owner wants back with the images.
-    """
+    """One batch of B samples to execute: `encoded` B byte arrays, and the plan of each view of them, of which erasing
+    is left to the kernels. `owner`: whatever the owner wants back with the images."""
 
     encoded: list[NDArray[np.uint8]]
-    box: NDArray[np.int32]
-    flip: NDArray[np.bool_]
-    ops: Ops | None = None
-    resize: NDArray[np.int32] | None = None
-    start: NDArray[np.int32] | None = None
+    views: tuple[Plan, ...]
     owner: Any = None
-
-    @property
-    def layers(self) -> int:
-        """Operations per sample, those that do nothing included."""
-        return 0 if self.ops is None else self.ops.kind.shape[1]
 
     def take(self, rows: Sequence[int]) -> "Work":
         """The batch of these rows, without an owner."""
-        rows = list(rows)
-        return Work(
-            [self.encoded[row] for row in rows],
-            self.box[rows],
-            self.flip[rows],
-            None if self.ops is None else Ops(self.ops.kind[rows], self.ops.value[rows]),
-            None if self.resize is None else self.resize[rows],
-            None if self.start is None else self.start[rows],
-        )
+        return Work([self.encoded[row] for row in rows], tuple(view.take(rows) for view in self.views))
 
 
 class Executor:
     """Runs `Work` in order, up to `IN_FLIGHT` batches ahead: `submit`, then `collect` in the same order, then `close`.
 
-    size: output (height, width). threads: of DALI, and on the CPU as many again that render. device: "cpu" or a GPU's
-    index. repair(work, {row: reason}) returns `work` without the undecodable rows, replaced or removed. All works of
-    an executor have the same form (number of operations, window or none).
+    sizes: output (height, width) of each view. threads: of DALI, and on the CPU as many again that render a view.
+    device: "cpu" or a GPU's index. repair(work, {row: reason}) returns `work` without the undecodable rows, replaced or
+    removed. All works of an executor have the same form (number of operations, window or none).
     """
 
     def __init__(
         self,
-        size: tuple[int, int],
+        sizes: Sequence[tuple[int, int]],
         batch_size: int,
         *,
         threads: int,
         device: str | int,
         repair: Callable[[Work, dict[int, str]], Work],
     ) -> None:
-        self._size, self._batch_size, self._threads, self._device = size, batch_size, threads, device
+        self._sizes, self._batch_size, self._threads, self._device = sizes, batch_size, threads, device
         self._repair = repair
         self._pending: deque[Work] = deque()
-        self._renderer = Renderer(size, threads) if device == "cpu" else None
+        self._renderers = [Renderer(size, threads) for size in sizes] if device == "cpu" else []
         self._stream: _Stream | None = None
 
     def close(self) -> None:
         """Ends the threads; what is still pending is dropped."""
         self._stream = None
-        if self._renderer:
-            self._renderer.close()
+        for renderer in self._renderers:
+            renderer.close()
 
     def run(self, works: Iterable[Work]) -> Iterator[tuple[Work, Any]]:
         """Submit and collect all `works`, keeping `IN_FLIGHT` batches under way; closes at the end."""
@@ -122,9 +105,9 @@ class Executor:
             self._stream = self._open(work, self._batch_size, self._threads, IN_FLIGHT)
         self._push(self._stream, work)
 
-    def collect(self) -> tuple[Work, Any]:
-        """The oldest batch, as repaired, and its images, uint8 `[B, H, W, 3]`: on the CPU a torch tensor, on the GPU a
-        DALI TensorList; None if no row is left."""
+    def collect(self) -> tuple[Work, tuple[Any, ...] | None]:
+        """The oldest batch, as repaired, and of each view its images, uint8 `[B, H, W, 3]`: on the CPU a torch tensor,
+        on the GPU a DALI TensorList; None if no row is left."""
         while True:
             work = self._pending[0]
             if not work.encoded:
@@ -153,7 +136,7 @@ class Executor:
     def _failures(self, work: Work) -> dict[int, str]:
         """Rows that cannot be executed, with the reason. A sound image goes first: where that fails, the machine is at
         fault."""
-        sound = _sound(work, self._size)
+        sound = _sound(work, self._sizes)
         alone = self._open(work, 1, 1, 1)
         self._push(alone, sound)
         self._pop(alone, sound)
@@ -172,28 +155,35 @@ class Executor:
 
     def _open(self, like: Work, batch_size: int, threads: int, depth: int) -> "_Stream":
         options = {"batch_size": batch_size, "num_threads": threads, "prefetch_queue_depth": depth}
-        if self._renderer:
+        if self._renderers:
             pipe = _decode_box(**options, device_id=None)
         else:
-            form = {"layers": like.layers, "windowed": like.resize is not None}
-            pipe = dali_graph.whole(self._size, **form, gpu=True, **options, device_id=int(self._device))
+            forms = dali_graph.forms(self._sizes, like.views)
+            pipe = dali_graph.whole(forms, gpu=True, **options, device_id=int(self._device))
         pipe.build()
-        return _Stream(pipe, depth, self._inputs(_sound(like, self._size)))
+        return _Stream(pipe, depth, self._inputs(_sound(like, self._sizes)))
 
     def _push(self, stream: "_Stream", work: Work) -> None:
         if work.encoded:
             stream.push(self._inputs(work))
 
-    def _pop(self, stream: "_Stream", work: Work) -> Any:
-        images = stream.pop()
-        return self._renderer.batch([np.asarray(image) for image in images], work) if self._renderer else images
+    def _pop(self, stream: "_Stream", work: Work) -> tuple[Any, ...]:
+        outputs = stream.pop()
+        if not self._renderers:
+            return outputs
+        decoded = [np.asarray(image) for image in outputs[0]]
+        corner, _ = _hull(work.views)
+        return tuple(
+            renderer.batch(_regions(decoded, corner, view.box), view)
+            for renderer, view in zip(self._renderers, work.views, strict=True)
+        )
 
     def _inputs(self, work: Work) -> dict[str, Any]:
-        if self._renderer:
-            corner, extent = work.box.reshape(-1, 2, 2).swapaxes(0, 1).astype(np.int32, order="C")
+        if self._renderers:
+            corner, extent = _hull(work.views)
             steps = {"corner": corner, "extent": extent}
         else:
-            steps = dali_graph.inputs(self._size, work)
+            steps = dali_graph.inputs(self._sizes, work.views)
         return {"encoded": work.encoded} | steps
 
 
@@ -218,37 +208,53 @@ class _Stream:
         if self._missing <= 0:
             self._pipe.schedule_run()
 
-    def pop(self) -> Any:
+    def pop(self) -> tuple[Any, ...]:
         """The images of the oldest batch; raises RuntimeError if DALI could not make them."""
         while self._missing > 0:
             self.push(self._filler, wanted=False)
         while True:
-            (images,) = self._pipe.outputs()
+            images = self._pipe.outputs()
             if self._wanted.popleft():
                 return images
 
 
 @pipeline_def
 def _decode_box() -> DataNode:
-    """The box of each image: inputs `encoded`, `corner` (y, x) and `extent` (height, width)."""
+    """A box of each image: inputs `encoded`, `corner` (y, x) and `extent` (height, width)."""
     encoded = dali_graph.guarded(fn.external_source(name="encoded", no_copy=True))
     corner, extent = fn.external_source(name="corner"), fn.external_source(name="extent")
     return fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=(0, 1), adjust_orientation=False)
 
 
-def _sound(like: Work, size: tuple[int, int]) -> Work:
+def _hull(views: Sequence[Plan]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(corner, extent), both int32 `[B, 2]` as (y, x), of the smallest rectangle that holds the boxes of all views."""
+    corner = np.min([view.box[:, :2] for view in views], axis=0)
+    end = np.max([view.box[:, :2] + view.box[:, 2:] for view in views], axis=0)
+    return corner.astype(np.int32), (end - corner).astype(np.int32)
+
+
+def _regions(
+    decoded: Sequence[NDArray[np.uint8]], corner: NDArray[np.int32], box: NDArray[np.int32]
+) -> list[NDArray[np.uint8]]:
+    """The boxes in images of which the pixels from `corner` on were decoded."""
+    start, extent = (box[:, :2] - corner).tolist(), box[:, 2:].tolist()
+    return [image[y : y + h, x : x + w] for image, (y, x), (h, w) in zip(decoded, start, extent, strict=True)]
+
+
+def _sound(like: Work, sizes: Sequence[tuple[int, int]]) -> Work:
     """A batch of the form of `like`: one image that can be decoded, without operations."""
     out = io.BytesIO()
     Image.new("RGB", (16, 16)).save(out, "JPEG")
-    windowed = like.resize is not None
-    return Work(
-        [np.frombuffer(out.getvalue(), np.uint8)],
-        np.array([[0, 0, 16, 16]], np.int32),
-        np.zeros(1, bool),
-        Ops(np.zeros((1, like.layers), np.uint8), np.zeros((1, like.layers), np.float32)),
-        np.array([size], np.int32) if windowed else None,
-        np.zeros((1, 2), np.int32) if windowed else None,
-    )
+    views = []
+    for view, size in zip(like.views, sizes, strict=True):
+        layers, windowed = view.ops.kind.shape[1], view.resize is not None
+        still = unaugmented(
+            np.array([[0, 0, 16, 16]], np.int32),
+            np.array([size], np.int32) if windowed else None,
+            np.zeros((1, 2), np.int32) if windowed else None,
+        )
+        views.append(replace(still, ops=Ops(np.zeros((1, layers), np.uint8), np.zeros((1, layers), np.float32))))
+    return Work([np.frombuffer(out.getvalue(), np.uint8)], tuple(views))
 
 
 def _summary(error: RuntimeError) -> str:

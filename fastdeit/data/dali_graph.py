@@ -9,6 +9,7 @@ named arguments (sizes, regions, matrices) and conditions stay on the CPU.
 The graph also runs on DALI's CPU backend, which is how it is tested.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,15 @@ from fastdeit.data.policy import FILL, KINDS
 from fastdeit.data.render import Steps
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+
+
+class Form(NamedTuple):
+    """What the graph of a view depends on: its output `size` (height, width), the number `layers` of its operations,
+    and whether it is `windowed`: its box is the whole image, and its plan has `resize` and `start`."""
+
+    size: tuple[int, int]
+    layers: int
+    windowed: bool
 
 
 class _Operands(NamedTuple):
@@ -41,44 +51,70 @@ def guarded(encoded: DataNode) -> DataNode:
     return fn.slice(encoded, start=zero, rel_shape=1.0, axes=(0,))
 
 
-@pipeline_def(enable_conditionals=True)
-def whole(size: tuple[int, int], layers: int, windowed: bool, gpu: bool) -> DataNode:
-    """Images of output `size` (height, width) after `layers` operations, from the `inputs` of the same name.
+def forms(sizes: Sequence[tuple[int, int]], views: Sequence[Steps]) -> list[Form]:
+    """The form of each view."""
+    return [
+        Form(size, 0 if view.ops is None else view.ops.kind.shape[1], view.resize is not None)
+        for size, view in zip(sizes, views, strict=True)
+    ]
 
-    windowed: the box is the whole image, and the plan has `resize` and `start`.
-    """
+
+@pipeline_def(enable_conditionals=True)
+def whole(views: Sequence[Form], gpu: bool) -> tuple[DataNode, ...]:
+    """The images of each view, from the `inputs` of the same name; every sample is decoded once."""
     encoded = guarded(fn.external_source(name="encoded", no_copy=True))
     images = fn.decoders.image(
         encoded, device="mixed" if gpu else "cpu", adjust_orientation=False, jpeg_fancy_upsampling=True
     )
+    rendered = []
+    for view, form in enumerate(views):
+        rendered.append(_rendered(images, form, f"{view}_", gpu))
+    return tuple(rendered)
+
+
+def _rendered(images: DataNode, form: Form, prefix: str, gpu: bool) -> DataNode:
+    """One view of the decoded images, from the inputs whose names begin with `prefix`."""
+    size = form.size
     cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
-    if windowed:
-        images = fn.resize(images, size=fn.external_source(name="resize"), **cubic)
+    if form.windowed:
+        images = fn.resize(images, size=_input(prefix, "resize"), **cubic)
         images = fn.experimental.warp_perspective(
             images,
-            matrix=fn.external_source(name="window"),
+            matrix=_input(prefix, "window"),
             size=size,
             border_mode="reflect_101",
             interp_type=types.INTERP_NN,
         )
     else:
-        start, end = fn.external_source(name="roi_start"), fn.external_source(name="roi_end")
+        start, end = _input(prefix, "roi_start"), _input(prefix, "roi_end")
         images = fn.resize(images, size=size, roi_start=start, roi_end=end, **cubic)
     device = "gpu" if gpu else "cpu"
     inside = np.zeros((*size, 1), np.float32)
     inside[1:-1, 1:-1] = 1
     inside, smooth = types.Constant(inside, device=device), types.Constant(_SMOOTH, device=device)
-    for layer in range(layers):
-        branch, value = fn.external_source(name=f"branch{layer}"), fn.external_source(name=f"value{layer}")
-        matrix = fn.external_source(name=f"matrix{layer}")
+    for layer in range(form.layers):
+        branch, value = _input(prefix, f"branch{layer}"), _input(prefix, f"value{layer}")
+        matrix = _input(prefix, f"matrix{layer}")
         operands = _Operands(value.gpu() if gpu else value, value, matrix, inside, smooth)
         if branch > 0:
             images = _choose(1, len(_BRANCHES) - 1, branch, images, operands)
     return images
 
 
-def inputs(size: tuple[int, int], steps: Steps) -> dict[str, NDArray[Any]]:
+def _input(prefix: str, name: str) -> DataNode:
+    return fn.external_source(name=prefix + name)
+
+
+def inputs(sizes: Sequence[tuple[int, int]], views: Sequence[Steps]) -> dict[str, NDArray[Any]]:
     """What `whole` takes beside `encoded`, by name."""
+    return {
+        f"{view}_{name}": value
+        for view, (size, steps) in enumerate(zip(sizes, views, strict=True))
+        for name, value in _inputs_of(size, steps).items()
+    }
+
+
+def _inputs_of(size: tuple[int, int], steps: Steps) -> dict[str, NDArray[Any]]:
     flip = steps.flip
     if steps.resize is None:
         corner = steps.box[:, :2].astype(np.float32)

@@ -34,28 +34,28 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class Samples:
-    """B samples of one micro-batch; CPU tensors, `images` on the loader's device.
+    """B samples of one micro-batch in V views; CPU tensors, `images` on the loader's device.
 
-    images uint8 `[B, H, W, 3]`; y1, y2 int64 `[B]`, lam float32 `[B]`: target = lam * onehot(y1) + (1 - lam) *
-    onehot(y2); partner int64 `[B]`, pixel_lam float32 `[B]`, box int32 `[B, 4]` as in `plan.Mix`; erase_box int32 `[B,
-    4]`, erase_key int64 `[B]` as in `plan.Plan`; noise float32 `[B, K]` drop-path uniforms; index int64 `[B]` position
-    in the source. In evaluation nothing is mixed or erased: y2 = y1, lam = 1, partner = itself, boxes zero.
+    images one uint8 `[B, H, W, 3]` per view; y1, y2 int64 `[B]`, lam float32 `[B]`: target = lam * onehot(y1) + (1 -
+    lam) * onehot(y2); partner int64 `[B]`, pixel_lam float32 `[B]` as in `plan.Mix`, box int32 `[V, B, 4]` likewise, in
+    pixels of each view; erase (erase_box int32 `[B, 4]`, erase_key int64 `[B]`) per view as in `plan.Plan`, or None for
+    a view that is never erased; noise float32 `[B, K]` drop-path uniforms; index int64 `[B]` position in the source. In
+    evaluation there is one view, and nothing is mixed or erased: y2 = y1, lam = 1, partner = itself, box zero.
     """
 
-    images: torch.Tensor
+    images: tuple[torch.Tensor, ...]
     y1: torch.Tensor
     y2: torch.Tensor
     lam: torch.Tensor
     partner: torch.Tensor
     pixel_lam: torch.Tensor
     box: torch.Tensor
-    erase_box: torch.Tensor
-    erase_key: torch.Tensor
+    erase: tuple[tuple[torch.Tensor, torch.Tensor] | None, ...]
     noise: torch.Tensor
     index: torch.Tensor
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.index)
 
 
 class BadImages:
@@ -92,8 +92,10 @@ class TrainLoader:
     """Training batches of process `rank` of `world`, by global step: step s is batch s % steps_per_epoch of epoch
     s // steps_per_epoch.
 
-    batch_size is that of all processes and micro-batches together. threads: DALI's CPU threads (default: the machine's
-    cores divided by world). device: "cpu" or a GPU's index. on_bad(path, reason) is called once for each undecodable
+    augment: of the first view, and the mixing of all; further: of the other views, each with a `stream` of its own.
+    Mixing is drawn once for all views of a sample, and the cut box scaled to the size of each. batch_size is that of
+    all processes and micro-batches together. threads: DALI's CPU threads (default: the machine's cores divided by
+    world). device: "cpu" or a GPU's index. on_bad(path, reason) is called once for each undecodable
     file (default: a warning); DataError once they are more than `max_bad_fraction` of the data set.
     """
 
@@ -102,6 +104,7 @@ class TrainLoader:
         source: Source,
         augment: plan.Augment,
         *,
+        further: Sequence[plan.Augment] = (),
         seed: int,
         batch_size: int,
         accumulate: int = 1,
@@ -116,6 +119,7 @@ class TrainLoader:
     ) -> None:
         self._groups = order.groups_per_batch(batch_size, augment.group_size, accumulate, world)
         self._source, self._augment, self._seed = source, augment, seed
+        self._views = (augment, *further)
         self._batch_size, self._accumulate, self._repeats = batch_size, accumulate, repeats
         self._rank, self._world = rank, world
         self._threads, self._device = threads or _threads(world), device
@@ -132,7 +136,7 @@ class TrainLoader:
 
     def _executor(self) -> Executor:
         return Executor(
-            self._augment.size,
+            [view.size for view in self._views],
             self._batch_size // (self._accumulate * self._world),
             threads=self._threads,
             device=self._device,
@@ -172,9 +176,8 @@ class TrainLoader:
         rows.attempt[row] += 1
 
     def _work(self, rows: "_Rows") -> Work:
-        width, height = rows.size.T
-        rows.view = view = plan.samples(self._augment, self._seed, rows.epoch, rows.sample, rows.copy, width, height)
-        return Work(list(rows.encoded), view.box, view.flip, view.ops, view.resize, view.start, rows)
+        of = (self._seed, rows.epoch, rows.sample, rows.copy, *rows.size.T)
+        return Work(list(rows.encoded), tuple(plan.samples(view, *of) for view in self._views), rows)
 
     def _repair(self, work: Work, failures: dict[int, str]) -> Work:
         for row, reason in failures.items():
@@ -182,13 +185,19 @@ class TrainLoader:
         self._fill(work.owner, list(failures), partial(_read, self._source))
         return self._work(work.owner)
 
-    def _arrays(self, work: Work) -> list[torch.Tensor]:
+    def _arrays(self, work: Work) -> dict[str, Any]:
         rows: _Rows = work.owner
         mix = plan.mix(self._augment, self._seed, rows.step, rows.groups)
+        boxes = [plan.scale_boxes(mix.box, self._augment.size, view.size) for view in self._views]
+        # Empty boxes would still cost the noise of every pixel on a GPU.
+        erase = [
+            (planned.erase_box, planned.erase_key) if view.erase else None
+            for view, planned in zip(self._views, work.views, strict=True)
+        ]
         size = self._augment.group_size
         positions = np.arange(rows.groups.start * size, rows.groups.stop * size)
         noise = plan.noise(self._seed, rows.step, positions, self._noise_per_sample)
-        return _tensors(self._source, rows.sample, mix, rows.view.erase_box, rows.view.erase_key, noise)
+        return _tensors(self._source, rows.sample, mix, boxes, erase, noise)
 
 
 class EvalLoader:
@@ -222,7 +231,7 @@ class EvalLoader:
 
     def _executor(self) -> Executor:
         return Executor(
-            self._size,
+            [self._size],
             self._batch_size,
             threads=self._threads,
             device=self._device,
@@ -245,16 +254,14 @@ class EvalLoader:
         source_size = np.array([size for _, size in results])[:, ::-1]
         resize, start = plan.eval_window(source_size[:, 1], source_size[:, 0], self._size, self._crop_ratio)
         whole = np.concatenate((np.zeros_like(source_size), source_size), axis=1).astype(np.int32)
-        unflipped = np.zeros(len(index), bool)
-        return Work([data for data, _ in results], whole, unflipped, resize=resize, start=start, owner=index)
+        return Work([data for data, _ in results], (plan.unaugmented(whole, resize, start),), index)
 
-    def _arrays(self, work: Work) -> list[torch.Tensor]:
+    def _arrays(self, work: Work) -> dict[str, Any]:
         count = len(work.owner)
         ones = np.ones(count, np.float32)
         nowhere = np.zeros((count, 4), np.int32)
         unmixed = plan.Mix(np.arange(count), ones, nowhere, ones)
-        keys, noise = np.zeros(count, np.int64), np.empty((count, 0), np.float32)
-        return _tensors(self._source, work.owner, unmixed, nowhere, keys, noise)
+        return _tensors(self._source, work.owner, unmixed, [nowhere], [None], np.empty((count, 0), np.float32))
 
     def _repair(self, work: Work, failures: dict[int, str]) -> Work:
         for row, reason in failures.items():
@@ -275,14 +282,13 @@ class _Rows:
         self.attempt = np.zeros(len(sample), dtype=np.int64)
         self.size = np.zeros((len(sample), 2), dtype=np.int64)
         self.encoded: list[Any] = [None] * len(sample)
-        self.view: plan.Plan | None = None
 
 
 def _stream(
     works: Generator[Work, None, None],
     executor: Callable[[], Executor],
     device: str | int,
-    arrays: Callable[[Work], list[torch.Tensor]],
+    arrays: Callable[[Work], dict[str, Any]],
 ) -> Generator[Samples, None, None]:
     """Decode `works` in background threads; batches of which nothing is left are passed over."""
     reader = Prefetch(works, _AHEAD, "fastdeit-reader")
@@ -290,15 +296,15 @@ def _stream(
     handover = _Handover(device)
     try:
         for images, tensors in decoder:
-            yield Samples(handover(images), *tensors)
+            yield Samples(handover(images), **tensors)
     finally:
         reader.close()
         decoder.close()
 
 
 def _decode(
-    works: Iterable[Work], make_executor: Callable[[], Executor], arrays: Callable[[Work], list[torch.Tensor]]
-) -> Generator[tuple[Any, list[torch.Tensor]], None, None]:
+    works: Iterable[Work], make_executor: Callable[[], Executor], arrays: Callable[[Work], dict[str, Any]]
+) -> Generator[tuple[tuple[Any, ...], dict[str, Any]], None, None]:
     with closing(make_executor().run(works)) as batches:
         for work, images in batches:
             if images is not None:
@@ -316,13 +322,13 @@ class _Handover:
         self._device = device
         self._held: deque[tuple[torch.cuda.Event, Any]] = deque()
 
-    def __call__(self, images: Any) -> torch.Tensor:
+    def __call__(self, images: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         if self._device == "cpu":
             return images
         while self._held and self._held[0][0].query():
             self._held.popleft()
         with torch.cuda.device(self._device):
-            copied = torch.from_dlpack(images.as_tensor()).clone()
+            copied = tuple(torch.from_dlpack(view.as_tensor()).clone() for view in images)
             event = torch.cuda.Event()
             event.record()
         self._held.append((event, images))
@@ -354,15 +360,25 @@ def _tensors(
     source: Source,
     index: NDArray[np.int64],
     mix: plan.Mix,
-    erase_box: NDArray[np.int32],
-    erase_key: NDArray[np.int64],
+    boxes: list[NDArray[np.int32]],
+    erase: list[tuple[NDArray[np.int32], NDArray[np.int64]] | None],
     noise: NDArray[np.float32],
-) -> list[torch.Tensor]:
-    """The fields of `Samples` after the images."""
+) -> dict[str, Any]:
+    """The fields of `Samples` besides the images."""
     labels = np.array([source.label(i) for i in index.tolist()], dtype=np.int64)
-    mixed = (labels, labels[mix.partner], mix.lam, mix.partner, mix.pixel_lam, mix.box)
-    arrays = (*mixed, erase_box, erase_key, noise, index)
-    return [torch.from_numpy(array) for array in arrays]
+    arrays = {
+        "y1": labels,
+        "y2": labels[mix.partner],
+        "lam": mix.lam,
+        "partner": mix.partner,
+        "pixel_lam": mix.pixel_lam,
+        "box": np.stack(boxes),
+        "noise": noise,
+        "index": index,
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    erased = tuple(None if view is None else tuple(map(torch.from_numpy, view)) for view in erase)
+    return tensors | {"erase": erased}
 
 
 def _threads(world: int) -> int:

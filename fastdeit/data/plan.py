@@ -2,10 +2,12 @@
 
 Crop, flip, pixel operations and erasing are functions of (seed, epoch, sample, copy), mixing of (seed, step, group or
 position), drop-path noise of (seed, step, position in the global batch). Each has a key purpose of its own, so a
-further augmentation never changes the existing ones. Executors (`dali.py`, the mixing kernel) contain no randomness.
+further augmentation never changes the existing ones; nor does a further view of the samples, which has its name in its
+purposes. Executors (`dali.py`, the mixing kernel) contain no randomness.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +38,8 @@ class Augment:
     that. erase: probability of random erasing. mixup, cutmix: alpha of Beta(alpha, alpha), 0 turns it off.
     mix_probability: share of draws that mix at all. mix_switch: share of cutmix where both are on. group_size: samples
     that are mixed among themselves (DeiT: the batch of one GPU). mix_mode: who shares a draw, as in timm's Mixup: the
-    group ("batch"), two partners ("pair"), or nobody ("element").
+    group ("batch"), two partners ("pair"), or nobody ("element"). stream: name of the view's random streams, empty for
+    the first view; crop_stream: likewise of crop and flip, which views of equal crop settings can have in common.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -52,6 +55,8 @@ class Augment:
     mix_switch: float = 0.5
     group_size: int = 64
     mix_mode: Literal["batch", "pair", "element"] = "batch"
+    stream: str = ""
+    crop_stream: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,19 @@ class Plan:
     erase_key: NDArray[np.int64]
     resize: NDArray[np.int32] | None = None
     start: NDArray[np.int32] | None = None
+
+    def take(self, rows: Sequence[int]) -> "Plan":
+        """The plan of these samples."""
+        rows = list(rows)
+        return Plan(
+            self.box[rows],
+            self.flip[rows],
+            Ops(self.ops.kind[rows], self.ops.value[rows]),
+            self.erase_box[rows],
+            self.erase_key[rows],
+            None if self.resize is None else self.resize[rows],
+            None if self.start is None else self.start[rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -98,31 +116,42 @@ def samples(
     the size of its image alone."""
     sample, copy = np.asarray(sample), np.asarray(copy)
 
-    def words(purpose: str, count: int) -> NDArray[np.uint32]:
-        return _bits(rng.key(seed, purpose, epoch), sample, copy, count)
+    def key(purpose: str, stream: str = augment.stream) -> int:
+        return rng.key(seed, f"{purpose}/{stream}" if stream else purpose, epoch)
 
+    def words(purpose: str, count: int, stream: str = augment.stream) -> NDArray[np.uint32]:
+        return _bits(key(purpose, stream), sample, copy, count)
+
+    crop_stream = augment.crop_stream
     resize = start = None
     if augment.crop == "simple":
-        box, resize, start = simple_crops(words("simple_crop", 2) * _UNIT, width, height, augment.size)
+        box, resize, start = simple_crops(words("simple_crop", 2, crop_stream) * _UNIT, width, height, augment.size)
     else:
-        attempts = words("crop", _ATTEMPTS * 4).reshape(-1, _ATTEMPTS, 4) * _UNIT
+        attempts = words("crop", _ATTEMPTS * 4, crop_stream).reshape(-1, _ATTEMPTS, 4) * _UNIT
         box = crop_boxes(attempts, width, height, augment.crop_scale, augment.crop_ratio)
     policy = augment.policy
     ops = policy.draw(words("policy", policy.uniforms) * _UNIT, words("color_jitter", policy.jitter_uniforms) * _UNIT)
     erase = words("erase", 4)
     erased = erase[:, 0] * _UNIT < augment.erase
-    attempts = _bits(rng.key(seed, "erase_box", epoch), sample[erased], copy[erased], _ATTEMPTS * 4) * _UNIT
+    attempts = _bits(key("erase_box"), sample[erased], copy[erased], _ATTEMPTS * 4) * _UNIT
     erase_box = np.zeros((len(sample), 4), np.int32)
     erase_box[erased] = erase_boxes(attempts.reshape(-1, _ATTEMPTS, 4), augment.size)
     return Plan(
         box=box,
-        flip=words("flip", 1)[:, 0] * _UNIT < augment.flip,
+        flip=words("flip", 1, crop_stream)[:, 0] * _UNIT < augment.flip,
         ops=ops,
         erase_box=erase_box,
         erase_key=np.ascontiguousarray(erase[:, 2:]).view(np.int64)[:, 0],
         resize=resize,
         start=start,
     )
+
+
+def unaugmented(box: NDArray[np.int32], resize: NDArray[np.int32] | None, start: NDArray[np.int32] | None) -> Plan:
+    """The plan that crops and does nothing else; arguments as in `Plan`."""
+    n = len(box)
+    ops = Ops(np.zeros((n, 0), np.uint8), np.zeros((n, 0), np.float32))
+    return Plan(box, np.zeros(n, bool), ops, np.zeros((n, 4), np.int32), np.zeros(n, np.int64), resize, start)
 
 
 def crop_boxes(
@@ -215,6 +244,12 @@ def mix(augment: Augment, seed: int, step: int, groups: slice) -> Mix:
         box=box[drawn].astype(np.int32),
         lam=np.where(cut, left, lam)[drawn].astype(np.float32),
     )
+
+
+def scale_boxes(boxes: NDArray[np.int32], size: tuple[int, int], other: tuple[int, int]) -> NDArray[np.int32]:
+    """Boxes int32 `[B, 4]` (y0, x0, y1, x1) in an output of `size` (height, width) as boxes in one of size `other`:
+    every edge at the same fraction of the side, rounded to the nearest pixel (half to even)."""
+    return np.rint(boxes * np.tile(other, 2) / np.tile(size, 2)).astype(np.int32)
 
 
 def noise(seed: int, step: int, positions: ArrayLike, count: int) -> NDArray[np.float32]:

@@ -274,7 +274,7 @@ def _backward_kernel(
         if dresidual is not None:
             dx += _load(dresidual, row, column, here, C)
         tl.store(dr + row[:, None] * C + column[None, :], dx.to(dr.dtype.element_ty), mask=here)
-        if branch is not None:
+        if dbranch is not None:
             place, has = _places(branch_slot, row, inside, tokens)
             mask = has[:, None] & real
             db = tl.where(mask, dx, 0.0)
@@ -385,11 +385,12 @@ def triton_backward(
     norm_samples: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """`reference_backward` in one pass over the rows and a sum of the programs' partial sums."""
-    inputs = dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep
+    values = None if gamma is None else branch
+    inputs = dresidual, dnormed, new_residual, values, weight, mean, rstd, gamma, keep
     _require(new_residual, dnormed, branch, weight, gamma, keep)
+    dbranch = None if branch is None else torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     dresidual, dnormed, new_residual, branch, *others = _dense(*inputs)
     dr = torch.empty_like(new_residual)
-    dbranch = None if branch is None else torch.empty_like(branch)
     rows, tokens = _rows_and_tokens(new_residual)
     width, batch = new_residual.shape[-1], len(new_residual)
     tile = _tile(width)
@@ -471,6 +472,9 @@ def _save(ctx, inputs, output):
     _, branch, weight, _, _, *optional, _ = inputs
     new_residual, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    if optional[0] is None:
+        # Without LayerScale only the shape and dtype of the branch are wanted: no memory is kept for them.
+        branch = branch.new_empty(()).expand(branch.shape)
     ctx.save_for_backward(new_residual, branch, weight, mean, rstd, *optional)
 
 

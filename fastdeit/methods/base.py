@@ -3,8 +3,8 @@
 A method knows nothing of DDP, AMP, EMA, checkpoints or logging; the engine wraps `forward` with all of them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -41,22 +41,73 @@ class LabelConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class View:
-    """One augmented rendering of every sample that a method asks the input pipeline for."""
+    """One augmented rendering of every sample that a method asks the input pipeline for.
+
+    What is None is as the recipe says: `size`, the side of a square in pixels, in its model section, the others in its
+    data section, whose fields of these names say what they mean. `color_jitter` goes with `augment`: a view that sets
+    the latter alone has that policy's own jitter. crop_of: name of an earlier view of which this one takes crop and
+    flip; where both also have the same size, they differ in `augment`, `color_jitter` and `erase` alone.
+
+    Random numbers of the first view are those of a method with one view, whatever its name; those of another depend on
+    its name, and on no other view.
+    """
+
+    name: str = "main"
+    size: int | None = None
+    crop: Literal["random_resized", "simple"] | None = None
+    crop_scale: tuple[float, float] | None = None
+    flip: float | None = None
+    augment: str | None = None
+    color_jitter: float | tuple[float, ...] | None = None
+    erase: float | None = None
+    crop_of: str | None = None
+
+    def over(self, below: Any) -> "View":
+        """This view, and what it leaves open as `below` has it: another view, or a recipe's data section."""
+        names = {
+            field.name for field in fields(self) if getattr(self, field.name) is None and hasattr(below, field.name)
+        }
+        if self.augment is not None:
+            names.discard("color_jitter")
+        return replace(self, **{name: getattr(below, name) for name in names})
+
+
+def overridden(views: Sequence[View], given: Mapping[str, BaseModel]) -> tuple[View, ...]:
+    """`views` with the fields that `given` sets for some of them, by name (a recipe's `data.views`)."""
+    return tuple(View(view.name, **dict(given[view.name])).over(view) if view.name in given else view for view in views)
+
+
+def view_problems(views: Sequence[View]) -> Iterator[tuple[str, str, str]]:
+    """(view, field, problem) wherever `views` of one method do not go together."""
+    before: list[str] = []
+    for view in views:
+        if not view.name.isidentifier():
+            yield view.name, "name", "must consist of letters, digits and _, as in data.views.NAME.size=96"
+        if view.name in before:
+            yield view.name, "name", "is that of an earlier view"
+        if view.crop_of is not None and view.crop_of not in before:
+            earlier = f"({', '.join(before)})" if before else "(it is the first)"
+            yield view.name, "crop_of", f"must name a view before {view.name} {earlier}, got {view.crop_of!r}"
+        for name in ("crop", "crop_scale", "flip"):
+            if view.crop_of is not None and getattr(view, name) is not None:
+                yield view.name, name, f"has no place beside crop_of: crop and flip are those of view {view.crop_of}"
+        before.append(view.name)
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch on the device: raw images and the plan of what is still to be done to them.
 
-    images       one uint8 `[B, H, W, 3]` per view
+    images       one uint8 `[B, H, W, 3]` for each of V views
     y1, y2, lam  int64 `[B]` twice, float32 `[B]`: the target is `lam * onehot(y1) + (1 - lam) * onehot(y2)`
     partner      int64 `[B]`: the sample of this micro-batch each is mixed with
     pixel_lam    float32 `[B]`: weight of the own pixel outside `box`
-    box          int32 `[B, 4]` (y0, x0, y1, x1): the cutmix window, empty when y1 <= y0
+    box          int32 `[V, B, 4]` (y0, x0, y1, x1): the cutmix window in each view, empty when y1 <= y0
     noise        float32 `[B, noise_per_sample]` uniforms in [0, 1), a function of the place in the global batch
     index        int64 `[B]`: the samples' numbers in the data set
     mean, std    normalisation of the student, in units of [0, 1]
-    erase        (boxes int32 `[B, 4]` like `box`, keys int64 `[B]`): what noise replaces, and its key; None is nothing
+    erase        for each view (boxes int32 `[B, 4]` like `box`, keys int64 `[B]`): what noise replaces, and its key;
+                 None, for a view or for all: nothing
     """
 
     images: tuple[Tensor, ...]
@@ -70,7 +121,7 @@ class Batch:
     index: Tensor
     mean: Sequence[float]
     std: Sequence[float]
-    erase: tuple[Tensor, Tensor] | None = None
+    erase: tuple[tuple[Tensor, Tensor] | None, ...] | None = None
 
     @property
     def targets(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,23 +129,21 @@ class Batch:
 
     def pixels(self, view: int = 0, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
         """Normalised, erased and mixed images `[B, 3, H, W]` in the autocast dtype (float32 without autocast)."""
-        images = self.images[view]
-        return kernels.pixels(images, **self._rendering(images, mean, std))
+        return kernels.pixels(self.images[view], **self._rendering(view, mean, std))
 
     def patches(self, patch_size: int, view: int = 0) -> Tensor:
         """The same pixels as `[B, patches, 3 * patch_size**2]`, the layout of a patch convolution's weight."""
-        images = self.images[view]
-        return kernels.patchify(images, patch_size=patch_size, **self._rendering(images, None, None))
+        return kernels.patchify(self.images[view], patch_size=patch_size, **self._rendering(view, None, None))
 
-    def _rendering(self, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
-        device = images.device.type
+    def _rendering(self, view: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
+        device = self.images[view].device.type
         return {
             "mean": self.mean if mean is None else mean,
             "std": self.std if std is None else std,
             "partner": self.partner,
             "lam": self.pixel_lam,
-            "box": self.box,
-            "erase": self.erase,
+            "box": self.box[view],
+            "erase": None if self.erase is None else self.erase[view],
             "dtype": torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32,
         }
 
@@ -124,6 +173,11 @@ class Method(nn.Module):
     Config: ClassVar[type[MethodConfig]]
     views: ClassVar[tuple[View, ...]] = (View(),)
     teacher: "Teacher | None" = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for view, name, problem in view_problems(cls.views):
+            raise ValueError(f"view {view!r} of method {cls.__name__}: {name} {problem}")
 
     def __init__(self, model: nn.Module, config: MethodConfig, context: Context) -> None:
         super().__init__()

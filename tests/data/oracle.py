@@ -40,19 +40,19 @@ def operate(image: Image.Image, kind: np.ndarray, value: np.ndarray) -> Image.Im
     return image
 
 
-def execute(data: bytes, work, row: int, size: tuple[int, int]) -> np.ndarray:
-    """Row `row` of a `dali.Work`, from the bytes `data` to uint8 `[H, W, 3]`."""
+def execute(data: bytes, view, row: int, size: tuple[int, int]) -> np.ndarray:
+    """Row `row` of a `plan.Plan`, from the bytes `data` to uint8 `[H, W, 3]`."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    y, x, h, w = work.box[row].tolist()
+    y, x, h, w = view.box[row].tolist()
     image = image.crop((x, y, x + w, y + h))
-    height, width = size if work.resize is None else work.resize[row].tolist()
+    height, width = size if view.resize is None else view.resize[row].tolist()
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if work.start is not None:
-        top, left = work.start[row].tolist()
+    if view.start is not None:
+        top, left = view.start[row].tolist()
         image = torchvision.pad(image, PAD, padding_mode="reflect")
         image = image.crop((left + PAD, top + PAD, left + PAD + size[1], top + PAD + size[0]))
-    if work.flip[row]:
+    if view.flip[row]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if work.ops is not None:
-        image = operate(image, work.ops.kind[row], work.ops.value[row])
+    if view.ops is not None:
+        image = operate(image, view.ops.kind[row], view.ops.value[row])
     return np.asarray(image)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from conftest import encoded, picture
@@ -64,12 +65,12 @@ def photographs() -> list[bytes]:
 
 def work(photos: list[bytes], kind: int, value: float) -> Work:
     n = len(photos)
-    return Work(
-        [np.frombuffer(data, np.uint8) for data in photos],
-        np.tile(np.array([0, 0, *SIZE], np.int32), (n, 1)),
-        np.arange(n) % 2 == 1,
-        Ops(np.full((n, 1), kind, np.uint8), np.full((n, 1), value, np.float32)),
+    view = replace(
+        plan.unaugmented(np.tile(np.array([0, 0, *SIZE], np.int32), (n, 1)), None, None),
+        flip=np.arange(n) % 2 == 1,
+        ops=Ops(np.full((n, 1), kind, np.uint8), np.full((n, 1), value, np.float32)),
     )
+    return Work([np.frombuffer(data, np.uint8) for data in photos], (view,))
 
 
 def planned(images: list[bytes], augment: plan.Augment, epoch: int = 0) -> Work:
@@ -78,28 +79,27 @@ def planned(images: list[bytes], augment: plan.Augment, epoch: int = 0) -> Work:
     width, height = np.array([header(data) for data in encoded]).T
     n = len(images)
     view = plan.samples(augment, 7, epoch, np.arange(n), np.zeros(n, int), width, height)
-    return Work(encoded, view.box, view.flip, view.ops, view.resize, view.start)
+    return Work(encoded, (view,))
 
 
 def on_cpu(size: tuple[int, int] = SIZE) -> Run:
-    executor = Executor(size, 64, threads=2, device="cpu", repair=None)
+    executor = Executor([size], 64, threads=2, device="cpu", repair=None)
 
     def run(batch: Work) -> np.ndarray:
         executor.submit(batch)
-        return executor.collect()[1].numpy()
+        return executor.collect()[1][0].numpy()
 
     return run
 
 
-def in_graph(size: tuple[int, int] = SIZE, layers: int = 1, windowed: bool = False) -> Run:
-    """The GPU's graph, on DALI's CPU backend."""
-    pipe = dali_graph.whole(
-        size, layers, windowed, False, batch_size=64, num_threads=2, device_id=None, prefetch_queue_depth=1
-    )
+def in_graph(like: Work, size: tuple[int, int] = SIZE) -> Run:
+    """The GPU's graph for works of the form of `like`, on DALI's CPU backend."""
+    forms = dali_graph.forms([size], like.views)
+    pipe = dali_graph.whole(forms, False, batch_size=64, num_threads=2, device_id=None, prefetch_queue_depth=1)
     pipe.build()
 
     def run(batch: Work) -> np.ndarray:
-        for name, value in (dali_graph.inputs(size, batch) | {"encoded": batch.encoded}).items():
+        for name, value in (dali_graph.inputs([size], batch.views) | {"encoded": batch.encoded}).items():
             pipe.feed_input(name, value)
         (images,) = pipe.run()
         return np.asarray(images.as_tensor())
@@ -112,7 +112,7 @@ def apart(run: Run, photos: list[bytes], name: str) -> tuple[int, float]:
     found = []
     for value in GRID.get(name, [0]):
         batch = work(photos, KINDS.index(name), value)
-        wanted = np.stack([execute(data, batch, row, SIZE) for row, data in enumerate(photos)])
+        wanted = np.stack([execute(data, batch.views[0], row, SIZE) for row, data in enumerate(photos)])
         found.append(np.abs(run(batch).astype(int) - wanted))
     return int(np.max(found)), float(np.mean(found))
 
@@ -121,11 +121,14 @@ def difference(run: Run, images: list[bytes], work: Work) -> np.ndarray:
     """Absolute difference from the oracle, `[B, H, W, 3]`; batches of 64, as the runs are built for."""
     batches = [run(work.take(range(first, min(first + 64, len(images))))) for first in range(0, len(images), 64)]
     got = np.concatenate(batches).astype(int)
-    return np.abs(got - np.stack([execute(data, work, row, got.shape[1:3]) for row, data in enumerate(images)]))
+    return np.abs(
+        got - np.stack([execute(data, work.views[0], row, got.shape[1:3]) for row, data in enumerate(images)])
+    )
 
 
 def main() -> None:
-    photos, cpu, graph = photographs(), on_cpu(), in_graph()
+    photos, cpu = photographs(), on_cpu()
+    graph = in_graph(work(photos, 0, 0.0))
     print("| operation | CPU: max / mean (bound) | GPU graph: max / mean (bound) | reason |")
     print("|---|---|---|---|")
     for name in KINDS[1:]:
@@ -150,7 +153,7 @@ def main() -> None:
     }
     for name, augment in recipes.items():
         batch = planned(images, augment)
-        runs = on_cpu(size), in_graph(size, batch.layers, batch.resize is not None)
+        runs = on_cpu(size), in_graph(batch, size)
         means = [difference(run, images, batch).mean((1, 2, 3)) for run in runs]
         print(f"| {name} | {' | '.join(f'{mean.mean():.3f}, {np.median(mean):.3f}' for mean in means)} |")
 

@@ -77,7 +77,7 @@ def test_training_takes_substitutes_and_nothing_else_changes(folder, kinds, opti
     swapped = index < 10  # class a comes first
     assert swapped.sum() == 10  # 56 samples, 7 batches of 8: nothing is dropped
 
-    images, wanted = (np.concatenate([samples.images.numpy() for samples in run]) for run in (got, expected))
+    images, wanted = (np.concatenate([samples.images[0].numpy() for samples in run]) for run in (got, expected))
     assert np.array_equal(images[~swapped], wanted[~swapped])
     used = np.concatenate([samples.index.numpy() for samples in got])
     labels = np.concatenate([samples.y1.numpy() for samples in got])
@@ -112,7 +112,7 @@ def test_stream_with_bad_files_does_not_depend_on_the_division(folder):
     for step, samples in enumerate(whole):
         halves = [part[step] for part in parts]
         assert np.array_equal(samples.index, np.concatenate([half.index for half in halves]))
-        assert np.array_equal(samples.images, np.concatenate([half.images for half in halves]))
+        assert np.array_equal(samples.images[0], np.concatenate([half.images[0] for half in halves]))
 
 
 def test_evaluation_leaves_bad_files_out(folder):
@@ -123,7 +123,7 @@ def test_evaluation_leaves_bad_files_out(folder):
     got = list(loader.batches())
     wanted = list(EvalLoader(healed, (40, 40), 0.875, **options).batches())
     assert np.concatenate([samples.index for samples in got]).tolist() == list(range(10, 56))
-    images, expected = (np.concatenate([samples.images for samples in run]) for run in (got, wanted))
+    images, expected = (np.concatenate([samples.images[0] for samples in run]) for run in (got, wanted))
     assert np.array_equal(images, expected[10:])
     assert loader.bad.count == len(reports) == len(loader.bad.reasons) == 10
 
@@ -165,23 +165,22 @@ def test_decoder_is_guarded_even_without_the_header_check(kinds, varied):
 
     def repair(work, failures):
         repaired.append(sorted(failures))
-        return Work(
-            [sound[row] if row in failures else data for row, data in enumerate(work.encoded)], work.box, work.flip
-        )
+        return Work([sound[row] if row in failures else data for row, data in enumerate(work.encoded)], work.views)
 
-    executor = Executor((32, 32), 48, threads=4, device="cpu", repair=repair)
-    geometry = np.tile([0, 0, 30, 30], (48, 1)), np.zeros(48, bool)
-    executor.submit(Work([junk[row // 3 % 9] if row % 3 == 0 else sound[row] for row in range(48)], *geometry))
-    executor.submit(Work(sound, *geometry))
-    repaired_images, images = (executor.collect()[1] for _ in range(2))
+    executor = Executor([(32, 32)], 48, threads=4, device="cpu", repair=repair)
+    views = (plan.unaugmented(np.tile([0, 0, 30, 30], (48, 1)), None, None),)
+    executor.submit(Work([junk[row // 3 % 9] if row % 3 == 0 else sound[row] for row in range(48)], views))
+    executor.submit(Work(sound, views))
+    (repaired_images,), (images,) = (executor.collect()[1] for _ in range(2))
     assert repaired == [list(range(0, 48, 3))]
     assert torch.equal(repaired_images, images)
 
 
 def test_where_even_a_sound_image_fails_no_sample_is_blamed(varied, monkeypatch):
-    executor = Executor((32, 32), 1, threads=1, device="cpu", repair=None)
-    broken = Work([np.frombuffer(b"broken", np.uint8)], np.array([[0, 0, 30, 30]]), np.zeros(1, bool))
-    monkeypatch.setattr(dali, "_sound", lambda like, size: broken)
+    executor = Executor([(32, 32)], 1, threads=1, device="cpu", repair=None)
+    box = np.array([[0, 0, 30, 30]], np.int32)
+    broken = Work([np.frombuffer(b"broken", np.uint8)], (plan.unaugmented(box, None, None),))
+    monkeypatch.setattr(dali, "_sound", lambda like, sizes: broken)
     executor.submit(broken)
     with pytest.raises(RuntimeError, match="peek_image_shape"):
         executor.collect()

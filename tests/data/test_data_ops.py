@@ -29,7 +29,7 @@ def cpu():
 
 @pytest.fixture(scope="module")
 def graph():
-    return parity.in_graph()
+    return parity.in_graph(parity.work(parity.photographs(), 0, 0.0))
 
 
 def test_every_operation_is_covered():
@@ -99,7 +99,7 @@ def test_whole_plan_on_the_cpu(varied, augment):
 @pytest.mark.parametrize("augment", [RECIPE, THREE], ids=["rand_augment", "three_augment"])
 def test_whole_plan_in_the_graph(varied, augment):
     work = parity.planned(varied[:64], augment)
-    run = parity.in_graph(SIZE, work.layers, windowed=augment.crop == "simple")
+    run = parity.in_graph(work, SIZE)
     apart = parity.difference(run, varied[:64], work)[:, 4:-4, 4:-4]  # a region sees the pixels around it
     assert apart.mean() < 2.0
     assert np.median(apart.mean((1, 2, 3))) < 0.6
@@ -108,8 +108,9 @@ def test_whole_plan_in_the_graph(varied, augment):
 def test_window_reflects_without_repeating_the_edge(varied):
     work = parity.planned(varied[:3], plan.Augment(size=SIZE, crop="simple"))
     edges = np.array([[-4, -4], [-1, 0], [3, -2]], np.int32)
-    work = replace(work, resize=np.tile(np.array([[50, 52]], np.int32), (3, 1)), start=edges)
-    for run in (parity.on_cpu(SIZE), parity.in_graph(SIZE, work.layers, windowed=True)):
+    view = replace(work.views[0], resize=np.tile(np.array([[50, 52]], np.int32), (3, 1)), start=edges)
+    work = replace(work, views=(view,))
+    for run in (parity.on_cpu(SIZE), parity.in_graph(work, SIZE)):
         apart = parity.difference(run, varied[:3], work)
         assert apart.max() <= 8
         assert apart.mean() < 0.5
@@ -119,20 +120,20 @@ def test_window_reflects_without_repeating_the_edge(varied):
 def everything(varied):
     """544 samples, 4 of each image, with 3 operations of every kind."""
     work = parity.planned(varied * 4, plan.Augment(size=SIZE))
-    return replace(work, ops=all_kinds(len(work.encoded)))
+    return replace(work, views=(replace(work.views[0], ops=all_kinds(len(work.encoded))),))
 
 
 def stream(work: Work, batch_size: int, threads: int, start: int = 0) -> np.ndarray:
-    executor = Executor(SIZE, batch_size, threads=threads, device="cpu", repair=None)
+    executor = Executor([SIZE], batch_size, threads=threads, device="cpu", repair=None)
     count = len(work.encoded)
     parts = (work.take(range(first, min(first + batch_size, count))) for first in range(start, count, batch_size))
-    return np.concatenate([images.numpy() for _, images in executor.run(parts)])
+    return np.concatenate([images.numpy() for _, (images,) in executor.run(parts)])
 
 
 @pytest.mark.parametrize(("batch_size", "threads", "start"), [(64, 1, 0), (17, 3, 0), (1, 1, 500), (48, 2, 200)])
 def test_pixels_do_not_depend_on_batches_threads_or_start(everything, batch_size, threads, start):
     reference = stream(everything, 128, 2)
-    assert len(np.unique(everything.ops.kind)) == len(KINDS)
+    assert len(np.unique(everything.views[0].ops.kind)) == len(KINDS)
     assert np.array_equal(stream(everything, batch_size, threads, start), reference[start:])
 
 
@@ -149,10 +150,10 @@ def test_stream_of_the_recipe_is_the_same_from_files_and_memory_and_for_two_rank
     stored = memory([files.read(i).tobytes() for i in range(len(files))])
     options = {"seed": 5, "batch_size": 32, "threads": 1}
     augment = replace(RECIPE, group_size=8)
-    whole = [samples.images for (samples,) in TrainLoader(files, augment, **options).batches(0, 4)]
+    whole = [samples.images[0] for (samples,) in TrainLoader(files, augment, **options).batches(0, 4)]
     ranks = [TrainLoader(stored, augment, **options, rank=rank, world=2).batches(2, 4) for rank in range(2)]
     for step, ((first,), (second,)) in enumerate(zip(*ranks, strict=True), start=2):
-        assert np.array_equal(whole[step], np.concatenate((first.images, second.images)))
+        assert np.array_equal(whole[step], np.concatenate((first.images[0], second.images[0])))
 
 
 def test_a_sample_that_cannot_be_augmented_is_named(varied, memory, monkeypatch):
@@ -162,14 +163,15 @@ def test_a_sample_that_cannot_be_augmented_is_named(varied, memory, monkeypatch)
     options = {"seed": 0, "batch_size": 8, "threads": 2, "max_bad_fraction": 0.1}
     sound = [samples for (samples,) in TrainLoader(source, augment, **options).batches(0, 4)]
     victim = parity.planned([varied[int(sound[1].index[3])]], augment).encoded[0]
-    real = dali.Renderer.batch
+    real = dali.Executor._pop
 
-    def failing(self, regions, work):
+    def failing(self, stream, work):
+        images = real(self, stream, work)
         if any(np.array_equal(data, victim) for data in work.encoded):
             raise dali.RenderError("it cannot be augmented (ValueError: no)")
-        return real(self, regions, work)
+        return images
 
-    monkeypatch.setattr(dali.Renderer, "batch", failing)
+    monkeypatch.setattr(dali.Executor, "_pop", failing)
     reports = []
     loader = TrainLoader(source, augment, **options, on_bad=lambda *report: reports.append(report))
     got = [samples for (samples,) in loader.batches(0, 4)]
@@ -177,13 +179,13 @@ def test_a_sample_that_cannot_be_augmented_is_named(varied, memory, monkeypatch)
     assert reports == [(f"memory:{index}", "it cannot be augmented (ValueError: no)")]
     for before, after in zip(sound, got, strict=True):
         kept = before.index != index
-        assert np.array_equal(before.images[kept], after.images[kept])
+        assert np.array_equal(before.images[0][kept], after.images[0][kept])
     assert int(got[1].index[3]) == order.substitute(0, 0, index, 0, 32)
 
 
 def test_an_error_of_an_operation_says_which(photos):
     broken = parity.work(photos[:1], KINDS.index("posterize"), float("nan"))
-    executor = Executor(parity.SIZE, 1, threads=1, device="cpu", repair=lambda work, failures: repaired(failures))
+    executor = Executor([parity.SIZE], 1, threads=1, device="cpu", repair=lambda work, failures: repaired(failures))
 
     def repaired(failures):
         raise LookupError(failures[0])
@@ -194,7 +196,7 @@ def test_an_error_of_an_operation_says_which(photos):
 
 
 def test_memory_does_not_grow(everything):
-    executor = Executor(SIZE, 8, threads=2, device="cpu", repair=None)
+    executor = Executor([SIZE], 8, threads=2, device="cpu", repair=None)
 
     def resident() -> int:
         gc.collect()

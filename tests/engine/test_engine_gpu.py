@@ -24,7 +24,7 @@ def batch(step, device):
         "lam": torch.full((B,), 0.7),
         "partner": torch.arange(B).flip(0),
         "pixel_lam": torch.full((B,), 0.7),
-        "box": torch.zeros(B, 4, dtype=torch.int32),
+        "box": torch.zeros(1, B, 4, dtype=torch.int32),
         "noise": torch.zeros(B, 0),
         "index": y1,
     }

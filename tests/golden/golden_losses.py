@@ -125,7 +125,7 @@ def batch(step: int, micro: int, noise: int):
     positions = np.arange(micro * BATCH, (micro + 1) * BATCH)
     arrays = {
         "y1": labels, "y2": labels[mix.partner], "lam": mix.lam, "partner": mix.partner, "pixel_lam": mix.pixel_lam,
-        "box": mix.box, "noise": plan.noise(0, step, positions, noise), "index": index,
+        "box": mix.box[None], "noise": plan.noise(0, step, positions, noise), "index": index,
     }  # fmt: skip
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}
     return Batch(images=(torch.from_numpy(images),), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), **tensors)

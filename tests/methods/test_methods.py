@@ -50,7 +50,7 @@ def batch():
     box[1] = torch.tensor([2, 1, 6, 5])
     return Batch(
         images=(images,), y1=y1, y2=y1.flip(0), lam=torch.tensor([0.3, 0.75, 1.0, 1.0, 0.5, 0.3]),
-        partner=torch.arange(B).flip(0), pixel_lam=torch.tensor([0.3, 1.0, 1.0, 1.0, 0.5, 0.3]), box=box,
+        partner=torch.arange(B).flip(0), pixel_lam=torch.tensor([0.3, 1.0, 1.0, 1.0, 0.5, 0.3]), box=box[None],
         noise=torch.zeros(B, 0), index=torch.arange(B), mean=MEAN, std=STD,
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ def pixels64(batch, mean=MEAN, std=STD):
     for i in range(B):
         lam, other = batch.pixel_lam[i].double(), x[batch.partner[i]]
         image = lam * x[i] + (1 - lam) * other
-        y0, x0, y1, x1 = batch.box[i].tolist()
+        y0, x0, y1, x1 = batch.box[0, i].tolist()
         image[:, y0:y1, x0:x1] = other[:, y0:y1, x0:x1]
         out.append(image)
     return torch.stack(out)
