@@ -8,20 +8,15 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdeit import build, doctor, methods, models, rng
-from fastdeit.data.loader import TrainLoader
-from fastdeit.data.plan import Augment
-from fastdeit.data.source import SyntheticSource, train_val
+from fastdeit import bench_data, doctor, methods, models, rng
 from fastdeit.engine.dist import World, pick_device
 from fastdeit.engine.optim import AdamW, default_groups
 from fastdeit.engine.step import Engine
@@ -30,10 +25,9 @@ from fastdeit.methods.base import Batch, Context
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = 1000
-DATA_IMAGES, DATA_SIDE = 512, (375, 500)
-WARM_BATCHES, TIMED_BATCHES = 8, 16
+BATCH = 16
 
-Timer = Callable[[], float]
+Timer = Callable[[], tuple[float, float]]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -41,9 +35,9 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     measure = {"step": step, "data": data}[args.what]
     row = {"what": args.what, **measure(args, device)}
-    row["ratio"] = {
-        name: _median(row, name) / _median(row, "fastdeit") for name in row["seconds"] if name != "fastdeit"
-    }
+    for ratio, of in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
+        peers = [name for name in row[of] if not name.startswith("fastdeit")]
+        row[ratio] = {name: _median(row, name, of) / _median(row, bench_data.compared_to(name), of) for name in peers}
     row["environment"] = _environment()
     print(_sentence(row))
     if args.out:
@@ -56,10 +50,13 @@ def main(args: argparse.Namespace) -> None:
 
 def step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Training step in fp32: forward, loss, backward, AdamW. Ours starts from uint8 images, timm's from floats."""
-    sides = {"fastdeit": _our_step(args.model, args.batch, device)}
+    if args.peer not in ("timm", "none"):
+        raise UsageError(f"--peer {args.peer} has no training step; bench step has the peers timm and none")
+    batch = args.batch or BATCH
+    sides = {"fastdeit": _our_step(args.model, batch, device)}
     if args.peer == "timm":
-        sides["timm"] = _timm_step(args.model, args.batch, device)
-    return _interleave(sides, args.rounds, device) | {"model": args.model, "batch": args.batch, "images": args.batch}
+        sides["timm"] = _timm_step(args.model, batch, device)
+    return _interleave(sides, args.rounds, device) | {"model": args.model, "batch": batch, "images": batch}
 
 
 def _our_step(name: str, batch_size: int, device: torch.device) -> Timer:
@@ -79,18 +76,18 @@ def _our_step(name: str, batch_size: int, device: torch.device) -> Timer:
 
 
 def _timed(run: Callable[[], None], device: torch.device) -> Timer:
-    """Seconds of one call, the device's work included; the first call, which allocates, is not measured."""
+    """(seconds, CPU seconds) of one call, the device's work included; the first, which allocates, is not measured."""
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    def measure() -> float:
+    def measure() -> tuple[float, float]:
         wait()
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         run()
         wait()
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.process_time() - used
 
     measure()
     return measure
@@ -107,7 +104,7 @@ def _batch(batch_size: int, size: tuple[int, int], device: torch.device) -> Batc
         "lam": torch.full((batch_size,), 0.7),
         "partner": torch.arange(batch_size).flip(0),
         "pixel_lam": torch.full((batch_size,), 0.7),
-        "box": torch.zeros(batch_size, 4, dtype=torch.int32),
+        "box": torch.zeros(1, batch_size, 4, dtype=torch.int32),
         "noise": torch.zeros(batch_size, 0),
         "index": y1,
     }
@@ -139,94 +136,41 @@ def _timm_step(name: str, batch_size: int, device: torch.device) -> Timer:
 
 
 def data(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Random resized crop and flip to 224 pixels: our replayable stream against a plain DALI pipeline.
-
-    Each measurement opens the stream anew and first takes `WARM_BATCHES`: what a side has decoded ahead while nobody
-    looked is used up, and the next `TIMED_BATCHES` come at the speed at which they are made.
-    """
-    threads = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as root:
-        _write_images(Path(root))
-        sides = {
-            "fastdeit": _stream_timer(lambda: _our_stream(Path(root), args.batch, threads, device)),
-            "dali": _stream_timer(lambda: _plain_stream(Path(root) / "train", args.batch, threads, device)),
-        }
-        row = _interleave(sides, args.rounds, device)
-    return row | {"batch": args.batch, "images": TIMED_BATCHES * args.batch, "threads": threads, "side": DATA_SIDE}
-
-
-def _stream_timer(open_stream: Callable[[], Iterator[Any]]) -> Timer:
-    def measure() -> float:
-        with closing(open_stream()) as stream:
-            for _ in range(WARM_BATCHES):
-                next(stream)
-            began = time.perf_counter()
-            for _ in range(TIMED_BATCHES):
-                next(stream)
-            return time.perf_counter() - began
-
-    return measure
-
-
-def _write_images(root: Path) -> None:
-    source = SyntheticSource(DATA_IMAGES, classes=8, size=DATA_SIDE, seed=0)
-    for split, count in (("train", DATA_IMAGES), ("val", 16)):
-        for i in range(count):
-            folder = root / split / f"class{source.label(i)}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{i:05d}.jpg").write_bytes(bytes(source.read(i)))
-
-
-def _our_stream(root: Path, batch_size: int, threads: int, device: torch.device) -> Iterator[Any]:
-    source, _ = train_val(root)
-    augment = Augment(mixup=0.0, cutmix=0.0, group_size=batch_size)
-    loader = TrainLoader(
-        source, augment, seed=0, batch_size=batch_size, threads=threads, device=build.loader_device(device)
-    )
-    return loader.batches(0, WARM_BATCHES + TIMED_BATCHES)
-
-
-def _plain_stream(root: Path, batch_size: int, threads: int, device: torch.device) -> Iterator[Any]:
-    from nvidia.dali import fn, pipeline_def, types
-
-    on_cpu = device.type == "cpu"
-
-    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None if on_cpu else device.index or 0, seed=0)
-    def pipeline():
-        encoded, labels = fn.readers.file(file_root=str(root), random_shuffle=True)
-        images = fn.decoders.image_random_crop(
-            encoded, device="cpu" if on_cpu else "mixed", random_area=[0.08, 1.0], random_aspect_ratio=[0.75, 4 / 3]
-        )
-        images = fn.resize(images, size=(224, 224), interp_type=types.INTERP_CUBIC, antialias=True)
-        return fn.flip(images, horizontal=fn.random.coin_flip()), labels
-
-    pipe = pipeline()
-    pipe.build()
-    while True:
-        images, _ = pipe.run()
-        yield torch.from_dlpack(images.as_tensor())
+    """The input of a recipe from JPEG files on, against the peers' loaders; see `bench_data`."""
+    with bench_data.sides(args, device) as (sides, facts):
+        return _interleave(sides, args.rounds, device) | facts
 
 
 def _interleave(sides: dict[str, Timer], rounds: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of every side in every round."""
+    """Seconds and CPU seconds of every side in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
         for name in list(sides) if number % 2 == 0 else list(reversed(sides)):
-            seconds[name].append(sides[name]())
-    return {"seconds": seconds, "rounds": rounds, "device": device.type}
+            wall, cpu = sides[name]()
+            seconds[name].append(wall)
+            cpu_seconds[name].append(cpu)
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "rounds": rounds, "device": device.type}
 
 
-def _median(row: dict[str, Any], name: str) -> float:
-    return statistics.median(row["seconds"][name])
+def _median(row: dict[str, Any], name: str, of: str = "seconds") -> float:
+    return statistics.median(row[of][name])
+
+
+def _speed(row: dict[str, Any], name: str) -> str:
+    text = f"{name} {row['images'] / _median(row, name):.2f} images/s"
+    if row["what"] == "data":
+        text += f" ({row['images'] / _median(row, name, 'cpu_seconds'):.2f} per CPU-second)"
+    return text
 
 
 def _sentence(row: dict[str, Any]) -> str:
-    speeds = ", ".join(f"{name} {row['images'] / _median(row, name):.2f} images/s" for name in row["seconds"])
+    speeds = ", ".join(_speed(row, name) for name in row["seconds"])
     text = (
         f"{row['what']} on {row['device']}, batch {row['batch']}, {row['rounds']} interleaved rounds, medians: {speeds}"
     )
-    ours = row["seconds"]["fastdeit"]
     for peer, ratio in row["ratio"].items():
+        ours = row["seconds"][bench_data.compared_to(peer)]
         by_round = [theirs / mine for mine, theirs in zip(ours, row["seconds"][peer], strict=True)]
         text += f"; {ratio:.3f} times {peer} (by round {min(by_round):.3f} to {max(by_round):.3f})"
     return text

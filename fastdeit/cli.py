@@ -25,6 +25,7 @@ _EXIT_CODES = {
     ("fastdeit.data.source", "DataError"): UsageError.exit_code,
     ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,
     ("fastdeit.engine.dist", "DeviceError"): UsageError.exit_code,
+    ("fastdeit.kernels.lint", "LintError"): UsageError.exit_code,
 }
 # Every rank comes to these together, so that rank 0 can speak for all.
 _COMMON_CODES = {UsageError.exit_code, NonFiniteError.exit_code, Interrupted.exit_code}
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(argv)
     except SystemExit as stop:  # argparse, after --help or --version
         return int(stop.code or 0)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FastdeitError.exit_code
     except KeyboardInterrupt:
         print("fastdeit: interrupted", file=sys.stderr)
         return FastdeitError.exit_code
@@ -70,7 +74,7 @@ def _dispatch(argv: list[str]) -> int:
         prog="fastdeit",
         usage="fastdeit VERB ...",
         description="Train DeiT-family vision transformers fast, and get the same result every time.",
-        epilog="verbs:\n" + "\n".join(f"  {name:9} {verb.help}" for name, verb in VERBS.items()) + "\n\n"
+        epilog="verbs:\n" + "\n".join(f"  {name:13} {verb.help}" for name, verb in VERBS.items()) + "\n\n"
         "`fastdeit VERB --help` explains a verb. Exit codes: 0 done, 1 failed, 2 bad usage or configuration,\n"
         "3 stopped on non-finite losses, 75 interrupted and saved (run the same command with --resume).",
     )
@@ -79,10 +83,13 @@ def _dispatch(argv: list[str]) -> int:
         top.parse(argv)
         top.print_help(sys.stderr)
         return UsageError.exit_code
-    if argv[0] not in VERBS:
-        raise UsageError(f"there is no verb {argv[0]!r} (verbs: {', '.join(VERBS)}){did_you_mean(argv[0], VERBS)}")
-    verb = VERBS[argv[0]]
-    return verb.run(verb.parse(argv[1:]), argv) or 0
+    name = next((name for name in (" ".join(argv[:2]), argv[0]) if name in VERBS), None)
+    if name is None:
+        family = [name for name in VERBS if name.startswith(f"{argv[0]} ")]
+        known, word = family or list(VERBS), " ".join(argv[: 2 if family else 1])
+        raise UsageError(f"there is no verb {word!r} (verbs: {', '.join(known)}){did_you_mean(word, known)}")
+    verb = VERBS[name]
+    return verb.run(verb.parse(argv[len(name.split()) :]), argv) or 0
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -137,7 +144,7 @@ class Verb:
             words = args.words
             args.overrides = [word for word in words if "=" in word]
             args.words = [word for word in words if "=" not in word]
-            if args.data is not None:
+            if getattr(args, "data", None) is not None:
                 args.overrides.append(f"data.root={args.data}")
         return args
 
@@ -163,6 +170,10 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
 
     with launch.process_of_a_run():
         args.recipe = _one(args.words, "recipe") or DEFAULT_RECIPE
+        if args.data is not None:
+            from fastdeit import data_verbs
+
+            args.overrides += data_verbs.implied(args.recipe, args.overrides, args.data)
         if "RANK" not in os.environ:
             if not args.words:
                 print(
@@ -191,6 +202,27 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
     bench.main(args)
 
 
+def _data_check(args: argparse.Namespace, argv: list[str]) -> int:
+    from fastdeit import data_verbs
+
+    return data_verbs.check(args)
+
+
+def _data_pack(args: argparse.Namespace, argv: list[str]) -> None:
+    from fastdeit import data_verbs
+
+    data_verbs.pack(args)
+
+
+def _data_picture(args: argparse.Namespace, argv: list[str]) -> None:
+    args.recipe = _one(args.words, "recipe")
+    if args.recipe is None:
+        raise UsageError(f"name a recipe: fastdeit data {argv[1]} RECIPE --out FILE.png")
+    from fastdeit import data_pictures
+
+    getattr(data_pictures, argv[1])(args)
+
+
 def _recipes(args: argparse.Namespace, argv: list[str]) -> None:
     if args.action == "show" and args.name is None:
         raise UsageError("name a recipe: fastdeit recipes show NAME")
@@ -211,6 +243,46 @@ def _doctor(args: argparse.Namespace, argv: list[str]) -> None:
     doctor.main(args)
 
 
+def _kernels_bench(args: argparse.Namespace, argv: list[str]) -> None:
+    from fastdeit import bench_kernels
+
+    bench_kernels.main(args)
+
+
+def _kernels(args: argparse.Namespace, argv: list[str]) -> int | None:
+    if args.action == "lint":
+        from fastdeit.kernels import lint
+
+        return lint.main(args)
+    if args.arch or args.op or args.json or args.update_golden:
+        raise UsageError("only lint takes flags: fastdeit kernels lint ...")
+    from fastdeit import kernels
+
+    print(kernels.format_info())
+    return None
+
+
+def _plan(args: argparse.Namespace, argv: list[str]) -> None:
+    args.recipe = _one(args.words, "recipe")
+    if args.recipe is None:
+        raise UsageError("name a recipe: fastdeit plan RECIPE")
+    from fastdeit import estimate_report
+
+    estimate_report.main(args)
+
+
+def _add_source(verb: Verb) -> None:
+    add = verb.parser.add_argument
+    add("--source", metavar="KIND", help="as data.source of a recipe (default: what the layout says)")
+    add("--split", action="append", metavar="NAME", help="one split; may be repeated (default: train and val)")
+
+
+def _add_recipe(verb: Verb) -> None:
+    add = verb.parser.add_argument
+    add("words", nargs="*", metavar="RECIPE", help="name of a recipe or a YAML file, and overrides")
+    add("--data", metavar="DIR", help="the data set's folder; short for data.root=DIR")
+
+
 def _verbs() -> dict[str, Verb]:
     train = Verb(
         "train",
@@ -225,7 +297,7 @@ def _verbs() -> dict[str, Verb]:
         metavar="RECIPE",
         help=f"name of a recipe or a YAML file (default: {DEFAULT_RECIPE}), and overrides",
     )
-    add("--data", metavar="DIR", help="folder with the training and held-out images; short for data.root=DIR")
+    add("--data", metavar="DIR", help="the data set's folder, whose kind is detected; short for data.root=DIR")
     add("--nproc", type=_positive, metavar="N", help="processes on this machine, one per GPU (default: 1)")
     add("--run-dir", metavar="DIR", help="where the run is kept (default: a new dated directory in runs/)")
     add("--resume", action="store_true", help="continue the run from its newest intact checkpoint")
@@ -238,22 +310,78 @@ def _verbs() -> dict[str, Verb]:
     )
     add = evaluate.parser.add_argument
     add("words", nargs="*", metavar="RUN_OR_CHECKPOINT", help="run directory or checkpoint directory, and overrides")
-    add("--data", metavar="DIR", help="folder with the held-out images; short for data.root=DIR")
+    add("--data", metavar="DIR", help="the data set's folder; short for data.root=DIR")
 
     bench = Verb(
         "bench",
         "speed of a training step or of the data pipeline",
-        "[step|data] [--peer timm|none] [--device auto|cpu|cuda] [--model NAME] [--batch N] [--rounds N] [--out FILE]",
+        "[step|data] [--peer timm|torchvision|dali|all|none] [--device auto|cpu|cuda] [--batch N] [--rounds N]\n"
+        "       [--out FILE]; step: [--model NAME]; data: [--recipe RECIPE] [--threads N]",
         _bench,
     )
     add = bench.parser.add_argument
     add("what", nargs="?", choices=("step", "data"), default="step", help="what to measure (default: step)")
-    add("--peer", choices=("timm", "none"), default="timm", help="what to measure side by side with it (default: timm)")
+    add(
+        "--peer",
+        choices=("timm", "torchvision", "dali", "all", "none"),
+        default="timm",
+        help="what to measure side by side with it: timm or none, and for data also the others (default: timm)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--model", default="deit_tiny_patch16_224", metavar="NAME", help="default: deit_tiny_patch16_224")
-    add("--batch", type=_positive, default=16, metavar="N", help="images per step (default: 16)")
+    add("--batch", type=_positive, metavar="N", help="images per batch (default: 16 for step, 64 for data)")
+    add("--recipe", default="deit_small", metavar="RECIPE", help="whose input to make (default: deit_small)")
+    add("--threads", type=_positive, metavar="N", help="threads or workers of each side (default: one per core)")
     add("--rounds", type=_positive, default=5, metavar="N", help="measurements of each side (default: 5)")
     add("--out", metavar="FILE", help="append the rows to this file")
+
+    check = Verb(
+        "data check",
+        "decode every sample of a data set and list what is wrong",
+        "PATH [--source KIND] [--split NAME ...] [--processes N]",
+        _data_check,
+    )
+    add = check.parser.add_argument
+    add("path", metavar="PATH", help="the data set's folder, or one packed, tar or Parquet file")
+    _add_source(check)
+    add("--processes", type=_positive, metavar="N", help="processes that decode (default: one per core)")
+
+    pack = Verb(
+        "data pack",
+        "copy a data set into one verified file per split",
+        "PATH OUT [--source KIND] [--split NAME ...] [--force]",
+        _data_pack,
+    )
+    add = pack.parser.add_argument
+    add("path", metavar="PATH", help="the data set's folder")
+    add("out", metavar="OUT", help="folder for train.pack and val.pack, which --data then takes")
+    _add_source(pack)
+    add("--force", action="store_true", help="replace packed files that are there")
+
+    show = Verb(
+        "data show",
+        "picture of one sample on its way to the model",
+        "RECIPE [section.field=value ...] [--data DIR] --sample I [--epoch E] [--copy C] --out FILE.png",
+        _data_picture,
+    )
+    _add_recipe(show)
+    add = show.parser.add_argument
+    add("--sample", type=int, required=True, metavar="I", help="number of the sample in the training split, from 0")
+    add("--epoch", type=int, default=0, metavar="E", help="epoch, from 0 (default: 0)")
+    add("--copy", type=int, default=0, metavar="C", help="which of its repeats in the epoch, from 0 (default: 0)")
+    add("--out", required=True, metavar="FILE", help="the picture")
+
+    preview = Verb(
+        "data preview",
+        "picture of the first training batch and of evaluation crops",
+        "RECIPE [section.field=value ...] [--data DIR] [--rows R] [--columns C] --out FILE.png",
+        _data_picture,
+    )
+    _add_recipe(preview)
+    add = preview.parser.add_argument
+    add("--rows", type=_positive, default=4, metavar="R", help="rows of training images (default: 4)")
+    add("--columns", type=_positive, default=8, metavar="C", help="default: 8")
+    add("--out", required=True, metavar="FILE", help="the picture")
 
     recipes = Verb("recipes", "list the recipes, or show one", "[show NAME]", _recipes)
     add = recipes.parser.add_argument
@@ -261,7 +389,69 @@ def _verbs() -> dict[str, Verb]:
     add("name", nargs="?", metavar="NAME", help="recipe whose file to print")
 
     doctor = Verb("doctor", "what this machine offers, and which kernels will be used", "", _doctor)
-    return {"train": train, "eval": evaluate, "bench": bench, "recipes": recipes, "doctor": doctor}
+
+    kernels = Verb(
+        "kernels",
+        "which kernels will be used and why, or what the compiler makes of them",
+        "[info|lint] [--arch N ...] [--op NAME] [--json FILE] [--update-golden]",
+        _kernels,
+    )
+    add = kernels.parser.add_argument
+    add("action", nargs="?", choices=("info", "lint"), default="info", help="default: info")
+    add(
+        "--arch", type=_positive, nargs="+", metavar="N", help="compile for these: 90 is sm_90 (default: all supported)"
+    )
+    add("--op", metavar="NAME", help="compile the kernels of this op (default: of all)")
+    add("--json", metavar="FILE", help="write all facts to this file")
+    add("--update-golden", action="store_true", help="keep the instruction mixes in tests/golden/kernels")
+
+    timed = Verb(
+        "kernels bench",
+        "time every backend of every op, the reference and torch.compile of it, in turn",
+        "[--op NAME ...] [--model NAME] [--batch N] [--dtype bf16|fp16|fp32] [--device auto|cpu|cuda] [--rounds N] "
+        "[--out FILE] [--update-choices]",
+        _kernels_bench,
+    )
+    add = timed.parser.add_argument
+    add("--op", action="append", metavar="NAME", help="time this op; may be repeated (default: all)")
+    add("--model", default="deit_base_distilled_patch16_224", metavar="NAME", help="whose shapes (default: DeiT-B's)")
+    add("--batch", type=_positive, default=64, metavar="N", help="images (default: 64)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the operands (default: bf16)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add("--rounds", type=_positive, default=5, metavar="N", help="measurements of each side (default: 5)")
+    add("--out", metavar="FILE", help="append the rows to this file")
+    add("--update-choices", action="store_true", help="make the fastest the default on such a card")
+
+    plan = Verb(
+        "plan",
+        "time, memory and cost of a recipe on GPUs that need not be there",
+        "RECIPE [section.field=value ...] [--gpu NAME ...] [--count N ...] [--nodes M] [--price USD ...]\n"
+        "       [--sharding ddp|fsdp] [--images N] [--json]",
+        _plan,
+    )
+    add = plan.parser.add_argument
+    add("words", nargs="*", metavar="RECIPE", help="name of a recipe or a YAML file, and overrides")
+    add("--gpu", action="append", metavar="NAME", help="V100, A100, ...; may be repeated (default: V100 to H200)")
+    add("--count", type=_positive, action="append", metavar="N", help="GPUs in all; may be repeated (default: 1 and 8)")
+    add("--nodes", type=_positive, metavar="M", help="nodes that share them (default: as few as of 8 GPUs)")
+    add("--price", type=float, action="append", metavar="USD", help="of a GPU for an hour, one for each --gpu in order")
+    add("--sharding", choices=("ddp", "fsdp"), default="ddp", help="default: ddp, which is what train runs")
+    add("--images", type=_positive, metavar="N", help="training images (default: what the data source tells)")
+    add("--json", action="store_true", help="print everything as JSON")
+    return {
+        "train": train,
+        "eval": evaluate,
+        "bench": bench,
+        "data check": check,
+        "data pack": pack,
+        "data show": show,
+        "data preview": preview,
+        "recipes": recipes,
+        "doctor": doctor,
+        "kernels": kernels,
+        "kernels bench": timed,
+        "plan": plan,
+    }
 
 
 VERBS = _verbs()

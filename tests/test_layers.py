@@ -26,10 +26,12 @@ LAYERS: dict[str, set[str]] = {
     "launch": {"errors", "agent", "train"},
     "__main__": {"cli"},
 }
-NOT_FOR_CLI = {"rng", "kernels", "models", "methods", "data", "engine", "agent", "__main__"}
+NOT_FOR_CLI = {"rng", "models", "methods", "data", "engine", "agent", "__main__"}
 ABOVE_TRAIN = {"cli", "launch", "agent", "__main__"}
 # numpy only: they run where no torch is wanted, and their arrays are the contract with any executor.
-WITHOUT_TORCH = ["data/order.py", "data/plan.py", "data/source.py", "errors.py", "rng.py", "cli.py", "launch.py"]
+_DATA = ("cifar", "datasets", "index", "layout", "order", "packed", "parquet", "plan")
+_DATA += ("policy", "source", "tar", "tools")
+WITHOUT_TORCH = [*(f"data/{name}.py" for name in _DATA), "data_verbs.py", "errors.py", "rng.py", "cli.py", "launch.py"]
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -157,6 +159,10 @@ def loaded_after(statement: str) -> set[str]:
 def test_importing_the_package_and_the_command_line_imports_no_torch():
     loaded = loaded_after("import fastdeit, fastdeit.cli, fastdeit.launch, fastdeit.errors")
     assert not {"torch", "numpy", "pydantic", "rich"} & loaded
+
+
+def test_the_data_verbs_that_need_no_model_load_no_torch():
+    assert "torch" not in loaded_after("import fastdeit.data_verbs")
 
 
 def test_kernels_stand_alone():

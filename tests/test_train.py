@@ -292,7 +292,7 @@ def test_two_processes_reach_the_result_of_one(recipe_file, data, whole, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "deit_small"], "add --data DIR"),
+        (["train", "deit_small"], "add --data ROOT"),
         (["train", "deit_small", "--data", "/nowhere/at/all"], "/nowhere/at/all"),
         (["train", "digits", "model.drop_pth=0.1"], "drop_path"),
         (["eval", "/nowhere/at/all"], "/nowhere/at/all"),

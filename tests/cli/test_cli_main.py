@@ -51,9 +51,21 @@ def test_flags_are_pinned():
     assert {name: verb.parser.flags for name, verb in cli.VERBS.items()} == {
         "train": ["-h", "--help", "--data", "--nproc", "--run-dir", "--resume"],
         "eval": ["-h", "--help", "--data"],
-        "bench": ["-h", "--help", "--peer", "--device", "--model", "--batch", "--rounds", "--out"],
+        "bench": [
+            *("-h", "--help", "--peer", "--device", "--model", "--batch", "--recipe", "--threads", "--rounds", "--out"),
+        ],
+        "data check": ["-h", "--help", "--source", "--split", "--processes"],
+        "data pack": ["-h", "--help", "--source", "--split", "--force"],
+        "data show": ["-h", "--help", "--data", "--sample", "--epoch", "--copy", "--out"],
+        "data preview": ["-h", "--help", "--data", "--rows", "--columns", "--out"],
         "recipes": ["-h", "--help"],
         "doctor": ["-h", "--help"],
+        "kernels": ["-h", "--help", "--arch", "--op", "--json", "--update-golden"],
+        "kernels bench": [
+            *("-h", "--help", "--op", "--model", "--batch", "--dtype", "--device", "--rounds", "--out"),
+            "--update-choices",
+        ],
+        "plan": ["-h", "--help", "--gpu", "--count", "--nodes", "--price", "--sharding", "--images", "--json"],
     }
 
 
@@ -106,7 +118,9 @@ def test_eval_and_bench(calls):
         "peer": "timm",
         "device": "auto",
         "model": "deit_tiny_patch16_224",
-        "batch": 16,
+        "batch": None,
+        "recipe": "deit_small",
+        "threads": None,
         "rounds": 5,
         "out": None,
     }
@@ -119,7 +133,10 @@ def test_eval_and_bench(calls):
     [
         (["trian"], "did you mean 'train'?"),
         (["--versoin"], "did you mean '--version'?"),
-        (["xyzzy"], "verbs: train, eval, bench, recipes, doctor"),
+        (["xyzzy"], "verbs: train, eval, bench, data check, data pack, data show, data preview, recipes, doctor"),
+        (["data"], "there is no verb 'data' (verbs: data check, data pack, data show, data preview)"),
+        (["data", "chek"], "there is no verb 'data chek'"),
+        (["data", "chek", "x"], "did you mean 'data check'?"),
         (["train", "--resme"], "did you mean '--resume'?"),
         (["train", "--rundir=x"], "did you mean '--run-dir'?"),
         (["train", "digits", "imagenet"], "expected one recipe"),
@@ -129,6 +146,8 @@ def test_eval_and_bench(calls):
         (["train", "--res"], "no flag --res"),
         (["eval"], "name a run or a checkpoint"),
         (["bench", "stp"], "invalid choice: 'stp'"),
+        (["kernels", "--op", "mlp"], "only lint takes flags"),
+        (["kernels", "lint", "--arch"], "--arch: expected at least one argument"),
         (["doctor", "now"], "unexpected argument 'now' (see fastdeit doctor --help)"),
     ],
 )
