@@ -256,16 +256,16 @@ def _trained(function: Callable, args: list[Any]) -> Any:
 
 
 def _timer(calls: list[Callable[[], Any]], device: torch.device) -> bench.Timer:
-    """Seconds of one call: the mean over all of them."""
+    """(seconds, CPU seconds) of one call: the mean over all of them."""
     if device.type == "cuda":
         return _graph_timer(calls)
     calls[0]()  # compiles, allocates
 
-    def measured() -> float:
-        began = time.perf_counter()
+    def measured() -> tuple[float, float]:
+        began, used = time.perf_counter(), time.process_time()
         for call in calls:
             call()
-        return (time.perf_counter() - began) / len(calls)
+        return (time.perf_counter() - began) / len(calls), (time.process_time() - used) / len(calls)
 
     return measured
 
@@ -293,7 +293,13 @@ def _graph_timer(calls: list[Callable[[], Any]], milliseconds: float = 20.0) -> 
         return begin.elapsed_time(end)
 
     count = max(1, round(milliseconds / max(replays(1), 1e-3)))
-    return lambda: replays(count) / (count * len(calls)) / 1e3
+
+    def measured() -> tuple[float, float]:
+        used = time.process_time()
+        seconds = replays(count) / 1e3
+        return seconds / (count * len(calls)), (time.process_time() - used) / (count * len(calls))
+
+    return measured
 
 
 # ---- what it says ----------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def dump(recipe: Recipe) -> str:
 def difference(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     """(dotted field, value in a, value in b) wherever a and b would train differently; an absent field counts as None.
 
-    Not compared: `about`, `name`, `engine`, and where and by how many threads the data are read.
+    Not compared: `about`, `name`, `engine`, and from where and by how many threads the data are read.
     """
     mine, theirs = (
         dict(_flat(recipe.model_dump(include={"model", "method", "data", "optim", "train"}, exclude={"data": _PLACES})))
@@ -139,7 +139,8 @@ def difference(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
 
 
-_PLACES = {"root", "threads"}
+# A packed copy of a folder is the same data: what they hold is told by the fingerprints in a checkpoint.
+_PLACES = {"source", "root", "train", "val", "threads"}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -162,7 +162,9 @@ def train_teacher(recipe: "Recipe", run_dir: Path, world: World) -> Path:
     config = getattr(recipe.method, "teacher", None)
     if config is not None and config.recipe is not None:
         own = recipes.load(config.recipe)
-        data = own.data.model_copy(update={"root": recipe.data.root})
+        data = own.data.model_copy(
+            update={name: getattr(recipe.data, name) for name in ("source", "root", "train", "val")}
+        )
         train(own.model_copy(update={"data": data, "engine": recipe.engine}), path, world, resume=path.exists())
     return path
 

@@ -700,7 +700,10 @@ def test_difference_names_what_would_train_differently(write):
 
 def test_data_may_move(write):
     path = write(GOOD.replace("source: synthetic", "source: folder"))
-    assert recipes.difference(recipes.load(path, ["data.root=/a"]), recipes.load(path, ["data.root=/b"])) == []
+    folder = recipes.load(path, ["data.root=/a"])
+    assert recipes.difference(folder, recipes.load(path, ["data.root=/b"])) == []
+    packed = ["data.source=packed", "data.root=/b", "data.train=train.pack", "data.val=val.pack"]
+    assert recipes.difference(folder, recipes.load(path, packed)) == []
 
 
 def test_a_recipe_survives_json(write):
