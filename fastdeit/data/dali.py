@@ -4,8 +4,8 @@ One order for training and evaluation: a box of the source is resampled (bicubic
 cut out where the plan says so, flipped, and the pixel operations applied.
 
 On the CPU, DALI decodes the box, which is what it is fastest at, and `render` does the rest while the next batch is
-being decoded: less than half the CPU time that the same steps take as DALI operators, and nearer to PIL. On the GPU all
-of it is one DALI graph (`dali_graph`).
+being decoded: less than half the CPU time of the DALI graph, and nearer to PIL. On the GPU all of it is that graph
+(`dali_graph`).
 
 A sample is decoded once for all of its views: on the CPU the smallest rectangle that holds their boxes. DALI decodes
 the same pixels of a box whether it decodes more around it or not, so that no view depends on the others.
