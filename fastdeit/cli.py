@@ -283,7 +283,7 @@ def _add_recipe(verb: Verb) -> None:
     add("--data", metavar="DIR", help="the data set's folder; short for data.root=DIR")
 
 
-def _verbs() -> dict[str, Verb]:
+def _training_verbs() -> dict[str, Verb]:
     train = Verb(
         "train",
         "train a model by a recipe",
@@ -334,7 +334,10 @@ def _verbs() -> dict[str, Verb]:
     add("--threads", type=_positive, metavar="N", help="threads or workers of each side (default: one per core)")
     add("--rounds", type=_positive, default=5, metavar="N", help="measurements of each side (default: 5)")
     add("--out", metavar="FILE", help="append the rows to this file")
+    return {"train": train, "eval": evaluate, "bench": bench}
 
+
+def _data_verbs() -> dict[str, Verb]:
     check = Verb(
         "data check",
         "decode every sample of a data set and list what is wrong",
@@ -382,7 +385,10 @@ def _verbs() -> dict[str, Verb]:
     add("--rows", type=_positive, default=4, metavar="R", help="rows of training images (default: 4)")
     add("--columns", type=_positive, default=8, metavar="C", help="default: 8")
     add("--out", required=True, metavar="FILE", help="the picture")
+    return {"data check": check, "data pack": pack, "data show": show, "data preview": preview}
 
+
+def _looking_verbs() -> dict[str, Verb]:
     recipes = Verb("recipes", "list the recipes, or show one", "[show NAME]", _recipes)
     add = recipes.parser.add_argument
     add("action", nargs="?", choices=("show",), help="without it, list the recipes")
@@ -390,6 +396,26 @@ def _verbs() -> dict[str, Verb]:
 
     doctor = Verb("doctor", "what this machine offers, and which kernels will be used", "", _doctor)
 
+    plan = Verb(
+        "plan",
+        "time, memory and cost of a recipe on GPUs that need not be there",
+        "RECIPE [section.field=value ...] [--gpu NAME ...] [--count N ...] [--nodes M] [--price USD ...]\n"
+        "       [--sharding ddp|fsdp] [--images N] [--json]",
+        _plan,
+    )
+    add = plan.parser.add_argument
+    add("words", nargs="*", metavar="RECIPE", help="name of a recipe or a YAML file, and overrides")
+    add("--gpu", action="append", metavar="NAME", help="V100, A100, ...; may be repeated (default: V100 to H200)")
+    add("--count", type=_positive, action="append", metavar="N", help="GPUs in all; may be repeated (default: 1 and 8)")
+    add("--nodes", type=_positive, metavar="M", help="nodes that share them (default: as few as of 8 GPUs)")
+    add("--price", type=float, action="append", metavar="USD", help="of a GPU for an hour, one for each --gpu in order")
+    add("--sharding", choices=("ddp", "fsdp"), default="ddp", help="default: ddp, which is what train runs")
+    add("--images", type=_positive, metavar="N", help="training images (default: what the data source tells)")
+    add("--json", action="store_true", help="print everything as JSON")
+    return {"recipes": recipes, "doctor": doctor, "plan": plan}
+
+
+def _kernel_verbs() -> dict[str, Verb]:
     kernels = Verb(
         "kernels",
         "which kernels will be used and why, or what the compiler makes of them",
@@ -421,37 +447,7 @@ def _verbs() -> dict[str, Verb]:
     add("--rounds", type=_positive, default=5, metavar="N", help="measurements of each side (default: 5)")
     add("--out", metavar="FILE", help="append the rows to this file")
     add("--update-choices", action="store_true", help="make the fastest the default on such a card")
-
-    plan = Verb(
-        "plan",
-        "time, memory and cost of a recipe on GPUs that need not be there",
-        "RECIPE [section.field=value ...] [--gpu NAME ...] [--count N ...] [--nodes M] [--price USD ...]\n"
-        "       [--sharding ddp|fsdp] [--images N] [--json]",
-        _plan,
-    )
-    add = plan.parser.add_argument
-    add("words", nargs="*", metavar="RECIPE", help="name of a recipe or a YAML file, and overrides")
-    add("--gpu", action="append", metavar="NAME", help="V100, A100, ...; may be repeated (default: V100 to H200)")
-    add("--count", type=_positive, action="append", metavar="N", help="GPUs in all; may be repeated (default: 1 and 8)")
-    add("--nodes", type=_positive, metavar="M", help="nodes that share them (default: as few as of 8 GPUs)")
-    add("--price", type=float, action="append", metavar="USD", help="of a GPU for an hour, one for each --gpu in order")
-    add("--sharding", choices=("ddp", "fsdp"), default="ddp", help="default: ddp, which is what train runs")
-    add("--images", type=_positive, metavar="N", help="training images (default: what the data source tells)")
-    add("--json", action="store_true", help="print everything as JSON")
-    return {
-        "train": train,
-        "eval": evaluate,
-        "bench": bench,
-        "data check": check,
-        "data pack": pack,
-        "data show": show,
-        "data preview": preview,
-        "recipes": recipes,
-        "doctor": doctor,
-        "kernels": kernels,
-        "kernels bench": timed,
-        "plan": plan,
-    }
+    return {"kernels": kernels, "kernels bench": timed}
 
 
-VERBS = _verbs()
+VERBS = _training_verbs() | _data_verbs() | _looking_verbs() | _kernel_verbs()
