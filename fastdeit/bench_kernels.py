@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdeit import bench, kernels, models
+from fastdeit import bench, estimate, kernels, models
 from fastdeit.engine.dist import pick_device
 from fastdeit.errors import UsageError
 from fastdeit.kernels import _op
@@ -50,6 +50,9 @@ def main(args: argparse.Namespace) -> None:
         config = models.build(args.model, num_classes=1000).config
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if args.predict:
+        print(prediction(config, args))
+        return
     rows = []
     for name, build in works_by_op().items():
         if not args.op or name in args.op:
@@ -300,6 +303,28 @@ def _graph_timer(calls: list[Callable[[], Any]], milliseconds: float = 20.0) -> 
         return seconds / (count * len(calls)), (time.process_time() - used) / (count * len(calls))
 
     return measured
+
+
+# ---- what would be best ----------------------------------------------------------------------------------------------
+
+
+def prediction(config: Any, args: argparse.Namespace) -> str:
+    """A table of the bytes that each op moves at best, and the microseconds of that at the bandwidth of datasheets.
+
+    Nothing is run. A product of matrices takes longer where it is bound by arithmetic.
+    """
+    gpus = [estimate.GPUS[name] for name in estimate.DEFAULT_GPUS]
+    lines = [
+        f"{args.model}, batch {args.batch}, {args.dtype}: predictions, not measurements; least bytes of a forward and "
+        "backward, and their time at the bandwidth of the datasheet",
+        f"{'op':18}{'MB':>10}" + "".join(f"{gpu.name + ' us':>12}" for gpu in gpus),
+    ]
+    for name, build in works_by_op().items():
+        if not args.op or name in args.op:
+            moved = build(config, args.batch, DTYPES[args.dtype], torch.device("meta")).bytes
+            times = "".join(f"{1e6 * moved / gpu.bandwidth:12.1f}" for gpu in gpus)
+            lines.append(f"{name:18}{moved / 1e6:10.1f}{times}")
+    return "\n".join(lines)
 
 
 # ---- what it says ----------------------------------------------------------------------------------------------------

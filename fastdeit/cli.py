@@ -435,7 +435,7 @@ def _kernel_verbs() -> dict[str, Verb]:
         "kernels bench",
         "time every backend of every op, the reference and torch.compile of it, in turn",
         "[--op NAME ...] [--model NAME] [--batch N] [--dtype bf16|fp16|fp32] [--device auto|cpu|cuda] [--rounds N] "
-        "[--out FILE] [--update-choices]",
+        "[--out FILE] [--update-choices] [--predict]",
         _kernels_bench,
     )
     add = timed.parser.add_argument
@@ -447,6 +447,7 @@ def _kernel_verbs() -> dict[str, Verb]:
     add("--rounds", type=_positive, default=5, metavar="N", help="measurements of each side (default: 5)")
     add("--out", metavar="FILE", help="append the rows to this file")
     add("--update-choices", action="store_true", help="make the fastest the default on such a card")
+    add("--predict", action="store_true", help="run nothing: the bytes each op moves at best, and their time on GPUs")
     return {"kernels": kernels, "kernels bench": timed}
 
 

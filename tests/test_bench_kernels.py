@@ -16,7 +16,7 @@ TINY = {"image_size": (32, 32), "depth": 1, "num_classes": 10}
 
 def arguments(**changes):
     given = {"device": "cpu", "op": ["layer_norm"], "model": "deit_tiny_patch16_224", "batch": 1, "dtype": "fp32"}
-    return argparse.Namespace(**given | {"rounds": 2, "out": None, "update_choices": False} | changes)
+    return argparse.Namespace(**given | {"rounds": 2, "out": None, "update_choices": False, "predict": False} | changes)
 
 
 def test_every_op_has_work_that_it_can_do():
@@ -50,6 +50,20 @@ def test_a_row_holds_every_side_and_says_what_cannot_run(tmp_path, capsys, monke
 
 def test_sides_are_the_backends_the_reference_and_the_compiled_reference():
     assert [name for name, _ in bench_kernels._sides("fused_adamw", CPU)] == ["aten", "reference", "compiled"]
+
+
+def test_prediction_is_bytes_over_bandwidth_and_runs_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(bench_kernels, "measure", None)
+    bench_kernels.main(
+        arguments(predict=True, batch=256, op=None, dtype="bf16", model="deit_base_distilled_patch16_224")
+    )
+    title, head, *lines = capsys.readouterr().out.splitlines()
+    assert "predictions, not measurements" in title
+    assert head.split()[-2:] == ["H200", "us"]
+    assert [line.split()[0] for line in lines] == list(bench_kernels.works_by_op())
+    norm = next(line.split() for line in lines if line.startswith("add_layer_norm"))
+    moved = 28 * 256 * 198 * 768  # float32 stream read twice and written twice, 16-bit branch and tokens six times
+    assert (norm[1], norm[-1]) == (f"{moved / 1e6:.1f}", f"{1e6 * moved / 4.8e12:.1f}")
 
 
 def row(op, model, **seconds):

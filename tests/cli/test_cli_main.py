@@ -63,7 +63,7 @@ def test_flags_are_pinned():
         "kernels": ["-h", "--help", "--arch", "--op", "--json", "--update-golden"],
         "kernels bench": [
             *("-h", "--help", "--op", "--model", "--batch", "--dtype", "--device", "--rounds", "--out"),
-            "--update-choices",
+            *("--update-choices", "--predict"),
         ],
         "plan": ["-h", "--help", "--gpu", "--count", "--nodes", "--price", "--sharding", "--images", "--json"],
     }
