@@ -156,15 +156,16 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
         log.close()
 
 
+_WHICH_DATA = "source", "root", "train", "val", "synthetic_samples", "synthetic_classes"
+
+
 def train_teacher(recipe: "Recipe", run_dir: Path, world: World) -> Path:
     """Train the teacher that has a recipe of its own, unless it is trained already; returns its run, RUN/teacher."""
     path = run_dir / "teacher"
     config = getattr(recipe.method, "teacher", None)
     if config is not None and config.recipe is not None:
         own = recipes.load(config.recipe)
-        data = own.data.model_copy(
-            update={name: getattr(recipe.data, name) for name in ("source", "root", "train", "val")}
-        )
+        data = own.data.model_copy(update={name: getattr(recipe.data, name) for name in _WHICH_DATA})
         train(own.model_copy(update={"data": data, "engine": recipe.engine}), path, world, resume=path.exists())
     return path
 

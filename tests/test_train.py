@@ -22,7 +22,7 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.evaluate import evaluate
 from fastdeit.methods.supervised import Supervised
-from fastdeit.train import train
+from fastdeit.train import train, train_teacher
 
 RECIPE = """\
 model: {name: deit_digits_distilled_patch8_32, image_size: 32, drop_path: 0.1}
@@ -341,6 +341,19 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(load, tmp_path):
     recipe = load("method.use=supervised")
     with pytest.raises(UsageError, match=r"batch size 64 .*nproc 3"):
         build.train_loader(recipe, build.sources(recipe)[0], world, 0, print)
+
+
+def test_a_teacher_trained_here_reads_the_students_data(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("fastdeit.train.train", lambda recipe, path, world, resume: seen.append(recipe.data))
+    own = recipes.load("digits_teacher").data
+    packed = ["data.source=packed", "data.root=/b", "data.train=a.pack", "data.val=b.pack", "data.flip=0.3"]
+    for overrides in (packed, ["data.source=synthetic", "data.synthetic_classes=7", "data.synthetic_samples=70"]):
+        recipe = recipes.load("digits", overrides)
+        train_teacher(recipe, tmp_path, World(torch.device("cpu")))
+        for name in ("source", "root", "train", "val", "synthetic_classes", "synthetic_samples"):
+            assert getattr(seen[-1], name) == getattr(recipe.data, name)
+        assert seen[-1].flip == own.flip  # how it is augmented is the teacher's own
 
 
 def test_a_teacher_sees_the_resolution_and_normalisation_it_was_trained_at(load, whole):

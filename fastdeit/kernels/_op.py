@@ -266,6 +266,7 @@ def _measured() -> dict[str, dict[str, dict[str, str]]]:
     return json.loads((Path(__file__).parent / "choices.json").read_text())
 
 
+@cache
 def card(device: torch.device) -> str:
     """What measurements are valid for: the architecture of a GPU, such as "sm_90", or "cpu"."""
     if device.type != "cuda":
@@ -364,8 +365,8 @@ class _BiasGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.flatten(0, -2).sum(0, dtype=ctx.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        return grad, grad.flatten(0, -2).sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
 
 
 def with_bias_gradient(x: Tensor, bias: Tensor | None) -> Tensor:
