@@ -8,55 +8,29 @@ in DeiT's order: the partner is mixed with its own erasure. A box is (y0, x0, y1
 y1 <= y0 or x1 <= x0. `patchify` writes [B, P, 3*p*p] with patches row by row and (c, i, j) inside a patch, so that
 `patches @ conv.weight.reshape(C, -1).T` is the patch convolution; `pixels` writes [B, 3, H, W].
 
-Noise is a pure function of (sample's key, element): words w0, w1 of Philox4x32-10 (Salmon et al., SC 2011) for the
-counter (element, 0, 0, 0), element = (c * H + y) * W + x, and the key's low and high 32 bits; then, by Box and Muller,
-sqrt(-2 ln u) cos(2 pi v) with u = (w0 // 256 + 1) / 2**24 and v = (w1 // 256) / 2**24, both exact in float32.
+Noise is a pure function of (sample's key, pixel): `noise.py`.
 
 Bytes moved at best per element: reads 1 (2 where two images have a weight), writes the size of `dtype`. The Triton
 kernel reads a run of pixels as three words of up to 8 bytes, takes the channels apart in registers, and writes 128 bits
 at a time where the patches' width is a multiple of that. Of a cutmix it reads only the image that shows, but for runs
 across a side of the box. Noise is computed by the programs whose patches touch an erase box. A partner outside [0, B)
-is never read: its sample becomes NaN.
+is never read: its sample becomes NaN. On the CPU, "host" does a sample at a time, in the cache and by one thread.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdeit.kernels import _op, _triton
+from fastdeit.kernels.noise import host_normals, normals, triton_normals
 
 # ---- reference -------------------------------------------------------------------------------------------------------
-
-_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-_WEYL = 0x9E3779B9, 0xBB67AE85
-_LOW = 0xFFFFFFFF
-_ROUNDS = 10
-
-
-def philox(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words, as int64, of Philox4x32-10 for the counter (counter, 0, 0, 0) and a 64-bit key.
-
-    Both are int64 tensors that broadcast; a counter is in [0, 2**32), a key any 64 bits. A product wraps modulo 2**64
-    and so has the bits of the unsigned product.
-    """
-    c0, k0, k1 = counter, key & _LOW, key >> 32 & _LOW
-    c1 = c2 = c3 = torch.zeros_like(counter)
-    for _ in range(_ROUNDS):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = k0 + _WEYL[0] & _LOW, k1 + _WEYL[1] & _LOW
-    return c0, c1, c2, c3
-
-
-def normal(element: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
-    """Standard normal noise of elements (int64) under keys (int64, broadcast), in float32 or float64."""
-    word0, word1, _, _ = philox(element, key)
-    u, v = ((word0 >> 8) + 1).to(dtype) * 2.0**-24, (word1 >> 8).to(dtype) * 2.0**-24
-    return torch.sqrt(-2 * torch.log(u)) * torch.cos(2 * math.pi * v)
 
 
 def _normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -77,21 +51,11 @@ def _inside(box: Tensor, height: int, width: int) -> Tensor:
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
-def _few_erased(x: Tensor) -> bool:
-    """Whether to count the erased pixels. Noise costs a hundred operations an element, but counting stalls a device."""
-    return x.device.type == "cpu"
-
-
 def _erase(x: Tensor, boxes: Tensor, keys: Tensor) -> Tensor:
-    _, channels, height, width = x.shape
-    inside = _inside(boxes, height, width)
-    if _few_erased(x):
-        sample, channel, row, column = inside.expand_as(x).nonzero(as_tuple=True)
-        element = (channel * height + row) * width + column
-        x[sample, channel, row, column] = normal(element, keys[sample], x.dtype)
-        return x
-    element = torch.arange(channels * height * width, device=x.device).reshape(1, channels, height, width)
-    return torch.where(inside, normal(element, keys[:, None, None, None], x.dtype), x)
+    height, width = x.shape[2:]
+    # All noise is computed, and most of it not taken: to count the erased pixels would stall a device.
+    pixel = torch.arange(height * width, device=x.device).reshape(height, width)
+    return torch.where(_inside(boxes, height, width), normals(pixel, keys[:, None, None], x.dtype), x)
 
 
 def reference_pixels(
@@ -133,11 +97,124 @@ def reference_patchify(
     dtype: torch.dtype,
 ) -> Tensor:
     """`reference_pixels` as patches `[B, P, 3*p*p]`."""
-    x = reference_pixels(images, mean, std, partner, lam, box, boxes, keys, dtype)
+    return _patches(reference_pixels(images, mean, std, partner, lam, box, boxes, keys, dtype), patch_size)
+
+
+def _patches(x: Tensor, p: int) -> Tensor:
     batch, channels, height, width = x.shape
-    p = patch_size
     cells = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(batch, -1, channels * p * p)
+
+
+# ---- host ------------------------------------------------------------------------------------------------------------
+
+
+class _Samples:
+    """The samples of a batch on a CPU, normalised and erased window by window, with the roundings of the reference."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        boxes: Tensor | None,
+        keys: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._images, (_, self._height, self._width, _) = images.numpy(), images.shape
+        self.dtype = np.float64 if dtype == torch.float64 else np.float32
+        self._scale = np.array([1 / (255 * s) for s in std], self.dtype)[:, None, None]
+        self._shift = np.array([m / s for m, s in zip(mean, std, strict=True)], self.dtype)[:, None, None]
+        self._boxes = None if boxes is None else _clipped(boxes, self._height, self._width)
+        self._keys = [] if keys is None else keys.tolist()
+        self._noise: dict[int, NDArray] = {}
+
+    def render(self, i: int, window: tuple[slice, slice], out: NDArray) -> None:
+        """Write sample i's pixels inside `window` (rows, columns) to `out` `[3, h, w]`."""
+        np.copyto(out, self._images[i][window].transpose(2, 0, 1))
+        out *= self._scale
+        out -= self._shift
+        if self._boxes is None:
+            return
+        box = self._boxes[i]
+        shown = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, window, strict=True)]
+        if all(side.start < side.stop for side in shown):
+            rows, columns = (_moved(side, by.start) for side, by in zip(shown, window, strict=True))
+            noise_rows, noise_columns = (_moved(side, by.start) for side, by in zip(shown, box, strict=True))
+            out[:, rows, columns] = self._noise_of(i)[:, noise_rows, noise_columns]
+
+    def _noise_of(self, i: int) -> NDArray:
+        """The noise of sample i's whole box: needed again where the sample is a partner."""
+        if i not in self._noise:
+            rows, columns = (np.arange(side.start, side.stop, dtype=np.uint64) for side in self._boxes[i])
+            pixel = np.add.outer(rows * np.uint64(self._width), columns)
+            self._noise[i] = host_normals(pixel, self._keys[i], self.dtype)
+        return self._noise[i]
+
+
+def _moved(side: slice, by: int) -> slice:
+    return slice(side.start - by, side.stop - by)
+
+
+def _clipped(boxes: Tensor, height: int, width: int) -> list[tuple[slice, slice]]:
+    """(rows, columns) of each box inside the image; an empty box has an empty slice."""
+    sides = boxes.numpy().clip(0, [height, width, height, width]).tolist()
+    return [(slice(y0, y1), slice(x0, x1)) for y0, x0, y1, x1 in sides]
+
+
+def host_pixels(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    partner: Tensor | None,
+    lam: Tensor | None,
+    box: Tensor | None,
+    boxes: Tensor | None,
+    keys: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference_pixels` of tensors on the CPU: of a partner only what shows, noise only inside the boxes."""
+    batch, height, width, channels = images.shape
+    compute = _op.statistics_dtype(dtype)
+    samples = _Samples(images, mean, std, boxes, keys, compute)
+    out = torch.empty(batch, channels, height, width, dtype=compute)
+    everywhere = slice(0, height), slice(0, width)
+    for i, own in enumerate(out.numpy()):
+        samples.render(i, everywhere, own)
+    if partner is None:
+        return out.to(dtype)
+    _op.check_index("partner", partner, batch)
+    weights = np.ones(batch, samples.dtype) if lam is None else lam.numpy().astype(samples.dtype)
+    windows = _clipped(torch.zeros(batch, 4, dtype=torch.int32) if box is None else box, height, width)
+    other = np.empty(out.shape[1:], samples.dtype)
+    for own, j, weight, (rows, columns) in zip(out.numpy(), partner.tolist(), weights, windows, strict=True):
+        if weight != 1:
+            samples.render(j, everywhere, other)
+            other *= 1 - weight
+            own *= weight
+            own += other
+        samples.render(j, (rows, columns), own[:, rows, columns])
+    return out.to(dtype)
+
+
+def host_patchify(
+    images: Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    partner: Tensor | None,
+    lam: Tensor | None,
+    box: Tensor | None,
+    boxes: Tensor | None,
+    keys: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`host_pixels` as patches."""
+    return _patches(host_pixels(images, mean, std, partner, lam, box, boxes, keys, dtype), patch_size)
+
+
+def _host_capability(device: torch.device, forced: bool) -> tuple[bool, str]:
+    return device.type == "cpu", "sample by sample in the cache" if device.type == "cpu" else "it runs on CPUs only"
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -148,25 +225,28 @@ _WORDS = {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
 @triton.jit
-def _normal(element, key):
-    """`normal` in float32. cos(2 pi v) = sin(pi s / 2), s = 4 |v - 1/2| - 1 in [-1, 1], which is exact."""
-    zero = tl.zeros_like(element)
-    word0, word1, _, _ = tl.philox(key, element, zero, zero, zero)
-    u, v = ((word0 >> 8) + 1).to(tl.float32) * 2.0**-24, (word1 >> 8).to(tl.float32) * 2.0**-24
-    s = 4.0 * tl.abs(v - 0.5) - 1.0
-    t = s * s
-    sine = 0.0001514851308480336 * t - 0.004673766616424491
-    sine = sine * t + 0.07968967895383972
-    sine = sine * t - 0.6459637106024416
-    sine = (sine * t + 1.5707963184479732) * s
-    return tl.sqrt(-2.0 * tl.log(u)) * sine
-
-
-@triton.jit
 def _columns(box, y):
     """First column of a box in row y and the one after the last; an empty range in rows beside it."""
     within = (y >= tl.load(box)) & (y < tl.load(box + 2))
     return tl.where(within, tl.load(box + 1), 0), tl.where(within, tl.load(box + 3), 0)
+
+
+@triton.jit
+def _touches(box, tile):
+    """Whether a box and a tile (top, left, bottom, right) have a pixel in common."""
+    top, left, bottom, right = tile
+    y, x = (tl.load(box) < bottom) & (tl.load(box + 2) > top), (tl.load(box + 1) < right) & (tl.load(box + 3) > left)
+    return y & x
+
+
+@triton.jit
+def _covers(box, tile):
+    top, left, bottom, right = tile
+    y, x = (
+        (tl.load(box) <= top) & (tl.load(box + 2) >= bottom),
+        (tl.load(box + 1) <= left) & (tl.load(box + 3) >= right),
+    )
+    return y & x
 
 
 @triton.jit
@@ -189,6 +269,7 @@ def _channel(words, scale, shift, C: tl.constexpr, RUN: tl.constexpr):
 def _weighted(
     words,
     weight,
+    seen,
     boxes,
     keys,
     sample,
@@ -201,24 +282,20 @@ def _weighted(
     W: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """`weight` times the channels of a sample, normalised and erased."""
+    """`weight` times the channels of a sample, normalised and, if it is seen in this tile, erased."""
     r = _channel(words, scales[0], shifts[0], 0, RUN)
     g = _channel(words, scales[1], shifts[1], 1, RUN)
     b = _channel(words, scales[2], shifts[2], 2, RUN)
     if boxes is not None:
         box = boxes + 4 * sample
-        top, left, bottom, right = tile
-        touched = (tl.load(box) < bottom) & (tl.load(box + 1) < right)
-        if touched & (tl.load(box + 2) > top) & (tl.load(box + 3) > left):
+        if seen & _touches(box, tile):
             key = tl.load(keys + sample)
             first, end = _columns(box, y)
             # Pixel by pixel of the runs: noise for whole runs at once would take twice the registers.
             for j in range(RUN):
                 here = (tl.arange(0, RUN)[None, :] == j) & (x + j >= first) & (x + j < end)
-                element = y * W + x + j
-                r = tl.where(here, _normal(element, key), r)
-                g = tl.where(here, _normal(element + H * W, key), g)
-                b = tl.where(here, _normal(element + 2 * H * W, key), b)
+                noise_r, noise_g, noise_b = triton_normals(y * W + x + j, key)
+                r, g, b = tl.where(here, noise_r, r), tl.where(here, noise_g, g), tl.where(here, noise_b, b)
     return weight * r, weight * g, weight * b
 
 
@@ -265,12 +342,17 @@ def _render_kernel(
     left, right = tl.where(strip, one % across * CELL_W, 0), tl.where(strip, (last % across + 1) * CELL_W, W)
     tile = one // across * CELL_H, left, (last // across + 1) * CELL_H, right
     scales, shifts = (scale0, scale1, scale2), (shift0, shift1, shift2)
-    share = tl.full((RUNS, 1), 1.0, tl.float32)
+    factor = 1.0
     if lam is not None:
-        share *= tl.load(lam + sample)
-    # What has a weight of 0 is not read: of cutmix, each pixel's run from one image but at the sides of the box.
+        factor = tl.load(lam + sample)
+    share = tl.full((RUNS, 1), 1.0, tl.float32) * factor
+    # What has a weight of 0 is not read: of cutmix, each pixel's run from one image but at the sides of the box. Nor is
+    # its noise made, in tiles that are all inside the box or all outside.
     own, own_used, other_used = share, real, real & (share != 1.0)
+    own_seen, other_seen = True, factor != 1.0
     if box is not None:
+        own_seen = ~_covers(box + 4 * sample, tile)
+        other_seen = other_seen | _touches(box + 4 * sample, tile)
         first, end = _columns(box + 4 * sample, y)
         own = tl.where((x + lane >= first) & (x + lane < end), 0.0, share)
         own_used = real & ((x < first) | (x + RUN > end))
@@ -282,8 +364,8 @@ def _render_kernel(
         other = tl.where(known, other, sample)
         rest = tl.where(known, 1.0, float("nan")) - own
         other_words = _read(images + other * (3 * H * W), other_used, y, x, W, RUN, WORD)
-        r2, g2, b2 = _weighted(other_words, rest, boxes, keys, other, y, x, tile, scales, shifts, H, W, RUN)
-    r, g, b = _weighted(words, own, boxes, keys, sample, y, x, tile, scales, shifts, H, W, RUN)
+        r2, g2, b2 = _weighted(other_words, rest, other_seen, boxes, keys, other, y, x, tile, scales, shifts, H, W, RUN)
+    r, g, b = _weighted(words, own, own_seen, boxes, keys, sample, y, x, tile, scales, shifts, H, W, RUN)
     if partner is not None:
         r, g, b = r + r2, g + g2, b + b2
     place = pixel + lane + pixel // PLANE * (2 * PLANE)
@@ -360,8 +442,15 @@ def triton_patchify(
 
 # ---- registration ----------------------------------------------------------------------------------------------------
 
-PIXELS = _op.Op("pixels", reference_pixels, others=[_op.Backend("triton", _triton.capability, triton_pixels)])
-PATCHIFY = _op.Op("patchify", reference_patchify, others=[_op.Backend("triton", _triton.capability, triton_patchify)])
+_BACKENDS = ("triton", _triton.capability), ("host", _host_capability)
+
+
+def _backends(*functions: Callable) -> list[_op.Backend]:
+    return [_op.Backend(*backend, function) for backend, function in zip(_BACKENDS, functions, strict=True)]
+
+
+PIXELS = _op.Op("pixels", reference_pixels, others=_backends(triton_pixels, host_pixels))
+PATCHIFY = _op.Op("patchify", reference_patchify, others=_backends(triton_patchify, host_patchify))
 
 
 @PIXELS.registered.register_fake

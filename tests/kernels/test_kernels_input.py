@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastdeit import kernels
 from fastdeit.kernels import patchify, pixels
-from fastdeit.kernels.input import normal, philox
+from fastdeit.kernels.noise import host_philox, normals, philox
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 B, H, W, P = 3, 8, 12, 4
@@ -39,10 +40,10 @@ def scalar_philox(counter, key):
     return c
 
 
-def scalar_normal(element, key):
-    w0, w1, *_ = scalar_philox(element, key)
-    u, v = ((w0 >> 8) + 1) / 2**24, (w1 >> 8) / 2**24
-    return math.sqrt(-2 * math.log(u)) * math.cos(2 * math.pi * v)
+def scalar_normal(channel, pixel, key):
+    words = scalar_philox(pixel, key)[2 * (channel // 2) :]
+    u, v = ((words[0] >> 8) + 1) / 2**24, (words[1] >> 8) / 2**24
+    return math.sqrt(-2 * math.log(u)) * (math.sin if channel == 1 else math.cos)(2 * math.pi * v)
 
 
 def naive(images, mean, std, partner, lam, box, erase):
@@ -51,7 +52,7 @@ def naive(images, mean, std, partner, lam, box, erase):
     def erased(b, c, y, x):
         y0, x0, y1, x1 = boxes[b].tolist()
         if y0 <= y < y1 and x0 <= x < x1:
-            return scalar_normal((c * H + y) * W + x, int(keys[b]))
+            return scalar_normal(c, y * W + x, int(keys[b]))
         return (int(images[b, y, x, c]) / 255 - mean[c]) / std[c]
 
     out = np.empty((B, 3, H, W))
@@ -74,19 +75,26 @@ def test_philox_is_the_integer_algorithm(key):
     counters = torch.tensor([0, 1, 2, 2**31, 2**32 - 1])
     words = torch.stack(philox(counters, torch.tensor(key)), 1)
     assert words.tolist() == [scalar_philox(c, key & (2**64 - 1)) for c in counters.tolist()]
+    host = np.stack(host_philox(counters.numpy().astype(np.uint64), key), 1)
+    assert host.tolist() == words.tolist()
 
 
 def test_noise_is_standard_normal():
-    noise = normal(torch.arange(200_000), torch.tensor(42), torch.float64)
-    assert abs(noise.mean()) < 5 / math.sqrt(200_000)
-    assert abs(noise.var() - 1) < 5 * math.sqrt(2 / 200_000)
-    assert abs((noise.abs() < 1).double().mean() - math.erf(math.sqrt(0.5))) < 0.005
+    noise = normals(torch.arange(200_000).reshape(400, 500), torch.tensor(42), torch.float64).reshape(3, -1)
+    assert noise.mean(1).abs().max() < 5 / math.sqrt(200_000)
+    # The covariance of the channels is the identity.
+    assert (noise.cov() - torch.eye(3)).abs().max() < 5 * math.sqrt(2 / 200_000)
+    assert ((noise.abs() < 1).double().mean(1) - math.erf(math.sqrt(0.5))).abs().max() < 0.005
+    # Two channels share a radius: they are uncorrelated, and independent.
+    assert (noise**2).cov()[~torch.eye(3, dtype=bool)].abs().max() < 5 * 2 / math.sqrt(200_000)
 
 
+@pytest.mark.parametrize("backend", ["reference", "host"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_pixels_is_the_naive_loop(dtype):
+def test_pixels_is_the_naive_loop(dtype, backend):
     images, arguments = plan()
-    result = pixels(images, **arguments, dtype=dtype)
+    with kernels.use(backend):
+        result = pixels(images, **arguments, dtype=dtype)
     assert result.dtype == dtype
     # lam is float32; float32's own rounding is a few units of values below 6.
     tolerance = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}[dtype]
@@ -94,15 +102,49 @@ def test_pixels_is_the_naive_loop(dtype):
     torch.testing.assert_close(result.double(), naive(images, **arguments), rtol=0, atol=tolerance)
 
 
-def test_whole_device_erasure_is_the_indexed_one(monkeypatch):
-    """Off the CPU the noise of all elements is computed and selected; the pixels are the same."""
+def random_plan(seed):
+    """Boxes inside, across edges, beside the image, empty and the wrong way round; any of the arguments missing."""
+    draw = np.random.default_rng(seed)
+    batch, height, width = draw.integers(1, [4, 9, 9])
+
+    def boxes():
+        return torch.from_numpy(draw.integers(-3, 12, (batch, 4), dtype=np.int32))
+
+    arguments = {"mean": MEAN, "std": STD}
+    if draw.random() < 0.8:
+        arguments["partner"] = torch.from_numpy(draw.permutation(batch))
+        if draw.random() < 0.7:
+            arguments["lam"] = torch.from_numpy(draw.choice(np.float32([0, 0.25, 1, 1 / 3]), batch))
+        if draw.random() < 0.7:
+            arguments["box"] = boxes()
+    if draw.random() < 0.7:
+        arguments["erase"] = boxes(), torch.from_numpy(draw.integers(-(2**63), 2**63 - 1, batch))
+    return torch.from_numpy(draw.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)), arguments
+
+
+def test_the_host_has_the_references_bits():
+    """But for noise, whose logarithms and cosines may differ by an ulp or two."""
+    for images, arguments in map(random_plan, range(1000)):
+        results = []
+        for backend in ("reference", "host"):
+            with kernels.use(backend):
+                results.append(pixels(images, **arguments))
+        torch.testing.assert_close(*results, rtol=0, atol=2e-6 if "erase" in arguments else 0)
+
+
+def test_the_reference_never_looks_at_values(monkeypatch):
+    """Where it runs on a GPU, that would stall it."""
     images, arguments = plan()
-    expected = pixels(images, **arguments)
-    monkeypatch.setattr("fastdeit.kernels.input._few_erased", lambda x: False)
-    monkeypatch.setattr(torch.Tensor, "nonzero", lambda *a, **k: pytest.fail("counted on the host"))
-    result = pixels(images, **arguments)
-    monkeypatch.undo()
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+    monkeypatch.setattr("fastdeit.kernels._op.check_index", lambda *_: None)
+    for name in ("nonzero", "item", "tolist", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, **__: pytest.fail("looked"))
+    with kernels.use("reference"):
+        pixels(images, **arguments)
+
+
+def test_the_host_takes_no_other_device():
+    with kernels.use("host"), pytest.raises(RuntimeError, match=r"pixels=host.*cannot run on meta.*CPUs only"):
+        kernels.input.PIXELS.select(torch.device("meta"))
 
 
 def test_nothing_to_mix_is_plain_normalisation():

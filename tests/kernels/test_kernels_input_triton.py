@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from proof import assert_as_good, few, prove, repeated
 
 from fastdeit import kernels
-from fastdeit.kernels import _op, _triton, input
+from fastdeit.kernels import _op, _triton, input, noise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MIXES = {"none": [], "partner": ["partner"], "mixup": ["partner", "lam"], "cutmix": ["partner", "box"]}
@@ -124,6 +124,23 @@ def test_erase_box_anywhere_among_the_programs_of_an_image(device, patch_size):
     prove(lambda dtype: function(images, **arguments, dtype=dtype), {"dtype": torch.float32})
 
 
+@pytest.mark.parametrize("lam", [None, 1.0, 0.5])
+@pytest.mark.parametrize("patch_size", [None, 16])
+def test_noise_of_both_images_shows_where_they_do(device, patch_size, lam):
+    """Everything is erased, so the noise of an image is right or missing; tiles lie inside, outside and across the box
+    of cutmix."""
+    boxes = [[0, 0, 48, 80], [16, 0, 48, 80], [16, 32, 32, 64], [20, 40, 22, 41], [0, 0, 0, 0], [17, 1, 47, 79]]
+    box = torch.tensor(boxes, dtype=torch.int32, device=device)
+    everything = torch.tensor([[0, 0, 48, 80]], dtype=torch.int32, device=device).expand(len(box), 4)
+    arguments = {"mean": MEAN, "std": STD, "erase": (everything, torch.arange(len(box), device=device)), "box": box}
+    arguments |= {"partner": torch.arange(len(box), device=device).roll(1)}
+    if lam is not None:
+        arguments["lam"] = torch.full((len(box),), lam, device=device)
+    images = random_images(device, len(box), 48, 80)
+    function = kernels.pixels if patch_size is None else partial(kernels.patchify, patch_size=patch_size)
+    prove(lambda dtype: function(images, **arguments, dtype=dtype), {"dtype": torch.float32})
+
+
 @pytest.mark.parametrize("std", [1e-3, 1e3])
 def test_huge_and_tiny_values(device, std):
     images = random_images(device, 3, 16, 16)
@@ -181,7 +198,7 @@ def test_arguments_of_any_layout(device):
 
 
 @triton.jit
-def _noise_kernel(counters, key, words, noise, N: tl.constexpr):
+def _noise_kernel(counters, key, words, normals, N: tl.constexpr):
     at = tl.arange(0, N)
     counter, seed = tl.load(counters + at), tl.load(key)
     zero = tl.zeros_like(counter)
@@ -190,7 +207,10 @@ def _noise_kernel(counters, key, words, noise, N: tl.constexpr):
     tl.store(words + N + at, word1.to(tl.int64))
     tl.store(words + 2 * N + at, word2.to(tl.int64))
     tl.store(words + 3 * N + at, word3.to(tl.int64))
-    tl.store(noise + at, input._normal(counter, seed))
+    red, green, blue = noise.triton_normals(counter, seed)
+    tl.store(normals + at, red)
+    tl.store(normals + N + at, green)
+    tl.store(normals + 2 * N + at, blue)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -199,11 +219,12 @@ def test_noise_is_the_references(device, key):
     count = 4096
     counters, keys = torch.arange(count, device=device), torch.tensor(key, device=device)
     words = torch.empty(4, count, dtype=torch.int64, device=device)
-    noise = torch.empty(count, device=device)
-    _triton.launch(_noise_kernel, (1,), counters.int(), keys.reshape(1), words, noise, N=count, warps=4)
-    assert torch.equal(words, torch.stack(input.philox(counters, keys)))
-    same, exact = (input.normal(counters, keys, dtype) for dtype in (torch.float32, torch.float64))
-    assert_as_good(noise, same, exact, "noise")
+    normals = torch.empty(3, count, device=device)
+    _triton.launch(_noise_kernel, (1,), counters.int(), keys.reshape(1), words, normals, N=count, warps=4)
+    assert torch.equal(words, torch.stack(noise.philox(counters, keys)))
+    same, exact = (noise.normals(counters[None], keys, dtype)[:, 0] for dtype in (torch.float32, torch.float64))
+    for channel, mine in enumerate(normals):
+        assert_as_good(mine, same[channel], exact[channel], f"noise of channel {channel}")
 
 
 @pytest.mark.parametrize("stranger", [4, -1, 2**40, -(2**40)])
