@@ -2,10 +2,11 @@
 
 An op has one or more backends in order of preference; the last is `reference`, pure PyTorch, which runs everywhere
 and defines the result. Taken is the one that was fastest where it was measured on such a card (`choices.json`, written
-by `fastdeit bench kernels`), else the first that can run, and `info()` says why. `use()`, and the environment variable
-`FASTDEIT_KERNELS` around it, force another choice: a backend for all ops, `op=backend` for one, or several of these
-separated by commas. A forced backend that cannot run raises; otherwise the next takes its place, with one warning for
-each reason.
+by `fastdeit kernels bench`), for tensors of such a width if these were, else the first that can run, and `info()` says
+why. Where a row of that table was judged by the compiled code and not measured, it says so. `use()`, and the
+environment variable `FASTDEIT_KERNELS` around it, force another choice: a backend for all ops, `op=backend` for one, or
+several of these separated by commas. A forced backend that cannot run raises; otherwise the next takes its place, and
+if that is the reference, with one warning for each set of reasons.
 
 In eager mode the reference runs under native autograd and any other backend under an `autograd.Function`, since a
 registered op costs ten to twenty microseconds a call. Under `torch.compile`, and when the reference is forced, the
@@ -105,13 +106,15 @@ class Op:
         """Run on the arguments of the reference: directly in eager mode, else as the registered op."""
         if torch.compiler.is_compiling() or choice(self.name) == REFERENCE:
             return self.registered(*args)
-        for backend, _ in self._able(_device(args)):
+        refusals = []
+        for backend, _ in self._able(_device(args), args):
             if backend.name == REFERENCE:
                 break
             try:
                 return self._eager(backend, args)
             except Unsupported as error:
-                self._refused(backend, error)
+                refusals.append(self._refusal(backend, error))
+        self._warn_of(refusals)
         return self.native(*args)
 
     def run_backward(self, ctx: Any, *args: Any) -> Any:
@@ -126,12 +129,13 @@ class Op:
         """The backend for tensors on `device` and the reason; RuntimeError when the forced one cannot run."""
         return self._able(device)[0]
 
-    def _able(self, device: torch.device) -> list[tuple[Backend, str]]:
-        """The backends that may run on `device`, best first, each with the reason: one, if it is forced."""
+    def _able(self, device: torch.device, args: Sequence[Any] = ()) -> list[tuple[Backend, str]]:
+        """The backends that may run on `device`, best first, each with the reason: one, if it is forced. Best is what
+        was measured for the width of `args`, if they are given."""
         wanted = choice(self.name)
         verdicts = [(backend, *backend.capability(device, wanted == backend.name)) for backend in self.backends]
         if wanted == AUTO:
-            return _fastest_first(self.name, device, [(b, reason) for b, able, reason in verdicts if able])
+            return _fastest_first(self.name, device, [(b, reason) for b, able, reason in verdicts if able], args)
         for backend, able, reason in verdicts:
             if backend.name == wanted:
                 if able:
@@ -140,12 +144,17 @@ class Op:
         names = ", ".join(backend.name for backend in self.backends)
         raise RuntimeError(f"{_source()} asks for {self.name}={wanted}, but {self.name} has: {names}")
 
-    def _refused(self, backend: Backend, error: Unsupported) -> None:
+    def _refusal(self, backend: Backend, error: Unsupported) -> str:
+        """What to say of it; RuntimeError if the backend is forced."""
         if choice(self.name) == backend.name:
             raise RuntimeError(
                 f"{_source()} asks for {self.name}={backend.name}, which cannot run on these arguments: {error}"
             ) from error
-        _warn_once(f"{self.name} does not run on {backend.name}: {error}")
+        return f"{backend.name}: {error}"
+
+    def _warn_of(self, refusals: Sequence[str]) -> None:
+        if refusals:
+            _warn_once(f"{self.name} does not run on {', nor on '.join(refusals)}")
 
     def _eager(self, backend: Backend, args: Sequence[Any]) -> Any:
         device = _device(args)
@@ -157,12 +166,17 @@ class Op:
             return backend.forward(*args)
 
     def _register(self, name: str, like: Callable, role: str, mutates: Collection[str] = ()) -> Callable:
+        after_gradient = int(role == "backward")  # the width is that of forward's first argument or result
+
         def run(*args: Any) -> Any:
-            for backend, _ in self._able(_device(args)):
+            refusals = []
+            for backend, _ in self._able(_device(args), args[after_gradient:]):
+                if backend.name == REFERENCE:
+                    self._warn_of(refusals)
                 try:
                     return _contiguous(getattr(backend, role)(*args))
                 except Unsupported as error:
-                    self._refused(backend, error)
+                    refusals.append(self._refusal(backend, error))
             raise AssertionError("the reference supports everything")
 
         schema = torch.library.infer_schema(like, mutates_args=mutates)
@@ -191,9 +205,21 @@ def _function(name: str, save: Callable, differentiate: Callable) -> type[torch.
     return type(f"fastdeit_{name}", (torch.autograd.Function,), body)
 
 
-def _device(args: Sequence[Any]) -> torch.device:
+def _first(args: Sequence[Any]) -> Tensor:
+    """The first argument, or the first of its tensors where it is a list."""
     first = args[0]
-    return first.device if isinstance(first, Tensor) else first[0].device
+    return first if isinstance(first, Tensor) else first[0]
+
+
+def _device(args: Sequence[Any]) -> torch.device:
+    return _first(args).device
+
+
+def width(args: Sequence[Any]) -> int:
+    """The last dimension of the first argument: the channels of tokens, or of q, k and v together, the classes of
+    logits. Measurements of an op are kept apart by it."""
+    first = _first(args)
+    return first.shape[-1] if first.dim() else 1
 
 
 def _contiguous(result: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
@@ -261,8 +287,9 @@ def choice(name: str) -> str:
 
 
 @cache
-def _measured() -> dict[str, dict[str, dict[str, str]]]:
-    """{card: {op: {"backend": the fastest, "because": a sentence}}}, of the cards that were measured."""
+def _measured() -> dict[str, dict[str, dict[str, Any]]]:
+    """{card: {op: {"backend": the fastest, "because": a sentence, "widths": {width: {"backend", "because"}}}}}, of the
+    cards and the widths of tensors that were measured; the backend of the op itself is for all other widths."""
     return json.loads((Path(__file__).parent / "choices.json").read_text())
 
 
@@ -275,14 +302,28 @@ def card(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _fastest_first(name: str, device: torch.device, able: list[tuple["Backend", str]]) -> list[tuple["Backend", str]]:
+def _fastest_first(
+    name: str, device: torch.device, able: list[tuple["Backend", str]], args: Sequence[Any]
+) -> list[tuple["Backend", str]]:
     """The backends that are able, the fastest first where they were measured on such a card."""
     row = _measured().get(card(device), {}).get(name)
     if row is None:
         unknown = f"; not measured on {card(device)} yet" if len(able) > 1 else ""
         return [(backend, reason + unknown) for backend, reason in able]
+    row = _at_width(row, args)
     others = [pair for pair in able if pair[0].name != row["backend"]]
     return [(backend, row["because"]) for backend, _ in able if backend.name == row["backend"]] + others
+
+
+def _at_width(row: dict[str, Any], args: Sequence[Any]) -> dict[str, Any]:
+    """What was measured at the width of `args`, else what is for all others; that also without `args`, and then the
+    reason names the widths that have another backend."""
+    widths = row.get("widths", {})
+    if args:
+        return widths.get(str(width(args)), row)
+    exceptions = {at: found for at, found in widths.items() if found["backend"] != row["backend"]}
+    reasons = (f"; at width {at} {found['backend']}, {found['because']}" for at, found in exceptions.items())
+    return row | {"because": row["because"] + "".join(reasons)}
 
 
 def info() -> list[OpInfo]:

@@ -14,23 +14,25 @@ heads of a ViT read of its last block.
 Logits are float32 and scaled there: q k^T in fp16 overflows beyond 65,504, the source of DeiT's NaN under AMP.
 
 Bytes moved at best per element of out in 16 bit: forward reads 6 and writes 2; backward reads 8 and writes 6, since the
-gradient is written packed, as the qkv projection's backward wants it. The Triton kernels read keys and values again
-for each 64 queries, mostly from cache. Forward: up to 257 keys are a few static chunks of powers of two, hence one
-pass without rescaling and little padding (198 keys are 128 + 64 + 16); more keys are a loop of online softmax (Milakov
-& Gimelshein, 2018). Backward: one kernel for dq, one for dk and dv; each result is added up by one program, so there
-are no atomics, and every run has the same bits.
+gradient is written packed, as the qkv projection's backward wants it. Forward (`attention_forward.py`): up to 257 keys
+are a few static chunks of powers of two, hence one pass without rescaling and little padding (198 keys are 128 + 64 +
+16); more keys are a loop of online softmax (Milakov & Gimelshein, 2018).
+
+Two backends in Triton, which differ in the backward. "triton" has one kernel for dq and one for dk and dv, for any
+number of tokens (`attention_backward.py`); they read queries, keys and values again for each 64 of the others, mostly
+from cache. "fused_backward" has one program for each head, for up to 208 tokens (`attention_fused_backward.py`); it is
+taken where it was measured to be faster, or asked for. In both, each result is added up by one program, so there are no
+atomics, and every run has the same bits.
 """
 
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _op, _triton
+from fastdeit.kernels import _op, _triton, attention_backward, attention_forward, attention_fused_backward
+from fastdeit.kernels.attention_tiles import Operands
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -103,364 +105,15 @@ def query_reference_backward(
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
-_ROWS = 64
-"""Queries of a program, and keys of a step of a loop: the smallest tile of the tensor cores of sm_90."""
-_ONE_PASS, _ONE_PASS_BEFORE_HOPPER = 257, 208
-"""Most keys whose logits, 64 rows in float32, fit the registers of four warps. Before sm_90, operands of the tensor
-cores are in registers, too."""
-_WIDEST_HEAD = 128
-_LOG2E = tl.constexpr(1.4426950408889634)
 
-
-@triton.jit
-def _tile(pointer, row, rows, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows `[len(row), BLOCK]` of one head; zero beyond the last row and beyond WIDTH."""
-    column = tl.arange(0, BLOCK)
-    mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    return tl.load(pointer + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_tile(pointer, value, row, rows, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    tl.store(pointer + row[:, None] * stride + column[None, :], value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _dot(a, b, total=None):
-    """a b + total; the products of float32 tiles are those of float32, not of tf32."""
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def _logits(q, keys, column, tokens, scale, RAGGED: tl.constexpr):
-    """Logits in powers of two; minus infinity where there is no key, which only RAGGED chunks can have."""
-    s = _dot(q, tl.trans(keys)) * scale
-    if RAGGED:
-        s = tl.where((column < tokens)[None, :], s, float("-inf"))
-    return s
-
-
-@triton.jit
-def _of_head(q, k, v, q_batch, k_batch, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """The pointers moved to this program's head, its sample and its head."""
-    batch, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
-    queries, keys = batch * q_batch + head * WIDTH, batch * k_batch + head * WIDTH
-    return q + queries, k + keys, v + keys, batch, head
-
-
-@triton.jit
-def _one_pass_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    queries,
-    tokens,
-    scale,
-    q_batch,
-    q_row,
-    k_batch,
-    k_row,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    THIRD: tl.constexpr,
-):
-    """64 queries of one head against all keys, which are chunks of FIRST, SECOND and THIRD (0: none)."""
-    q, k, v, batch, head = _of_head(q, k, v, q_batch, k_batch, HEADS, WIDTH)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    queried = _tile(q, row, queries, q_row, WIDTH, BLOCK)
-    first = tl.arange(0, FIRST)
-    s0 = _logits(queried, _tile(k, first, tokens, k_row, WIDTH, BLOCK), first, tokens, scale * _LOG2E, SECOND == 0)
-    top = tl.max(s0, 1)
-    if SECOND > 0:
-        second = FIRST + tl.arange(0, SECOND)
-        s1 = _logits(queried, _tile(k, second, tokens, k_row, WIDTH, BLOCK), second, tokens, scale * _LOG2E, THIRD == 0)
-        top = tl.maximum(top, tl.max(s1, 1))
-    if THIRD > 0:
-        third = FIRST + SECOND + tl.arange(0, THIRD)
-        s2 = _logits(queried, _tile(k, third, tokens, k_row, WIDTH, BLOCK), third, tokens, scale * _LOG2E, True)
-        top = tl.maximum(top, tl.max(s2, 1))
-    p0 = tl.exp2(s0 - top[:, None])
-    total = tl.sum(p0, 1)
-    mixed = _dot(p0.to(v.dtype.element_ty), _tile(v, first, tokens, k_row, WIDTH, BLOCK))
-    if SECOND > 0:
-        p1 = tl.exp2(s1 - top[:, None])
-        total += tl.sum(p1, 1)
-        mixed = _dot(p1.to(v.dtype.element_ty), _tile(v, second, tokens, k_row, WIDTH, BLOCK), mixed)
-    if THIRD > 0:
-        p2 = tl.exp2(s2 - top[:, None])
-        total += tl.sum(p2, 1)
-        mixed = _dot(p2.to(v.dtype.element_ty), _tile(v, third, tokens, k_row, WIDTH, BLOCK), mixed)
-    out += batch * queries * (HEADS * WIDTH) + head * WIDTH
-    _store_tile(out, mixed / total[:, None], row, queries, HEADS * WIDTH, WIDTH, BLOCK)
-    tl.store(lse + (batch * HEADS + head) * queries + row, (top + tl.log2(total)) / _LOG2E, mask=row < queries)
-
-
-@triton.jit
-def _online_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    queries,
-    tokens,
-    scale,
-    q_batch,
-    q_row,
-    k_batch,
-    k_row,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """64 queries of one head against any number of keys, KEYS at a time."""
-    q, k, v, batch, head = _of_head(q, k, v, q_batch, k_batch, HEADS, WIDTH)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    queried = _tile(q, row, queries, q_row, WIDTH, BLOCK)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, tokens, KEYS):
-        column = start + tl.arange(0, KEYS)
-        s = _logits(queried, _tile(k, column, tokens, k_row, WIDTH, BLOCK), column, tokens, scale * _LOG2E, True)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shrink = tl.exp2(top - new_top)
-        p = tl.exp2(s - new_top[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        values = _tile(v, column, tokens, k_row, WIDTH, BLOCK)
-        mixed = _dot(p.to(v.dtype.element_ty), values, mixed * shrink[:, None])
-        top = new_top
-    out += batch * queries * (HEADS * WIDTH) + head * WIDTH
-    _store_tile(out, mixed / total[:, None], row, queries, HEADS * WIDTH, WIDTH, BLOCK)
-    tl.store(lse + (batch * HEADS + head) * queries + row, (top + tl.log2(total)) / _LOG2E, mask=row < queries)
-
-
-@triton.jit
-def _query_gradient_kernel(
-    q,
-    k,
-    v,
-    out,
-    dout,
-    lse,
-    delta,
-    dq,
-    partial,
-    queries,
-    tokens,
-    scale,
-    q_batch,
-    q_row,
-    k_batch,
-    k_row,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """dq of 64 queries of one head, their D for the other kernel, and partial[b, program] = column sums of dq."""
-    q, k, v, batch, head = _of_head(q, k, v, q_batch, k_batch, HEADS, WIDTH)
-    mixed = batch * queries * (HEADS * WIDTH) + head * WIDTH
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    queried = _tile(q, row, queries, q_row, WIDTH, BLOCK)
-    grad = _tile(dout + mixed, row, queries, HEADS * WIDTH, WIDTH, BLOCK)
-    product = grad.to(tl.float32) * _tile(out + mixed, row, queries, HEADS * WIDTH, WIDTH, BLOCK).to(tl.float32)
-    d = tl.sum(product, 1)
-    at = (batch * HEADS + head) * queries + row
-    tl.store(delta + at, d, mask=row < queries)
-    base = tl.load(lse + at, mask=row < queries, other=float("inf")) * _LOG2E
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, tokens, KEYS):
-        column = start + tl.arange(0, KEYS)
-        keys = _tile(k, column, tokens, k_row, WIDTH, BLOCK)
-        # Masked: the exponential of a missing key could be infinite, and times zero that is NaN.
-        p = tl.exp2(_logits(queried, keys, column, tokens, scale * _LOG2E, True) - base[:, None])
-        dp = _dot(grad, tl.trans(_tile(v, column, tokens, k_row, WIDTH, BLOCK)))
-        ds = p * (dp - d[:, None]) * scale
-        total = _dot(ds.to(keys.dtype), keys, total)
-    dq += batch * q_batch + head * WIDTH
-    _store_tile(dq, total, row, queries, q_row, WIDTH, BLOCK)
-    if partial is not None:
-        place = (batch * tl.num_programs(0) + tl.program_id(0)) * (HEADS * WIDTH) + head * WIDTH
-        column = tl.arange(0, BLOCK)
-        tl.store(partial + place + column, tl.sum(total, 0), mask=column < WIDTH)
-
-
-@triton.jit
-def _key_gradient_kernel(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    dk,
-    dv,
-    partial,
-    queries,
-    tokens,
-    scale,
-    q_batch,
-    q_row,
-    k_batch,
-    k_row,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """dk and dv of KEYS keys of one head, and partial[b, program] = column sums of dk, then of dv."""
-    q, k, v, batch, head = _of_head(q, k, v, q_batch, k_batch, HEADS, WIDTH)
-    dout += batch * queries * (HEADS * WIDTH) + head * WIDTH
-    column = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    keys, values = _tile(k, column, tokens, k_row, WIDTH, BLOCK), _tile(v, column, tokens, k_row, WIDTH, BLOCK)
-    key_total = tl.zeros((KEYS, BLOCK), tl.float32)
-    value_total = tl.zeros((KEYS, BLOCK), tl.float32)
-    for start in range(0, queries, ROWS):
-        row = start + tl.arange(0, ROWS)
-        queried = _tile(q, row, queries, q_row, WIDTH, BLOCK)
-        grad = _tile(dout, row, queries, HEADS * WIDTH, WIDTH, BLOCK)
-        at = (batch * HEADS + head) * queries + row
-        base = tl.load(lse + at, mask=row < queries, other=float("inf")) * _LOG2E
-        d = tl.load(delta + at, mask=row < queries, other=0.0)
-        s = tl.where((column < tokens)[:, None], _dot(keys, tl.trans(queried)) * (scale * _LOG2E), float("-inf"))
-        p = tl.exp2(s - base[None, :])
-        value_total = _dot(p.to(grad.dtype), grad, value_total)
-        ds = p * (_dot(values, tl.trans(grad)) - d[None, :]) * scale
-        key_total = _dot(ds.to(queried.dtype), queried, key_total)
-    dk += batch * k_batch + head * WIDTH
-    dv += batch * k_batch + head * WIDTH
-    _store_tile(dk, key_total, column, tokens, k_row, WIDTH, BLOCK)
-    _store_tile(dv, value_total, column, tokens, k_row, WIDTH, BLOCK)
-    if partial is not None:
-        place = (batch * tl.num_programs(0) + tl.program_id(0)) * (2 * HEADS * WIDTH) + head * WIDTH
-        feature = tl.arange(0, BLOCK)
-        tl.store(partial + place + feature, tl.sum(key_total, 0), mask=feature < WIDTH)
-        tl.store(partial + place + HEADS * WIDTH + feature, tl.sum(value_total, 0), mask=feature < WIDTH)
-
-
-@cache
-def chunks(tokens: int) -> tuple[int, int, int]:
-    """The fewest of up to three powers of two, from 16, that cover `tokens` with the least padding; 0 is none."""
-    sizes = [0, 16, 32, 64, 128, 256]
-    covers = [
-        (a, b, c)
-        for a in sizes[1:]
-        for b in sizes
-        for c in sizes
-        if a >= b >= c and a + b + c >= tokens and (b or not c)
-    ]
-    return min(covers, key=lambda cover: (sum(cover), sum(size > 0 for size in cover)))
-
-
-@dataclass(frozen=True)
-class _Operands:
-    """q, k and v as the kernels address them: pointers into packed tensors, and strides."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    num_heads: int
-    scale: float
-
-    @staticmethod
-    def of(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> "_Operands":
-        """q `[B, M, H*d]` and kv `[B, N, 2*H*d]`, which may be slices of one qkv."""
-        width = kv.shape[2] // 2
-        return _Operands(q, kv[..., :width], kv[..., width:], num_heads, scale)
-
-    @property
-    def width(self) -> int:
-        return self.q.shape[2] // self.num_heads
-
-    @property
-    def sizes(self) -> tuple[int | float, ...]:
-        strides = *self.q.stride()[:2], *self.k.stride()[:2]
-        return self.q.shape[1], self.k.shape[1], self.scale, *strides
-
-    @property
-    def tile(self) -> dict[str, int]:
-        """Constants of a launch. float32 has no tensor cores here and twice the bytes: smaller tiles."""
-        rows = _ROWS if self.q.element_size() == 2 else _ROWS // 2
-        block = max(16, triton.next_power_of_2(self.width))
-        return {"HEADS": self.num_heads, "WIDTH": self.width, "BLOCK": block, "ROWS": rows}
-
-    def grid(self, rows: int, step: int) -> tuple[int, int]:
-        return triton.cdiv(rows, step), len(self.q) * self.num_heads
-
-    def check(self) -> None:
-        _triton.require_dtypes(self.q, self.k)
-        _triton.require(self.q.dtype == self.k.dtype, f"q is {self.q.dtype}, but kv is {self.k.dtype}")
-        _triton.require(self.width <= _WIDEST_HEAD, f"heads are {self.width} wide, at most {_WIDEST_HEAD} fit")
-        empty = 0 in self.q.shape or 0 in self.k.shape
-        _triton.require(not empty, f"q {list(self.q.shape)} or keys {list(self.k.shape)} are empty")
-
-
-def _triton_forward(operands: _Operands) -> tuple[Tensor, Tensor]:
-    operands.check()
-    q, tile = operands.q, operands.tile
-    batch, queries, width = q.shape
-    tokens = operands.k.shape[1]
-    out = torch.empty(batch, queries, width, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, operands.num_heads, queries, dtype=torch.float32, device=q.device)
-    tensors = q, operands.k, operands.v, out, lse
-    grid = operands.grid(queries, tile["ROWS"])
-    warps = 4 if tile["BLOCK"] <= 64 else 8
-    one_pass = _ONE_PASS if _triton.arch(q.device) >= 90 else _ONE_PASS_BEFORE_HOPPER
-    if tokens <= one_pass and q.element_size() == 2:
-        first, second, third = chunks(tokens)
-        constants = tile | {"FIRST": first, "SECOND": second, "THIRD": third}
-        _triton.launch(_one_pass_kernel, grid, *tensors, *operands.sizes, warps=warps, **constants)
-    else:
-        constants = tile | {"KEYS": tile["ROWS"]}
-        _triton.launch(_online_kernel, grid, *tensors, *operands.sizes, warps=warps, stages=2, **constants)
-    return out, lse
-
-
-def _triton_backward(
-    grad: Tensor, operands: _Operands, out: Tensor, lse: Tensor, gradients: _Operands, *, sums: bool
-) -> tuple[Tensor, Tensor] | None:
-    """Fill the gradients; with `sums`, return float32 column sums of dq `[H*d]` and of dk and dv `[2*H*d]`."""
-    operands.check()
-    q, tile = operands.q, operands.tile
-    batch, queries, width = q.shape
-    tokens, step = operands.k.shape[1], tile["ROWS"]
-    grad = grad.contiguous()
-    delta = torch.empty_like(lse)
-    query_grid, key_grid = operands.grid(queries, step), operands.grid(tokens, step)
-    query_sums = key_sums = None
-    if sums:
-        query_sums = torch.empty(batch * query_grid[0], width, dtype=torch.float32, device=q.device)
-        key_sums = torch.empty(batch * key_grid[0], 2 * width, dtype=torch.float32, device=q.device)
-    inputs = q, operands.k, operands.v
-    constants = tile | {"KEYS": step, "warps": 4 if tile["BLOCK"] <= 64 and q.element_size() == 2 else 8}
-    tensors = *inputs, out, grad, lse, delta, gradients.q, query_sums
-    _triton.launch(_query_gradient_kernel, query_grid, *tensors, *operands.sizes, **constants)
-    tensors = *inputs, grad, lse, delta, gradients.k, gradients.v, key_sums
-    _triton.launch(_key_gradient_kernel, key_grid, *tensors, *operands.sizes, **constants)
-    return (query_sums.sum(0), key_sums.sum(0)) if sums else None
-
-
-def _split(qkv: Tensor, num_heads: int, scale: float) -> _Operands:
+def _operands(qkv: Tensor, num_heads: int, scale: float) -> Operands:
     width = qkv.shape[2] // 3
-    return _Operands.of(qkv[..., :width], qkv[..., width:], num_heads, scale)
+    return Operands.of(qkv[..., :width], qkv[..., width:], num_heads, scale)
 
 
 def triton_forward(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """`reference` in one launch."""
-    return _triton_forward(_split(qkv.contiguous(), num_heads, scale))
+    return attention_forward.forward(_operands(qkv.contiguous(), num_heads, scale))
 
 
 def triton_backward(
@@ -469,14 +122,28 @@ def triton_backward(
     """`reference_backward` in two launches, and a small sum for the bias."""
     qkv = qkv.contiguous()
     dqkv = torch.empty_like(qkv)
-    operands, gradients = (_split(packed, num_heads, scale) for packed in (qkv, dqkv))
-    sums = _triton_backward(grad, operands, out, lse, gradients, sums=with_bias)
+    operands, gradients = (_operands(packed, num_heads, scale) for packed in (qkv, dqkv))
+    sums = attention_backward.backward(grad, operands, out, lse, gradients, sums=with_bias)
     return dqkv, torch.cat(sums) if sums else lse.new_empty(0)
+
+
+def fused_forward(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`triton_forward`, of what `fused_backward` takes: refusing there would be too late."""
+    attention_fused_backward.check(qkv, num_heads)
+    return triton_forward(qkv, num_heads, scale, bias)
+
+
+def fused_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """`reference_backward` in one launch, and a small sum for the bias."""
+    dqkv, sums = attention_fused_backward.backward(grad, qkv, out, lse, num_heads, scale, sums=with_bias)
+    return dqkv, lse.new_empty(0) if sums is None else sums
 
 
 def query_triton_forward(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     """`query_reference` in one launch."""
-    return _triton_forward(_Operands.of(q.contiguous(), kv.contiguous(), num_heads, scale))
+    return attention_forward.forward(Operands.of(q.contiguous(), kv.contiguous(), num_heads, scale))
 
 
 def query_triton_backward(
@@ -485,8 +152,8 @@ def query_triton_backward(
     """`query_reference_backward` in two launches."""
     q, kv = q.contiguous(), kv.contiguous()
     dq, dkv = torch.empty_like(q), torch.empty_like(kv)
-    operands, gradients = (_Operands.of(a, b, num_heads, scale) for a, b in ((q, kv), (dq, dkv)))
-    _triton_backward(grad, operands, out, lse, gradients, sums=False)
+    operands, gradients = (Operands.of(a, b, num_heads, scale) for a, b in ((q, kv), (dq, dkv)))
+    attention_backward.backward(grad, operands, out, lse, gradients, sums=False)
     return dq, dkv
 
 
@@ -497,7 +164,10 @@ OP = _op.Op(
     "attention",
     reference,
     reference_backward,
-    others=[_op.Backend("triton", _capability, triton_forward, triton_backward)],
+    others=[
+        _op.Backend("triton", _capability, triton_forward, triton_backward),
+        _op.Backend("fused_backward", _capability, fused_forward, fused_backward),
+    ],
     native=native,
     cast={"qkv"},
 )

@@ -5,7 +5,8 @@
 
 What a library's product would write and an element-wise kernel read again stays in registers: 8 bytes an element of
 pre in 16 bit forward, 8 backward. That pays while these products are slower than the library's by less than the passes
-they save, a matter of the card; hence a backend of its own, to be chosen by measurement of the whole region.
+they save, a matter of the card; hence a backend of its own, to be chosen by measurement of the whole region. Backward
+writes act only where it was not kept.
 
 16-bit operands, float32 sums. Tiles of 128 rows: with 198 tokens and 64 images or a multiple they divide the rows.
 Programs are numbered so that those that share a block of columns run together and find it in cache.
@@ -105,7 +106,8 @@ def _product_gelu_backward_kernel(
     mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
     at = row[:, None].to(tl.int64) * WIDTH + column[None, :]
     value, derivative = gelu_and_derivative(tl.load(pre + at, mask=mask, other=0.0).to(tl.float32), False)
-    tl.store(act + at, value.to(act.dtype.element_ty), mask=mask)
+    if act is not None:
+        tl.store(act + at, value.to(act.dtype.element_ty), mask=mask)
     gradient = total * derivative
     tl.store(dpre + at, gradient.to(dpre.dtype.element_ty), mask=mask)
     tl.store(partial + row_block * WIDTH + column, tl.sum(gradient, 0), mask=column < WIDTH)
@@ -118,7 +120,8 @@ def _tiles(device: torch.device, warps: int) -> dict[str, int]:
     return {"ROWS": 128, "COLUMNS": 128, "GROUP": 8, "warps": warps, **deep}
 
 
-def _check(*tensors: Tensor) -> None:
+def check(*tensors: Tensor) -> None:
+    """`Unsupported` unless all tensors are of one 16-bit dtype and hold anything."""
     for tensor in tensors:
         _triton.require(tensor.dtype in _HALVES, f"its products are of 16-bit operands, not {tensor.dtype}")
         _triton.require(tensor.dtype == tensors[0].dtype, f"operands are {tensors[0].dtype} and {tensor.dtype}")
@@ -127,7 +130,7 @@ def _check(*tensors: Tensor) -> None:
 
 def product_gelu(x: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
     """(pre, act) `[rows, F]` of contiguous x `[rows, C]`, w1 `[F, C]` and b1 `[F]`, all of one 16-bit dtype."""
-    _check(x, w1, b1)
+    check(x, w1, b1)
     (rows, depth), width = x.shape, w1.shape[0]
     pre = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     act = torch.empty_like(pre)
@@ -137,15 +140,17 @@ def product_gelu(x: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
     return pre, act
 
 
-def product_gelu_backward(dout: Tensor, w2: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dpre, act, db1) of contiguous dout `[rows, C']`, w2 `[C', F]` and pre `[rows, F]`; db1 is float32 `[F]`."""
-    _check(dout, w2, pre)
+def product_gelu_backward(dout: Tensor, w2: Tensor, pre: Tensor, *, act: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(dpre, gelu(pre) if `act`, db1) of contiguous dout `[rows, C']`, w2 `[C', F]` and pre `[rows, F]`; db1 is float32
+    `[F]`."""
+    check(dout, w2, pre)
     (rows, depth), width = dout.shape, w2.shape[1]
-    dpre, act = torch.empty_like(pre), torch.empty_like(pre)
+    dpre = torch.empty_like(pre)
+    value = torch.empty_like(pre) if act else None
     tiles = _tiles(dout.device, warps=8)
     blocks = triton.cdiv(rows, tiles["ROWS"])
     partial = torch.empty(blocks, width, dtype=torch.float32, device=dout.device)
     grid = (blocks * triton.cdiv(width, tiles["COLUMNS"]),)
-    tensors = dout, w2, pre, dpre, act, partial
+    tensors = dout, w2, pre, dpre, value, partial
     _triton.launch(_product_gelu_backward_kernel, grid, *tensors, rows, DEPTH=depth, WIDTH=width, **tiles)
-    return dpre, act, partial.sum(0)
+    return dpre, value, partial.sum(0)

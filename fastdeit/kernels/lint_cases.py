@@ -123,19 +123,19 @@ def _mlps() -> Iterable[Case]:
             _meta(*shape, dtype=dtype) for shape in ((4 * width, width), (4 * width,), (width, 4 * width), (width,))
         ]
 
-    def plain(width, dtype):
+    def plain(width, dtype, recompute=True):
         def run(backend):
             x, (w1, b1, w2, b2) = _meta(_BATCH, _TOKENS, width, dtype=dtype), weights(width, dtype)
-            out, pre = backend.forward(x, w1, b1, w2, b2)
-            backend.backward(out, x, w1, w2, pre)
+            out, pre, act = backend.forward(x, w1, b1, w2, b2, recompute)
+            backend.backward(out, x, w1, w2, pre, None if recompute else act)
 
         return run
 
     def normed(width, dtype):
         def run(backend):
             x, vector, (w1, b1, w2, b2) = _meta(_BATCH, _TOKENS, width), _meta(width), weights(width, dtype)
-            out, *saved = backend.forward(x, vector, vector, 1e-6, w1, b1, w2, b2)
-            backend.backward(out, x, vector, vector, w1, w2, *saved)
+            out, pre, _, *statistics = backend.forward(x, vector, vector, 1e-6, w1, b1, w2, b2, True)
+            backend.backward(out, x, vector, vector, w1, w2, pre, None, *statistics)
 
         return run
 
@@ -144,6 +144,9 @@ def _mlps() -> Iterable[Case]:
         for op, run in (("mlp", plain(width, dtype)), ("layer_norm_mlp", normed(width, dtype))):
             yield _case(op, name, run)
             yield _case(op, f"{name} epilogue", run, "epilogue", wgmma=products)
+    kept = plain(768, torch.float16, recompute=False)
+    yield _case("mlp", "deit_base fp16 act kept", kept)
+    yield _case("mlp", "deit_base fp16 act kept, epilogue", kept, "epilogue", wgmma=products)
     yield _case("mlp", "deit_base fp32", plain(768, torch.float32))
 
 
@@ -164,12 +167,20 @@ def _attentions() -> Iterable[Case]:
 
         return run
 
-    products = {f"attention.{name}_kernel" for name in ("_one_pass", "_online", "_query_gradient", "_key_gradient")}
+    products = {f"attention_forward.{name}_kernel" for name in ("_one_pass", "_online")}
+    products |= {f"attention_backward.{name}_kernel" for name in ("_query_gradient", "_key_gradient")}
+    products.add("attention_fused_backward._fused_kernel")
     for name, width, heads, dtype in _models():
-        yield _case("attention", name, packed(_TOKENS, width, heads, dtype, True), wgmma=products)
+        run = packed(_TOKENS, width, heads, dtype, True)
+        yield _case("attention", name, run, wgmma=products)
+        yield _case("attention", f"{name} fused", run, "fused_backward", wgmma=products)
         yield _case("query_attention", name, queried(width, heads, dtype), wgmma=products)
     half = torch.float16
     yield _case("attention", "deit_base fp16 197 tokens, no bias", packed(197, 768, 12, half, False), wgmma=products)
+    for tokens, with_bias in ((65, True), (145, True), (197, False)):
+        name = f"deit_base fp16 {tokens} tokens{'' if with_bias else ', no bias'}, fused"
+        run = packed(tokens, 768, 12, half, with_bias)
+        yield _case("attention", name, run, "fused_backward", wgmma=products)
     yield _case("attention", "deit_base fp16 384 pixels", packed(578, 768, 12, half, True), wgmma=products)
     yield _case("attention", "deit_base fp32", packed(_TOKENS, 768, 12, torch.float32, True))
 

@@ -74,15 +74,20 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear: `[..., dim]` to `[..., dim]` through `hidden` features."""
+    """Linear, exact GELU, linear: `[..., dim]` to `[..., dim]` through `hidden` features.
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    recompute  whether backward makes the activation again instead of keeping it, as of `mlp`
+    """
+
+    def __init__(self, dim: int, hidden: int, recompute: bool = True) -> None:
         super().__init__()
+        self.recompute = recompute
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        return mlp(x, *weights, recompute=self.recompute)
 
 
 class LayerScale(nn.Module):

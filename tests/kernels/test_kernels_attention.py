@@ -1,13 +1,19 @@
 """Attention in Triton: every number of tokens and width of heads in use, packed or with queries of its own."""
 
+import contextlib
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import TOKENS, few, layouts, normal, prove, repeated
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdeit import kernels
-from fastdeit.kernels.attention import chunks
+from fastdeit.kernels import _op, attention_backward
+from fastdeit.kernels.attention import OP
+from fastdeit.kernels.attention_tiles import chunks
 
 
 def packed(device, dtype, batch, tokens, heads, width, scale=1.0, seed=0, parts=3):
@@ -21,6 +27,19 @@ def test_as_good_as_pytorch(device, tokens):
     bias = normal(3 * heads * 32, dtype=torch.float32, device=device, seed=1).requires_grad_()
     qkv = packed(device, torch.float16, 1, tokens, heads, 32)
     prove(kernels.attention, {"qkv": qkv, "num_heads": heads, "bias": bias})
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens"),
+    [
+        *((width, tokens) for width in (32, 48, 64, 80, 96, 128) for tokens in (65, 198, 300)),
+        (64, 17),
+        (64, 208),
+        (64, 1025),
+    ],
+)
+def test_every_width_of_heads(device, width, tokens):
+    prove(kernels.attention, {"qkv": packed(device, torch.float16, 1, tokens, 1, width), "num_heads": 1})
 
 
 @given(
@@ -92,14 +111,22 @@ def test_logits_far_from_zero_do_not_reach_the_padding(device, sign):
     prove(kernels.attention, {"qkv": x.half().requires_grad_(), "num_heads": 1})
 
 
-def test_survives_logits_that_overflow_the_naive_form(device):
-    """q k^T before scaling is 102,400, beyond fp16's 65,504: a softmax of fp16 products is NaN."""
-    qkv = torch.full((1, 5, 3 * 64), 40.0, dtype=torch.float16, device=device)
-    q, k, v = qkv.chunk(3, -1)
-    naive = torch.softmax((q @ k.mT) * 64**-0.5, -1) @ v
-    assert naive.isnan().all()
-    with kernels.use("triton"):
-        assert torch.equal(kernels.attention(qkv, 1), v)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("backend", ["triton", "fused_backward"])
+def test_survives_logits_that_overflow_the_naive_form(device, backend):
+    """q k^T before scaling is near 102,400, beyond fp16's 65,504: a softmax of fp16 products is NaN."""
+    noise = packed(device, torch.float32, 1, 70, 1, 64, 0.1).detach()
+    noise[..., :128] += 40.0
+    qkv = noise.half().requires_grad_()
+    q, k, v = qkv.detach().chunk(3, -1)
+    assert (q.float() @ k.float().mT).min() > torch.finfo(torch.float16).max
+    assert (torch.softmax((q @ k.mT) * 64**-0.5, -1) @ v).isnan().all()
+    prove(kernels.attention, {"qkv": qkv, "num_heads": 1}, mine=kernels.use(attention=backend))
+    with kernels.use(attention=backend):
+        out = kernels.attention(qkv, 1)
+        (grad,) = torch.autograd.grad(out.float().sum(), qkv)
+    assert out.isfinite().all()
+    assert grad.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -129,6 +156,62 @@ def test_what_triton_does_not_take_is_the_references(device):
     ):
         with kernels.use("triton"), pytest.raises(RuntimeError, match=reason):
             kernels.attention(qkv, 1)
+
+
+@pytest.fixture
+def unforced(monkeypatch):
+    """The kernels as candidates that nobody asked for by name, as on a card; warnings are given anew."""
+    able = [b._replace(capability=lambda device, forced: (True, "a test says so")) for b in OP.backends]
+    monkeypatch.setattr(OP, "backends", tuple(able))
+    _op._warn_once.cache_clear()
+    yield
+    _op._warn_once.cache_clear()
+
+
+class _Made(TorchDispatchMode):
+    """Names of the operators that made a tensor of `numel` elements, views not among them."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.names = numel, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() == self.numel and not function.is_view:
+            self.names.append(function.name())
+        return result
+
+
+@pytest.mark.parametrize("width", [160, 256])
+def test_heads_too_wide_are_pytorchs(device, unforced, width):
+    """Under native autograd, whose backward packs the three gradients by one copy; and a warning says what is wide."""
+    qkv = packed(device, torch.float16, 2, 9, 2, width)
+    with pytest.warns(RuntimeWarning) as said:
+        out = kernels.attention(qkv, 2)
+    assert [str(one.message) for one in said] == [
+        f"attention does not run on triton: heads are {width} wide, at most 128 fit, "
+        f"nor on fused_backward: heads are {width} wide, at most 64 fit one program"
+    ]
+    with warnings.catch_warnings(action="error"):
+        kernels.attention(qkv, 2)  # it is said once
+    with _Made(qkv.numel()) as made:
+        out.backward(torch.ones_like(out))
+    assert made.names == ["aten::stack"]
+    prove(kernels.attention, {"qkv": qkv, "num_heads": 2}, mine=contextlib.nullcontext())
+
+
+def test_two_kernels_take_what_does_not_fit_one_program(device, unforced, monkeypatch):
+    """Where measurement put the one program first, they are next."""
+    row = {"backend": "fused_backward", "because": "measured", "widths": {}}
+    monkeypatch.setattr(_op, "_measured", lambda: {_op.card(torch.device(device)): {"attention": row}})
+    calls, original = [], attention_backward.backward
+    monkeypatch.setattr(attention_backward, "backward", lambda *a, **k: calls.append(1) or original(*a, **k))
+    fits, does_not = (packed(device, torch.float16, 1, tokens, 1, 16) for tokens in (208, 209))
+    kernels.attention(fits, 1).float().sum().backward()
+    assert calls == []
+    with warnings.catch_warnings(action="error"):  # both are Triton's: nothing is lost
+        kernels.attention(does_not, 1).float().sum().backward()
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.gpu)])

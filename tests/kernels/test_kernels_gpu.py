@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from proof import poisoned, repeated
 from test_kernels_ops import NAMES, public_calls, run
+
+from fastdeit import kernels
 
 pytestmark = pytest.mark.gpu
 
@@ -28,6 +31,62 @@ def test_replay_of_a_graph_is_eager_mode(name):
     torch.cuda.synchronize()
     for mine, theirs in zip((*captured[0], *captured[1]), (*eager[0], *eager[1]), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", ["triton", "fused_backward"])
+@pytest.mark.parametrize("tokens", [65, 198])
+def test_replay_of_attention_is_eager_mode_on_new_values(backend, tokens):
+    """On memory that is NaN where nothing was written: what the replay leaves out shows."""
+    qkv, incoming = (torch.randn(4, tokens, n * 192, device="cuda", dtype=torch.bfloat16) for n in (3, 1))
+    bias = torch.zeros(3 * 192, device="cuda", requires_grad=True)
+    qkv.requires_grad_()
+
+    def step():
+        with kernels.use(attention=backend):
+            out = kernels.attention(qkv, 3, bias=bias)
+            return out, *torch.autograd.grad(out, (qkv, bias), incoming)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), poisoned():
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            qkv.normal_()
+            incoming.normal_()
+            for result in captured:
+                result.fill_(torch.nan)
+        graph.replay()
+        with poisoned():
+            eager = step()
+        for mine, theirs in zip(captured, eager, strict=True):
+            assert mine.isfinite().all()
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("tokens", [65, 145, 197, 198, 208])
+@pytest.mark.parametrize("model", [(768, 12), (384, 6), (192, 3)])
+def test_both_backwards_of_attention_agree(model, tokens):
+    """At the size of a training step, and each of them with the same bits in every run."""
+    width, heads = model
+    qkv, incoming = (torch.randn(64, tokens, n * width, device="cuda", dtype=torch.bfloat16) for n in (3, 1))
+    bias = torch.zeros(3 * width, device="cuda", requires_grad=True)
+    qkv.requires_grad_()
+
+    def gradients(backend):
+        with kernels.use(attention=backend), poisoned():
+            return torch.autograd.grad(kernels.attention(qkv, heads, bias=bias), (qkv, bias), incoming)
+
+    for backend in ("triton", "fused_backward"):
+        repeated(lambda chosen=backend: gradients(chosen), 20)
+    for one, other in zip(gradients("triton"), gradients("fused_backward"), strict=True):
+        assert (one.double() - other.double()).norm() <= 0.01 * other.double().norm()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from proof import assert_as_good, few, normal, poisoned, prove, repeated, tokens
 
 from fastdeit import kernels
-from fastdeit.kernels import gelu
+from fastdeit.kernels import _triton, gelu
+from fastdeit.kernels._op import OPS
 from fastdeit.kernels._triton import INTERPRETED
 
 WIDTHS = 3, 64, 100
@@ -78,19 +79,21 @@ def weights(width, hidden, dtype, device):
     return tensors
 
 
+@pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("layout", ["dense", "expanded", "strided"])
 @pytest.mark.parametrize("shape", [(5, 24), (2, 7, 24), (0, 24)])
-def test_mlp_as_good_as_pytorch(device, dtype, shape, layout):
+def test_mlp_as_good_as_pytorch(device, dtype, shape, layout, recompute):
     x = normal(*shape, dtype=dtype, device=device, seed=0).requires_grad_()
-    prove(kernels.mlp, {"x": x, **weights(24, 96, dtype, device)}, layout)
+    prove(kernels.mlp, {"x": x, **weights(24, 96, dtype, device), "recompute": recompute}, layout)
 
 
+@pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
 @pytest.mark.parametrize(("rows", "width", "hidden"), [(1, 24, 96), (130, 24, 150), (257, 40, 64)])
-def test_products_with_an_epilogue_are_as_good_as_pytorch(device, dtype, rows, width, hidden):
+def test_products_with_an_epilogue_are_as_good_as_pytorch(device, dtype, rows, width, hidden, recompute):
     x = normal(1, rows, width, dtype=dtype, device=device, seed=0).requires_grad_()
-    mine = kernels.use("triton", mlp="epilogue")
-    prove(kernels.mlp, {"x": x, **weights(width, hidden, dtype, device)}, "strided", mine=mine)
+    inputs = {"x": x, **weights(width, hidden, dtype, device), "recompute": recompute}
+    prove(kernels.mlp, inputs, "strided", mine=kernels.use("triton", mlp="epilogue"))
 
 
 def test_products_take_16_bit_operands_of_one_dtype(device):
@@ -104,13 +107,78 @@ def test_products_take_16_bit_operands_of_one_dtype(device):
                 kernels.mlp(x, w, w[0], w, w[0])
 
 
+@pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("backend", ["triton", "epilogue"])
 @pytest.mark.parametrize("stream", [torch.float32, torch.float16])
-def test_layer_norm_mlp_as_good_as_pytorch(device, stream, backend):
+def test_layer_norm_mlp_as_good_as_pytorch(device, stream, backend, recompute):
     x = normal(2, 7, 24, dtype=stream, device=device, seed=0).requires_grad_()
     weight, bias = (normal(24, dtype=torch.float32, device=device, seed=i).requires_grad_() for i in (8, 9))
     inputs = {"x": x, "weight": weight, "bias": bias, "eps": 1e-6, **weights(24, 96, torch.float16, device)}
+    inputs["recompute"] = recompute
     prove(kernels.layer_norm_mlp, inputs, "strided", mine=kernels.use(layer_norm_mlp=backend))
+
+
+def calls(dtype, device):
+    """Of every form of the MLP, with 24 channels and 96 hidden features: (name of its op, function of x)."""
+    given = weights(24, 96, dtype, device)
+    norm = torch.nn.LayerNorm(24, device=device)
+    both = {recompute: kernels.nn.Mlp(24, 96, recompute=recompute).to(device, dtype) for recompute in (True, False)}
+    return {
+        "mlp": ("mlp", lambda x, **option: kernels.mlp(x, **given, **option)),
+        "layer_norm_mlp": (
+            "layer_norm_mlp",
+            lambda x, **option: kernels.layer_norm_mlp(x, norm.weight, norm.bias, 1e-6, **given, **option),
+        ),
+        "nn.Mlp": ("mlp", lambda x, *, recompute=True: both[recompute](x)),
+    }
+
+
+def saved_bytes(function, *args, **options):
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        function(*args, **options).sum().backward()
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("backend", ["triton", "epilogue", "reference"])
+@pytest.mark.parametrize("form", ["mlp", "layer_norm_mlp", "nn.Mlp"])
+def test_the_activation_is_saved_where_it_is_not_recomputed(device, form, backend):
+    """One tensor of hidden features, and nothing else, is what the option costs; by default it is not kept."""
+    op, function = calls(torch.float16, device)[form]
+    x = normal(2, 7, 24, dtype=torch.float16, device=device, seed=0).requires_grad_()
+    with kernels.use(**{op: backend}):
+        kept, recomputed = (saved_bytes(function, x, recompute=recompute) for recompute in (False, True))
+        assert kept - recomputed == 2 * 7 * 96 * 2
+        assert saved_bytes(function, x) == recomputed
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("backend", ["triton", "epilogue"])
+@pytest.mark.parametrize("name", ["mlp", "layer_norm_mlp"])
+def test_backward_writes_the_activation_only_where_it_was_not_kept(name, backend, recompute):
+    meta = {name: t.detach().to("meta") for name, t in weights(24, 96, torch.float16, "cpu").items()}
+    x, vector = torch.empty(2, 7, 24, dtype=torch.float16, device="meta"), torch.empty(24, device="meta")
+    norm = [vector, vector] if name == "layer_norm_mlp" else []
+    run = next(found for found in OPS[name].backends if found.name == backend)
+    with _triton.recording(90) as recorded:
+        out, pre, act, *statistics = run.forward(x, *norm, *([1e-6] if norm else []), *meta.values(), recompute)
+        assert act.shape == ((0,) if recompute else pre.shape)
+        recorded.launches.clear()
+        run.backward(out, x, *norm, meta["w1"], meta["w2"], pre, None if recompute else act, *statistics)
+    (acts,) = (launch.arguments["act"] for launch in recorded.launches if "dpre" in launch.arguments)
+    assert (acts is not None) == recompute
+
+
+@pytest.mark.parametrize("form", ["mlp", "layer_norm_mlp", "nn.Mlp"])
+def test_compiled_with_the_activation_kept(form):
+    torch.compiler.reset()
+    _, function = calls(torch.float64, "cpu")[form]
+    x = normal(2, 7, 24, dtype=torch.float64, device="cpu", seed=0).requires_grad_()
+    outcomes = []
+    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        out = run(x, recompute=False)
+        outcomes.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    torch.testing.assert_close(*outcomes)
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow)")

@@ -70,10 +70,11 @@ CASES = {
     "add_layer_norm-keep": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, keep=True)),
     "add_layer_norm-skip": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, skip=True)),
     "add_layer_norm-all": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, True, True, True)),
-    "mlp": Case(OPS["mlp"], lambda dtype: [rand(B, N, C, dtype=dtype), *mlp_args(dtype)]),
-    "layer_norm_mlp": Case(
-        OPS["layer_norm_mlp"],
-        lambda dtype: [rand(B, N, C, dtype=dtype), rand(C, dtype=dtype), rand(C, dtype=dtype), 1e-6, *mlp_args(dtype)],
+    "mlp": Case(OPS["mlp"], lambda dtype: [rand(B, N, C, dtype=dtype), *mlp_args(dtype), True]),
+    "mlp-kept": Case(OPS["mlp"], lambda dtype: [rand(B, N, C, dtype=dtype), *mlp_args(dtype), False]),
+    "layer_norm_mlp": Case(OPS["layer_norm_mlp"], lambda dtype: [*plain_norm_args(dtype)[:4], *mlp_args(dtype), True]),
+    "layer_norm_mlp-kept": Case(
+        OPS["layer_norm_mlp"], lambda dtype: [*plain_norm_args(dtype)[:4], *mlp_args(dtype), False]
     ),
     **{
         f"distillation_loss-{kind}": Case(OPS["distillation_loss"], lambda dtype, kind=kind: loss_args(dtype, kind))

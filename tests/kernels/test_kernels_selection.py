@@ -12,6 +12,7 @@ from fastdeit.kernels._op import OPS, Backend, Op, Unsupported
 
 PUBLIC = {"attention", "add_layer_norm", "mlp", "layer_norm_mlp", "distillation_loss", "patchify", "pixels"}
 PUBLIC |= {"cosub_loss", "global_norm", "fused_adamw", "fused_lamb"}
+OF_THE_CPU = {"fused_adamw": "aten", "pixels": "host", "patchify": "host"}
 
 
 def refuses(device, forced):
@@ -58,7 +59,7 @@ def test_info_has_a_reason_for_every_op():
     rows = {row.name: row for row in kernels.info()}
     assert rows.keys() >= PUBLIC
     for row in rows.values():
-        assert row.backend == ("aten" if row.name == "fused_adamw" else "reference")
+        assert row.backend == OF_THE_CPU.get(row.name, "reference")
         assert row.reason
     if not torch.cuda.is_available():
         assert rows["attention"].reason.startswith("no CUDA device")
@@ -75,11 +76,52 @@ def test_measured_choice(scale, monkeypatch):
     assert scale.select(cpu)[0].name == "quick"
 
 
+def test_measured_choice_at_a_width(scale, monkeypatch):
+    """Forward goes by its first argument, the registered backward by the argument after the gradient."""
+    at_three = {"backend": "quick", "because": "fast"}
+    rows = {
+        "backend": "reference",
+        "because": "slow",
+        "widths": {"3": at_three, "4": {"backend": "reference", "because": "slower still"}},
+    }
+    monkeypatch.setattr(_op, "_measured", lambda: {"cpu": {scale.name: rows}})
+    taken = []
+    quick = scale.backends[1]
+    scale.backends = (
+        quick._replace(forward=lambda *a: taken.append("forward") or quick.forward(*a)),
+        *scale.backends[2:],
+    )
+    for shape, expected in {(3,): 1, (5, 3): 1, (3, 4): 0, (3, 5): 0, (): 0}.items():
+        taken.clear()
+        assert torch.equal(scale(torch.ones(shape), 2.0), torch.full(shape, 2.0))
+        assert len(taken) == expected
+        scale.registered(torch.ones(shape), 2.0)
+        assert len(taken) == 2 * expected
+    backend, reason = scale.select(torch.device("cpu"))
+    assert (backend.name, reason) == ("reference", "slow; at width 3 quick, fast")
+
+
+def test_registered_backward_goes_by_the_width_after_the_gradient(scale, monkeypatch):
+    widths = {"6": {"backend": "triton", "because": "fast"}}
+    row = {"backend": "reference", "because": "slow", "widths": widths}
+    monkeypatch.setattr(_op, "_measured", lambda: {"cpu": {"attention": row}})
+    taken = []
+    attention = OPS["attention"]
+    spied = Backend("triton", works, None, lambda *args: taken.append(args) or attention.backends[-1].backward(*args))
+    monkeypatch.setattr(attention, "backends", (spied, attention.backends[-1]))
+    qkv, out = torch.ones(1, 2, 6), torch.ones(1, 2, 2)  # as wide as the row says, and not
+    lse = attention.backends[-1].forward(qkv, 1, 1.0, None)[1]
+    attention.registered_backward(out, qkv, out, lse, 1, 1.0, False)
+    assert len(taken) == 1
+
+
 def test_shipped_measurements_name_ops_and_backends():
     for ops in _op._measured().values():
-        for name, row in ops.items():
-            assert row["backend"] in {backend.name for backend in OPS[name].backends}
-            assert row["because"]
+        for name, op in ops.items():
+            for row in (op, *op["widths"].values()):
+                assert row["backend"] in {backend.name for backend in OPS[name].backends}
+                assert row["because"]
+            assert all(width.isdigit() for width in op["widths"])
 
 
 def test_use_outranks_the_environment(force):
@@ -108,6 +150,21 @@ def test_what_a_backend_does_not_take_goes_to_the_next_with_one_warning(scale):
         assert torch.equal(scale.registered(x, 2.0), 2 * x)
     with kernels.use(**{scale.name: "quick"}), pytest.raises(RuntimeError, match="these arguments: x is not to its"):
         scale(x, 2.0)
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_no_warning_of_a_backend_whose_place_another_takes(scale, registered):
+    def picky(x, factor):
+        raise Unsupported("x is not to its taste")
+
+    quick = scale.backends[1]
+    scale.backends = (quick._replace(name="picky", forward=picky), quick, scale.backends[-1])
+    x, run = torch.ones(3), scale.registered if registered else scale
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(run(x, 2.0), 2 * x)
+    scale.backends = (scale.backends[0], quick._replace(forward=picky), scale.backends[-1])
+    with pytest.warns(RuntimeWarning, match=r"picky: x is not to its taste, nor on quick: x is not to its taste$"):
+        run(x, 2.0)
 
 
 def test_gradient_of_a_gradient_raises_instead_of_being_wrong(scale):
@@ -155,8 +212,8 @@ def test_forced_choice_of_all_but_one(force):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("cuda", RuntimeError, "asks for attention=cuda, but attention has: triton, reference"),
-        ("attention=aten", RuntimeError, "asks for attention=aten, but attention has: triton, reference"),
+        ("cuda", RuntimeError, "asks for attention=cuda, but attention has: triton, fused_backward, reference"),
+        ("attention=aten", RuntimeError, "attention=aten, but attention has: triton, fused_backward, reference"),
         ("atention=reference", ValueError, "names the op 'atention', but the ops are: attention, "),
     ],
 )

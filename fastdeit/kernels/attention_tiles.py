@@ -1,0 +1,111 @@
+"""What the Triton kernels of attention share: loads and stores of a head's rows, products, and how a launch addresses
+packed tensors."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdeit.kernels import _triton
+
+ROWS = 64
+"""Queries of a program, and keys of a step of a loop: the smallest tile of the tensor cores of sm_90."""
+WIDEST_HEAD = 128
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tile(pointer, row, rows, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows `[len(row), BLOCK]` of one head; zero beyond the last row and beyond WIDTH."""
+    column = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    return tl.load(pointer + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(pointer, value, row, rows, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    tl.store(pointer + row[:, None] * stride + column[None, :], value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b, total=None):
+    """a b + total; the products of float32 tiles are those of float32, not of tf32."""
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def logits(q, keys, column, tokens, scale, RAGGED: tl.constexpr):
+    """Logits in powers of two; minus infinity where there is no key, which only RAGGED chunks can have."""
+    s = dot(q, tl.trans(keys)) * scale
+    if RAGGED:
+        s = tl.where((column < tokens)[None, :], s, float("-inf"))
+    return s
+
+
+@triton.jit
+def of_head(q, k, v, q_batch, k_batch, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """The pointers moved to this program's head, its sample and its head."""
+    batch, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    queries, keys = batch * q_batch + head * WIDTH, batch * k_batch + head * WIDTH
+    return q + queries, k + keys, v + keys, batch, head
+
+
+@cache
+def chunks(tokens: int) -> tuple[int, int, int]:
+    """The fewest of up to three powers of two, from 16, that cover `tokens` with the least padding; 0 is none."""
+    sizes = [0, 16, 32, 64, 128, 256]
+    covers = [
+        (a, b, c)
+        for a in sizes[1:]
+        for b in sizes
+        for c in sizes
+        if a >= b >= c and a + b + c >= tokens and (b or not c)
+    ]
+    return min(covers, key=lambda cover: (sum(cover), sum(size > 0 for size in cover)))
+
+
+@dataclass(frozen=True)
+class Operands:
+    """q, k and v as the kernels address them: pointers into packed tensors, and strides."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    num_heads: int
+    scale: float
+
+    @staticmethod
+    def of(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> "Operands":
+        """q `[B, M, H*d]` and kv `[B, N, 2*H*d]`, which may be slices of one qkv."""
+        width = kv.shape[2] // 2
+        return Operands(q, kv[..., :width], kv[..., width:], num_heads, scale)
+
+    @property
+    def width(self) -> int:
+        return self.q.shape[2] // self.num_heads
+
+    @property
+    def sizes(self) -> tuple[int | float, ...]:
+        strides = *self.q.stride()[:2], *self.k.stride()[:2]
+        return self.q.shape[1], self.k.shape[1], self.scale, *strides
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Constants of a launch. float32 has no tensor cores here and twice the bytes: smaller tiles."""
+        rows = ROWS if self.q.element_size() == 2 else ROWS // 2
+        block = max(16, triton.next_power_of_2(self.width))
+        return {"HEADS": self.num_heads, "WIDTH": self.width, "BLOCK": block, "ROWS": rows}
+
+    def grid(self, rows: int, step: int) -> tuple[int, int]:
+        return triton.cdiv(rows, step), len(self.q) * self.num_heads
+
+    def check(self) -> None:
+        _triton.require_dtypes(self.q, self.k)
+        _triton.require(self.q.dtype == self.k.dtype, f"q is {self.q.dtype}, but kv is {self.k.dtype}")
+        _triton.require(self.width <= WIDEST_HEAD, f"heads are {self.width} wide, at most {WIDEST_HEAD} fit")
+        empty = 0 in self.q.shape or 0 in self.k.shape
+        _triton.require(not empty, f"q {list(self.q.shape)} or keys {list(self.k.shape)} are empty")
