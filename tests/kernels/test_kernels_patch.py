@@ -24,7 +24,7 @@ from timm_models import (
 from torch import nn
 
 from fastdeit import kernels
-from fastdeit.kernels import accelerate, patch, restore
+from fastdeit.kernels import accelerate, patch, patch_modules, restore
 
 ALL = {"block", "attn", "mlp"}
 FAMILIES = {
@@ -141,7 +141,7 @@ def test_drop_path_keeps_the_share_it_should(dtype):
     block = Block(48, 3, drop_path=0.25).train()
     accelerate(block, strict=True)
     tokens = torch.zeros(20_000, 1, 48, dtype=dtype)
-    keep = patch._tokens(block, tokens, tokens, "2").keep
+    keep = patch_modules.sum_of(block, tokens, tokens, "2").keep
     assert keep.dtype == torch.float32
     assert set(keep.tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert abs(keep.mean().item() - 1) < 5 * (0.25 / 0.75 / 20_000) ** 0.5
@@ -250,13 +250,15 @@ def test_families(name):
 def test_the_report_is_a_table():
     model = model_of("beit_base_patch16_224", num_heads=2)
     model.blocks[1].mlp.act = nn.SiLU()
+    table = "has relative_position_bias_table, which the op does not take"
     assert str(accelerate(model)) == "\n".join(
         [
-            "modules           part   runs on         why",
-            "blocks.*       2  block  add_layer_norm",
-            "blocks.*.attn  2  attn   its own code    has relative_position_bias_table, which the op does not take",
-            "blocks.0.mlp   1  mlp    mlp",
-            "blocks.1.mlp   1  mlp    its own code    act is SiLU(), not the exact GELU",
+            "modules           part        runs on         why",
+            "blocks.*       2  block       add_layer_norm",
+            "blocks.*.attn  2  attn        its own code    " + table,
+            "blocks.0.mlp   1  mlp         mlp",
+            "blocks.1.mlp   1  mlp         its own code    act is SiLU(), not the exact GELU",
+            "(the model)    1  last block  its own code    global_pool is 'avg', not 'token'",
         ]
     )
 
@@ -309,7 +311,7 @@ def test_restore_undoes_it(pair):
     restore(model)
     assert [type(module) for module in model.modules()] == [type(module) for module in timms.modules()]
     assert torch.equal(model.eval()(images_for(model)), timms.eval()(images_for(model)))
-    assert len(accelerate(model, strict=True).rows) == 6
+    assert len(accelerate(model, strict=True).rows) == 7
 
 
 def test_strict_changes_nothing_and_says_why():
@@ -404,7 +406,7 @@ class DetachedAttention(Attention):
 def test_a_familiar_structure_that_computes_something_else(module):
     kept = [row for row in accelerate(module).kept if row.path == ""]
     assert [row.reason for row in kept] == ["computes something else than its structure suggests"]
-    assert not isinstance(module, patch._Accelerated)
+    assert not isinstance(module, patch_modules.Accelerated)
 
 
 def test_a_forward_that_needs_more_than_tokens():
@@ -418,7 +420,7 @@ def test_a_forward_that_needs_more_than_tokens():
 
 def test_blocks_that_are_alike_are_tried_out_once(monkeypatch):
     tried = []
-    monkeypatch.setattr(patch, "_disagreement", lambda kind, module: tried.append(kind.name))
+    monkeypatch.setattr(patch, "disagreement", lambda kind, module: tried.append(kind.name))
     accelerate(model_of(depth=5, drop_path_rate=0.3))
     assert tried == ["block", "attn", "mlp", "block"]  # the first block has no drop-path, the others differ in its rate
     tried.clear()

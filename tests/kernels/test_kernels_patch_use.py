@@ -16,13 +16,14 @@ from timm_models import (
     images_for,
     model_of,
     outcome,
+    queries,
 )
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from fastdeit.kernels import accelerate, patch, restore
+from fastdeit.kernels import accelerate, patch_modules, restore
 
 
 @pytest.fixture
@@ -79,9 +80,9 @@ def test_copies_are_accelerated_and_independent(pair):
 def test_pickles_are_accelerated_where_nothing_was_accelerated_before(pair):
     model, timms = pair
     data = pickle.dumps(model)
-    patch._accelerated.cache_clear()
+    patch_modules.accelerated.cache_clear()
     loaded = pickle.loads(data)
-    assert isinstance(loaded.blocks[0], patch._Accelerated)
+    assert isinstance(loaded.blocks[0], patch_modules.Accelerated)
     assert_same_as_timm(loaded.eval(), timms.eval(), images_for(loaded))
 
 
@@ -129,7 +130,7 @@ def test_lora(path, before):
     if not before:
         insert()
     assert_same_as_timm(model, timms, images_for(model))
-    assert (accelerate(model).kept != ()) == (part == "mlp")
+    assert {row.part for row in accelerate(model).kept} == ({"mlp", "last block"} if part == "mlp" else {"last block"})
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,12 @@ def gradients(model, rank, images):
     }
 
 
+def observed(model, rank, images):
+    grads = {}
+    rows = queries(lambda: grads.update(gradients(model, rank, images)))
+    return {name: grad.numpy() for name, grad in grads.items()}, rows
+
+
 def refusal(function, model):
     with pytest.raises(RuntimeError) as raised:
         function(model)
@@ -231,7 +238,7 @@ def refusal(function, model):
 
 
 def in_a_process(rank, size, images):
-    found, refusals = {}, []
+    found, rows, refusals = {}, {}, []
     for case, paths in {"ddp": [], **SHARDED}.items():
         model = model_of(NAME).eval()
         accelerate(model, strict=True)
@@ -243,8 +250,8 @@ def in_a_process(rank, size, images):
                     fully_shard(block.get_submodule(path))
             fully_shard(model)
             refusals += [refusal(function, model) for function in (accelerate, restore)]
-        found[case] = {name: grad.numpy() for name, grad in gradients(model, rank, torch.from_numpy(images)).items()}
-    return found, refusals
+        found[case], rows[case] = observed(model, rank, torch.from_numpy(images))
+    return found, rows, refusals
 
 
 @pytest.mark.slow
@@ -253,7 +260,8 @@ def test_under_ddp_and_fsdp(ranks):
     images = images_for(timms, 4)
     for rank in range(2):
         expected = gradients(timms, rank, images)
-    for found, refusals in ranks(2, in_a_process, images.numpy()):
+    for found, rows, refusals in ranks(2, in_a_process, images.numpy()):
+        assert rows == {"ddp": [1], "block": [1], "part": [], "leaf": []}
         assert list(found) == ["ddp", *SHARDED]
         for mine in found.values():
             assert mine.keys() == expected.keys()

@@ -1,12 +1,13 @@
 """Small timm models, and what it means that an accelerated one computes what timm's code computes."""
 
 from copy import deepcopy
+from unittest import mock
 
 import timm
 import torch
 from proof import assert_as_good, normal
 
-from fastdeit.kernels import accelerate, patch
+from fastdeit.kernels import accelerate, patch_modules
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 
@@ -75,10 +76,30 @@ def fell_back(module, call):
             return super().forward(*args, **kwargs)
 
     accelerated = type(module)
-    module.__class__ = patch._accelerated(patch._mixin(module), Spy)
+    module.__class__ = patch_modules.accelerated(module.mixin, Spy)
     call()
     module.__class__ = accelerated
     return bool(reached)
+
+
+def queries(call):
+    """Tokens of which `call` computes attention on keys and values of more: one number for each time."""
+    with mock.patch.object(patch_modules, "query_attention", wraps=patch_modules.query_attention) as spy:
+        call()
+    return [used.args[0].shape[1] for used in spy.call_args_list]
+
+
+def last_block_row(report):
+    """What became of the last block of the one model in it."""
+    (row,) = [row for row in report.rows if row.part == "last block"]
+    return row
+
+
+def all_tokens_as_timm(model, timms):
+    """The model's forward computes all tokens of its last block, with timm's results."""
+    images = images_for(model)
+    assert queries(lambda: model(images)) == []
+    assert_same_as_timm(model, timms, images)
 
 
 def accelerated_pair():
