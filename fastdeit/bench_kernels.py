@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdeit import bench, estimate, kernels, models
+from fastdeit import bench_measure, estimate, kernels, models
 from fastdeit.engine.dist import pick_device
 from fastdeit.errors import UsageError
 from fastdeit.kernels import _op
@@ -26,9 +25,9 @@ from fastdeit.kernels import _op
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHOICES = Path(kernels.__file__).parent / "choices.json"
 _L2_BYTES = 128 * 2**20
-_COPY_BYTES = 2**28
 _MOST_COPIES = 8
-_CPU_COPY_BYTES = 2**24
+_NO_BACKENDS = {"copy", "compiled", "apex", "quack"}
+"""Sides that are there to compare with, and cannot be an op's default."""
 
 
 class Work(NamedTuple):
@@ -142,14 +141,14 @@ def _mlp(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> W
         _random(batch, _tokens(config), config.dim, dtype=dtype, device=device),
         _weights(config, dtype, device),
     )
-    return Work("mlp", [x, *weights], _mlp_bytes(x.shape[0] * x.shape[1], weights))
+    return Work("mlp", [x, *weights, True], _mlp_bytes(x.shape[0] * x.shape[1], weights))
 
 
 def _layer_norm_mlp(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
     x, weight, bias, _, _ = _layer_norm(config, batch, dtype, device).args
     weights = _weights(config, dtype, device)
     moved = _mlp_bytes(x.shape[0] * x.shape[1], weights) + x.numel() * 12
-    return Work("layer_norm_mlp", [x, weight, bias, 1e-6, *weights], moved)
+    return Work("layer_norm_mlp", [x, weight, bias, 1e-6, *weights, True], moved)
 
 
 def _targets(batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +176,7 @@ def _patchify(config: Any, batch: int, dtype: torch.dtype, device: torch.device)
     partner = torch.arange(batch, device=device).flip(0)
     lam = torch.full((batch,), 0.7, device=device)
     box = torch.zeros(batch, 4, dtype=torch.int32, device=device)
-    mean, std = list(bench.MEAN), list(bench.STD)
+    mean, std = list(bench_measure.MEAN), list(bench_measure.STD)
     args = [images, config.patch_size, mean, std, partner, lam, box, None, None, dtype]
     return Work("patchify", args, images.numel() * (2 + dtype.itemsize))
 
@@ -219,26 +218,37 @@ def measure(name: str, build: Callable[[], Work], args: argparse.Namespace, devi
     sides, failed = {}, {}
     for side, call in _sides(name, device):
         try:
-            sides[side] = _timer([lambda call=call, work=work: call(work) for work in works], device)
+            calls = [lambda call=call, work=work: call(work) for work in works]
+            sides[side] = bench_measure.repeated(calls, device)
         except Exception as error:  # a side that cannot run is told, and the others are measured
-            failed[side] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    source = torch.empty(_COPY_BYTES if device.type == "cuda" else _CPU_COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    sides["copy"] = _timer([lambda: target.copy_(source)], device)
+            failed[side] = bench_measure.reason(error)
+    sides["copy"], copied = bench_measure.copy_timer(device)
     row = {"what": "kernel", "op": name, "model": args.model, "batch": args.batch, "dtype": args.dtype}
-    row |= bench._interleave(sides, args.rounds, device) | {"bytes": first.bytes, "copy_bytes": 2 * source.numel()}
-    return row | {"card": _op.card(device), "failed": failed, "environment": bench._environment()}
+    row["width"] = _op.width(first.args)
+    row |= bench_measure.interleave(sides, args.rounds, device) | {"bytes": first.bytes, "copy_bytes": copied}
+    return row | {"card": _op.card(device), "failed": failed, "environment": bench_measure.environment()}
 
 
 def _sides(name: str, device: torch.device) -> Iterator[tuple[str, Callable[[Work], Any]]]:
     """(name, call) of every backend that runs on the device, of the reference, and of that compiled."""
     op = _op.OPS[name]
+    on_card = device.type == "cuda"
     for backend in op.backends:
-        if backend.name != _op.REFERENCE and backend.capability(device, False)[0]:
+        if backend.name == _op.REFERENCE:
+            continue
+        # Forced on a card, since apex and QuACK have to be; on a CPU that would be the interpreter.
+        able, why = backend.capability(device, on_card)
+        if able:
             yield backend.name, lambda work, chosen=backend.name: _chosen(op, chosen, work)
+        elif on_card:
+            yield backend.name, lambda work, why=why: _refuse(why)
     yield "reference", lambda work: _trained(op.native, work.args)
     compiled = torch.compile(op.native, fullgraph=True, dynamic=False)
     yield "compiled", lambda work: _trained(compiled, work.args)
+
+
+def _refuse(why: str) -> None:
+    raise bench_measure.CannotRun(why)
 
 
 def _chosen(op: _op.Op, backend: str, work: Work) -> Any:
@@ -256,53 +266,6 @@ def _trained(function: Callable, args: list[Any]) -> Any:
     if not ends:
         return results
     return torch.autograd.grad(ends, free, [end.detach() for end in ends])
-
-
-def _timer(calls: list[Callable[[], Any]], device: torch.device) -> bench.Timer:
-    """(seconds, CPU seconds) of one call: the mean over all of them."""
-    if device.type == "cuda":
-        return _graph_timer(calls)
-    calls[0]()  # compiles, allocates
-
-    def measured() -> tuple[float, float]:
-        began, used = time.perf_counter(), time.process_time()
-        for call in calls:
-            call()
-        return (time.perf_counter() - began) / len(calls), (time.process_time() - used) / len(calls)
-
-    return measured
-
-
-def _graph_timer(calls: list[Callable[[], Any]], milliseconds: float = 20.0) -> bench.Timer:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            for call in calls:
-                call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def replays(count: int) -> float:
-        begin.record()
-        for _ in range(count):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-    count = max(1, round(milliseconds / max(replays(1), 1e-3)))
-
-    def measured() -> tuple[float, float]:
-        used = time.process_time()
-        seconds = replays(count) / 1e3
-        return seconds / (count * len(calls)), (time.process_time() - used) / (count * len(calls))
-
-    return measured
 
 
 # ---- what would be best ----------------------------------------------------------------------------------------------
@@ -333,34 +296,42 @@ def prediction(config: Any, args: argparse.Namespace) -> str:
 def _lines(row: dict[str, Any]) -> str:
     medians = {name: statistics.median(seconds) for name, seconds in row["seconds"].items()}
     bandwidth = row["copy_bytes"] / medians.pop("copy")
+    column = max(10, *map(len, (*medians, *row["failed"])))
     lines = [f"{row['op']}, {row['model']}, batch {row['batch']}, {row['dtype']}, on {row['card']}"]
     for name, seconds in sorted(medians.items(), key=lambda item: item[1]):
         share = row["bytes"] / seconds / bandwidth
         spread = max(row["seconds"][name]) / min(row["seconds"][name])
+        faster = medians["reference"] / seconds if "reference" in medians else math.nan
         lines.append(
-            f"  {name:10} {1e6 * seconds:10.1f} us  {row['bytes'] / seconds / 1e9:8.1f} GB/s  {share:6.1%} of a copy  "
-            f"{medians['reference'] / seconds if 'reference' in medians else math.nan:6.2f}x reference  "
-            f"(slowest round {spread:.2f}x the fastest)"
+            f"  {name:{column}} {1e6 * seconds:10.1f} us  {row['bytes'] / seconds / 1e9:8.1f} GB/s  "
+            f"{share:6.1%} of a copy  {faster:6.2f}x reference  (slowest round {spread:.2f}x the fastest)"
         )
-    return "\n".join([*lines, *(f"  {name:10} cannot run: {why}" for name, why in row["failed"].items())])
+    return "\n".join([*lines, *(f"  {name:{column}} cannot run: {why}" for name, why in row["failed"].items())])
 
 
 def update_choices(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the fastest eager backend of each measured op, over the models of the rows, into the table at `path`.
-
-    "compiled" is no backend, and does not count. Fastest is the least geometric mean of the times.
+    """Write the fastest eager backend of each measured op into the table at `path`: at each width of its tensors, and
+    over the models of the rows for all other widths. Widths measured earlier stay as they are.
     """
     table = json.loads(path.read_text())
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["card"], row["op"]), []).append(row)
     for (card, op), group in groups.items():
-        names = set.intersection(*(set(row["seconds"]) for row in group)) - {"copy", "compiled"}
-        means = {
-            name: statistics.geometric_mean(statistics.median(row["seconds"][name]) for row in group) for name in names
-        }
-        best, *others = sorted(means, key=means.__getitem__)
-        rest = ", ".join(f"{means[other] / means[best]:.2f} times {other}" for other in others) or "nothing else runs"
-        shapes = ", ".join(sorted({f"{row['model']} batch {row['batch']} {row['dtype']}" for row in group}))
-        table.setdefault(card, {})[op] = {"backend": best, "because": f"measured: {rest} ({shapes})"}
+        ops = table.setdefault(card, {})
+        widths = ops.get(op, {}).get("widths", {})
+        for width in {row["width"] for row in group}:
+            widths[str(width)] = _fastest([row for row in group if row["width"] == width])
+        ops[op] = _fastest(group) | {"widths": widths}
     path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+
+
+def _fastest(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Backend with the least geometric mean of the times, and what was measured. Sides that are no backends of ours do
+    not count."""
+    names = set.intersection(*(set(row["seconds"]) for row in rows)) - _NO_BACKENDS
+    means = {name: statistics.geometric_mean(statistics.median(row["seconds"][name]) for row in rows) for name in names}
+    best, *others = sorted(means, key=means.__getitem__)
+    rest = ", ".join(f"{means[other] / means[best]:.2f} times {other}" for other in others) or "nothing else runs"
+    shapes = ", ".join(sorted({f"{row['model']} batch {row['batch']} {row['dtype']}" for row in rows}))
+    return {"backend": best, "because": f"measured: {rest} ({shapes})"}

@@ -312,29 +312,52 @@ def _training_verbs() -> dict[str, Verb]:
     add("words", nargs="*", metavar="RUN_OR_CHECKPOINT", help="run directory or checkpoint directory, and overrides")
     add("--data", metavar="DIR", help="the data set's folder; short for data.root=DIR")
 
+    return {"train": train, "eval": evaluate, "bench": _bench_verb()}
+
+
+def _bench_verb() -> Verb:
     bench = Verb(
         "bench",
-        "speed of a training step or of the data pipeline",
-        "[step|data] [--peer timm|torchvision|dali|all|none] [--device auto|cpu|cuda] [--batch N] [--rounds N]\n"
-        "       [--out FILE]; step: [--model NAME]; data: [--recipe RECIPE] [--threads N]",
+        "speed of a training step, of inference or of the data pipeline, against others in the same run",
+        "[step|forward|data|suite|calibrate] [--peer NAME ...] [--device auto|cpu|cuda] [--batch N] [--rounds N]\n"
+        "       [--out FILE]; step and forward: [--model NAME] [--image-size N] [--precision fp32|fp16|bf16]\n"
+        "       [--capture none|compile|graph ...]; step: [--teacher NAME|none] [--ema];\n"
+        "       data: [--recipe RECIPE] [--threads N]; suite: [--time-limit MINUTES];\n"
+        "       fastdeit bench --report [DIR] [--results FILE ...]",
         _bench,
     )
     add = bench.parser.add_argument
-    add("what", nargs="?", choices=("step", "data"), default="step", help="what to measure (default: step)")
+    whats = ("step", "forward", "data", "suite", "calibrate")
+    add("what", nargs="?", choices=whats, default="step", help="what to measure (default: step)")
     add(
         "--peer",
-        choices=("timm", "torchvision", "dali", "all", "none"),
-        default="timm",
-        help="what to measure side by side with it: timm or none, and for data also the others (default: timm)",
+        action="append",
+        choices=("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "torchvision", "dali", "all", "none"),
+        help="what to measure side by side with it; may be repeated. step and forward: timm, timm_compile (with "
+        "FlashAttention), timm_compile_cudnn, accelerate; data: one of timm, torchvision, dali (default: timm, for "
+        "suite all)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--model", default="deit_tiny_patch16_224", metavar="NAME", help="default: deit_tiny_patch16_224")
-    add("--batch", type=_positive, metavar="N", help="images per batch (default: 16 for step, 64 for data)")
+    add("--batch", type=_positive, metavar="N", help="images per batch (default: 16, for data 64)")
+    add("--image-size", type=_positive, metavar="N", help="pixels of a side (default: the model's)")
+    add("--precision", choices=("fp32", "fp16", "bf16"), help="default: bf16, fp16 before sm_80, fp32 on a CPU")
+    add(
+        "--capture",
+        action="append",
+        choices=("none", "compile", "graph"),
+        help="engine.capture of our side; may be repeated, for several (default: none; suite: also graph)",
+    )
+    add("--teacher", default="none", metavar="NAME", help="timm model that teaches in every step (default: none)")
+    add("--ema", action="store_true", help="average the weights in every step")
     add("--recipe", default="deit_small", metavar="RECIPE", help="whose input to make (default: deit_small)")
     add("--threads", type=_positive, metavar="N", help="threads or workers of each side (default: one per core)")
     add("--rounds", type=_positive, default=5, metavar="N", help="measurements of each side (default: 5)")
+    add("--time-limit", type=_positive, metavar="MINUTES", help="begin no further cell of the suite after that")
     add("--out", metavar="FILE", help="append the rows to this file")
-    return {"train": train, "eval": evaluate, "bench": bench}
+    add("--report", nargs="?", const=".", metavar="DIR", help="measure nothing: tables, and benchmarks.png in DIR")
+    add("--results", action="append", metavar="FILE", help="rows for the report (default: benchmarks/results/*.jsonl)")
+    return bench
 
 
 def _data_verbs() -> dict[str, Verb]:
@@ -345,7 +368,7 @@ def _data_verbs() -> dict[str, Verb]:
         _data_check,
     )
     add = check.parser.add_argument
-    add("path", metavar="PATH", help="the data set's folder, or one packed, tar or Parquet file")
+    add("path", metavar="PATH", help="the data set's folder, or one packed, tar, TFRecord, Parquet or Arrow file")
     _add_source(check)
     add("--processes", type=_positive, metavar="N", help="processes that decode (default: one per core)")
 

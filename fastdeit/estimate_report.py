@@ -257,7 +257,7 @@ def report(
     """
     trained = subject(recipe, images)
     files = sorted(results.glob("*.jsonl"))
-    measured = estimate_rows.calibrations(files, lambda name: _network(name, None, None, IMAGENET[2]))
+    measured = estimate_rows.calibrations(files, lambda name, size: _network(name, None, size, IMAGENET[2]))
     plans = [
         _plan(trained, machine, design, sharding, measured, (prices or {}).get(machine.gpu.name))
         for machine in machines

@@ -95,23 +95,45 @@ class Calibration(NamedTuple):
 NOT_CALIBRATED = Calibration(1.0, 0)
 
 
-def calibrations(files: Iterable[Path], network: Callable[[str], Network]) -> dict[tuple[str, str, str], Calibration]:
-    """By (GPU, design, precision), from the rows of these files; `network` is asked for the model of a row."""
+Size = tuple[int, int] | None
+
+_PEERS = {"timm": replace(EAGER, packing=2), "timm_compile": COMPILE}
+"""Designs of the peers' sides, which are timm's code."""
+
+
+def calibrations(
+    files: Iterable[Path], network: Callable[[str, Size], Network]
+) -> dict[tuple[str, str, str], Calibration]:
+    """By (GPU, design, precision), from the rows of these files; `network` is asked for the model of a row, with its
+    image size where the row tells. Rows with a teacher do not count: its time cannot be told apart."""
     logs: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for path in files:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             gpu = _known_gpu(row)
-            if row["what"] != "step" or gpu is None:
+            if row["what"] != "step" or gpu is None or row.get("teacher"):
                 continue
-            # Unless a row says otherwise, `bench step` measures float32, without drop-path and average of weights.
-            work = Work(row["batch"], row.get("precision", "fp32"), drop_path=False)
             for side, taken in row["seconds"].items():
-                design = DESIGNS.get("fused" if side == "fastdeit" else side)
-                if design is not None:
-                    modelled = sum(step(network(row["model"]), work, design, GPUS[gpu]))
+                found = _modelled(row, side, network)
+                if found is not None:
+                    design, work, student = found
+                    modelled = sum(step(student, work, design, GPUS[gpu]))
                     logs[gpu, design.name, work.precision].append(math.log(statistics.median(taken) / modelled))
     return {key: Calibration(math.exp(statistics.fmean(found)), len(found)) for key, found in logs.items()}
+
+
+def _modelled(row: dict, side: str, network: Callable[[str, Size], Network]) -> tuple[Design, Work, Network] | None:
+    """What the estimate has for a side of a row; None for a side that is no design of its."""
+    # Rows that say nothing of it are older: float32, without drop-path and average of weights, and peers not tuned.
+    told = "drop_path" in row
+    design = DESIGNS.get("fused" if side == "fastdeit" else side) or (_PEERS.get(side) if told else None)
+    if design is None:
+        return None
+    work = Work(row["batch"], row.get("precision", "fp32"), bool(row.get("drop_path")), bool(row.get("ema")))
+    student = network(row["model"], (row["image_size"],) * 2 if told else None)
+    if side in _PEERS:
+        student = replace(student, own=False, vit=replace(student.vit, pruned=False))
+    return design, work, student
 
 
 def _known_gpu(row: dict) -> str | None:

@@ -126,7 +126,6 @@ def test_repeated_files_are_those_of_their_class(short, tmp_path):
         (["data", "--recipe", "jitter.yaml"], "color_jitter 0.4"),
         (["data", "--recipe", "deit_smal"], "did you mean 'deit_small'?"),
         (["data", "--batch", "3"], "must be even"),
-        (["step", "--peer", "dali"], "bench step has the peers timm and none"),
     ],
 )
 def test_what_cannot_be_compared(short, tmp_path, monkeypatch, capsys, argv, message):

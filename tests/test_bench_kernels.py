@@ -66,29 +66,66 @@ def test_prediction_is_bytes_over_bandwidth_and_runs_nothing(capsys, monkeypatch
     assert (norm[1], norm[-1]) == (f"{moved / 1e6:.1f}", f"{1e6 * moved / 4.8e12:.1f}")
 
 
-def row(op, model, **seconds):
-    return {"card": "sm_90", "op": op, "model": model, "batch": 256, "dtype": "bf16"} | {
+def row(op, model, width, **seconds):
+    return {"card": "sm_90", "op": op, "model": model, "batch": 256, "dtype": "bf16", "width": width} | {
         "seconds": {name: [value] * 3 for name, value in seconds.items()} | {"copy": [1.0]}
     }
 
 
-def test_choices_are_the_fastest_over_all_models(tmp_path):
+def test_choices_are_the_fastest_at_each_width_and_over_all_models(tmp_path):
     table = tmp_path / "choices.json"
-    table.write_text('{"sm_80": {"mlp": {"backend": "triton", "because": "kept"}}}')
+    earlier = {"backend": "triton", "because": "kept", "widths": {}}
+    table.write_text(json.dumps({"sm_80": {"mlp": earlier}, "sm_90": {"mlp": earlier | {"widths": {"384": earlier}}}}))
     rows = [
-        row("mlp", "deit_tiny", triton=1.0, epilogue=0.8, reference=4.0, compiled=0.1),
-        row("mlp", "deit_base", triton=1.0, epilogue=2.0, reference=4.0, compiled=0.1),
-        row("cosub_loss", "deit_tiny", reference=1.0),
+        row("mlp", "deit_tiny", 192, triton=1.0, epilogue=0.8, reference=4.0, compiled=0.1, quack=0.1),
+        row("mlp", "deit_base", 768, triton=1.0, epilogue=2.0, reference=4.0, compiled=0.1, quack=0.1),
+        row("cosub_loss", "deit_tiny", 1000, reference=1.0),
     ]
     bench_kernels.update_choices(rows, table)
     choices = json.loads(table.read_text())
-    assert choices["sm_80"]["mlp"]["because"] == "kept"
+    assert choices["sm_80"]["mlp"] == earlier
     assert choices["sm_90"]["mlp"] == {
         "backend": "triton",
         "because": "measured: 1.26 times epilogue, 4.00 times reference "
         "(deit_base batch 256 bf16, deit_tiny batch 256 bf16)",
+        "widths": {
+            "192": {
+                "backend": "epilogue",
+                "because": "measured: 1.25 times triton, 5.00 times reference (deit_tiny batch 256 bf16)",
+            },
+            "384": earlier,
+            "768": {
+                "backend": "triton",
+                "because": "measured: 2.00 times epilogue, 4.00 times reference (deit_base batch 256 bf16)",
+            },
+        },
     }
     assert choices["sm_90"]["cosub_loss"]["because"].startswith("measured: nothing else runs")
+
+
+def test_a_row_knows_the_width_that_an_eager_call_is_looked_up_by(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "_sides", lambda name, device: [("reference", lambda work: None)])
+    with torch.device("meta"):
+        config = models.build("deit_tiny_patch16_224", **TINY).config
+    rows = {
+        name: bench_kernels.measure(name, lambda build=build: build(config, 1, torch.float32, CPU), arguments(), CPU)
+        for name, build in bench_kernels.works_by_op().items()
+    }
+    dim, classes = config.dim, 1000
+    assert {name: row["width"] for name, row in rows.items()} == {
+        "attention": 3 * dim,
+        "query_attention": dim,
+        "add_layer_norm": dim,
+        "layer_norm": dim,
+        "mlp": dim,
+        "layer_norm_mlp": dim,
+        "distillation_loss": classes,
+        "cosub_loss": classes,
+        "patchify": 3,
+        "global_norm": dim,
+        "fused_adamw": dim,
+        "fused_lamb": dim,
+    }
 
 
 @pytest.mark.parametrize(

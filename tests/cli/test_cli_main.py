@@ -52,7 +52,9 @@ def test_flags_are_pinned():
         "train": ["-h", "--help", "--data", "--nproc", "--run-dir", "--resume"],
         "eval": ["-h", "--help", "--data"],
         "bench": [
-            *("-h", "--help", "--peer", "--device", "--model", "--batch", "--recipe", "--threads", "--rounds", "--out"),
+            *("-h", "--help", "--peer", "--device", "--model", "--batch", "--image-size", "--precision", "--capture"),
+            *("--teacher", "--ema", "--recipe", "--threads", "--rounds", "--time-limit", "--out", "--report"),
+            "--results",
         ],
         "data check": ["-h", "--help", "--source", "--split", "--processes"],
         "data pack": ["-h", "--help", "--source", "--split", "--force"],
@@ -115,17 +117,29 @@ def test_eval_and_bench(calls):
     args = vars(calls.args)
     assert args == {
         "what": "step",
-        "peer": "timm",
+        "peer": None,
         "device": "auto",
         "model": "deit_tiny_patch16_224",
         "batch": None,
+        "image_size": None,
+        "precision": None,
+        "capture": None,
+        "teacher": "none",
+        "ema": False,
         "recipe": "deit_small",
         "threads": None,
         "rounds": 5,
+        "time_limit": None,
         "out": None,
+        "report": None,
+        "results": None,
     }
     assert cli.main(["bench", "--batch", "4", "data", "--peer", "none"]) == 0
-    assert (calls.args.what, calls.args.batch, calls.args.peer) == ("data", 4, "none")
+    assert (calls.args.what, calls.args.batch, calls.args.peer) == ("data", 4, ["none"])
+    assert cli.main(["bench", "--report", "--results", "a.jsonl"]) == 0
+    assert (calls.args.report, calls.args.results) == (".", ["a.jsonl"])
+    assert cli.main(["bench", "suite", "--report", "out", "--capture", "none", "--capture", "graph"]) == 0
+    assert (calls.args.report, calls.args.capture) == ("out", ["none", "graph"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,25 @@
+"""What the benchmarks run on: the first GPU, or the CPU where there is none."""
+
+from functools import cache
+
+import pytest
+
+from fastdeit import bench, bench_measure
+from fastdeit.engine.dist import pick_device
+
+DEVICE = pick_device("auto")
+
+
+def pytest_report_header() -> str:
+    return f"benchmarks on {DEVICE}" + (f": {bench.CPU_NOTE}" if DEVICE.type == "cpu" else "")
+
+
+@pytest.fixture
+def environment():
+    """That of a row of `fastdeit bench`, looked up once."""
+    return _environment()
+
+
+@cache
+def _environment():
+    return bench_measure.environment()

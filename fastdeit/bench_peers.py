@@ -1,0 +1,145 @@
+"""Peers of `fastdeit bench step` and `bench forward`: timm's model as a good script around it would run it.
+
+timm                 eager, autocast, torch's choice of attention kernel, `AdamW(fused=True)`, timm's `ModelEmaV3`
+timm_compile         the same tuned: forward and loss in one `torch.compile`, FlashAttention, averages by one foreach
+                     call, the teacher compiled and in 16-bit weights, channels last
+timm_compile_cudnn   that with cuDNN's attention
+accelerate           timm's eager script with `fastdeit.kernels.accelerate(model)`
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastdeit import kernels, models
+from fastdeit.bench_measure import CLASSES, CannotRun
+from fastdeit.bench_step import DTYPES, EMA_DECAY, LR, WEIGHT_DECAY, Cell, Side, floats, step_flops, teacher
+from fastdeit.engine.step import autocast
+
+_ALPHA = 0.5
+
+
+def _side(
+    wanted: Cell,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    backend: SDPBackend | None = None,
+    accelerated: bool = False,
+) -> Side:
+    if backend is SDPBackend.CUDNN_ATTENTION and device.type == "cpu":
+        raise CannotRun("cuDNN's attention needs a CUDA device")
+    try:
+        known = models.build_timm(wanted.model, **wanted.options)
+    except ValueError as error:
+        raise CannotRun(str(error)) from error
+    judge = teacher(wanted)
+    flops = step_flops(known, judge, wanted)
+    model = known.inner.to(device)
+    if accelerated:
+        report = kernels.accelerate(model)
+        if len(report.kept) == len(report.rows):
+            raise CannotRun(f"accelerate swaps nothing in timm's {wanted.model}: {report}")
+    # The CPU has one such kernel, which torch chooses by itself.
+    pinned = partial(sdpa_kernel, backend) if backend is not None and device.type == "cuda" else nullcontext
+    if wanted.what == "forward":
+        return Side(_forward(model, wanted, device, compiled, pinned), flops)
+    return Side(_step(model, judge, wanted, device, compiled, pinned), flops)
+
+
+def _forward(
+    model: nn.Module,
+    wanted: Cell,
+    device: torch.device,
+    compiled: bool,
+    pinned: Callable[[], AbstractContextManager],
+) -> Callable[[], None]:
+    model.eval()
+    images = floats(wanted, device)
+    called = torch.compile(model, dynamic=False) if compiled else model
+
+    @torch.inference_mode()
+    def run() -> None:
+        with pinned(), autocast(device, wanted.precision):
+            called(images)
+
+    return run
+
+
+def _step(
+    model: nn.Module,
+    judge: nn.Module | None,
+    wanted: Cell,
+    device: torch.device,
+    compiled: bool,
+    pinned: Callable[[], AbstractContextManager],
+) -> Callable[[], None]:
+    model.train()
+    images = floats(wanted, device)
+    targets = torch.rand(wanted.batch, CLASSES, device=device).softmax(-1)
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_weight_decay(model, WEIGHT_DECAY, no_weight_decay_list=exempt)
+    optimizer = torch.optim.AdamW(groups, lr=LR, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=wanted.precision == "fp16")
+    average = _average(model, compiled) if wanted.ema else lambda: None
+    judged = _judge(judge, images, wanted, compiled)
+    loss_of = torch.compile(_loss, dynamic=False) if compiled else _loss
+
+    def run() -> None:
+        with pinned():
+            with autocast(device, wanted.precision):
+                loss = loss_of(model, images, targets, judged())
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        average()
+
+    return run
+
+
+def _loss(model: nn.Module, images: Tensor, targets: Tensor, judged: Tensor | None) -> Tensor:
+    """What our methods compute: with two heads and no teacher, of the mean of their logits."""
+    out = model(images)
+    first, second = out if isinstance(out, tuple) else (out, out)
+    soft = SoftTargetCrossEntropy()
+    if judged is None:
+        return soft((first + second) / 2 if first is not second else first, targets)
+    hard = nn.functional.cross_entropy(second, judged.argmax(1))
+    return (1 - _ALPHA) * soft(first, targets) + _ALPHA * hard
+
+
+def _judge(judge: nn.Module | None, images: Tensor, wanted: Cell, compiled: bool) -> Callable[[], Tensor | None]:
+    """The teacher's forward, which every step repeats."""
+    if judge is None:
+        return lambda: None
+    network = judge.inner.to(images.device)
+    if not compiled:
+        return torch.no_grad()(lambda: network(images))
+    layout = {"dtype": DTYPES[wanted.precision], "memory_format": torch.channels_last}
+    called = torch.compile(network.to(**layout), dynamic=False)
+    return torch.no_grad()(lambda: called(images.to(**layout)))
+
+
+def _average(model: nn.Module, compiled: bool) -> Callable[[], None]:
+    if not compiled:
+        kept = ModelEmaV3(model, decay=EMA_DECAY)
+        return lambda: kept.update(model)
+    weights = [parameter.detach() for parameter in model.parameters()]
+    averages = [weight.clone() for weight in weights]
+    return lambda: torch._foreach_lerp_(averages, weights, 1 - EMA_DECAY)
+
+
+PEERS: dict[str, Callable[[Cell, torch.device], Side]] = {
+    "timm": _side,
+    "timm_compile": partial(_side, compiled=True, backend=SDPBackend.FLASH_ATTENTION),
+    "timm_compile_cudnn": partial(_side, compiled=True, backend=SDPBackend.CUDNN_ATTENTION),
+    "accelerate": partial(_side, accelerated=True),
+}
