@@ -60,7 +60,9 @@ Source = Literal[
     "folder",
     "packed",
     "tar",
+    "tfrecord",
     "parquet",
+    "arrow",
     "imagenet",
     "cifar10",
     "cifar100",
@@ -158,8 +160,9 @@ class DataConfig(Section):
 
     source: Source = "folder"
     """folder: ROOT/SPLIT/CLASS/image; packed: ROOT/SPLIT.pack, made by `fastdeit data pack`; tar: shards in the
-    WebDataset layout; parquet: files of the Hugging Face hub; imagenet, cifar10, ... as their authors distribute them;
-    synthetic: noise made on the fly; digits: scikit-learn's handwritten digits. See docs/data.md."""
+    WebDataset layout; tfrecord: TensorFlow's; parquet: files of the Hugging Face hub; arrow: what its `save_to_disk`
+    writes; imagenet, cifar10, ... as their authors distribute them; synthetic: noise made on the fly; digits:
+    scikit-learn's handwritten digits. See docs/data.md."""
     root: Text | None = None
     """Directory of the data set; synthetic and digits have none."""
     train: Text = "train"

@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastdeit import recipe as recipes
-from fastdeit.data import packed, tools
+from fastdeit.data import packed, shards, tools
 from fastdeit.data.datasets import open_pair, open_source
 from fastdeit.data.layout import LAYOUTS, kinds_at
 from fastdeit.data.source import DataError, NamedSource
 from fastdeit.errors import UsageError
 
 _SPLITS = "train", "val"
-_OF_SUFFIX = {packed.SUFFIX: "packed", ".tar": "tar", ".parquet": "parquet"}
+_OF_SUFFIX = {packed.SUFFIX: "packed", ".tar": "tar", ".parquet": "parquet", ".arrow": "arrow"}
 # What is left of it in front of numbers, wildcards and the file's kind names the packed split.
-_PATTERN = re.compile(r"[-_.]*[{*?\[]|\.(?:tar|parquet|pack)$")
+_PATTERN = re.compile(r"[-_.]*[{*?\[]|\.(?:tar|tfrecords?|parquet|arrow|pack)$")
 
 Named = list[tuple[str, NamedSource]]
 
@@ -110,9 +110,11 @@ def _open(args: argparse.Namespace, opened: Callable[[str, Path, Sequence[str]],
     if path.is_file():
         if args.split:
             raise UsageError(f"--split has no place beside {path}, which is a file")
-        kind = args.source or _OF_SUFFIX.get(path.suffix)
+        named = "tfrecord" if shards.TFRECORD.fullmatch(path.name) else None
+        kind = args.source or _OF_SUFFIX.get(path.suffix, named)
         if kind is None:
-            raise UsageError(f"{path}: a file of no known kind ({', '.join(_OF_SUFFIX)}); give the data set's folder")
+            known = ", ".join((*_OF_SUFFIX, ".tfrecord", "-00000-of-00001"))
+            raise UsageError(f"{path}: a file of no known kind ({known}); give the data set's folder")
         return opened(kind, path.parent, [path.name])
     splits = args.split or _SPLITS
     kind = args.source or _only(kinds_at(path, splits[0], splits[-1]), str(path), "--source")

@@ -29,8 +29,8 @@ LAYERS: dict[str, set[str]] = {
 NOT_FOR_CLI = {"rng", "models", "methods", "data", "engine", "agent", "__main__"}
 ABOVE_TRAIN = {"cli", "launch", "agent", "__main__"}
 # numpy only: they run where no torch is wanted, and their arrays are the contract with any executor.
-_DATA = ("cifar", "datasets", "index", "layout", "order", "packed", "parquet", "plan")
-_DATA += ("policy", "source", "tar", "tools")
+_DATA = ("arrow", "cifar", "crc32c", "datasets", "index", "layout", "order", "packed", "parquet", "plan")
+_DATA += ("policy", "shards", "source", "tar", "tfrecord", "tools")
 WITHOUT_TORCH = [*(f"data/{name}.py" for name in _DATA), "data_verbs.py", "errors.py", "rng.py", "cli.py", "launch.py"]
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdeit.data import tar
+from fastdeit.data import tar, tfrecord
 from fastdeit.data.cifar import CIFAR10, CIFAR100, CifarSource
 from fastdeit.data.index import Strings
 from fastdeit.data.packed import SUFFIX, PackedSource
@@ -38,9 +38,9 @@ _DEVKIT = "ILSVRC2012_devkit_t12/data"
 def open_source(kind: str, root: str | Path, split: str) -> NamedSource:
     """One split of a data set of a kind in `KINDS`.
 
-    split: for folder, packed, tar, parquet and imagenet the name of its folder or file under `root` (packed:
-    SPLIT.pack; tar: see `tar.shards`; parquet: see `parquet.files`), for the others "train" or "val". Raises DataError
-    with the path and what to do.
+    split: for the kinds in _NAMED_SPLITS the name of its folder or file under `root` (packed: SPLIT.pack; see
+    `tar.shards` and `files` of the modules tfrecord, parquet and arrow), for the others "train" or "val". Raises
+    DataError with the path and what to do.
     """
     if kind not in KINDS:
         raise DataError(f"there is no data source {kind!r}; there are {', '.join(KINDS)}")
@@ -56,7 +56,8 @@ def open_pair(kind: str, root: str | Path, train: str = "train", val: str = "val
     """(training, held-out) samples of a data set, each as `open_source`; DataError also where their classes differ."""
     if kind == "folder":
         return train_val(root, train, val)
-    training, held_out = open_source(kind, root, train), open_source(kind, root, val)
+    training = open_source(kind, root, train)
+    held_out = _like(training, Path(root), val) if kind == "tfrecord" else open_source(kind, root, val)
     if kind in _NUMBERED and held_out.classes == training.classes[: len(held_out.classes)]:
         # Where classes are mere numbers, the last ones may have no held-out sample.
         held_out.classes = training.classes
@@ -72,12 +73,34 @@ def _tar(root: Path, split: str) -> NamedSource:
     return tar.TarSource(root, tar.shards(root, split))
 
 
+def _tfrecord(root: Path, split: str) -> NamedSource:
+    return tfrecord.TFRecordSource(root, tfrecord.files(root, split))
+
+
+def _like(training: tfrecord.TFRecordSource, root: Path, val: str) -> NamedSource:
+    """Held-out records, with classes counted as in the training split: few of them may not have the first class."""
+    if training.first is None:
+        raise DataError(
+            f"{root}: the smallest class number is neither 0 nor 1, so that the classes may count from either; "
+            f"{tfrecord.DECIDES}"
+        )
+    return tfrecord.TFRecordSource(root, tfrecord.files(root, val), training.first)
+
+
 def _parquet(root: Path, split: str) -> NamedSource:
     try:
         from fastdeit.data import parquet
     except ImportError as error:
         raise DataError(f"Parquet files need pyarrow: pip install fastdeit[parquet] ({error})") from error
     return parquet.ParquetSource(root, parquet.files(root, split))
+
+
+def _arrow(root: Path, split: str) -> NamedSource:
+    try:
+        from fastdeit.data import arrow
+    except ImportError as error:
+        raise DataError(f"Arrow files need pyarrow: pip install fastdeit[parquet] ({error})") from error
+    return arrow.ArrowSource(root, arrow.files(root, split))
 
 
 def _imagenet(root: Path, split: str) -> NamedSource:
@@ -167,7 +190,9 @@ KINDS: dict[str, Callable[[Path, str], NamedSource]] = {
     "folder": lambda root, split: FolderSource(root / split),
     "packed": _packed,
     "tar": _tar,
+    "tfrecord": _tfrecord,
     "parquet": _parquet,
+    "arrow": _arrow,
     "imagenet": _imagenet,
     "cifar10": partial(CifarSource, CIFAR10),
     "cifar100": partial(CifarSource, CIFAR100),
@@ -176,5 +201,5 @@ KINDS: dict[str, Callable[[Path, str], NamedSource]] = {
     "inat2018": _official(partial(_inaturalist, 2018)),
     "inat2019": _official(partial(_inaturalist, 2019)),
 }
-_NAMED_SPLITS = ("folder", "packed", "tar", "parquet", "imagenet")
-_NUMBERED = ("tar", "parquet")
+_NAMED_SPLITS = ("folder", "packed", "tar", "tfrecord", "parquet", "arrow", "imagenet")
+_NUMBERED = ("tar", "tfrecord", "parquet", "arrow")

@@ -7,6 +7,7 @@ signs (class folders and their packed files beside them): then it is for the use
 from collections.abc import Callable
 from pathlib import Path
 
+from fastdeit.data import shards
 from fastdeit.data.cifar import CIFAR10, CIFAR100, Layout
 
 LAYOUTS: dict[str, str] = {
@@ -14,7 +15,10 @@ LAYOUTS: dict[str, str] = {
     "packed": "ROOT/{train}.pack and ROOT/{val}.pack, made by `fastdeit data pack`",
     "tar": "ROOT/{train}/*.tar and ROOT/{val}/*.tar, or ROOT/{train}-*.tar and ROOT/{val}-*.tar, with KEY.jpg and "
     "KEY.cls or KEY.json in them",
+    "tfrecord": "ROOT/{train}-00000-of-01024 ... and ROOT/{val}-00000-of-00128 ..., the same as NAME-{train}.tfrecord"
+    "-00000-of-01024 ..., or in the folders ROOT/{train} and ROOT/{val}",
     "parquet": "ROOT/{train}-*.parquet and ROOT/{val}-*.parquet, or the same in ROOT/data, with columns image, label",
+    "arrow": "ROOT/{train}/*.arrow and ROOT/{val}/*.arrow, or ROOT/NAME-{train}.arrow and ROOT/NAME-{val}.arrow",
     "imagenet": "ROOT/{train}/WNID/*.JPEG and ROOT/{val}/*.JPEG with ROOT/ILSVRC2012_devkit_t12",
     "cifar10": "ROOT/cifar-10-batches-bin or ROOT/cifar-10-batches-py",
     "cifar100": "ROOT/cifar-100-binary or ROOT/cifar-100-python",
@@ -34,8 +38,8 @@ def layout(kind: str, train: str = "train", val: str = "val") -> str:
 def kinds_at(root: str | Path, train: str = "train", val: str = "val") -> list[str]:
     """The kinds of data set of which `root` shows the sign; none where it is no directory.
 
-    A split of shards or of Parquet files is looked for by its name, `train`; see `tar.shards` and `parquet.files` for
-    the patterns that may stand there instead of a name, which have no sign.
+    A split of shards, or of TFRecord, Parquet or Arrow files, is looked for by its name, `train`; see `tar.shards` and
+    `parquet.files` for the patterns that may stand there instead of a name, which have no sign.
     """
     root = Path(root)
     return [kind for kind, sign in _SIGNS.items() if sign(root, train, val)] if root.is_dir() else []
@@ -72,11 +76,18 @@ def _parquet(root: Path, train: str, val: str) -> bool:
     return _holds(root / train, "*.parquet") or any(_holds(*file) for file in files)
 
 
+def _saved_split(root: Path) -> bool:
+    """Whether `root` is one split of a data set of kind arrow; to open it says what to do."""
+    return (root / "state.json").is_file() and (root / "dataset_info.json").is_file()
+
+
 _SIGNS: dict[str, Callable[[Path, str, str], bool]] = {
     "folder": _folder,
     "packed": lambda root, train, val: any((root / f"{split}.pack").is_file() for split in (train, val)),
     "tar": _tar,
+    "tfrecord": lambda root, train, val: shards.any_of(root, train, shards.TFRECORD),
     "parquet": _parquet,
+    "arrow": lambda root, train, val: shards.any_of(root, train, shards.ARROW) or _saved_split(root),
     "imagenet": _imagenet,
     "cifar10": _cifar(CIFAR10),
     "cifar100": _cifar(CIFAR100),

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class ParquetSource(Listed):
         self._start = np.cumsum([0, *lengths])
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
-        labels, classes = self._classes(pyarrow.chunked_array([chunk for one in columns for chunk in one.chunks]))
+        column = pyarrow.chunked_array([chunk for one in columns for chunk in one.chunks])
+        labels, classes = class_labels(self._root, label, column, hub_names(self._metadata[0].metadata, label))
         super().__init__(classes, Strings.of(names), labels, digest(Strings.of(names).blob, labels, classes))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,40 +76,10 @@ class ParquetSource(Listed):
         try:
             with parquet.ParquetFile(path) as opened:
                 schema, metadata = opened.schema_arrow, opened.metadata
-                missing = {self._image, self._label} - set(schema.names)
-                if missing:
-                    raise DataError(f"{path}: no column {' and no column '.join(missing)}; there are {schema.names}")
-                kind = schema.field(self._image).type
-                if not (pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
-                    raise DataError(f"{path}: column {self._image} is no struct of bytes and path, but {kind}")
+                require_columns(path, schema, self._image, self._label)
                 return metadata, opened.read(columns=[self._label]).column(0)
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{path}: the Parquet file cannot be read: {error}") from error
-
-    def _classes(self, column: pyarrow.ChunkedArray) -> tuple[NDArray[np.int64], list[str]]:
-        if column.null_count:
-            raise DataError(f"{self._root}: {column.null_count} rows have no {self._label!r}; remove them")
-        if pyarrow.types.is_string(column.type):
-            classes, labels = np.unique(column.to_pylist(), return_inverse=True)
-            return labels, classes.tolist()
-        if not pyarrow.types.is_integer(column.type):
-            raise DataError(f"{self._root}: column {self._label!r} holds {column.type}, not class numbers or names")
-        labels = column.to_numpy().astype(np.int64)
-        if labels.min() < 0 or labels.max() > MAX_LABEL:
-            raise DataError(
-                f"{self._root}: column {self._label!r} has labels from {labels.min()} to {labels.max()}, which are no "
-                "class numbers (-1 marks a split without labels)"
-            )
-        return labels, self._hub_names(int(labels.max())) or class_numbers(labels, self._root)
-
-    def _hub_names(self, largest: int) -> list[str] | None:
-        """Names in the metadata that the `datasets` library writes, if they cover the labels."""
-        try:
-            features = json.loads(self._metadata[0].metadata[b"huggingface"])["info"]["features"]
-            names = features[self._label]["names"]
-        except (KeyError, TypeError, ValueError):
-            return None
-        return list(names) if len(names) > largest else None
 
     def _group(self, number: int) -> Any:
         """The image column of a row group."""
@@ -125,6 +96,50 @@ class ParquetSource(Listed):
             while len(self._cache) > 1 and sum(column.nbytes for column in self._cache.values()) > _CACHE_BYTES:
                 self._cache.popitem(last=False)
             return self._cache[number]
+
+
+def require_columns(path: str, schema: pyarrow.Schema, image: str, label: str) -> None:
+    """DataError unless a file has one column `image`, of images, and one column `label`."""
+    names = schema.names
+    missing = [name for name in (image, label) if name not in names]
+    if missing:
+        raise DataError(f"{path}: no column {' and no column '.join(missing)}; there are {names}")
+    if names.count(image) + names.count(label) > 2:
+        raise DataError(f"{path}: column {image} or {label} is there twice; there are {names}")
+    kind = schema.field(image).type
+    at = kind.get_field_index("bytes") if pyarrow.types.is_struct(kind) else -1
+    if at < 0 or not (pyarrow.types.is_binary(kind[at].type) or pyarrow.types.is_large_binary(kind[at].type)):
+        raise DataError(f"{path}: column {image} is no struct of bytes and path, but {kind}")
+
+
+def class_labels(
+    root: str, label: str, column: pyarrow.ChunkedArray, names: Sequence[str] | None
+) -> tuple[NDArray[np.int64], list[str]]:
+    """(labels, class names) of a column `label` of class numbers or names; names: of class 0, 1, ..., if they are
+    known. Raises DataError where the column holds anything else."""
+    if column.null_count:
+        raise DataError(f"{root}: {column.null_count} rows have no {label!r}; remove them")
+    if pyarrow.types.is_string(column.type):
+        classes, labels = np.unique(column.to_pylist(), return_inverse=True)
+        return labels, classes.tolist()
+    if not pyarrow.types.is_integer(column.type):
+        raise DataError(f"{root}: column {label!r} holds {column.type}, not class numbers or names")
+    labels = column.to_numpy().astype(np.int64)
+    if labels.min() < 0 or labels.max() > MAX_LABEL:
+        raise DataError(
+            f"{root}: column {label!r} has labels from {labels.min()} to {labels.max()}, which are no "
+            "class numbers (-1 marks a split without labels)"
+        )
+    # Names that do not cover the labels are not theirs.
+    return labels, list(names) if names and len(names) > labels.max() else class_numbers(labels, root)
+
+
+def hub_names(metadata: Mapping[bytes, bytes] | None, label: str) -> list[str] | None:
+    """Class names in the metadata of a schema that the `datasets` library wrote."""
+    try:
+        return json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def files(root: str | Path, split: str) -> list[str]:

@@ -16,6 +16,7 @@ from fastdeit.data import pixel_ops
 from fastdeit.data.policy import Ops
 
 Pixels = NDArray[np.uint8]
+_SERIAL = 32767  # at::internal::GRAIN_SIZE - 1
 
 
 class RenderError(RuntimeError):
@@ -64,7 +65,7 @@ class Renderer:
         else:
             image = window(resized(region, steps.resize[row].tolist()), steps.start[row], self._size)
         if steps.flip[row]:
-            image = torch.from_numpy(image).flip(1).numpy()  # numpy reverses pixel by pixel, 15 times slower
+            image = flipped(image)
         return image if steps.ops is None else pixel_ops.apply(image, steps.ops.kind[row], steps.ops.value[row])
 
 
@@ -73,6 +74,16 @@ def resized(image: Pixels, size: Sequence[int]) -> Pixels:
     channels_last = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     out = torch.ops.aten._upsample_bicubic2d_aa(channels_last, list(size), False)
     return out.permute(0, 2, 3, 1)[0].numpy()
+
+
+def flipped(image: Pixels) -> Pixels:
+    """Left to right. numpy would reverse pixel by pixel, 15 times slower; of more elements than `_SERIAL` at a time
+    torch would wake threads of its own, which costs more than they save."""
+    out = np.empty_like(image)
+    lines = max(1, _SERIAL // image[0].size)
+    for top in range(0, len(image), lines):
+        out[top : top + lines] = torch.from_numpy(image[top : top + lines]).flip(1).numpy()
+    return out
 
 
 def window(image: Pixels, start: NDArray[np.int32], size: tuple[int, int]) -> Pixels:

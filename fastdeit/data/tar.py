@@ -2,9 +2,8 @@
 
 A sample is the members of one shard that share a key, the name up to the first dot of its last part: `0001.jpg` with
 `0001.cls` (a class number) or `0001.json` (an object with the class number in a field). The headers of all shards are
-read once; offset and size of every image then make each a `pread`. That list is kept beside the shards, or in
-$FASTDEIT_CACHE (default ~/.cache/fastdeit) where that cannot be written, and made anew when a shard's size or time of
-change differs.
+read once; offset and size of every image then make each a `pread`. That list is kept (`shards.cached`), and made anew
+when a shard's size or time of change differs.
 
 Nothing is ever extracted. Members that no well-formed shard has (links, absolute names, `..`, a name that comes twice)
 are left out with a reason, as are samples without a label.
@@ -22,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdeit.data.index import Listed, Strings, atomic, digest, read_range, seal, text_array, unseal
+from fastdeit.data.index import Listed, Strings, digest, read_range, text_array
+from fastdeit.data.shards import Index, Skipped, cached, reasons
 from fastdeit.data.source import EXTENSIONS, MAX_LABEL, BadImage, DataError, class_numbers
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
@@ -30,9 +30,6 @@ _IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
 _CACHE_FORMAT = "1"
 _LABEL_BYTES = 1 << 20
 _BLOCK = 512
-_SHOWN = 5
-
-Skipped = list[tuple[str, str]]
 
 
 class _Member(NamedTuple):
@@ -51,18 +48,17 @@ class TarSource(Listed):
 
     def __init__(self, root: str | Path, shards: Sequence[str], label_field: str = "label") -> None:
         self._root, self._shards = str(root), list(shards)
-        index = _cached(Path(root), self._shards, label_field)
+        key = digest([_CACHE_FORMAT, label_field, *shards])
+        index = cached(Path(root), self._shards, "tar", key, lambda: _index(Path(root), self._shards, label_field))
         self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
         names, skipped = Strings(index["names"].tobytes()), json.loads(index["skipped"].tobytes())
-        reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped[:_SHOWN])
-        more = f"\n  and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
         if not len(names):
             raise DataError(
                 f"{root}: no image with a label in {len(shards)} tar file{'s' if len(shards) > 1 else ''}; a sample is "
-                f"KEY.jpg with KEY.cls (a class number) or KEY.json (with field {label_field!r}){reasons}{more}"
+                f"KEY.jpg with KEY.cls (a class number) or KEY.json (with field {label_field!r}){reasons(skipped)}"
             )
         if skipped:
-            warnings.warn(f"{root}: {len(skipped)} entries of tar files are left out:{reasons}{more}", stacklevel=2)
+            warnings.warn(f"{root}: {len(skipped)} entries of tar files are left out:{reasons(skipped)}", stacklevel=2)
         classes = class_numbers(index["label"], root)
         fingerprint = digest(names.blob, index["label"], self._size)
         super().__init__(classes, names, index["label"], fingerprint, [tuple(entry) for entry in skipped])
@@ -112,39 +108,7 @@ def _braces(pattern: str) -> list[str]:
     return [rest for item in items for rest in _braces(pattern[: match.start()] + item + pattern[match.end() :])]
 
 
-def _cached(root: Path, shards: list[str], label_field: str) -> dict[str, NDArray[np.generic]]:
-    """The list of samples, from the cache where that is valid."""
-    try:
-        states = [os.stat(root / shard) for shard in shards]
-    except OSError as error:
-        raise DataError(f"{error.filename}: the tar file cannot be read: {error.strerror}") from error
-    key = digest([_CACHE_FORMAT, label_field, *shards])
-    state = np.array([(one.st_size, one.st_mtime_ns) for one in states])
-    cache = Path(os.environ.get("FASTDEIT_CACHE") or Path.home() / ".cache" / "fastdeit")
-    # Beside the shards under one name for all machines; elsewhere the name has to tell data sets apart.
-    elsewhere = digest([str(root.resolve()), key])
-    places = root / f".fastdeit-tar-{key}", cache / f"tar-{elsewhere}"
-    for place in places:
-        try:
-            index = unseal(place.read_bytes())
-        except (OSError, ValueError):
-            continue  # none there, or a damaged one: it is only a cache
-        if np.array_equal(index["state"], state):
-            return index
-    index = _index(root, shards, label_field) | {"state": state}
-    sealed = seal(index)
-    for place in places:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(place) as file:
-                file.write(sealed)
-        except OSError:
-            continue  # read-only, or full
-        break
-    return index
-
-
-def _index(root: Path, shards: list[str], label_field: str) -> dict[str, NDArray[np.generic]]:
+def _index(root: Path, shards: list[str], label_field: str) -> Index:
     names, rows, skipped = [], [], []
     for number, shard in enumerate(shards):
         path = os.path.join(root, shard)

@@ -37,7 +37,8 @@ class Report:
     samples: their number; bad: (path, reason) of those that cannot be used, and of what the source left out;
     duplicates: groups of paths with equal bytes; formats: samples of each format and colour mode; side, size, per_class
     as (smallest, median, largest): shorter side in pixels and encoded size in bytes of the usable samples, number of
-    samples of a class; empty: classes without a sample.
+    samples of a class; classes: the first and the last of them, which tell classes counted from 0 and from 1 apart;
+    empty: classes without a sample.
     """
 
     samples: int
@@ -47,6 +48,7 @@ class Report:
     side: tuple[int, int, int]
     size: tuple[int, int, int]
     per_class: tuple[int, int, int]
+    classes: tuple[str, str]
     empty: list[str]
 
     @property
@@ -60,7 +62,7 @@ class Report:
             f"{self.samples} samples: {formats or 'none usable'}",
             "shorter side {0} to {2} pixels, median {1}".format(*self.side),
             "encoded size {0} to {2} bytes, median {1}".format(*self.size),
-            "samples of a class {0} to {2}, median {1}".format(*self.per_class),
+            "samples of a class {0} to {2}, median {1}; classes {3!r} to {4!r}".format(*self.per_class, *self.classes),
         ]
         lines += _listed("classes without a sample", self.empty)
         lines += _listed("images occur more than once", [" = ".join(group) for group in self.duplicates])
@@ -97,6 +99,7 @@ def check(
         side=_summary(usable["side"]),
         size=_summary(usable["size"]),
         per_class=_summary(per_class),
+        classes=(source.classes[0], source.classes[-1]),
         empty=[name for name, count in zip(source.classes, per_class, strict=True) if not count],
     )
 

@@ -208,7 +208,7 @@ def test_activations_of_other_networks_are_those_that_torch_keeps():
 def test_sizes_of_data_sets():
     sources = DataConfig.model_fields["source"].annotation.__args__
     assert set(estimate_report.SIZES) <= set(sources)
-    assert set(datasets.KINDS) - set(estimate_report.SIZES) == {"folder", "packed", "tar", "parquet"}
+    assert set(datasets.KINDS) - set(estimate_report.SIZES) == set(datasets._NAMED_SPLITS) - {"imagenet"}
 
 
 def test_size_of_the_digits(tmp_path):

@@ -369,7 +369,7 @@ def test_no_such_place(tmp_path, kind):
 
 
 def test_what_there_is_to_choose_from(tmp_path):
-    with pytest.raises(DataError, match="no data source 'folders'; there are folder, packed, tar, parquet, imagenet"):
+    with pytest.raises(DataError, match="no data source 'folders'; there are folder, packed, tar, tfrecord, parquet"):
         open_source("folders", tmp_path, "train")
     with pytest.raises(DataError, match="cifar10 has the splits train and val, not 'test'"):
         open_source("cifar10", tmp_path, "test")

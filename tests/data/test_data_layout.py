@@ -26,9 +26,15 @@ SIGNS = [
     ("packed", ["val.pack"]),
     ("tar", ["train/0.tar", "val/0.tar"]),
     ("tar", ["train-0000.tar", "val-0000.tar"]),
+    ("tfrecord", ["train-00000-of-00001", "validation-00000-of-00001"]),
+    ("tfrecord", ["imagenet-train.tfrecord-00000-of-00001", "imagenet-val.tfrecord-00000-of-00001"]),
+    ("tfrecord", ["train/0.tfrecord", "val/0.tfrecord"]),
     ("parquet", ["data/train-00000-of-00001.parquet"]),
     ("parquet", ["train.parquet"]),
     ("parquet", ["train/0.parquet"]),
+    ("arrow", ["train/data-00000-of-00001.arrow", "train/state.json", "val/data-00000-of-00001.arrow"]),
+    ("arrow", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"]),
+    ("arrow", ["parquet-train.arrow", "parquet-validation.arrow"]),
     ("imagenet", ["train/n01440764/1.JPEG", "val/1.JPEG", "ILSVRC2012_devkit_t12/"]),
     ("cifar10", ["cifar-10-batches-bin/"]),
     ("cifar10", ["cifar-10-batches-py/"]),
@@ -58,7 +64,17 @@ def test_several_kinds_are_all_named(root):
 
 
 @pytest.mark.parametrize(
-    "names", [[], ["train/1.jpg"], ["other/a/1.jpg"], ["trained.pack"], ["trained.tar"], ["val-0.tar"]]
+    "names",
+    [
+        [],
+        ["train/1.jpg"],
+        ["other/a/1.jpg"],
+        ["trained.pack"],
+        ["trained.tar"],
+        ["val-0.tar"],
+        ["cache-train.arrow"],
+        ["state.json"],
+    ],
 )
 def test_anything_else_is_no_data_set(root, names):
     assert kinds_at(root(*names)) == []

@@ -1,14 +1,19 @@
 """Pixel operations: each against Pillow and timm on a grid of magnitudes, and all of them in random plans."""
 
 import gc
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import oracle
 import parity
 import pytest
+from PIL import Image
 
-from fastdeit.data import dali, order, pixel_ops, plan, policy
+from fastdeit.data import dali, order, pixel_ops, plan, policy, render
 from fastdeit.data.dali import Executor, Work
 from fastdeit.data.loader import TrainLoader
 from fastdeit.data.policy import KINDS, Ops
@@ -73,6 +78,79 @@ def test_operations_do_not_write_to_their_input(photos):
     for kind in range(1, len(KINDS)):
         pixel_ops.apply(image, np.array([kind]), np.array([1.0], np.float32))
     assert np.array_equal(image, before)
+
+
+def differences(image: np.ndarray, name: str, value: float) -> np.ndarray:
+    """From Pillow, of one operation."""
+    got = pixel_ops.apply(image, np.array([KINDS.index(name)]), np.array([value], np.float32))
+    value = float(np.float32(value))
+    return np.abs(got.astype(int) - np.asarray(oracle.OPERATIONS[name](Image.fromarray(image), value)))
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_auto_contrast_truncates_as_pillow_does_for_every_range():
+    for spread in range(256):
+        low = np.array([0, (255 - spread) // 2, 255 - spread])
+        levels = (low + np.arange(spread + 1)[:, None]).astype(np.uint8)
+        assert not differences(levels.reshape(1, -1, 3), "auto_contrast", 0).any()
+
+
+SIZES = [(1, 1), (1, 9), (2, 7), (3, 3), (5, 120), (131, 4), (49, 50)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["auto_contrast", "brightness", "color", "contrast", "sharpness"])
+def test_blends_of_any_size(size, name):
+    for factor in (0.0, 0.37, 1.0, 1.9):
+        assert not differences(noise(*size), name, factor).any()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["shear_x", "shear_y", "translate_x", "translate_y"])
+def test_shifts_of_any_size_by_any_amount(size, name):
+    """Also by more than the image is long; a uniform image keeps its levels."""
+    length = size[1] if name.endswith("_x") else size[0]
+    amounts = (0.27, 0.99, 3.0) if name.startswith("shear") else (0.27, 0.6 * length, length - 0.3, 2.5 * length)
+    for amount in (*amounts, *(-x for x in amounts)):
+        apart = differences(noise(*size), name, amount)
+        assert apart.max() <= 1
+        assert apart.sum() <= 1 + 0.003 * apart.size
+        assert not differences(np.full((*size, 3), 77, np.uint8), name, amount).any()
+
+
+def test_operations_take_images_in_any_memory_order():
+    image = noise(30, 40)
+    for kind in range(1, len(KINDS)):
+        operation = np.array([kind]), np.array([1.0], np.float32)
+        turned = pixel_ops.apply(np.asfortranarray(image), *operation)
+        assert np.array_equal(turned, pixel_ops.apply(image, *operation))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 4), (224, 224), (300, 171), (2, 20000)])
+def test_flip_reverses_the_columns(size):
+    assert np.array_equal(render.flipped(noise(*size)), noise(*size)[:, ::-1])
+
+
+def test_flip_leaves_the_threads_of_torch_asleep():
+    """They would be woken for every image, in every thread that renders."""
+    code = """if True:
+        import os, threading
+        import numpy as np
+        from fastdeit.data import render
+        image, done, end = np.zeros((224, 224, 3), np.uint8), threading.Event(), threading.Event()
+        run = threading.Thread(target=lambda: (render.flipped(image), done.set(), end.wait()))
+        before = len(os.listdir("/proc/self/task"))
+        run.start()
+        done.wait()
+        print(len(os.listdir("/proc/self/task")) - before)
+        end.set()
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["1"]
 
 
 def all_kinds(count: int, layers: int = 3) -> Ops:

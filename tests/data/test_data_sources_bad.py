@@ -1,23 +1,29 @@
 """Every kind of source, every kind of odd file: decoded as PIL does, or left out with a reason that names the file."""
 
 import io
+import multiprocessing
 import os
 import re
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from writers import arrow, tfrecord
 
 from fastdeit.data import plan, tools
+from fastdeit.data.crc32c import crc32c
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.packed import PackedSource, pack
 from fastdeit.data.source import BadImage, DataError, FolderSource, check, header, undecodable
 from fastdeit.data.tar import TarSource
+from fastdeit.data.tfrecord import TFRecordSource
 
-KINDS = ["folder", "packed", "tar", "parquet"]
+KINDS = ["folder", "packed", "tar", "tfrecord", "parquet", "arrow"]
+ROWS = ("tfrecord", "parquet", "arrow")  # samples are called by their number
 SIDE = 64
 
 
@@ -107,7 +113,15 @@ def make(kind: str, root: Path, files: dict[str, bytes]):
                     info.size = len(data)
                     archive.addfile(info, io.BytesIO(data))
         return TarSource(root, ["a.tar"])
+    if kind == "tfrecord":
+        tfrecord(root / "a.tfrecord", [files[name] for _, name in names], [label for label, _ in names], crc=crc32c)
+        return TFRecordSource(root, ["a.tfrecord"])
     pyarrow = pytest.importorskip("pyarrow")
+    if kind == "arrow":
+        from fastdeit.data.arrow import ArrowSource
+
+        arrow(root / "a.arrow", [files[name] for _, name in names], [label for label, _ in names], rows=7)
+        return ArrowSource(root, ["a.arrow"])
     from pyarrow import parquet
 
     from fastdeit.data.parquet import ParquetSource
@@ -139,7 +153,7 @@ def test_bytes_and_labels_are_those_of_the_files(tmp_path, kind, files):
     for i, name in named(source, files):
         assert source.read(i).tobytes() == files[name]
         assert source.label(i) == i // len(files)
-        assert kind == "parquet" or source.path(i).endswith(name)
+        assert kind in ROWS or source.path(i).endswith(name)
 
 
 def reason(data) -> str | None:
@@ -196,7 +210,7 @@ def test_files_that_vanish_in_mid_run_are_read_errors(tmp_path, kind, sound):
     source = make(kind, tmp_path, sound)
     source.read(0)
     last = len(source) - 1
-    for path in (source.path(last), tmp_path / "a.pack", tmp_path / "a.tar", tmp_path / "a.parquet"):
+    for path in (source.path(last), *tmp_path.glob("a.*")):
         if os.path.exists(path):
             os.unlink(path)
     with pytest.raises(OSError, match="No such file"):
@@ -230,6 +244,34 @@ def test_a_file_without_permission(tmp_path, sound):
     source = make("folder", tmp_path, sound)
     os.chmod(source.path(3), 0)
     assert tools.check(source, processes=1).bad == [(source.path(3), "the file cannot be read: Permission denied")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_read_what_one_does(tmp_path, kind, sound):
+    source = make(kind, tmp_path, sound)
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(source)), 20)).tolist()
+    expected = [source.read(i).tobytes() for i in range(len(source))]
+    with ThreadPoolExecutor(8) as pool:
+        for i, data in zip(order, pool.map(source.read, order), strict=True):
+            assert data.tobytes() == expected[i]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forked_process_reads_what_its_parent_does(tmp_path, kind, sound):
+    source = make(kind, tmp_path, sound)
+    expected = [source.read(i).tobytes() for i in range(len(source))]
+    with multiprocessing.get_context("fork").Pool(2, _keep, (source,)) as pool:
+        assert pool.map(_read, range(len(source)), chunksize=1) == expected
+    assert [source.read(i).tobytes() for i in range(len(source))] == expected
+
+
+def _keep(source):
+    global _kept
+    _kept = source
+
+
+def _read(index):
+    return _kept.read(index).tobytes()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM"])

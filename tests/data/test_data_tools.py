@@ -50,7 +50,7 @@ def test_report(source, tmp_path):
 def test_report_as_text(source, tmp_path):
     lines = str(check(source, processes=1)).splitlines()
     assert lines[0] == "8 samples: 5 JPEG RGB, 1 PNG L"
-    assert lines[3] == "samples of a class 3 to 5, median 4"
+    assert lines[3] == "samples of a class 3 to 5, median 4; classes 'a' to 'b'"
     assert lines[4] == "2 images occur more than once:"
     assert lines[5] == f"  {tmp_path}/a/1.jpg = {tmp_path}/a/3.jpg"
     assert lines[7] == "2 cannot be used:"
