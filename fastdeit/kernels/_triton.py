@@ -46,15 +46,27 @@ class Recording:
 _recording: Recording | None = None
 
 
-def capability(device: torch.device, forced: bool, needs: int = OLDEST) -> tuple[bool, str]:
-    """Whether Triton kernels for architecture `needs` and newer run on `device`, and the reason."""
+def capability(
+    device: torch.device, forced: bool, needs: int = OLDEST, compiler: tuple[int, int] = (0, 0)
+) -> tuple[bool, str]:
+    """Whether Triton kernels for architecture `needs` and newer run on `device`, and the reason. Those of which only
+    `compiler` and newer versions of Triton make good code run on others if they are forced."""
     if device.type == "cuda":
+        if not forced and version() < compiler:
+            wanted = ".".join(map(str, compiler))
+            return False, f"it needs Triton {wanted} or newer, not {triton.__version__}, whose code of it is slow"
         able = _arch_of(device) >= needs
         card = f"sm_{_arch_of(device)}"
         return able, f"Triton {triton.__version__} on {card}" if able else f"it needs sm_{needs} or newer, not {card}"
     if device.type == "cpu" and INTERPRETED and forced:
         return True, "Triton's interpreter"
     return False, "no CUDA device"
+
+
+def version() -> tuple[int, int]:
+    """Triton's major and minor version: what the compiler makes of a kernel changes with them."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def arch(device: torch.device) -> int:

@@ -160,13 +160,14 @@ def query_triton_backward(
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 _capability = partial(_triton.capability, needs=80)
+_fused_capability = partial(_triton.capability, needs=80, compiler=attention_fused_backward.COMPILER)
 OP = _op.Op(
     "attention",
     reference,
     reference_backward,
     others=[
         _op.Backend("triton", _capability, triton_forward, triton_backward),
-        _op.Backend("fused_backward", _capability, fused_forward, fused_backward),
+        _op.Backend("fused_backward", _fused_capability, fused_forward, fused_backward),
     ],
     native=native,
     cast={"qkv"},

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import few, layouts, prove, repeated
 from test_kernels_attention import packed
 
 from fastdeit import kernels
+from fastdeit.kernels import _op, _triton, attention_fused_backward
 from fastdeit.kernels._triton import INTERPRETED
 
 HALVES = [torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
@@ -100,3 +102,25 @@ def test_every_run_has_the_same_bits(device, times):
             return out, *torch.autograd.grad(out.float().square().sum(), (qkv, bias))
 
     repeated(run, times)
+
+
+@pytest.mark.parametrize(
+    ("version", "arch", "stages"),
+    [("3.9.0", 80, 2), ("3.9.0", 90, 1), ("3.9.0", 100, 2), ("3.6.0", 80, 1), ("3.10.0", 80, 2)],
+)
+def test_loads_are_ahead_where_that_does_not_spill(monkeypatch, version, arch, stages):
+    monkeypatch.setattr(triton, "__version__", version)
+    qkv, out = (torch.empty(2, 198, size, dtype=torch.float16, device="meta") for size in (192, 64))
+    with _triton.recording(arch) as recorded:
+        attention_fused_backward.backward(out, qkv, out, torch.empty(2, 1, 198, device="meta"), 1, 0.125, sums=False)
+    assert [launch.stages for launch in recorded.launches] == [stages]
+
+
+def test_not_on_a_triton_that_spills(monkeypatch):
+    capability = next(b for b in _op.OPS["attention"].backends if b.name == "fused_backward").capability
+    monkeypatch.setattr(_triton, "_arch_of", lambda device: 80)
+    cuda = torch.device("cuda")
+    assert capability(cuda, False) == (True, f"Triton {triton.__version__} on sm_80")
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    assert capability(cuda, False) == (False, "it needs Triton 3.5 or newer, not 3.4.0, whose code of it is slow")
+    assert capability(cuda, True) == (True, "Triton 3.4.0 on sm_80")
