@@ -51,8 +51,9 @@ WORK = {
     "timm": "all of the recipe: create_loader with worker processes, FastCollateMixup on uint8, PrefetchLoader "
     "normalises and erases; PosterizeIncreasing keeps at least 1 bit, because timm 1.0.31 asks Pillow for 0, which "
     "Pillow 13 refuses",
-    "torchvision": "all of the recipe, with torchvision's RandAugment (every operation applied, one magnitude): "
-    "transforms.v2 in worker processes of DataLoader, MixUp or CutMix of a batch",
+    "torchvision": "all of the recipe, with torchvision's RandAugment (every operation applied, one magnitude, bilinear, "
+    "because on tensors it has no bicubic one): decode_image and transforms.v2 on uint8 tensors in worker processes of "
+    "DataLoader, MixUp or CutMix of a batch",
     "fastdeit_uint8": "decoded, cropped, resized, flipped, RandAugment; the kernel normalises, erases and mixes",
     "timm_uint8": "decoded, cropped, resized, flipped, RandAugment, mixed; the DataLoader inside PrefetchLoader, which "
     "normalises and erases",
@@ -214,21 +215,21 @@ def _posterize_keeps_a_bit() -> Iterator[None]:
 def _torchvision(setting: Setting) -> Stream:
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
+    from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms import v2
 
     data, size = setting.recipe.data, build.image_size(setting.recipe)
-    bicubic, rand = v2.InterpolationMode.BICUBIC, setting.rand
+    bicubic, bilinear, rand = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR, setting.rand
     transform = [
-        v2.RandomResizedCrop(size, data.crop_scale, data.crop_ratio, bicubic),
+        v2.RandomResizedCrop(size, data.crop_scale, data.crop_ratio, bicubic, antialias=True),
         v2.RandomHorizontalFlip(data.flip),
-        *([v2.RandAugment(rand.draws, round(_magnitude(rand)), 10 + 1, bicubic, policy.FILL)] if rand else []),
-        v2.PILToTensor(),
+        *([v2.RandAugment(rand.draws, round(_magnitude(rand)), 10 + 1, bilinear, policy.FILL)] if rand else []),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(data.mean, data.std),
         v2.RandomErasing(data.erase, value="random"),
     ]
     loader = DataLoader(
-        ImageFolder(setting.folder, v2.Compose(transform)),
+        ImageFolder(setting.folder, v2.Compose(transform), loader=partial(decode_image, mode=ImageReadMode.RGB)),
         setting.recipe.train.batch_size,
         shuffle=True,
         num_workers=data.threads,
