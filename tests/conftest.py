@@ -55,3 +55,15 @@ def ranks(tmp_path: Path):
         return [answers[rank] for rank in range(size)]
 
     return run
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write(text, name)` -> path of a recipe file, as a string."""
+
+    def write(text, name="r.yaml"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
