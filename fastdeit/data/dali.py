@@ -258,8 +258,6 @@ def _sound(like: Work, sizes: Sequence[tuple[int, int]]) -> Work:
 
 
 def _summary(error: RuntimeError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next(
-        (line for line in lines if "nvImageCodec" in line or "decode" in line.lower()),
-        lines[0] if lines else "no reason",
-    )
+    """What DALI encountered, without the operators and the lines of a program that its messages begin with."""
+    lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()]
+    return lines[0] if lines else "no reason"

@@ -15,12 +15,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base as Tag
 
 from fastdeit import rng
 from fastdeit.data.index import Listed, Strings, digest, read_range
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _DECODABLE = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
+# (format, Pillow's mode) of which DALI 2.4 makes other pixels, or none.
+_MISREAD = {*(("TIFF", mode) for mode in ("1", "F", "I", "LA", "LAB")), ("PPM", "F"), ("JPEG2000", "LA")}
 MAX_LABEL = 999_999  # beyond any image data set: a larger one is some other number
 _SORT = (
     ". The images that lie in it directly have to be moved into one folder for each class; for the held-out images of "
@@ -216,11 +219,17 @@ def _size(view: memoryview) -> tuple[int, int]:
         return int.from_bytes(view[16:20], "big"), int.from_bytes(view[20:24], "big")
     try:
         with Image.open(io.BytesIO(view), formats=_DECODABLE) as image:
-            return image.size
+            kind, size = (image.format, image.mode), image.size
+            if kind[0] == "TIFF":
+                # Alone of a TIFF Pillow gives the size after the rotation that its orientation asks for.
+                size = int(image.tag_v2[Tag.ImageWidth]), int(image.tag_v2[Tag.ImageLength])
     except UnidentifiedImageError:
         raise BadImage(f"not a JPEG, PNG, WebP, BMP, TIFF or PPM image: it starts with {bytes(view[:16])!r}") from None
     except Exception as error:
         raise BadImage(f"the header cannot be read: {error or type(error).__name__}") from error
+    if kind in _MISREAD:
+        raise BadImage("a {} image of mode {} cannot be decoded as Pillow does; convert it to RGB".format(*kind))
+    return size
 
 
 def check(data: NDArray[np.uint8]) -> tuple[int, int]:

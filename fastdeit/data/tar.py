@@ -15,6 +15,7 @@ import re
 import tarfile
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.data.index import Listed, Strings, digest, read_range, text_array
-from fastdeit.data.shards import Index, Skipped, cached, reasons
+from fastdeit.data.shards import Index, Skipped, cached, reasons, scanned
 from fastdeit.data.source import EXTENSIONS, MAX_LABEL, BadImage, DataError, class_numbers
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
@@ -110,11 +111,12 @@ def _braces(pattern: str) -> list[str]:
 
 def _index(root: Path, shards: list[str], label_field: str) -> Index:
     names, rows, skipped = [], [], []
-    for number, shard in enumerate(shards):
-        path = os.path.join(root, shard)
-        for name, offset, size, label in _samples(path, label_field, skipped):
-            names.append(f"{shard}:{name}")
-            rows.append((number, offset, size, label))
+    paths = [os.path.join(root, shard) for shard in shards]
+    for number, (samples, left_out) in enumerate(scanned(paths, partial(_samples, label_field))):
+        skipped += left_out
+        for name, *found in samples:
+            names.append(f"{shards[number]}:{name}")
+            rows.append((number, *found))
     columns = np.array(rows, np.int64).reshape(-1, 4).T
     return {
         **dict(zip(("shard", "offset", "size", "label"), columns, strict=True)),
@@ -123,7 +125,7 @@ def _index(root: Path, shards: list[str], label_field: str) -> Index:
     }
 
 
-def _samples(path: str, label_field: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
+def _samples(label_field: str, path: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
     """(name, offset, size, label) of every image of a shard."""
     groups: dict[str, dict[str, _Member]] = {}
     for member in _members(path, skipped):

@@ -109,9 +109,11 @@ def files(root: str | Path, split: str) -> list[str]:
 
 def _index(root: str, files: list[str]) -> shards.Index:
     names, rows, skipped = [], [], []
-    for number, file in enumerate(files):
-        for record, *found in _samples(os.path.join(root, file), skipped):
-            names.append(f"{file}:{record}")
+    paths = [os.path.join(root, file) for file in files]
+    for number, (samples, left_out) in enumerate(shards.scanned(paths, _samples)):
+        skipped += left_out
+        for record, *found in samples:
+            names.append(f"{files[number]}:{record}")
             rows.append((number, *found))
     columns = np.array(rows, np.int64).reshape(-1, 6).T
     types = {"part": np.int32, "offset": np.int64, "size": np.int32, "start": np.int32, "length": np.int32}

@@ -66,7 +66,7 @@ class Report:
         ]
         lines += _listed("classes without a sample", self.empty)
         lines += _listed("images occur more than once", [" = ".join(group) for group in self.duplicates])
-        lines += _listed("cannot be used", [f"{path}: {reason}" for path, reason in self.bad])
+        lines += _listed("cannot be used", [f"{path}: {reason}" for path, reason in self.bad], None)
         return "\n".join(lines)
 
 
@@ -167,8 +167,9 @@ def _summary(values: NDArray[np.generic]) -> tuple[int, int, int]:
     return int(values.min()), int(np.median(values)), int(values.max())
 
 
-def _listed(what: str, entries: list[str]) -> list[str]:
+def _listed(what: str, entries: list[str], limit: int | None = _LISTED) -> list[str]:
     if not entries:
         return []
-    more = [f"  and {len(entries) - _LISTED} more"] if len(entries) > _LISTED else []
-    return [f"{len(entries)} {what}:", *(f"  {entry}" for entry in entries[:_LISTED]), *more]
+    shown = [f"  {entry}" for entry in entries[:limit]]
+    more = [f"  and {len(entries) - len(shown)} more"] if len(shown) < len(entries) else []
+    return [f"{len(entries)} {what}:", *shown, *more]

@@ -184,3 +184,18 @@ def test_where_even_a_sound_image_fails_no_sample_is_blamed(varied, monkeypatch)
     executor.submit(broken)
     with pytest.raises(RuntimeError, match="peek_image_shape"):
         executor.collect()
+
+
+def test_what_dali_says_of_a_sample_is_one_line_without_its_traceback(varied):
+    reasons = []
+
+    def repair(work, failures):
+        reasons.append(failures)
+        return work.take([])
+
+    executor = Executor([(32, 32)], 1, threads=1, device="cpu", repair=repair)
+    outside = plan.unaugmented(np.array([[0, 0, 900, 900]], np.int32), None, None)
+    executor.submit(Work([np.frombuffer(varied[0], np.uint8)], (outside,)))
+    assert executor.collect()[1] is None
+    (reason,) = reasons[0].values()
+    assert re.fullmatch(r"DALI cannot decode it \(The cropping window \[.*\] is not valid for [^\n]*\)", reason)

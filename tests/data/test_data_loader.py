@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeit.data import order, plan
+from fastdeit.data import order, plan, policy
 from fastdeit.data.loader import EvalLoader, Samples, TrainLoader
 from fastdeit.data.prefetch import Prefetch
 from fastdeit.data.source import DataError
@@ -18,7 +19,7 @@ from fastdeit.data.source import DataError
 ROOT = Path(__file__).parents[2]
 AUGMENT = plan.Augment(size=(48, 40), group_size=8)
 BATCH = 32
-STEPS = 6  # 136 samples are 4 steps an epoch
+STEPS = 16  # 512 images; 136 samples are 4 steps an epoch
 
 
 def fastdeit_threads() -> list[str]:
@@ -245,6 +246,19 @@ def test_closing_wakes_a_thread_that_waits_for_another():
     second.close()
     assert fastdeit_threads() == []
     assert not drained  # a stream that was closed is not one that ended
+
+
+def test_5000_batches_leave_nothing_behind(memory, make_image, encode):
+    source = memory([encode(make_image(i, 24, 24)) for i in range(16)])
+    augment = plan.Augment(size=(48, 48), policy=policy.parse("rand-m9-mstd0.5-inc1", (48, 48)), group_size=2)
+    loader = TrainLoader(source, augment, seed=0, batch_size=2, threads=1, noise_per_sample=4)
+    found = [resident() for step, _ in enumerate(loader.batches(0, 5000)) if step % 1000 == 999]
+    assert found[-1] - found[0] < 2 << 20  # half a kilobyte a batch, of which the images alone are 13.8
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_data_error_is_a_value_error():

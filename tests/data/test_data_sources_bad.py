@@ -89,6 +89,10 @@ def broken(make_image, encode):
         "animation.jpg": (encode(photo.convert("P"), "GIF"), "not a JPEG, .* starts with b'GIF87a"),
         "avif_inside.jpg": (b"\0\0\0\x1cftypavif" + bytes(200), r"not a JPEG, .* starts with b.*ftypavif"),
         "svg_inside.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a JPEG"),
+        "float_tiff.tiff": (encode(photo.convert("F"), "TIFF"), "a TIFF image of mode F cannot be decoded as"),
+        "grey_alpha_tiff.tiff": (encode(photo.convert("LA"), "TIFF"), "a TIFF image of mode LA cannot be decoded"),
+        "bilevel_tiff.tiff": (encode(photo.convert("1"), "TIFF"), "a TIFF image of mode 1 cannot be decoded"),
+        "float_ppm.ppm": (b"Pf 1 1 -1.0\n" + bytes(4), "a PPM image of mode F cannot be decoded"),
     }
 
 
@@ -197,6 +201,15 @@ def test_loader_decodes_as_pil_and_names_the_broken_ones(tmp_path, kind, files, 
         assert np.abs(image.astype(np.int64) - expected).max() <= 1, name
 
 
+def test_no_format_is_rotated(memory, make_image, encode):
+    photo, exif = make_image(0, 90, 70), Image.Exif()
+    exif[0x0112] = 6
+    images = [encode(photo, kind, exif=exif) for kind in ("JPEG", "PNG", "TIFF", "WEBP")]
+    assert [header(np.frombuffer(data, np.uint8)) for data in images] == 4 * [(90, 70)]
+    (samples,) = EvalLoader(memory(images), (70, 90), 1.0, threads=1).batches()
+    assert np.array_equal(samples.images[0][2], np.asarray(photo))  # the TIFF, where Pillow itself rotates
+
+
 def test_report_names_the_broken_ones(tmp_path, kind, files, sound):
     source = make(kind, tmp_path, files)
     report = tools.check(source, processes=1)
@@ -295,7 +308,7 @@ def test_no_damage_ends_in_another_exception(make_image, encode, kind):
 def train(source, start):
     augment = plan.Augment(size=(24, 24), group_size=4, mixup=0.0, cutmix=0.0)
     options = {"batch_size": 8, "threads": 1, "max_bad_fraction": 0.9, "on_bad": lambda path, reason: None}
-    steps = TrainLoader(source, augment, seed=3, repeats=2, **options).batches(start, 8)
+    steps = TrainLoader(source, augment, seed=3, repeats=2, **options).batches(start, 69)  # from step 5 on 512 images
     return [samples for micros in steps for samples in micros]
 
 

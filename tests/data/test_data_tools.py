@@ -62,13 +62,16 @@ class Junk(SyntheticSource):
         return np.zeros(9, np.uint8)
 
 
-def test_long_lists_are_cut_in_the_text_only():
+def test_every_bad_sample_is_in_the_text_and_other_long_lists_are_cut():
     source = Junk(30, 31)
     source.skipped = [("x", "left out")]
     report = check(source, processes=1)
     assert len(report.bad) == 31
     assert report.bad[0] == ("x", "left out")
-    assert str(report).endswith("\n  and 11 more")
+    assert str(report).count("it starts with") == 30
+    report.empty *= 25
+    assert "\n  and 5 more\n31 cannot be used:\n  x: left out\n" in str(report)
+    report.empty = report.empty[:1]
     assert report.side == report.size == (0, 0, 0)
     assert report.empty == ["class_0030"]
 
