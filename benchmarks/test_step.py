@@ -21,7 +21,8 @@ ON_CPU = {"timm_compile": "torch.compile takes a minute a cell on a CPU; `fastde
 def sides():
     """(cell, name of the side, its builder)."""
     for cell in CELLS:
-        for name, build in bench.builders(bench_suite.captures(cell, DEVICE), bench.STEP_PEERS).items():
+        peers = bench_suite.peers(cell, bench.STEP_PEERS)
+        for name, build in bench.builders(bench_suite.captures(cell, DEVICE), peers).items():
             yield pytest.param(cell, name, build, id=f"{cell}-{name}".replace(" ", "_"))
 
 

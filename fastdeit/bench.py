@@ -16,7 +16,7 @@ from fastdeit.engine.dist import pick_device
 from fastdeit.errors import UsageError
 
 BATCH = 16
-STEP_PEERS = ("timm", "timm_compile", "timm_compile_cudnn", "accelerate")
+STEP_PEERS = ("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph")
 DATA_PEERS = ("timm", "torchvision", "dali")
 CPU_NOTE = "These are figures of a CPU: they say nothing of a GPU."
 
@@ -28,6 +28,7 @@ def main(args: argparse.Namespace) -> None:
 
         bench_report.main(args.results, args.report)
         return
+    bench_measure.check_out(args.out)
     device = pick_device(args.device)
     if args.what in ("suite", "calibrate"):
         from fastdeit import bench_calibrate, bench_suite

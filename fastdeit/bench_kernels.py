@@ -52,17 +52,16 @@ def main(args: argparse.Namespace) -> None:
     if args.predict:
         print(prediction(config, args))
         return
+    bench_measure.check_out(args.out)
     rows = []
     for name, build in works_by_op().items():
         if not args.op or name in args.op:
             row = measure(name, lambda build=build: build(config, args.batch, DTYPES[args.dtype], device), args, device)
             print(_lines(row), flush=True)
+            bench_measure.append(row, args.out)
             rows.append(row)
     if device.type == "cpu":
         print("These are figures of a CPU: they say nothing of a GPU.")
-    if args.out:
-        with Path(args.out).open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
     if args.update_choices:
         update_choices(rows, CHOICES)
         print(f"the fastest of each op on {_op.card(device)} written to {CHOICES}")

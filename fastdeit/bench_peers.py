@@ -4,11 +4,12 @@ timm                 eager, autocast, torch's choice of attention kernel, `AdamW
 timm_compile         the same tuned: forward and loss in one `torch.compile`, FlashAttention, averages by one foreach
                      call, the teacher compiled and in 16-bit weights, channels last
 timm_compile_cudnn   that with cuDNN's attention
+timm_compile_graph   timm_compile in torch's mode `reduce-overhead`: forward, backward and teacher are CUDA graphs
 accelerate           timm's eager script with `fastdeit.kernels.accelerate(model)`
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -24,18 +25,23 @@ from fastdeit.bench_step import DTYPES, EMA_DECAY, LR, WEIGHT_DECAY, Cell, Side,
 from fastdeit.engine.step import autocast
 
 _ALPHA = 0.5
+_GRAPHS = "reduce-overhead"
 
 
 def _side(
     wanted: Cell,
     device: torch.device,
     *,
-    compiled: bool = False,
+    mode: str | None = None,
     backend: SDPBackend | None = None,
     accelerated: bool = False,
 ) -> Side:
-    if backend is SDPBackend.CUDNN_ATTENTION and device.type == "cpu":
-        raise CannotRun("cuDNN's attention needs a CUDA device")
+    """mode: of `torch.compile`; None is eager. backend: of attention; None is torch's choice."""
+    if device.type == "cpu":
+        if backend is SDPBackend.CUDNN_ATTENTION:
+            raise CannotRun("cuDNN's attention needs a CUDA device")
+        if mode == _GRAPHS:
+            raise CannotRun("a CUDA graph needs a CUDA device")
     try:
         known = models.build_timm(wanted.model, **wanted.options)
     except ValueError as error:
@@ -47,28 +53,34 @@ def _side(
         report = kernels.accelerate(model)
         if len(report.kept) == len(report.rows):
             raise CannotRun(f"accelerate swaps nothing in timm's {wanted.model}: {report}")
-    # The CPU has one such kernel, which torch chooses by itself.
-    pinned = partial(sdpa_kernel, backend) if backend is not None and device.type == "cuda" else nullcontext
     if wanted.what == "forward":
-        return Side(_forward(model, wanted, device, compiled, pinned), flops)
-    return Side(_step(model, judge, wanted, device, compiled, pinned), flops)
+        return Side(_forward(model, wanted, device, mode, backend), flops)
+    return Side(_step(model, judge, wanted, device, mode, backend), flops)
+
+
+def _compiled(function: Callable, mode: str | None) -> Callable:
+    return function if mode is None else torch.compile(function, dynamic=False, mode=mode)
+
+
+def _out(model: nn.Module, images: Tensor, backend: SDPBackend | None) -> Tensor | tuple[Tensor, Tensor]:
+    # Inside what is compiled: around it, a choice of attention is no part of the keys by which Dynamo and the caches of
+    # Inductor find what they have compiled before, and the second side to run would run the first one's.
+    with sdpa_kernel(backend) if backend is not None else nullcontext():
+        return model(images)
 
 
 def _forward(
-    model: nn.Module,
-    wanted: Cell,
-    device: torch.device,
-    compiled: bool,
-    pinned: Callable[[], AbstractContextManager],
+    model: nn.Module, wanted: Cell, device: torch.device, mode: str | None, backend: SDPBackend | None
 ) -> Callable[[], None]:
     model.eval()
     images = floats(wanted, device)
-    called = torch.compile(model, dynamic=False) if compiled else model
+    called = _compiled(_out, mode)
 
     @torch.inference_mode()
     def run() -> None:
-        with pinned(), autocast(device, wanted.precision):
-            called(images)
+        torch.compiler.cudagraph_mark_step_begin()
+        with autocast(device, wanted.precision):
+            called(model, images, backend)
 
     return run
 
@@ -78,8 +90,8 @@ def _step(
     judge: nn.Module | None,
     wanted: Cell,
     device: torch.device,
-    compiled: bool,
-    pinned: Callable[[], AbstractContextManager],
+    mode: str | None,
+    backend: SDPBackend | None,
 ) -> Callable[[], None]:
     model.train()
     images = floats(wanted, device)
@@ -88,15 +100,15 @@ def _step(
     groups = param_groups_weight_decay(model, WEIGHT_DECAY, no_weight_decay_list=exempt)
     optimizer = torch.optim.AdamW(groups, lr=LR, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=wanted.precision == "fp16")
-    average = _average(model, compiled) if wanted.ema else lambda: None
-    judged = _judge(judge, images, wanted, compiled)
-    loss_of = torch.compile(_loss, dynamic=False) if compiled else _loss
+    average = _average(model, mode is not None) if wanted.ema else lambda: None
+    judged = _judge(judge, images, wanted, mode)
+    loss_of = _compiled(_loss, mode)
 
     def run() -> None:
-        with pinned():
-            with autocast(device, wanted.precision):
-                loss = loss_of(model, images, targets, judged())
-            scaler.scale(loss).backward()
+        torch.compiler.cudagraph_mark_step_begin()
+        with autocast(device, wanted.precision):
+            loss = loss_of(model, images, targets, judged(), backend)
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -105,9 +117,11 @@ def _step(
     return run
 
 
-def _loss(model: nn.Module, images: Tensor, targets: Tensor, judged: Tensor | None) -> Tensor:
+def _loss(
+    model: nn.Module, images: Tensor, targets: Tensor, judged: Tensor | None, backend: SDPBackend | None = None
+) -> Tensor:
     """What our methods compute: with two heads and no teacher, of the mean of their logits."""
-    out = model(images)
+    out = _out(model, images, backend)
     first, second = out if isinstance(out, tuple) else (out, out)
     soft = SoftTargetCrossEntropy()
     if judged is None:
@@ -116,15 +130,15 @@ def _loss(model: nn.Module, images: Tensor, targets: Tensor, judged: Tensor | No
     return (1 - _ALPHA) * soft(first, targets) + _ALPHA * hard
 
 
-def _judge(judge: nn.Module | None, images: Tensor, wanted: Cell, compiled: bool) -> Callable[[], Tensor | None]:
+def _judge(judge: nn.Module | None, images: Tensor, wanted: Cell, mode: str | None) -> Callable[[], Tensor | None]:
     """The teacher's forward, which every step repeats."""
     if judge is None:
         return lambda: None
     network = judge.inner.to(images.device)
-    if not compiled:
+    if mode is None:
         return torch.no_grad()(lambda: network(images))
     layout = {"dtype": DTYPES[wanted.precision], "memory_format": torch.channels_last}
-    called = torch.compile(network.to(**layout), dynamic=False)
+    called = _compiled(network.to(**layout), mode)
     return torch.no_grad()(lambda: called(images.to(**layout)))
 
 
@@ -139,7 +153,8 @@ def _average(model: nn.Module, compiled: bool) -> Callable[[], None]:
 
 PEERS: dict[str, Callable[[Cell, torch.device], Side]] = {
     "timm": _side,
-    "timm_compile": partial(_side, compiled=True, backend=SDPBackend.FLASH_ATTENTION),
-    "timm_compile_cudnn": partial(_side, compiled=True, backend=SDPBackend.CUDNN_ATTENTION),
+    "timm_compile": partial(_side, mode="default", backend=SDPBackend.FLASH_ATTENTION),
+    "timm_compile_cudnn": partial(_side, mode="default", backend=SDPBackend.CUDNN_ATTENTION),
     "accelerate": partial(_side, accelerated=True),
+    "timm_compile_graph": partial(_side, mode=_GRAPHS, backend=SDPBackend.FLASH_ATTENTION),
 }

@@ -4,7 +4,6 @@ Of several rows of the same cell on the same device the newest counts. Everythin
 the rounds; nothing is known here of any result.
 """
 
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +70,7 @@ def read(paths: Sequence[Path]) -> tuple[list[Row], Counter[str]]:
     newest: dict[tuple[str, str, str], Row] = {}
     skipped: Counter[str] = Counter()
     for path in paths:
-        for row in _lines(path):
+        for row in estimate_rows.lines(path):
             why = _unreadable(row)
             if why is not None:
                 skipped[why] += 1
@@ -85,27 +84,14 @@ def read(paths: Sequence[Path]) -> tuple[list[Row], Counter[str]]:
     return list(newest.values()), skipped
 
 
-def _lines(path: Path) -> Iterator[Row]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{path}:{number} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{path}:{number} is no row of a benchmark, but {line[:40]}")
-        yield row
-
-
 def _unreadable(row: Row) -> str | None:
     what = row.get("what")
     if what not in _NEEDED:
         return f"rows of {what!r} are not known"
     missing = [name for name in (*_OF_ALL, *_NEEDED[what]) if name not in row]
-    return f"older rows of {what}, without {', '.join(missing)}" if missing else None
+    if missing:
+        return f"older rows of {what}, without {', '.join(missing)}"
+    return None if estimate_rows.sound(row) else f"damaged rows of {what}"
 
 
 def device(row: Row) -> str:
@@ -258,10 +244,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         _panel(axes, cells)
         note = f"\n{bench.CPU_NOTE}" if where.startswith("CPU") else ""
         axes.set_title(f"{what} on {where}{note}", fontsize=10, loc="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        FigureCanvasAgg(figure).print_png(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"--report {path.parent} cannot be written: {error.strerror}") from error
 
 
 def _panel(axes: "Axes", cells: dict[str, list[Comparison]]) -> None:

@@ -26,6 +26,8 @@ _EXIT_CODES = {
     ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,
     ("fastdeit.engine.dist", "DeviceError"): UsageError.exit_code,
     ("fastdeit.kernels.lint", "LintError"): UsageError.exit_code,
+    ("fastdeit.kernels._op", "ChoiceError"): UsageError.exit_code,
+    ("fastdeit.kernels._op", "UnknownOpError"): UsageError.exit_code,
 }
 # Every rank comes to these together, so that rank 0 can speak for all.
 _COMMON_CODES = {UsageError.exit_code, NonFiniteError.exit_code, Interrupted.exit_code}
@@ -332,10 +334,13 @@ def _bench_verb() -> Verb:
     add(
         "--peer",
         action="append",
-        choices=("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "torchvision", "dali", "all", "none"),
+        choices=(
+            *("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph"),
+            *("torchvision", "dali", "all", "none"),
+        ),
         help="what to measure side by side with it; may be repeated. step and forward: timm, timm_compile (with "
-        "FlashAttention), timm_compile_cudnn, accelerate; data: one of timm, torchvision, dali (default: timm, for "
-        "suite all)",
+        "FlashAttention), timm_compile_cudnn, accelerate, timm_compile_graph; data: one of timm, torchvision, dali "
+        "(default: timm, for suite all)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--model", default="deit_tiny_patch16_224", metavar="NAME", help="default: deit_tiny_patch16_224")

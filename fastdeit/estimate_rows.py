@@ -13,11 +13,12 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from fastdeit.errors import UsageError
 from fastdeit.estimate import COMPILE, DESIGNS, EAGER, GPUS, Design, Network, ViT, Work, step
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -95,6 +96,32 @@ class Calibration(NamedTuple):
 NOT_CALIBRATED = Calibration(1.0, 0)
 
 
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of results. UsageError, with the place, for what is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}:{number} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}:{number} is no row of a benchmark, but {line[:40]}")
+        yield row
+
+
+def sound(row: dict[str, Any]) -> bool:
+    """Whether a row is undamaged: it has an environment, which names the card, and times of every side."""
+    seconds, environment = row.get("seconds"), row.get("environment")
+    if not isinstance(seconds, dict) or not isinstance(environment, dict):
+        return False
+    if row.get("device") == "cuda" and not environment.get("gpus"):
+        return False
+    return all(isinstance(rounds, list) and rounds for rounds in seconds.values())
+
+
 Size = tuple[int, int] | None
 
 _PEERS = {"timm": replace(EAGER, packing=2), "timm_compile": COMPILE}
@@ -108,10 +135,11 @@ def calibrations(
     image size where the row tells. Rows with a teacher do not count: its time cannot be told apart."""
     logs: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for path in files:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in lines(path):
+            if row.get("what") != "step" or not sound(row) or row.get("teacher"):
+                continue
             gpu = _known_gpu(row)
-            if row["what"] != "step" or gpu is None or row.get("teacher"):
+            if gpu is None:
                 continue
             for side, taken in row["seconds"].items():
                 found = _modelled(row, side, network)

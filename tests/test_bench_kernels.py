@@ -48,6 +48,20 @@ def test_a_row_holds_every_side_and_says_what_cannot_run(tmp_path, capsys, monke
     assert "they say nothing of a GPU" in printed
 
 
+def test_a_row_is_appended_as_soon_as_it_is_measured(tmp_path, monkeypatch):
+    def interrupted(name, build, args, device):
+        if name == "attention":
+            return {"op": name}
+        raise KeyboardInterrupt
+
+    out = tmp_path / "new" / "rows.jsonl"
+    monkeypatch.setattr(bench_kernels, "measure", interrupted)
+    monkeypatch.setattr(bench_kernels, "_lines", str)
+    with pytest.raises(KeyboardInterrupt):
+        bench_kernels.main(arguments(out=str(out), op=None))
+    assert json.loads(out.read_text()) == {"op": "attention"}
+
+
 def test_sides_are_the_backends_the_reference_and_the_compiled_reference():
     assert [name for name, _ in bench_kernels._sides("fused_adamw", CPU)] == ["aten", "reference", "compiled"]
 

@@ -129,6 +129,29 @@ def test_a_file_that_holds_no_rows(tmp_path, capsys, text, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seconds": 5},
+        {"seconds": {"fastdeit": []}},
+        {"seconds": {"fastdeit": 1.0}},
+        {"environment": None},
+        {"environment": {"gpus": []}},
+    ],
+)
+def test_damaged_rows_are_counted(tmp_path, capsys, changes):
+    printed = report(tmp_path, capsys, row(batch=64), row(**changes))
+    assert "1 rows left out: damaged rows of step" in printed
+    assert cells(printed, "fastdeit")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row()) + "\n")
+    assert cli.main(["bench", "--report", str(path / "docs"), "--results", str(path)]) == 2
+    assert "docs cannot be written: " in capsys.readouterr().err
+
+
 def test_files_that_are_not_there(tmp_path, capsys, monkeypatch):
     assert cli.main(["bench", "--report", str(tmp_path), "--results", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl cannot be read" in capsys.readouterr().err

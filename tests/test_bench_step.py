@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.attention import SDPBackend
 
-from fastdeit import bench, bench_measure, bench_peers, bench_step, cli, methods, models
+from fastdeit import bench, bench_kernels, bench_measure, bench_peers, bench_step, cli, methods, models
 from fastdeit.bench_step import Cell
 from fastdeit.errors import UsageError
 from fastdeit.methods.base import Context
@@ -27,7 +30,8 @@ def tiny(what="step", model=DISTILLED, **changes):
 
 def test_a_row_of_a_step_has_all_that_is_needed_to_read_it(tmp_path, capsys):
     out = tmp_path / "new" / "rows.jsonl"
-    flags = f"--model {DISTILLED} --teacher {TEACHER} --ema --peer timm --peer timm_compile_cudnn --peer accelerate"
+    flags = f"--model {DISTILLED} --teacher {TEACHER} --ema --peer timm --peer accelerate"
+    flags += " --peer timm_compile_cudnn --peer timm_compile_graph"
     assert cli.main(["bench", "step", *TINY, *flags.split(), "--out", str(out)]) == 0
     row = json.loads(out.read_text())
     sides = ["fastdeit", "timm", "accelerate"]
@@ -37,7 +41,11 @@ def test_a_row_of_a_step_has_all_that_is_needed_to_read_it(tmp_path, capsys):
     assert (row["what"], row["model"], row["batch"], row["images"]) == ("step", DISTILLED, 2, 2)
     assert (row["image_size"], row["precision"], row["teacher"], row["ema"]) == (32, "fp32", TEACHER, True)
     assert (row["drop_path"], row["capture"], row["threads"]) == (0.1, {"fastdeit": "none"}, torch.get_num_threads())
-    assert row["failed"] == {"timm_compile_cudnn": "cuDNN's attention needs a CUDA device"}
+    graph = "a CUDA graph needs a CUDA device"
+    assert row["failed"] == {
+        "timm_compile_cudnn": "cuDNN's attention needs a CUDA device",
+        "timm_compile_graph": graph,
+    }
     assert list(row["ratio"]) == ["timm", "accelerate"]
     assert row["matrix_flops_per_s"] > 0
     assert row["copy_bytes_per_s"] > 0
@@ -205,6 +213,21 @@ def test_the_compiled_peer(what):
     side.run()
 
 
+@pytest.mark.parametrize("what", ["step", "forward"])
+def test_compiled_sides_in_one_process_have_the_attention_that_they_name(what, monkeypatch):
+    compiled = []
+
+    def keep(graph, inputs):
+        compiled.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=aot_autograd(fw_compiler=keep)))
+    torch.compiler.reset()
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        bench_peers._side(tiny(what, PLAIN), CPU, mode="default", backend=backend).run()
+    assert ["flash" in str(forward) for forward in compiled[:: 2 if what == "step" else 1]] == [True, False]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("what", ["step", "forward"])
 def test_every_side_on_a_card(what):
@@ -213,7 +236,8 @@ def test_every_side_on_a_card(what):
     wanted = replace(tiny(what, **changes), batch=16, precision=bench_step.default_precision(device))
     row = bench_step.measure(wanted, bench.builders(bench_step.CAPTURES, bench.STEP_PEERS), 2, device)
     assert {"fastdeit", "fastdeit_compile", "fastdeit_graph", "timm", "accelerate"} <= row["seconds"].keys()
-    assert "timm_compile" in row["seconds"] or row["precision"] == "fp16"  # before sm_80 there is no FlashAttention
+    if row["precision"] != "fp16":  # before sm_80 there is no FlashAttention
+        assert {"timm_compile", "timm_compile_graph"} <= row["seconds"].keys()
     assert all(peak > 0 for peak in row["peak_bytes"].values())
     assert row["clocks"] is None or row["clocks"]["sm_mhz"] > 0
 
@@ -243,6 +267,25 @@ def test_mistakes_are_told_before_anything_runs(argv, message, capsys, monkeypat
     monkeypatch.setattr(bench_step, "measure", None)
     assert cli.main(["bench", *argv, "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["", "file/rows.jsonl"])
+@pytest.mark.parametrize("verb", [["bench"], ["kernels", "bench"]])
+def test_rows_that_cannot_be_written_are_told_before_anything_is_measured(verb, place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(bench_step, "measure", None)
+    monkeypatch.setattr(bench_kernels, "measure", None)
+    assert cli.main([*verb, "--device", "cpu", "--out", str(tmp_path / place)]) == 2
+    assert f"--out {tmp_path / place} cannot be written: " in capsys.readouterr().err
+
+
+def test_looking_whether_rows_can_be_written_changes_nothing(tmp_path):
+    new, old = tmp_path / "new" / "rows.jsonl", tmp_path / "old.jsonl"
+    old.write_text("{}\n")
+    for path in (new, old):
+        bench_measure.check_out(str(path))
+    assert not new.exists()
+    assert old.read_text() == "{}\n"
 
 
 def test_a_precision_that_the_card_does_not_have(monkeypatch):

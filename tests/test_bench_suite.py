@@ -66,6 +66,8 @@ def test_the_grid_on_a_card_begins_with_what_tells_most(monkeypatch):
     assert {(cell.batch, cell.image_size) for cell in grid} == {(256, 224), (64, 224), (256, 384), (64, 384)}
     assert bench_suite.captures(grid[0], CUDA) == ("none", "graph")
     assert bench_suite.captures(grid[-1], CUDA) == ("none",)
+    assert bench_suite.peers(grid[0], bench.STEP_PEERS) == [*bench.STEP_PEERS]
+    assert bench_suite.peers(grid[-1], bench.STEP_PEERS) == [*bench.STEP_PEERS[:-1]]
     sides = list(bench.builders(("none", "graph"), bench.STEP_PEERS))
     assert sides == ["fastdeit", *bench.STEP_PEERS, "fastdeit_graph"]
 
@@ -142,7 +144,7 @@ def test_the_pytest_benchmarks_collect_and_one_runs(tmp_path):
     environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed, 19 deselected" in done.stdout
+    assert "1 passed, 23 deselected" in done.stdout
     (found,) = json.loads(results.read_text())["benchmarks"]
     assert found["group"] == "forward of deit_tiny_patch16_224, batch 8, 224 px"
     assert found["extra_info"]["side"] == "fastdeit"

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fastdeit import estimate, estimate_rows
+from fastdeit.errors import UsageError
 from fastdeit.estimate import COMPILE, EAGER, FUSED, GPUS, Network, ViT, Work
 
 VIT = ViT(patches=196, prefix=1, patch_values=768, dim=192, depth=12, heads=3, hidden=768, classes=1000)
@@ -64,6 +65,20 @@ def test_the_work_is_what_the_row_says(tmp_path, ema, drop_path):
 
 def test_a_step_with_a_teacher_does_not_calibrate(tmp_path):
     assert calibrated(tmp_path, row(seconds={"fastdeit": [1.0]}, teacher="regnety_160")) == {}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"what": None}, {"seconds": {"fastdeit": []}}, {"environment": {"gpus": []}, "seconds": {}}]
+)
+def test_a_damaged_row_does_not_calibrate(tmp_path, changes):
+    assert calibrated(tmp_path, row(seconds={"fastdeit": [1.0]}) | changes) == {}
+
+
+def test_a_file_that_holds_no_rows_is_told_with_its_place(tmp_path):
+    path = tmp_path / "h200.jsonl"
+    path.write_text(json.dumps(row(seconds={})) + "\n{")
+    with pytest.raises(UsageError, match=r"h200\.jsonl:2 is no JSON"):
+        estimate_rows.calibrations([path], lambda name, size: OURS)
 
 
 def test_a_row_in_which_nothing_ran_does_not_calibrate(tmp_path):

@@ -35,7 +35,7 @@ class GraphedStep:
     def __call__(self, batches: Sequence[Any], lr: float) -> None:
         self._receive(batches, lr)
         if self._ran < WARM_STEPS:
-            # On the stream of the recording, so that its memory belongs to the graph's pool already.
+            # On the stream of the recording: libraries keep a workspace a stream, and autograd remembers where it ran.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 self._step(self._batches, self._lr)
@@ -54,7 +54,8 @@ class GraphedStep:
 
     def _recorded(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        # thread_local: loader threads go on allocating and copying meanwhile, which "global", the default, forbids.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._step(self._batches, self._lr)
         return graph
 

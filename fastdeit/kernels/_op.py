@@ -33,6 +33,14 @@ OPS: dict[str, "Op"] = {}
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
+class ChoiceError(RuntimeError):
+    """`FASTDEIT_KERNELS` or `use()` asks for a backend that does not exist or cannot run."""
+
+
+class UnknownOpError(ValueError):
+    """`FASTDEIT_KERNELS` or `use()` names an op that does not exist."""
+
+
 class Unsupported(Exception):
     """Raised by a backend, before it does anything, for arguments it cannot run on; the message is the reason."""
 
@@ -140,14 +148,14 @@ class Op:
             if backend.name == wanted:
                 if able:
                     return [(backend, f"chosen by {_source()}")]
-                raise RuntimeError(f"{_source()} asks for {self.name}={wanted}, which cannot run on {device}: {reason}")
+                raise ChoiceError(f"{_source()} asks for {self.name}={wanted}, which cannot run on {device}: {reason}")
         names = ", ".join(backend.name for backend in self.backends)
-        raise RuntimeError(f"{_source()} asks for {self.name}={wanted}, but {self.name} has: {names}")
+        raise ChoiceError(f"{_source()} asks for {self.name}={wanted}, but {self.name} has: {names}")
 
     def _refusal(self, backend: Backend, error: Unsupported) -> str:
         """What to say of it; RuntimeError if the backend is forced."""
         if choice(self.name) == backend.name:
-            raise RuntimeError(
+            raise ChoiceError(
                 f"{_source()} asks for {self.name}={backend.name}, which cannot run on these arguments: {error}"
             ) from error
         return f"{backend.name}: {error}"
@@ -273,7 +281,7 @@ def _environment() -> dict[str, str]:
 def _check_names(origin: str, names: Collection[str]) -> None:
     for name in names:
         if name not in OPS:
-            raise ValueError(f"{origin} names the op {name!r}, but the ops are: {', '.join(OPS)}")
+            raise UnknownOpError(f"{origin} names the op {name!r}, but the ops are: {', '.join(OPS)}")
 
 
 def _source() -> str:

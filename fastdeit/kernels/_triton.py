@@ -116,6 +116,12 @@ def require(condition: bool, reason: str) -> None:
         raise Unsupported(reason)
 
 
+def require_products(*tensors: Tensor) -> None:
+    """Refuse what `tl.dot` gets wrong: the interpreter takes the bits of bfloat16 for integers."""
+    wrong = INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in tensors)
+    require(not wrong, "Triton's interpreter computes products of bfloat16 wrongly")
+
+
 def require_dtypes(*tensors: Tensor | None) -> None:
     """Triton backends compute in float32: float64 is the reference's."""
     for tensor in tensors:

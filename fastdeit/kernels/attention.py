@@ -40,13 +40,13 @@ from fastdeit.kernels.attention_tiles import Operands
 def _heads(x: Tensor, parts: int, num_heads: int) -> list[Tensor]:
     """`[B, N, parts*H*d]` as `parts` tensors `[B, H, N, d]`."""
     # Split before transposing: the gradients of the parts are then packed by one copy instead of two.
-    return [part.transpose(1, 2) for part in x.reshape(*x.shape[:2], parts, num_heads, -1).unbind(2)]
+    width = x.shape[2] // (parts * num_heads)
+    return [part.transpose(1, 2) for part in x.reshape(*x.shape[:2], parts, num_heads, width).unbind(2)]
 
 
 def _packed(*parts: Tensor) -> Tensor:
     """The inverse of `_heads`."""
-    packed = torch.stack([part.transpose(1, 2) for part in parts], 2)
-    return packed.reshape(*packed.shape[:2], -1)
+    return torch.stack([part.transpose(1, 2) for part in parts], 2).flatten(2)
 
 
 def native(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> Tensor:

@@ -13,6 +13,8 @@ from fastdeit.kernels import _triton
 ROWS = 64
 """Queries of a program, and keys of a step of a loop: the smallest tile of the tensor cores of sm_90."""
 WIDEST_HEAD = 128
+MOST_HEADS = 65_535
+"""Of all samples together: the most that the second dimension of a CUDA grid holds."""
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -105,7 +107,10 @@ class Operands:
 
     def check(self) -> None:
         _triton.require_dtypes(self.q, self.k)
+        _triton.require_products(self.q)
         _triton.require(self.q.dtype == self.k.dtype, f"q is {self.q.dtype}, but kv is {self.k.dtype}")
         _triton.require(self.width <= WIDEST_HEAD, f"heads are {self.width} wide, at most {WIDEST_HEAD} fit")
         empty = 0 in self.q.shape or 0 in self.k.shape
         _triton.require(not empty, f"q {list(self.q.shape)} or keys {list(self.k.shape)} are empty")
+        heads = len(self.q) * self.num_heads
+        _triton.require(heads <= MOST_HEADS, f"{heads} heads in the batch, at most {MOST_HEADS} fit a launch")

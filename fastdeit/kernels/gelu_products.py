@@ -125,6 +125,7 @@ def check(*tensors: Tensor) -> None:
     for tensor in tensors:
         _triton.require(tensor.dtype in _HALVES, f"its products are of 16-bit operands, not {tensor.dtype}")
         _triton.require(tensor.dtype == tensors[0].dtype, f"operands are {tensors[0].dtype} and {tensor.dtype}")
+    _triton.require_products(*tensors)
     _triton.require(all(tensor.numel() for tensor in tensors), "an operand is empty")
 
 

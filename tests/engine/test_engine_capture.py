@@ -1,13 +1,15 @@
 """Captured steps: what of them a CPU can show. The recording itself is in test_engine_gpu.py."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_engine_step import CPU, X, make, weights
 from torch import Tensor
 
-from fastdeit.engine.capture import copy_tensors, map_tensors, tensors_of
+from fastdeit.engine.capture import WARM_STEPS, GraphedStep, copy_tensors, map_tensors, tensors_of
 from fastdeit.engine.dist import DeviceError, World
 
 
@@ -38,6 +40,51 @@ def test_batches_are_copied_into_tensors_that_stay():
 def test_a_batch_of_another_shape_is_refused(other):
     with pytest.raises(ValueError, match="a recorded step takes batches like its first"):
         copy_tensors([pair(1.0)], [other])
+
+
+class Card:
+    """Stands in for `torch.cuda`: a step under capture runs nothing, and a replay runs what was captured."""
+
+    def __init__(self, monkeypatch):
+        self.capturing, self.modes, self.ran = None, [], []
+        for name in ("stream", "graph", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        for name in ("Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda device: self)
+
+    def wait_stream(self, stream):
+        pass
+
+    def stream(self, stream):
+        return nullcontext()
+
+    def CUDAGraph(self):
+        return SimpleNamespace()
+
+    @contextmanager
+    def graph(self, graph, stream, capture_error_mode):
+        self.capturing = graph
+        self.modes.append(capture_error_mode)
+        yield
+        self.capturing = None
+
+    def step(self, batches, lr):
+        run = lambda: self.ran.append((float(batches[0].images[0][0]), batches[0].label.item(), float(lr)))  # noqa: E731
+        if self.capturing is None:
+            run()
+        else:
+            self.capturing.replay = run
+
+
+def test_every_step_is_run_once_on_its_own_batch_and_rate_before_and_after_the_recording(monkeypatch):
+    card = Card(monkeypatch)
+    graphed = GraphedStep(card.step, CPU)
+    for number in range(WARM_STEPS + 4):
+        given = pair(float(number))
+        graphed([given], 0.1 * number)
+        map_tensors(torch.zero_, given)  # the loader's memory is its own again
+    assert card.ran == [(float(number), number, 0.1 * number) for number in range(WARM_STEPS + 4)]
+    assert card.modes == ["thread_local"]
 
 
 def test_a_graph_needs_a_card():

@@ -11,7 +11,8 @@ from proof import TOKENS, few, layouts, normal, prove, repeated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdeit import kernels
-from fastdeit.kernels import _op, attention_backward
+from fastdeit.kernels import _op, attention_backward, attention_tiles
+from fastdeit.kernels._triton import INTERPRETED
 from fastdeit.kernels.attention import OP
 from fastdeit.kernels.attention_tiles import chunks
 
@@ -156,6 +157,41 @@ def test_what_triton_does_not_take_is_the_references(device):
     ):
         with kernels.use("triton"), pytest.raises(RuntimeError, match=reason):
             kernels.attention(qkv, 1)
+
+
+def test_more_heads_than_a_grid_holds_are_the_references(device, monkeypatch):
+    assert attention_tiles.MOST_HEADS == 2**16 - 1
+    monkeypatch.setattr(attention_tiles, "MOST_HEADS", 6)
+    for op, inputs in (
+        (kernels.attention, lambda batch: [torch.zeros(batch, 1, 18, device=device)]),
+        (kernels.query_attention, lambda batch: [torch.zeros(batch, 1, size, device=device) for size in (6, 12)]),
+    ):
+        with kernels.use("triton"):
+            op(*inputs(2), 3)
+            with pytest.raises(RuntimeError, match="9 heads in the batch, at most 6 fit a launch"):
+                op(*inputs(3), 3)
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 3), (2, 0)])
+def test_nothing_has_no_attention_and_a_gradient(batch, tokens):
+    qkv, bias = torch.zeros(batch, tokens, 24, requires_grad=True), torch.zeros(24, requires_grad=True)
+    for how in ("auto", "reference"):
+        with kernels.use(how):
+            out = kernels.attention(qkv, 2, bias=bias)
+            grads = torch.autograd.grad(out.sum(), (qkv, bias))
+        assert out.shape == (batch, tokens, 8)
+        assert [grad.shape for grad in grads] == [qkv.shape, bias.shape]
+        assert not grads[1].any()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the interpreter")
+@pytest.mark.parametrize("op", ["attention=triton", "attention=fused_backward", "mlp=epilogue"])
+def test_products_that_the_interpreter_gets_wrong_are_refused(op):
+    name, backend = op.split("=")
+    x, weight = (torch.zeros(*shape, 48, dtype=torch.bfloat16) for shape in ((1, 3), (48,)))
+    args = [x, 1] if name == "attention" else [x, weight, weight[0], weight, weight[0]]
+    with kernels.use(**{name: backend}), pytest.raises(RuntimeError, match="products of bfloat16 wrongly"):
+        getattr(kernels, name)(*args)
 
 
 @pytest.fixture

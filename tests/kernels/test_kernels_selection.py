@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
-from fastdeit import kernels
-from fastdeit.kernels import _op
+from fastdeit import cli, kernels
+from fastdeit.kernels import _op, _triton
 from fastdeit.kernels._op import OPS, Backend, Op, Unsupported
 
 PUBLIC = {"attention", "add_layer_norm", "mlp", "layer_norm_mlp", "distillation_loss", "patchify", "pixels"}
@@ -200,6 +200,22 @@ def test_forced_choice(force):
     rows = {row.name: row for row in kernels.info()}
     assert rows["fused_adamw"][1:] == ("reference", "chosen by FASTDEIT_KERNELS")
     assert rows["attention"].reason != "chosen by FASTDEIT_KERNELS"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("cuda", "asks for attention=cuda, but attention has: "),
+        ("attention=fused_backward", "which cannot run on cpu: no CUDA device"),
+        ("atention=reference", "names the op 'atention', but the ops are: attention, "),
+    ],
+)
+def test_an_impossible_choice_is_bad_usage(value, message, force, capsys, monkeypatch):
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    force(value)
+    assert cli.main(["kernels"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_forced_choice_of_all_but_one(force):
