@@ -51,9 +51,9 @@ WORK = {
     "timm": "all of the recipe: create_loader with worker processes, FastCollateMixup on uint8, PrefetchLoader "
     "normalises and erases; PosterizeIncreasing keeps at least 1 bit, because timm 1.0.31 asks Pillow for 0, which "
     "Pillow 13 refuses",
-    "torchvision": "all of the recipe, with torchvision's RandAugment (every operation applied, one magnitude, bilinear, "
-    "because on tensors it has no bicubic one): decode_image and transforms.v2 on uint8 tensors in worker processes of "
-    "DataLoader, MixUp or CutMix of a batch",
+    "torchvision": "all of the recipe, with torchvision's RandAugment (every operation applied, one magnitude, and "
+    "bilinear, because on tensors it has no bicubic one): decode_image and transforms.v2 on uint8 tensors in worker "
+    "processes of DataLoader, MixUp or CutMix of a batch",
     "fastdeit_uint8": "decoded, cropped, resized, flipped, RandAugment; the kernel normalises, erases and mixes",
     "timm_uint8": "decoded, cropped, resized, flipped, RandAugment, mixed; the DataLoader inside PrefetchLoader, which "
     "normalises and erases",
