@@ -34,6 +34,8 @@ class Distill(Method):
         self.teacher = context.teacher(config.teacher)
 
     def forward(self, batch: Batch) -> Out:
+        # First the teacher: what it needs is free again before the student's activations are kept for backward.
+        judged = self.teacher(batch)
         logits = self.student(batch)
         first, second = logits if isinstance(logits, tuple) else (logits, logits)
         config = self.config
@@ -41,7 +43,7 @@ class Distill(Method):
             first,
             second,
             batch.targets,
-            self.teacher(batch),
+            judged,
             smoothing=config.smoothing,
             base=config.loss,
             distillation=config.distillation,

@@ -167,6 +167,16 @@ def test_teacher_is_resized_to_its_resolution(batch):
     assert sizes == [(B, 3, 12, 12)]
 
 
+def test_teacher_answers_before_the_student_keeps_anything(batch):
+    """So that what it needs is not on top of the student's activations."""
+    network = Listener()
+    method = make_distill(2, Teacher(network))
+    seen_by_then = []
+    method.model.register_forward_pre_hook(lambda *_: seen_by_then.append(len(network.seen)))
+    method(batch)
+    assert seen_by_then == [1]
+
+
 def test_teacher_is_frozen_and_not_part_of_the_method(batch):
     network = Listener().train()
     method = make_distill(2, Teacher(network))
