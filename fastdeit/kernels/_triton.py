@@ -19,6 +19,9 @@ from fastdeit.kernels._op import Unsupported
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 before this package is imported."""
 
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+"""Triton's major and minor version: what the compiler makes of a kernel changes with them."""
+
 _DTYPES = torch.float32, torch.float16, torch.bfloat16
 
 OLDEST = 70
@@ -52,7 +55,7 @@ def capability(
     """Whether Triton kernels for architecture `needs` and newer run on `device`, and the reason. Those of which only
     `compiler` and newer versions of Triton make good code run on others if they are forced."""
     if device.type == "cuda":
-        if not forced and version() < compiler:
+        if not forced and compiler > VERSION:
             wanted = ".".join(map(str, compiler))
             return False, f"it needs Triton {wanted} or newer, not {triton.__version__}, whose code of it is slow"
         able = _arch_of(device) >= needs
@@ -61,12 +64,6 @@ def capability(
     if device.type == "cpu" and INTERPRETED and forced:
         return True, "Triton's interpreter"
     return False, "no CUDA device"
-
-
-def version() -> tuple[int, int]:
-    """Triton's major and minor version: what the compiler makes of a kernel changes with them."""
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 def arch(device: torch.device) -> int:

@@ -163,7 +163,7 @@ def backward(
     constants = {"TOKENS": tokens, "HEADS": num_heads, "WIDTH": width, "BLOCK": block, "ROWS": block // 2}
     constants |= {"FIRST": first, "SECOND": second, "THIRD": third}
     # A program has the SM for itself, so loads have to be ahead of the products, where that does not spill.
-    ahead = _triton.arch(qkv.device) // 10 != 9 and _triton.version() >= (3, 7)
+    ahead = _triton.arch(qkv.device) // 10 != 9 and _triton.VERSION >= (3, 7)
     warps = 4 if first + second + third <= _FEW_KEYS else 8
     tensors = qkv, out, grad, lse, dqkv, partial
     grid = (batch * num_heads,)
