@@ -11,6 +11,7 @@ accelerate           timm's eager script with `fastdeit.kernels.accelerate(model
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
@@ -28,19 +29,37 @@ _ALPHA = 0.5
 _GRAPHS = "reduce-overhead"
 
 
-def _side(
-    wanted: Cell,
-    device: torch.device,
-    *,
-    mode: str | None = None,
-    backend: SDPBackend | None = None,
-    accelerated: bool = False,
-) -> Side:
+class Variant(NamedTuple):
     """mode: of `torch.compile`; None is eager. backend: of attention; None is torch's choice."""
+
+    mode: str | None = None
+    backend: SDPBackend | None = None
+    accelerated: bool = False
+
+
+VARIANTS = {
+    "timm": Variant(),
+    "timm_compile": Variant("default", SDPBackend.FLASH_ATTENTION),
+    "timm_compile_cudnn": Variant("default", SDPBackend.CUDNN_ATTENTION),
+    "accelerate": Variant(accelerated=True),
+    "timm_compile_graph": Variant(_GRAPHS, SDPBackend.FLASH_ATTENTION),
+}
+
+
+def side(wanted: Cell, device: torch.device, *, name: str) -> Side:
+    """The peer on one batch of random floats."""
+    run, flops = fed(name, wanted, device)
+    images = floats(wanted, device)
+    return Side(lambda: run(images), flops)
+
+
+def fed(name: str, wanted: Cell, device: torch.device) -> tuple[Callable[[Tensor], None], float]:
+    """(a step, or a forward, of the images `[B, 3, H, W]` it is given, its FLOPs). Targets are random and stay."""
+    variant = VARIANTS[name]
     if device.type == "cpu":
-        if backend is SDPBackend.CUDNN_ATTENTION:
+        if variant.backend is SDPBackend.CUDNN_ATTENTION:
             raise CannotRun("cuDNN's attention needs a CUDA device")
-        if mode == _GRAPHS:
+        if variant.mode == _GRAPHS:
             raise CannotRun("a CUDA graph needs a CUDA device")
     try:
         known = models.build_timm(wanted.model, **wanted.options)
@@ -49,13 +68,13 @@ def _side(
     judge = teacher(wanted)
     flops = step_flops(known, judge, wanted)
     model = known.inner.to(device)
-    if accelerated:
+    if variant.accelerated:
         report = kernels.accelerate(model)
         if len(report.kept) == len(report.rows):
             raise CannotRun(f"accelerate swaps nothing in timm's {wanted.model}: {report}")
     if wanted.what == "forward":
-        return Side(_forward(model, wanted, device, mode, backend), flops)
-    return Side(_step(model, judge, wanted, device, mode, backend), flops)
+        return _forward(model, wanted, device, variant), flops
+    return _step(model, judge, wanted, device, variant), flops
 
 
 def _compiled(function: Callable, mode: str | None) -> Callable:
@@ -69,45 +88,36 @@ def _out(model: nn.Module, images: Tensor, backend: SDPBackend | None) -> Tensor
         return model(images)
 
 
-def _forward(
-    model: nn.Module, wanted: Cell, device: torch.device, mode: str | None, backend: SDPBackend | None
-) -> Callable[[], None]:
+def _forward(model: nn.Module, wanted: Cell, device: torch.device, variant: Variant) -> Callable[[Tensor], None]:
     model.eval()
-    images = floats(wanted, device)
-    called = _compiled(_out, mode)
+    called = _compiled(_out, variant.mode)
 
     @torch.inference_mode()
-    def run() -> None:
+    def run(images: Tensor) -> None:
         torch.compiler.cudagraph_mark_step_begin()
         with autocast(device, wanted.precision):
-            called(model, images, backend)
+            called(model, images, variant.backend)
 
     return run
 
 
 def _step(
-    model: nn.Module,
-    judge: nn.Module | None,
-    wanted: Cell,
-    device: torch.device,
-    mode: str | None,
-    backend: SDPBackend | None,
-) -> Callable[[], None]:
+    model: nn.Module, judge: nn.Module | None, wanted: Cell, device: torch.device, variant: Variant
+) -> Callable[[Tensor], None]:
     model.train()
-    images = floats(wanted, device)
     targets = torch.rand(wanted.batch, CLASSES, device=device).softmax(-1)
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups = param_groups_weight_decay(model, WEIGHT_DECAY, no_weight_decay_list=exempt)
     optimizer = torch.optim.AdamW(groups, lr=LR, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=wanted.precision == "fp16")
-    average = _average(model, mode is not None) if wanted.ema else lambda: None
-    judged = _judge(judge, images, wanted, mode)
-    loss_of = _compiled(_loss, mode)
+    average = _average(model, variant.mode is not None) if wanted.ema else lambda: None
+    judged = _judge(judge, wanted, device, variant.mode)
+    loss_of = _compiled(_loss, variant.mode)
 
-    def run() -> None:
+    def run(images: Tensor) -> None:
         torch.compiler.cudagraph_mark_step_begin()
         with autocast(device, wanted.precision):
-            loss = loss_of(model, images, targets, judged(), backend)
+            loss = loss_of(model, images, targets, judged(images), variant.backend)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -130,16 +140,18 @@ def _loss(
     return (1 - _ALPHA) * soft(first, targets) + _ALPHA * hard
 
 
-def _judge(judge: nn.Module | None, images: Tensor, wanted: Cell, mode: str | None) -> Callable[[], Tensor | None]:
+def _judge(
+    judge: nn.Module | None, wanted: Cell, device: torch.device, mode: str | None
+) -> Callable[[Tensor], Tensor | None]:
     """The teacher's forward, which every step repeats."""
     if judge is None:
-        return lambda: None
-    network = judge.inner.to(images.device)
+        return lambda images: None
+    network = judge.inner.to(device)
     if mode is None:
-        return torch.no_grad()(lambda: network(images))
+        return torch.no_grad()(lambda images: network(images))
     layout = {"dtype": DTYPES[wanted.precision], "memory_format": torch.channels_last}
     called = _compiled(network.to(**layout), mode)
-    return torch.no_grad()(lambda: called(images.to(**layout)))
+    return torch.no_grad()(lambda images: called(images.to(**layout)))
 
 
 def _average(model: nn.Module, compiled: bool) -> Callable[[], None]:
@@ -151,10 +163,4 @@ def _average(model: nn.Module, compiled: bool) -> Callable[[], None]:
     return lambda: torch._foreach_lerp_(averages, weights, 1 - EMA_DECAY)
 
 
-PEERS: dict[str, Callable[[Cell, torch.device], Side]] = {
-    "timm": _side,
-    "timm_compile": partial(_side, mode="default", backend=SDPBackend.FLASH_ATTENTION),
-    "timm_compile_cudnn": partial(_side, mode="default", backend=SDPBackend.CUDNN_ATTENTION),
-    "accelerate": partial(_side, accelerated=True),
-    "timm_compile_graph": partial(_side, mode=_GRAPHS, backend=SDPBackend.FLASH_ATTENTION),
-}
+PEERS: dict[str, Callable[[Cell, torch.device], Side]] = {name: partial(side, name=name) for name in VARIANTS}

@@ -224,7 +224,8 @@ def test_compiled_sides_in_one_process_have_the_attention_that_they_name(what, m
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=aot_autograd(fw_compiler=keep)))
     torch.compiler.reset()
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
-        bench_peers._side(tiny(what, PLAIN), CPU, mode="default", backend=backend).run()
+        monkeypatch.setitem(bench_peers.VARIANTS, "pinned", bench_peers.Variant("default", backend))
+        bench_peers.side(tiny(what, PLAIN), CPU, name="pinned").run()
     assert ["flash" in str(forward) for forward in compiled[:: 2 if what == "step" else 1]] == [True, False]
 
 
