@@ -17,7 +17,7 @@ from fastdeit.errors import UsageError
 
 BATCH = 16
 STEP_PEERS = ("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph")
-DATA_PEERS = ("timm", "torchvision", "dali")
+DATA_PEERS = ("timm", "deit", "torchvision", "dali")
 CPU_NOTE = "These are figures of a CPU: they say nothing of a GPU."
 
 
@@ -28,6 +28,8 @@ def main(args: argparse.Namespace) -> None:
 
         bench_report.main(args.results, args.report)
         return
+    if args.what != "data" and (args.overrides or args.eval):
+        raise UsageError(f"only bench data takes section.field=value and --eval, not bench {args.what}")
     bench_measure.check_out(args.out)
     device = pick_device(args.device)
     if args.what in ("suite", "calibrate"):
@@ -56,7 +58,7 @@ def compared_to(peer: str, row: dict[str, Any]) -> str | None:
     """Our side that a peer of the row is compared with: in `data` the one that ends at the same place, else the first
     that ran; None where there is none."""
     if row["what"] == "data":
-        return bench_data.compared_to(peer)
+        return bench_data.compared_to(peer, row["seconds"])
     return next((name for name in row["seconds"] if name.startswith("fastdeit")), None)
 
 
@@ -104,14 +106,14 @@ def peers(args: argparse.Namespace, known: Sequence[str]) -> list[str]:
 
 
 def data(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The input of a recipe from JPEG files on, against the peers' loaders; see `bench_data`."""
+    """The input of a recipe's training or evaluation, from JPEG files on, against the peers'; see `bench_data`."""
     asked = args.peer or ["timm"]
     peers(args, DATA_PEERS)
     if len(asked) > 1:
         raise UsageError(f"--peer {' --peer '.join(asked)}: bench data takes one peer, or all")
     args = argparse.Namespace(**vars(args) | {"peer": asked[0]})
     with bench_data.sides(args, device) as (sides, facts):
-        return interleave(sides, args.rounds, device) | facts
+        return interleave(sides, args.rounds, device, facts["failed"]) | facts
 
 
 # ---- what it says ----------------------------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def sentence(row: dict[str, Any]) -> str:
 
 def _title(row: dict[str, Any]) -> str:
     if row["what"] == "data":
-        return f"data on {row['device']}, batch {row['batch']}"
+        return f"data of {bench_data.input_of(row)} on {row['device']}, batch {row['batch']}"
     text = f"{row['what']} of {row['model']} on {row['device']}, batch {row['batch']}, {row['image_size']} px, "
     text += row["precision"]
     text += f", teacher {row['teacher']}" if row["teacher"] else ""

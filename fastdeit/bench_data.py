@@ -1,9 +1,11 @@
 """The input pipelines that `fastdeit bench data` compares: a DeiT recipe from JPEG files to the model's input.
 
-Every side starts from the same generated files, in random order, and ends with float32 `[B, 3, H, W]` on the device:
-decoded, cropped, resized, flipped, RandAugment, normalised, and, where the side has it, erased and mixed. The sides
-called `_uint8` end earlier, with bytes: what the host does where a GPU does the rest. What a side does not do, or does
-differently, is said in `WORK`, which is part of every row.
+Every side starts from the same generated files and ends with float32 `[B, 3, H, W]` on the device: of training, in
+random order, decoded, cropped, resized, flipped, changed by the recipe's pixel operations, normalised, and, where the
+side has it, erased and mixed; of evaluation, in the files' order, decoded, resized, cut to the centre and normalised.
+The sides called `_uint8` end earlier, with bytes: what the host does where a GPU does the rest. What a side does not
+do, or does differently, is said in the field `work` of every row; a peer that has nothing like the recipe stands in
+`failed`, with its reason.
 
 Each measurement opens the stream anew and first takes `WARM_BATCHES`: what a side has decoded ahead while nobody looked
 is used up, and the next `TIMED_BATCHES` come at the speed at which they are made. There are more images than that, so
@@ -17,7 +19,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Container, Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,89 +28,161 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdeit import build
+from fastdeit import bench_data_peers, build, kernels
 from fastdeit import recipe as recipes
+from fastdeit.bench_data_peers import Side, Stream
+from fastdeit.bench_measure import Timer, reason
 from fastdeit.data import policy
 from fastdeit.data.source import SyntheticSource
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 
 if TYPE_CHECKING:
+    from fastdeit.config import DataConfig
     from fastdeit.recipe import Recipe
 
 IMAGES, SIDES = 512, (375, 500)
 WARM_BATCHES, TIMED_BATCHES = 8, 16
 BATCH = 64
 _CLASSES = 8
-_BINS = 31
-
-Stream = Generator[torch.Tensor, None, None]
-Timer = Callable[[], tuple[float, float]]
-
-WORK = {
-    "fastdeit": "all of the recipe, replayable: TrainLoader (box decoded by DALI, rendered in threads) and the pixels "
-    "kernel",
-    "timm": "all of the recipe: create_loader with worker processes, FastCollateMixup on uint8, PrefetchLoader "
-    "normalises and erases; PosterizeIncreasing keeps at least 1 bit, because timm 1.0.31 asks Pillow for 0, which "
-    "Pillow 13 refuses",
-    "torchvision": "all of the recipe, with torchvision's RandAugment (every operation applied, one magnitude, and "
-    "bilinear, because on tensors it has no bicubic one): decode_image and transforms.v2 on uint8 tensors in worker "
-    "processes of DataLoader, MixUp or CutMix of a batch",
-    "fastdeit_uint8": "decoded, cropped, resized, flipped, RandAugment; the kernel normalises, erases and mixes",
-    "timm_uint8": "decoded, cropped, resized, flipped, RandAugment, mixed; the DataLoader inside PrefetchLoader, which "
-    "normalises and erases",
-    "dali": "nothing erased or mixed, DALI's RandAugment (every operation applied, one magnitude), not replayable: one "
-    "DALI pipeline",
+_TOLD = {
+    "train": ("crop", "augment", "color_jitter", "erase", "mixup", "cutmix", "mix_probability"),
+    "val": ("eval_crop_ratio",),
 }
+"""Fields of a recipe's data that a row of that split repeats."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all sides have in common. `recipe` reads the files and has the batch size and threads of the benchmark."""
+    """What all sides have in common. `recipe` reads the files and has the batch size and threads of the benchmark;
+    evaluation: the input of its evaluation, not of its training."""
 
     recipe: "Recipe"
     device: torch.device
+    evaluation: bool = False
+
+    @property
+    def data(self) -> "DataConfig":
+        return self.recipe.data
+
+    @property
+    def batch(self) -> int:
+        return self.recipe.train.batch_size
+
+    @property
+    def classes(self) -> int:
+        return _CLASSES
 
     @property
     def steps(self) -> int:
         """Batches of an epoch: those that are taken, and as many as a side makes ahead (2 a worker)."""
-        return 2 * WARM_BATCHES + TIMED_BATCHES + 2 * self.recipe.data.threads
+        return 2 * WARM_BATCHES + TIMED_BATCHES + 2 * self.data.threads
+
+    @property
+    def split(self) -> str:
+        return "val" if self.evaluation else "train"
 
     @property
     def folder(self) -> str:
-        return os.path.join(self.recipe.data.root, "train")
+        return os.path.join(self.data.root, self.split)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the model's input."""
+        return build.image_size(self.recipe)
+
+    @property
+    def covered(self) -> tuple[int, int]:
+        """(height, width) in pixels that the resized image just covers, in evaluation and for the simple crop."""
+        ratio = self.data.eval_crop_ratio if self.evaluation else 1.0
+        return int(self.size[0] / ratio), int(self.size[1] / ratio)
+
+    @property
+    def operations(self) -> policy.Policy:
+        """On the pixels, after crop and flip."""
+        return policy.parse(self.data.augment, self.size, self.data.color_jitter)
 
     @property
     def rand(self) -> policy.Policy | None:
-        """RandAugment's settings, if the recipe has it."""
-        return None if self.recipe.data.augment == "none" else policy.parse(self.recipe.data.augment)
+        """RandAugment's settings, if that is what the recipe has."""
+        return self.operations if self.data.augment.startswith("rand-") else None
+
+    @property
+    def jitter(self) -> tuple[float, ...] | None:
+        """Strengths of brightness, contrast, saturation and hue, if the recipe has colour jitter."""
+        strengths = self.operations.jitter
+        return strengths if any(strengths) else None
+
+    @property
+    def mixes(self) -> bool:
+        return bool(self.data.mix_probability and (self.data.mixup or self.data.cutmix)) and not self.evaluation
 
 
 @contextmanager
 def sides(args: argparse.Namespace, device: torch.device) -> Generator[tuple[dict[str, Timer], dict[str, Any]]]:
-    """(a timer for each side, facts for the row); a timer returns (seconds, CPU seconds) of `TIMED_BATCHES`."""
-    threads, batch = args.threads or len(os.sched_getaffinity(0)), args.batch or BATCH
-    names = ["fastdeit", *_PEERS[args.peer]]
+    """(a timer for each side, facts for the row); a timer returns (seconds, CPU seconds) of `TIMED_BATCHES`. Peers that
+    have nothing like the recipe are in the fact `failed`, with the reason. UsageError if none of them has."""
     with tempfile.TemporaryDirectory() as root:
-        own = [f"data.root={root}", "data.source=folder", "data.repeats=1", f"data.threads={threads}"]
-        own += [f"train.batch_size={batch}", f"data.group_size={batch}", "train.accumulate=1"]
-        recipe = recipes.load(args.recipe, own)
-        data = recipe.data
-        if data.crop != "random_resized" or data.color_jitter or data.augment.partition("-")[0] not in ("rand", "none"):
-            raise UsageError(
-                f"recipe {recipe.name}: the peers only have the random resized crop and augment rand-... or none, not "
-                f"crop {data.crop}, augment {data.augment}, color_jitter {data.color_jitter}"
-            )
-        setting = Setting(recipe, device)
-        _write_images(Path(root), setting.steps * batch)
-        facts = {"recipe": recipe.name, "augment": data.augment, "batch": batch, "images": TIMED_BATCHES * batch}
-        facts |= {"threads": threads, "side": SIDES, "work": {name: WORK[name] for name in names}}
-        yield {name: _timer(partial(_STREAMS[name], setting), device) for name in names}, facts
+        setting = Setting(_recipe(args, root), device, args.eval)
+        built, failed = _built(setting, _PEERS[args.peer])
+        facts = {
+            "recipe": setting.recipe.name,
+            "overrides": args.overrides,
+            "evaluation": setting.evaluation,
+            **{field: getattr(setting.data, field) for field in _TOLD[setting.split]},
+            "batch": setting.batch,
+            "images": TIMED_BATCHES * setting.batch,
+            "threads": setting.data.threads,
+            "side": SIDES,
+            "work": {name: side.work for name, side in built.items()},
+            "failed": failed,
+        }
+        for split in ("train", "val"):
+            _write_images(Path(root, split), setting.steps * setting.batch if split == setting.split else _CLASSES)
+        yield {name: _timer(side.stream, device) for name, side in built.items()}, facts
 
 
-def compared_to(peer: str) -> str:
-    """Our side that ends where `peer` does."""
-    return "fastdeit_uint8" if peer.endswith("_uint8") else "fastdeit"
+def _recipe(args: argparse.Namespace, root: str) -> "Recipe":
+    """The recipe, with what the benchmark itself sets; UsageError for an override of that."""
+    batch = args.batch or BATCH
+    own = {"data.root": root, "data.source": "folder", "data.train": "train", "data.val": "val", "data.repeats": 1}
+    own |= {"data.threads": args.threads or len(os.sched_getaffinity(0)), "data.group_size": batch}
+    own |= {"train.batch_size": batch, "train.accumulate": 1}
+    for field in (override.partition("=")[0] for override in args.overrides):
+        if field in own:
+            raise UsageError(f"{field} is set by the benchmark (by flags: --batch, --threads)")
+    recipe = recipes.load(args.recipe, [*args.overrides, *(f"{field}={value}" for field, value in own.items())])
+    if len(build.augmentations(recipe)) > 1:
+        raise UsageError(f"recipe {recipe.name}: its method wants several views of a sample, which no peer makes")
+    return recipe
+
+
+def _built(setting: Setting, names: list[str]) -> tuple[dict[str, Side], dict[str, str]]:
+    """(`fastdeit` and the sides `names` that there are in this setting, the reasons of the others)."""
+    built: dict[str, Side] = {}
+    failed: dict[str, str] = {}
+    for name in ["fastdeit", *names]:
+        try:
+            built[name] = _SIDES[name](setting)
+        except Exception as error:
+            failed[name] = reason(error)
+    peers = [name for name in names if not name.startswith("fastdeit")]
+    if peers and all(name in failed for name in peers):
+        why = "; ".join(dict.fromkeys(failed[name] for name in peers))
+        raise UsageError(f"recipe {setting.recipe.name} has nothing to be compared with: {why}")
+    return built, failed
+
+
+def input_of(row: dict[str, Any]) -> str:
+    """Whose input a row is, in words."""
+    words = [row["recipe"], *row.get("overrides", [])]  # older rows have none
+    return ", ".join([*words, "evaluation"] if row.get("evaluation") else words)
+
+
+def compared_to(peer: str, sides: Container[str]) -> str | None:
+    """The one among `sides` of ours that ends where `peer` does."""
+    name = "fastdeit_uint8" if peer.endswith("_uint8") else "fastdeit"
+    return name if name in sides else None
 
 
 def cpu_seconds() -> float:
@@ -139,22 +213,32 @@ def _timer(open_stream: Callable[[], Stream], device: torch.device) -> Timer:
     return measure
 
 
-def _write_images(root: Path, count: int) -> None:
+def _write_images(folder: Path, count: int) -> None:
     """`count` names of `IMAGES` different files."""
     source = SyntheticSource(IMAGES, classes=_CLASSES, size=SIDES, seed=0)
-    for split, files in (("train", count), ("val", _CLASSES)):
-        written: list[Path] = []
-        for i in range(files):
-            path = root / split / f"class{source.label(i)}" / f"{i:05d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if i < IMAGES:
-                path.write_bytes(bytes(source.read(i)))
-                written.append(path)
-            else:
-                os.link(written[i % IMAGES], path)
+    written: list[Path] = []
+    for i in range(count):
+        path = folder / f"class{source.label(i)}" / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if i < IMAGES:
+            path.write_bytes(bytes(source.read(i)))
+            written.append(path)
+        else:
+            os.link(written[i % IMAGES], path)
 
 
-def _ours(setting: Setting, uint8: bool = False) -> Stream:
+def _ours(setting: Setting, uint8: bool = False) -> Side:
+    """What `fastdeit train` and `fastdeit eval` read; `uint8`: before the pixels kernel."""
+    if setting.evaluation:
+        made, kernel, stream = "EvalLoader (decoded by DALI, rendered in threads)", "normalises", _evaluated_on
+    else:
+        made, kernel, stream = "TrainLoader (box decoded by DALI, rendered in threads)", "does the rest", _trained_on
+        made = f"all of the recipe, replayable: {made}"
+    work = f"{made}; without the pixels kernel, which {kernel}" if uint8 else f"{made}; the pixels kernel {kernel}"
+    return Side(work, partial(stream, setting, uint8))
+
+
+def _trained_on(setting: Setting, uint8: bool) -> Stream:
     recipe, world = setting.recipe, World(setting.device)
     source, _ = build.sources(recipe)
     loader = build.train_loader(recipe, source, world, 0, print)
@@ -164,140 +248,31 @@ def _ours(setting: Setting, uint8: bool = False) -> Stream:
             yield batch.images[0] if uint8 else batch.pixels()
 
 
-def _timm(setting: Setting, uint8: bool = False) -> Stream:
-    from timm.data import FastCollateMixup, create_dataset, create_loader
-
-    data, size = setting.recipe.data, build.image_size(setting.recipe)
-    mixup = FastCollateMixup(
-        mixup_alpha=data.mixup,
-        cutmix_alpha=data.cutmix,
-        prob=data.mix_probability,
-        switch_prob=data.mix_switch,
-        num_classes=_CLASSES,
-    )
-    with _posterize_keeps_a_bit():
-        loader = create_loader(
-            create_dataset("", root=setting.folder),
-            input_size=(3, *size),
-            batch_size=setting.recipe.train.batch_size,
-            is_training=True,
-            re_prob=data.erase,
-            re_mode="pixel",
-            scale=data.crop_scale,
-            ratio=data.crop_ratio,
-            hflip=data.flip,
-            color_jitter=0.0,
-            auto_augment=None if setting.rand is None else data.augment,
-            interpolation="bicubic",
-            mean=data.mean,
-            std=data.std,
-            num_workers=data.threads,
-            collate_fn=mixup if data.mixup or data.cutmix else None,
-            device=setting.device,
-        )
-    for images, _ in loader.loader if uint8 else loader:
-        yield images
+def _evaluated_on(setting: Setting, uint8: bool) -> Stream:
+    _, source = build.sources(setting.recipe)
+    loader = build.eval_loader(setting.recipe, source, World(setting.device), print)
+    with closing(loader.batches()) as batches:
+        for samples in batches:
+            images = samples.images[0].to(setting.device)
+            yield images if uint8 else kernels.pixels(images, mean=setting.data.mean, std=setting.data.std)
 
 
-@contextmanager
-def _posterize_keeps_a_bit() -> Iterator[None]:
-    from timm.data import auto_augment
-
-    name = "PosterizeIncreasing"
-    original = auto_augment.NAME_TO_OP[name]
-    auto_augment.NAME_TO_OP[name] = lambda image, bits, **options: original(image, max(1, bits), **options)
-    try:
-        yield
-    finally:
-        auto_augment.NAME_TO_OP[name] = original
-
-
-def _torchvision(setting: Setting) -> Stream:
-    from torch.utils.data import DataLoader
-    from torchvision.datasets import ImageFolder
-    from torchvision.io import ImageReadMode, decode_image
-    from torchvision.transforms import v2
-
-    data, size = setting.recipe.data, build.image_size(setting.recipe)
-    bicubic, bilinear, rand = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR, setting.rand
-    transform = [
-        v2.RandomResizedCrop(size, data.crop_scale, data.crop_ratio, bicubic, antialias=True),
-        v2.RandomHorizontalFlip(data.flip),
-        *([v2.RandAugment(rand.draws, round(_magnitude(rand)), 10 + 1, bilinear, policy.FILL)] if rand else []),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(data.mean, data.std),
-        v2.RandomErasing(data.erase, value="random"),
-    ]
-    loader = DataLoader(
-        ImageFolder(setting.folder, v2.Compose(transform), loader=partial(decode_image, mode=ImageReadMode.RGB)),
-        setting.recipe.train.batch_size,
-        shuffle=True,
-        num_workers=data.threads,
-        drop_last=True,
-    )
-    kinds = (v2.MixUp, data.mixup), (v2.CutMix, data.cutmix)
-    mixes = [kind(alpha=alpha, num_classes=_CLASSES) for kind, alpha in kinds if alpha]
-    for images, labels in loader:
-        moved = images.to(setting.device), labels.to(setting.device)
-        yield v2.RandomChoice(mixes)(*moved)[0] if mixes else moved[0]
-
-
-def _dali(setting: Setting) -> Stream:
-    from nvidia.dali import fn, pipeline_def, types
-    from nvidia.dali.auto_aug import rand_augment
-
-    data, size, device = setting.recipe.data, build.image_size(setting.recipe), setting.device
-    on_cpu, rand = device.type == "cpu", setting.rand
-
-    @pipeline_def(
-        batch_size=setting.recipe.train.batch_size,
-        num_threads=data.threads,
-        device_id=None if on_cpu else device.index or 0,
-        seed=0,
-        enable_conditionals=True,
-    )
-    def pipeline():
-        encoded, _ = fn.readers.file(file_root=setting.folder, random_shuffle=True)
-        images = fn.decoders.image_random_crop(
-            encoded,
-            device="cpu" if on_cpu else "mixed",
-            random_area=list(data.crop_scale),
-            random_aspect_ratio=list(data.crop_ratio),
-        )
-        images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
-        images = fn.flip(images, horizontal=fn.random.coin_flip(probability=data.flip))
-        if rand is not None:
-            magnitude = round(_magnitude(rand) / 10 * (_BINS - 1))
-            images = rand_augment.rand_augment(
-                images, n=rand.draws, m=magnitude, num_magnitude_bins=_BINS, shape=size, fill_value=policy.FILL[1]
-            )
-        normalise = {"mean": [255 * mean for mean in data.mean], "std": [255 * std for std in data.std]}
-        return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW", **normalise)
-
-    pipe = pipeline()
-    pipe.build()
-    while True:
-        (images,) = pipe.run()
-        yield torch.from_dlpack(images.as_tensor())
-
-
-def _magnitude(rand: policy.Policy) -> float:
-    """In tenths of the largest, as timm's."""
-    return rand.rows[0][0].magnitude
-
-
-_STREAMS: dict[str, Callable[[Setting], Stream]] = {
+_SIDES: dict[str, Callable[[Setting], Side]] = {
     "fastdeit": _ours,
     "fastdeit_uint8": partial(_ours, uint8=True),
-    "timm": _timm,
-    "timm_uint8": partial(_timm, uint8=True),
-    "torchvision": _torchvision,
-    "dali": _dali,
+    "timm": bench_data_peers.timm,
+    "timm_uint8": partial(bench_data_peers.timm, uint8=True),
+    "deit": bench_data_peers.deit,
+    "torchvision": bench_data_peers.torchvision,
+    "torchvision_uint8": partial(bench_data_peers.torchvision, uint8=True),
+    "dali": bench_data_peers.dali,
+    "dali_uint8": partial(bench_data_peers.dali, uint8=True),
 }
 _PEERS = {
     "none": ["fastdeit_uint8"],
     "timm": ["fastdeit_uint8", "timm", "timm_uint8"],
-    "torchvision": ["torchvision"],
-    "dali": ["dali"],
-    "all": [name for name in _STREAMS if name != "fastdeit"],
+    "deit": ["deit"],
+    "torchvision": ["fastdeit_uint8", "torchvision", "torchvision_uint8"],
+    "dali": ["fastdeit_uint8", "dali", "dali_uint8"],
+    "all": [name for name in _SIDES if name != "fastdeit"],
 }

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastdeit import bench, estimate_rows
+from fastdeit import bench, bench_data, estimate_rows
 from fastdeit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def cell(row: Row) -> str:
     if row["what"] == "kernel":
         return f"{row['op']}, {row['model']}, batch {row['batch']}, {row['dtype']}"
     if row["what"] == "data":
-        return f"{row['recipe']}, batch {row['batch']}, {row.get('threads', '?')} threads"
+        return f"{bench_data.input_of(row)}, batch {row['batch']}, {row.get('threads', '?')} threads"
     words = [row["model"], f"batch {row['batch']}"]
     words += [f"{row['image_size']} px"] if "image_size" in row else []
     words += [row.get("precision", "fp32")]

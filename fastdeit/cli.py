@@ -6,6 +6,7 @@ about it, in one message instead of a traceback.
 """
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -147,7 +148,8 @@ class Verb:
             args.overrides = [word for word in words if "=" in word]
             args.words = [word for word in words if "=" not in word]
             if getattr(args, "data", None) is not None:
-                args.overrides.append(f"data.root={args.data}")
+                # In YAML's quotes: the name of a folder may be a number, or have a colon, a hash or a line break in it.
+                args.overrides.append(f"data.root={json.dumps(args.data)}")
         return args
 
 
@@ -161,6 +163,8 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"a number of {len(str(value))} digits does not fit 64 bits")
     return value
 
 
@@ -324,23 +328,25 @@ def _bench_verb() -> Verb:
         "[step|forward|data|suite|calibrate] [--peer NAME ...] [--device auto|cpu|cuda] [--batch N] [--rounds N]\n"
         "       [--out FILE]; step and forward: [--model NAME] [--image-size N] [--precision fp32|fp16|bf16]\n"
         "       [--capture none|compile|graph ...]; step: [--teacher NAME|none] [--ema];\n"
-        "       data: [--recipe RECIPE] [--threads N]; suite: [--time-limit MINUTES];\n"
+        "       data: [--recipe RECIPE] [section.field=value ...] [--eval] [--threads N];\n"
+        "       suite: [--time-limit MINUTES];\n"
         "       fastdeit bench --report [DIR] [--results FILE ...]",
         _bench,
     )
     add = bench.parser.add_argument
     whats = ("step", "forward", "data", "suite", "calibrate")
     add("what", nargs="?", choices=whats, default="step", help="what to measure (default: step)")
+    add("overrides", nargs="*", metavar="section.field=value", help="of data: overrides of the recipe")
     add(
         "--peer",
         action="append",
         choices=(
             *("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph"),
-            *("torchvision", "dali", "all", "none"),
+            *("deit", "torchvision", "dali", "all", "none"),
         ),
         help="what to measure side by side with it; may be repeated. step and forward: timm, timm_compile (with "
-        "FlashAttention), timm_compile_cudnn, accelerate, timm_compile_graph; data: one of timm, torchvision, dali "
-        "(default: timm, for suite all)",
+        "FlashAttention), timm_compile_cudnn, accelerate, timm_compile_graph; data: one of timm, deit, torchvision, "
+        "dali (default: timm, for suite all)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--model", default="deit_tiny_patch16_224", metavar="NAME", help="default: deit_tiny_patch16_224")
@@ -356,6 +362,7 @@ def _bench_verb() -> Verb:
     add("--teacher", default="none", metavar="NAME", help="timm model that teaches in every step (default: none)")
     add("--ema", action="store_true", help="average the weights in every step")
     add("--recipe", default="deit_small", metavar="RECIPE", help="whose input to make (default: deit_small)")
+    add("--eval", action="store_true", help="of data: the input of its evaluation instead of its training")
     add("--threads", type=_positive, metavar="N", help="threads or workers of each side (default: one per core)")
     add("--rounds", type=_positive, default=5, metavar="N", help="measurements of each side (default: 5)")
     add("--time-limit", type=_positive, metavar="MINUTES", help="begin no further cell of the suite after that")

@@ -1,20 +1,18 @@
-"""`fastdeit bench data`: every side makes the model's input, and CPU time counts wherever it is used."""
+"""`fastdeit bench data`: rows that say what was measured, and CPU time that counts wherever it is used."""
 
-import io
 import json
 import time
 from contextlib import nullcontext
 from multiprocessing import get_context
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from fastdeit import bench_data, cli
+from fastdeit import bench_data, bench_report, cli
 from fastdeit import recipe as recipes
-from fastdeit.data.source import SyntheticSource
+from fastdeit.bench_data_peers import Side
+from fastdeit.data.plan import Augment
 
 BURNT = 0.2
 
@@ -46,49 +44,86 @@ def short(monkeypatch):
     monkeypatch.setattr(bench_data, "IMAGES", 8)
 
 
-@pytest.fixture
-def small(tmp_path):
-    """Input of 64 x 64 pixels from 8 files, 4 a batch."""
-    bench_data._write_images(tmp_path, 8)
-    overrides = [f"data.root={tmp_path}", "train.batch_size=4", "data.group_size=4", "data.repeats=1", "data.threads=1"]
-    recipe = recipes.load("deit_tiny", [*overrides, "model.image_size=64"])
-    return bench_data.Setting(recipe, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("name", ["fastdeit", "timm", "torchvision", "dali"])
-def test_every_side_ends_with_the_models_input(short, small, name):
-    stream = bench_data._STREAMS[name](small)
-    images = next(stream)
-    stream.close()
-    assert (images.dtype, images.shape) == (torch.float32, (4, 3, 64, 64))
-    assert 0.3 < images.std() < 2.5
-    assert abs(images.mean()) < 1.5
-
-
 def test_a_row_has_all_that_is_needed_to_read_it(short, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     flags = f"--peer dali --batch 4 --rounds 2 --threads 1 --device cpu --out {out}"
     assert cli.main(["bench", "data", *flags.split()]) == 0
     row = json.loads(out.read_text())
-    assert list(row["seconds"]) == list(row["cpu_seconds"]) == list(row["work"]) == ["fastdeit", "dali"]
+    names = ["fastdeit", "fastdeit_uint8", "dali", "dali_uint8"]
+    assert list(row["seconds"]) == list(row["cpu_seconds"]) == list(row["work"]) == names
     assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in row["seconds"].values())
     assert (row["recipe"], row["augment"]) == ("deit_small", "rand-m9-mstd0.5-inc1")
     assert (row["batch"], row["images"], row["threads"]) == (4, 4, 1)
     assert "per CPU-second" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "shape"), [("fastdeit_uint8", (4, 64, 64, 3)), ("timm_uint8", (4, 3, 64, 64))])
-def test_the_hosts_part_ends_with_bytes(short, small, name, shape):
-    stream = bench_data._STREAMS[name](small)
-    images = next(stream)
-    stream.close()
-    assert (images.dtype, images.shape) == (torch.uint8, shape)
+@pytest.mark.parametrize(
+    ("flags", "facts", "said"),
+    [
+        (
+            "data.augment=three_augment data.crop=simple data.erase=0",
+            {"augment": "three_augment", "crop": "simple", "erase": 0.0, "evaluation": False},
+            "data of deit_small, data.augment=three_augment, data.crop=simple, data.erase=0 on cpu, batch 4",
+        ),
+        (
+            "--eval --recipe deit_base data.eval_crop_ratio=1.0",
+            {"recipe": "deit_base", "eval_crop_ratio": 1.0, "evaluation": True},
+            "data of deit_base, data.eval_crop_ratio=1.0, evaluation on cpu, batch 4",
+        ),
+    ],
+)
+def test_a_row_says_which_input_it_is(short, tmp_path, capsys, flags, facts, said):
+    out = tmp_path / "rows.jsonl"
+    common = f"--peer none --batch 4 --rounds 1 --threads 1 --device cpu --out {out}"
+    assert cli.main(["bench", "data", *flags.split(), *common.split()]) == 0
+    row = json.loads(out.read_text())
+    assert facts.items() <= row.items()
+    assert list(row["seconds"]) == ["fastdeit", "fastdeit_uint8"]
+    assert ("crop" in row) != row["evaluation"]
+    assert said in capsys.readouterr().out
+    assert bench_report.cell(row) == said.removeprefix("data of ").replace(" on cpu", "") + ", 1 threads"
+
+
+def test_a_peer_that_cannot_run_says_why_and_the_others_go_on(short, tmp_path, capsys, monkeypatch):
+    def broken():
+        raise OSError("no such codec")
+        yield
+
+    monkeypatch.setitem(bench_data._SIDES, "dali", lambda setting: Side("nothing", broken))
+    monkeypatch.setitem(bench_data._PEERS, "dali", ["deit", "dali", "torchvision"])
+    out = tmp_path / "rows.jsonl"
+    flags = f"--peer dali data.crop=simple data.augment=none --batch 4 --rounds 2 --threads 1 --device cpu --out {out}"
+    assert cli.main(["bench", "data", *flags.split()]) == 0
+    row = json.loads(out.read_text())
+    assert list(row["seconds"]) == ["fastdeit", "torchvision"]
+    assert row["failed"] == {
+        "deit": "facebookresearch/deit has the simple crop with 3-Augment only",
+        "dali": "OSError: no such codec",
+    }
+    assert list(row["ratio"]) == ["torchvision"]
+    printed = capsys.readouterr().out
+    assert "deit         cannot run: facebookresearch/deit has" in printed
+    assert "dali         cannot run: OSError: no such codec" in printed
+
+
+def test_without_ours_nothing_is_compared(monkeypatch, tmp_path):
+    def broken():
+        raise OSError("no")
+
+    sides = {"fastdeit": broken, "timm": lambda: (1.0, 1.0)}
+    facts = {"recipe": "r", "images": 8, "batch": 4, "failed": {}}
+    monkeypatch.setattr(bench_data, "sides", lambda args, device: nullcontext((sides, facts)))
+    out = tmp_path / "rows.jsonl"
+    assert cli.main(["bench", "data", "--device", "cpu", "--rounds", "1", "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    assert (row["ratio"], row["failed"]) == ({}, {"fastdeit": "OSError: no"})
 
 
 def test_a_side_is_compared_with_ours_that_ends_at_the_same_place(monkeypatch, tmp_path):
     seconds = {"fastdeit": 2.0, "fastdeit_uint8": 1.0, "timm": 6.0, "timm_uint8": 4.0}
     sides = {name: lambda value=value: (value, value / 2) for name, value in seconds.items()}
-    monkeypatch.setattr(bench_data, "sides", lambda args, device: nullcontext((sides, {"images": 8, "batch": 4})))
+    facts = {"recipe": "r", "images": 8, "batch": 4, "failed": {}}
+    monkeypatch.setattr(bench_data, "sides", lambda args, device: nullcontext((sides, facts)))
     out = tmp_path / "rows.jsonl"
     assert cli.main(["bench", "data", "--device", "cpu", "--rounds", "2", "--out", str(out)]) == 0
     row = json.loads(out.read_text())
@@ -97,8 +132,10 @@ def test_a_side_is_compared_with_ours_that_ends_at_the_same_place(monkeypatch, t
 
 def test_the_stream_goes_on_beyond_what_is_timed(short, tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setitem(bench_data._STREAMS, "fastdeit", lambda setting: (taken.append(i) for i in range(99)))
-    args = SimpleNamespace(threads=3, batch=4, peer="none", recipe="deit_tiny")
+    monkeypatch.setattr(bench_data, "TIMED_BATCHES", 3)
+    counted = Side("counted", lambda: (taken.append(i) for i in range(99)))
+    monkeypatch.setitem(bench_data._SIDES, "fastdeit", lambda setting: counted)
+    args = SimpleNamespace(threads=3, batch=4, peer="none", recipe="deit_tiny", overrides=[], eval=False)
     with bench_data.sides(args, torch.device("cpu")) as (sides, facts):
         sides["fastdeit"]()
     assert len(taken) == bench_data.WARM_BATCHES + bench_data.TIMED_BATCHES
@@ -109,7 +146,7 @@ def test_the_stream_goes_on_beyond_what_is_timed(short, tmp_path, monkeypatch):
 
 def test_repeated_files_are_those_of_their_class(short, tmp_path):
     bench_data._write_images(tmp_path, 20)
-    files = sorted((tmp_path / "train").rglob("*.jpg"), key=lambda path: path.name)
+    files = sorted(tmp_path.rglob("*.jpg"), key=lambda path: path.name)
     assert len(files) == 20
     assert files[3].read_bytes() == files[11].read_bytes() != files[4].read_bytes()
     assert files[3].parent == files[11].parent
@@ -118,34 +155,27 @@ def test_repeated_files_are_those_of_their_class(short, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (
-            ["data", "--recipe", "three.yaml"],
-            "the peers only have the random resized crop and augment rand-",
-        ),
-        (["data", "--recipe", "simple.yaml"], "not crop simple, augment rand-m9-mstd0.5-inc1"),
-        (["data", "--recipe", "jitter.yaml"], "color_jitter 0.4"),
-        (["data", "--recipe", "deit_smal"], "did you mean 'deit_small'?"),
-        (["data", "--batch", "3"], "must be even"),
+        ("--peer dali data.augment=v0", "deit_small has nothing to be compared with: DALI has no augment v0"),
+        ("--peer timm data.augment=trivial", "nothing to be compared with: timm has no augment trivial"),
+        ("data.threads=4", "data.threads is set by the benchmark (by flags: --batch, --threads)"),
+        ("--eval train.batch_size=4", "train.batch_size is set by the benchmark"),
+        ("data.crop=smple", "did you mean 'simple'?"),
+        ("--recipe deit_smal", "did you mean 'deit_small'?"),
+        ("--batch 3", "must be even"),
     ],
 )
-def test_what_cannot_be_compared(short, tmp_path, monkeypatch, capsys, argv, message):
-    monkeypatch.chdir(tmp_path)
-    for name, data in (
-        ("three", "augment: three_augment"),
-        ("simple", "crop: simple"),
-        ("jitter", "augment: none, color_jitter: 0.4"),
-    ):
-        (tmp_path / f"{name}.yaml").write_text(f"base: deit_tiny\ndata: {{{data}}}\n")
-    assert cli.main(["bench", *argv]) == 2
+def test_what_cannot_be_compared(short, capsys, argv, message):
+    assert cli.main(["bench", "data", *argv.split()]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_posterize_of_timm_keeps_a_bit_and_is_left_as_it_was():
-    from timm.data import auto_augment
+def test_several_views_of_a_sample_are_nobodys(short, capsys, monkeypatch):
+    monkeypatch.setattr(bench_data.build, "augmentations", lambda recipe: (Augment(), Augment(stream="second")))
+    assert cli.main(["bench", "data", "--peer", "none"]) == 2
+    assert "recipe deit_small: its method wants several views of a sample" in capsys.readouterr().err
 
-    image = Image.open(io.BytesIO(SyntheticSource(2, classes=2, size=(16, 16)).read(0)))
-    before = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
-    with bench_data._posterize_keeps_a_bit():
-        kept = auto_augment.NAME_TO_OP["PosterizeIncreasing"](image, 0)
-    assert set(np.unique(np.asarray(kept))) <= {0, 128}
-    assert auto_augment.NAME_TO_OP["PosterizeIncreasing"] is before
+
+@pytest.mark.parametrize("argv", ["step data.augment=none", "forward --eval", "suite --eval"])
+def test_other_benchmarks_have_no_recipe(capsys, argv):
+    assert cli.main(["bench", *argv.split()]) == 2
+    assert f"and --eval, not bench {argv.split()[0]}" in capsys.readouterr().err

@@ -260,7 +260,7 @@ def test_every_side_on_a_card(what):
         (["step", "--teacher", "regnety_16"], "did you mean regnety_160"),
         (["forward", "--teacher", TEACHER], "bench forward is inference"),
         (["forward", "--ema"], "bench forward is inference"),
-        (["data", "--peer", "accelerate"], "--peer accelerate: bench data has the peers timm, torchvision, dali"),
+        (["data", "--peer", "accelerate"], "--peer accelerate: bench data has the peers timm, deit, torchvision, dali"),
         (["data", "--peer", "timm", "--peer", "dali"], "bench data takes one peer, or all"),
     ],
 )

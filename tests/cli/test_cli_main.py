@@ -53,7 +53,7 @@ def test_flags_are_pinned():
         "eval": ["-h", "--help", "--data"],
         "bench": [
             *("-h", "--help", "--peer", "--device", "--model", "--batch", "--image-size", "--precision", "--capture"),
-            *("--teacher", "--ema", "--recipe", "--threads", "--rounds", "--time-limit", "--out", "--report"),
+            *("--teacher", "--ema", "--recipe", "--eval", "--threads", "--rounds", "--time-limit", "--out", "--report"),
             "--results",
         ],
         "data check": ["-h", "--help", "--source", "--split", "--processes"],
@@ -82,8 +82,14 @@ def test_train_in_any_order(calls):
     assert cli.main(argv) == 0
     args = calls.args
     assert (args.recipe, args.nproc, args.run_dir, args.resume) == ("mine.yaml", 1, None, True)
-    assert args.overrides == ["optim.lr=1e-3", "train.epochs=2", "data.root=/images"]
+    assert args.overrides == ["optim.lr=1e-3", "train.epochs=2", 'data.root="/images"']
     assert calls.loaded == [("mine.yaml", args.overrides)]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a #b", "12", "null", "a: b", "[x]", "%x", " x ", "ü", 'a"b'])
+def test_a_data_folder_may_have_any_name(calls, name):
+    assert cli.main(["train", "deit_tiny", "--data", name]) == 0
+    assert recipe.load("deit_tiny", calls.args.overrides).data.root == name
 
 
 def test_train_without_a_recipe_says_what_it_does(calls, capsys):
@@ -112,11 +118,12 @@ def test_a_worker_neither_repeats_the_line_nor_the_check(calls, capsys, monkeypa
 
 def test_eval_and_bench(calls):
     assert cli.main(["eval", "runs/a", "--data=/images", "data.val=test"]) == 0
-    assert (calls.args.path, calls.args.overrides) == ("runs/a", ["data.val=test", "data.root=/images"])
+    assert (calls.args.path, calls.args.overrides) == ("runs/a", ["data.val=test", 'data.root="/images"'])
     assert cli.main(["bench"]) == 0
     args = vars(calls.args)
     assert args == {
         "what": "step",
+        "overrides": [],
         "peer": None,
         "device": "auto",
         "model": "deit_tiny_patch16_224",
@@ -127,6 +134,7 @@ def test_eval_and_bench(calls):
         "teacher": "none",
         "ema": False,
         "recipe": "deit_small",
+        "eval": False,
         "threads": None,
         "rounds": 5,
         "time_limit": None,
@@ -136,6 +144,8 @@ def test_eval_and_bench(calls):
     }
     assert cli.main(["bench", "--batch", "4", "data", "--peer", "none"]) == 0
     assert (calls.args.what, calls.args.batch, calls.args.peer) == ("data", 4, ["none"])
+    assert cli.main(["bench", "data", "--eval", "data.flip=0", "--recipe", "deit_tiny", "data.erase=0"]) == 0
+    assert (calls.args.eval, calls.args.overrides) == (True, ["data.flip=0", "data.erase=0"])
     assert cli.main(["bench", "--report", "--results", "a.jsonl"]) == 0
     assert (calls.args.report, calls.args.results) == (".", ["a.jsonl"])
     assert cli.main(["bench", "suite", "--report", "out", "--capture", "none", "--capture", "graph"]) == 0
