@@ -1,12 +1,15 @@
 """Data sets in several files: which files a split has, and lists of their samples, kept from one start to the next."""
 
+import fcntl
 import glob
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +22,11 @@ TFRECORD = re.compile(r"(?P<stem>[^.].*?)(?:-\d+-of-\d+(?:\.tfrecords?)?|\.tfrec
 ARROW = re.compile(r"(?!cache-)(?P<stem>[^.].*?)(?:-\d+-of-\d+)?\.arrow")
 _NUMBER = re.compile(r"-(\d+)-of-(\d+)")
 _SHOWN = 5
-_READERS = 8
+_PATIENCE_S = 5
 
 Index = dict[str, NDArray[np.generic]]
 Skipped = list[tuple[str, str]]
 """(path, reason) of what was left out."""
-Row = TypeVar("Row")
 
 
 def of_split(root: str | Path, split: str, name: re.Pattern[str]) -> list[str]:
@@ -98,7 +100,9 @@ def cached(root: Path, files: Sequence[str], kind: str, key: str, build: Callabl
     """What `build` lists of `files` (paths relative to `root`), from an earlier start where none of them has changed.
 
     It is kept beside the files, or in $FASTDEIT_CACHE (default ~/.cache/fastdeit) where that cannot be written; `key`
-    tells apart what is listed differently. DataError if a file is not there.
+    tells apart what is listed differently. Of processes and threads that want it at the same time one builds it, and
+    the others wait, on all machines that the locks of the file system reach; where there are none, each builds it.
+    DataError if a file is not there.
     """
     try:
         states = [os.stat(root / file) for file in files]
@@ -109,6 +113,20 @@ def cached(root: Path, files: Sequence[str], kind: str, key: str, build: Callabl
     # Beside the files under one name for all machines; elsewhere the name has to tell data sets apart.
     elsewhere = digest([str(root.resolve()), key])
     places = root / f".fastdeit-{kind}-{key}", cache / f"{kind}-{elsewhere}"
+    index = _kept(places, state)
+    if index is None:
+        task = f"the samples of {len(files):,} {kind} file{'s' if len(files) > 1 else ''}"
+        with _alone(places, f"{root}: waiting for another process, which lists {task}") as alone:
+            index = _kept(places, state)
+            if index is None:
+                others = "" if alone else ", as does every process, since no file can be locked"
+                with _said(f"{root}: listing {task}{others}; later starts read the list"):
+                    index = build() | {"state": state}
+                _keep(places, index, root)
+    return index
+
+
+def _kept(places: Sequence[Path], state: NDArray[np.int64]) -> Index | None:
     for place in places:
         try:
             index = unseal(place.read_bytes())
@@ -116,29 +134,73 @@ def cached(root: Path, files: Sequence[str], kind: str, key: str, build: Callabl
             continue  # none there, or a damaged one: it is only a cache
         if np.array_equal(index["state"], state):
             return index
-    index = build() | {"state": state}
-    sealed = seal(index)
+    return None
+
+
+def _keep(places: Sequence[Path], index: Index, root: Path) -> None:
+    sealed, refused = seal(index), ""
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with atomic(place) as file:
                 file.write(sealed)
+            return
+        except OSError as error:
+            refused = f"{place.parent}: {error.strerror}"  # read-only, or full
+    warnings.warn(
+        f"{root}: the list of samples cannot be kept ({refused}), so that every start makes it anew; set "
+        "FASTDEIT_CACHE to a folder that can be written",
+        stacklevel=4,
+    )
+
+
+@contextmanager
+def _alone(places: Sequence[Path], waiting: str) -> Generator[bool, None, None]:
+    """The block is left to one process or thread at a time with the same `places`: True; False where none of them can
+    be locked.
+
+    The lock is on the open file of the list itself, so that it ends with its process, however that ends, and leaves no
+    file of its own. A list is replaced and not written over. So a lock may be of one that has been replaced, and two
+    may build at once: that costs time, and no list depends on it.
+    """
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError:
             continue  # read-only, or full
-        break
-    return index
+        with open(handle, "rb"):
+            if not _locked(handle, waiting):
+                continue
+            yield True
+        return
+    yield False
 
 
-def scanned(paths: Sequence[str], scan: Callable[[str, Skipped], Iterable[Row]]) -> Iterator[tuple[list[Row], Skipped]]:
-    """What `scan` finds in each file, and leaves out, in their order. `_READERS` files are read at a time: a listing
-    hops from header to header, and a disk takes longer for each than the program."""
+def _locked(handle: int, waiting: str) -> bool:
+    """Lock a file, as soon as nobody else has it; False where the file system has no locks."""
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with _said(waiting):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
-    def whole(path: str) -> tuple[list[Row], Skipped]:
-        skipped: Skipped = []
-        return list(scan(path, skipped)), skipped
 
-    with ThreadPoolExecutor(_READERS, "fastdeit-scan") as pool:
-        yield from pool.map(whole, paths)
+@contextmanager
+def _said(what: str) -> Generator[None, None, None]:
+    """`what` is said on stderr if the block takes long; of the processes of a run, by the first."""
+    timer = threading.Timer(_PATIENCE_S, print, (what,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if os.environ.get("RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def reasons(skipped: Skipped) -> str:

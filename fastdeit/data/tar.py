@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.data.index import Listed, Strings, digest, read_range, text_array
-from fastdeit.data.shards import Index, Skipped, cached, reasons, scanned
+from fastdeit.data.scan import scanned
+from fastdeit.data.shards import Index, Skipped, cached, reasons
 from fastdeit.data.source import EXTENSIONS, MAX_LABEL, BadImage, DataError, class_numbers
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
@@ -110,19 +111,25 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _index(root: Path, shards: list[str], label_field: str) -> Index:
-    names, rows, skipped = [], [], []
+    names, columns, skipped = [], [np.empty((4, 0), np.int64)], []
     paths = [os.path.join(root, shard) for shard in shards]
-    for number, (samples, left_out) in enumerate(scanned(paths, partial(_samples, label_field))):
+    found = scanned(paths, partial(_listed, label_field))
+    for number, (shard, (members, numbers, left_out)) in enumerate(zip(shards, found, strict=True)):
+        names += [f"{shard}:{name}" for name in members]
+        columns.append(np.vstack((np.full(len(members), number), numbers)))
         skipped += left_out
-        for name, *found in samples:
-            names.append(f"{shards[number]}:{name}")
-            rows.append((number, *found))
-    columns = np.array(rows, np.int64).reshape(-1, 4).T
     return {
-        **dict(zip(("shard", "offset", "size", "label"), columns, strict=True)),
+        **dict(zip(("shard", "offset", "size", "label"), np.hstack(columns), strict=True)),
         "names": text_array(Strings.of(names).blob),
         "skipped": text_array(json.dumps(skipped).encode()),
     }
+
+
+def _listed(label_field: str, path: str) -> tuple[list[str], NDArray[np.int64], Skipped]:
+    """What `_samples` finds in a shard, as names and int64 `[3, n]`, and what it leaves out."""
+    skipped: Skipped = []
+    samples = list(_samples(label_field, path, skipped))
+    return [name for name, *_ in samples], np.array([row for _, *row in samples], np.int64).reshape(-1, 3).T, skipped
 
 
 def _samples(label_field: str, path: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:

@@ -92,7 +92,43 @@ def test_features_in_any_order_size_and_number(root):
     assert all(source.read(i).tobytes() == image for i, image in enumerate(images))
 
 
+def test_the_short_way_to_image_and_label_finds_what_the_long_way_finds(root, monkeypatch):
+    """In records of every make, sound ones and damaged ones, wherever windows and files end."""
+    noise = np.random.default_rng(0)
+    names = ["image/encoded", "image/class/label", "image", "label", "image/width", "label/first", "n" * 45, "n" * 140]
+    values = [b"", b"?" * 40, b"?" * 140, b"?" * 20_000, 0, 1, 130, 999_999, 1_000_000, -1, 1 << 28, 0.5]
+    values += [[b"x", b"y"], [1, 2], bytearray(b""), bytearray(field(3, b"\x08\x05")), bytearray(field(3, b""))]
+    paths = [root / f"{kind}-{number}" for kind in ("sound", "odd", "damaged") for number in range(60)]
+    for path in paths:
+        sound, records = path.name.startswith("sound"), []
+        for _ in range(20):
+            features = {
+                "image/encoded": noise.bytes(noise.integers(300)),
+                "image/class/label": int(noise.integers(1000)),
+            }
+            for name in noise.permutation(names)[: noise.integers(8)]:
+                value = values[noise.integers(len(values))]
+                features[name] = features.get(name, value) if sound else value
+            order = noise.permutation(sorted(features))[0 if sound else noise.integers(2) :]
+            data = bytearray(example({name: features[name] for name in order}))
+            for at in noise.integers(0, min(len(data), 300), 2) if path.name.startswith("damaged") else ():
+                data[at] = noise.integers(256)
+            records.append(bytes(data))
+        write(path, *records)
+    short, usual = [], module._usual
+    monkeypatch.setattr(module, "_usual", lambda *place: short.append(usual(*place)) or short[-1])
+    found = [(list(rows), skipped) for rows, skipped in map(module._listed, map(str, paths))]
+    monkeypatch.setattr(module, "_usual", lambda *place: None)
+    for path, (rows, skipped) in zip(paths, found, strict=True):
+        long, why = module._listed(str(path))
+        assert np.array_equal(rows, long), path
+        assert skipped == why
+    taken = [sum(one is not None for one in short[at : at + 1200]) for at in (0, 1200, 2400)]
+    assert min(taken) > 100
+
+
 IMAGE, LABEL = entry("image/encoded", feature(b"picture")), entry("image/class/label", feature(1))
+TFDS = entry("image", feature(b"picture")) + entry("label", feature(1))
 LONG = field(3, bytes(5000)) + field(1, 5) + varint(6 << 3 | 1) + bytes(8) + varint(7 << 3 | 5) + bytes(4)
 
 
@@ -160,6 +196,9 @@ def leave_out(root, *records):
         (field(1, LABEL + entry("image/encoded", field(1, b"\x0a\x7fpicture"))), "no tf.train.Example"),
         (field(1, IMAGE + entry("image/class/label", b"\x1a\x7f\x0a\x01\x01")), "no tf.train.Example"),
         (field(1, b"\x0a"), "no tf.train.Example|no feature"),
+        (field(1, b"\x0a\x05\x0a\x06abc" + IMAGE + LABEL), "no tf.train.Example"),
+        (field(1, b"\x0a\x82\x01\x0a\x85\x01" + bytes(127) + IMAGE + LABEL), "no tf.train.Example"),
+        (field(1, TFDS + b"\x0a\x20\x0a\x02xx"), "no tf.train.Example"),
     ],
 )
 def test_records_that_cannot_be_used(root, data, reason):
