@@ -1,4 +1,4 @@
-"""`fastdeit bench calibrate`: the rates that `estimate.GPUS` judges, measured, and that the design rests on.
+"""`fastdeit bench calibrate`: the rates that `estimate_gpus.GPUS` judges, measured, and that the design rests on.
 
 gemm        the library's products of a block's four linear layers: forward, and the two of backward
 attention   forward and backward from packed queries, keys and values: the library's kernels by name, and ours

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdeit import bench_measure, estimate, kernels, models
+from fastdeit import bench_measure, estimate_gpus, kernels, models
 from fastdeit.engine.dist import pick_device
 from fastdeit.errors import UsageError
 from fastdeit.kernels import _op
@@ -275,7 +275,7 @@ def prediction(config: Any, args: argparse.Namespace) -> str:
 
     Nothing is run. A product of matrices takes longer where it is bound by arithmetic.
     """
-    gpus = [estimate.GPUS[name] for name in estimate.DEFAULT_GPUS]
+    gpus = [estimate_gpus.GPUS[name] for name in estimate_gpus.DEFAULT_GPUS]
     lines = [
         f"{args.model}, batch {args.batch}, {args.dtype}: predictions, not measurements; least bytes of a forward and "
         "backward, and their time at the bandwidth of the datasheet",

@@ -20,6 +20,8 @@ from pydantic import (
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1, le=65_536)]
+Classes = Annotated[int, Field(ge=1, le=100_000_000)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -118,11 +120,11 @@ class ModelConfig(Section):
     timm: Text | None = None
     """A model of timm, trained as it is."""
     image_size: Annotated[
-        Annotated[Count, Tag("side")] | Annotated[tuple[Count, Count], Tag("sides")],
+        Annotated[Side, Tag("side")] | Annotated[tuple[Side, Side], Tag("sides")],
         Discriminator(lambda size: "sides" if isinstance(size, list | tuple) else "side"),
     ] = 224
     """Input in pixels: one number, or [height, width]."""
-    num_classes: Count | None = None
+    num_classes: Classes | None = None
     """null: as many as the data set has."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth: drop rate of the last block; the rates of the blocks before rise linearly from 0."""
@@ -143,7 +145,7 @@ class ModelConfig(Section):
 class ViewConfig(Section):
     """What a recipe changes of one view of its method; null: nothing. Fields not explained here are those of `data`."""
 
-    size: Count | None = None
+    size: Side | None = None
     """Side of the view in pixels."""
     crop: Crop | None = None
     crop_scale: CropScale | None = None
@@ -213,7 +215,7 @@ class DataConfig(Section):
     """Share of the data set that may be unreadable before the run stops."""
     synthetic_samples: Count = 10_000
     """Size of the training set, for source synthetic."""
-    synthetic_classes: Count = 1000
+    synthetic_classes: Classes = 1000
     """Number of classes, for source synthetic."""
 
     @field_validator("root")

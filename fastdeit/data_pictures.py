@@ -99,22 +99,22 @@ def show(args: argparse.Namespace) -> None:
 
 def preview(args: argparse.Namespace) -> None:
     """`fastdeit data preview RECIPE --rows R --columns C --out FILE`: the first images of the first training batch as
-    the model sees them, and evaluation crops."""
+    the model sees them, and evaluation crops. A small batch is drawn whole, in fewer rows."""
     path, recipe, source = _begin(args)
-    count, size, batch_size = args.rows * args.columns, recipe.data.group_size, recipe.train.batch_size
-    if count > batch_size:
-        raise UsageError(
-            f"--rows {args.rows} x --columns {args.columns} are {count} images, but a batch of recipe {recipe.name} "
-            f"has {batch_size}"
-        )
+    wanted, size, batch_size = args.rows * args.columns, recipe.data.group_size, recipe.train.batch_size
+    count = min(wanted, batch_size)
+    columns = min(args.columns, count)
+    rows = -(-count // columns)
     training = []
     for group in range(-(-count // size)):
         samples, batch = _group(recipe, source, 0, group)
         labels = zip(samples.y1.tolist(), samples.y2.tolist(), samples.lam.tolist(), strict=True)
         training += zip(_visible(batch.pixels(), recipe), (_target(source, *label) for label in labels), strict=True)
     _, held_out = build.sources(recipe)
-    evaluation = _evaluation(recipe, held_out, min(len(held_out), args.columns * max(1, args.rows // 2)))
-    _save(_grid(recipe, training[:count], evaluation, args.columns), path)
+    evaluation = _evaluation(recipe, held_out, min(len(held_out), columns * max(1, rows // 2)))
+    _save(_grid(recipe, training[:count], evaluation, columns), path)
+    if count < wanted:
+        print(f"a batch of recipe {recipe.name} has {count} images: all are drawn, fewer than the {wanted} asked for")
     print(f"{_geometry(recipe)}\npicture in {path}")
 
 
@@ -188,7 +188,7 @@ def _evaluation(recipe: "Recipe", source: Source, count: int) -> list[tuple[Pict
 
 
 def _on_bad(path: str, reason: str) -> None:
-    print(f"bad image {path}: {reason}", file=sys.stderr)
+    print(f"image not used: {path}: {reason}", file=sys.stderr)
 
 
 def _visible(x: torch.Tensor, recipe: "Recipe") -> Picture:

@@ -6,13 +6,14 @@ launches. An operation takes
     max(FLOPs / (share * peak), bytes / (share * bandwidth)) + launches * gap
 
 with peaks and bandwidths of the makers' datasheets, and shares that kernels of its kind are expected to reach. Shares
-and gaps are the only judgements; they stand in `GPUS`. A step takes the sum, or the host's time to launch it all where
-that is longer. Of communication counts what no computation hides. How far this is from measurements is told by
-`estimate_rows.py`.
+and gaps are the only judgements; they stand in `estimate_gpus.GPUS`. A step takes the sum, or the host's time to launch
+it all where that is longer. Of communication counts what no computation hides. How far this is from measurements is
+told by `estimate_rows.py`.
 
 Bytes of an operation are what PyTorch's autocast and this package's kernels read and write, with `a` bytes of an
 activation (2 in 16 bit) and 4 of the residual stream. Attention's are those of FlashAttention-2 (Dao, 2023), padding to
-its tiles included, for a library, and of `fastdeit.kernels.attention` for ours.
+its tiles included, for a library, and of `fastdeit.kernels.attention` for ours, whose backend is the one that its table
+of choices has for the GPU.
 
 Only the standard library is imported.
 """
@@ -21,68 +22,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from fastdeit.estimate_gpus import GPU, backend
+
 GIB = 2**30
-
-# ---- hardware --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GPU:
-    """A kind of GPU: datasheet figures, and the shares of them that kernels are expected to reach.
-
-    memory                 bytes
-    flops, tf32, fp32      peak FLOP/s: dense products of 16 bit, of float32 on tensor cores (of plain float32 where
-                           there is none), and without tensor cores
-    bandwidth              of the memory, bytes/s
-    link, network          bytes/s in one direction from a GPU to others of its node, and out of the node
-    gemm, narrow           share of the peak that library products reach, from 768 channels and below
-    pointwise, reduction   share of the bandwidth: element-wise kernels and row reductions; column sums
-    library, ours          shares of the peak of attention's (forward, backward), padding counted as work
-    epilogue               slowdown of a product with GELU in its epilogue
-    gap                    seconds between two kernels on a busy stream
-    triton_products        whether Triton uses its tensor cores
-    """
-
-    name: str
-    memory: float
-    flops: float
-    tf32: float
-    fp32: float
-    bandwidth: float
-    link: float
-    network: float
-    gemm: float
-    narrow: float
-    pointwise: float
-    reduction: float
-    library: tuple[float, float]
-    ours: tuple[float, float]
-    epilogue: float
-    gap: float
-    triton_products: bool = True
-
-
-# Datasheets: NVIDIA V100 SXM2 (NVLink 2, DGX-1's four EDR adapters for eight GPUs), A100 SXM 80 GB (NVLink 3, an HDR
-# adapter a GPU), H100 SXM and H200 (NVLink 4, an NDR adapter a GPU), GeForce RTX 3090 (PCIe 4; the peak with float32
-# accumulation).
-_H100 = GPU("H100", 80e9, 989e12, 494.5e12, 67e12, 3.35e12, 450e9, 50e9,
-            .60, .48, .88, .60, (.36, .28), (.34, .24), .12, 1.2e-6)  # fmt: skip
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        GPU("V100", 32e9, 125e12, 15.7e12, 15.7e12, 0.90e12, 150e9, 6.25e9,
-            .68, .60, .85, .60, (.25, .18), (.25, .18), .0, 2.0e-6, triton_products=False),
-        GPU("A100", 80e9, 312e12, 156e12, 19.5e12, 2.04e12, 300e9, 25e9,
-            .76, .64, .86, .60, (.42, .36), (.50, .38), .08, 1.5e-6),
-        _H100,
-        # A copy of large tensors was measured at 4.3 of the 4.8 TB/s.
-        replace(_H100, name="H200", memory=141e9, bandwidth=4.8e12, pointwise=.83, reduction=.56),
-        GPU("RTX3090", 24e9, 71e12, 35.6e12, 35.6e12, 0.936e12, 32e9, 12.5e9,
-            .88, .80, .88, .65, (.60, .50), (.60, .50), .08, 1.5e-6),
-    )
-}  # fmt: skip
-DEFAULT_GPUS = "V100", "A100", "H100", "H200"
-GPUS_PER_NODE = 8
 
 _COLLECTIVE_SHARE = 0.8
 """Of a link, in NCCL's rings with large messages."""
@@ -180,6 +122,7 @@ class Design:
     ours             kernels of this package: attention (where Triton has products), GELU's backward, loss, input
     epilogue         GELU and its derivative inside the products
     attention        "unfused" (scores in memory), "library" or "ours"
+    fused_backward   ours has one kernel for attention's backward, where all tokens are queries
     packing          copies of dq, dk and dv into one tensor
     two_pass         the gradients of LayerNorm's weight and bias take a pass of their own (Inductor of torch < 2.10)
     optimizer        "foreach", "torch" (its fused AdamW) or "ours" (with the average of weights in the same pass)
@@ -193,6 +136,7 @@ class Design:
     ours: bool = False
     epilogue: bool = False
     attention: str = "library"
+    fused_backward: bool = False
     packing: int = 1
     two_pass: bool = False
     optimizer: str = "torch"
@@ -308,9 +252,12 @@ def _attention(vit: ViT, work: Work, design: Design, rows: int) -> Iterator[Op]:
     else:
         tile = 2.0 * heads * _padded(rows, 64) * _padded(tokens, 16) * width
         yield Op("ours", "forward", 2 * one, 2 * a * (queries + keys), padded=2 * tile)
-        # Two kernels, one for dq and one for dk and dv, both of which make the scores and their gradients.
-        tile = 2.0 * heads * _padded(rows, 64) * _padded(tokens, 64) * width
-        yield Op("ours", "backward", 7 * one, 6 * a * (queries + keys), 3, padded=7 * tile)
+        if design.fused_backward and rows == tokens:
+            tile = 2.0 * heads * _padded(rows, 32) * _padded(tokens, 16) * width
+            yield Op("ours", "backward", 5 * one, 4 * a * (queries + keys), 2, padded=5 * tile)
+        else:  # two kernels, one for dq and one for dk and dv, both of which make the scores and their gradients
+            tile = 2.0 * heads * _padded(rows, 64) * _padded(tokens, 64) * width
+            yield Op("ours", "backward", 7 * one, 6 * a * (queries + keys), 3, padded=7 * tile)
     if design.packing:
         yield Op("pointwise", "backward", bytes=2 * a * (queries + 2 * keys), count=design.packing)
     if design.attention != "ours":
@@ -398,6 +345,23 @@ def _update(parameters: float, work: Work, design: Design, depth: int) -> Iterat
         yield Op("pointwise", "update", bytes=12 * parameters, launches=4)
 
 
+_FUSED_BACKWARD_TOKENS, _FUSED_BACKWARD_WIDTH = 208, 64
+"""The largest that `kernels.attention_fused_backward` takes: more tokens or wider heads go to the split backward."""
+
+
+def selected(design: Design, vit: ViT, work: Work, gpu: GPU) -> Design:
+    """The design with the backends of attention and of the MLP that are taken for such shapes on that GPU."""
+    if not design.ours or not gpu.triton_products:
+        return replace(design, attention="library", packing=1) if design.ours else design
+    narrow = vit.tokens <= _FUSED_BACKWARD_TOKENS and vit.dim // vit.heads <= _FUSED_BACKWARD_WIDTH
+    attention, mlp = backend(gpu, "attention", 3 * vit.dim), backend(gpu, "mlp", vit.dim)
+    if attention == "reference":
+        design = replace(design, attention="library", packing=1)
+    elif attention == "fused_backward" and narrow and work.bytes == 2:
+        design = replace(design, fused_backward=True)
+    return replace(design, epilogue=True) if mlp == "epilogue" and work.bytes == 2 else design
+
+
 def ops(network: Network, work: Work, design: Design, gpu: GPU) -> list[Op]:
     """Forward and backward of a micro-batch, and the update of a step."""
     vit = network.vit
@@ -406,8 +370,7 @@ def ops(network: Network, work: Work, design: Design, gpu: GPU) -> list[Op]:
         moved = flops / CONVNET_FLOPS_PER_BYTE * work.bytes / 2
         both = [Op("convnet", phase, flops, moved, network.layers) for phase in ("forward", "backward", "backward")]
         return [*both, *_update(network.parameters, work, design, 1)]
-    if design.ours and not gpu.triton_products:
-        design = replace(design, attention="library", packing=1)
+    design = selected(design, vit, work, gpu)
     full, last = vit.rows[0], vit.rows[-1]
     blocks = [op._replace(count=op.count * (vit.depth - 1)) for op in _block(vit, work, design, gpu, full)]
     return [

@@ -21,7 +21,8 @@ from fastdeit import recipe as recipes
 from fastdeit.data import order
 from fastdeit.engine.progress import table
 from fastdeit.errors import UsageError
-from fastdeit.estimate import DESIGNS, GIB, GPU, GPUS, GPUS_PER_NODE, Design, Network, ViT, Work
+from fastdeit.estimate import DESIGNS, GIB, Design, Network, ViT, Work
+from fastdeit.estimate_gpus import DEFAULT_GPUS, GPU, GPUS, GPUS_PER_NODE
 from fastdeit.recipe_yaml import meant
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _MODELLED = "modelled"
 IMAGENET = 1_281_167, 50_000, 1000
+_HIGHEST_PRICE = 1_000_000
 # (training images, held-out images, classes) of sources that are the same everywhere, as their authors distribute them.
 SIZES = {
     "imagenet": IMAGENET,
@@ -67,7 +69,7 @@ class Machine:
 
 
 def _machines(recipe: "Recipe", args: argparse.Namespace) -> list[Machine]:
-    gpus = [_gpu(name) for name in args.gpu or estimate.DEFAULT_GPUS]
+    gpus = [_gpu(name) for name in args.gpu or DEFAULT_GPUS]
     # Unless asked for: one GPU, and a node of eight where the batch can be shared by it.
     counts = args.count or [count for count in (1, GPUS_PER_NODE) if count == 1 or _unshared(recipe, count) is None]
     machines = []
@@ -94,8 +96,9 @@ def _prices(args: argparse.Namespace) -> dict[str, float]:
     if not args.price:
         return {}
     named = [_gpu(name).name for name in args.gpu or ()]
-    if not all(price > 0 for price in args.price):
-        raise UsageError(f"--price {' '.join(map(str, args.price))}: a price is a positive number of USD an hour")
+    if not all(0 < price <= _HIGHEST_PRICE for price in args.price):
+        given = " ".join(f"{price:g}" for price in args.price)
+        raise UsageError(f"--price {given}: a price is a positive number of USD an hour, at most {_HIGHEST_PRICE:,}")
     if len(named) != len(args.price):
         raise UsageError(f"--price has {len(args.price)} numbers for {len(named)} --gpu; give one for each, in order")
     return dict(zip(named, args.price, strict=True))
@@ -274,6 +277,7 @@ def report(
             "steps": trained.steps,
             "batch_size": train.batch_size,
             "accumulate": train.accumulate,
+            "group_size": recipe.data.group_size,
             "evaluations": trained.evaluations,
             "sharding": sharding,
         },
@@ -320,6 +324,7 @@ def _plan(
     parts = estimate.memory(student, work, design, **options)
     fits = estimate.largest_batch(student, work, design, gpu, trained.recipe.data.group_size, **options)
     seconds = run["training"] + run["evaluation"] + run["teacher"]
+    unmixed = estimate.largest_batch(student, work, design, gpu, 1, **options)
     possible = _accumulate(trained.recipe, machine.count, fits)
     peak = gpu.tf32 if work.precision == "fp32" else gpu.flops
     flops = 3 * student.flops * train.batch_size
@@ -336,6 +341,7 @@ def _plan(
         "communication": run["communication"],
         "memory": {"total": estimate.total(parts), "parts": parts, "available": gpu.memory},
         "largest_batch": fits,
+        "largest_group": unmixed,
         "fits": work.batch <= fits,
         "accumulate": possible,
         "seconds": {name: run[name] for name in ("training", "evaluation", "teacher")} | {"total": seconds},
@@ -351,12 +357,11 @@ def _plan(
 
 def _accumulate(recipe: "Recipe", world: int, fits: int) -> int | None:
     """The least `train.accumulate` whose micro-batches fit and share the mixing groups evenly; None where none does."""
-    train = recipe.train
-    for accumulate in range(1, train.batch_size // (recipe.data.group_size * world) + 1):
-        micro, rest = divmod(train.batch_size, accumulate * world)
-        if rest == 0 and micro % recipe.data.group_size == 0 and micro <= fits:
-            return accumulate
-    return None
+    size = recipe.data.group_size
+    groups = recipe.train.batch_size // (size * world)
+    return next(
+        (groups // at_once for at_once in range(min(fits // size, groups), 0, -1) if groups % at_once == 0), None
+    )
 
 
 def _run(trained: Subject, machine: Machine, design: Design, sharding: str, factor: float) -> dict[str, Any]:
@@ -408,6 +413,8 @@ def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: 
         notes.append("V100 has no bf16: planned there with engine.precision=fp16, which train has to be told")
     if sharding == "fsdp":
         notes.append("train runs ddp; fsdp is what full sharding would change")
+    if recipe.train.batch_size > trained.images:
+        notes.append(f"a batch has more than the {trained.images:,} training images: each is in it several times")
     if trained.student.vit is None:
         notes.append(
             f"{trained.student.name} is not a plain vision transformer: its speed follows FLOPs alone, roughly"
@@ -427,13 +434,13 @@ def _show(found: dict[str, Any]) -> None:
         print(line)
     print()
     table([_cells(plan, found) for plan in found["plans"]], _columns(found))
-    for line in dict.fromkeys(_advice(plan) for plan in found["plans"] if not plan["fits"]):
+    for line in _advice(found):
         print(line)
     for count in dict.fromkeys(plan["count"] for plan in found["plans"]):
         shown = {plan["design"]: plan for plan in reversed(found["plans"]) if plan["count"] == count}
         shown = {design: shown[design] for design in DESIGNS if design in shown}
         batch = next(iter(shown.values()))["batch_per_gpu"]
-        print(f"\nmemory of a process in GiB, {batch} images, {count} GPU{'s' * (count > 1)} (modelled)")
+        print(f"\nmemory of a process in GiB, {batch:,} images, {count} GPU{'s' * (count > 1)} (modelled)")
         memories = [plan["memory"] for plan in shown.values()]
         table(list(_memory_rows(memories)), ["", *shown])
     print()
@@ -452,10 +459,10 @@ def _head(found: dict[str, Any]) -> Iterator[str]:
         yield f"teacher   {_sentence(teacher)}, in every step"
     origin = " (assumed)" if data["assumed"] else ""
     yield f"data      {data['images']:,} training and {data['held_out']:,} held-out images{origin}"
-    accumulated = f" in {run['accumulate']} micro-batches" if run["accumulate"] > 1 else ""
+    accumulated = f" in {run['accumulate']:,} micro-batches" if run["accumulate"] > 1 else ""
     yield (
-        f"run       {run['epochs']} epochs, {run['steps']:,} steps of {run['batch_size']:,} images{accumulated}, "
-        f"{run['evaluations']} evaluations, {run['sharding']}"
+        f"run       {run['epochs']:,} epochs, {run['steps']:,} steps of {run['batch_size']:,} images{accumulated}, "
+        f"{run['evaluations']:,} evaluations, {run['sharding']}"
     )
     for whole, what in ((False, "steps on one GPU"), (True, "whole runs, whose input and communication it leaves out")):
         off = [row["modelled"] / row["published"] - 1 for row in found["published"] if row["whole"] == whole]
@@ -467,7 +474,7 @@ def _head(found: dict[str, Any]) -> Iterator[str]:
 
 def _sentence(network: dict[str, Any]) -> str:
     size, flops = network["parameters"] / 1e6, network["flops"] / 1e9
-    return f"{network['name']}: {size:.2f} M parameters, {flops:.2f} GFLOP an image"
+    return f"{network['name']}: {size:,.2f} M parameters, {flops:,.2f} GFLOP an image"
 
 
 def _columns(found: dict[str, Any]) -> list[str]:
@@ -480,33 +487,54 @@ def _columns(found: dict[str, Any]) -> list[str]:
 
 
 def _cells(plan: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    hours = plan["seconds"]["total"] / 3600
     cells = {
-        "GPUs": f"{plan['count']} {plan['gpu']}" + (f" / {plan['nodes']} nodes" if plan["nodes"] > 1 else ""),
+        "GPUs": _machine(plan) + (f" / {plan['nodes']} nodes" if plan["nodes"] > 1 else ""),
         "design": plan["design"],
+        "GiB": f"{plan['memory']['total'] / GIB:,.1f} of {plan['memory']['available'] / GIB:.0f}",
+        "fits": f"{plan['largest_batch']:,}",
+    }
+    speed = {
         "images/s": f"{plan['images_per_second']:,.0f}",
         "MFU": f"{plan['mfu']:.0%}",
-        "step ms": f"{1e3 * plan['step']['seconds']:.1f}",
-        "teacher ms": f"{1e3 * plan['step']['teacher_seconds']:.1f}",
-        "exposed ms": f"{1e3 * plan['communication']['exposed']:.1f}",
-        "GiB": f"{plan['memory']['total'] / GIB:.1f} of {plan['memory']['available'] / GIB:.0f}",
-        "fits": f"{plan['largest_batch']:,}",
-        "hours": f"{plan['seconds']['total'] / 3600:.3g}",
+        "step ms": f"{1e3 * plan['step']['seconds']:,.1f}",
+        "teacher ms": f"{1e3 * plan['step']['teacher_seconds']:,.1f}",
+        "exposed ms": f"{1e3 * plan['communication']['exposed']:,.1f}",
+        "hours": f"{hours:,.0f}" if hours >= 1000 else f"{hours:.3g}",
         "USD": "" if plan["usd"] is None else f"{plan['usd']:,.2f}",
         "speed is": plan["basis"]["speed"],
     }
+    # The speed of what cannot run is not shown.
+    cells |= speed if plan["fits"] else dict.fromkeys(speed, "-") | {"speed is": "does not fit"}
     return [cells[column] for column in _columns(found)]
 
 
-def _advice(plan: dict[str, Any]) -> str:
-    problem = f"{plan['count']} {plan['gpu']}: {plan['batch_per_gpu']} images in a GPU do not fit; "
-    if plan["accumulate"] is None:
-        return problem + "nor does one mixing group, so that train.accumulate cannot help"
-    return problem + f"with train.accumulate={plan['accumulate']} they do"
+def _machine(plan: dict[str, Any]) -> str:
+    return f"{plan['count']} {plan['gpu']}"
+
+
+def _advice(found: dict[str, Any]) -> Iterator[str]:
+    """What to do about plans that do not fit, in a line for all designs that it is true of."""
+    designs: dict[tuple[str, str], list[str]] = {}
+    for plan in found["plans"]:
+        if not plan["fits"]:
+            problem = f"{plan['batch_per_gpu']:,} images in a GPU do not fit; {_remedy(plan, found['run'])}"
+            designs.setdefault((_machine(plan), problem), []).append(plan["design"])
+    yield from (f"{machine}, {', '.join(names)}: {problem}" for (machine, problem), names in designs.items())
+
+
+def _remedy(plan: dict[str, Any], run: dict[str, Any]) -> str:
+    if plan["accumulate"] is not None:
+        return f"with train.accumulate={plan['accumulate']} they do"
+    if plan["largest_group"] == 0:
+        return "nor does a single image: take a smaller model or smaller images"
+    most = plan["largest_group"]
+    return f"nor does one mixing group of {run['group_size']:,}: set data.group_size to at most {most:,}"
 
 
 def _memory_rows(memories: list[dict[str, Any]]) -> Iterator[list[str]]:
     def row(name: str, values: list[float]) -> list[str]:
-        return [name, *(f"{value / GIB:.2f}" for value in values)]
+        return [name, *(f"{value / GIB:,.2f}" for value in values)]
 
     for part in memories[0]["parts"]:
         values = [memory["parts"][part] for memory in memories]

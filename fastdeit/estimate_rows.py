@@ -1,8 +1,8 @@
 """How far the estimate is from what was measured: published rows of others, and this project's own rows.
 
 A published row is a training speed that somebody else reports; `errors` is what `estimate.py` makes of it. The shares
-in `estimate.GPUS` were judged with the first three rows of the RTX 3090 in view, so their errors are no proof; those of
-other models and cards are.
+in `estimate_gpus.GPUS` were judged with the first three rows of the RTX 3090 in view, so their errors are no proof;
+those of other models and cards are.
 
 Rows of `fastdeit bench` (benchmarks/README.md) on a known GPU calibrate: measured / modelled seconds of a step, the
 geometric mean of all rows, by GPU, design and precision. Published rows never do.
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastdeit.errors import UsageError
-from fastdeit.estimate import COMPILE, DESIGNS, EAGER, GPUS, Design, Network, ViT, Work, step
+from fastdeit.estimate import COMPILE, DESIGNS, EAGER, Design, Network, ViT, Work, step
+from fastdeit.estimate_gpus import GPUS
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 """Of a checkout; an installed package has none."""

@@ -41,8 +41,15 @@ def prepare_directory(path: Path, world: World, resume: bool) -> None:
     used = (path / "metrics.jsonl").exists() or bool(checkpoint.steps(path / "checkpoints"))
     if world.same(used and not resume):
         raise UsageError(f"{path} already holds a run; add --resume to continue it, or choose another --run-dir")
+    problem = None
     if world.main:
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = error.strerror
+    if problem := world.same(problem):
+        raise UsageError(f"{path}: the run directory cannot be made or written to: {problem}; choose another --run-dir")
+    if world.main:
         checkpoint.sweep(path / "checkpoints")
     world.barrier()
 
@@ -161,8 +168,8 @@ class RunLog:
             print(text, flush=True)
 
     def bad_image(self, path: str, reason: str) -> None:
-        """A file was replaced or left out because it cannot be decoded."""
-        text = f"bad image {path}: {reason}"
+        """A sample was replaced or left out because it cannot be used."""
+        text = f"image not used: {path}: {reason}"
         if self.progress is not None:
             self.progress.message(text)
         else:

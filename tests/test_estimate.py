@@ -1,5 +1,6 @@
 """The estimate against independent counts: torch's own, a ring simulated message by message, and published speeds."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdeit import estimate, estimate_rows, kernels, models
+from fastdeit import estimate, estimate_gpus, estimate_rows, kernels, models
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.optim import AdamW, default_groups
-from fastdeit.estimate import COMPILE, DESIGNS, EAGER, EPILOGUE, FUSED, GIB, GPUS, Network, ViT, Work
+from fastdeit.estimate import COMPILE, DESIGNS, EAGER, EPILOGUE, FUSED, GIB, Network, ViT, Work
+from fastdeit.estimate_gpus import GPUS
+from fastdeit.kernels import _op, attention_fused_backward, attention_tiles
 
 NAMES = [name for name in models.MODELS if name.startswith("deit_")]
 
@@ -76,9 +79,10 @@ def test_flops_of_a_training_step_are_those_that_torch_counts(name):
         (EAGER, True, 136 + 16 + 40 + 42 + 12 + 18),
         (COMPILE, True, 56 + 40 + 42 + 12 + 18),
         (FUSED, True, 56 + 48 + 32 + 2),
+        (replace(FUSED, fused_backward=True), True, 56 + 48 + 24 + 2),
         (EPILOGUE, True, 56 + 32 + 2),
     ],
-    ids=["timm", "timm without drop-path", "eager", "compile", "fused", "epilogue"],
+    ids=["timm", "timm without drop-path", "eager", "compile", "fused", "fused backward", "epilogue"],
 )
 def test_bytes_between_the_products_of_a_block(design, drop_path, bytes_per_value):
     """In units of tokens * channels, 16 bit: the table in docs/plan.md."""
@@ -148,6 +152,94 @@ def test_on_a_v100_attention_is_the_library_s():
     kinds = {op.kind for op in estimate.ops(BASE, Work(64, "fp16"), FUSED, GPUS["V100"])}
     assert "library" in kinds
     assert "ours" not in kinds
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """`choose(attention={...}, mlp={...})` is the table of choices for sm_80."""
+
+    def use(**rows):
+        monkeypatch.setattr(estimate_gpus, "_choices", lambda: {"sm_80": rows})
+
+    return use
+
+
+def attention_backward(work=None, gpu="A100", tokens=196 + 2, heads=12, pruned=True, design=FUSED):
+    """(FLOPs over those of one product of scores, launches) of attention's backward in a block of all tokens."""
+    vit = replace(BASE.vit, patches=tokens - 2, heads=heads, pruned=pruned)
+    work = work or Work(8)
+    found = estimate.ops(network_of(vit), work, design, GPUS[gpu])
+    op = next(op for op in found if op.phase == "backward" and op.kind in ("ours", "library"))
+    return op.flops / (2 * work.batch * tokens * tokens * 768), op.launches
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"), [("triton", (7, 3)), ("fused_backward", (5, 2)), ("reference", (5, 3))]
+)
+def test_attention_is_what_the_table_of_choices_has_for_the_gpu(choose, backend, expected):
+    choose(attention={"backend": backend})
+    assert attention_backward() == expected
+    assert attention_backward(gpu="H100") == (7, 3)
+
+
+def test_a_width_has_a_choice_of_its_own(choose):
+    choose(attention={"backend": "triton", "widths": {"2304": {"backend": "fused_backward"}}})
+    assert attention_backward() == (5, 2)
+    choose(attention={"backend": "fused_backward", "widths": {"2304": {"backend": "triton"}}})
+    assert attention_backward() == (7, 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"tokens": 209}, {"heads": 8}, {"work": Work(8, "fp32")}], ids=["tokens", "width of heads", "fp32"]
+)
+def test_what_the_fused_backward_does_not_take_goes_to_the_split_one(choose, options):
+    choose(attention={"backend": "fused_backward"})
+    assert attention_backward(**options) == (7, 3)
+    assert attention_backward(tokens=208) == (5, 2)
+
+
+def test_limits_and_padding_of_the_fused_backward_are_the_kernel_s():
+    limits = estimate._FUSED_BACKWARD_TOKENS, estimate._FUSED_BACKWARD_WIDTH
+    assert limits == (attention_fused_backward.MOST_TOKENS, attention_fused_backward.WIDEST_HEAD)
+    for tokens in range(1, limits[0] + 1):
+        assert sum(attention_tiles.chunks(tokens)) == estimate._padded(tokens, 16)
+
+
+def test_the_last_block_s_queries_have_the_split_backward(choose):
+    choose(attention={"backend": "fused_backward"})
+    counts = [
+        sorted(
+            (op.launches, op.count)
+            for op in estimate.ops(network_of(replace(BASE.vit, pruned=pruned)), Work(8), FUSED, GPUS["A100"])
+            if (op.kind, op.phase) == ("ours", "backward")
+        )
+        for pruned in (True, False)
+    ]
+    assert counts == [[(2, 11), (3, 1)], [(2, 1), (2, 11)]]
+
+
+@pytest.mark.parametrize(("precision", "same"), [("bf16", True), ("fp32", False)])
+def test_the_mlp_is_what_the_table_of_choices_has(choose, precision, same):
+    choose(mlp={"backend": "epilogue"})
+    fused, epilogue = (
+        estimate.ops(BASE, Work(8, precision), design, GPUS["A100"])
+        for design in (FUSED, replace(FUSED, epilogue=True))
+    )
+    assert (fused == epilogue) == same
+
+
+def test_the_table_of_choices_is_read_as_the_kernels_read_it():
+    for card, rows in _op._measured().items():
+        for name, row in rows.items():
+            for width in [*map(int, row.get("widths", {})), 12345]:
+                wanted = _op._at_width(row, [torch.empty(1, width, device="meta")])["backend"]
+                assert estimate_gpus.backend(replace(GPUS["A100"], arch=card), name, width) == wanted
+    assert estimate_gpus.backend(replace(GPUS["A100"], arch="sm_1"), "attention", 2304) == "triton"
+
+
+def test_gelu_is_made_again_as_the_mlp_does_by_default():
+    recomputed = inspect.signature(kernels.mlp).parameters["recompute"].default
+    assert FUSED.kept[1] == EPILOGUE.kept[1] == 2 - recomputed
 
 
 def test_designs_that_cannot_run_are_not_offered():

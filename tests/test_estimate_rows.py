@@ -7,7 +7,8 @@ import pytest
 
 from fastdeit import estimate, estimate_rows
 from fastdeit.errors import UsageError
-from fastdeit.estimate import COMPILE, EAGER, FUSED, GPUS, Network, ViT, Work
+from fastdeit.estimate import COMPILE, EAGER, FUSED, Network, ViT, Work
+from fastdeit.estimate_gpus import GPUS
 
 VIT = ViT(patches=196, prefix=1, patch_values=768, dim=192, depth=12, heads=3, hidden=768, classes=1000)
 OURS = Network("tiny", VIT.parameters, VIT.flops, 3 * 224 * 224, 1000, vit=VIT)

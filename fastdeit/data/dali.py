@@ -23,22 +23,26 @@ Rules, each from a failure:
 """
 
 import io
+import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline, fn, pipeline_def
-from nvidia.dali.data_node import DataNode
 from PIL import Image
 
-from fastdeit.data import dali_graph
 from fastdeit.data.plan import Plan, unaugmented
 from fastdeit.data.policy import Ops
 from fastdeit.data.render import Renderer, RenderError
-from fastdeit.data.source import undecodable
+from fastdeit.data.source import DataError, undecodable
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
 
 IN_FLIGHT = 2
 
@@ -62,7 +66,7 @@ class Executor:
 
     sizes: output (height, width) of each view. threads: of DALI, and on the CPU as many again that render a view.
     device: "cpu" or a GPU's index. repair(work, {row: reason}) returns `work` without the undecodable rows, replaced or
-    removed. All works of an executor have the same form (number of operations, window or none).
+    removed. All works of an executor have the same form (number of operations, window or none). DataError without DALI.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Executor:
     ) -> None:
         self._sizes, self._batch_size, self._threads, self._device = sizes, batch_size, threads, device
         self._repair = repair
+        self._graphs = _graphs()
         self._pending: deque[Work] = deque()
         self._renderers = [Renderer(size, threads) for size in sizes] if device == "cpu" else []
         self._stream: _Stream | None = None
@@ -149,17 +154,17 @@ class Executor:
             except RenderError as error:
                 failures[row] = str(error)
             except RuntimeError as error:
-                failures[row] = undecodable(data) or f"DALI cannot decode it ({_summary(error)})"
+                failures[row] = undecodable(data) or _fault(error)
                 alone = self._open(work, 1, 1, 1)
         return failures
 
     def _open(self, like: Work, batch_size: int, threads: int, depth: int) -> "_Stream":
         options = {"batch_size": batch_size, "num_threads": threads, "prefetch_queue_depth": depth}
         if self._renderers:
-            pipe = _decode_box(**options, device_id=None)
+            pipe = self._graphs.decoded_box(**options, device_id=None)
         else:
-            forms = dali_graph.forms(self._sizes, like.views)
-            pipe = dali_graph.whole(forms, gpu=True, **options, device_id=int(self._device))
+            forms = self._graphs.forms(self._sizes, like.views)
+            pipe = self._graphs.whole(forms, gpu=True, **options, device_id=int(self._device))
         pipe.build()
         return _Stream(pipe, depth, self._inputs(_sound(like, self._sizes)))
 
@@ -183,7 +188,7 @@ class Executor:
             corner, extent = _hull(work.views)
             steps = {"corner": corner, "extent": extent}
         else:
-            steps = dali_graph.inputs(self._sizes, work.views)
+            steps = self._graphs.inputs(self._sizes, work.views)
         return {"encoded": work.encoded} | steps
 
 
@@ -195,7 +200,7 @@ class _Stream:
     their place and its images are dropped.
     """
 
-    def __init__(self, pipe: Pipeline, depth: int, filler: dict[str, Any]) -> None:
+    def __init__(self, pipe: "Pipeline", depth: int, filler: dict[str, Any]) -> None:
         self._pipe, self._filler = pipe, filler
         self._missing = depth
         self._wanted: deque[bool] = deque()
@@ -218,12 +223,18 @@ class _Stream:
                 return images
 
 
-@pipeline_def
-def _decode_box() -> DataNode:
-    """A box of each image: inputs `encoded`, `corner` (y, x) and `extent` (height, width)."""
-    encoded = dali_graph.guarded(fn.external_source(name="encoded", no_copy=True))
-    corner, extent = fn.external_source(name="corner"), fn.external_source(name="extent")
-    return fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=(0, 1), adjust_orientation=False)
+def _graphs() -> ModuleType:
+    """The module of DALI's graphs, imported by whom images are decoded: all that decodes none does without DALI."""
+    # What DALI's copy of OpenCV would print for each damaged file is in our reports; read when it is loaded.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "FATAL")
+    try:
+        return import_module("fastdeit.data.dali_graph")
+    except ModuleNotFoundError as error:
+        if error.name not in ("nvidia", "nvidia.dali"):
+            raise
+        raise DataError(
+            "images are decoded by NVIDIA DALI, which is not installed: pip install nvidia-dali-cuda120"
+        ) from error
 
 
 def _hull(views: Sequence[Plan]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -255,6 +266,14 @@ def _sound(like: Work, sizes: Sequence[tuple[int, int]]) -> Work:
         )
         views.append(replace(still, ops=Ops(np.zeros((1, layers), np.uint8), np.zeros((1, layers), np.float32))))
     return Work([np.frombuffer(out.getvalue(), np.uint8)], tuple(views))
+
+
+def _fault(error: RuntimeError) -> str:
+    """What DALI could not do with a file that Pillow decodes."""
+    operator = re.search(r"operator `nvidia\.dali\.fn\.([\w.]+)`", str(error))
+    if operator and operator[1] != "peek_image_shape" and not operator[1].startswith("decoders."):
+        return f"the file is sound, but DALI's operation {operator[1]} failed ({_summary(error)})"
+    return f"DALI cannot decode it ({_summary(error)})"
 
 
 def _summary(error: RuntimeError) -> str:

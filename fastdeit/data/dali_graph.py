@@ -1,4 +1,5 @@
-"""The whole plan as one DALI graph, for the GPU: decode, resize, window and flip, pixel operations.
+"""DALI's graphs: `decoded_box` for the CPU, and the whole plan for the GPU: decode, resize, window and flip, pixel
+operations.
 
 `inputs` turns a plan into the operands that the graph takes from outside; the graph itself decides nothing. The
 formulas are those of `pixel_ops`, in float32 and truncated, so that the result is Pillow's except where DALI has an
@@ -6,7 +7,7 @@ operator of its own: the resize (floats between its passes), the bicubic warp, `
 Gaussian instead of Pillow's three box filters. Where arithmetic meets images, operands are moved to the images' device;
 named arguments (sizes, regions, matrices) and conditions stay on the CPU.
 
-The graph also runs on DALI's CPU backend, which is how it is tested.
+That graph also runs on DALI's CPU backend, which is how it is tested.
 """
 
 from collections.abc import Sequence
@@ -49,6 +50,14 @@ def guarded(encoded: DataNode) -> DataNode:
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)
     zero = fn.cast(shape[0:1] * 0, dtype=types.INT32)
     return fn.slice(encoded, start=zero, rel_shape=1.0, axes=(0,))
+
+
+@pipeline_def
+def decoded_box() -> DataNode:
+    """A box of each image: inputs `encoded`, `corner` (y, x) and `extent` (height, width)."""
+    encoded = guarded(fn.external_source(name="encoded", no_copy=True))
+    corner, extent = fn.external_source(name="corner"), fn.external_source(name="extent")
+    return fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=(0, 1), adjust_orientation=False)
 
 
 def forms(sizes: Sequence[tuple[int, int]], views: Sequence[Steps]) -> list[Form]:

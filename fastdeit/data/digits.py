@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from fastdeit import rng
+from fastdeit.data.source import DataError
 
 VERSION = 1
 _SIZE = 32
@@ -25,20 +26,24 @@ def prepare(cache: str | Path | None = None) -> Path:
     """Root of the digits, written first if need be; `cache` defaults to $FASTDEIT_CACHE, else ~/.cache/fastdeit.
 
     The folder appears complete or not at all: it is written beside its place and renamed. Of several processes that
-    start at once, one wins and the others use its folder.
+    start at once, one wins and the others use its folder. DataError where `cache` cannot be written.
     """
     cache = Path(cache or os.environ.get("FASTDEIT_CACHE") or Path.home() / ".cache" / "fastdeit")
     root = cache / f"digits-{VERSION}"
     if root.is_dir():
         return root
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=cache))
     try:
-        _write(scratch)
-        scratch.chmod(0o755)
-        _publish(scratch, root)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=cache))
+        try:
+            _write(scratch)
+            scratch.chmod(0o755)
+            _publish(scratch, root)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{cache}: the digits cannot be written there: {reason}; set FASTDEIT_CACHE=FOLDER") from error
     return root
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fastdeit.data import order, plan
 from fastdeit.data.dali import Executor, Work
 from fastdeit.data.prefetch import Prefetch
-from fastdeit.data.source import BadImage, DataError, Source, check
+from fastdeit.data.source import BadImage, DataError, Source, check, quieten_pillow
 
 OnBad = Callable[[str, str], None]
 Read = tuple[NDArray[np.uint8], tuple[int, int]] | str
@@ -59,7 +59,7 @@ class Samples:
 
 
 class BadImages:
-    """Files this process could not decode. `count`: how often it met one; `reasons`: path to reason, each path once."""
+    """Images this process could not use. `count`: how often it met one; `reasons`: path to reason, each path once."""
 
     def __init__(self, source: Source, max_fraction: float, on_bad: OnBad | None) -> None:
         self.count = 0
@@ -83,8 +83,8 @@ class BadImages:
             listed = "".join(f"\n  {path}: {reason}" for path, reason in reasons[:_LISTED])
             more = f"\n  and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
             raise DataError(
-                f"{len(reasons)} of {n} images cannot be decoded, more than max_bad_fraction {self._max_fraction:g} "
-                f"allows; repair or delete these files, or raise max_bad_fraction:{listed}{more}"
+                f"{len(reasons)} of {n} images cannot be used, more than max_bad_fraction {self._max_fraction:g} "
+                f"allows; repair or delete the files that are damaged, or raise max_bad_fraction:{listed}{more}"
             )
 
 
@@ -95,8 +95,8 @@ class TrainLoader:
     augment: of the first view, and the mixing of all; further: of the other views, each with a `stream` of its own.
     Mixing is drawn once for all views of a sample, and the cut box scaled to the size of each. batch_size is that of
     all processes and micro-batches together. threads: DALI's CPU threads (default: the machine's cores divided by
-    world). device: "cpu" or a GPU's index. on_bad(path, reason) is called once for each undecodable
-    file (default: a warning); DataError once they are more than `max_bad_fraction` of the data set.
+    world). device: "cpu" or a GPU's index. on_bad(path, reason) is called once for each file that cannot be
+    used (default: a warning); DataError once they are more than `max_bad_fraction` of the data set.
     """
 
     def __init__(
@@ -291,6 +291,7 @@ def _stream(
     arrays: Callable[[Work], dict[str, Any]],
 ) -> Generator[Samples, None, None]:
     """Decode `works` in background threads; batches of which nothing is left are passed over."""
+    quieten_pillow()
     reader = Prefetch(works, _AHEAD, "fastdeit-reader")
     decoder = Prefetch(_decode(reader, executor, arrays), _AHEAD, "fastdeit-decoder")
     handover = _Handover(device)
@@ -386,4 +387,4 @@ def _threads(world: int) -> int:
 
 
 def _warn(path: str, reason: str) -> None:
-    warnings.warn(f"{path} cannot be decoded and is left out: {reason}", stacklevel=2)
+    warnings.warn(f"{path} is not used: {reason}", stacklevel=2)

@@ -29,14 +29,22 @@ Pixels = NDArray[np.uint8]
 _LINES = 48
 
 
+class OperationError(RuntimeError):
+    """An operation failed on one image; the message says which, and how."""
+
+
 def apply(image: Pixels, kind: NDArray[np.uint8], value: NDArray[np.float32]) -> Pixels:
     """uint8 `[H, W, 3]` after the operations of one row of `policy.Ops`: kind and value `[L]`, first to last.
 
-    `image` is not written to; it is returned itself if nothing is to be done.
+    `image` is not written to; it is returned itself if nothing is to be done. OperationError where one fails.
     """
     for index, argument in zip(kind.tolist(), value.tolist(), strict=True):
         if index:
-            image = _BY_KIND[index](np.ascontiguousarray(image), argument)
+            try:
+                image = _BY_KIND[index](np.ascontiguousarray(image), argument)
+            except Exception as error:
+                what = f"{KINDS[index]}({argument:g})"
+                raise OperationError(f"the operation {what} failed ({type(error).__name__}: {error})") from error
     return image
 
 

@@ -52,8 +52,11 @@ class Renderer:
             for row in rows:
                 try:
                     out[row] = self._image(regions[row], steps, row)
+                except pixel_ops.OperationError as error:
+                    raise RenderError(f"the file is sound, but {error}") from error
                 except Exception as error:
-                    raise RenderError(f"it cannot be augmented ({type(error).__name__}: {error})") from error
+                    failed = f"cutting and resizing it failed ({type(error).__name__}: {error})"
+                    raise RenderError(f"the file is sound, but {failed}") from error
 
         for _ in self._pool.map(run, range(self._threads)):
             pass
@@ -88,8 +91,12 @@ def flipped(image: Pixels) -> Pixels:
 
 def window(image: Pixels, start: NDArray[np.int32], size: tuple[int, int]) -> Pixels:
     """`size` (height, width) pixels from `start` (y, x), reflected where they lie outside, the edge not repeated."""
-    for axis in (0, 1):
-        last = image.shape[axis] - 1
-        index = np.abs(start[axis] + np.arange(size[axis]))
-        image = image.take(last - np.abs(last - index), axis=axis)
+    # Columns first: to take them one by one costs far more than a slice or than rows, and few windows reach outside.
+    for axis in (1, 0):
+        first, stop, length = int(start[axis]), int(start[axis]) + size[axis], image.shape[axis]
+        if first >= 0 and stop <= length:
+            image = image[first:stop] if axis == 0 else image[:, first:stop]
+        else:
+            index = np.abs(np.arange(first, stop))
+            image = image.take(length - 1 - np.abs(length - 1 - index), axis=axis)
     return image

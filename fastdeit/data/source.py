@@ -7,6 +7,7 @@ image at all (empty, text, HTML), so it only ever gets bytes that passed here.
 
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -256,6 +257,15 @@ def undecodable(data: NDArray[np.uint8]) -> str | None:
         # EOFError, TypeError, KeyError, zlib.error, MemoryError.
         return str(error) or type(error).__name__
     return None
+
+
+def quieten_pillow() -> None:
+    """Ignore what Pillow warns of in files: their metadata, of which nothing is used, and sizes, which `header` limits.
+
+    For the process, since `warnings.catch_warnings` is not for threads. Pillow's deprecations are still heard.
+    """
+    for category in (UserWarning, Image.DecompressionBombWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"PIL\.")
 
 
 def _jpeg_size(view: memoryview) -> tuple[int, int]:

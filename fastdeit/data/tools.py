@@ -7,7 +7,6 @@ images that occur twice (equal bytes), which make a held-out score too good when
 import io
 import multiprocessing
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdeit.data.source import BadImage, DataError, NamedSource, undecodable
+from fastdeit.data.source import BadImage, DataError, NamedSource, quieten_pillow, undecodable
 from fastdeit.data.source import check as gate
 
 _CHUNK = 256
@@ -128,7 +127,7 @@ _source: NamedSource
 def _start(source: NamedSource) -> None:
     global _source
     _source = source
-    warnings.simplefilter("ignore")  # damaged metadata, large images: what matters is in the report
+    quieten_pillow()
 
 
 def _examine(chunk: range) -> _Result:

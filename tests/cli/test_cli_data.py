@@ -274,6 +274,30 @@ def test_preview_draws_training_and_evaluation_images(run, tmp_path):
         assert coloured(picture) > 0.2
 
 
+@pytest.mark.parametrize(
+    ("grid", "drawn"), [((), (2, 8)), (("--columns", 6), (3, 6)), (("--rows", 9, "--columns", 20), (1, 16))]
+)
+def test_a_preview_of_a_batch_smaller_than_the_grid_draws_all_of_it(run, tmp_path, monkeypatch, grid, drawn):
+    shapes = []
+    real = data_pictures._block
+
+    def block(part, title, images, columns):
+        shapes.append((-(-len(images) // columns), columns, len(images)))
+        real(part, title, images, columns)
+
+    monkeypatch.setattr(data_pictures, "_block", block)
+    out = tmp_path / "b.png"
+    words = [word.replace("samples=50", "samples=400") for word in SYNTHETIC]
+    done = run("data", "preview", *words, *grid, "--out", out)
+    assert done.code == 0
+    asked = {(): 32, ("--columns", 6): 24}.get(grid, 180)
+    assert done.out.startswith(
+        f"a batch of recipe deit_tiny has 16 images: all are drawn, fewer than the {asked} asked"
+    )
+    assert shapes == [(*drawn, 16), (1, drawn[1], drawn[1])]
+    assert out.exists()
+
+
 def test_a_preview_of_the_digits_needs_no_data(run, tmp_path):
     out = tmp_path / "b.png"
     assert run("data", "preview", "digits", "--rows", 1, "--columns", 2, "--out", out).code == 0
@@ -311,7 +335,6 @@ def test_where_a_sample_is_not(fails, tmp_path):
         (["show", "digits", "--sample", "one", "--out", "a.png"], "invalid int value: 'one'"),
         (["preview", "deit_tiny", "--out", "a.png"], "recipe deit_tiny needs images: add --data ROOT"),
         (["preview", "deit_tiny", "--out", "a.png", "--data", "no"], "data.source folder: no: no such directory"),
-        (["preview", "digits", "--out", "a.png", "--rows", "9"], "--rows 9 x --columns 8 are 72 images, but a batch"),
         (["preview", "digits", "--out", "a.png", "--data", "x"], "has no place beside data.source digits"),
     ],
 )

@@ -9,13 +9,14 @@ from fastdeit import cli, estimate, estimate_report, estimate_rows, recipe
 from fastdeit.config import DataConfig
 from fastdeit.data import datasets, digits
 from fastdeit.data.source import train_val
-from fastdeit.estimate import FUSED, GPUS, Work
+from fastdeit.estimate import FUSED, Work
+from fastdeit.estimate_gpus import DEFAULT_GPUS, GPUS
 
 TINY = "deit_tiny", "--gpu", "A100", "--count", "8"
 KEYS = {"recipe", "model", "teacher", "data", "run", "published", "plans", "notes"}
 PLAN_KEYS = {
     *("gpu", "count", "nodes", "design", "precision", "batch_per_gpu", "images_per_second", "mfu", "step"),
-    *("communication", "memory", "largest_batch", "fits", "accumulate", "seconds", "usd", "basis"),
+    *("communication", "memory", "largest_batch", "largest_group", "fits", "accumulate", "seconds", "usd", "basis"),
 }
 
 
@@ -48,7 +49,7 @@ def fails(capsys, *argv):
 def test_json_is_complete(plan):
     found = plan("deit_tiny")
     assert found.keys() == KEYS
-    assert {row["gpu"] for row in found["plans"]} == set(estimate.DEFAULT_GPUS)
+    assert {row["gpu"] for row in found["plans"]} == set(DEFAULT_GPUS)
     assert {row["count"] for row in found["plans"]} == {1, 8}
     for row in found["plans"]:
         assert row.keys() == PLAN_KEYS
@@ -152,6 +153,70 @@ def test_what_does_not_fit_comes_with_what_would(plan, capsys):
     assert f"train.accumulate={row['accumulate']}" in capsys.readouterr().out
 
 
+def test_the_speed_of_what_does_not_fit_is_not_shown(capsys):
+    assert cli.main(["plan", "deit_base_384", "--gpu", "V100", "--gpu", "H200", "--count", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split() for line in lines if line.startswith(("1 V100  ", "1 H200  "))]
+    assert len(table) == 7
+    for row in table:
+        does_not = row[-3:] == ["does", "not", "fit"]
+        assert does_not == (row[1] == "V100")
+        assert (row[3:7] == ["-"] * 4) == does_not
+
+
+def test_a_remedy_names_the_designs_that_it_is_for(plan, capsys):
+    words = "deit_base_384", "--gpu", "V100", "--count", "1"
+    rows = {row["design"]: row["accumulate"] for row in plan(*words)["plans"]}
+    assert cli.main(["plan", *words]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "do not fit" in line]
+    assert len(said) == len(set(rows.values()))
+    for line in said:
+        machine, _, remedy = line.partition(": ")
+        assert machine.startswith("1 V100, ")
+        for design in machine.removeprefix("1 V100, ").split(", "):
+            assert remedy.endswith(f"; with train.accumulate={rows.pop(design)} they do")
+    assert not rows
+
+
+def test_an_absurd_batch_has_the_remedy_of_any_other(plan):
+    """A search through all divisors of such a batch would take days."""
+    row = fused(plan(*TINY, f"train.batch_size={2**61}"))
+    assert row["batch_per_gpu"] == 2**58
+    advised = fused(plan(*TINY, f"train.batch_size={2**61}", f"train.accumulate={row['accumulate']}"))
+    assert advised["fits"]
+    assert advised["batch_per_gpu"] * 2 > advised["largest_batch"]
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (("deit_base", "model.image_size=1536"), "nor does one mixing group of 64: set data.group_size to at most 10"),
+        (("deit_base", "model.image_size=16384"), "nor does a single image: take a smaller model or smaller images"),
+    ],
+)
+def test_where_not_even_a_mixing_group_fits(capsys, plan, words, remedy):
+    words = *words, "--gpu", "V100", "--count", "1"
+    assert cli.main(["plan", *words]) == 0
+    assert f"fused: 1,024 images in a GPU do not fit; {remedy}\n" in capsys.readouterr().out
+    row = fused(plan(*words))
+    assert row["accumulate"] is None
+    if row["largest_group"]:
+        assert fused(plan(*words, "data.group_size=2", "train.accumulate=512"))["largest_batch"] == 10
+
+
+def test_a_batch_larger_than_the_data_set_is_noted(plan):
+    note = "a batch has more than the 1,281,167 training images: each is in it several times"
+    assert note in plan(*TINY, "train.batch_size=2097152")["notes"]
+    assert note not in plan(*TINY)["notes"]
+
+
+def test_figures_of_absurd_runs_are_finite(plan):
+    words = "train.epochs=1000000000000", "--images", str(2**63 - 1), "--price", "1000000"
+    text = json.dumps(plan(*TINY, *words))
+    assert "Infinity" not in text
+    assert "NaN" not in text
+
+
 def test_images_can_be_given(plan):
     found = plan(*TINY, "--images", "102400")
     assert found["data"] == {"images": 102_400, "held_out": 50_000, "assumed": None}
@@ -238,6 +303,15 @@ def test_size_of_synthetic_data(plan):
         (("deit_tiny", "--price", "2"), "one for each"),
         (("deit_tiny", "--gpu", "A100", "--price", "0"), "positive"),
         (("deit_tiny", "--gpu", "A100", "--price", "nan"), "positive"),
+        (("deit_tiny", "--gpu", "A100", "--price", "inf"), "at most 1,000,000"),
+        (("deit_tiny", "--gpu", "A100", "--price", "1e308"), "at most 1,000,000"),
+        (("deit_tiny", "--gpu", ""), "known are V100, A100"),
+        (("deit_tiny", "--count", "1000"), "multiple of 64 x 1 x 1000"),
+        (("deit_tiny", "--images", "1" + 400 * "0"), "401 digits does not fit 64 bits"),
+        (("deit_tiny", "--nodes", str(2**63)), "19 digits does not fit 64 bits"),
+        (("deit_tiny", "train.epochs=1e400"), "must be a finite number"),
+        (("deit_tiny", "model.image_size=100000"), "model.image_size: must be at most 65536, got 100000"),
+        (("deit_tiny", "model.num_classes=1000000000"), "model.num_classes: must be at most 100000000"),
         (("deit_tiny", "--sharding", "zero"), "invalid choice"),
         (("deit_tiny", "model.timm=vit_tinny_patch16_224"), "did you mean"),
         (("deit_tiny", "model.image_size=225"), "multiple of the patch size"),

@@ -10,7 +10,7 @@ import numpy as np
 from conftest import encoded, picture
 from oracle import execute
 
-from fastdeit.data import dali_graph, plan, policy
+from fastdeit.data import plan, policy
 from fastdeit.data.dali import Executor, Work
 from fastdeit.data.policy import KINDS, Ops
 from fastdeit.data.source import header
@@ -94,6 +94,8 @@ def on_cpu(size: tuple[int, int] = SIZE) -> Run:
 
 def in_graph(like: Work, size: tuple[int, int] = SIZE) -> Run:
     """The GPU's graph for works of the form of `like`, on DALI's CPU backend."""
+    from fastdeit.data import dali_graph  # needs DALI, without which tests of other things are collected, too
+
     forms = dali_graph.forms([size], like.views)
     pipe = dali_graph.whole(forms, False, batch_size=64, num_threads=2, device_id=None, prefetch_queue_depth=1)
     pipe.build()

@@ -1,14 +1,23 @@
 """Files that are no images, or only half: nothing crashes, others keep their pixels, every bad one is named once."""
 
+import io
+import os
 import re
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn, pipeline_def
+from PIL import ExifTags, Image
 
-from fastdeit.data import dali, order, plan
+from fastdeit.data import dali, order, pixel_ops, plan, policy
 from fastdeit.data.dali import Executor, Work
 from fastdeit.data.loader import EvalLoader, TrainLoader
+from fastdeit.data.policy import KINDS
 from fastdeit.data.source import DataError, FolderSource
 
 AUGMENT = plan.Augment(size=(40, 40), group_size=4, mixup=0.0, cutmix=0.0)
@@ -134,12 +143,38 @@ def test_too_many_bad_files_are_an_error_that_lists_them(folder):
         train(sick, [], max_bad_fraction=0.1)
     first, *listed = str(info.value).splitlines()
     # Two threads may each meet one too many; the first error to arrive counts those of both.
-    assert re.match(r"[67] of 56 images .*, more than max_bad_fraction 0.1 allows; repair or delete these files", first)
+    assert re.match(
+        r"[67] of 56 images .*, more than max_bad_fraction 0.1 allows; repair or delete the files that are", first
+    )
     assert len(listed) == int(first[0])
     assert all("/sick/a/" in line for line in listed)
     loader = EvalLoader(sick, (40, 40), 0.875, max_bad_fraction=0.1, threads=1, on_bad=lambda path, reason: None)
     with pytest.raises(DataError, match=r"[67] of 56 images"):
         list(loader.batches())
+
+
+def test_too_many_failures_of_an_operation_call_no_sound_file_damaged(memory, varied, monkeypatch):
+    """On the CPU; the message is all that is left of the run."""
+    fade = KINDS.index("brightness")
+
+    def dark(image, value):
+        raise ValueError("dark")
+
+    operations = pixel_ops._BY_KIND.copy()
+    operations[fade] = dark
+    monkeypatch.setattr(pixel_ops, "_BY_KIND", operations)
+    augment = replace(AUGMENT, policy=policy.parse("three_augment", AUGMENT.size, color_jitter=(0.3, 0, 0)))
+    loader = TrainLoader(
+        memory(varied[:32]), augment, seed=0, batch_size=8, threads=1, max_bad_fraction=0.1, on_bad=lambda *_: None
+    )
+    with pytest.raises(DataError) as info:
+        next(loader.batches(0, 1))
+    first, *listed = str(info.value).splitlines()
+    assert re.match(r"4 of 32 images cannot be used, .*: ?$", first)
+    assert "decode" not in str(info.value)
+    reason = r"the file is sound, but the operation brightness\([\d.]+\) failed \(ValueError: dark\)"
+    assert all(re.fullmatch(rf"  memory:\d+: {reason}", line) for line in listed)
+    assert len(listed) == 4
 
 
 def test_a_data_set_of_bad_files_only_ends(memory):
@@ -153,8 +188,46 @@ def test_a_data_set_of_bad_files_only_ends(memory):
 
 def test_a_bad_file_is_a_warning_by_default(memory, varied):
     loader = EvalLoader(memory([b"", *varied[:20]]), (40, 40), 1.0, max_bad_fraction=0.1, threads=1)
-    with pytest.warns(UserWarning, match="memory:0 cannot be decoded and is left out: the file is empty"):
+    with pytest.warns(UserWarning, match="memory:0 is not used: the file is empty"):
         assert sum(len(samples) for samples in loader.batches()) == 20
+
+
+def test_pillow_s_warnings_of_files_are_not_heard_but_others_are(memory, varied, encode, make_image):
+    tiff = encode(make_image(0, 90, 70), "TIFF", tiffinfo={ExifTags.Base.Artist: "somebody" * 9})
+    cut = tiff[: tiff.index(b"somebody") + 9]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with Image.open(io.BytesIO(cut)):
+            pass
+        assert {found.category for found in heard} == {UserWarning}
+        heard.clear()
+        loader = EvalLoader(memory([cut, *varied[:20]]), (40, 40), 1.0, max_bad_fraction=0.1, threads=1)
+        assert sum(len(samples) for samples in loader.batches()) == 20
+        assert [found.filename.rsplit("/")[-1] for found in heard] == ["loader.py"]
+        Image._decompression_bomb_check((10_000, 10_000))
+        assert len(heard) == 1
+        warnings.warn_explicit("soon gone", DeprecationWarning, "Image.py", 1, module="PIL.Image")
+        assert len(heard) == 2
+
+
+@pytest.mark.parametrize(("level", "printed"), [(None, False), ("ERROR", True)])
+def test_opencv_prints_nothing_of_bad_files_unless_asked(tmp_path, encode, make_image, level, printed):
+    bmp = encode(make_image(0, 90, 70), "BMP")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sound.bmp").write_bytes(bmp)
+    (tmp_path / "a" / "cut.bmp").write_bytes(bmp[: len(bmp) // 2])
+    code = f"""if True:
+        from fastdeit.data.loader import EvalLoader
+        from fastdeit.data.source import FolderSource
+        loader = EvalLoader(FolderSource({str(tmp_path)!r}), (8, 8), 1.0, max_bad_fraction=0.5, threads=1)
+        print(sum(len(samples) for samples in loader.batches()))"""
+    environment = {name: value for name, value in os.environ.items() if name != "OPENCV_LOG_LEVEL"}
+    environment |= {"OPENCV_LOG_LEVEL": level} if level else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "2\n"
+    assert "cut.bmp is not used: image file is truncated" in done.stderr
+    assert ("imdecode" in done.stderr) == printed
 
 
 def test_decoder_is_guarded_even_without_the_header_check(kinds, varied):
@@ -184,6 +257,23 @@ def test_where_even_a_sound_image_fails_no_sample_is_blamed(varied, monkeypatch)
     executor.submit(broken)
     with pytest.raises(RuntimeError, match="peek_image_shape"):
         executor.collect()
+
+
+@pipeline_def
+def _cropped():
+    return fn.crop(fn.external_source(name="pixels"), crop=(90, 90))
+
+
+def test_an_operation_of_dali_that_fails_is_named_and_not_the_decoder():
+    pipe = _cropped(batch_size=1, num_threads=1, device_id=None)
+    pipe.build()
+    pipe.feed_input("pixels", [np.zeros((8, 8, 3), np.uint8)])
+    with pytest.raises(RuntimeError) as info:
+        pipe.run()
+    reason = dali._fault(info.value)
+    assert re.fullmatch(
+        r"the file is sound, but DALI's operation crop failed \(Slice can't be placed out of bounds [^\n]*\)", reason
+    )
 
 
 def test_what_dali_says_of_a_sample_is_one_line_without_its_traceback(varied):

@@ -1,13 +1,15 @@
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from fastdeit.data import digits
-from fastdeit.data.source import header, train_val
+from fastdeit.data.source import DataError, header, train_val
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +51,21 @@ def test_the_loser_of_the_race_uses_the_winners_folder(tmp_path, monkeypatch):
         "digits-1/theirs",
     ]
     assert root == tmp_path / "digits-1"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file/cache: the digits .* Not a directory; set FASTDEIT_CACHE=FOLDER"):
+        digits.prepare(tmp_path / "file" / "cache")
+
+    def full(root):
+        (root / "train").mkdir()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(digits, "_write", full)
+    with pytest.raises(DataError, match=r"cache: the digits cannot be written there: No space left on device"):
+        digits.prepare(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_pictures_are_the_digits(tmp_path):

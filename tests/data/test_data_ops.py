@@ -269,8 +269,18 @@ def test_an_error_of_an_operation_says_which(photos):
         raise LookupError(failures[0])
 
     executor.submit(broken)
-    with pytest.raises(LookupError, match=r"^it cannot be augmented \(ValueError: cannot convert float NaN"):
+    with pytest.raises(
+        LookupError, match=r"^the file is sound, but the operation posterize\(nan\) failed \(ValueError: cannot"
+    ):
         executor.collect()
+
+
+def test_an_error_of_the_crop_says_so():
+    renderer = render.Renderer((0, 8), 1)
+    view = plan.unaugmented(np.array([[0, 0, 8, 8]], np.int32), None, None)
+    with pytest.raises(render.RenderError, match=r"^the file is sound, but cutting and resizing it failed \(Runtime"):
+        renderer.batch([np.zeros((8, 8, 3), np.uint8)], view)
+    renderer.close()
 
 
 def test_memory_does_not_grow(everything):

@@ -10,7 +10,7 @@ from oracle import execute
 from test_data_loader import AUGMENT, BATCH, STEPS, train
 
 from fastdeit import rng
-from fastdeit.data import dali_graph, order, plan, policy
+from fastdeit.data import order, plan, policy
 from fastdeit.data.dali import Executor, Work
 from fastdeit.data.loader import TrainLoader
 from fastdeit.data.source import header
@@ -115,6 +115,8 @@ def test_views_are_the_planned_pixels(varied):
 
 
 def test_the_graph_of_the_gpu_renders_each_view_as_alone(varied):
+    from fastdeit.data import dali_graph  # needs DALI, without which tests of other things are collected, too
+
     views = GLOBAL, LOCAL, SIMPLE
     encoded = [np.frombuffer(data, np.uint8) for data in varied[:16]]
     size = np.array([header(data) for data in encoded]).T
