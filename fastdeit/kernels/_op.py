@@ -9,8 +9,9 @@ several of these separated by commas. A forced backend that cannot run raises; o
 if that is the reference, with one warning for each set of reasons.
 
 In eager mode the reference runs under native autograd and any other backend under an `autograd.Function`, since a
-registered op costs ten to twenty microseconds a call. Under `torch.compile`, and when the reference is forced, the
-registered op runs.
+registered op costs ten to twenty microseconds a call. `torch.compile` sees the registered op, which is opaque to it;
+where nothing would run but the reference, it sees that function under native autograd instead, and can fuse it with
+what surrounds it. When the reference is forced, the registered op runs, in eager mode and compiled.
 """
 
 import json
@@ -75,7 +76,7 @@ class Op:
 
     reference, backward  the reference and its explicit backward, None when the op is not differentiable
     others               backends to prefer to the reference, best first
-    native               what eager mode runs under native autograd, where the registered reference does more than that
+    native               what runs under native autograd, where the registered reference does more than that
     cast                 arguments that take the autocast dtype under autocast; the op itself runs with autocast off
     mutates              arguments that are changed in place
     """
@@ -94,6 +95,7 @@ class Op:
         self.name = name
         self.backends = (*others, Backend(REFERENCE, _reference_capability, reference, backward))
         self.native = native or reference
+        self._pure = not mutates
         self._function: type[torch.autograd.Function] | None = None
         self.registered = self._register(name, reference, "forward", mutates)
         arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
@@ -111,8 +113,10 @@ class Op:
         self._function = _function(self.name, save, differentiate)
 
     def __call__(self, *args: Any) -> Any:
-        """Run on the arguments of the reference: directly in eager mode, else as the registered op."""
-        if torch.compiler.is_compiling() or choice(self.name) == REFERENCE:
+        """Run on the arguments of the reference: directly in eager mode, else as the module's docstring says."""
+        if torch.compiler.is_compiling():
+            return (self.native if self._left_to_compiler(_device(args)) else self.registered)(*args)
+        if choice(self.name) == REFERENCE:
             return self.registered(*args)
         refusals = []
         for backend, _ in self._able(_device(args), args):
@@ -124,6 +128,10 @@ class Op:
                 refusals.append(self._refusal(backend, error))
         self._warn_of(refusals)
         return self.native(*args)
+
+    def _left_to_compiler(self, device: torch.device) -> bool:
+        # The choice last: Dynamo guards what it reads, so that another one compiles anew, but only where it matters.
+        return self._pure and _left_to_reference(self.name, device) and choice(self.name) == AUTO
 
     def run_backward(self, ctx: Any, *args: Any) -> Any:
         """The backward of the backend whose forward made `ctx`, on the arguments of the reference's backward."""
@@ -141,16 +149,21 @@ class Op:
         """The backends that may run on `device`, best first, each with the reason: one, if it is forced. Best is what
         was measured for the width of `args`, if they are given."""
         wanted = choice(self.name)
-        verdicts = [(backend, *backend.capability(device, wanted == backend.name)) for backend in self.backends]
         if wanted == AUTO:
-            return _fastest_first(self.name, device, [(b, reason) for b, able, reason in verdicts if able], args)
-        for backend, able, reason in verdicts:
+            return self.able_unforced(device, args)
+        for backend in self.backends:
             if backend.name == wanted:
+                able, reason = backend.capability(device, True)
                 if able:
                     return [(backend, f"chosen by {_source()}")]
                 raise ChoiceError(f"{_source()} asks for {self.name}={wanted}, which cannot run on {device}: {reason}")
         names = ", ".join(backend.name for backend in self.backends)
         raise ChoiceError(f"{_source()} asks for {self.name}={wanted}, but {self.name} has: {names}")
+
+    def able_unforced(self, device: torch.device, args: Sequence[Any] = ()) -> list[tuple[Backend, str]]:
+        """`_able` as if none were forced."""
+        verdicts = [(backend, *backend.capability(device, False)) for backend in self.backends]
+        return _fastest_first(self.name, device, [(b, reason) for b, able, reason in verdicts if able], args)
 
     def _refusal(self, backend: Backend, error: Unsupported) -> str:
         """What to say of it; RuntimeError if the backend is forced."""
@@ -255,8 +268,9 @@ _used: list[dict[str, str]] = []
 def use(backend: str | None = None, **ops: str) -> Iterator[None]:
     """Inside, run every op on `backend`, or single ones on theirs: `with use("reference", attention="auto")`.
 
-    It outranks `FASTDEIT_KERNELS`. The backward of an eager call runs where its forward ran; a compiled graph looks at
-    every run. ValueError for an op that does not exist; a backend that cannot run raises RuntimeError at the call.
+    It outranks `FASTDEIT_KERNELS`. The backward of an eager call runs where its forward ran. Of a compiled function the
+    registered ops look at every run, and it is compiled once more where the reference is chosen that it had traced
+    through. ValueError for an op that does not exist; a backend that cannot run raises RuntimeError at the call.
     """
     _check_names("use()", ops)
     outer = _used[-1] if _used else _environment()
@@ -290,8 +304,28 @@ def _source() -> str:
 
 def choice(name: str) -> str:
     """What `use()` or `FASTDEIT_KERNELS` asks for op `name`: a backend's name or "auto"."""
-    choices = _used[-1] if _used else _environment()
+    return _of(_used[-1], name) if _used else _of_environment(name)
+
+
+def _of(choices: dict[str, str], name: str) -> str:
     return choices.get(name, choices.get("", AUTO))
+
+
+def _of_environment(name: str) -> str:
+    return _of(_environment(), name)
+
+
+def _left_to_reference(name: str, device: torch.device) -> bool:
+    """Whether no other backend of op `name` would be chosen on `device`, whatever the width of the arguments."""
+    (best, _), *_ = OPS[name].able_unforced(device)
+    at_widths = _measured().get(card(device), {}).get(name, {}).get("widths", {}).values()
+    return best.name == REFERENCE and all(row["backend"] == REFERENCE for row in at_widths)
+
+
+# Neither changes in a process, nor can Dynamo trace them. `torch.compiler.assume_constant_result` does the same, but
+# imports Dynamo, which takes more than a second.
+for _constant in (_of_environment, _left_to_reference):
+    _constant._dynamo_marked_constant = True
 
 
 @cache
@@ -449,12 +483,18 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def check_index(name: str, index: Tensor, size: int) -> None:
-    """IndexError when an index is outside [0, size). Looks at CPU tensors only: elsewhere it would stall the device."""
-    if index.device.type != "cpu" or index.numel() == 0:
+    """IndexError when an index that can be looked at is outside [0, size)."""
+    if not can_look_at(index) or index.numel() == 0:
         return
     low, high = (int(value) for value in index.aminmax())
     if low < 0 or high >= size:
         raise IndexError(f"{name} holds {low if low < 0 else high}, but must be in [0, {size})")
+
+
+def can_look_at(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` may be read to check them: that would stall a device, and break a graph that is
+    being compiled, whose own indexing raises RuntimeError on the CPU."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:

@@ -205,9 +205,9 @@ def cosub_loss(
     smoothing  label smoothing in [0, 1)
     binarise   whether labels with any share count in full, as with `--bce-loss` there
 
-    Returns L, a float32 scalar (float64 for float64). Labels outside [0, K) raise IndexError on the CPU. On a GPU
-    nothing is read out of bounds: the loss is NaN, and so are the gradients of that sample; the reference's gather
-    asserts on the device instead.
+    Returns L, a float32 scalar (float64 for float64). Labels outside [0, K) raise IndexError on the CPU, RuntimeError
+    in a compiled graph there. On a GPU nothing is read out of bounds: the loss is NaN, and so are the gradients of that
+    sample; the reference's gather asserts on the device instead.
     """
     _loss.check_smoothing(smoothing, binarise, "binarise")
     _loss.check_logits("logits", logits, "[2B, K]")

@@ -537,7 +537,8 @@ def add_layer_norm(
 
     Returns (new residual, normed): `residual + keep * gamma * branch` in residual's dtype (residual itself without a
     branch), and its LayerNorm in out_dtype, `[B'', ..., C]`. Statistics are float32 (float64 for float64). Samples
-    outside [0, B) raise IndexError on the CPU; on a GPU the indexing asserts on the device.
+    outside [0, B) raise IndexError on the CPU, RuntimeError in a compiled graph there; on a GPU the indexing asserts on
+    the device.
     """
     _check(residual, branch, weight, bias, gamma, keep, branch_bias, branch_samples, norm_samples)
     if out_dtype is None:
@@ -594,5 +595,5 @@ def _check_samples(name: str, samples: Tensor | None, batch: int) -> None:
     if samples.dim() != 1:
         raise ValueError(f"{name} has shape {list(samples.shape)}, but must be [B']")
     _op.check_index(name, samples, batch)
-    if samples.device.type == "cpu" and len(samples.unique()) < len(samples):
+    if _op.can_look_at(samples) and len(samples.unique()) < len(samples):
         raise ValueError(f"{name} holds a sample more than once, but must be distinct")

@@ -439,8 +439,9 @@ def distillation_loss(
     tau           temperature of "soft"
     reduction     of "soft": "numel" divides by B*K, as the public DeiT code does; "batchmean" by B
 
-    Labels outside [0, K) raise IndexError on the CPU. On a GPU nothing is read out of bounds: the loss is NaN, and so
-    are the gradients of that row; the reference's gather asserts on the device instead.
+    Labels outside [0, K) raise IndexError on the CPU, RuntimeError in a compiled graph there. On a GPU nothing is read
+    out of bounds: the loss is NaN, and so are the gradients of that row; the reference's gather asserts on the device
+    instead.
     """
     _check_settings(smoothing, base, distillation, tau, reduction)
     _check_tensors(cls, dist, targets, teacher, distillation)

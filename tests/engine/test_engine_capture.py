@@ -8,9 +8,18 @@ import pytest
 import torch
 from test_engine_step import CPU, X, make, weights
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
 
+from fastdeit import methods
+from fastdeit.bench_measure import CLASSES
+from fastdeit.bench_step import Cell, batch
 from fastdeit.engine.capture import WARM_STEPS, GraphedStep, copy_tensors, map_tensors, tensors_of
 from fastdeit.engine.dist import DeviceError, World
+from fastdeit.engine.step import autocast
+from fastdeit.methods.base import Context
+from fastdeit.methods.teacher import Teacher
+from fastdeit.models.vit import VisionTransformer, ViTConfig
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,40 @@ def test_every_step_is_run_once_on_its_own_batch_and_rate_before_and_after_the_r
 def test_a_graph_needs_a_card():
     with pytest.raises(DeviceError, match="graph needs a CUDA device, not cpu; use none or compile"):
         make(capture="graph")
+
+
+def method_and_batch(name):
+    """A method with drop-path on a small distilled model, and a batch of two images."""
+    torch.manual_seed(0)
+    config = ViTConfig(32, 16, dim=8, depth=2, heads=2, num_classes=CLASSES, distilled=True, drop_path=0.5)
+    teacher = Teacher(VisionTransformer(config), image_size=32, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+    settings = {"teacher": {"timm": "resnet18"}} if name == "distill" else {}
+    context = Context(CLASSES, 1, 1, teacher=lambda config: teacher)
+    method = methods.find(name)(VisionTransformer(config), methods.config(name)(**settings), context).train()
+    return method, batch(Cell("step", "", 2, 32, "fp32"), method.noise_per_sample, CPU)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_method_compiles_to_one_graph_that_is_eager_mode(name, precision):
+    """Of our ops, that graph has those alone which make the input."""
+    torch.compiler.reset()
+    method, images = method_and_batch(name)
+    ours, outcomes = [], []
+
+    def compiler(graph, inputs):
+        ours.append({str(node.target) for node in graph.graph.nodes if "fastdeit" in str(node.target)})
+        return boxed_nop(graph, inputs)
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    for forward in (method, torch.compile(method, fullgraph=True, dynamic=False, backend=backend)):
+        with autocast(CPU, precision):
+            out = forward(images)
+        gradients = torch.autograd.grad(out.loss, list(method.parameters()))
+        outcomes.append((out.loss, out.logits, gradients))
+    torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-7)
+    inputs = {"patchify"} if name == "supervised" else {"patchify", "pixels"}
+    assert ours == [{f"fastdeit.{op}.default" for op in inputs}, set()]
 
 
 def run(capture, world=None):

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from test_kernels_compiled import Graphs
 
 from fastdeit import cli, kernels
 from fastdeit.kernels import _op, _triton
@@ -160,7 +161,8 @@ def test_no_warning_of_a_backend_whose_place_another_takes(scale, registered):
     quick = scale.backends[1]
     scale.backends = (quick._replace(name="picky", forward=picky), quick, scale.backends[-1])
     x, run = torch.ones(3), scale.registered if registered else scale
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert torch.equal(run(x, 2.0), 2 * x)
     scale.backends = (scale.backends[0], quick._replace(forward=picky), scale.backends[-1])
     with pytest.warns(RuntimeWarning, match=r"picky: x is not to its taste, nor on quick: x is not to its taste$"):
@@ -264,3 +266,38 @@ def test_eager_reference_is_native_autograd():
     """No registered op in the graph of eager mode: it would cost more than a small op itself."""
     qkv = torch.zeros(1, 2, 6, requires_grad=True)
     assert "fastdeit" not in type(kernels.attention(qkv, 1).grad_fn).__name__.lower()
+
+
+def test_another_backend_than_the_reference_is_compiled_once_for_all_choices(scale):
+    torch.compiler.reset()
+    taken = []
+    quick = scale.backends[1]
+    scale.backends = (quick._replace(forward=lambda *a: taken.append(1) or quick.forward(*a)), scale.backends[-1])
+    graphs = Graphs(lambda x: scale(x, 2.0))
+    x = torch.ones(3)
+    assert torch.equal(graphs.run(x), 2 * x)
+    with kernels.use(**{scale.name: "reference"}):
+        assert torch.equal(graphs.run(x), 2 * x)
+    assert graphs.found == [{scale.name}]
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "widths", "traced"),
+    [
+        ("reference", {}, True),
+        ("reference", {"3": "reference"}, True),
+        ("reference", {"3": "quick"}, False),
+        ("quick", {}, False),
+    ],
+)
+def test_the_reference_is_traced_through_where_it_is_the_choice_for_all_widths(
+    scale, monkeypatch, everywhere, widths, traced
+):
+    torch.compiler.reset()
+    row = {"backend": everywhere, "because": "measured"}
+    row["widths"] = {width: {"backend": name, "because": "measured"} for width, name in widths.items()}
+    monkeypatch.setattr(_op, "_measured", lambda: {"cpu": {scale.name: row}})
+    graphs = Graphs(lambda x: scale(x, 2.0))
+    graphs.run(torch.ones(5))
+    assert graphs.found == [set() if traced else {scale.name}]
