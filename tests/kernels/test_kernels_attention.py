@@ -228,7 +228,8 @@ def test_heads_too_wide_are_pytorchs(device, unforced, width):
         f"attention does not run on triton: heads are {width} wide, at most 128 fit, "
         f"nor on fused_backward: heads are {width} wide, at most 64 fit one program"
     ]
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         kernels.attention(qkv, 2)  # it is said once
     with _Made(qkv.numel()) as made:
         out.backward(torch.ones_like(out))
@@ -245,7 +246,8 @@ def test_two_kernels_take_what_does_not_fit_one_program(device, unforced, monkey
     fits, does_not = (packed(device, torch.float16, 1, tokens, 1, 16) for tokens in (208, 209))
     kernels.attention(fits, 1).float().sum().backward()
     assert calls == []
-    with warnings.catch_warnings(action="error"):  # both are Triton's: nothing is lost
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # both are Triton's: nothing is lost
         kernels.attention(does_not, 1).float().sum().backward()
     assert calls == [1]
 
