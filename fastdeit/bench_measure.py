@@ -44,6 +44,11 @@ def reason(error: Exception) -> str:
 # ---- timers ----------------------------------------------------------------------------------------------------------
 
 
+def warm_calls(device: torch.device) -> int:
+    """Calls that allocate and compile, and are not measured."""
+    return _WARM[device.type]
+
+
 def timed(run: Callable[[], Any], device: torch.device, warm: int = 0) -> Timer:
     """Timer of one call, the device's work included. The first calls, at least `warm`, are not measured.
 
@@ -62,7 +67,7 @@ def timed(run: Callable[[], Any], device: torch.device, warm: int = 0) -> Timer:
         wait()
         return (time.perf_counter() - began) / count, (time.process_time() - used) / count
 
-    for _ in range(max(warm, _WARM[device.type])):
+    for _ in range(max(warm, warm_calls(device))):
         run()
     count = 1 if device.type == "cpu" else max(1, round(_LEAST_SECONDS / measure(1)[0]))
     return lambda: measure(count)

@@ -40,14 +40,14 @@ from fastdeit.engine.capture import WARM_STEPS, GraphedStep
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.optim import AdamW, default_groups
-from fastdeit.engine.step import Engine, autocast
+from fastdeit.engine.step import DTYPES, Engine, autocast
 from fastdeit.errors import UsageError
 from fastdeit.methods.base import Batch, Context
+from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
 from fastdeit.models.contract import size_pair
 
 DROP_PATH, EMA_DECAY, WEIGHT_DECAY, LR = 0.1, 0.99996, 0.05, 1e-4
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CAPTURES = ("none", "compile", "graph")
 
 
@@ -267,7 +267,8 @@ def step_flops(network: nn.Module, judge: nn.Module | None, wanted: Cell) -> flo
 # ---- our sides -------------------------------------------------------------------------------------------------------
 
 
-def _name(capture: str) -> str:
+def name_of(capture: str) -> str:
+    """What our side with this `engine.capture` is called."""
     return "fastdeit" if capture == "none" else f"fastdeit_{capture}"
 
 
@@ -276,20 +277,27 @@ def _capture_of(name: str) -> str:
 
 
 def _ours(wanted: Cell, device: torch.device, *, capture: str) -> Side:
-    if capture == "graph" and device.type == "cpu":
-        raise CannotRun("a CUDA graph needs a CUDA device")
     build = _our_step if wanted.what == "step" else _our_forward
     return build(wanted, device, capture)
 
 
 def _our_step(wanted: Cell, device: torch.device, capture: str) -> Side:
+    ours, flops, warm = engine(wanted, device, capture)
+    samples = batch(wanted, ours.method.noise_per_sample, device)
+    return Side(lambda: ours.step([samples], LR), flops, warm)
+
+
+def engine(wanted: Cell, device: torch.device, capture: str) -> tuple[Engine, float, int]:
+    """(engine for the steps of a cell, their FLOPs, the steps before the first that is like all others)"""
+    _check(device, capture)
     model, judge = models.build(wanted.model, **wanted.options), teacher(wanted)
     if judge is None:
         kind, config = methods.find("supervised"), methods.config("supervised")()
         context = Context(CLASSES, 1, 1, teacher=lambda config: None)
     else:
         kind, config = methods.find("distill"), methods.config("distill")(teacher={"timm": wanted.teacher})
-        frozen = Teacher(judge.to(device), mean=judge.mean, std=judge.std)
+        network = freeze(judge, (wanted.image_size, wanted.image_size), DTYPES[wanted.precision]).to(device)
+        frozen = Teacher(network, mean=judge.mean, std=judge.std)
         context = Context(CLASSES, 1, 1, teacher=lambda config: frozen)
     method = kind(model, config, context).to(device).train()
     _, exempt = model.decay_groups()
@@ -297,14 +305,18 @@ def _our_step(wanted: Cell, device: torch.device, capture: str) -> Side:
     optimizer = AdamW(groups, (0.9, 0.999), 1e-8)
     average = Ema(optimizer.params, EMA_DECAY) if wanted.ema else None
     options = {"precision": wanted.precision, "accumulate": 1, "ema": average, "capture": capture}
-    engine = Engine(method, optimizer, World(device), **options)
-    samples = batch(wanted, method.noise_per_sample, device)
+    made = Engine(method, optimizer, World(device), **options)
     # A recorded step is like all others only when it is replayed.
-    warm = WARM_STEPS + 2 if capture == "graph" else 0
-    return Side(lambda: engine.step([samples], LR), step_flops(model, judge, wanted), warm)
+    return made, step_flops(model, judge, wanted), WARM_STEPS + 2 if capture == "graph" else 0
+
+
+def _check(device: torch.device, capture: str) -> None:
+    if capture == "graph" and device.type == "cpu":
+        raise CannotRun("a CUDA graph needs a CUDA device")
 
 
 def _our_forward(wanted: Cell, device: torch.device, capture: str) -> Side:
+    _check(device, capture)
     model = models.build(wanted.model, **wanted.options).to(device).eval()
     images, flops = floats(wanted, device), step_flops(model, None, wanted)
     called = torch.compile(model, dynamic=False) if capture == "compile" else model
@@ -321,5 +333,5 @@ def _our_forward(wanted: Cell, device: torch.device, capture: str) -> Side:
 
 
 OURS: dict[str, Callable[[Cell, torch.device], Side]] = {
-    _name(capture): partial(_ours, capture=capture) for capture in CAPTURES
+    name_of(capture): partial(_ours, capture=capture) for capture in CAPTURES
 }

@@ -19,9 +19,12 @@ from fastdeit.data.plan import Augment
 from fastdeit.data.source import DataError, Source, SyntheticSource, train_val
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
+from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
 from fastdeit.methods.base import Batch, Context, Method, View, overridden
+from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.models.contract import size_pair
 from fastdeit.models.weights import LoadReport, load_weights
 
 if TYPE_CHECKING:
@@ -242,8 +245,13 @@ def method(
     return kind(student, recipe.method, context)
 
 
-def teacher(config: TeacherConfig, size: tuple[int, int], num_classes: int, trained: Path) -> Teacher:
-    """The teacher that `config` describes; `trained` is the run of a teacher that has a recipe of its own."""
+def teacher(
+    config: TeacherConfig, size: tuple[int, int], num_classes: int, trained: Path, precision: str = "fp32"
+) -> Teacher:
+    """The teacher that `config` describes, ready to be asked in `precision` (of the recipe's engine).
+
+    `trained` is the run of a teacher that has a recipe of its own.
+    """
     options = {"image_size": config.image_size or size, "num_classes": num_classes, "drop_path": 0.0}
     mean, std, side = config.mean, config.std, config.image_size
     if config.timm is not None:
@@ -274,7 +282,8 @@ def teacher(config: TeacherConfig, size: tuple[int, int], num_classes: int, trai
         report = _load(network, config.weights, "method.teacher.weights")
         if report.missing or report.reinitialised_heads:
             raise UsageError(f"method.teacher.weights {config.weights} do not fit the teacher: {report}")
-    return Teacher(network, image_size=side, mean=mean, std=std)
+    frozen = freeze(network, size_pair(side or size, "method.teacher.image_size"), DTYPES[precision])
+    return Teacher(frozen, image_size=side, mean=mean, std=std)
 
 
 def _timm_teacher(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:

@@ -64,7 +64,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
 
     def make_teacher(config: TeacherConfig) -> Teacher:
         with world.main_first():  # timm may have to download; the others then find the files
-            made = build.teacher(config, size, classes, trained_teacher)
+            made = build.teacher(config, size, classes, trained_teacher, recipe.engine.precision)
         made.model.to(world.device)
         return made
 

@@ -22,6 +22,7 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.evaluate import evaluate
 from fastdeit.methods.supervised import Supervised
+from fastdeit.run import prepare_directory
 from fastdeit.train import train, train_teacher
 
 RECIPE = """\
@@ -179,6 +180,12 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(load, whole, tmp_path, c
     train(load(), run, World(torch.device("cpu")), resume=True)
     assert f"step_{TOTAL:08d} is damaged" in capsys.readouterr().out
     assert_same_weights(whole[0], run)
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"file/run: the run directory cannot be made .*: Not a directory; choose"):
+        prepare_directory(tmp_path / "file" / "run", World(torch.device("cpu")), resume=False)
 
 
 def test_used_run_directory_is_refused(load, whole):

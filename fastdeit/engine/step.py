@@ -15,12 +15,12 @@ from fastdeit.engine.ema import Ema
 from fastdeit.engine.guard import Guard
 from fastdeit.engine.optim import AdamW
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """fp32, fp16 or bf16 as a context for forward passes."""
-    return torch.autocast(device.type, _DTYPES[precision]) if precision in _DTYPES else nullcontext()
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
 class Engine:

@@ -69,7 +69,8 @@ class Teacher:
     def logits(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of images `[B, 3, H, W]` in the teacher's normalisation, resized to its resolution."""
         if self.size is not None and tuple(x.shape[-2:]) != self.size:
-            x = F.interpolate(x, size=self.size, mode="bicubic", antialias=True)
+            # In float32: on a CPU there is no antialiasing in 16 bit.
+            x = F.interpolate(x.float(), size=self.size, mode="bicubic", antialias=True)
         out: Any = self.model(x)
         return (out[0] + out[1]) / 2 if isinstance(out, tuple) else out
 
