@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdeit import bench_data, bench_measure, bench_step
+from fastdeit import bench_data, bench_measure, bench_step, bench_train
 from fastdeit.bench_measure import interleave, median
 from fastdeit.engine.dist import pick_device
 from fastdeit.errors import UsageError
@@ -28,8 +28,10 @@ def main(args: argparse.Namespace) -> None:
 
         bench_report.main(args.results, args.report)
         return
-    if args.what != "data" and (args.overrides or args.eval):
-        raise UsageError(f"only bench data takes section.field=value and --eval, not bench {args.what}")
+    if args.overrides and args.what not in ("data", "train"):
+        raise UsageError(f"bench {args.what} takes no section.field=value; bench data and bench train do")
+    if args.eval and args.what != "data":
+        raise UsageError(f"--eval belongs to bench data, not bench {args.what}")
     bench_measure.check_out(args.out)
     device = pick_device(args.device)
     if args.what in ("suite", "calibrate"):
@@ -38,6 +40,8 @@ def main(args: argparse.Namespace) -> None:
         {"suite": bench_suite.main, "calibrate": bench_calibrate.main}[args.what](args, device)
     elif args.what == "data":
         finish({"what": "data", **data(args, device)}, args.out)
+    elif args.what == "train":
+        finish(train(args, device), args.out)
     else:
         finish(step(args, device), args.out)
     if device.type == "cpu":
@@ -67,8 +71,21 @@ def compared_to(peer: str, row: dict[str, Any]) -> str | None:
 
 def step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """One cell of `bench step` or `bench forward`; see `bench_step`."""
-    cell = bench_step.cell(
-        args.what,
+    sides = builders(args.capture or ("none",), peers(args, STEP_PEERS))
+    return bench_step.measure(cell(args, device), sides, args.rounds, device)
+
+
+def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The same with input from files; see `bench_train`."""
+    wanted = cell(args, device)
+    args = argparse.Namespace(**vars(args) | {"batch": wanted.batch})
+    return bench_train.measure(args, wanted, args.capture or ("none",), peers(args, STEP_PEERS), device)
+
+
+def cell(args: argparse.Namespace, device: torch.device) -> bench_step.Cell:
+    """The cell that the flags name."""
+    return bench_step.cell(
+        "forward" if args.what == "forward" else "step",
         args.model,
         device,
         batch=args.batch or BATCH,
@@ -77,7 +94,6 @@ def step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         teacher=None if args.teacher == "none" else args.teacher,
         ema=args.ema,
     )
-    return bench_step.measure(cell, builders(args.capture or ("none",), peers(args, STEP_PEERS)), args.rounds, device)
 
 
 def builders(
@@ -87,7 +103,7 @@ def builders(
     therefore come last."""
     from fastdeit.bench_peers import PEERS  # imports timm, which takes a second
 
-    ours = {f"fastdeit_{capture}" if capture != "none" else "fastdeit": capture for capture in captures}
+    ours = {bench_step.name_of(capture): capture for capture in captures}
     direct = [name for name, capture in ours.items() if capture != "graph"]
     recorded = [name for name, capture in ours.items() if capture == "graph"]
     return {name: (bench_step.OURS | PEERS)[name] for name in [*direct, *peers, *recorded]}
@@ -134,13 +150,17 @@ def _title(row: dict[str, Any]) -> str:
     text = f"{row['what']} of {row['model']} on {row['device']}, batch {row['batch']}, {row['image_size']} px, "
     text += row["precision"]
     text += f", teacher {row['teacher']}" if row["teacher"] else ""
-    return text + (", EMA" if row["ema"] else "")
+    text += ", EMA" if row["ema"] else ""
+    return text + (f", input of {bench_data.input_of(row)}" if row["what"] == "train" else "")
 
 
 def _speed(row: dict[str, Any], name: str) -> str:
     text = f"{row['images'] / median(row, name):10.2f} images/s"
     if row["what"] == "data":
         text += f" ({row['images'] / median(row, name, 'cpu_seconds'):.2f} per CPU-second)"
+    if (still := bench_train.resident_of(name, row)) is not None:
+        share, (low, high) = median(row, still) / median(row, name), by_round(row, still, name)
+        text += f", {share:.1%} of its speed without input (by round {low:.1%} to {high:.1%})"
     if (share := mfu(row, name)) is not None:
         text += f", {share:.1%} of the matrix rate"
     if (peak := row.get("peak_bytes", {}).get(name)) is not None:

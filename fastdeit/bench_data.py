@@ -39,11 +39,13 @@ from fastdeit.errors import UsageError
 
 if TYPE_CHECKING:
     from fastdeit.config import DataConfig
+    from fastdeit.methods.base import Batch
     from fastdeit.recipe import Recipe
 
 IMAGES, SIDES = 512, (375, 500)
 WARM_BATCHES, TIMED_BATCHES = 8, 16
 BATCH = 64
+OURS = "all of the recipe, replayable: TrainLoader (box decoded by DALI, rendered in threads)"
 _CLASSES = 8
 _TOLD = {
     "train": ("crop", "augment", "color_jitter", "erase", "mixup", "cutmix", "mix_probability"),
@@ -76,7 +78,13 @@ class Setting:
     @property
     def steps(self) -> int:
         """Batches of an epoch: those that are taken, and as many as a side makes ahead (2 a worker)."""
-        return 2 * WARM_BATCHES + TIMED_BATCHES + 2 * self.data.threads
+        return 2 * WARM_BATCHES + self.timed + 2 * self.data.threads
+
+    @property
+    def timed(self) -> int:
+        """Batches of a measurement: `TIMED_BATCHES`, and as many more as make every worker of a peer do its share.
+        Workers begin together and end batches at about the same time, in bursts of one a worker."""
+        return TIMED_BATCHES + -TIMED_BATCHES % self.data.threads
 
     @property
     def split(self) -> str:
@@ -120,34 +128,44 @@ class Setting:
 
 @contextmanager
 def sides(args: argparse.Namespace, device: torch.device) -> Generator[tuple[dict[str, Timer], dict[str, Any]]]:
-    """(a timer for each side, facts for the row); a timer returns (seconds, CPU seconds) of `TIMED_BATCHES`. Peers that
-    have nothing like the recipe are in the fact `failed`, with the reason. UsageError if none of them has."""
-    with tempfile.TemporaryDirectory() as root:
-        setting = Setting(_recipe(args, root), device, args.eval)
+    """(a timer for each side, facts for the row); a timer returns (seconds, CPU seconds) of `Setting.timed` batches. A
+    peer that has nothing like the recipe is in the fact `failed`, with the reason; UsageError if that is true of all.
+    """
+    with opened(args, device) as setting:
         built, failed = _built(setting, _PEERS[args.peer])
-        facts = {
-            "recipe": setting.recipe.name,
-            "overrides": args.overrides,
-            "evaluation": setting.evaluation,
-            **{field: getattr(setting.data, field) for field in _TOLD[setting.split]},
-            "batch": setting.batch,
-            "images": TIMED_BATCHES * setting.batch,
-            "threads": setting.data.threads,
-            "side": SIDES,
-            "work": {name: side.work for name, side in built.items()},
-            "failed": failed,
-        }
-        for split in ("train", "val"):
-            _write_images(Path(root, split), setting.steps * setting.batch if split == setting.split else _CLASSES)
-        yield {name: _timer(side.stream, device) for name, side in built.items()}, facts
+        facts = told(setting, args.overrides)
+        facts |= {"work": {name: side.work for name, side in built.items()}, "failed": failed}
+        write_images(setting)
+        yield {name: timer(side.stream, setting) for name, side in built.items()}, facts
 
 
-def _recipe(args: argparse.Namespace, root: str) -> "Recipe":
-    """The recipe, with what the benchmark itself sets; UsageError for an override of that."""
+@contextmanager
+def opened(args: argparse.Namespace, device: torch.device, fixed: dict[str, Any] | None = None) -> Generator[Setting]:
+    """The recipe with what the benchmark sets, and the fields `fixed`; `write_images` makes the files that it reads,
+    which live as long as the context. UsageError for an override of what is set here."""
+    with tempfile.TemporaryDirectory() as root:
+        yield Setting(_recipe(args, root, fixed or {}), device, getattr(args, "eval", False))
+
+
+def told(setting: Setting, overrides: list[str]) -> dict[str, Any]:
+    """What a row repeats of its input."""
+    return {
+        "recipe": setting.recipe.name,
+        "overrides": overrides,
+        "evaluation": setting.evaluation,
+        **{field: getattr(setting.data, field) for field in _TOLD[setting.split]},
+        "batch": setting.batch,
+        "images": setting.timed * setting.batch,
+        "threads": setting.data.threads,
+        "side": SIDES,
+    }
+
+
+def _recipe(args: argparse.Namespace, root: str, fixed: dict[str, Any]) -> "Recipe":
     batch = args.batch or BATCH
     own = {"data.root": root, "data.source": "folder", "data.train": "train", "data.val": "val", "data.repeats": 1}
     own |= {"data.threads": args.threads or len(os.sched_getaffinity(0)), "data.group_size": batch}
-    own |= {"train.batch_size": batch, "train.accumulate": 1}
+    own |= {"train.batch_size": batch, "train.accumulate": 1, **fixed}
     for field in (override.partition("=")[0] for override in args.overrides):
         if field in own:
             raise UsageError(f"{field} is set by the benchmark (by flags: --batch, --threads)")
@@ -196,8 +214,8 @@ def cpu_seconds() -> float:
     return used
 
 
-def _timer(open_stream: Callable[[], Stream], device: torch.device) -> Timer:
-    world = World(device)
+def timer(open_stream: Callable[[], Generator[Any, None, None]], setting: Setting) -> Timer:
+    world = World(setting.device)
 
     def measure() -> tuple[float, float]:
         with closing(open_stream()) as stream:
@@ -205,7 +223,7 @@ def _timer(open_stream: Callable[[], Stream], device: torch.device) -> Timer:
                 next(stream)
             world.synchronize()
             began, used = time.perf_counter(), cpu_seconds()
-            for _ in range(TIMED_BATCHES):
+            for _ in range(setting.timed):
                 next(stream)
             world.synchronize()
             return time.perf_counter() - began, cpu_seconds() - used
@@ -213,7 +231,14 @@ def _timer(open_stream: Callable[[], Stream], device: torch.device) -> Timer:
     return measure
 
 
-def _write_images(folder: Path, count: int) -> None:
+def write_images(setting: Setting) -> None:
+    """The files of both splits: enough for `Setting.steps`, of the other a few."""
+    for split in ("train", "val"):
+        count = setting.steps * setting.batch if split == setting.split else _CLASSES
+        _write(Path(setting.data.root, split), count)
+
+
+def _write(folder: Path, count: int) -> None:
     """`count` names of `IMAGES` different files."""
     source = SyntheticSource(IMAGES, classes=_CLASSES, size=SIDES, seed=0)
     written: list[Path] = []
@@ -232,19 +257,24 @@ def _ours(setting: Setting, uint8: bool = False) -> Side:
     if setting.evaluation:
         made, kernel, stream = "EvalLoader (decoded by DALI, rendered in threads)", "normalises", _evaluated_on
     else:
-        made, kernel, stream = "TrainLoader (box decoded by DALI, rendered in threads)", "does the rest", _trained_on
-        made = f"all of the recipe, replayable: {made}"
+        made, kernel, stream = OURS, "does the rest", _trained_on
     work = f"{made}; without the pixels kernel, which {kernel}" if uint8 else f"{made}; the pixels kernel {kernel}"
     return Side(work, partial(stream, setting, uint8))
 
 
+def batches(setting: Setting, noise_per_sample: int = 0) -> Generator["Batch", None, None]:
+    """Training batches as `fastdeit train` reads them."""
+    world = World(setting.device)
+    source, _ = build.sources(setting.recipe)
+    loader = build.train_loader(setting.recipe, source, world, noise_per_sample, print)
+    with closing(loader.batches(0, setting.steps)) as stream:
+        for (samples,) in stream:
+            yield build.to_batch(samples, setting.recipe, world.device)
+
+
 def _trained_on(setting: Setting, uint8: bool) -> Stream:
-    recipe, world = setting.recipe, World(setting.device)
-    source, _ = build.sources(recipe)
-    loader = build.train_loader(recipe, source, world, 0, print)
-    with closing(loader.batches(0, setting.steps)) as batches:
-        for (samples,) in batches:
-            batch = build.to_batch(samples, recipe, world.device)
+    with closing(batches(setting)) as stream:
+        for batch in stream:
             yield batch.images[0] if uint8 else batch.pixels()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastdeit import bench, bench_data, estimate_rows
+from fastdeit import bench, bench_data, bench_train, estimate_rows
 from fastdeit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,13 +22,14 @@ PICTURE = "benchmarks.png"
 _NEEDED = {
     "step": ("model", "batch"),
     "forward": ("model", "batch", "image_size"),
+    "train": ("model", "batch", "recipe"),
     "data": ("recipe", "batch", "work"),
     "kernel": ("op", "model", "batch", "dtype", "bytes", "copy_bytes"),
     "calibrate": ("part", "model", "batch", "flops", "bytes"),
 }
 """Fields of each kind of row, beside those of all: without them it is older than the report can read."""
 _OF_ALL = ("seconds", "device", "environment")
-_DRAWN = ("step", "forward", "data")
+_DRAWN = ("step", "forward", "train", "data")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _MARKERS = "osD^v"
 
@@ -116,6 +117,7 @@ def cell(row: Row) -> str:
     words += [row.get("precision", "fp32")]
     words += [f"teacher {row['teacher']}"] if row.get("teacher") else []
     words += ["EMA"] if row.get("ema") else []
+    words += [f"input of {bench_data.input_of(row)}"] if row["what"] == "train" else []
     if row["device"] == "cpu" and "threads" in row:
         words.append("1 thread" if row["threads"] == 1 else f"{row['threads']} threads")
     return ", ".join(words)
@@ -123,7 +125,7 @@ def cell(row: Row) -> str:
 
 def comparisons(row: Row, of: str = "seconds") -> list[Comparison]:
     """Every side of ours against every peer that did the same, by the clock or by `cpu_seconds`."""
-    sides = list(row["seconds"])
+    sides = [name for name in row["seconds"] if row["what"] != "train" or not name.endswith(bench_train.RESIDENT)]
     ours = [name for name in sides if name.startswith("fastdeit")]
     found = []
     for peer in (name for name in sides if name not in ours):
@@ -179,6 +181,11 @@ def _share(row: Row, name: str) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
+def _without_input(row: Row, name: str) -> str:
+    still = bench_train.resident_of(name, row)
+    return "" if still is None else f"{bench.median(row, still) / bench.median(row, name):.1%}"
+
+
 def _peak(row: Row, name: str) -> str:
     peak = row.get("peak_bytes", {}).get(name)
     return "" if peak is None else f"{peak / 2**30:.2f}"
@@ -211,6 +218,12 @@ _STEP: dict[str, Tell] = {
 _COLUMNS: dict[str, dict[str, Tell]] = {
     "step": _STEP,
     "forward": _STEP,
+    "train": {
+        "images/s": _images,
+        "of its speed without input": _without_input,
+        "ours is so many times as fast": _against,
+        "in CPU time": _in_cpu_time,
+    },
     "data": {
         "images/s": _images,
         "ours is so many times as fast": _against,

@@ -325,18 +325,19 @@ def _bench_verb() -> Verb:
     bench = Verb(
         "bench",
         "speed of a training step, of inference or of the data pipeline, against others in the same run",
-        "[step|forward|data|suite|calibrate] [--peer NAME ...] [--device auto|cpu|cuda] [--batch N] [--rounds N]\n"
-        "       [--out FILE]; step and forward: [--model NAME] [--image-size N] [--precision fp32|fp16|bf16]\n"
-        "       [--capture none|compile|graph ...]; step: [--teacher NAME|none] [--ema];\n"
-        "       data: [--recipe RECIPE] [section.field=value ...] [--eval] [--threads N];\n"
+        "[step|forward|train|data|suite|calibrate] [--peer NAME ...] [--device auto|cpu|cuda] [--batch N]\n"
+        "       [--rounds N] [--out FILE]; step, forward, train: [--model NAME] [--image-size N]\n"
+        "       [--precision fp32|fp16|bf16] [--capture none|compile|graph ...]; step, train: [--teacher NAME|none]\n"
+        "       [--ema];\n"
+        "       data, train: [--recipe RECIPE] [section.field=value ...] [--threads N]; data: [--eval];\n"
         "       suite: [--time-limit MINUTES];\n"
         "       fastdeit bench --report [DIR] [--results FILE ...]",
         _bench,
     )
     add = bench.parser.add_argument
-    whats = ("step", "forward", "data", "suite", "calibrate")
+    whats = ("step", "forward", "train", "data", "suite", "calibrate")
     add("what", nargs="?", choices=whats, default="step", help="what to measure (default: step)")
-    add("overrides", nargs="*", metavar="section.field=value", help="of data: overrides of the recipe")
+    add("overrides", nargs="*", metavar="section.field=value", help="of data and train: overrides of the recipe")
     add(
         "--peer",
         action="append",
@@ -344,7 +345,7 @@ def _bench_verb() -> Verb:
             *("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph"),
             *("deit", "torchvision", "dali", "all", "none"),
         ),
-        help="what to measure side by side with it; may be repeated. step and forward: timm, timm_compile (with "
+        help="what to measure side by side with it; may be repeated. step, forward, train: timm, timm_compile (with "
         "FlashAttention), timm_compile_cudnn, accelerate, timm_compile_graph; data: one of timm, deit, torchvision, "
         "dali (default: timm, for suite all)",
     )

@@ -145,7 +145,7 @@ def test_the_stream_goes_on_beyond_what_is_timed(short, tmp_path, monkeypatch):
 
 
 def test_repeated_files_are_those_of_their_class(short, tmp_path):
-    bench_data._write_images(tmp_path, 20)
+    bench_data._write(tmp_path, 20)
     files = sorted(tmp_path.rglob("*.jpg"), key=lambda path: path.name)
     assert len(files) == 20
     assert files[3].read_bytes() == files[11].read_bytes() != files[4].read_bytes()
@@ -175,7 +175,15 @@ def test_several_views_of_a_sample_are_nobodys(short, capsys, monkeypatch):
     assert "recipe deit_small: its method wants several views of a sample" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", ["step data.augment=none", "forward --eval", "suite --eval"])
-def test_other_benchmarks_have_no_recipe(capsys, argv):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("step data.augment=none", "bench step takes no section.field=value"),
+        ("suite data.augment=none", "bench suite takes no section.field=value"),
+        ("forward --eval", "--eval belongs to bench data, not bench forward"),
+        ("train --eval", "--eval belongs to bench data, not bench train"),
+    ],
+)
+def test_other_benchmarks_have_no_such_input(capsys, argv, message):
     assert cli.main(["bench", *argv.split()]) == 2
-    assert f"and --eval, not bench {argv.split()[0]}" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

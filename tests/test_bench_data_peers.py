@@ -36,7 +36,7 @@ def root(tmp_path_factory):
     """24 different files in either split."""
     root = tmp_path_factory.mktemp("files")
     for split in ("train", "val"):
-        bench_data._write_images(root / split, FILES)
+        bench_data._write(root / split, FILES)
     return root
 
 
