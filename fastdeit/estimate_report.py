@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +179,8 @@ def _network(
     """A network built without storage, of its own image size for None; UsageError where it cannot be built, or its
     FLOPs not be counted."""
     options = {"num_classes": classes, "drop_path": drop_path} | ({"image_size": size} if size else {})
+    if timm is not None:
+        import_module("timm")  # inside torch.device its first import fails (torch 2.8)
     try:
         with torch.device("meta"):
             built = models.build(name, **options) if timm is None else models.build_timm(timm, **options)
