@@ -178,7 +178,7 @@ def test_rate_on_the_device_is_read_there(device, name, lr, monkeypatch):
     grads = gradients(device, shapes, 9, HALF)
     host.update(name, "triton", grads)
     monkeypatch.setattr(_update, "host_may_look", lambda tensor: False)
-    there.update(name, "triton", grads, lr=lr.to(device) if isinstance(lr, torch.Tensor) else torch.tensor(lr))
+    there.update(name, "triton", grads, lr=torch.as_tensor(lr, device=device))
     assert all(torch.equal(a, b) for a, b in zip(bits(host), bits(there), strict=True))
 
 

@@ -1,0 +1,171 @@
+"""A CUDA card that is not there: the host's part of what runs on one, without the device's.
+
+Tensors on "cuda" are fake (`torch._subclasses.FakeTensorMode`): they have shapes, dtypes and a device, but no values.
+So a mistake of the host shows: operands on two devices, dtypes that do not go together, and above all whatever waits
+for the card, since a value that is read has to be there. Launches of Triton kernels are checked and noted.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from inspect import Parameter, signature
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton.language as tl
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from fastdeit.kernels import _loss, _multi_tensor, _op, _triton
+
+ARCH = 9, 0
+_SEEN_BY_CPP = torch.device("meta")
+_MOST_PROGRAMS = 2**31 - 1, 65_535, 65_535
+_CACHES = _triton._arch_of, _op.card, _multi_tensor._kept, _loss._ticket_of
+_COPIES = {
+    torch.ops.aten._to_copy.default: lambda result, x, **options: (x, result, options.get("non_blocking")),
+    torch.ops.aten.copy_.default: lambda _, target, source, non_blocking=False: (source, target, non_blocking),
+}
+"""What copies between devices: (result, *arguments) as (source, target, non_blocking)."""
+_IN_16_BIT = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+
+
+class Waits(AssertionError):
+    """The host reads what the card has to compute first."""
+
+
+@dataclass
+class Card:
+    """What the host asked of the card: kernels, grids and arguments by name, in the order of their launches."""
+
+    launches: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = field(default_factory=list)
+    _waiting_forbidden: bool = False
+
+    @property
+    def launched(self) -> set[str]:
+        """Names of the kernels."""
+        return {kernel.fn.__name__ for kernel, _, _ in self.launches}
+
+    @contextmanager
+    def never_waited_for(self) -> Iterator[None]:
+        """Inside, `Waits` is raised where `torch.cuda.set_sync_debug_mode("error")` would raise on a card."""
+        self._waiting_forbidden = True
+        try:
+            yield
+        finally:
+            self._waiting_forbidden = False
+
+
+class _Fakes(FakeTensorMode):
+    """Every tensor inside is fake. To PyTorch's C++ those on the card are on the meta device, since autograd would look
+    for the streams of a card; so what is asked for on the meta device inside is meant for the card."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._card = card
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return _SEEN_BY_CPP if args[0].fake_device.type == "cuda" else args[0].fake_device
+        if func is torch.ops.aten._local_scalar_dense.default:
+            if args[0].device.type == "cuda":
+                self._waits("a value on the card is read")
+            return 0.5 if args[0].is_floating_point() else 0  # any value will do that ends a loop
+        if kwargs and kwargs.get("device") == _SEEN_BY_CPP:
+            kwargs = {**kwargs, "device": torch.device("cuda", 0)}
+        result = super().dispatch(func, types, args, kwargs)
+        if func in _COPIES:
+            self._check_copy(*_COPIES[func](result, *args, **(kwargs or {})))
+        return result
+
+    def _check_copy(self, source: Tensor, target: Tensor, non_blocking: bool | None) -> None:
+        if source.device.type != target.device.type and not non_blocking:
+            self._waits(f"a copy from {source.device.type} to {target.device.type} that is not non_blocking")
+
+    def _waits(self, what: str) -> None:
+        if self._card._waiting_forbidden:
+            raise Waits(what)
+
+
+class _Functions(TorchFunctionMode):
+    """What autocast does to products, of which C++ leaves out tensors that it takes for meta tensors. No memory is
+    pinned, which would look for a driver."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _IN_16_BIT and torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+            args = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        options = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        return function(*args, **options)
+
+
+@contextmanager
+def pretended_card(capturing: bool = False) -> Iterator[Card]:
+    """Inside, there is a card of sm_90. capturing: whether its stream is being captured into a CUDA graph."""
+    card = Card()
+    stream = SimpleNamespace(cuda_stream=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "to", _moved)
+        patch.setattr(Tensor, "data_ptr", lambda self: 4096 * id(self))
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: ARCH)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+        patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        patch.setattr(_triton, "INTERPRETED", False)
+        patch.setattr(_triton, "launch", lambda *args, **options: _check_launch(card, *args, **options))
+        for cache in _CACHES:
+            cache.cache_clear()
+        try:
+            with _Fakes(card), _Functions():
+                yield card
+        finally:
+            for cache in _CACHES:
+                cache.cache_clear()
+
+
+def _moved(module: nn.Module, *args: Any, **options: Any) -> nn.Module:
+    """`module.to`, which swaps tensors and cannot swap fake ones."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **options)
+    for part in module.modules():
+        for registry in (part._parameters, part._buffers):
+            for name, old in registry.items():
+                if old is not None:
+                    new = old.detach().to(device, dtype if old.is_floating_point() else None)
+                    registry[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    return module
+
+
+def _check_launch(card: Card, kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **constants: Any) -> None:
+    """What `_triton.launch` and Triton expect, and no one would notice before there is a card."""
+    name = kernel.fn.__name__
+    if 0 in grid:
+        return
+    constants.pop("stages", None)
+    assert warps in (1, 2, 4, 8, 16), name
+    assert all(isinstance(n, int) and 0 < n <= most for n, most in zip(grid, _MOST_PROGRAMS, strict=False)), (
+        name,
+        grid,
+    )
+    declared = signature(kernel.fn)
+    given = declared.bind(*args, **constants).arguments
+    assert given.keys() == declared.parameters.keys(), name
+    for argument, value in given.items():
+        _check_argument(f"{name}: {argument}", declared.parameters[argument], value)
+    card.launches.append((kernel, grid, given))
+
+
+def _check_argument(name: str, parameter: Parameter, value: Any) -> None:
+    if parameter.annotation is tl.constexpr:
+        assert value is None or isinstance(value, int | tl.dtype), f"{name} is a constant, but {value!r}"
+    elif isinstance(value, Tensor):
+        assert value.device.type == "cuda", f"{name} is on {value.device}"
+        # Slices of packed tensors are pointers to their first element; the strides are arguments.
+        assert value.is_contiguous() or value.stride(-1) == 1, f"{name} has strides {value.stride()}"
+    else:
+        assert value is None or type(value) in (int, float, bool), f"{name} is {value!r}"

@@ -1,0 +1,43 @@
+"""Without DALI everything but reading images works: on a borrowed card one measures steps, kernels and tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCK = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[:2] == ["nvidia", "dali"]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def without_dali(code):
+    command = [sys.executable, "-c", BLOCK + code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_every_benchmark_and_the_report_can_be_imported():
+    names = "bench", "bench_calibrate", "bench_kernels", "bench_peers", "bench_report", "bench_step", "bench_suite"
+    done = without_dali(f"from fastdeit import {', '.join(names)}, evaluate, train")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_reading_images_says_what_is_missing(tmp_path):
+    arguments = ["train", "digits", "--run-dir", str(tmp_path / "run")]
+    done = without_dali(f"from fastdeit import cli\nsys.exit(cli.main({arguments}))")
+    assert done.returncode == 1
+    assert "NVIDIA DALI, which is not installed: pip install nvidia-dali-cuda120" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_every_test_can_be_collected():
+    code = "import pytest\nsys.exit(pytest.main(['--collect-only', '-qq', '-p', 'no:cacheprovider', 'tests']))"
+    done = without_dali(code)
+    assert done.returncode == 0, done.stdout[-3000:]
