@@ -22,12 +22,14 @@ Rules, each from a failure:
   the sample keeps the stream independent of batches, threads and restarts.
 """
 
+import atexit
 import io
 import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,7 @@ from PIL import Image
 
 from fastdeit.data.plan import Plan, unaugmented
 from fastdeit.data.policy import Ops
+from fastdeit.data.prefetch import close_all
 from fastdeit.data.render import Renderer, RenderError
 from fastdeit.data.source import DataError, undecodable
 
@@ -223,18 +226,23 @@ class _Stream:
                 return images
 
 
+@cache
 def _graphs() -> ModuleType:
     """The module of DALI's graphs, imported by whom images are decoded: all that decodes none does without DALI."""
     # What DALI's copy of OpenCV would print for each damaged file is in our reports; read when it is loaded.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "FATAL")
     try:
-        return import_module("fastdeit.data.dali_graph")
+        module = import_module("fastdeit.data.dali_graph")
     except ModuleNotFoundError as error:
         if error.name not in ("nvidia", "nvidia.dali"):
             raise
         raise DataError(
             "images are decoded by NVIDIA DALI, which is not installed: pip install nvidia-dali-cuda120"
         ) from error
+    # What DALI does when the interpreter exits aborts the process where a thread still decodes, so that they are ended
+    # before. Handlers run in the reverse of the order in which they come: this one has to come after DALI's.
+    atexit.register(close_all)
+    return module
 
 
 def _hull(views: Sequence[Plan]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

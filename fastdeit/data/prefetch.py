@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+_running: "dict[Prefetch, None]" = {}
+
 
 class Closed(Exception):
     """`Prefetch.close` was called; ends the thread that waits for the next item."""
@@ -27,6 +29,7 @@ class Prefetch(Generic[T], Iterator[T]):
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        _running[self] = None
         self._thread.start()
 
     def __next__(self) -> T:
@@ -62,6 +65,7 @@ class Prefetch(Generic[T], Iterator[T]):
         with self._changed:
             self._error, self._finished = error, True
             self._changed.notify_all()
+        _running.pop(self)
 
     def _put(self, item: T) -> bool:
         with self._changed:
@@ -70,3 +74,9 @@ class Prefetch(Generic[T], Iterator[T]):
                 self._ready.append(item)
                 self._changed.notify_all()
             return not self._closed
+
+
+def close_all() -> None:
+    """Close every Prefetch whose thread still runs, in the order in which they were made."""
+    for prefetch in list(_running):
+        prefetch.close()
