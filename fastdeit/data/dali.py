@@ -7,8 +7,8 @@ On the CPU, DALI decodes the box, which is what it is fastest at, and `render` d
 being decoded: less than half the CPU time of the DALI graph, and nearer to PIL. On the GPU all of it is that graph
 (`dali_graph`).
 
-A sample is decoded once for all of its views: on the CPU the smallest rectangle that holds their boxes. DALI decodes
-the same pixels of a box whether it decodes more around it or not, so that no view depends on the others.
+A sample is decoded once for all of its views: on the CPU the smallest rectangle that holds what they look at. DALI
+decodes the same pixels of a box whether it decodes more around it or not, so that no view depends on the others.
 
 Rules, each from a failure:
 
@@ -41,7 +41,7 @@ from PIL import Image
 from fastdeit.data.plan import Plan, unaugmented
 from fastdeit.data.policy import Ops
 from fastdeit.data.prefetch import close_all
-from fastdeit.data.render import Renderer, RenderError
+from fastdeit.data.render import Renderer, RenderError, looked_at
 from fastdeit.data.source import DataError, undecodable
 
 if TYPE_CHECKING:
@@ -180,15 +180,14 @@ class Executor:
         if not self._renderers:
             return outputs
         decoded = [np.asarray(image) for image in outputs[0]]
-        corner, _ = _hull(work.views)
+        corner, _ = _hull(work.views, self._sizes)
         return tuple(
-            renderer.batch(_regions(decoded, corner, view.box), view)
-            for renderer, view in zip(self._renderers, work.views, strict=True)
+            renderer.batch(decoded, corner, view) for renderer, view in zip(self._renderers, work.views, strict=True)
         )
 
     def _inputs(self, work: Work) -> dict[str, Any]:
         if self._renderers:
-            corner, extent = _hull(work.views)
+            corner, extent = _hull(work.views, self._sizes)
             steps = {"corner": corner, "extent": extent}
         else:
             steps = self._graphs.inputs(self._sizes, work.views)
@@ -245,19 +244,12 @@ def _graphs() -> ModuleType:
     return module
 
 
-def _hull(views: Sequence[Plan]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """(corner, extent), both int32 `[B, 2]` as (y, x), of the smallest rectangle that holds the boxes of all views."""
-    corner = np.min([view.box[:, :2] for view in views], axis=0)
-    end = np.max([view.box[:, :2] + view.box[:, 2:] for view in views], axis=0)
+def _hull(views: Sequence[Plan], sizes: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(corner, extent), both int32 `[B, 2]` as (y, x), of the smallest rectangle that holds what all views look at."""
+    parts = [looked_at(view, size) for view, size in zip(views, sizes, strict=True)]
+    corner = np.min([part[:, :2] for part in parts], axis=0)
+    end = np.max([part[:, :2] + part[:, 2:] for part in parts], axis=0)
     return corner.astype(np.int32), (end - corner).astype(np.int32)
-
-
-def _regions(
-    decoded: Sequence[NDArray[np.uint8]], corner: NDArray[np.int32], box: NDArray[np.int32]
-) -> list[NDArray[np.uint8]]:
-    """The boxes in images of which the pixels from `corner` on were decoded."""
-    start, extent = (box[:, :2] - corner).tolist(), box[:, 2:].tolist()
-    return [image[y : y + h, x : x + w] for image, (y, x), (h, w) in zip(decoded, start, extent, strict=True)]
 
 
 def _sound(like: Work, sizes: Sequence[tuple[int, int]]) -> Work:

@@ -43,15 +43,20 @@ class Renderer:
     def close(self) -> None:
         self._pool.shutdown()
 
-    def batch(self, regions: Sequence[Pixels], steps: Steps) -> torch.Tensor:
-        """uint8 `[B, H, W, 3]` in memory of its own; RenderError if a sample fails."""
-        out = np.empty((len(regions), *self._size, 3), np.uint8)
-        rows = iter(range(len(regions)))  # shared: a thread that is free takes the next row
+    def batch(self, sources: Sequence[Pixels], corner: NDArray[np.int32], steps: Steps) -> torch.Tensor:
+        """uint8 `[B, H, W, 3]` in memory of its own; RenderError if a sample fails.
+
+        sources: what was decoded of each image, from `corner` int32 `[B, 2]` (y, x) on, `looked_at` at least.
+        """
+        out = np.empty((len(sources), *self._size, 3), np.uint8)
+        parts = looked_at(steps, self._size)
+        rows = iter(range(len(sources)))  # shared: a thread that is free takes the next row
 
         def run(_: int) -> None:
             for row in rows:
                 try:
-                    out[row] = self._image(regions[row], steps, row)
+                    region = _region(sources[row], corner[row], steps.box[row], parts[row])
+                    out[row] = self._image(region, steps, row)
                 except pixel_ops.OperationError as error:
                     raise RenderError(f"the file is sound, but {error}") from error
                 except Exception as error:
@@ -70,6 +75,40 @@ class Renderer:
         if steps.flip[row]:
             image = flipped(image)
         return image if steps.ops is None else pixel_ops.apply(image, steps.ops.kind[row], steps.ops.value[row])
+
+
+def looked_at(steps: Steps, size: tuple[int, int]) -> NDArray[np.int32]:
+    """int32 `[B, 4]` (y, x, height, width) in source pixels: of each box the part that the output depends on.
+
+    That is all of it but for a window: output pixel i of a resize by the factor 1 / s lies at s (i + 1/2) of the input,
+    and its cubic reaches 2 max(s, 1) pixels to either side.
+    """
+    if steps.resize is None:
+        return steps.box
+    top, extent = steps.box[:, :2], steps.box[:, 2:]
+    last, first, final = steps.resize - 1, steps.start, steps.start + np.asarray(size) - 1
+    low, high = np.maximum(first, 0), np.minimum(final, last)
+    # Reflected at one end or the other.
+    low = np.where(final > last, np.minimum(low, 2 * last - final), low).clip(0, last)
+    high = np.where(first < 0, np.maximum(high, -first), high).clip(0, last)
+    scale = extent / steps.resize
+    reach = 2 * np.maximum(scale, 1) + 1  # a pixel more for rounding
+    begin = np.floor(scale * (low + 0.5) - reach).clip(0, extent)
+    end = np.ceil(scale * (high + 0.5) + reach).clip(0, extent)
+    return np.concatenate((top + begin, end - begin), axis=1).astype(np.int32)
+
+
+def _region(source: Pixels, corner: NDArray[np.int32], box: NDArray[np.int32], part: NDArray[np.int32]) -> Pixels:
+    """`box` of the image of which `source` holds the pixels from `corner` on; outside `part` it may hold anything."""
+    y, x, height, width = part.tolist()
+    top, left = y - int(corner[0]), x - int(corner[1])
+    pixels = source[top : top + height, left : left + width]
+    if (box == part).all():
+        return pixels
+    region = np.empty((*box[2:].tolist(), 3), np.uint8)
+    y, x = y - int(box[0]), x - int(box[1])
+    region[y : y + height, x : x + width] = pixels
+    return region
 
 
 def resized(image: Pixels, size: Sequence[int]) -> Pixels:

@@ -279,8 +279,43 @@ def test_an_error_of_the_crop_says_so():
     renderer = render.Renderer((0, 8), 1)
     view = plan.unaugmented(np.array([[0, 0, 8, 8]], np.int32), None, None)
     with pytest.raises(render.RenderError, match=r"^the file is sound, but cutting and resizing it failed \(Runtime"):
-        renderer.batch([np.zeros((8, 8, 3), np.uint8)], view)
+        renderer.batch([np.zeros((8, 8, 3), np.uint8)], np.zeros((1, 2), np.int32), view)
     renderer.close()
+
+
+@pytest.mark.parametrize("dirt", [0, 255])
+def test_a_window_needs_no_more_of_its_image_than_it_looks_at(dirt, monkeypatch):
+    """Every kind of size and place: enlarged, shrunk, reflected at either end and at both."""
+    monkeypatch.setattr(np, "empty", lambda shape, dtype: np.full(shape, dirt, dtype))
+    draw = np.random.default_rng(5)
+    saved = 0
+    for _ in range(300):
+        size = tuple(draw.integers(1, 40, 2).tolist())
+        box = np.concatenate((draw.integers(0, 5, 2), draw.integers(1, 120, 2)))[None].astype(np.int32)
+        resize = np.maximum(draw.integers(1, 90, (1, 2)), np.array(size) // 2 + 1)
+        start = draw.integers(1 - resize, 2 * resize - np.array(size))  # as far out as one reflection goes
+        view = plan.unaugmented(box, resize.astype(np.int32), start.astype(np.int32))
+        source = draw.integers(0, 256, (*(box[0, :2] + box[0, 2:] + 3), 3), dtype=np.uint8)
+        y, x, height, width = box[0]
+        expected = render.window(
+            render.resized(source[y : y + height, x : x + width], resize[0].tolist()), start[0], size
+        )
+        (part,) = render.looked_at(view, size)
+        whole = source[part[0] : part[0] + part[2], part[1] : part[1] + part[3]].copy()
+        renderer = render.Renderer(size, 1)
+        (got,) = renderer.batch([whole], part[None, :2], view)
+        renderer.close()
+        assert np.array_equal(got.numpy(), expected), (box, resize, start, size)
+        saved += whole.size < height * width * 3
+    assert saved > 150
+
+
+def test_evaluation_decodes_what_its_window_looks_at():
+    resize, start = plan.eval_window(500, 375, (224, 224), 0.875)
+    view = plan.unaugmented(np.array([[0, 0, 375, 500]], np.int32), resize.astype(np.int32), start.astype(np.int32))
+    (part,) = render.looked_at(view, (224, 224)).tolist()
+    assert part == [20, 81, 335, 336]
+    assert dali._hull([view], [(224, 224)])[1].tolist() == [[335, 336]]
 
 
 def test_memory_does_not_grow(everything):
