@@ -26,7 +26,8 @@ Timer = Callable[[], tuple[float, float]]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = 1000
-_WARM = {"cpu": 1, "cuda": 3}
+WARM_CALLS = {"cpu": 1, "cuda": 3}
+"""Calls that allocate and compile, and are not measured."""
 _LEAST_SECONDS = 0.2
 _COPY_BYTES = {"cpu": 2**24, "cuda": 2**28}
 
@@ -42,11 +43,6 @@ def reason(error: Exception) -> str:
 
 
 # ---- timers ----------------------------------------------------------------------------------------------------------
-
-
-def warm_calls(device: torch.device) -> int:
-    """Calls that allocate and compile, and are not measured."""
-    return _WARM[device.type]
 
 
 def timed(run: Callable[[], Any], device: torch.device, warm: int = 0) -> Timer:
@@ -67,7 +63,7 @@ def timed(run: Callable[[], Any], device: torch.device, warm: int = 0) -> Timer:
         wait()
         return (time.perf_counter() - began) / count, (time.process_time() - used) / count
 
-    for _ in range(max(warm, warm_calls(device))):
+    for _ in range(max(warm, WARM_CALLS[device.type])):
         run()
     count = 1 if device.type == "cpu" else max(1, round(_LEAST_SECONDS / measure(1)[0]))
     return lambda: measure(count)

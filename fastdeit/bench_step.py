@@ -289,7 +289,7 @@ def _our_step(wanted: Cell, device: torch.device, capture: str) -> Side:
 
 def engine(wanted: Cell, device: torch.device, capture: str) -> tuple[Engine, float, int]:
     """(engine for the steps of a cell, their FLOPs, the steps before the first that is like all others)"""
-    _check(device, capture)
+    _check_capture(device, capture)
     model, judge = models.build(wanted.model, **wanted.options), teacher(wanted)
     if judge is None:
         kind, config = methods.find("supervised"), methods.config("supervised")()
@@ -310,13 +310,13 @@ def engine(wanted: Cell, device: torch.device, capture: str) -> tuple[Engine, fl
     return made, step_flops(model, judge, wanted), WARM_STEPS + 2 if capture == "graph" else 0
 
 
-def _check(device: torch.device, capture: str) -> None:
+def _check_capture(device: torch.device, capture: str) -> None:
     if capture == "graph" and device.type == "cpu":
         raise CannotRun("a CUDA graph needs a CUDA device")
 
 
 def _our_forward(wanted: Cell, device: torch.device, capture: str) -> Side:
-    _check(device, capture)
+    _check_capture(device, capture)
     model = models.build(wanted.model, **wanted.options).to(device).eval()
     images, flops = floats(wanted, device), step_flops(model, None, wanted)
     called = torch.compile(model, dynamic=False) if capture == "compile" else model

@@ -19,7 +19,7 @@ import torch
 
 from fastdeit import bench_data, bench_data_peers, bench_step, kernels
 from fastdeit.bench_data import Setting
-from fastdeit.bench_measure import Timer, clocks, interleave, reason, warm_calls
+from fastdeit.bench_measure import WARM_CALLS, Timer, clocks, interleave, reason
 from fastdeit.bench_step import LR, Cell
 from fastdeit.engine.capture import map_tensors
 from fastdeit.engine.dist import World
@@ -73,7 +73,7 @@ def _sides(
             step, warm, stream, told = make(wanted, setting)
             with closing(stream()) as batches:
                 kept = map_tensors(torch.clone, next(batches))
-            for _ in range(max(warm, warm_calls(setting.device))):
+            for _ in range(max(warm, WARM_CALLS[setting.device.type])):
                 step(kept)
             World(setting.device).synchronize()
             timers[name], work[name] = bench_data.timer(partial(_trained, step, stream), setting), told

@@ -11,13 +11,14 @@ import numpy as np
 import oracle
 import parity
 import pytest
+import torch
 from PIL import Image
 
 from fastdeit.data import dali, order, pixel_ops, plan, policy, render
 from fastdeit.data.dali import Executor, Work
 from fastdeit.data.loader import TrainLoader
 from fastdeit.data.policy import KINDS, Ops
-from fastdeit.data.source import FolderSource
+from fastdeit.data.source import FolderSource, check
 
 SIZE = (40, 48)
 
@@ -308,6 +309,26 @@ def test_a_window_needs_no_more_of_its_image_than_it_looks_at(dirt, monkeypatch)
         assert np.array_equal(got.numpy(), expected), (box, resize, start, size)
         saved += whole.size < height * width * 3
     assert saved > 150
+
+
+def test_a_window_has_the_same_pixels_when_only_a_part_is_decoded(varied, monkeypatch):
+    """The decoder makes nothing up at the edge of a part, with chroma subsampling or without."""
+    encoded = [np.frombuffer(data, np.uint8) for data in varied]
+    width, height = np.array([check(data) for data in encoded]).T
+    resize, start = plan.eval_window(width, height, SIZE, 0.6)
+    boxes = np.stack((0 * width, 0 * width, height, width), axis=1).astype(np.int32)
+    view = plan.unaugmented(boxes, resize.astype(np.int32), start.astype(np.int32))
+    assert (render.looked_at(view, SIZE)[:, 2:].prod(axis=1) < 0.8 * width * height).all()
+
+    def rendered():
+        executor = Executor([SIZE], len(encoded), threads=2, device="cpu", repair=None)
+        ((_, (images,)),) = executor.run([Work(encoded, (view,))])
+        return images
+
+    parts = rendered()
+    for module in (dali, render):
+        monkeypatch.setattr(module, "looked_at", lambda view, size: view.box)
+    assert torch.equal(parts, rendered())
 
 
 def test_evaluation_decodes_what_its_window_looks_at():
