@@ -21,11 +21,12 @@ from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
-from fastdeit.methods.base import Batch, Context, Method, View, overridden
+from fastdeit.methods.base import Batch, Context, Method
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.models.contract import size_pair
 from fastdeit.models.weights import LoadReport, load_weights
+from fastdeit.views import View, overridden
 
 if TYPE_CHECKING:
     from fastdeit.recipe import Recipe

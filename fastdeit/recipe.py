@@ -403,7 +403,7 @@ def _view_conflicts(use: str, data: DataConfig) -> Iterator[tuple[FieldPath, str
     # Methods import torch, policies numpy.
     from fastdeit import methods
     from fastdeit.data import policy
-    from fastdeit.methods.base import overridden, view_problems
+    from fastdeit.views import overridden, view_problems
 
     own = getattr(methods.find(use), "views", ())
     known = [view.name for view in own]

@@ -12,8 +12,8 @@ from fastdeit.data.packed import pack
 from fastdeit.data.source import DataError, SyntheticSource
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
-from fastdeit.methods.base import View
 from fastdeit.methods.supervised import Supervised
+from fastdeit.views import View
 
 RECIPE = """\
 model: {name: deit_tiny_patch16_224, image_size: 32}

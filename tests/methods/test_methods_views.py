@@ -11,9 +11,10 @@ from fastdeit import build, methods
 from fastdeit import recipe as recipes
 from fastdeit.config import DataConfig, ViewConfig
 from fastdeit.engine.dist import World
-from fastdeit.methods.base import Batch, Method, Out, View, overridden
+from fastdeit.methods.base import Batch, Method, Out
 from fastdeit.methods.supervised import Supervised
 from fastdeit.train import train
+from fastdeit.views import View, overridden
 
 RECIPE = """\
 model: {name: convnet_digits, image_size: 32}
