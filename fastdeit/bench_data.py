@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Container, Generator
+from collections.abc import Callable, Container, Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,8 +38,8 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 
 if TYPE_CHECKING:
+    from fastdeit.batch import Batch
     from fastdeit.config import DataConfig
-    from fastdeit.methods.base import Batch
     from fastdeit.recipe import Recipe
 
 IMAGES, SIDES = 512, (375, 500)
@@ -262,25 +262,25 @@ def _ours(setting: Setting, uint8: bool = False) -> Side:
     return Side(work, partial(stream, setting, uint8))
 
 
-def batches(setting: Setting, noise_per_sample: int = 0) -> Generator["Batch", None, None]:
+def batches(setting: Setting, noise: Mapping[str, int]) -> Generator["Batch", None, None]:
     """Training batches as `fastdeit train` reads them."""
     world = World(setting.device)
     source, _ = build.sources(setting.recipe)
-    loader = build.train_loader(setting.recipe, source, world, noise_per_sample, print)
+    loader = build.train_loader(setting.recipe, source, world, noise, print)
     with closing(loader.batches(0, setting.steps)) as stream:
-        for (samples,) in stream:
-            yield build.to_batch(samples, setting.recipe, world.device)
+        for (batch,) in stream:
+            yield batch.to(world.device)
 
 
 def _trained_on(setting: Setting, uint8: bool) -> Stream:
-    with closing(batches(setting)) as stream:
+    with closing(batches(setting, {})) as stream:
         for batch in stream:
             yield batch.images[0] if uint8 else batch.pixels()
 
 
 def _evaluated_on(setting: Setting, uint8: bool) -> Stream:
     _, source = build.sources(setting.recipe)
-    loader = build.eval_loader(setting.recipe, source, World(setting.device), print)
+    loader = build.eval_loader(setting.recipe, source, World(setting.device), {}, print)
     with closing(loader.batches()) as batches:
         for samples in batches:
             images = samples.images[0].to(setting.device)

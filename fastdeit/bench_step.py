@@ -13,7 +13,7 @@ forward  inference of finished floats in eval mode, the same for all sides
 
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit import kernels, methods, models, rng
+from fastdeit.batch import Batch, Labels, Step
 from fastdeit.bench_measure import (
     CLASSES,
     MEAN,
@@ -38,11 +39,11 @@ from fastdeit.bench_measure import (
 )
 from fastdeit.engine.capture import WARM_STEPS, GraphedStep
 from fastdeit.engine.dist import World
-from fastdeit.engine.ema import Ema
+from fastdeit.engine.ema import Ema, EmaTeacher
 from fastdeit.engine.optim import AdamW, default_groups
 from fastdeit.engine.step import DTYPES, Engine, autocast
 from fastdeit.errors import UsageError
-from fastdeit.methods.base import Batch, Context
+from fastdeit.methods.base import Context
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
 from fastdeit.models.contract import size_pair
@@ -211,24 +212,26 @@ def _rate(amount: float, seconds: list[float] | None) -> float | None:
 # ---- what goes in ----------------------------------------------------------------------------------------------------
 
 
-def batch(wanted: Cell, noise_per_sample: int, device: torch.device) -> Batch:
+def batch(wanted: Cell, noise: Mapping[str, int], device: torch.device) -> Batch:
     """Random uint8 images, mixed in pairs with weight 0.7."""
     size, count = wanted.image_size, wanted.batch
     words = rng.bits(rng.key(0, "bench"), range(count), size * size)
     images = torch.from_numpy(words.view("uint8").reshape(count, size, size, 4)[..., :3].copy())
     y1 = torch.arange(count) % CLASSES
-    tensors = {
-        "y1": y1,
-        "y2": y1.flip(0),
-        "lam": torch.full((count,), 0.7),
-        "partner": torch.arange(count).flip(0),
-        "pixel_lam": torch.full((count,), 0.7),
-        "box": torch.zeros(1, count, 4, dtype=torch.int32),
-        "noise": torch.rand(count, noise_per_sample),
-        "index": y1,
-    }
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return Batch(images=(images.to(device),), mean=MEAN, std=STD, **tensors)
+    weight = torch.full((count,), 0.7)
+    return Batch(
+        images=(images,),
+        targets=Labels(y1, y1.flip(0), weight),
+        partner=torch.arange(count).flip(0),
+        pixel_lam=weight,
+        box=torch.zeros(1, count, 4, dtype=torch.int32),
+        index=y1,
+        copy=torch.zeros_like(y1),
+        step=Step.at(0, 1, 1),
+        mean=MEAN,
+        std=STD,
+        noise={name: torch.rand(count, columns) for name, columns in noise.items()},
+    ).to(device)
 
 
 def floats(wanted: Cell, device: torch.device) -> Tensor:
@@ -283,7 +286,7 @@ def _ours(wanted: Cell, device: torch.device, *, capture: str) -> Side:
 
 def _our_step(wanted: Cell, device: torch.device, capture: str) -> Side:
     ours, flops, warm = engine(wanted, device, capture)
-    samples = batch(wanted, ours.method.noise_per_sample, device)
+    samples = batch(wanted, ours.method.noise(), device)
     return Side(lambda: ours.step([samples], LR), flops, warm)
 
 
@@ -293,12 +296,12 @@ def engine(wanted: Cell, device: torch.device, capture: str) -> tuple[Engine, fl
     model, judge = models.build(wanted.model, **wanted.options), teacher(wanted)
     if judge is None:
         kind, config = methods.find("supervised"), methods.config("supervised")()
-        context = Context(CLASSES, 1, 1, teacher=lambda config: None)
+        context = Context(CLASSES, 1, 1, lambda config: None, EmaTeacher)
     else:
         kind, config = methods.find("distill"), methods.config("distill")(teacher={"timm": wanted.teacher})
         network = freeze(judge, (wanted.image_size, wanted.image_size), DTYPES[wanted.precision]).to(device)
         frozen = Teacher(network, mean=judge.mean, std=judge.std)
-        context = Context(CLASSES, 1, 1, teacher=lambda config: frozen)
+        context = Context(CLASSES, 1, 1, lambda config: frozen, EmaTeacher)
     method = kind(model, config, context).to(device).train()
     _, exempt = model.decay_groups()
     groups = default_groups(method.named_parameters(), WEIGHT_DECAY, {f"model.{name}" for name in exempt})

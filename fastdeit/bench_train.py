@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from fastdeit import bench_data, bench_data_peers, bench_step, kernels
+from fastdeit.batch import map_tensors
 from fastdeit.bench_data import Setting
 from fastdeit.bench_measure import WARM_CALLS, Timer, clocks, interleave, reason
 from fastdeit.bench_step import LR, Cell
-from fastdeit.engine.capture import map_tensors
 from fastdeit.engine.dist import World
 
 RESIDENT = "_resident"
@@ -89,7 +89,7 @@ def _sides(
 def _ours(wanted: Cell, setting: Setting, *, capture: str) -> tuple[Step, int, Open, str]:
     """(step, calls before the first that is like all others, its input, what that does)"""
     engine, _, warm = bench_step.engine(wanted, setting.device, capture)
-    stream = partial(bench_data.batches, setting, engine.method.noise_per_sample)
+    stream = partial(bench_data.batches, setting, engine.method.noise())
     return lambda batch: engine.step([batch], LR), warm, stream, bench_data.OURS
 
 

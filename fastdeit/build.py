@@ -1,7 +1,7 @@
 """From a recipe to the parts of a run: sources, loaders, model, method, teacher."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,16 @@ from fastdeit import methods, models, rng
 from fastdeit.data import digits, order, policy
 from fastdeit.data.datasets import open_pair
 from fastdeit.data.layout import kinds_at, layout
-from fastdeit.data.loader import EvalLoader, Samples, TrainLoader
+from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import Augment
 from fastdeit.data.source import DataError, Source, SyntheticSource, train_val
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
+from fastdeit.engine.ema import EmaTeacher
+from fastdeit.engine.optim import AdamW, ParamGroup
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
-from fastdeit.methods.base import Batch, Context, Method
+from fastdeit.methods.base import Context, Method
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.models.contract import size_pair
@@ -122,12 +124,12 @@ def _pixels(size: tuple[int, int]) -> str:
 
 
 def train_loader(
-    recipe: "Recipe", source: Source, world: World, noise_per_sample: int, on_bad: Callable[[str, str], None]
+    recipe: "Recipe", source: Source, world: World, noise: Mapping[str, int], on_bad: Callable[[str, str], None]
 ) -> TrainLoader:
-    """The stream of training samples that this process works on."""
-    data = recipe.data
+    """The stream of training batches that this process works on; `noise` is what `Method.noise` says."""
+    data, train = recipe.data, recipe.train
     try:
-        order.groups_per_batch(recipe.train.batch_size, data.group_size, recipe.train.accumulate, world.size)
+        order.groups_per_batch(train.batch_size, data.group_size, train.accumulate, world.size)
     except ValueError as error:
         raise UsageError(f"recipe {recipe.name}: {error}") from error
     first, *further = augmentations(recipe)
@@ -135,56 +137,44 @@ def train_loader(
         source,
         first,
         further=further,
-        seed=recipe.train.seed,
-        batch_size=recipe.train.batch_size,
-        accumulate=recipe.train.accumulate,
+        seed=train.seed,
+        batch_size=train.batch_size,
+        accumulate=train.accumulate,
         repeats=data.repeats,
         rank=world.rank,
         world=world.size,
         threads=data.threads,
         device=loader_device(world.device),
-        noise_per_sample=noise_per_sample,
+        noise=noise,
+        stores=methods.find(recipe.method.use).needs(recipe.method),
+        mean=data.mean,
+        std=data.std,
+        total_steps=train.epochs * order.steps_per_epoch(len(source), train.batch_size),
         max_bad_fraction=data.max_bad_fraction,
         on_bad=on_bad,
     )
 
 
-def eval_loader(recipe: "Recipe", source: Source, world: World, on_bad: Callable[[str, str], None]) -> EvalLoader:
-    """Held-out images, each exactly once over all processes."""
+def eval_loader(
+    recipe: "Recipe", source: Source, world: World, noise: Mapping[str, int], on_bad: Callable[[str, str], None]
+) -> EvalLoader:
+    """Images of `source` as evaluation sees them, each exactly once over all processes."""
+    data = recipe.data
     per_process = recipe.train.batch_size // (recipe.train.accumulate * world.size)
     return EvalLoader(
         source,
         size=image_size(recipe),
-        crop_ratio=recipe.data.eval_crop_ratio,
+        crop_ratio=data.eval_crop_ratio,
         rank=world.rank,
         world=world.size,
         batch_size=max(per_process, 1),
-        threads=recipe.data.threads,
+        threads=data.threads,
         device=loader_device(world.device),
-        max_bad_fraction=recipe.data.max_bad_fraction,
+        noise=noise,
+        mean=data.mean,
+        std=data.std,
+        max_bad_fraction=data.max_bad_fraction,
         on_bad=on_bad,
-    )
-
-
-def to_batch(samples: Samples, recipe: "Recipe", device: torch.device) -> Batch:
-    """Samples of the loader as a batch on the device."""
-
-    def move(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, non_blocking=True)
-
-    return Batch(
-        images=tuple(map(move, samples.images)),
-        y1=move(samples.y1),
-        y2=move(samples.y2),
-        lam=move(samples.lam),
-        partner=move(samples.partner),
-        pixel_lam=move(samples.pixel_lam),
-        box=move(samples.box),
-        noise=move(samples.noise),
-        index=move(samples.index),
-        mean=recipe.data.mean,
-        std=recipe.data.std,
-        erase=tuple(None if view is None else tuple(map(move, view)) for view in samples.erase),
     )
 
 
@@ -242,8 +232,13 @@ def method(
 ) -> Method:
     """The training method around the student."""
     kind = methods.find(recipe.method.use)
-    context = Context(num_classes, recipe.train.epochs, steps, teacher)
+    context = Context(num_classes, recipe.train.epochs, steps, teacher, EmaTeacher)
     return kind(student, recipe.method, context)
+
+
+def optimizer(recipe: "Recipe", groups: list[ParamGroup], before: AdamW | None = None) -> AdamW:
+    """The optimizer of `groups`; a parameter that `before` trained as well keeps its state."""
+    return AdamW(groups, recipe.optim.betas, recipe.optim.eps)
 
 
 def teacher(

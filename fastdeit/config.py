@@ -277,6 +277,8 @@ class TrainConfig(Section):
     """The one seed: initial weights, order, augmentation, mixing, drop-path."""
     eval_every: Count = 1
     """Epochs between evaluations."""
+    best_by: str | None = None
+    """Metric by which the best step is chosen; null: the first of the method's first evaluator."""
 
 
 class EngineConfig(Section):

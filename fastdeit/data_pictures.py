@@ -22,13 +22,12 @@ from PIL import Image
 
 from fastdeit import build, data_verbs, kernels
 from fastdeit import recipe as recipes
+from fastdeit.batch import Batch
 from fastdeit.data import order, plan
-from fastdeit.data.loader import Samples
 from fastdeit.data.policy import KINDS, Ops
 from fastdeit.data.source import Source
 from fastdeit.engine.dist import World, pick_device
 from fastdeit.errors import UsageError
-from fastdeit.methods.base import Batch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,14 +71,14 @@ def show(args: argparse.Namespace) -> None:
     """`fastdeit data show RECIPE --sample I --epoch E --copy C --out FILE`: one sample on its way to the model."""
     path, recipe, source = _begin(args)
     place = locate(recipe, len(source), args.sample, args.epoch, args.copy)
-    samples, batch = _group(recipe, source, place.step, place.group)
-    own = int(samples.index[place.slot])
+    batch = _group(recipe, source, place.step, place.group)
+    own = int(batch.index[place.slot])
     with Image.open(io.BytesIO(memoryview(source.read(own)))) as opened:
         original = np.asarray(opened.convert("RGB"))
     height, width = original.shape[:2]
     augment = build.augmentations(recipe)[0]
     view = plan.samples(augment, recipe.train.seed, args.epoch, [own], [args.copy], [width], [height])
-    rows = _words(augment.size, source, samples, view, place.slot, (width, height))
+    rows = _words(augment.size, source, batch, view, place.slot, (width, height))
     where = (
         f"sample {args.sample} of {len(source):,}, epoch {args.epoch}, copy {args.copy}: "
         f"step {place.step:,}, group {place.group}, slot {place.slot}"
@@ -107,8 +106,8 @@ def preview(args: argparse.Namespace) -> None:
     rows = -(-count // columns)
     training = []
     for group in range(-(-count // size)):
-        samples, batch = _group(recipe, source, 0, group)
-        labels = zip(samples.y1.tolist(), samples.y2.tolist(), samples.lam.tolist(), strict=True)
+        batch = _group(recipe, source, 0, group)
+        labels = zip(*(column.tolist() for column in batch.targets), strict=True)
         training += zip(_visible(batch.pixels(), recipe), (_target(source, *label) for label in labels), strict=True)
     _, held_out = build.sources(recipe)
     evaluation = _evaluation(recipe, held_out, min(len(held_out), columns * max(1, rows // 2)))
@@ -162,7 +161,7 @@ def _begin(args: argparse.Namespace) -> tuple[Path, "Recipe", Source]:
     return path, recipe, source
 
 
-def _group(recipe: "Recipe", source: Source, step: int, group: int) -> tuple[Samples, Batch]:
+def _group(recipe: "Recipe", source: Source, step: int, group: int) -> Batch:
     """One mixing group of the batch at `step`, as the loader and the training loop make it."""
     alone = recipe.model_copy(
         update={
@@ -171,17 +170,17 @@ def _group(recipe: "Recipe", source: Source, step: int, group: int) -> tuple[Sam
         }
     )
     world = World(pick_device(recipe.engine.device), group, recipe.train.batch_size // recipe.data.group_size)
-    ((samples,),) = build.train_loader(alone, source, world, 0, _on_bad).batches(step, step + 1)
-    return samples, build.to_batch(samples, recipe, world.device)
+    ((batch,),) = build.train_loader(alone, source, world, {}, _on_bad).batches(step, step + 1)
+    return batch.to(world.device)
 
 
 def _evaluation(recipe: "Recipe", source: Source, count: int) -> list[tuple[Picture, str]]:
     """`count` held-out images as evaluation sees them, evenly spread over the split, each with its class."""
     world = World(pick_device(recipe.engine.device), 0, len(source) // count)
     images = []
-    for samples in build.eval_loader(recipe, source, world, _on_bad).batches():
-        x = kernels.pixels(samples.images[0].to(world.device), mean=recipe.data.mean, std=recipe.data.std)
-        images += zip(_visible(x, recipe), (_short(source, label) for label in samples.y1.tolist()), strict=True)
+    for batch in build.eval_loader(recipe, source, world, {}, _on_bad).batches():
+        x = kernels.pixels(batch.images[0].to(world.device), mean=recipe.data.mean, std=recipe.data.std)
+        images += zip(_visible(x, recipe), (_short(source, label) for label in batch.targets.y1.tolist()), strict=True)
         if len(images) >= count:
             break
     return images[:count]
@@ -201,7 +200,7 @@ def _visible(x: torch.Tensor, recipe: "Recipe") -> Picture:
 
 
 def _words(
-    out: tuple[int, int], source: Source, samples: Samples, view: plan.Plan, slot: int, size: tuple[int, int]
+    out: tuple[int, int], source: Source, batch: Batch, view: plan.Plan, slot: int, size: tuple[int, int]
 ) -> list[tuple[str, str]]:
     """The plan of one sample as (what, words); `size` (width, height) is that of the file, `out` of the view."""
     height, width = out
@@ -213,13 +212,13 @@ def _words(
     y0, x0, y1, x1 = view.erase_box[0].tolist()
     erased = f"{x1 - x0} x {y1 - y0} pixels from ({x0}, {y0}), filled with noise" if y1 > y0 else "nothing"
     return [
-        ("file", source.path(int(samples.index[slot]))),
+        ("file", source.path(int(batch.index[slot]))),
         ("crop", crop),
         ("flip", "yes" if view.flip[0] else "no"),
         ("ops", _ops(view.ops)),
         ("erase", erased),
-        ("mix", _mixed(samples, slot)),
-        ("target", _target(source, int(samples.y1[slot]), int(samples.y2[slot]), float(samples.lam[slot]), limit=None)),
+        ("mix", _mixed(batch, slot)),
+        ("target", _target(source, *(column[slot].item() for column in batch.targets), limit=None)),
     ]
 
 
@@ -233,12 +232,12 @@ def _ops(ops: Ops) -> str:
     return ", then ".join(done) or "none"
 
 
-def _mixed(samples: Samples, slot: int) -> str:
-    partner = f"sample {int(samples.index[samples.partner[slot]])}"
-    y0, x0, y1, x1 = samples.box[0, slot].tolist()
+def _mixed(batch: Batch, slot: int) -> str:
+    partner = f"sample {int(batch.index[batch.partner[slot]])}"
+    y0, x0, y1, x1 = batch.box[0, slot].tolist()
     if y1 > y0 and x1 > x0:
         return f"cutmix: {x1 - x0} x {y1 - y0} pixels from ({x0}, {y0}) are those of {partner}"
-    lam = float(samples.pixel_lam[slot])
+    lam = float(batch.pixel_lam[slot])
     return f"mixup: {100 * lam:.1f} % of it and {100 - 100 * lam:.1f} % of {partner}" if lam < 1 else "not mixed"
 
 

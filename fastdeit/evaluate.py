@@ -2,80 +2,80 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from fastdeit import build, kernels
+from fastdeit import build
 from fastdeit import recipe as recipes
+from fastdeit.batch import Batch
 from fastdeit.data.loader import EvalLoader
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.progress import table
 from fastdeit.engine.step import autocast
-
-Predict = Callable[[Tensor], dict[str, Tensor]]
+from fastdeit.methods.evaluators import Evaluation, Evaluator
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Per cent of `images` whose label is the first (`top1`) or among the first five (`top5`) of each named score."""
+class Result:
+    """What the evaluators of a method found.
+
+    images, bad  held-out images that were used, and that could not be read
+    metrics      by name, in the order of the evaluators
+    lower        names of the metrics of which the lower is the better
+    """
 
     images: int
     bad: int
-    top1: dict[str, float]
-    top5: dict[str, float]
+    metrics: dict[str, float]
+    lower: frozenset[str]
 
 
 @torch.no_grad()
 def evaluate(
-    predict: Predict,
-    loader: EvalLoader,
+    method: nn.Module,
+    evaluators: Mapping[str, Evaluator],
+    held_out: EvalLoader,
+    training: Callable[[], EvalLoader],
     world: World,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    autocast: AbstractContextManager,
-) -> Accuracy:
-    """Accuracy of `predict` (normalised images `[B, 3, H, W]` -> named scores `[B, K]`) over all images of the loader.
+    precision: str,
+) -> Result:
+    """Run `evaluators` one after the other on `method`, which is in eval mode. Call it on every process.
 
-    Images that cannot be decoded are left out and counted in `bad`. Counts, not rates, are summed over processes.
+    `training` makes the loader of the training images, which few evaluators ask for. Images that cannot be decoded are
+    left out and counted. Raises ValueError if two evaluators have a metric of the same name.
     """
-    counts: dict[str, Tensor] = {}
-    seen = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in loader.batches():
-        images, labels = batch.images[0].to(world.device), batch.y1.to(world.device)
-        with autocast:
-            scores = predict(kernels.pixels(images, mean=mean, std=std))
-        seen += len(labels)
-        for name, score in scores.items():
-            best = score.topk(min(5, score.shape[-1])).indices == labels[:, None]
-            hits = torch.stack((best[:, 0].sum(), best.sum())).double()
-            counts[name] = counts[name] + hits if name in counts else hits
-    return _collect(counts, seen, loader, world)
 
+    def batches(loader: EvalLoader) -> Iterator[Batch]:
+        for batch in loader.batches():
+            yield batch.to(world.device)
 
-def _collect(counts: dict[str, Tensor], seen: Tensor, loader: EvalLoader, world: World) -> Accuracy:
-    names = world.same(list(counts))
-    zero = torch.zeros(2, dtype=torch.float64, device=world.device)
-    bad = torch.tensor(float(len(loader.bad.reasons)), dtype=torch.float64, device=world.device)
-    table = torch.stack([seen, bad, *torch.stack([counts.get(name, zero) for name in names]).flatten()])
-    images, bad_images, *hits = world.sum(table).tolist()
-    share = 100.0 / max(images, 1.0)
-    return Accuracy(
-        int(images),
-        int(bad_images),
-        {name: hits[2 * i] * share for i, name in enumerate(names)},
-        {name: hits[2 * i + 1] * share for i, name in enumerate(names)},
+    evaluation = Evaluation(
+        method,
+        held_out=lambda: batches(held_out),
+        training=lambda: batches(training()),
+        autocast=lambda: autocast(world.device, precision),
+        processes=world,
     )
+    metrics: dict[str, float] = {}
+    lower: set[str] = set()
+    for name, evaluator in evaluators.items():
+        found = evaluator(evaluation)
+        if twice := metrics.keys() & found.keys():
+            raise ValueError(f"evaluator {name!r} returns the metric {min(twice)!r}, which an earlier one has, too")
+        metrics |= found
+        lower |= found.keys() if evaluator.lower_is_better else set()
+    bad = len(held_out.bad.reasons)
+    images, bad = world.sum(torch.tensor([held_out.share - bad, bad], device=world.device)).tolist()
+    return Result(images, bad, metrics, frozenset(lower))
 
 
 def main(args: argparse.Namespace) -> None:
-    """`fastdeit eval`: accuracy of a run or a checkpoint on the held-out images of its recipe."""
+    """`fastdeit eval`: what the method of a run or a checkpoint reaches on the held-out images of its recipe."""
 
     def report(path: str | Path, reason: str) -> None:
         print(f"{path}: {reason}", file=sys.stderr)
@@ -85,10 +85,10 @@ def main(args: argparse.Namespace) -> None:
     # The checkpoint holds the weights; the file that training started from need not exist any more.
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
     with join_world(recipe.engine.device) as world:
-        _, source = build.sources(recipe)
+        train_source, source = build.sources(recipe)
         student = build.model(recipe, len(source.classes), lambda text: None)
         method = build.method(recipe, student, len(source.classes), 1, teacher=lambda config: None).to(world.device)
-        loader = build.eval_loader(recipe, source, world, report)
+        loader = build.eval_loader(recipe, source, world, method.noise(), report)
         results = {}
         weights = {"": {f"model.{name}": tensor for name, tensor in restored.tensors["model"].items()}}
         if "ema" in restored.tensors:
@@ -96,37 +96,42 @@ def main(args: argparse.Namespace) -> None:
         for kind, tensors in weights.items():
             method.load_state_dict(method.state_dict() | restored.tensors["method"] | tensors)
             method.eval()
-            accuracy = evaluate(
-                method.predict,
+            results[kind] = evaluate(
+                method,
+                method.evaluators(),
                 loader,
+                lambda: build.eval_loader(recipe, train_source, world, {}, report),
                 world,
-                mean=recipe.data.mean,
-                std=recipe.data.std,
-                autocast=autocast(world.device, recipe.engine.precision),
+                recipe.engine.precision,
             )
-            results[kind] = accuracy
         if world.main:
             height, width = build.image_size(recipe)
             print(
-                f"{restored.path}, step {restored.step}: {accuracy.images:,} images ({accuracy.bad} unreadable) at "
-                f"{height}x{width} pixels, crop ratio {recipe.data.eval_crop_ratio:g}"
+                f"{restored.path}, step {restored.step}: {results[''].images:,} images ({results[''].bad} unreadable) "
+                f"at {height}x{width} pixels, crop ratio {recipe.data.eval_crop_ratio:g}"
             )
-            table(accuracy_rows(recipe, named_top1(results)))
+            table(metric_rows(recipe, named_metrics(results)))
 
 
-def named_top1(results: dict[str, Accuracy]) -> dict[str, float]:
-    """`top1_NAME` of the weights ("") and `top1_NAME_ema` of their averages ("_ema"), in per cent."""
-    return {f"top1_{name}{kind}": value for kind, accuracy in results.items() for name, value in accuracy.top1.items()}
+def named_metrics(results: Mapping[str, Result]) -> dict[str, float]:
+    """The metrics of the weights (""), and those of their averages ("_ema") with that at the end of their names."""
+    return {f"{name}{kind}": value for kind, result in results.items() for name, value in result.metrics.items()}
 
 
-def accuracy_rows(recipe: "recipes.Recipe", top1: dict[str, float]) -> list[tuple[str, str]]:
-    """Rows of a table for a person: what was measured, and the per cent."""
+def metric_rows(recipe: "recipes.Recipe", metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Rows of a table for a person: what was measured, and the value. Accuracy among the first five is left out."""
     fuse = getattr(recipe.method, "fuse", "softmax")
     fused = {"softmax": "sum of softmaxes", "logit": "mean of logits"}.get(fuse, f"{fuse} head alone")
     titles = {"fused": f"fused heads ({fused})", "class": "class head", "distillation": "distillation head"}
     rows = []
-    for key, value in top1.items():
-        name = key.removeprefix("top1_").removesuffix("_ema")
+    for key, value in metrics.items():
+        name = key.removesuffix("_ema")
         averaged = ", averaged weights" if key.endswith("_ema") else ""
-        rows.append((f"top-1 {titles.get(name, name)}{averaged}", f"{value:.2f} %"))
+        if name.startswith("top1_"):
+            head = name.removeprefix("top1_")
+            rows.append((f"top-1 {titles.get(head, head)}{averaged}", f"{value:.2f} %"))
+        elif name.endswith("_top1"):
+            rows.append((f"{name.removesuffix('_top1')} top-1{averaged}", f"{value:.2f} %"))
+        elif not name.startswith("top5_"):
+            rows.append((f"{name.replace('_', ' ')}{averaged}", f"{value:.4g}"))
     return rows

@@ -1,10 +1,12 @@
 """A run on disk and on the terminal: its directory, its log, its checkpoints, its summary."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from operator import gt, lt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastdeit import build, doctor
 from fastdeit import recipe as recipes
@@ -15,7 +17,7 @@ from fastdeit.engine.metrics import MetricsLog, Sink, open_sinks
 from fastdeit.engine.progress import Progress, table
 from fastdeit.engine.step import Engine
 from fastdeit.errors import NonFiniteError, UsageError
-from fastdeit.evaluate import Accuracy, accuracy_rows, named_top1
+from fastdeit.evaluate import Result, metric_rows, named_metrics
 from fastdeit.methods.base import Method
 
 if TYPE_CHECKING:
@@ -60,10 +62,12 @@ class Record:
 
     evaluated_step: int = 0
     best_step: int = 0
-    best_top1: float = -1.0
+    best: float | None = None
+    best_by: str | None = None
+    phase: str = ""
     train_loss: float | None = None
     teacher_top1: float | None = None
-    top1: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     images: int = 0
     seconds: float = 0.0
     waited: float = 0.0
@@ -80,15 +84,27 @@ class Record:
         return (self.images - images) / elapsed, 100 * (self.waited - waited) / elapsed
 
 
-class Saver:
-    """Writes and restores the checkpoints of one run."""
+class Phases(Protocol):
+    """The phase that training is in."""
 
-    def __init__(self, run_dir: Path, recipe: "Recipe", identity: dict[str, Any], engine: Engine, world: World) -> None:
+    @property
+    def phase(self) -> Any: ...
+
+    def resume(self, name: str, engine: Engine) -> None: ...
+
+
+class Saver:
+    """Writes and restores the checkpoints of one run. `phases` is what the run's training is in (`PhaseSchedule`)."""
+
+    def __init__(
+        self, run_dir: Path, recipe: "Recipe", identity: dict[str, Any], engine: Engine, world: World, phases: Phases
+    ) -> None:
         self.root = run_dir / "checkpoints"
-        self.recipe, self.identity, self.engine, self.world = recipe, identity, engine, world
+        self.recipe, self.identity, self.engine, self.world, self.phases = recipe, identity, engine, world, phases
 
     def save(self, step: int, record: Record) -> None:
         """Save everything a run needs to go on as if it had never stopped. Call it on every process."""
+        record.phase = self.phases.phase.name
         engine_state = self.engine.state_dict()
         if self.world.main:
             method, ema = self.engine.method, self.engine.ema
@@ -115,14 +131,15 @@ class Saver:
             say("nothing to resume yet: starting at step 0")
             return 0, Record()
         self._refuse_other_run(found)
-        engine, tensors = self.engine, found.tensors
+        engine, tensors, record = self.engine, found.tensors, Record(**found.state["record"])
+        self.phases.resume(record.phase, engine)
         student = {f"model.{name}": tensor for name, tensor in tensors["model"].items()}
         engine.method.load_state_dict(student | tensors["method"])
         engine.optimizer.load_state_dict(tensors["optim"])
         engine.load_state_dict(tensors["engine"])
         if engine.ema is not None:
             engine.ema.load(tensors["ema"])
-        return found.step, Record(**found.state["record"])
+        return found.step, record
 
     def _refuse_other_run(self, found: checkpoint.Checkpoint) -> None:
         before = recipes.Recipe.model_validate(found.state["recipe"])
@@ -205,8 +222,9 @@ class RunLog:
         record.train_loss = means["loss"]
         if self.progress is not None:
             shown = {"loss": means["loss"], "lr": lr, "images_per_second": speed, "data_wait": waiting}
-            if record.top1:
-                shown["top1"] = next(iter(record.top1.values()))
+            name, value = next(iter(record.metrics.items()), ("", 0.0))
+            if name.startswith("top1_"):
+                shown["top1"] = value
             self.progress.line(step, **shown)
         skipped = int(engine.guard.skipped.item())
         self._write(
@@ -219,24 +237,42 @@ class RunLog:
                 "optim.clip_grad=1.0 or, on GPUs that have it, engine.precision=bf16"
             )
 
-    def teacher(self, accuracy: Accuracy, record: Record) -> None:
+    def teacher(self, result: Result, record: Record) -> None:
         """The teacher's accuracy on the held-out images."""
-        record.teacher_top1 = accuracy.top1["class"]
+        record.teacher_top1 = result.metrics["top1_class"]
         self._write("teacher", 0, teacher_top1=record.teacher_top1)
         self.say(f"teacher: held-out top-1 {record.teacher_top1:.2f} %")
 
-    def evaluation(self, step: int, results: dict[str, Accuracy], record: Record) -> None:
-        """Accuracies of the weights ("") and of their averages ("_ema") after `step` steps."""
+    def evaluation(self, step: int, results: Mapping[str, Result], record: Record) -> None:
+        """Metrics of the weights ("") and of their averages ("_ema") after `step` steps."""
         record.evaluated_step = step
-        top1 = named_top1(results)
-        top5 = {f"top5_{name}{kind}": v for kind, accuracy in results.items() for name, v in accuracy.top5.items()}
-        record.top1 = top1
-        best = max(next(iter(accuracy.top1.values())) for accuracy in results.values())
-        if best > record.best_top1:
-            record.best_top1, record.best_step = best, step
-        self._write("eval", step, images=results[""].images, bad_images=results[""].bad, **top1, **top5)
-        listed = ", ".join(f"{name.removeprefix('top1_')} {value:.2f}" for name, value in top1.items())
-        self.say(f"epoch {step / self.steps_per_epoch:g}: held-out top-1 % {listed}")
+        record.metrics = named_metrics(results)
+        name, value, better = self._judged_by(results)
+        if name is not None and (record.best is None or better(value, record.best)):
+            record.best, record.best_by, record.best_step = value, name, step
+        self._write("eval", step, images=results[""].images, bad_images=results[""].bad, **record.metrics)
+        listed = [f"{name} {value:.4g}" for name, value in record.metrics.items() if not name.startswith("top5_")]
+        self.say(f"epoch {step / self.steps_per_epoch:g}: held-out {', '.join(listed)}")
+
+    def _judged_by(self, results: Mapping[str, Result]) -> tuple[str | None, float, Callable[[float, float], bool]]:
+        """(metric, its value, whether a first value is better than a second): what the best step is chosen by.
+
+        That is `train.best_by`, or else the first metric, of the weights or of their averages, whichever is better; no
+        metric where the method has none.
+        """
+        wanted = self.recipe.train.best_by
+        plain = wanted.removesuffix("_ema") if wanted else next(iter(results[""].metrics), None)
+        better = gt if plain not in results[""].lower else lt
+        found = named_metrics(results)
+        if wanted is not None and wanted not in found:
+            raise UsageError(f"train.best_by {wanted} is no metric of the method, which has {', '.join(found)}")
+        name = wanted or plain
+        if name is None:
+            return None, 0.0, better
+        averaged = f"{plain}_ema"
+        if wanted is None and averaged in found and better(found[averaged], found[name]):
+            name = averaged
+        return name, found[name], better
 
     def _write(self, kind: str, step: int, **values: Any) -> None:
         if self.metrics is None:
@@ -251,12 +287,10 @@ class RunLog:
         speed, waiting = record.speed_since(0, 0.0, 0.0)
         summary = {
             "recipe": self.recipe.name,
-            "top1_fused": record.top1.get("top1_fused"),
-            "top1_class": record.top1.get("top1_class"),
-            "top1_distillation": record.top1.get("top1_distillation"),
-            **record.top1,
+            **record.metrics,
             "teacher_top1": record.teacher_top1,
-            "best_top1": record.best_top1,
+            "best": record.best,
+            "best_by": record.best_by,
             "best_step": record.best_step,
             "train_loss": record.train_loss,
             "images_per_second": speed,
@@ -273,7 +307,7 @@ class RunLog:
         return summary
 
     def _rows(self, record: Record, speed: float, waiting: float) -> list[tuple[str, str]]:
-        rows = accuracy_rows(self.recipe, record.top1)
+        rows = metric_rows(self.recipe, record.metrics)
         if record.teacher_top1 is not None:
             rows.append(("top-1 teacher", f"{record.teacher_top1:.2f} %"))
         rows.append(("training speed", f"{speed:,.0f} images/s"))

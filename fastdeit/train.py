@@ -7,6 +7,7 @@ method, how a step is made to the engine, what a sample looks like to the data p
 import argparse
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,21 @@ import torch
 
 from fastdeit import build, kernels, rng
 from fastdeit import recipe as recipes
+from fastdeit.data import order
+from fastdeit.data.loader import EvalLoader
 from fastdeit.data.source import DataError
+from fastdeit.engine import phases
 from fastdeit.engine.checkpoint import CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.optim import AdamW, ParamGroup, default_groups
 from fastdeit.engine.schedule import learning_rate
-from fastdeit.engine.step import Engine, autocast
-from fastdeit.errors import FastdeitError, Interrupted
-from fastdeit.evaluate import Accuracy, Predict, evaluate
-from fastdeit.methods.base import Method
+from fastdeit.engine.step import Engine
+from fastdeit.errors import FastdeitError, Interrupted, UsageError
+from fastdeit.evaluate import Result, evaluate
+from fastdeit.methods.base import Method, Phase
+from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.run import Record, RunLog, Saver, choose_directory, describe, prepare_directory
 
@@ -57,7 +62,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     prepare_directory(run_dir, world, resume)
     trained_teacher = train_teacher(recipe, run_dir, world)
 
-    steps_per_epoch = max(1, len(train_source) // recipe.train.batch_size)
+    steps_per_epoch = order.steps_per_epoch(len(train_source), recipe.train.batch_size)
     total = steps_per_epoch * recipe.train.epochs
     log = RunLog(run_dir, recipe, world, total, steps_per_epoch)
     student = build.model(recipe, classes, log.say)
@@ -69,11 +74,11 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
         return made
 
     method = build.method(recipe, student, classes, total, make_teacher).to(world.device)
-    optimizer = AdamW(method.param_groups(decay_groups(method, recipe)), recipe.optim.betas, recipe.optim.eps)
-    ema = Ema(optimizer.params, recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None
+    schedule = PhaseSchedule(method, recipe)
+    ema = Ema(schedule.trainable, recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None
     engine = Engine(
         method,
-        optimizer,
+        schedule.optimizer_at(0),
         world,
         precision=recipe.engine.precision,
         accumulate=recipe.train.accumulate,
@@ -81,12 +86,12 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
         ema=ema,
         capture=recipe.engine.capture,
     )
-    loader = build.train_loader(recipe, train_source, world, method.noise_per_sample, log.bad_image)
-    val_loader = build.eval_loader(recipe, val_source, world, log.bad_image)
+    loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image)
+    val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image)
 
     # ---- resume ----------------------------------------------------------------------------------------------------
     identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": train_source.classes}
-    saved = Saver(run_dir, recipe, identity, engine, world)
+    saved = Saver(run_dir, recipe, identity, engine, world, schedule)
     start, record = saved.restore(log.say) if resume else (0, Record())
     log.begin(start, record, describe(recipe, method, train_source, val_source, world, steps_per_epoch, run_dir))
 
@@ -96,16 +101,18 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     save_every = max(1, round(steps_per_epoch * recipe.engine.checkpoint_every))
     step = start
 
-    def held_out(predict: Predict) -> Accuracy:
-        precision = autocast(world.device, recipe.engine.precision)
-        return evaluate(predict, val_loader, world, mean=recipe.data.mean, std=recipe.data.std, autocast=precision)
+    def held_out(evaluators: Mapping[str, Evaluator]) -> Result:
+        def training() -> EvalLoader:
+            return build.eval_loader(recipe, train_source, world, {}, log.bad_image)
+
+        return evaluate(method, evaluators, val_loader, training, world, recipe.engine.precision)
 
     def evaluate_now() -> None:
         method.eval()
-        results = {"": held_out(method.predict)}
+        results = {"": held_out(method.evaluators())}
         if ema is not None:
             with ema.applied():
-                results["_ema"] = held_out(method.predict)
+                results["_ema"] = held_out(method.evaluators())
         method.train()
         log.evaluation(step, results, record)
 
@@ -113,16 +120,19 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     try:
         if method.teacher is not None and record.teacher_top1 is None:
             # Before the first step: a teacher with the wrong classes or normalisation shows here, not after two days.
-            log.teacher(held_out(teacher_predict(method.teacher, recipe)), record)
+            log.teacher(held_out({"teacher": Classify(lambda batch: {"class": method.teacher(batch)})}), record)
         method.train()
         if 0 < start != record.evaluated_step and (start % eval_every == 0 or start == total):
             evaluate_now()  # the run was stopped after the last step of an epoch, before its evaluation
         while step < total:
             if step % steps_per_epoch == 0 or step == start:
-                method.on_epoch(step // steps_per_epoch, engine)
+                epoch = step // steps_per_epoch
+                if schedule.enter(epoch, engine):
+                    log.say(f"epoch {epoch}: phase {schedule.phase.name}")
+                method.on_epoch(epoch, engine)
             seed_torch(recipe.train.seed, step, world.rank)
             began = time.perf_counter()
-            micro_batches = [build.to_batch(samples, recipe, world.device) for samples in next(batches)]
+            micro_batches = [batch.to(world.device) for batch in next(batches)]
             waited = time.perf_counter() - began
             lr = learning_rate(step, steps_per_epoch=steps_per_epoch, epochs=recipe.train.epochs, **schedule_of(recipe))
             engine.step(micro_batches, lr)
@@ -170,20 +180,55 @@ def train_teacher(recipe: "Recipe", run_dir: Path, world: World) -> Path:
     return path
 
 
-def teacher_predict(teacher: Teacher, recipe: "Recipe") -> Predict:
-    """The teacher as a predictor of images in the student's normalisation."""
-    if teacher.mean is None:
-        return lambda x: {"class": teacher.logits(x)}
-    device = next(teacher.model.parameters()).device
-    ours, theirs = (
-        [torch.tensor(values, device=device).reshape(3, 1, 1) for values in pair]
-        for pair in ((recipe.data.mean, recipe.data.std), (teacher.mean, teacher.std))
-    )
-    return lambda x: {"class": teacher.logits((x * ours[1] + ours[0] - theirs[0]) / theirs[1])}
+class PhaseSchedule:
+    """The phases of a method through a run: what is trained now, and the optimizer of it.
+
+    trainable  by name all parameters that the method has not frozen, whichever phase trains them
+
+    Raises UsageError for phases that do not fit the run.
+    """
+
+    def __init__(self, method: Method, recipe: "Recipe") -> None:
+        self._method, self._recipe = method, recipe
+        self._phases: Sequence[Phase] = tuple(method.phases())
+        self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
+        self._now = 0
+        try:
+            phases.check(self._phases, recipe.train.epochs)
+        except phases.PhaseError as error:
+            raise UsageError(f"method {recipe.method.use}: {error}") from error
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that is under way."""
+        return self._phases[self._now]
+
+    def optimizer_at(self, index: int, before: AdamW | None = None) -> AdamW:
+        """The optimizer of phase `index`; `before` is that of the phase before it, whose state is carried on."""
+        self._now = index
+        phases.train_only(self._method, self.phase, self.trainable)
+        groups = self._method.param_groups(decay_groups(self._method, self._recipe))
+        return build.optimizer(self._recipe, groups, before)
+
+    def enter(self, epoch: int, engine: Engine) -> bool:
+        """Make the phase of `epoch` that of the engine; whether it is another than before."""
+        wanted = phases.index_at(self._phases, epoch)
+        begins = wanted != self._now
+        while self._now < wanted:
+            engine.enter(self.optimizer_at(self._now + 1, engine.optimizer))
+        return begins
+
+    def resume(self, name: str, engine: Engine) -> None:
+        """Make the phase called `name`, of a checkpoint, that of the engine, before its state is loaded."""
+        wanted = next((i for i, phase in enumerate(self._phases) if phase.name == name), None)
+        if wanted is None:
+            raise UsageError(f"the checkpoint is of phase {name!r}, but the method has no phase of that name")
+        while self._now < wanted:
+            engine.enter(self.optimizer_at(self._now + 1, engine.optimizer))
 
 
 def decay_groups(method: Method, recipe: "Recipe") -> list[ParamGroup]:
-    """Base optimizer groups: what the student exempts from weight decay, by its names inside the method."""
+    """Base optimizer groups of what is trained now: what the student exempts from weight decay, by its names there."""
     _, exempt = method.model.decay_groups(decay_dist_token=recipe.optim.decay_dist_token)
     return default_groups(method.named_parameters(), recipe.optim.weight_decay, {f"model.{name}" for name in exempt})
 

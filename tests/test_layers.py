@@ -18,16 +18,17 @@ LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "rng": set(),
     "views": set(),
+    "batch": {"kernels"},
     "kernels": set(),
     "models": {"kernels"},
-    "methods": {"models", "kernels", "views"},
-    "data": {"rng"},
-    "engine": {"rng", "kernels"},
+    "methods": {"models", "kernels", "views", "batch"},
+    "data": {"rng", "batch"},
+    "engine": {"rng", "kernels", "batch"},
     "agent": {"errors"},
     "launch": {"errors", "agent", "train"},
     "__main__": {"cli"},
 }
-NOT_FOR_CLI = {"rng", "views", "models", "methods", "data", "engine", "agent", "__main__"}
+NOT_FOR_CLI = {"rng", "views", "batch", "models", "methods", "data", "engine", "agent", "__main__"}
 ABOVE_TRAIN = {"cli", "launch", "agent", "__main__"}
 # numpy only: they run where no torch is wanted, and their arrays are the contract with any executor.
 _DATA = ("arrow", "cifar", "crc32c", "datasets", "index", "layout", "order", "packed", "parquet", "plan")

@@ -9,18 +9,19 @@ import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastdeit.batch import Batch, Labels, Step
 from fastdeit.data import order, plan
 from fastdeit.data.dali import Executor, Work
 from fastdeit.data.prefetch import Prefetch
@@ -30,32 +31,18 @@ OnBad = Callable[[str, str], None]
 Read = tuple[NDArray[np.uint8], tuple[int, int]] | str
 _AHEAD = 2
 _LISTED = 20
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
-class Samples:
-    """B samples of one micro-batch in V views; CPU tensors, `images` on the loader's device.
+class Store(Protocol):
+    """Something that was computed for every training sample before, such as a teacher's logits."""
 
-    images one uint8 `[B, H, W, 3]` per view; y1, y2 int64 `[B]`, lam float32 `[B]`: target = lam * onehot(y1) + (1 -
-    lam) * onehot(y2); partner int64 `[B]`, pixel_lam float32 `[B]` as in `plan.Mix`, box int32 `[V, B, 4]` likewise, in
-    pixels of each view; erase (erase_box int32 `[B, 4]`, erase_key int64 `[B]`) per view as in `plan.Plan`, or None for
-    a view that is never erased; noise float32 `[B, K]` drop-path uniforms; index int64 `[B]` position in the source. In
-    evaluation there is one view, and nothing is mixed or erased: y2 = y1, lam = 1, partner = itself, box zero.
-    """
+    def read(self, epoch: int, index: NDArray[np.int64], copy: NDArray[np.int64]) -> NDArray:
+        """Values `[B, ...]` of the samples with number `index` `[B]` in their appearance `copy` `[B]` in `epoch`.
 
-    images: tuple[torch.Tensor, ...]
-    y1: torch.Tensor
-    y2: torch.Tensor
-    lam: torch.Tensor
-    partner: torch.Tensor
-    pixel_lam: torch.Tensor
-    box: torch.Tensor
-    erase: tuple[tuple[torch.Tensor, torch.Tensor] | None, ...]
-    noise: torch.Tensor
-    index: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.index)
+        A reader thread calls this, so that it may wait for a disk. Raises KeyError for what it does not hold.
+        """
+        ...
 
 
 class BadImages:
@@ -95,8 +82,10 @@ class TrainLoader:
     augment: of the first view, and the mixing of all; further: of the other views, each with a `stream` of its own.
     Mixing is drawn once for all views of a sample, and the cut box scaled to the size of each. batch_size is that of
     all processes and micro-batches together. threads: DALI's CPU threads (default: the machine's cores divided by
-    world). device: "cpu" or a GPU's index. on_bad(path, reason) is called once for each file that cannot be
-    used (default: a warning); DataError once they are more than `max_bad_fraction` of the data set.
+    world). device: "cpu" or a GPU's index. noise: columns of uniforms by name, stores: what comes with every sample,
+    by name; both are what a method asks for. mean, std: the student's normalisation. total_steps: of the whole run
+    (default: an epoch's), which `Step.progress` is a share of. on_bad(path, reason) is called once for each file that
+    cannot be used (default: a warning); DataError once they are more than `max_bad_fraction` of the data set.
     """
 
     def __init__(
@@ -113,7 +102,11 @@ class TrainLoader:
         world: int = 1,
         threads: int | None = None,
         device: str | int = "cpu",
-        noise_per_sample: int = 0,
+        noise: Mapping[str, int] | None = None,
+        stores: Mapping[str, Store] | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        total_steps: int | None = None,
         max_bad_fraction: float = 0.001,
         on_bad: OnBad | None = None,
     ) -> None:
@@ -123,14 +116,17 @@ class TrainLoader:
         self._batch_size, self._accumulate, self._repeats = batch_size, accumulate, repeats
         self._rank, self._world = rank, world
         self._threads, self._device = threads or _threads(world), device
-        self._noise_per_sample = noise_per_sample
+        self._noise, self._stores = noise or {}, stores or {}
+        self._mean, self._std = tuple(mean), tuple(std)
         self.steps_per_epoch = order.steps_per_epoch(len(source), batch_size)
+        self._total_steps = total_steps or self.steps_per_epoch
         self.bad = BadImages(source, max_bad_fraction, on_bad)
 
-    def batches(self, start_step: int, stop_step: int) -> Generator[list[Samples], None, None]:
-        """One list of `accumulate` micro-batches for each step. Threads live until the generator is exhausted or
+    def batches(self, start_step: int, stop_step: int) -> Generator[list[Batch], None, None]:
+        """One list of `accumulate` micro-batches for each step, on the host but for the images, which are on the
+        loader's device. Threads live until the generator is exhausted or
         closed, and starting them costs a pipeline: iterate a whole run by one call."""
-        with closing(_stream(self._works(start_step, stop_step), self._executor, self._device, self._arrays)) as stream:
+        with closing(_stream(self._works(start_step, stop_step), self._executor, self._device, self._fields)) as stream:
             for _ in range(start_step, stop_step):
                 yield [next(stream) for _ in range(self._accumulate)]
 
@@ -185,25 +181,41 @@ class TrainLoader:
         self._fill(work.owner, list(failures), partial(_read, self._source))
         return self._work(work.owner)
 
-    def _arrays(self, work: Work) -> dict[str, Any]:
+    def _fields(self, work: Work) -> dict[str, Any]:
+        """What a batch holds besides its images."""
         rows: _Rows = work.owner
         mix = plan.mix(self._augment, self._seed, rows.step, rows.groups)
         boxes = [plan.scale_boxes(mix.box, self._augment.size, view.size) for view in self._views]
-        # Empty boxes would still cost the noise of every pixel on a GPU.
-        erase = [
-            (planned.erase_box, planned.erase_key) if view.erase else None
-            for view, planned in zip(self._views, work.views, strict=True)
-        ]
-        size = self._augment.group_size
-        positions = np.arange(rows.groups.start * size, rows.groups.stop * size)
-        noise = plan.noise(self._seed, rows.step, positions, self._noise_per_sample)
-        return _tensors(self._source, rows.sample, mix, boxes, erase, noise)
+        labels = _labels(self._source, rows.sample)
+        positions = np.arange(len(rows.sample)) + rows.groups.start * self._augment.group_size
+        return {
+            "targets": Labels(labels, labels[mix.partner], torch.from_numpy(mix.lam)),
+            "partner": torch.from_numpy(mix.partner),
+            "pixel_lam": torch.from_numpy(mix.pixel_lam),
+            "box": torch.from_numpy(np.stack(boxes)),
+            "index": torch.from_numpy(rows.sample),
+            "copy": torch.from_numpy(rows.copy),
+            "step": Step.at(rows.step, self.steps_per_epoch, self._total_steps),
+            "mean": self._mean,
+            "std": self._std,
+            "noise": _noise(self._noise, self._seed, rows.step, positions),
+            # Empty boxes would still cost the noise of every pixel on a GPU.
+            "erase": tuple(
+                (torch.from_numpy(planned.erase_box), torch.from_numpy(planned.erase_key)) if view.erase else None
+                for view, planned in zip(self._views, work.views, strict=True)
+            ),
+            "extras": {
+                name: torch.as_tensor(store.read(rows.epoch, rows.sample, rows.copy))
+                for name, store in self._stores.items()
+            },
+        }
 
 
 class EvalLoader:
     """Evaluation batches of process `rank` of `world`: over all processes every image exactly once, in a batch of at
     most `batch_size`, except those that cannot be decoded, which are left out, counted and reported (see
-    `TrainLoader`)."""
+    `TrainLoader`). The one view is not augmented, nothing is mixed or erased, and `noise` of a sample is a function of
+    its number alone."""
 
     def __init__(
         self,
@@ -216,17 +228,22 @@ class EvalLoader:
         batch_size: int = 64,
         threads: int | None = None,
         device: str | int = "cpu",
+        noise: Mapping[str, int] | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
         max_bad_fraction: float = 0.001,
         on_bad: OnBad | None = None,
     ) -> None:
         self._source, self._size, self._crop_ratio, self._batch_size = source, size, crop_ratio, batch_size
+        self._noise, self._mean, self._std = noise or {}, tuple(mean), tuple(std)
         self._threads, self._device = threads or _threads(world), device
         self._index = order.shard(len(source), rank, world)
+        self.share = len(self._index)
         self.bad = BadImages(source, max_bad_fraction, on_bad)
 
-    def batches(self) -> Generator[Samples, None, None]:
+    def batches(self) -> Generator[Batch, None, None]:
         """Batches of this process, each without its undecodable images (their sizes vary)."""
-        with closing(_stream(self._works(), self._executor, self._device, self._arrays)) as stream:
+        with closing(_stream(self._works(), self._executor, self._device, self._fields)) as stream:
             yield from stream
 
     def _executor(self) -> Executor:
@@ -256,12 +273,23 @@ class EvalLoader:
         whole = np.concatenate((np.zeros_like(source_size), source_size), axis=1).astype(np.int32)
         return Work([data for data, _ in results], (plan.unaugmented(whole, resize, start),), index)
 
-    def _arrays(self, work: Work) -> dict[str, Any]:
-        count = len(work.owner)
-        ones = np.ones(count, np.float32)
-        nowhere = np.zeros((count, 4), np.int32)
-        unmixed = plan.Mix(np.arange(count), ones, nowhere, ones)
-        return _tensors(self._source, work.owner, unmixed, [nowhere], [None], np.empty((count, 0), np.float32))
+    def _fields(self, work: Work) -> dict[str, Any]:
+        """What a batch holds besides its images."""
+        index: NDArray[np.int64] = work.owner
+        labels, ones = _labels(self._source, index), torch.ones(len(index))
+        return {
+            "targets": Labels(labels, labels, ones),
+            "partner": torch.arange(len(index)),
+            "pixel_lam": ones,
+            "box": torch.zeros(1, len(index), 4, dtype=torch.int32),
+            "index": torch.from_numpy(index),
+            "copy": torch.zeros(len(index), dtype=torch.int64),
+            "step": Step.at(0, 1, 1),
+            "mean": self._mean,
+            "std": self._std,
+            "noise": _noise(self._noise, 0, 0, index),
+            "erase": (None,),
+        }
 
     def _repair(self, work: Work, failures: dict[int, str]) -> Work:
         for row, reason in failures.items():
@@ -288,28 +316,28 @@ def _stream(
     works: Generator[Work, None, None],
     executor: Callable[[], Executor],
     device: str | int,
-    arrays: Callable[[Work], dict[str, Any]],
-) -> Generator[Samples, None, None]:
+    fields: Callable[[Work], dict[str, Any]],
+) -> Generator[Batch, None, None]:
     """Decode `works` in background threads; batches of which nothing is left are passed over."""
     quieten_pillow()
     reader = Prefetch(works, _AHEAD, "fastdeit-reader")
-    decoder = Prefetch(_decode(reader, executor, arrays), _AHEAD, "fastdeit-decoder")
+    decoder = Prefetch(_decode(reader, executor, fields), _AHEAD, "fastdeit-decoder")
     handover = _Handover(device)
     try:
-        for images, tensors in decoder:
-            yield Samples(handover(images), **tensors)
+        for images, others in decoder:
+            yield Batch(handover(images), **others)
     finally:
         reader.close()
         decoder.close()
 
 
 def _decode(
-    works: Iterable[Work], make_executor: Callable[[], Executor], arrays: Callable[[Work], dict[str, Any]]
+    works: Iterable[Work], make_executor: Callable[[], Executor], fields: Callable[[Work], dict[str, Any]]
 ) -> Generator[tuple[tuple[Any, ...], dict[str, Any]], None, None]:
     with closing(make_executor().run(works)) as batches:
         for work, images in batches:
             if images is not None:
-                yield images, arrays(work)
+                yield images, fields(work)
 
 
 class _Handover:
@@ -357,29 +385,12 @@ def _read(source: Source, index: NDArray[np.int64]) -> list[Read]:
     return results
 
 
-def _tensors(
-    source: Source,
-    index: NDArray[np.int64],
-    mix: plan.Mix,
-    boxes: list[NDArray[np.int32]],
-    erase: list[tuple[NDArray[np.int32], NDArray[np.int64]] | None],
-    noise: NDArray[np.float32],
-) -> dict[str, Any]:
-    """The fields of `Samples` besides the images."""
-    labels = np.array([source.label(i) for i in index.tolist()], dtype=np.int64)
-    arrays = {
-        "y1": labels,
-        "y2": labels[mix.partner],
-        "lam": mix.lam,
-        "partner": mix.partner,
-        "pixel_lam": mix.pixel_lam,
-        "box": np.stack(boxes),
-        "noise": noise,
-        "index": index,
-    }
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    erased = tuple(None if view is None else tuple(map(torch.from_numpy, view)) for view in erase)
-    return tensors | {"erase": erased}
+def _labels(source: Source, index: NDArray[np.int64]) -> torch.Tensor:
+    return torch.tensor([source.label(i) for i in index.tolist()], dtype=torch.int64)
+
+
+def _noise(columns: Mapping[str, int], seed: int, step: int, positions: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(plan.noise(seed, step, positions, count, name)) for name, count in columns.items()}
 
 
 def _threads(world: int) -> int:

@@ -252,12 +252,13 @@ def scale_boxes(boxes: NDArray[np.int32], size: tuple[int, int], other: tuple[in
     return np.rint(boxes * np.tile(other, 2) / np.tile(size, 2)).astype(np.int32)
 
 
-def noise(seed: int, step: int, positions: ArrayLike, count: int) -> NDArray[np.float32]:
-    """Drop-path uniforms in [0, 1), float32 `[B, count]`, for int `positions [B]` in the global batch at `step`.
+def noise(seed: int, step: int, positions: ArrayLike, count: int, name: str = "drop_path") -> NDArray[np.float32]:
+    """Uniforms called `name`, float32 `[B, count]` in [0, 1), for int `positions [B]` in the global batch at `step`.
 
-    24 random bits each: exact in float32, hence never rounded up to 1.
+    24 random bits each: exact in float32, hence never rounded up to 1. Each name has a stream of its own.
     """
-    words = rng.bits(rng.key(seed, "drop_path", step), positions, count)
+    purpose = name if name == "drop_path" else f"noise/{name}"
+    words = rng.bits(rng.key(seed, purpose, step), positions, count)
     return (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
 
 

@@ -3,32 +3,41 @@
 A graph replays kernels on the addresses they were recorded with. Therefore batches and the learning rate are copied
 into tensors that stay, the first steps run normally (kernels are compiled, libraries and buckets allocate), and one
 step is recorded; recording runs nothing, so that every step is run exactly once. Nothing in a step may look at the
-device, or depend on anything but these tensors and those the step itself changes.
+device, or depend on anything but these tensors and those the step itself changes. Numbers of Python's that a step reads
+are part of the recording: `Constants` raises an error when one of them changes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fastdeit.batch import map_tensors, tensors_of
 
 WARM_STEPS = 11
 """Steps before the recording: DDP rebuilds and times its buckets in the first ten."""
+
+
+class CaptureError(RuntimeError):
+    """A step that was recorded cannot be replayed, because something changed that it does not read again."""
 
 
 class GraphedStep:
     """`step(batches, lr)` on a CUDA device, recorded once and replayed. Batches keep their shapes for ever.
 
     batches: dataclasses, tuples and tensors, of which tensors may change from step to step and nothing else does. lr: a
-    float here, a float64 scalar on the device there.
+    float here, a float64 scalar on the device there. module: its Python attributes are watched from the recording on.
     """
 
-    def __init__(self, step: Callable[[Sequence[Any], Tensor], None], device: torch.device) -> None:
-        self._step, self._device = step, device
+    def __init__(
+        self, step: Callable[[Sequence[Any], Tensor], None], device: torch.device, module: nn.Module | None = None
+    ) -> None:
+        self._step, self._device, self._module = step, device, module
         self._batches: list[Any] | None = None
         self._lr = torch.zeros((), dtype=torch.float64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._constants: Constants | None = None
         self._stream = torch.cuda.Stream(device)
         self._ran = 0
 
@@ -43,6 +52,9 @@ class GraphedStep:
         else:
             if self._graph is None:
                 self._graph = self._recorded()
+                self._constants = Constants(self._module) if self._module is not None else None
+            if self._constants is not None:
+                self._constants.check()
             self._graph.replay()
         self._ran += 1
 
@@ -60,15 +72,38 @@ class GraphedStep:
         return graph
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with `function` applied to the tensors in its dataclasses, tuples and lists."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(function, item) for item in value)
-    if is_dataclass(value):
-        return replace(value, **{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value)})
-    return value
+class Constants:
+    """The Python values in the attributes of a module and of those below it, as they are now.
+
+    Watched are numbers, text, None, and tuples and lists of them. Tensors are not: a recorded step reads them anew.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._known = list(_constants(module))
+
+    def check(self) -> None:
+        """Raise CaptureError, which names attribute and values, if one has changed."""
+        for attributes, key, value, name in self._known:
+            now = attributes.get(key)
+            if now is not value and now != value:
+                raise CaptureError(
+                    f"{name} was {value!r} when the step was recorded as a CUDA graph and is {now!r} now, but the "
+                    f"graph goes on with {value!r}. Keep what changes during the run in a tensor (a buffer, or a "
+                    "function of batch.step), or train with engine.capture=none"
+                )
+
+
+_OF_EVERY_MODULE = set(vars(nn.Module())) - {"training"}
+_PLAIN = bool, int, float, str, type(None)
+
+
+def _constants(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
+    for path, child in module.named_modules():
+        for key, value in vars(child).items():
+            items = value if isinstance(value, tuple | list) else (value,)
+            if key not in _OF_EVERY_MODULE and all(isinstance(item, _PLAIN) for item in items):
+                name = ".".join(filter(None, (type(module).__name__, path, key)))
+                yield vars(child), key, list(value) if isinstance(value, list) else value, name
 
 
 def copy_tensors(kept: Any, new: Any) -> None:
@@ -79,10 +114,3 @@ def copy_tensors(kept: Any, new: Any) -> None:
     if shapes[0] != shapes[1]:
         raise ValueError(f"a recorded step takes batches like its first, {shapes[0]}, but got {shapes[1]}")
     torch._foreach_copy_(mine, theirs)
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in `value`, in order."""
-    found: list[Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
-    return found

@@ -39,6 +39,19 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows `[n, ...]` of all processes, in the order of the processes; n may differ, and be zero."""
+        if self.size == 1:
+            return rows
+        shapes: list[Any] = [None] * self.size
+        dist.all_gather_object(shapes, tuple(rows.shape), group=self._control)
+        longest = max(shape[0] for shape in shapes)
+        padded = rows.new_zeros(longest, *max(shape[1:] for shape in shapes))
+        padded[: len(rows)] = rows.reshape(-1, *padded.shape[1:])
+        parts = [torch.empty_like(padded) for _ in shapes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: shape[0]] for part, shape in zip(parts, shapes, strict=True)])
+
     def same(self, value: Any) -> Any:
         """The main process's value, on every process."""
         if self.size == 1:

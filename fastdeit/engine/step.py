@@ -1,5 +1,6 @@
 """One training step: micro-batches, autocast, gradient reduction, guard, update, EMA, and sums for the log."""
 
+import gc
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastdeit.batch import Step
 from fastdeit.engine.capture import GraphedStep
 from fastdeit.engine.dist import DeviceError, World
-from fastdeit.engine.ema import Ema
+from fastdeit.engine.ema import Ema, EmaTeacher
 from fastdeit.engine.guard import Guard
 from fastdeit.engine.optim import AdamW
 
@@ -28,7 +30,12 @@ class Engine:
 
     capture: "none" runs a step kernel by kernel, "compile" compiles the method's forward and its gradient with
     torch.compile, "graph" records the whole step as a CUDA graph.
+
+    A method uses `run`, `backward`, `micro` and `input_gradient` in its `step`, and `now` there and in `after_step`.
     """
+
+    now: Step | None = None
+    """Where the current batch stands in the run, on the device."""
 
     def __init__(
         self,
@@ -42,56 +49,112 @@ class Engine:
         ema: Ema | None = None,
         capture: str = "none",
     ) -> None:
-        self.method, self.optimizer, self.world, self.ema = method, optimizer, world, ema
-        self.precision, self.accumulate = precision, accumulate
+        if capture == "graph" and world.device.type != "cuda":
+            raise DeviceError(f"engine.capture graph needs a CUDA device, not {world.device}; use none or compile")
+        self.method, self.world, self.ema = method, world, ema
+        self.precision, self.accumulate, self.capture = precision, accumulate, capture
         self.guard = Guard(precision, clip_grad, world.device)
         self.sums: dict[str, Tensor] = {}
-        self.module = torch.compile(method, dynamic=False) if capture == "compile" else method
-        if world.size > 1:
+        self._averages = [module for module in method.modules() if isinstance(module, EmaTeacher)]
+        self._micro_sums: dict[str, Tensor] = {}
+        self._micro_runs: dict[str, int] = {}
+        self._last_micro = True
+        self.enter(optimizer)
+
+    def enter(self, optimizer: AdamW) -> None:
+        """Train the parameters of `optimizer` from now on, as a phase of the run begins.
+
+        What depends on which parameters have gradients is made anew: the reduction over processes and the capture.
+        """
+        self.optimizer = optimizer
+        if getattr(self, "module", None) is not None:
+            self.module = self._graphed = None
+            gc.collect()  # DDP is full of cycles, and its hooks on the parameters go when it does
+        self.module = torch.compile(self.method, dynamic=False) if self.capture == "compile" else self.method
+        if self.world.size > 1:
             # For one-token parameters the stride of a dimension of size 1 differs, which costs nothing.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-            device_ids = [world.device.index] if world.device.type == "cuda" else None
+            device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
             self.module = DistributedDataParallel(self.module, device_ids=device_ids, gradient_as_bucket_view=True)
-        self._last_micro = True
-        self._graphed: GraphedStep | None = None
-        if capture == "graph":
-            if world.device.type != "cuda":
-                raise DeviceError(f"engine.capture graph needs a CUDA device, not {world.device}; use none or compile")
-            self._graphed = GraphedStep(self._run_step, world.device)
+        self._graphed = GraphedStep(self._run_step, self.world.device, self.method) if self.capture == "graph" else None
+
+    # ---- for methods -------------------------------------------------------------------------------------------------
 
     @contextmanager
     def micro(self, last: bool = True) -> Iterator[None]:
-        """Around one forward and backward; gradients are reduced over processes only in the last of a step."""
+        """Around one forward and backward; gradients are reduced over processes only in the last of a step.
+
+        A method that goes backward several times a micro-batch says `last=False` in all but the last.
+        """
         reduce = last and self._last_micro
         with nullcontext() if reduce or self.world.size == 1 else self.module.no_sync():
             yield
 
-    def run(self, batch: Any) -> Any:
-        """The method's forward, in the precision of the run and through DDP. Methods call this, never `self(batch)`."""
+    def run(self, batch: Any, log: bool = True) -> Any:
+        """The method's forward, in the precision of the run and through DDP. Methods call this, never `self(batch)`.
+
+        Loss and parts go into the log, unless `log` is false; of several runs on a micro-batch their mean does.
+        """
         with autocast(self.world.device, self.precision):
             out = self.module(batch)
-        for name, value in {"loss": out.loss, **out.parts}.items():
-            self._add(name, value.detach().float() / self.accumulate)
+        if log:
+            for name, value in {"loss": out.loss, **out.parts}.items():
+                value = value.detach().float()
+                earlier = self._micro_sums.get(name)
+                self._micro_sums[name] = value if earlier is None else earlier + value
+                self._micro_runs[name] = self._micro_runs.get(name, 0) + 1
         return out
 
-    def backward(self, loss: Tensor) -> None:
-        (loss * (self.guard.scale / self.accumulate)).backward()
+    def backward(self, loss: Tensor, wrt: Tensor | None = None) -> Tensor | None:
+        """Add the gradients of `loss` to those of the parameters; also return that of the leaf `wrt`, if it is given.
+
+        What is returned is the plain gradient: the loss scale and the share of a micro-batch are taken out again.
+        """
+        share = self.guard.scale / self.accumulate
+        (loss * share).backward()
+        if wrt is None:
+            return None
+        gradient, wrt.grad = wrt.grad / share, None
+        return gradient
+
+    def input_gradient(self, batch: Any, x: Tensor) -> Tensor:
+        """The gradient, like `x`, of the method's loss with respect to `x` as the pixels of the first view.
+
+        x is float `[B, 3, H, W]` in the student's normalisation, such as `batch.pixels()`. The parameters' gradients
+        are left alone, processes are not waited for, and nothing is logged.
+        """
+        x = x.detach().requires_grad_()
+        with self.micro(last=False):
+            loss = self.run(batch.rendered_as(x), log=False).loss
+            (gradient,) = torch.autograd.grad(loss * self.guard.scale, x)
+        return gradient / self.guard.scale
+
+    # ---- for the loop ------------------------------------------------------------------------------------------------
 
     def step(self, batches: Iterable[Any], lr: float) -> None:
         """One update from `accumulate` micro-batches; skipped as a whole when a gradient is not finite."""
         (self._graphed or self._run_step)(list(batches), lr)
 
     def _run_step(self, batches: Sequence[Any], lr: float | Tensor) -> None:
+        self.now = getattr(batches[0], "step", None)
         for number, batch in enumerate(batches):
             self._last_micro = number == len(batches) - 1
             self.method.step(batch, self)
+            self._end_micro()
         factor, bad, norm = self.guard.judge(self.optimizer.gradients())
         average, decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
         self.optimizer.step(lr, factor, bad, average, decay)
         self.optimizer.zero_grad()
+        for teacher in self._averages:
+            teacher.follow(self.now, bad)
         self.method.after_step(self)
         self._add("grad_norm", norm.where(~bad, 0.0))
         self._add("steps", torch.ones_like(norm))
+
+    def _end_micro(self) -> None:
+        for name, total in self._micro_sums.items():
+            self._add(name, total / (self._micro_runs[name] * self.accumulate))
+        self._micro_sums, self._micro_runs = {}, {}
 
     def _add(self, name: str, value: Tensor) -> None:
         if name in self.sums:

@@ -9,7 +9,7 @@ from fastdeit.kernels import nn
 from fastdeit.kernels._op import OpInfo, format_info, info, use
 from fastdeit.kernels.attention import attention, query_attention
 from fastdeit.kernels.cosub import cosub_loss
-from fastdeit.kernels.input import patchify, pixels
+from fastdeit.kernels.input import patchify, pixels, to_patches
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.losses import DistillationLoss, distillation_loss
 from fastdeit.kernels.mlp import layer_norm_mlp, mlp
@@ -37,5 +37,6 @@ __all__ = [
     "pixels",
     "query_attention",
     "restore",
+    "to_patches",
     "use",
 ]

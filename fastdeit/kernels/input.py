@@ -97,11 +97,13 @@ def reference_patchify(
     dtype: torch.dtype,
 ) -> Tensor:
     """`reference_pixels` as patches `[B, P, 3*p*p]`."""
-    return _patches(reference_pixels(images, mean, std, partner, lam, box, boxes, keys, dtype), patch_size)
+    return to_patches(reference_pixels(images, mean, std, partner, lam, box, boxes, keys, dtype), patch_size)
 
 
-def _patches(x: Tensor, p: int) -> Tensor:
+def to_patches(x: Tensor, patch_size: int) -> Tensor:
+    """Images `[B, C, H, W]` as patches `[B, H/p * W/p, C*p*p]`, row by row, each laid out as a convolution's weight."""
     batch, channels, height, width = x.shape
+    p = patch_size
     cells = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(batch, -1, channels * p * p)
 
@@ -211,7 +213,7 @@ def host_patchify(
     dtype: torch.dtype,
 ) -> Tensor:
     """`host_pixels` as patches."""
-    return _patches(host_pixels(images, mean, std, partner, lam, box, boxes, keys, dtype), patch_size)
+    return to_patches(host_pixels(images, mean, std, partner, lam, box, boxes, keys, dtype), patch_size)
 
 
 def _host_capability(device: torch.device, forced: bool) -> tuple[bool, str]:

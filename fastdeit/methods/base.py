@@ -3,21 +3,22 @@
 A method knows nothing of DDP, AMP, EMA, checkpoints or logging; the engine wraps `forward` with all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from fastdeit import kernels
+from fastdeit.batch import Batch, Step
+from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.views import View, view_problems
 
 if TYPE_CHECKING:
     from fastdeit.methods.teacher import Teacher
 
 Fuse = Literal["softmax", "logit", "class", "distillation"]
+Momentum = float | Callable[[Step], Tensor]
 
 
 class MethodConfig(BaseModel):
@@ -40,60 +41,6 @@ class LabelConfig(MethodConfig):
         return self
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch on the device: raw images and the plan of what is still to be done to them.
-
-    images       one uint8 `[B, H, W, 3]` for each of V views
-    y1, y2, lam  int64 `[B]` twice, float32 `[B]`: the target is `lam * onehot(y1) + (1 - lam) * onehot(y2)`
-    partner      int64 `[B]`: the sample of this micro-batch each is mixed with
-    pixel_lam    float32 `[B]`: weight of the own pixel outside `box`
-    box          int32 `[V, B, 4]` (y0, x0, y1, x1): the cutmix window in each view, empty when y1 <= y0
-    noise        float32 `[B, noise_per_sample]` uniforms in [0, 1), a function of the place in the global batch
-    index        int64 `[B]`: the samples' numbers in the data set
-    mean, std    normalisation of the student, in units of [0, 1]
-    erase        for each view (boxes int32 `[B, 4]` like `box`, keys int64 `[B]`): what noise replaces, and its key;
-                 None, for a view or for all: nothing
-    """
-
-    images: tuple[Tensor, ...]
-    y1: Tensor
-    y2: Tensor
-    lam: Tensor
-    partner: Tensor
-    pixel_lam: Tensor
-    box: Tensor
-    noise: Tensor
-    index: Tensor
-    mean: Sequence[float]
-    std: Sequence[float]
-    erase: tuple[tuple[Tensor, Tensor] | None, ...] | None = None
-
-    @property
-    def targets(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.y1, self.y2, self.lam
-
-    def pixels(self, view: int = 0, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
-        """Normalised, erased and mixed images `[B, 3, H, W]` in the autocast dtype (float32 without autocast)."""
-        return kernels.pixels(self.images[view], **self._rendering(view, mean, std))
-
-    def patches(self, patch_size: int, view: int = 0) -> Tensor:
-        """The same pixels as `[B, patches, 3 * patch_size**2]`, the layout of a patch convolution's weight."""
-        return kernels.patchify(self.images[view], patch_size=patch_size, **self._rendering(view, None, None))
-
-    def _rendering(self, view: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
-        device = self.images[view].device.type
-        return {
-            "mean": self.mean if mean is None else mean,
-            "std": self.std if std is None else std,
-            "partner": self.partner,
-            "lam": self.pixel_lam,
-            "box": self.box[view],
-            "erase": None if self.erase is None else self.erase[view],
-            "dtype": torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32,
-        }
-
-
 @dataclass
 class Out:
     """What a forward returns: a scalar loss, optionally logits `[B, K]`, and detached scalar parts for the log."""
@@ -104,17 +51,53 @@ class Out:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of the run in which the same parameters are trained.
+
+    name    what log, checkpoint and messages call it
+    until   the epoch, counted from 0, before which it ends; None: the end of the run. Only the last phase has None
+    trains  what is trained: parameters whose name in the method is one of these or lies below one, as
+            "model.blocks.0" holds "model.blocks.0.mlp.fc1.weight". None: all that the method has not frozen
+
+    What a phase does not train has no gradient, no place in the optimizer and none in the reduction over processes.
+    A parameter that the phase before trained as well keeps its optimizer state; one that comes back starts anew.
+    """
+
+    name: str
+    until: int | None = None
+    trains: Sequence[str] | None = None
+
+    def holds(self, parameter: str) -> bool:
+        """Whether the phase trains the parameter of this name."""
+        return self.trains is None or any(parameter == own or parameter.startswith(f"{own}.") for own in self.trains)
+
+
+@dataclass(frozen=True)
 class Context:
-    """What a method may know of the run it is built for."""
+    """What a method may know of the run it is built for.
+
+    num_classes, epochs, steps  of the data set; of the run
+    teacher      makes the frozen network that a `TeacherConfig` describes
+    ema_teacher  `ema_teacher(module, momentum)` is a module that answers as a running average of `module` does:
+                 float32, in eval mode, without gradients, part of the method's state. The engine moves it after every
+                 update, unless the update was skipped: average = m * average + (1 - m) * module, m = momentum or
+                 momentum(step)
+    """
 
     num_classes: int
     epochs: int
     steps: int
     teacher: "Callable[[Any], Teacher]"
+    ema_teacher: Callable[[nn.Module, Momentum], nn.Module]
 
 
 class Method(nn.Module):
-    """Base class of training methods. Override `forward`, and anything else only when the method differs there."""
+    """Base class of training methods. Override `forward`, and anything else only when the method differs there.
+
+    A number of Python's that `forward`, `step` or `after_step` reads is a constant of the method: `torch.compile` and
+    CUDA graphs keep the value they first saw. What changes during the run is a tensor: a buffer, or a function of
+    `batch.step`. The engine raises an error if an attribute changes that a recorded step has read.
+    """
 
     Config: ClassVar[type[MethodConfig]]
     views: ClassVar[tuple[View, ...]] = (View(),)
@@ -130,20 +113,31 @@ class Method(nn.Module):
         self.model = model
         self.config = config
 
-    @property
-    def noise_per_sample(self) -> int:
-        """Uniforms each sample needs per step (drop-path draws of the model)."""
-        return self.model.noise_per_sample
+    @classmethod
+    def needs(cls, config: MethodConfig) -> Mapping[str, Any]:
+        """Stores by name (`data.loader.Store`): `batch.extras[name]` is what each holds for the batch's samples."""
+        return {}
+
+    def noise(self) -> dict[str, int]:
+        """Columns of uniforms that every sample brings, by name: `batch.noise[name]` is float32 `[B, columns]`.
+
+        They depend on the seed, the step and the place in the global batch, and not on the number of processes.
+        """
+        return {"drop_path": self.model.noise_per_sample}
+
+    def phases(self) -> Sequence[Phase]:
+        """The parts of the run, in order. Asked once, after the method is built."""
+        return (Phase("train"),)
 
     def forward(self, batch: Batch) -> Out:
         """Loss of one micro-batch. No `.item()`, no collectives: this is what DDP and compilers wrap."""
         raise NotImplementedError
 
     def student(self, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
-        """The student's logits, fed patches where the model takes them and images otherwise."""
+        """The student's logits of the first view, fed patches where the model takes them and images otherwise."""
         patch_size = getattr(self.model, "patch_size", None)
         x = batch.pixels() if patch_size is None else batch.patches(patch_size)
-        return self.model(x, noise=batch.noise)
+        return self.model(x, noise=batch.noise["drop_path"])
 
     def step(self, batch: Batch, engine: Any) -> None:
         """Gradients of one micro-batch: one forward, one backward. Inner loops override this and call `engine.run`."""
@@ -151,22 +145,29 @@ class Method(nn.Module):
             engine.backward(engine.run(batch).loss)
 
     def after_step(self, engine: Any) -> None:
-        """After the optimizer's update: EMA teachers, centres."""
+        """After the optimizer's update, for the method's own buffers; `engine.now` is the `Step` that was made."""
 
     def on_epoch(self, epoch: int, engine: Any) -> None:
         """Before the first step of an epoch."""
 
     def param_groups(self, base: list) -> list:
-        """Optimizer groups; `base` is decayed and undecayed parameters (`engine.optim.ParamGroup`)."""
+        """Optimizer groups; `base` is decayed and undecayed parameters (`engine.optim.ParamGroup`) of the phase."""
         return base
 
     def predict(self, x: Tensor) -> dict[str, Tensor]:
         """Named scores `[B, K]` for normalised images `[B, 3, H, W]`; the first is the method's answer."""
         return scores(self.model(x), "softmax")
 
-    def export(self) -> nn.Module:
-        """The deployable student."""
-        return self.model
+    def features(self, x: Tensor) -> Tensor:
+        """Features `[B, D]` of normalised images `[B, 3, H, W]`, for neighbours and probes: the class token."""
+        return self.model.tokens(x)[:, 0]
+
+    def evaluators(self) -> Mapping[str, Evaluator]:
+        """What the method is judged by, in order, the first metric of the first above all (recipe: `train.best_by`).
+
+        A method that learns without labels overrides this, since its head, if it has one, has learned nothing.
+        """
+        return {"classify": Classify()}
 
 
 def scores(logits: Tensor | tuple[Tensor, Tensor], fuse: Fuse) -> dict[str, Tensor]:

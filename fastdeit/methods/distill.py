@@ -11,7 +11,8 @@ from typing import Literal
 from pydantic import Field
 
 from fastdeit import kernels
-from fastdeit.methods.base import Batch, Context, Fuse, LabelConfig, Method, Out, scores
+from fastdeit.batch import Batch
+from fastdeit.methods.base import Context, Fuse, LabelConfig, Method, Out, scores
 from fastdeit.methods.teacher import TeacherConfig
 
 

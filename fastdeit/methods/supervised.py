@@ -1,7 +1,8 @@
 """Training on labels alone: cross-entropy with smoothing and mixed targets, or DeiT III's binary cross-entropy."""
 
 from fastdeit import kernels
-from fastdeit.methods.base import Batch, LabelConfig, Method, Out
+from fastdeit.batch import Batch
+from fastdeit.methods.base import LabelConfig, Method, Out
 
 
 class Supervised(Method):

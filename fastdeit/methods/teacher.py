@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
-from fastdeit.methods.base import Batch
+from fastdeit.batch import Batch
 
 
 class TeacherConfig(BaseModel):

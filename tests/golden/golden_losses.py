@@ -51,7 +51,7 @@ def train(options: dict) -> list[float]:
 
     from fastdeit import methods, models
     from fastdeit.engine.dist import World
-    from fastdeit.engine.ema import Ema
+    from fastdeit.engine.ema import Ema, EmaTeacher
     from fastdeit.engine.optim import AdamW, default_groups
     from fastdeit.engine.schedule import learning_rate
     from fastdeit.engine.step import Engine
@@ -66,7 +66,7 @@ def train(options: dict) -> list[float]:
         fill(model)
     if distill:
         options = {**options, "teacher": TeacherConfig(recipe="digits_teacher")}
-    context = Context(CLASSES, 1, STEPS, lambda config: Teacher(network))
+    context = Context(CLASSES, 1, STEPS, lambda config: Teacher(network), EmaTeacher)
     method = methods.find(options["use"])(student, methods.config(options["use"])(**options), context).train()
     _, exempt = student.decay_groups()
     groups = default_groups(method.named_parameters(), 0.05, {f"model.{n}" for n in exempt})
@@ -87,7 +87,7 @@ def train(options: dict) -> list[float]:
             warmup_lr=1e-6,
             min_lr=1e-5,
         )
-        engine.step([batch(step, micro, method.noise_per_sample) for micro in range(2)], rate)
+        engine.step([batch(step, micro, method.noise()) for micro in range(2)], rate)
         losses.append(engine.means()["loss"])
     return losses
 
@@ -108,14 +108,14 @@ def fill(model) -> None:
                 parameter.zero_()
 
 
-def batch(step: int, micro: int, noise: int):
+def batch(step: int, micro: int, noise: dict):
     """Coloured noise with a class-dependent brightness, mixed by the real plan; no decoder is involved."""
     import numpy as np
     import torch
 
     from fastdeit import rng
+    from fastdeit.batch import Batch, Labels, Step
     from fastdeit.data import plan
-    from fastdeit.methods.base import Batch
 
     index = rng.permutation(rng.key(0, "golden", step, micro), 160)[:BATCH]
     labels = index % CLASSES
@@ -123,12 +123,20 @@ def batch(step: int, micro: int, noise: int):
     images = (words % 64 + 18 * labels.reshape(-1, 1, 1, 1)).astype(np.uint8)
     mix = plan.mix(plan.Augment(size=(32, 32), group_size=4), 0, step, slice(2 * micro, 2 * micro + 2))
     positions = np.arange(micro * BATCH, (micro + 1) * BATCH)
-    arrays = {
-        "y1": labels, "y2": labels[mix.partner], "lam": mix.lam, "partner": mix.partner, "pixel_lam": mix.pixel_lam,
-        "box": mix.box[None], "noise": plan.noise(0, step, positions, noise), "index": index,
-    }  # fmt: skip
-    tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}
-    return Batch(images=(torch.from_numpy(images),), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), **tensors)
+    tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array))  # noqa: E731
+    return Batch(
+        images=(torch.from_numpy(images),),
+        targets=Labels(tensor(labels), tensor(labels[mix.partner]), tensor(mix.lam)),
+        partner=tensor(mix.partner),
+        pixel_lam=tensor(mix.pixel_lam),
+        box=tensor(mix.box[None]),
+        index=tensor(index),
+        copy=torch.zeros(BATCH, dtype=torch.int64),
+        step=Step.at(step, 10, STEPS),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        noise={name: tensor(plan.noise(0, step, positions, count, name)) for name, count in noise.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,161 @@
+"""One micro-batch: what the loader makes on the host, what `.to(device)` moves, and what a method is given.
+
+Everything that differs from batch to batch is a tensor, the place of the step in the run included. A step that
+`torch.compile` or a CUDA graph has captured therefore reads the values of the batch it is given, and none of the batch
+that it was captured with.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdeit import kernels
+
+Normalisation = tuple[Sequence[float], Sequence[float]]
+
+
+class Labels(NamedTuple):
+    """Targets of classification: `lam * onehot(y1) + (1 - lam) * onehot(y2)`.
+
+    y1, y2  int64 `[B]`
+    lam     float32 `[B]`; 1 where nothing is mixed
+    """
+
+    y1: Tensor
+    y2: Tensor
+    lam: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a batch stands in the run, as scalars on the batch's device: what schedules are functions of.
+
+    number    int64: steps of the optimizer before this one
+    epoch     int64: whole epochs before this one
+    progress  float64: `number` as a share of all steps of the run, in [0, 1)
+    """
+
+    number: Tensor
+    epoch: Tensor
+    progress: Tensor
+
+    @classmethod
+    def at(cls, number: int, steps_per_epoch: int, total: int) -> "Step":
+        """Step `number`, counted from 0, of a run of `total` steps; on the CPU."""
+        return cls(
+            torch.tensor(number),
+            torch.tensor(number // steps_per_epoch),
+            torch.tensor(number / total, dtype=torch.float64),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples in V views: images as they were decoded, and what is still to be done to them.
+
+    images     one uint8 `[B, H, W, 3]` for each view
+    targets    a tree of tensors whose first dimension is B: `Labels` for classification
+    partner    int64 `[B]`: the sample of this batch with which each is mixed
+    pixel_lam  float32 `[B]`: weight of the own pixel outside `box`
+    box        int32 `[V, B, 4]` (y0, x0, y1, x1): the cutmix window in each view, empty when y1 <= y0
+    index      int64 `[B]`: number of the sample in the data set
+    copy       int64 `[B]`: how often the sample came before in this epoch (repeated augmentation)
+    step       where the batch stands in the run
+    mean, std  normalisation of the student, in units of [0, 1]
+    noise      by name float32 `[B, columns]`: uniforms in [0, 1), a function of the place in the global batch
+    erase      for each view (boxes int32 `[B, 4]` like `box`, keys int64 `[B]`): what noise replaces, and its key;
+               None, for a view or for all: nothing
+    extras     by name a tensor `[B, ...]` that a store holds for (epoch, index, copy): what a method `needs`
+    rendered   float `[B, 3, H, W]` that stands in for the pixels of the first view (see `rendered_as`)
+    """
+
+    images: tuple[Tensor, ...]
+    targets: Any
+    partner: Tensor
+    pixel_lam: Tensor
+    box: Tensor
+    index: Tensor
+    copy: Tensor
+    step: Step
+    mean: Sequence[float]
+    std: Sequence[float]
+    noise: Mapping[str, Tensor] = field(default_factory=dict)
+    erase: tuple[tuple[Tensor, Tensor] | None, ...] | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    rendered: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`; the host does not wait for copies from pinned memory."""
+        return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), self)
+
+    def pixels(self, view: int = 0, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
+        """Normalised, erased and mixed images `[B, 3, H, W]` in the autocast dtype (float32 without autocast).
+
+        `mean` and `std` are those of another network than the student, such as a teacher.
+        """
+        if self.rendered is not None and view == 0:
+            given = self.mean if mean is None else mean, self.std if std is None else std
+            return renormalised(self.rendered, (self.mean, self.std), given)
+        return kernels.pixels(self.images[view], **self._rendering(view, mean, std))
+
+    def patches(self, patch_size: int, view: int = 0) -> Tensor:
+        """The same pixels as `[B, patches, 3 * patch_size**2]`, the layout of a patch convolution's weight."""
+        if self.rendered is not None and view == 0:
+            return kernels.to_patches(self.rendered, patch_size)
+        return kernels.patchify(self.images[view], patch_size=patch_size, **self._rendering(view, None, None))
+
+    def rendered_as(self, x: Tensor) -> "Batch":
+        """This batch with `x` float `[B, 3, H, W]`, in the student's normalisation, as the pixels of the first view.
+
+        Gradients flow into `x`, as those of a disturbed image.
+        """
+        return replace(self, rendered=x)
+
+    def _rendering(self, view: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
+        device = self.images[view].device.type
+        return {
+            "mean": self.mean if mean is None else mean,
+            "std": self.std if std is None else std,
+            "partner": self.partner,
+            "lam": self.pixel_lam,
+            "box": self.box[view],
+            "erase": None if self.erase is None else self.erase[view],
+            "dtype": torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32,
+        }
+
+
+def renormalised(x: Tensor, given: Normalisation, wanted: Normalisation) -> Tensor:
+    """Images `[B, 3, H, W]` with the normalisation `given`, (mean, std), as `wanted` has them; `x` if they agree."""
+    if tuple(map(tuple, given)) == tuple(map(tuple, wanted)):
+        return x
+    # By channel, with Python's numbers: a tensor made of them would be a copy from the host in every step.
+    channels = zip(x.unbind(1), *given, *wanted, strict=True)
+    return torch.stack([(c * std + mean - to_mean) / to_std for c, mean, std, to_mean, to_std in channels], 1)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `function` applied to every tensor in its dataclasses, tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, item) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(function, item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in `value`, in order."""
+    found: list[Tensor] = []
+    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
+    return found

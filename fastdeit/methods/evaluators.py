@@ -1,0 +1,204 @@
+"""What a method is judged by on held-out images: classification, nearest neighbours, a linear probe, its own loss.
+
+An evaluator is a plug-in of the method (`Method.evaluators`). It is called with an `Evaluation` on every process at
+once, counts every image exactly once over all of them, and returns the same numbers everywhere.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeit import kernels
+from fastdeit.batch import Batch
+
+
+class Processes(Protocol):
+    """The processes of a run, as far as an evaluator needs them (`engine.dist.World`)."""
+
+    device: torch.device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes, in place."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows `[n, ...]` of all processes, in the order of the processes; n may differ."""
+        ...
+
+    def same(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluator works with; the method is in eval mode, and nothing has gradients.
+
+    held_out  this process's share of the held-out images, in batches on the device
+    training  the same of the training images, as evaluation sees them: not augmented, each once
+    autocast  a context of the run's precision, to be entered around the network
+    """
+
+    method: nn.Module
+    held_out: Callable[[], Iterator[Batch]]
+    training: Callable[[], Iterator[Batch]]
+    autocast: Callable[[], AbstractContextManager]
+    processes: Processes
+
+
+class Evaluator(Protocol):
+    """`evaluator(evaluation)` is a mapping of metrics, whose names no other evaluator of the method has.
+
+    The first metric is the most important. `lower_is_better` says how all of them are read, as for a loss.
+    """
+
+    lower_is_better: bool
+
+    def __call__(self, evaluation: Evaluation) -> dict[str, float]: ...
+
+
+def images(batch: Batch) -> Tensor:
+    """Normalised float32 `[B, 3, H, W]` of a batch of evaluation, whatever the precision."""
+    return kernels.pixels(batch.images[0], mean=batch.mean, std=batch.std)
+
+
+class Classify:
+    """`top1_NAME` and `top5_NAME`, in per cent, of every score of `method.predict`, the method's answer first.
+
+    scores  another function of a batch to named scores `[B, K]`, such as a teacher's
+    """
+
+    lower_is_better = False
+
+    def __init__(self, scores: Callable[[Batch], dict[str, Tensor]] | None = None) -> None:
+        self.scores = scores
+
+    def __call__(self, evaluation: Evaluation) -> dict[str, float]:
+        counts: dict[str, Tensor] = {}
+        seen = 0
+        for batch in evaluation.held_out():
+            with evaluation.autocast():
+                scores = self.scores(batch) if self.scores else evaluation.method.predict(images(batch))
+            seen += len(batch)
+            for name, score in scores.items():
+                best = score.topk(min(5, score.shape[-1])).indices == batch.targets.y1[:, None]
+                hits = torch.stack((best[:, 0].sum(), best.sum())).double()
+                counts[name] = counts[name] + hits if name in counts else hits
+        top1, top5 = _per_cent(counts, seen, evaluation.processes)
+        return {f"top1_{name}": value for name, value in top1.items()} | {
+            f"top5_{name}": value for name, value in top5.items()
+        }
+
+
+def _per_cent(counts: dict[str, Tensor], seen: int, processes: Processes) -> tuple[dict[str, float], ...]:
+    """(first, among five) of all images from the counts of this process, which may have had none."""
+    names = processes.same(list(counts))
+    zero = torch.zeros(2, dtype=torch.float64, device=processes.device)
+    rows = [torch.full_like(zero, seen), *(counts.get(name, zero) for name in names)]
+    (total, _), *hits = processes.sum(torch.stack(rows)).tolist()
+    shares = [(100.0 * first / max(total, 1.0), 100.0 * five / max(total, 1.0)) for first, five in hits]
+    return tuple(dict(zip(names, column, strict=True)) for column in zip(*shares, strict=True)) or ({}, {})
+
+
+class HeldOutLoss:
+    """`held_out_loss`, the method's own loss, and `held_out_PART` for its parts: their means over held-out images.
+
+    What the loss draws at random comes from `batch.noise`, which depends on the image alone: every evaluation draws
+    the same, such as the same masks of a masked autoencoder.
+    """
+
+    lower_is_better = True
+
+    def __call__(self, evaluation: Evaluation) -> dict[str, float]:
+        sums: dict[str, Tensor] = {}
+        seen = 0
+        for batch in evaluation.held_out():
+            with evaluation.autocast():
+                out = evaluation.method(batch)
+            seen += len(batch)
+            for name, value in {"loss": out.loss, **out.parts}.items():
+                mean = value.detach().double() * len(batch)
+                sums[name] = sums[name] + mean if name in sums else mean
+        processes = evaluation.processes
+        names = processes.same(list(sums))
+        zero = torch.zeros((), dtype=torch.float64, device=processes.device)
+        total, *totals = processes.sum(
+            torch.stack([torch.full_like(zero, seen), *(sums.get(name, zero) for name in names)])
+        ).tolist()
+        return {f"held_out_{name}": value / max(total, 1.0) for name, value in zip(names, totals, strict=True)}
+
+
+class Knn:
+    """`knn_top1`, in per cent: the label that the `neighbours` nearest training images vote for.
+
+    A neighbour's vote weighs exp(cosine / temperature), as in DINO (Caron et al., ICCV 2021, appendix F.1). Features
+    are those of `method.features`. The memory is that of the training features, `[N, D]` in float32, on every process.
+    """
+
+    lower_is_better = False
+
+    def __init__(self, neighbours: int = 20, temperature: float = 0.07) -> None:
+        self.neighbours, self.temperature = neighbours, temperature
+
+    def __call__(self, evaluation: Evaluation) -> dict[str, float]:
+        processes = evaluation.processes
+        known, labels = (processes.gather(rows) for rows in _features(evaluation, evaluation.training()))
+        known = F.normalize(known)
+        classes = int(labels.max()) + 1
+        features, wanted = _features(evaluation, evaluation.held_out())
+        right = torch.zeros((), dtype=torch.float64, device=processes.device)
+        for some, truth in zip(F.normalize(features).split(1024), wanted.split(1024), strict=True):
+            cosine, index = (some @ known.t()).topk(min(self.neighbours, len(known)))
+            votes = torch.zeros(len(some), classes, device=some.device)
+            votes.scatter_add_(1, labels[index], (cosine / self.temperature).exp())
+            right += (votes.argmax(1) == truth).sum()
+        return {"knn_top1": _share(right, len(wanted), processes)}
+
+
+class LinearProbe:
+    """`linear_top1`, in per cent, of a linear layer fitted to the training images' features by least squares.
+
+    The fit is ridge regression on one-hot labels, W = (X'X + ridge n I)^-1 X'Y with standardised features and a column
+    of ones, in float64 from sums over all images: exact, with nothing to tune or to draw, on any number of processes.
+    """
+
+    lower_is_better = False
+
+    def __init__(self, ridge: float = 1e-3) -> None:
+        self.ridge = ridge
+
+    def __call__(self, evaluation: Evaluation) -> dict[str, float]:
+        processes = evaluation.processes
+        known, labels = (processes.gather(rows) for rows in _features(evaluation, evaluation.training()))
+        mean, std = known.double().mean(0), known.double().std(0, correction=0).clamp(min=1e-12)
+
+        def standardised(x: Tensor) -> Tensor:
+            return F.pad((x.double() - mean) / std, (0, 1), value=1.0)
+
+        x, y = standardised(known), F.one_hot(labels).double()
+        damping = self.ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        weight = torch.linalg.solve(x.t() @ x + damping, x.t() @ y)
+        features, wanted = _features(evaluation, evaluation.held_out())
+        right = ((standardised(features) @ weight).argmax(1) == wanted).sum()
+        return {"linear_top1": _share(right, len(wanted), processes)}
+
+
+def _features(evaluation: Evaluation, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+    """(features `[n, D]` float32, labels `[n]`) of this process's share of some images."""
+    features, labels = [], []
+    for batch in batches:
+        with evaluation.autocast():
+            features.append(evaluation.method.features(images(batch)).float())
+        labels.append(batch.targets.y1)
+    return torch.cat(features), torch.cat(labels)
+
+
+def _share(right: Tensor, seen: int, processes: Processes) -> float:
+    """Per cent of all images, from the count of this process."""
+    counts = processes.sum(torch.stack((right.double(), torch.full_like(right.double(), seen))))
+    return 100.0 * (counts[0] / counts[1].clamp(min=1)).item()
