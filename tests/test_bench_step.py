@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend
+from toys import toy_context
 
 from fastdeit import bench, bench_kernels, bench_measure, bench_peers, bench_step, cli, methods, models
 from fastdeit.bench_step import Cell
 from fastdeit.errors import UsageError
-from fastdeit.methods.base import Context
 from fastdeit.methods.teacher import Teacher
 
 CPU = torch.device("cpu")
@@ -133,17 +133,18 @@ def test_both_sides_minimise_the_same_loss(model, taught):
     theirs, ours = models.build_timm(model, image_size=32), models.build(model, image_size=32)
     ours.load_state_dict(theirs.state_dict())
     judge = models.build_timm(TEACHER).eval().requires_grad_(False) if taught else None
-    batch = bench_step.batch(tiny(model=model, batch=4), 0, CPU)
+    batch = bench_step.batch(tiny(model=model, batch=4), {}, CPU)
     if taught:
         frozen = Teacher(judge, mean=bench_measure.MEAN, std=bench_measure.STD)
         use, config = "distill", {"teacher": {"timm": TEACHER}}
     else:
         use, config, frozen = "supervised", {}, None
-    context = Context(1000, 1, 1, teacher=lambda config: frozen)
+    context = toy_context(1000, frozen)
     method = methods.find(use)(ours, methods.config(use)(**config), context)
     images = batch.pixels()
-    one_hot = nn.functional.one_hot(torch.stack([batch.y1, batch.y2]), 1000) * 0.9 + 0.1 / 1000
-    targets = batch.lam[:, None] * one_hot[0] + (1 - batch.lam[:, None]) * one_hot[1]
+    one_hot = nn.functional.one_hot(torch.stack([*batch.targets[:2]]), 1000) * 0.9 + 0.1 / 1000
+    lam = batch.targets.lam[:, None]
+    targets = lam * one_hot[0] + (1 - lam) * one_hot[1]
     judged = judge(images) if taught else None
     theirs.inner.train()
     expected = bench_peers._loss(theirs.inner, images, targets, judged)

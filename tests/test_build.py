@@ -34,14 +34,14 @@ def path(tmp_path):
 
 @pytest.fixture
 def batch_of(path):
-    """The first batch under these overrides, and the samples it was made of."""
+    """The first batch under these overrides."""
 
     def batch_of(*overrides):
         recipe = recipes.load(path, overrides)
         source, _ = build.sources(recipe)
-        loader = build.train_loader(recipe, source, CPU, 0, warnings.warn)
-        ((samples,),) = loader.batches(0, 1)
-        return build.to_batch(samples, recipe, CPU.device), samples
+        loader = build.train_loader(recipe, source, CPU, {}, warnings.warn)
+        ((batch,),) = loader.batches(0, 1)
+        return batch
 
     return batch_of
 
@@ -53,11 +53,11 @@ def inside(boxes, height, width):
 
 
 def test_erased_pixels_are_noise_and_the_rest_is_untouched(batch_of):
-    batch, samples = batch_of("data.erase=1", "data.mixup=0", "data.cutmix=0")
-    plain, _ = batch_of("data.mixup=0", "data.cutmix=0")
+    batch = batch_of("data.erase=1", "data.mixup=0", "data.cutmix=0")
+    plain = batch_of("data.mixup=0", "data.cutmix=0")
     assert plain.erase == (None,)
     assert torch.equal(batch.images[0], plain.images[0])
-    where = inside(samples.erase[0][0], 32, 32)[:, None].expand(-1, 3, -1, -1)
+    where = inside(batch.erase[0][0], 32, 32)[:, None].expand(-1, 3, -1, -1)
     assert 0.02 < where.float().mean() < 0.34
     x = batch.pixels()
     assert torch.equal(x[~where], plain.pixels()[~where])
@@ -67,8 +67,8 @@ def test_erased_pixels_are_noise_and_the_rest_is_untouched(batch_of):
 
 
 def test_a_teacher_sees_the_same_erasure(batch_of):
-    batch, samples = batch_of("data.erase=1", "data.mixup=0", "data.cutmix=0")
-    where = inside(samples.erase[0][0], 32, 32)[:, None].expand(-1, 3, -1, -1)
+    batch = batch_of("data.erase=1", "data.mixup=0", "data.cutmix=0")
+    where = inside(batch.erase[0][0], 32, 32)[:, None].expand(-1, 3, -1, -1)
     student, teacher = batch.pixels(), batch.pixels(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
     assert torch.equal(student[where], teacher[where])
     assert not torch.equal(student[~where], teacher[~where])
@@ -108,11 +108,11 @@ def test_views_of_a_method_reach_the_plan(path):
 
 
 def test_views_of_a_method_reach_the_model(batch_of):
-    batch, _ = batch_of("method.use=test_build:MultiCrop")
+    batch = batch_of("method.use=test_build:MultiCrop")
     assert [batch.pixels(view).shape[-1] for view in range(5)] == [32, 32, 16, 16, 32]
     assert [erase is None for erase in batch.erase] == [True, False, True, True, True]
     assert batch.box.shape == (5, 16, 4)
-    assert torch.equal(batch.images[0], batch_of("data.crop_scale=[0.4, 1.0]")[0].images[0])
+    assert torch.equal(batch.images[0], batch_of("data.crop_scale=[0.4, 1.0]").images[0])
 
 
 def test_a_simple_crop_is_shared_at_its_size_only(path):
@@ -125,14 +125,14 @@ def test_a_simple_crop_is_shared_at_its_size_only(path):
 
 
 def test_the_batch_holds_the_planned_mixing_and_erasure(batch_of):
-    batch, samples = batch_of("data.erase=0.5", "data.mix_mode=element", "data.augment=rand-m9-mstd0.5-inc1")
+    batch = batch_of("data.erase=0.5", "data.mix_mode=element", "data.augment=rand-m9-mstd0.5-inc1")
     augment = plan.Augment(size=(32, 32), group_size=8, erase=0.5, mix_mode="element")
     size = torch.full((16,), 32)
-    view = plan.samples(augment, 0, 0, samples.index.numpy(), torch.zeros(16).long().numpy(), size, size)
+    view = plan.samples(augment, 0, 0, batch.index.numpy(), torch.zeros(16).long().numpy(), size, size)
     assert batch.erase[0][0].tolist() == view.erase_box.tolist()
     assert batch.erase[0][1].tolist() == view.erase_key.tolist()
-    assert batch.lam.tolist() == plan.mix(augment, 0, 0, slice(0, 2)).lam.tolist()
-    assert len(set(batch.lam.tolist())) > 8
+    assert batch.targets.lam.tolist() == plan.mix(augment, 0, 0, slice(0, 2)).lam.tolist()
+    assert len(set(batch.targets.lam.tolist())) > 8
 
 
 FOLDER = RECIPE.replace("source: synthetic, synthetic_samples: 32, synthetic_classes: 4", "source: folder")

@@ -1,13 +1,14 @@
 """Accuracy of predictors whose accuracy is known, on one process and on several."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from toys import toy_batch
 
 from fastdeit.engine.dist import World
 from fastdeit.evaluate import evaluate
+from fastdeit.methods.evaluators import Classify
 
 CLASSES = 10
 
@@ -18,11 +19,12 @@ class Labelled:
     def __init__(self, labels, bad=0):
         self.labels = labels
         self.bad = SimpleNamespace(reasons=dict.fromkeys(range(bad), "unreadable"))
+        self.share = len(labels) + bad
 
     def batches(self):
         for labels in torch.tensor(self.labels, dtype=torch.int64).split(3):
             images = (25 * labels).to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 2, 2, 3)
-            yield SimpleNamespace(images=(images,), y1=labels)
+            yield toy_batch(images, labels, mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 def predict(x):
@@ -35,25 +37,21 @@ def predict(x):
 
 
 def accuracy(rank, size, labels, bad=0):
-    found = evaluate(
-        predict,
-        Labelled(labels[rank::size], bad),
-        World(torch.device("cpu"), rank, size),
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        autocast=nullcontext(),
-    )
-    return found.images, found.bad, found.top1, found.top5
+    method = SimpleNamespace(predict=predict)
+    world = World(torch.device("cpu"), rank, size)
+    found = evaluate(method, {"classify": Classify()}, Labelled(labels[rank::size], bad), None, world, "fp32")
+    return found.images, found.bad, found.metrics
 
 
 def test_known_predictors():
-    images, bad, top1, top5 = accuracy(0, 1, [0, 1, 2, 3, 4, 6, 8], bad=2)
+    images, bad, metrics = accuracy(0, 1, [0, 1, 2, 3, 4, 6, 8], bad=2)
     assert (images, bad) == (7, 2)
-    assert top1 == {"right": 100.0, "second": 0.0, "last": 0.0, "half": pytest.approx(500 / 7)}
-    assert top5 == {"right": 100.0, "second": 100.0, "last": 0.0, "half": pytest.approx(500 / 7)}
+    top1 = {"right": 100.0, "second": 0.0, "last": 0.0, "half": pytest.approx(500 / 7)}
+    expected = {f"top1_{name}": value for name, value in top1.items()}
+    assert metrics == expected | {f"top5_{name}": value for name, value in top1.items()} | {"top5_second": 100.0}
+    assert next(iter(metrics)) == "top1_right"
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3, 4, 6, 8], [4]])
 def test_every_image_counts_once_on_several_processes(ranks, labels):
-    images, bad, top1, top5 = accuracy(0, 1, labels)
-    assert ranks(2, accuracy, labels) == [(images, bad, top1, top5)] * 2
+    assert ranks(2, accuracy, labels) == [accuracy(0, 1, labels)] * 2

@@ -137,7 +137,7 @@ class Method(nn.Module):
         """The student's logits of the first view, fed patches where the model takes them and images otherwise."""
         patch_size = getattr(self.model, "patch_size", None)
         x = batch.pixels() if patch_size is None else batch.patches(patch_size)
-        return self.model(x, noise=batch.noise["drop_path"])
+        return self.model(x, noise=batch.noise.get("drop_path"))
 
     def step(self, batch: Batch, engine: Any) -> None:
         """Gradients of one micro-batch: one forward, one backward. Inner loops override this and call `engine.run`."""

@@ -203,9 +203,9 @@ def test_a_group_alone_is_that_of_the_whole_batch():
     source, _ = build.sources(recipe)
     whole = build.train_loader(recipe, source, World(torch.device("cpu")), 0, print)
     ((first, second),) = whole.batches(5, 6)
-    alone, batch = data_pictures._group(recipe, source, 5, 2)
+    alone = data_pictures._group(recipe, source, 5, 2)
     assert torch.equal(alone.index, second.index[:4])
-    assert torch.equal(batch.pixels(), build.to_batch(second, recipe, torch.device("cpu")).pixels()[:4])
+    assert torch.equal(alone.pixels(), second.pixels()[:4])
     assert not torch.equal(alone.index, first.index[:4])
 
 
@@ -244,10 +244,10 @@ def test_show_draws_a_picture_and_says_the_plan(run, tmp_path):
 def test_the_words_of_a_mixed_sample_are_its_own():
     recipe = recipes.load(SYNTHETIC[0], [*SYNTHETIC[1:], "data.mixup=0", "data.mix_mode=element"])
     source, _ = build.sources(recipe)
-    samples, _ = data_pictures._group(recipe, source, 0, 1)
-    said = [data_pictures._mixed(samples, slot) for slot in range(4)]
-    for slot, (y0, x0, y1, x1) in enumerate(samples.box[0].tolist()):
-        partner = samples.index[samples.partner[slot]]
+    batch = data_pictures._group(recipe, source, 0, 1)
+    said = [data_pictures._mixed(batch, slot) for slot in range(4)]
+    for slot, (y0, x0, y1, x1) in enumerate(batch.box[0].tolist()):
+        partner = batch.index[batch.partner[slot]]
         words = f"cutmix: {x1 - x0} x {y1 - y0} pixels from ({x0}, {y0}) are those of sample {partner}"
         assert said[slot] == (words if y1 > y0 and x1 > x0 else "not mixed")
     assert len(set(said)) > 2

@@ -88,7 +88,7 @@ def test_training_takes_substitutes_and_nothing_else_changes(folder, kinds, opti
     images, wanted = (np.concatenate([samples.images[0].numpy() for samples in run]) for run in (got, expected))
     assert np.array_equal(images[~swapped], wanted[~swapped])
     used = np.concatenate([samples.index.numpy() for samples in got])
-    labels = np.concatenate([samples.y1.numpy() for samples in got])
+    labels = np.concatenate([samples.targets.y1.numpy() for samples in got])
     assert np.array_equal(used[~swapped], index[~swapped])
     attempts = 0
     for row in np.flatnonzero(swapped):

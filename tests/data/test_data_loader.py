@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastdeit.batch import Batch
 from fastdeit.data import order, plan, policy
-from fastdeit.data.loader import EvalLoader, Samples, TrainLoader
+from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.prefetch import Prefetch
 from fastdeit.data.source import DataError
 
@@ -40,7 +41,7 @@ def train(source, world=1, accumulate=1, threads=1, start=0, stop=STEPS, repeats
             rank=rank,
             world=world,
             threads=threads,
-            noise_per_sample=5,
+            noise={"drop_path": 5},
             **options,
         )
         for groups, micros in zip(steps, list(loader.batches(start, stop)), strict=True):
@@ -50,11 +51,11 @@ def train(source, world=1, accumulate=1, threads=1, start=0, stop=STEPS, repeats
     return [[groups[g] for g in range(BATCH // 8)] for groups in steps]
 
 
-def by_group(samples: Samples) -> list[str]:
+def by_group(samples: Batch) -> list[str]:
     digests = []
     for start in range(0, len(samples), 8):
         digest = hashlib.md5()
-        others = (samples.y1, samples.y2, samples.lam, samples.pixel_lam, samples.noise, samples.index)
+        others = (*samples.targets, samples.pixel_lam, samples.noise["drop_path"], samples.index)
         for rows in (samples.partner - start, *others, *samples.images, *samples.box, *filter(None, samples.erase)):
             for array in rows if isinstance(rows, tuple) else (rows,):
                 digest.update(array[start : start + 8].contiguous().numpy().tobytes())
@@ -87,22 +88,23 @@ def test_restart_at_any_step(source, reference, start):
 
 
 def test_another_seed_or_epoch_is_another_stream(source, reference):
-    loader = TrainLoader(source, AUGMENT, seed=4, batch_size=BATCH, repeats=3, threads=1, noise_per_sample=5)
+    loader = TrainLoader(source, AUGMENT, seed=4, batch_size=BATCH, repeats=3, threads=1, noise={"drop_path": 5})
     other = next(by_group(samples) for (samples,) in loader.batches(0, 1))
     assert not set(other) & set(itertools.chain(*reference))
 
 
 def test_samples_agree_with_the_plan(source):
-    loader = TrainLoader(source, AUGMENT, seed=3, batch_size=BATCH, accumulate=2, threads=1, noise_per_sample=3)
+    loader = TrainLoader(source, AUGMENT, seed=3, batch_size=BATCH, accumulate=2, threads=1, noise={"drop_path": 3})
     assert loader.steps_per_epoch == 4
     ((first, second),) = loader.batches(5, 6)
     stream = order.groups(order.epoch(3, 1, 136, BATCH), 1, BATCH, 8)
     assert first.index.tolist() + second.index.tolist() == stream.sample.reshape(-1).tolist()
-    assert first.y1.tolist() == [i % 7 for i in first.index.tolist()]
-    assert torch.equal(first.y2, first.y1[first.partner])
-    assert np.array_equal(second.noise.numpy(), plan.noise(3, 5, np.arange(16, 32), 3))
+    assert first.targets.y1.tolist() == [i % 7 for i in first.index.tolist()]
+    assert torch.equal(first.targets.y2, first.targets.y1[first.partner])
+    assert np.array_equal(second.noise["drop_path"].numpy(), plan.noise(3, 5, np.arange(16, 32), 3))
     mix = plan.mix(AUGMENT, 3, 5, slice(2, 4))
-    for name in ("lam", "partner", "pixel_lam"):
+    assert np.array_equal(second.targets.lam.numpy(), mix.lam)
+    for name in ("partner", "pixel_lam"):
         assert np.array_equal(getattr(second, name).numpy(), getattr(mix, name))
     assert np.array_equal(second.box.numpy(), mix.box[None])
     assert second.erase == (None,)
@@ -110,7 +112,7 @@ def test_samples_agree_with_the_plan(source):
 
 
 def test_images_stay_valid_while_held(source, reference):
-    loader = TrainLoader(source, AUGMENT, seed=3, batch_size=BATCH, repeats=3, threads=2, noise_per_sample=5)
+    loader = TrainLoader(source, AUGMENT, seed=3, batch_size=BATCH, repeats=3, threads=2, noise={"drop_path": 5})
     held = [samples for (samples,) in loader.batches(0, 20)]
     assert [by_group(samples) for samples in held[:STEPS]] == reference
 
@@ -255,7 +257,7 @@ def test_closing_wakes_a_thread_that_waits_for_another():
 def test_5000_batches_leave_nothing_behind(memory, make_image, encode):
     source = memory([encode(make_image(i, 24, 24)) for i in range(16)])
     augment = plan.Augment(size=(48, 48), policy=policy.parse("rand-m9-mstd0.5-inc1", (48, 48)), group_size=2)
-    loader = TrainLoader(source, augment, seed=0, batch_size=2, threads=1, noise_per_sample=4)
+    loader = TrainLoader(source, augment, seed=0, batch_size=2, threads=1, noise={"drop_path": 4})
     found = [resident() for step, _ in enumerate(loader.batches(0, 5000)) if step % 1000 == 999]
     assert found[-1] - found[0] < 2 << 20  # half a kilobyte a batch, of which the images alone are 13.8
 

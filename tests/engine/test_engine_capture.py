@@ -10,14 +10,15 @@ from test_engine_step import CPU, X, make, weights
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
+from toys import toy_context
 
 from fastdeit import methods
+from fastdeit.batch import map_tensors, tensors_of
 from fastdeit.bench_measure import CLASSES
 from fastdeit.bench_step import Cell, batch
-from fastdeit.engine.capture import WARM_STEPS, GraphedStep, copy_tensors, map_tensors, tensors_of
+from fastdeit.engine.capture import WARM_STEPS, GraphedStep, copy_tensors
 from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.step import autocast
-from fastdeit.methods.base import Context
 from fastdeit.methods.teacher import Teacher
 from fastdeit.models.vit import VisionTransformer, ViTConfig
 
@@ -107,9 +108,9 @@ def method_and_batch(name):
     config = ViTConfig(32, 16, dim=8, depth=2, heads=2, num_classes=CLASSES, distilled=True, drop_path=0.5)
     teacher = Teacher(VisionTransformer(config), image_size=32, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
     settings = {"teacher": {"timm": "resnet18"}} if name == "distill" else {}
-    context = Context(CLASSES, 1, 1, teacher=lambda config: teacher)
+    context = toy_context(CLASSES, teacher)
     method = methods.find(name)(VisionTransformer(config), methods.config(name)(**settings), context).train()
-    return method, batch(Cell("step", "", 2, 32, "fp32"), method.noise_per_sample, CPU)
+    return method, batch(Cell("step", "", 2, 32, "fp32"), method.noise(), CPU)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

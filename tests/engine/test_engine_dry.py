@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from pretended_card import Waits, pretended_card
+from toys import toy_batch, toy_context
 
 from fastdeit import kernels, methods, models
 from fastdeit.engine.capture import WARM_STEPS
@@ -15,7 +16,6 @@ from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.optim import AdamW, default_groups
 from fastdeit.engine.step import Engine
-from fastdeit.methods.base import Batch, Context
 from fastdeit.methods.teacher import Teacher
 
 B, SIDE, CLASSES = 8, 32, 10
@@ -28,28 +28,17 @@ STEP = {
 """Kernels of a step in 16 bit, without those that two files have under one name."""
 
 
-def batch(noise_per_sample, device=CARD):
+def batch(noise, device=CARD):
     """Mixed, cut and erased."""
     box, key = torch.zeros(B, 4, dtype=torch.int32, device=device), torch.zeros(B, dtype=torch.int64, device=device)
-    return Batch(
-        images=(torch.zeros(B, SIDE, SIDE, 3, dtype=torch.uint8, device=device),),
-        y1=key,
-        y2=key,
-        lam=torch.ones(B, device=device),
-        partner=key,
-        pixel_lam=torch.ones(B, device=device),
-        box=box[None],
-        noise=torch.rand(B, noise_per_sample, device=device),
-        index=key,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        erase=((box, key),),
-    )
+    images = torch.zeros(B, SIDE, SIDE, 3, dtype=torch.uint8, device=device)
+    drawn = {name: torch.rand(B, columns, device=device) for name, columns in noise.items()}
+    return toy_batch(images, key, partner=key, box=box[None], noise=drawn, erase=((box, key),))
 
 
 def supervised():
     model = models.build("deit_tiny_patch16_224", image_size=SIDE, depth=2, num_classes=CLASSES, drop_path=0.1)
-    return methods.find("supervised")(model, methods.config("supervised")(), Context(CLASSES, 1, 1, teacher=None))
+    return methods.find("supervised")(model, methods.config("supervised")(), toy_context(CLASSES))
 
 
 def distill(kind="hard", size=SIDE):
@@ -57,7 +46,7 @@ def distill(kind="hard", size=SIDE):
     network = models.build("deit_tiny_patch16_224", image_size=size, depth=1, num_classes=CLASSES)
     teacher = Teacher(network.to(CARD), image_size=size, mean=(0.1,) * 3, std=(0.2,) * 3)
     config = methods.config("distill")(teacher={"timm": "regnety_002"}, distillation=kind)
-    return methods.find("distill")(model, config, Context(CLASSES, 1, 1, teacher=lambda _: teacher))
+    return methods.find("distill")(model, config, toy_context(CLASSES, teacher))
 
 
 METHODS = {
@@ -79,7 +68,7 @@ def engine(method, precision="bf16", accumulate=1, capture="none"):
 def test_a_step_waits_for_nothing_and_launches_its_kernels(name, precision):
     with pretended_card() as card:
         running = engine(METHODS[name](), precision, accumulate=2)
-        batches = [batch(running.method.noise_per_sample)] * 2
+        batches = [batch(running.method.noise())] * 2
         with card.never_waited_for():
             for _ in range(2):  # the sums for the log exist from the second on
                 running.step(batches, 1e-3)
@@ -93,7 +82,7 @@ def test_a_step_waits_for_nothing_and_launches_its_kernels(name, precision):
 def test_a_step_on_the_reference_waits_for_nothing(name):
     with pretended_card() as card, kernels.use("reference"):
         running = engine(METHODS[name]())
-        batches = [batch(running.method.noise_per_sample)]
+        batches = [batch(running.method.noise())]
         with card.never_waited_for():
             running.step(batches, 1e-3)
         assert card.launched == set()
@@ -132,7 +121,7 @@ def test_a_recorded_step_is_the_step_and_waits_for_nothing(monkeypatch):
     with pretended_card() as card:
         graphs = Graphs(monkeypatch, card)
         running = engine(supervised(), "fp16", capture="graph")
-        batches = [batch(running.method.noise_per_sample)]
+        batches = [batch(running.method.noise())]
         with card.never_waited_for():
             for step in range(WARM_STEPS + 3):
                 running.step(batches, 1e-3 * step)
@@ -168,7 +157,7 @@ def test_a_step_that_waits_is_found(mistake):
         method = supervised()
         method.__class__ = Waiting
         running = engine(method)
-        batches = [batch(method.noise_per_sample)]
+        batches = [batch(method.noise())]
         with pytest.raises((Waits, RuntimeError)), card.never_waited_for():
             running.step(batches, 1e-3)
 
@@ -176,7 +165,7 @@ def test_a_step_that_waits_is_found(mistake):
 def test_a_tensor_on_the_cpu_is_found():
     with pretended_card():
         running = engine(supervised())
-        strangers = [batch(running.method.noise_per_sample)]
-        strangers[0].__dict__["noise"] = torch.rand(B, running.method.noise_per_sample)
+        strangers = [batch(running.method.noise())]
+        strangers[0].noise["drop_path"] = torch.rand(B, running.method.model.noise_per_sample)
         with pytest.raises(ValueError, match="on cpu, but must be on cuda:0"):
             running.step(strangers, 1e-3)

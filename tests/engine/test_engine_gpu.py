@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from toys import toy_batch, toy_context
 
 from fastdeit import methods, models, rng
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.optim import AdamW, default_groups
 from fastdeit.engine.step import Engine
-from fastdeit.methods.base import Batch, Context
 
 pytestmark = pytest.mark.gpu
 B, SIDE, CLASSES = 8, 32, 10
@@ -18,25 +18,15 @@ def batch(step, device):
     words = rng.bits(rng.key(step, "test"), range(B), SIDE * SIDE)
     images = torch.from_numpy(words.view("uint8").reshape(B, SIDE, SIDE, 4)[..., :3].copy())
     y1 = torch.arange(B) % CLASSES
-    tensors = {
-        "y1": y1,
-        "y2": y1.flip(0),
-        "lam": torch.full((B,), 0.7),
-        "partner": torch.arange(B).flip(0),
-        "pixel_lam": torch.full((B,), 0.7),
-        "box": torch.zeros(1, B, 4, dtype=torch.int32),
-        "noise": torch.zeros(B, 0),
-        "index": y1,
-    }
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return Batch(images=(images.to(device),), mean=(0.5,) * 3, std=(0.25,) * 3, **tensors)
+    lam = torch.full((B,), 0.7)
+    return toy_batch(images, y1, y2=y1.flip(0), lam=lam, partner=torch.arange(B).flip(0), step=step).to(device)
 
 
 def make(device, precision, capture="none"):
     device = torch.device(device)
     torch.manual_seed(0)
     model = models.build("deit_tiny_patch16_224", image_size=(SIDE, SIDE), depth=2, num_classes=CLASSES)
-    method = methods.find("supervised")(model, methods.config("supervised")(), Context(CLASSES, 1, 1, teacher=None))
+    method = methods.find("supervised")(model, methods.config("supervised")(), toy_context(CLASSES))
     optimizer = AdamW(default_groups(method.to(device).named_parameters(), 0.05), (0.9, 0.999), 1e-8)
     ema = Ema(optimizer.params, 0.9)
     world = World(device)

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
+from toys import toy_batch, toy_context
 
 from fastdeit import methods
-from fastdeit.methods.base import Batch, Context, scores
+from fastdeit.methods.base import scores
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 
 B, K, SIDE = 6, 5, 8
@@ -48,10 +49,9 @@ def batch():
     y1 = torch.randint(0, K, (B,), generator=generator)
     box = torch.zeros(B, 4, dtype=torch.int32)
     box[1] = torch.tensor([2, 1, 6, 5])
-    return Batch(
-        images=(images,), y1=y1, y2=y1.flip(0), lam=torch.tensor([0.3, 0.75, 1.0, 1.0, 0.5, 0.3]),
-        partner=torch.arange(B).flip(0), pixel_lam=torch.tensor([0.3, 1.0, 1.0, 1.0, 0.5, 0.3]), box=box[None],
-        noise=torch.zeros(B, 0), index=torch.arange(B), mean=MEAN, std=STD,
+    return toy_batch(
+        images, y1, y2=y1.flip(0), lam=torch.tensor([0.3, 0.75, 1.0, 1.0, 0.5, 0.3]), partner=torch.arange(B).flip(0),
+        pixel_lam=torch.tensor([0.3, 1.0, 1.0, 1.0, 0.5, 0.3]), box=box[None], mean=MEAN, std=STD,
     )  # fmt: skip
 
 
@@ -70,16 +70,15 @@ def pixels64(batch, mean=MEAN, std=STD):
 
 
 def targets64(batch, smoothing):
-    hot = batch.lam.double()[:, None] * F.one_hot(batch.y1, K) + (1 - batch.lam.double()[:, None]) * F.one_hot(
-        batch.y2, K
-    )
+    y1, y2, lam = batch.targets
+    hot = lam.double()[:, None] * F.one_hot(y1, K) + (1 - lam.double()[:, None]) * F.one_hot(y2, K)
     return smoothing / K + (1 - smoothing) * hot
 
 
 def build(use, heads, network=None, **options):
     torch.manual_seed(0)
     config = methods.config(use)(**options)
-    return methods.find(use)(TwoHeads(heads), config, Context(K, 1, 1, lambda config: network))
+    return methods.find(use)(TwoHeads(heads), config, toy_context(K, network))
 
 
 def make_distill(heads, network, **options):

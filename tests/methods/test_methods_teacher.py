@@ -12,13 +12,13 @@ from timm.layers import BatchNormAct2d, ConvNormAct
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import weight_norm
+from toys import toy_context
 
 from fastdeit import build, methods, models
 from fastdeit import recipe as recipes
 from fastdeit.bench_step import Cell, batch
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted
-from fastdeit.methods.base import Context
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.train import train
@@ -363,8 +363,8 @@ def test_a_method_is_compiled_through_its_teacher(name, dtype):
     teacher = Teacher(network, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
     config = methods.config("distill")(teacher={"timm": name})
     student = models.build("deit_digits_distilled_patch8_32", num_classes=1000)
-    method = methods.find("distill")(student, config, Context(1000, 1, 1, lambda config: teacher)).eval()
-    samples = batch(Cell("step", "", 2, 32, "fp32"), method.noise_per_sample, torch.device("cpu"))
+    method = methods.find("distill")(student, config, toy_context(1000, teacher)).eval()
+    samples = batch(Cell("step", "", 2, 32, "fp32"), method.noise(), torch.device("cpu"))
     compiled = torch.compile(method, fullgraph=True, dynamic=False, backend="eager")
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
         torch.testing.assert_close(compiled(samples).loss, method(samples).loss)

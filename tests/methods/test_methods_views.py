@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from toys import toy_batch
 
 from fastdeit import build, methods
 from fastdeit import recipe as recipes
+from fastdeit.batch import Batch
 from fastdeit.config import DataConfig, ViewConfig
 from fastdeit.engine.dist import World
-from fastdeit.methods.base import Batch, Method, Out
+from fastdeit.methods.base import Method, Out
 from fastdeit.methods.supervised import Supervised
 from fastdeit.train import train
 from fastdeit.views import View, overridden
@@ -36,7 +38,7 @@ class Pair(Supervised):
 
     def forward(self, batch: Batch) -> Out:
         out = super().forward(batch)
-        other = self.model(batch.pixels(view=1), noise=batch.noise)
+        other = self.model(batch.pixels(view=1), noise=batch.noise["drop_path"])
         agreement = F.mse_loss(other, out.logits.detach())
         return Out(out.loss + agreement, out.logits, out.parts | {"agreement": agreement.detach()})
 
@@ -96,10 +98,8 @@ def test_each_view_is_rendered_with_its_own_box_and_erasure():
     boxes = torch.tensor([[[2, 2, 12, 16]] * 4, [[1, 1, 6, 8]] * 4], dtype=torch.int32)
     erase = torch.tensor([[0, 0, 4, 4]] * 4, dtype=torch.int32), torch.arange(4)
     lam = torch.full((4,), 0.6)
-    both = Batch(
-        images, torch.arange(4), torch.arange(4).flip(0), lam, torch.arange(4).flip(0), lam, boxes,
-        torch.zeros(4, 0), torch.arange(4), (0.5,) * 3, (0.25,) * 3, erase=(None, erase),
-    )  # fmt: skip
+    there, back = torch.arange(4), torch.arange(4).flip(0)
+    both = toy_batch(images, there, y2=back, lam=lam, partner=back, box=boxes, erase=(None, erase))
     for view in (0, 1):
         alone = replace(both, images=images[view : view + 1], box=boxes[view : view + 1], erase=(both.erase[view],))
         assert both.pixels(view).shape == (4, 3, *images[view].shape[1:3])
@@ -130,7 +130,6 @@ def test_a_method_of_two_views_is_trained_by_the_loop(load, tmp_path):
 )
 def test_a_recipe_decides_how_views_differ(load, overrides, same):
     recipe = load(*(f"data.{override}" for override in overrides))
-    loader = build.train_loader(recipe, build.sources(recipe)[0], CPU, 0, print)
-    ((samples,),) = loader.batches(0, 1)
-    batch = build.to_batch(samples, recipe, CPU.device)
+    loader = build.train_loader(recipe, build.sources(recipe)[0], CPU, {}, print)
+    ((batch,),) = loader.batches(0, 1)
     assert torch.equal(batch.pixels(0), batch.pixels(1)) is same
