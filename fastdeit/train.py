@@ -207,6 +207,7 @@ class PhaseSchedule:
         """The optimizer of phase `index`; `before` is that of the phase before it, whose state is carried on."""
         self._now = index
         phases.train_only(self._method, self.phase, self.trainable)
+        self._method.on_phase(self.phase)
         groups = self._method.param_groups(decay_groups(self._method, self._recipe))
         return build.optimizer(self._recipe, groups, before)
 

@@ -2,6 +2,7 @@
 there is no card; and `ranks`."""
 
 import os
+import shutil
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -55,6 +56,21 @@ def ranks(tmp_path: Path):
         return [answers[rank] for rank in range(size)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """An image folder of 400 training and 100 held-out digits."""
+    from fastdeit.data import digits
+
+    os.environ.setdefault("FASTDEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    root, full = tmp_path_factory.mktemp("digits"), Path(digits.prepare())
+    for split, count in (("train", 40), ("val", 10)):
+        for folder in sorted((full / split).iterdir()):
+            (root / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:count]:
+                shutil.copy(file, root / split / folder.name)
+    return root
 
 
 @pytest.fixture

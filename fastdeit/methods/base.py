@@ -150,6 +150,9 @@ class Method(nn.Module):
     def on_epoch(self, epoch: int, engine: Any) -> None:
         """Before the first step of an epoch."""
 
+    def on_phase(self, phase: Phase) -> None:
+        """When a phase begins, before its optimizer is made; in a resumed run also for the phases before."""
+
     def param_groups(self, base: list) -> list:
         """Optimizer groups; `base` is decayed and undecayed parameters (`engine.optim.ParamGroup`) of the phase."""
         return base

@@ -153,6 +153,8 @@ class Knn:
         features, wanted = _features(evaluation, evaluation.held_out())
         right = torch.zeros((), dtype=torch.float64, device=processes.device)
         for some, truth in zip(F.normalize(features).split(1024), wanted.split(1024), strict=True):
+            if len(some) == 0:
+                continue
             cosine, index = (some @ known.t()).topk(min(self.neighbours, len(known)))
             votes = torch.zeros(len(some), classes, device=some.device)
             votes.scatter_add_(1, labels[index], (cosine / self.temperature).exp())
@@ -184,7 +186,9 @@ class LinearProbe:
         damping = self.ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         weight = torch.linalg.solve(x.t() @ x + damping, x.t() @ y)
         features, wanted = _features(evaluation, evaluation.held_out())
-        right = ((standardised(features) @ weight).argmax(1) == wanted).sum()
+        right = torch.zeros((), device=processes.device)
+        if len(wanted):
+            right += ((standardised(features) @ weight).argmax(1) == wanted).sum()
         return {"linear_top1": _share(right, len(wanted), processes)}
 
 
@@ -195,6 +199,9 @@ def _features(evaluation: Evaluation, batches: Iterator[Batch]) -> tuple[Tensor,
         with evaluation.autocast():
             features.append(evaluation.method.features(images(batch)).float())
         labels.append(batch.targets.y1)
+    if not features:  # fewer images than processes
+        device = evaluation.processes.device
+        return torch.zeros(0, 0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     return torch.cat(features), torch.cat(labels)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_engine_step import CPU, X, make, weights
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from toys import toy_context
@@ -16,7 +16,7 @@ from fastdeit import methods
 from fastdeit.batch import map_tensors, tensors_of
 from fastdeit.bench_measure import CLASSES
 from fastdeit.bench_step import Cell, batch
-from fastdeit.engine.capture import WARM_STEPS, GraphedStep, copy_tensors
+from fastdeit.engine.capture import WARM_STEPS, CaptureError, GraphedStep, copy_tensors
 from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.step import autocast
 from fastdeit.methods.teacher import Teacher
@@ -95,6 +95,53 @@ def test_every_step_is_run_once_on_its_own_batch_and_rate_before_and_after_the_r
         map_tensors(torch.zero_, given)  # the loader's memory is its own again
     assert card.ran == [(float(number), number, 0.1 * number) for number in range(WARM_STEPS + 4)]
     assert card.modes == ["thread_local"]
+
+
+class Scheduled(nn.Module):
+    """A method with values of Python's, some of them in a child."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature, self.name, self.sizes, self.on = 0.04, "a", [1, 2], True
+        self.child = nn.Dropout(0.1)
+        self.weight = nn.Parameter(torch.zeros(1))
+
+
+CHANGES = {
+    "temperature": (lambda m: setattr(m, "temperature", 0.05), r"Scheduled\.temperature was 0\.04 .* and is 0\.05 now"),
+    "text": (lambda m: setattr(m, "name", "b"), r"Scheduled\.name was 'a'"),
+    "list": (lambda m: m.sizes.append(3), r"Scheduled\.sizes was \[1, 2\]"),
+    "child": (lambda m: setattr(m.child, "p", 0.2), r"Scheduled\.child\.p was 0\.1"),
+    "mode": (lambda m: m.eval(), r"Scheduled\.training was True"),
+    "gone": (lambda m: delattr(m, "on"), r"Scheduled\.on was True .* and is None now"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_value_that_changes_after_the_recording_is_an_error_that_names_it(monkeypatch, change):
+    card, method = Card(monkeypatch), Scheduled()
+    graphed = GraphedStep(card.step, CPU, method)
+    act, words = CHANGES[change]
+    method.temperature = 0.03
+    for number in range(WARM_STEPS + 2):
+        method.temperature = 0.04  # before the recording it may change
+        graphed([pair(float(number))], 0.1)
+    act(method)
+    with pytest.raises(CaptureError, match=words):
+        graphed([pair(0.0)], 0.1)
+    assert len(card.ran) == WARM_STEPS + 2
+
+
+def test_tensors_and_values_that_come_back_are_no_change(monkeypatch):
+    card, method = Card(monkeypatch), Scheduled()
+    graphed = GraphedStep(card.step, CPU, method)
+    for number in range(WARM_STEPS + 3):
+        graphed([pair(float(number))], 0.1)
+        method.eval().train()  # an evaluation
+        method.weight.data += 1
+        if number > WARM_STEPS:
+            method.later = number  # nothing that was recorded can have read it
+    assert len(card.ran) == WARM_STEPS + 3
 
 
 def test_a_graph_needs_a_card():

@@ -1,13 +1,18 @@
 """The engine's step: accumulation, processes, clipping, guard and EMA against one plain update in float64."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from toys import toy_batch
 
+from fastdeit.batch import Step, map_tensors
 from fastdeit.engine.dist import World
-from fastdeit.engine.ema import Ema
+from fastdeit.engine.ema import Ema, EmaTeacher
 from fastdeit.engine.guard import Guard
 from fastdeit.engine.optim import AdamW, default_groups
 from fastdeit.engine.step import Engine
@@ -230,3 +235,160 @@ def test_groups_follow_deit():
     decayed, undecayed = default_groups(named, 0.05, {"pos"})
     assert (list(decayed.params), decayed.weight_decay) == (["w"], 0.05)
     assert (list(undecayed.params), undecayed.weight_decay) == (["gamma", "w.bias", "pos"], 0.0)
+
+
+# ---- inner loops -----------------------------------------------------------------------------------------------------
+
+
+class Pixels(nn.Module):
+    """A method on images: a linear layer on the pixels of the first view, which it may run several times a step."""
+
+    def __init__(self, runs=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model, self.runs = nn.Linear(12, 1), runs
+
+    def forward(self, batch):
+        loss = self.model(batch.pixels().flatten(1)).float().square().mean()
+        return SimpleNamespace(loss=loss, parts={})
+
+    def step(self, batch, engine):
+        for number in range(self.runs):
+            with engine.micro(last=number == self.runs - 1):
+                engine.backward(engine.run(batch).loss)
+
+    def after_step(self, engine):
+        pass
+
+
+def pixel_engine(method, world=None, accumulate=1, precision="fp32"):
+    optimizer = AdamW(default_groups(method.named_parameters(), 0.0), (0.9, 0.999), 1e-8)
+    return Engine(method, optimizer, world or World(CPU), precision=precision, accumulate=accumulate)
+
+
+def image_batch(count=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return toy_batch(
+        torch.randint(0, 256, (count, 2, 2, 3), dtype=torch.uint8, generator=generator), torch.arange(count)
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_method_that_runs_twice_logs_its_loss_once(accumulate):
+    found = []
+    for runs in (1, 2):
+        engine = pixel_engine(Pixels(runs), accumulate=accumulate)
+        engine.step([image_batch(seed=seed) for seed in range(accumulate)], 1e-3)
+        found.append(engine.means()["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_run_that_is_not_logged_is_not():
+    engine = pixel_engine(Pixels())
+    engine.run(image_batch(), log=False)
+    assert engine.means() == {}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_gradient_of_the_input_is_that_of_the_loss_and_touches_nothing_else(precision):
+    method = Pixels()
+    engine, batch = pixel_engine(method, accumulate=4, precision=precision), image_batch()
+    x = batch.pixels()
+    gradient = engine.input_gradient(batch, x)
+    expected = x.double().requires_grad_()
+    F.linear(expected.flatten(1), *(p.detach().double() for p in method.model.parameters())).square().mean().backward()
+    torch.testing.assert_close(gradient.double(), expected.grad, rtol=2e-2 if precision == "fp16" else 1e-5, atol=1e-5)
+    assert all(p.grad is None for p in method.parameters())
+    assert engine.means() == {}
+    assert not x.requires_grad
+
+
+def test_backward_returns_the_plain_gradient_of_an_input_besides():
+    method = Pixels()
+    engine, batch = pixel_engine(method, accumulate=4, precision="fp16"), image_batch()
+    x = batch.pixels().requires_grad_()
+    with engine.micro():
+        gradient = engine.backward(engine.run(batch.rendered_as(x)).loss, wrt=x)
+    torch.testing.assert_close(gradient, engine.input_gradient(batch, x), rtol=1e-2, atol=1e-4)
+    share = engine.guard.scale / 4
+    alone = torch.autograd.grad(method(batch).loss * share, list(method.parameters()))
+    for parameter, expected in zip(method.parameters(), alone, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=2e-2, atol=1e-2 * expected.abs().max().item())
+    assert x.grad is None
+
+
+def inner_rank(rank, size):
+    engine = pixel_engine(Pixels(runs=2), World(CPU, rank, size))
+    batch = image_batch()
+    part = map_tensors(lambda t: t[rank * 2 : rank * 2 + 2] if t.ndim and len(t) == 4 else t, batch)
+    part = replace(part, partner=torch.arange(2), box=batch.box[:, :2])
+    gradient = engine.input_gradient(part, part.pixels())
+    engine.step([part], 1e-2)
+    return gradient.numpy(), [p.detach().numpy() for p in engine.method.parameters()]
+
+
+def test_inner_loops_on_two_processes_are_those_of_one(ranks):
+    (first, weights_of_first), (second, weights_of_second) = ranks(2, inner_rank)
+    engine, batch = pixel_engine(Pixels(runs=2)), image_batch()
+    whole = engine.input_gradient(batch, batch.pixels()).numpy()
+    np.testing.assert_allclose(np.concatenate((first, second)) / 2, whole, rtol=1e-5)
+    engine.step([batch], 1e-2)
+    for one, two, alone in zip(weights_of_first, weights_of_second, engine.method.parameters(), strict=True):
+        assert np.array_equal(one, two)
+        np.testing.assert_allclose(one, alone.detach().numpy(), rtol=1e-5)
+
+
+# ---- averaged teachers -----------------------------------------------------------------------------------------------
+
+
+class Taught(Pixels):
+    """The same, with an average of the layer whose momentum is a function of the step."""
+
+    def __init__(self, momentum=lambda step: 0.5 + 0.1 * step.number):
+        super().__init__()
+        self.teacher = EmaTeacher(nn.Sequential(self.model, nn.BatchNorm1d(1)), momentum)
+        self.seen = []
+
+    def after_step(self, engine):
+        self.seen.append(engine.now.number.item())
+
+
+def test_a_teacher_follows_its_formula_and_its_schedule():
+    method = Taught()
+    engine = pixel_engine(method)
+    expected = method.model.weight.detach().clone()
+    for number in range(3):
+        engine.step([replace(image_batch(), step=Step.at(number, 10, 100))], 1e-2)
+        momentum = 0.5 + 0.1 * number
+        expected = momentum * expected + (1 - momentum) * method.model.weight.detach()
+    torch.testing.assert_close(method.teacher.module[0].weight.detach(), expected)
+    assert method.seen == [0, 1, 2]
+
+
+def test_a_teacher_answers_without_gradients_in_eval_mode_and_float32():
+    teacher = EmaTeacher(nn.Sequential(nn.Linear(12, 1), nn.Dropout()).half(), 0.9).train()
+    out = teacher(torch.ones(2, 12, requires_grad=True))
+    assert (out.requires_grad, out.dtype) == (False, torch.float32)
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_teacher_is_part_of_the_state_and_its_source_is_not_twice():
+    names = list(Taught().state_dict())
+    assert [name for name in names if name.startswith("teacher")][:2] == [
+        "teacher.module.0.weight",
+        "teacher.module.0.bias",
+    ]
+    assert not any("source" in name for name in names)
+
+
+def test_a_skipped_step_leaves_the_teacher():
+    method = Taught(0.5)
+    engine = pixel_engine(method)
+    before = method.teacher.module[0].weight.clone()
+    bad = image_batch()
+    engine.step([bad.rendered_as(torch.full((4, 3, 2, 2), float("nan")))], 1e-2)
+    assert engine.guard.skipped.item() == 1
+    assert torch.equal(method.teacher.module[0].weight, before)
+    engine.step([bad], 1e-2)
+    assert not torch.equal(method.teacher.module[0].weight, before)

@@ -1,0 +1,49 @@
+"""Whole runs in small: a world that stops, and what a run left on the disk."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+from fastdeit.engine.dist import World
+from fastdeit.train import train
+
+
+class StopAt(World):
+    """A world in which somebody asks to stop once `step` steps are done."""
+
+    def __init__(self, *steps):
+        super().__init__(torch.device("cpu"))
+        self.steps, self.asked = set(steps), 0
+
+    def stop_requested(self):
+        self.asked += 1
+        return self.asked in self.steps
+
+
+def train_rank(rank, size, recipe, run):
+    """Train as one process of several (fixture `ranks`)."""
+    return train(recipe, run, World(torch.device("cpu"), rank, size), resume=False)
+
+
+def stored(run, step):
+    """{file: {name: tensor}} of the checkpoint of `step`."""
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    return {file.name: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def assert_same_weights(run, other, step):
+    """Every tensor of the two checkpoints has the same bits."""
+    mine, theirs = stored(run, step), stored(other, step)
+    assert mine.keys() == theirs.keys()
+    for file in mine:
+        assert mine[file].keys() == theirs[file].keys()
+        for name, tensor in mine[file].items():
+            assert torch.equal(tensor, theirs[file][name]), f"{file} {name}"
+
+
+def logged(run):
+    """What was measured, and at which step, without what depends on the clock."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    clocks = "images_per_second", "data_wait_percent"
+    return [{key: value for key, value in record.items() if key not in clocks} for record in records]
