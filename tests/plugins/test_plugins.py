@@ -1,0 +1,151 @@
+"""Methods of third parties, each one file: trained by `fastdeit train`, resumed exactly, the same on two processes."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from plugins import adversarial, cached
+from small_runs import StopAt, assert_same_weights, logged, stored, train_rank
+from toys import toy_batch
+
+from fastdeit import build, models
+from fastdeit import recipe as recipes
+from fastdeit.cli import main as cli
+from fastdeit.engine.dist import World
+from fastdeit.errors import Interrupted
+from fastdeit.methods.teacher import Teacher
+from fastdeit.train import train
+
+RECIPE = """\
+model: {name: MODEL, image_size: 32}
+method: {METHOD}
+data:
+  {source: folder, flip: 0.0, mixup: 0, cutmix: 0, crop_scale: [0.8, 1.0], group_size: 16, repeats: 1, threads: 1,
+   eval_crop_ratio: 1.0, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
+optim: {lr: 2e-3, warmup_epochs: 0.5, min_lr: 1e-5}
+train: {epochs: EPOCHS, batch_size: 64, eval_every: EPOCHS}
+engine: {device: cpu, log_every: 2}
+"""
+STEPS_PER_EPOCH = 6
+VIT = "deit_digits_patch8_32"
+METHODS = {
+    "mae": (VIT, 'use: "plugins.mae:MaskedAutoencoder"', 4),
+    "adversarial": ("convnet_digits", 'use: "plugins.adversarial:Adversarial", eps: 0.05, eta: 0.02', 3),
+    "cached": (VIT, 'use: "plugins.cached:CachedLogits", store: "STORE"', 3),
+}
+CPU = World(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def store(few_digits, tmp_path_factory):
+    """Logits of a network that was not trained, of three epochs."""
+    folder = tmp_path_factory.mktemp("store")
+    recipe = written(folder, VIT, "use: supervised", 3, few_digits)
+    source, _ = build.sources(recipe)
+    loader = build.train_loader(recipe, source, CPU, {}, print)
+    cached.LogitStore(folder).write(loader, len(source), copies=1, epochs=3, teacher=teacher())
+    return folder
+
+
+def written(folder, model, method, epochs, data):
+    """The recipe, which is in FOLDER/recipe.yaml now."""
+    text = RECIPE.replace("MODEL", model).replace("METHOD", method).replace("EPOCHS", str(epochs))
+    (folder / "recipe.yaml").write_text(text.replace("source: folder", f'source: folder, root: "{data}"'))
+    return recipes.load(str(folder / "recipe.yaml"))
+
+
+def teacher():
+    torch.manual_seed(0)
+    return Teacher(models.build("convnet_digits", num_classes=10))
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def case(request, few_digits, store, tmp_path_factory):
+    """(recipe, steps of the run, the run that was never interrupted)"""
+    model, method, epochs = METHODS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    recipe = written(folder, model, method.replace("STORE", str(store)), epochs, few_digits)
+    run = folder / "run"
+    assert cli(["train", str(folder / "recipe.yaml"), "--run-dir", str(run)]) == 0
+    return recipe, epochs * STEPS_PER_EPOCH, run
+
+
+def losses(run):
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def test_the_loss_falls(case):
+    *_, run = case
+    found = losses(run)
+    assert sum(found[-2:]) < 0.97 * sum(found[:2])
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(case, tmp_path):
+    recipe, steps, run = case
+    with pytest.raises(Interrupted):
+        train(recipe, tmp_path / "run", StopAt(STEPS_PER_EPOCH + 1), resume=False)
+    train(recipe, tmp_path / "run", CPU, resume=True)
+    assert_same_weights(run, tmp_path / "run", steps)
+    assert logged(run) == logged(tmp_path / "run")
+
+
+def test_two_processes_equal_one(case, ranks, tmp_path):
+    recipe, steps, run = case
+    ranks(2, train_rank, recipe, tmp_path / "run")
+    np.testing.assert_allclose(losses(run), losses(tmp_path / "run"), rtol=2e-3)
+    one, two = (stored(folder, steps)["model.safetensors"] for folder in (run, tmp_path / "run"))
+    difference = sum((one[n] - two[n]).abs().sum() for n in one) / sum(t.numel() for t in one.values())
+    assert difference < 2e-4
+
+
+# ---- what each of them is for ----------------------------------------------------------------------------------------
+
+
+def test_stored_logits_are_those_of_a_teacher_that_runs_along(few_digits, store, tmp_path):
+    """Because the student meets the images that the teacher judged."""
+    recipe = written(tmp_path, VIT, f'use: "plugins.cached:CachedLogits", store: "{store}"', 3, few_digits)
+    source, _ = build.sources(recipe)
+    judge = teacher()
+    loader = build.train_loader(recipe, source, CPU, {}, print)
+    for step, (batch,) in enumerate(loader.batches(4, 8), 4):
+        torch.testing.assert_close(batch.extras["teacher"], judge(batch), rtol=1e-5, atol=1e-6)
+        assert batch.step.epoch.item() == step // STEPS_PER_EPOCH
+
+
+def test_a_sample_that_no_teacher_has_judged_is_an_error(store):
+    unseen = np.isnan(np.load(store / "epoch_0.npy")[:, 0, 0]).nonzero()[0]
+    assert len(unseen) == 400 % 64
+    with pytest.raises(KeyError, match="has no logits"):
+        cached.LogitStore(store).read(0, unseen[:1], np.zeros(1, np.int64))
+
+
+def test_a_disturbance_stays_within_its_bound_and_climbs():
+    delta, gradient = torch.zeros(3), torch.tensor([1.0, -2.0, 0.0])
+    for _ in range(5):
+        delta = adversarial.moved(delta, gradient, eta=0.02, eps=0.05)
+    torch.testing.assert_close(delta, torch.tensor([0.05, -0.05, 0.0]))
+
+
+def test_what_is_masked_does_not_reach_the_encoder():
+    """Other pixels under the mask leave the prediction as it was."""
+    from plugins.mae import MaskedAutoencoder
+    from toys import toy_context
+
+    torch.manual_seed(0)
+    model = models.build("deit_digits_patch8_32", num_classes=10)
+    method = MaskedAutoencoder(model, MaskedAutoencoder.Config(use="mae"), toy_context()).eval()
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    batch = toy_batch(images, torch.arange(2), noise={"mask": torch.rand(2, 16), "drop_path": torch.zeros(2, 0)})
+    order = batch.noise["mask"].argsort(1)
+    predictions = []
+    for value in (0, 200):
+        cells = images.reshape(2, 4, 8, 4, 8, 3).permute(0, 1, 3, 2, 4, 5).reshape(2, 16, -1).clone()
+        cells.scatter_(1, order[:, method.kept :, None].expand(-1, -1, cells.shape[2]), value)
+        masked = cells.reshape(2, 4, 4, 8, 8, 3).permute(0, 1, 3, 2, 4, 5).reshape(2, 32, 32, 3)
+        patches = replace(batch, images=(masked,)).patches(8)
+        tokens = method.model.tokens(patches, keep=order[:, : method.kept])
+        predictions.append(method.decoded(tokens[:, 1:], order))
+    assert torch.equal(*predictions)
