@@ -34,7 +34,7 @@ def ranks(tmp_path: Path):
 
     def run(size, function, *arguments):
         context = get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "fastdeit.kernels"])
+        context.set_forkserver_preload(["torch", "torch.distributed", "fastdeit.train"])
         results = context.Queue()
         rendezvous = tmp_path / f"rendezvous_{os.urandom(4).hex()}"
         processes = [
