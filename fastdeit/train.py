@@ -15,11 +15,12 @@ import torch
 from fastdeit import build, kernels, rng
 from fastdeit import recipe as recipes
 from fastdeit.data.source import DataError
+from fastdeit.engine import optimizers
 from fastdeit.engine.checkpoint import CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import AdamW, ParamGroup, default_groups
+from fastdeit.engine.optim import ParamGroup, default_groups
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine, autocast
 from fastdeit.errors import FastdeitError, Interrupted
@@ -69,7 +70,8 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
         return made
 
     method = build.method(recipe, student, classes, total, make_teacher).to(world.device)
-    optimizer = AdamW(method.param_groups(decay_groups(method, recipe)), recipe.optim.betas, recipe.optim.eps)
+    groups = method.param_groups(decay_groups(method, recipe))
+    optimizer = optimizers.find(recipe.optim.name)(groups, recipe.optim)
     ema = Ema(optimizer.params, recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None
     engine = Engine(
         method,

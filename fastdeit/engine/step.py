@@ -13,7 +13,7 @@ from fastdeit.engine.capture import GraphedStep
 from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.guard import Guard
-from fastdeit.engine.optim import AdamW
+from fastdeit.engine.optim import Optimizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,7 +33,7 @@ class Engine:
     def __init__(
         self,
         method: nn.Module,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         world: World,
         *,
         precision: str,
@@ -85,13 +85,13 @@ class Engine:
         for number, batch in enumerate(batches):
             self._last_micro = number == len(batches) - 1
             self.method.step(batch, self)
-        factor, bad, norm = self.guard.judge(self.optimizer.gradients())
+        verdict = self.guard.judge(self.optimizer.gradients())
         average, decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
-        self.optimizer.step(lr, factor, bad, average, decay)
+        self.optimizer.step(lr, verdict, average, decay)
         self.optimizer.zero_grad()
         self.method.after_step(self)
-        self._add("grad_norm", norm.where(~bad, 0.0))
-        self._add("steps", torch.ones_like(norm))
+        self._add("grad_norm", verdict.norm.where(~verdict.skip, 0.0))
+        self._add("steps", torch.ones_like(verdict.norm))
 
     def _add(self, name: str, value: Tensor) -> None:
         if name in self.sums:
