@@ -257,7 +257,7 @@ def _optimizers() -> Iterable[Case]:
             yield _case(op, f"deit_base {name}", run)
         yield _case(op, "one bias of 21,841 classes", step([(21_841,)], own, decay=0.0), odd=True)
     plain = 1, _meta(), 0.9, False, True
-    yield _case("fused_sgd", "deit_base weights, decoupled, without Nesterov", step(weights(768), plain))
+    yield _case("fused_sgd", "deit_base weights, decoupled, plain", step(weights(768), plain))
 
 
 def _inputs() -> Iterable[Case]:
