@@ -85,6 +85,7 @@ def works_by_op() -> dict[str, Callable[[Any, int, torch.dtype, torch.device], W
         "global_norm": _global_norm,
         "fused_adamw": _fused_adamw,
         "fused_lamb": _fused_lamb,
+        "fused_sgd": _fused_sgd,
     }
 
 
@@ -193,14 +194,24 @@ def _global_norm(config: Any, batch: int, dtype: torch.dtype, device: torch.devi
 
 def _fused_adamw(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
     (*lists, ema), count = _optimizer_lists(config, device)
-    zero, one = torch.zeros((), device=device), torch.ones((), device=device)
-    args = [*lists, zero, zero + 1e-9, 0.9, 0.999, 1e-8, 0.05, one, zero.clone(), ema, 0.9999, []]
-    return Work("fused_adamw", args, 36 * count)
+    return Work("fused_adamw", [*lists, *_adam_numbers(device), ema, 0.9999, []], 36 * count)
+
+
+def _adam_numbers(device: torch.device) -> list[Any]:
+    """What stands between the lists and the average: step, lr, betas, eps, decay, grad_scale and found_inf."""
+    step, lr, one, good = (torch.full((), value, device=device) for value in (0.0, 1e-9, 1.0, 0.0))
+    return [step, lr, 0.9, 0.999, 1e-8, 0.05, one, good]
 
 
 def _fused_lamb(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    args, count = _fused_adamw(config, batch, dtype, device).args, _optimizer_lists(config, device)[1]
-    return Work("fused_lamb", [*args[:10], 1.0, None, *args[10:]], 56 * count)
+    (*lists, ema), count = _optimizer_lists(config, device)
+    return Work("fused_lamb", [*lists, *_adam_numbers(device), ema, 0.9999, []], 52 * count)
+
+
+def _fused_sgd(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
+    (*lists, _, ema), count = _optimizer_lists(config, device)
+    lr, one, good = (torch.full((), value, device=device) for value in (1e-9, 1.0, 0.0))
+    return Work("fused_sgd", [*lists, lr, 0.9, True, False, 0.05, one, good, ema, 0.9999, []], 28 * count)
 
 
 # ---- how -------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from fastdeit.data.source import DataError, Source, SyntheticSource, train_val
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import EmaTeacher
-from fastdeit.engine.optim import AdamW, ParamGroup
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
 from fastdeit.methods.base import Context, Method
@@ -234,11 +233,6 @@ def method(
     kind = methods.find(recipe.method.use)
     context = Context(num_classes, recipe.train.epochs, steps, teacher, EmaTeacher)
     return kind(student, recipe.method, context)
-
-
-def optimizer(recipe: "Recipe", groups: list[ParamGroup], before: AdamW | None = None) -> AdamW:
-    """The optimizer of `groups`; a parameter that `before` trained as well keeps its state."""
-    return AdamW(groups, recipe.optim.betas, recipe.optim.eps)
 
 
 def teacher(

@@ -236,15 +236,20 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule. Nothing here is scaled by the batch size or the number of processes."""
+    """What all optimizers have, and the schedule. Nothing here is scaled by the batch size or the number of processes.
 
+    A recipe's section has its optimizer's own fields besides (`fastdeit.engine.optimizers`): adamw and lamb have betas
+    and eps; sgd has momentum, nesterov and decoupled_decay.
+    """
+
+    name: Text = "adamw"
+    """adamw, lamb, sgd, or an import path `package.module:Class`."""
     lr: Positive
     """Peak learning rate of the global batch."""
     weight_decay: NonNegative = 0.05
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    """Of sgd 1e-4 by default."""
     clip_grad: Positive | None = None
-    """Largest norm of the gradient of all parameters; null: no clipping."""
+    """Largest norm of the gradient of all parameters; null: no clipping. Of lamb 1.0 by default."""
     schedule: Literal["cosine", "deit-exact"] = "cosine"
     """cosine: per step, after a linear warm-up; deit-exact: the public code's, per epoch and one epoch late."""
     warmup_epochs: NonNegative = 5.0

@@ -4,19 +4,28 @@ A recipe file has the sections of `Recipe` and optionally `base:`, the name or p
 starts from. Overrides `section.field=value` come last. Values keep their places (`recipe_yaml.py`) through merging, so
 that pydantic's verdict on the result (`config.py`) can be told with file and line.
 
-The `method:` section is validated by the method's own model, looked up when a recipe is validated; importing this
-module imports no torch.
+The `method:` section is validated by the method's own model, and `optim:` by one that has the options of the optimizer;
+both are looked up when a recipe is validated. Importing this module imports no torch.
 """
 
 import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.events import ScalarEvent
@@ -39,6 +48,9 @@ _SECTIONS: dict[str, type[Section] | None] = {
 }
 
 
+_ADAMW = OptimConfig.model_fields["name"].default
+
+
 class RecipeError(Exception):
     """A recipe cannot be used. `str(error)` is complete: one line per problem, `file:line: section.field: problem`."""
 
@@ -53,9 +65,16 @@ class Recipe(BaseModel):
     model: ModelConfig
     method: SerializeAsAny[BaseModel]
     data: DataConfig
-    optim: OptimConfig
+    optim: SerializeAsAny[OptimConfig]
     train: TrainConfig
     engine: EngineConfig
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _with_options_of_the_optimizer(cls, optim: Any) -> Any:
+        if not isinstance(optim, Mapping):
+            return optim
+        return _optim_config(optim.get("name", _ADAMW)).model_validate(optim)
 
     @field_validator("method", mode="before")
     @classmethod
@@ -292,7 +311,8 @@ class _Choice(NamedTuple):
 
     deciding: tuple[str, ...]
     stale: tuple[str, ...] | None = None
-    """None: the whole section."""
+    """None: the whole section but for `shared`."""
+    shared: tuple[str, ...] = ()
     default: Any = None
 
 
@@ -300,6 +320,12 @@ _CHOICES: dict[FieldPath, _Choice] = {
     ("model",): _Choice(("name", "timm"), stale=("name", "timm")),
     ("method",): _Choice(("use",)),
     ("method", "teacher"): _Choice(("recipe", "timm", "model")),
+    # Rates, decay and clipping of one optimizer say nothing of another's; the schedule and the average are for all.
+    ("optim",): _Choice(
+        ("name",),
+        shared=("schedule", "warmup_epochs", "warmup_lr", "min_lr", "ema_decay", "decay_dist_token"),
+        default=_ADAMW,
+    ),
     ("data",): _Choice(
         ("source",), stale=("root", "train", "val", "synthetic_samples", "synthetic_classes"), default="folder"
     ),
@@ -316,7 +342,8 @@ def _merged(base: Item, child: Item, path: FieldPath = ()) -> Item:
     choice = _CHOICES.get(path)
     if choice is not None and _decides_anew(choice, base.value, child.value):
         if choice.stale is None:
-            return Item(child.value, _written_at(child))
+            shared = {key: item for key, item in kept.items() if key in choice.shared}
+            return Item(shared | child.value, _written_at(child))
         kept = {key: item for key, item in kept.items() if key not in choice.stale}
     for key, item in child.value.items():
         kept[key] = _merged(kept[key], item, (*path, key)) if key in kept else item
@@ -354,7 +381,7 @@ def _decides_anew(choice: _Choice, base: Mapping[str, Item], child: Mapping[str,
 
 def _validated(name: str, root: Item, problems: Problems) -> Recipe:
     """The recipe that the tree describes; raises everything that is wrong with it and that `problems` already holds."""
-    models = {**_SECTIONS, "method": _method_model(root, problems)}
+    models = {**_SECTIONS, "method": _method_model(root, problems), "optim": _optim_model(root, problems)}
     for key, item in root.value.items():
         if key not in models:
             problems.add(
@@ -456,6 +483,35 @@ def _method_model(root: Item, problems: Problems) -> type[BaseModel] | None:
 
             problems.add(_place_of(root, path), path, f"{error}{meant(use, methods.METHODS)}")
     return None
+
+
+@cache  # recipes are equal only where their sections have one type
+def _optim_config(name: str) -> type[OptimConfig]:
+    """Model of the `optim:` section; raises ValueError for an optimizer that does not exist."""
+    # Optimizers import torch, as methods do.
+    from fastdeit.engine import optimizers
+
+    return create_model(OptimConfig.__name__, __base__=(optimizers.find(name).Options, OptimConfig))
+
+
+def _optim_model(root: Item, problems: Problems) -> type[OptimConfig] | None:
+    """Model of the `optim:` section; None, with the problem recorded, where its name is that of no optimizer."""
+    section = root.value.get("optim", Item({}, root.place))
+    path: FieldPath = ("optim", "name")
+    if not isinstance(section.value, dict) or problems.skips(path):
+        return OptimConfig  # what is wrong with it is said elsewhere
+    name = section.value["name"].value if "name" in section.value else _ADAMW
+    if not isinstance(name, str):
+        got = shown(plain(section.value["name"]))
+        problems.add(_place_of(root, path), path, f"must be the name of an optimizer, got {got}")
+        return None
+    try:
+        return _optim_config(name)
+    except ValueError as error:
+        from fastdeit.engine.optimizers import OPTIMIZERS
+
+        problems.add(_place_of(root, path), path, f"{error}{meant(name, OPTIMIZERS)}")
+        return None
 
 
 def _section(
@@ -565,6 +621,12 @@ def _hint(models: Mapping[str, type[BaseModel] | None], path: FieldPath) -> str:
     homes = [section for section, model in models.items() if model is not None and key in model.model_fields]
     if homes:
         return f"; did you mean '{homes[0]}.{key}'?"
+    if parents == ["optim"]:
+        from fastdeit.engine.optimizers import OPTIMIZERS
+
+        owners = [name for name, optimizer in OPTIMIZERS.items() if key in optimizer.Options.model_fields]
+        if owners:
+            return f"; it belongs to optim.name {' or '.join(owners)}"
     return meant(str(key), _fields(models, parents) if parents else models)
 
 

@@ -18,12 +18,12 @@ from fastdeit import recipe as recipes
 from fastdeit.data import order
 from fastdeit.data.loader import EvalLoader
 from fastdeit.data.source import DataError
-from fastdeit.engine import phases
+from fastdeit.engine import optimizers, phases
 from fastdeit.engine.checkpoint import CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import AdamW, ParamGroup, default_groups
+from fastdeit.engine.optim import ParamGroup, default_groups
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine
 from fastdeit.errors import FastdeitError, Interrupted, UsageError
@@ -78,7 +78,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     ema = Ema(schedule.trainable, recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None
     engine = Engine(
         method,
-        schedule.optimizer_at(0),
+        optimizers.find(recipe.optim.name)(schedule.groups(), recipe.optim),
         world,
         precision=recipe.engine.precision,
         accumulate=recipe.train.accumulate,
@@ -181,7 +181,7 @@ def train_teacher(recipe: "Recipe", run_dir: Path, world: World) -> Path:
 
 
 class PhaseSchedule:
-    """The phases of a method through a run: what is trained now, and the optimizer of it.
+    """The phases of a method through a run, and which of them is under way.
 
     trainable  by name all parameters that the method has not frozen, whichever phase trains them
 
@@ -192,40 +192,35 @@ class PhaseSchedule:
         self._method, self._recipe = method, recipe
         self._phases: Sequence[Phase] = tuple(method.phases())
         self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
-        self._now = 0
         try:
             phases.check(self._phases, recipe.train.epochs)
         except phases.PhaseError as error:
             raise UsageError(f"method {recipe.method.use}: {error}") from error
+        self.phase = self._phases[0]
 
-    @property
-    def phase(self) -> Phase:
-        """The phase that is under way."""
-        return self._phases[self._now]
-
-    def optimizer_at(self, index: int, before: AdamW | None = None) -> AdamW:
-        """The optimizer of phase `index`; `before` is that of the phase before it, whose state is carried on."""
-        self._now = index
+    def groups(self) -> list[ParamGroup]:
+        """What is trained in the phase that is under way, in the method's groups; nothing else asks for gradients."""
         phases.train_only(self._method, self.phase, self.trainable)
         self._method.on_phase(self.phase)
-        groups = self._method.param_groups(decay_groups(self._method, self._recipe))
-        return build.optimizer(self._recipe, groups, before)
+        return self._method.param_groups(decay_groups(self._method, self._recipe))
 
     def enter(self, epoch: int, engine: Engine) -> bool:
         """Make the phase of `epoch` that of the engine; whether it is another than before."""
-        wanted = phases.index_at(self._phases, epoch)
-        begins = wanted != self._now
-        while self._now < wanted:
-            engine.enter(self.optimizer_at(self._now + 1, engine.optimizer))
-        return begins
+        return self._go_to(self._phases[phases.index_at(self._phases, epoch)], engine)
 
     def resume(self, name: str, engine: Engine) -> None:
         """Make the phase called `name`, of a checkpoint, that of the engine, before its state is loaded."""
-        wanted = next((i for i, phase in enumerate(self._phases) if phase.name == name), None)
-        if wanted is None:
+        found = next((phase for phase in self._phases if phase.name == name), None)
+        if found is None:
             raise UsageError(f"the checkpoint is of phase {name!r}, but the method has no phase of that name")
-        while self._now < wanted:
-            engine.enter(self.optimizer_at(self._now + 1, engine.optimizer))
+        self._go_to(found, engine)
+
+    def _go_to(self, phase: Phase, engine: Engine) -> bool:
+        if phase is self.phase:
+            return False
+        self.phase = phase
+        engine.enter(self.groups())
+        return True
 
 
 def decay_groups(method: Method, recipe: "Recipe") -> list[ParamGroup]:

@@ -5,6 +5,7 @@ import json
 import torch
 from safetensors.torch import load_file
 
+from fastdeit import recipe as recipes
 from fastdeit.engine.dist import World
 from fastdeit.train import train
 
@@ -21,9 +22,9 @@ class StopAt(World):
         return self.asked in self.steps
 
 
-def train_rank(rank, size, recipe, run):
-    """Train as one process of several (fixture `ranks`)."""
-    return train(recipe, run, World(torch.device("cpu"), rank, size), resume=False)
+def train_rank(rank, size, path, overrides, run):
+    """Train the recipe at `path` as one process of several (fixture `ranks`)."""
+    return train(recipes.load(str(path), overrides), run, World(torch.device("cpu"), rank, size), resume=False)
 
 
 def stored(run, step):

@@ -139,6 +139,7 @@ def test_a_row_knows_the_width_that_an_eager_call_is_looked_up_by(monkeypatch):
         "global_norm": dim,
         "fused_adamw": dim,
         "fused_lamb": dim,
+        "fused_sgd": dim,
     }
 
 

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeit import estimate, estimate_gpus, estimate_rows, kernels, models
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import AdamW, default_groups
+from fastdeit.engine.optim import default_groups
+from fastdeit.engine.optimizers import AdamW
 from fastdeit.estimate import COMPILE, DESIGNS, EAGER, EPILOGUE, FUSED, GIB, Network, ViT, Work
 from fastdeit.estimate_gpus import GPUS
 from fastdeit.kernels import _op, attention_fused_backward, attention_tiles
@@ -294,7 +295,7 @@ def test_blocks_keep_what_torch_keeps(design, backend):
 
 def test_weights_moments_and_average_are_the_optimizer_s():
     model = models.build("deit_tiny_patch16_224")
-    optimizer = AdamW(default_groups(model.named_parameters(), 0.05), (0.9, 0.999), 1e-8)
+    optimizer = AdamW(default_groups(model.named_parameters(), 0.05))
     average = Ema(dict(model.named_parameters()), 0.9).average
     parts = estimate.memory(network_of(vit_of(model)), Work(1, ema=True), FUSED, world=1, sharding="ddp")
 
@@ -302,7 +303,7 @@ def test_weights_moments_and_average_are_the_optimizer_s():
         return sum(tensor.nbytes for tensor in tensors)
 
     assert parts["weights"] == parts["gradients"] == size(model.parameters())
-    assert parts["moments"] == size([*optimizer.exp_avg.values(), *optimizer.exp_avg_sq.values()])
+    assert parts["moments"] == size([tensor for moment in optimizer.state.values() for tensor in moment.values()])
     assert parts["ema"] == size(average.values())
 
 

@@ -123,6 +123,33 @@ def test_a_mistake_in_a_base_can_be_put_right(write):
     assert recipes.load(write("base: ./parent.yaml\noptim: {lr: 2e-3}\n", "child.yaml")).optim.lr == 2e-3
 
 
+def test_another_optimizer_takes_the_schedule_of_the_base_and_nothing_else(write):
+    own = "optim:\n  lr: 1e-3\n  weight_decay: 0.3\n  betas: [0.9, 0.95]\n  warmup_epochs: 2\n  ema_decay: 0.99"
+    write(GOOD.replace("optim:\n  lr: 1e-3", own), "parent.yaml")
+    optim = recipes.load(write("base: ./parent.yaml\noptim: {name: sgd, lr: 0.5}\n", "child.yaml")).optim
+    assert (optim.weight_decay, optim.momentum, optim.warmup_epochs, optim.ema_decay) == (1e-4, 0.9, 2, 0.99)
+    assert "betas" not in optim.model_dump()
+    same = recipes.load(write("base: ./parent.yaml\noptim: {name: adamw, eps: 1e-6}\n", "child.yaml")).optim
+    assert (same.lr, same.weight_decay, same.betas, same.eps) == (1e-3, 0.3, (0.9, 0.95), 1e-6)
+    path = write("base: ./parent.yaml\noptim: {name: lamb}\n", "child.yaml")
+    assert refusal(path) == [f"{path}:2: optim.lr: is required"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adamw", {"weight_decay": 0.05, "clip_grad": None, "betas": (0.9, 0.999), "eps": 1e-8}),
+        ("lamb", {"weight_decay": 0.05, "clip_grad": 1.0, "betas": (0.9, 0.999), "eps": 1e-8}),
+        ("sgd", {"weight_decay": 1e-4, "clip_grad": None, "momentum": 0.9, "nesterov": True}),
+    ],
+)
+def test_defaults_of_optimizers_survive_a_dump(write, name, expected):
+    loaded = recipes.load(write(GOOD), [f"optim={{name: {name}, lr: 1e-3}}"])
+    assert {field: getattr(loaded.optim, field) for field in expected} == expected
+    assert recipes.load(write(recipes.dump(loaded))) == loaded
+    assert recipes.Recipe.model_validate(loaded.model_dump(mode="json")) == loaded
+
+
 def test_another_method_takes_nothing_from_the_base(write):
     write(DISTILL, "parent.yaml")
     other = recipes.load(write("base: ./parent.yaml\nmethod: {use: supervised}\n", "child.yaml"))

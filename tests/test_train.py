@@ -89,8 +89,8 @@ def tensors(run, step=TOTAL):
     return {file.name: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
-def assert_same_weights(run, other):
-    mine, theirs = tensors(run), tensors(other)
+def assert_same_weights(run, other, step=TOTAL):
+    mine, theirs = tensors(run, step), tensors(other, step)
     assert mine.keys() == theirs.keys()
     for file in mine:
         assert mine[file].keys() == theirs[file].keys()
@@ -428,3 +428,17 @@ def test_a_damaged_checkpoint_of_weights_is_named(whole, tmp_path):
     (run / "checkpoints" / f"step_{TOTAL:08d}" / "model.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match=f"step_{TOTAL:08d} is damaged"):
         build.read_weights(run)
+
+
+@pytest.mark.parametrize(("name", "lr", "state"), [("sgd", 0.05, "momentum_buffer"), ("lamb", 5e-3, "exp_avg")])
+def test_another_optimizer_resumes_exactly(recipe_file, data, tmp_path, name, lr, state):
+    """On the ConvNet that is the teacher elsewhere, with the optimizer's own defaults."""
+    changes = [f"data.root={data}", f"optim.name={name}", f"optim.lr={lr}", "optim.ema_decay=0.9"]
+    recipe = recipes.load(str(recipe_file.with_name("teacher.yaml")), changes)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(recipe, whole, World(torch.device("cpu")), resume=False)
+    with pytest.raises(Interrupted):
+        train(recipe, parts, StopAt(3), resume=False)
+    train(recipe, parts, World(torch.device("cpu")), resume=True)
+    assert_same_weights(whole, parts, STEPS_PER_EPOCH)
+    assert any(key.startswith(f"{state}.") for key in tensors(whole, STEPS_PER_EPOCH)["optim.safetensors"])

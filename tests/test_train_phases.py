@@ -45,10 +45,15 @@ class TooLong(HeadFirst):
 
 
 @pytest.fixture(scope="module")
-def load(few_digits, tmp_path_factory):
+def path(few_digits, tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "phases.yaml"
-    path.write_text(RECIPE)
-    return lambda *overrides: recipes.load(str(path), [f"data.root={few_digits}", *overrides])
+    path.write_text(RECIPE.replace("source: folder", f'source: folder, root: "{few_digits}"'))
+    return path
+
+
+@pytest.fixture(scope="module")
+def load(path):
+    return lambda *overrides: recipes.load(str(path), overrides)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +86,8 @@ def test_an_interrupted_run_goes_on_in_its_phase(load, whole, tmp_path, stop):
     assert logged(whole) == logged(tmp_path / "run")
 
 
-def test_two_processes_reach_the_result_of_one(load, whole, ranks, tmp_path):
-    ranks(2, train_rank, load(), tmp_path / "run")
+def test_two_processes_reach_the_result_of_one(path, whole, ranks, tmp_path):
+    ranks(2, train_rank, path, [], tmp_path / "run")
     one, two = (stored(run, TOTAL)["model.safetensors"] for run in (whole, tmp_path / "run"))
     difference = sum((one[n] - two[n]).abs().sum() for n in one) / sum(t.numel() for t in one.values())
     assert difference < 2e-4

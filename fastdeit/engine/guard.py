@@ -4,6 +4,8 @@ After the gradient reduction the norm is the same on every process, so the decis
 host looks at the counters only when it logs.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,19 @@ from fastdeit import kernels
 
 _FIRST_SCALE, _GROW_AFTER = 2.0**16, 2000
 _SKIPS_IN_A_ROW = {"fp16": 24, "bf16": 3, "fp32": 3}
+
+
+class Verdict(NamedTuple):
+    """What the guard says of the gradients of a step: scalar tensors on their device.
+
+    factor  float32: what an update multiplies the gradients by, for unscaling and clipping
+    skip    bool: some gradient is not finite, so nothing may change
+    norm    float32: norm of the unscaled gradients of all parameters together, before clipping
+    """
+
+    factor: Tensor
+    skip: Tensor
+    norm: Tensor
 
 
 class Guard:
@@ -32,8 +47,8 @@ class Guard:
         self.worst_row = torch.zeros((), device=device)
 
     @torch.no_grad()
-    def judge(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(factor on the gradients, skip flag, gradient norm) of this step, and the counters moved on."""
+    def judge(self, gradients: list[Tensor]) -> Verdict:
+        """The verdict on this step, for all its parameter groups, and the counters moved on."""
         unscale = 1 / self.scale
         norm = kernels.global_norm(gradients) * unscale
         bad = ~torch.isfinite(norm)
@@ -41,7 +56,7 @@ class Guard:
         if self.clip_grad is not None:
             factor = unscale * (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         self._count(bad)
-        return factor, bad, norm
+        return Verdict(factor, bad, norm)
 
     def _count(self, bad: Tensor) -> None:
         self.skipped += bad

@@ -1,23 +1,27 @@
-"""AdamW over named parameters, with DeiT's parameter groups.
+"""The contract of optimizers: parameter groups in, one fused update a group, state by the names of the parameters.
 
-One call to `kernels.fused_adamw` a group does unscaling, clipping, update and EMA, and skips a step with non-finite
-gradients on the device. State is named after the parameters, so a checkpoint says what belongs to what.
+An optimizer is a subclass of `Optimizer` that says which tensors it keeps for a parameter and which op updates a list
+of them. Everything else is here: groups and their factors, the count of updates, phases of training in which other
+parameters are trained, and state for a checkpoint. `optimizers.py` has those that fastdeit brings.
 """
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from fastdeit import kernels
+from fastdeit.engine.guard import Verdict
 
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that share a weight decay and a factor on the learning rate."""
+    """Parameters by name that share a weight decay and a factor on the learning rate."""
 
-    params: dict[str, Tensor]
+    params: Mapping[str, Tensor]
     weight_decay: float
     lr_scale: float = 1.0
 
@@ -36,72 +40,187 @@ def default_groups(
     return [group for group in groups if group.params]
 
 
-class AdamW:
-    """Decoupled weight decay Adam (Loshchilov & Hutter, ICLR 2019), with fp32 moments for every parameter."""
+class OptimizerOptions(BaseModel):
+    """An optimizer's own fields of a recipe's `optim:` section: frozen, no unknown key, every field with a default.
 
-    def __init__(self, groups: list[ParamGroup], betas: tuple[float, float], eps: float) -> None:
-        self.groups, self.betas, self.eps = groups, betas, eps
-        self.params = {name: p for group in groups for name, p in group.params.items()}
-        device = next(iter(self.params.values())).device
-        self.exp_avg = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.params.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.params.items()}
-        # One counter a group: the kernel advances it together with the update it belongs to, or not at all.
-        self.steps = [torch.zeros((), device=device) for _ in groups]
+    A field that all optimizers have, such as `weight_decay`, may be declared again to give it another default.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer's op takes for one list of parameters. All lists have one order; tensors stay on the device.
+
+    params       float32 or float64 parameters, to be changed in place
+    grads        their gradients, of any floating dtype, which are to be multiplied by `verdict.factor`
+    state        one list for each name in `Optimizer.state_names`, like params, to be changed in place
+    step         float32 scalar: updates of these parameters so far, to be incremented in place; None for an optimizer
+                 that does not count
+    lr           the learning rate of this list: a float, or a float64 scalar tensor
+    weight_decay the weight decay of this list
+    verdict      factor on the gradients, skip flag (a bool scalar tensor: true means that nothing may change), and the
+                 norm of the gradients of all parameters of the optimizer, float32 scalar, before clipping
+    ema          running averages like params, to follow them in the same pass; None for no average
+    ema_decay    `ema = ema_decay * ema + (1 - ema_decay) * param` after the update
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    state: list[list[Tensor]]
+    step: Tensor | None
+    lr: float | Tensor
+    weight_decay: float
+    verdict: Verdict
+    ema: list[Tensor] | None
+    ema_decay: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Parameters of a group that have been updated equally often, and that count (None where nothing counts)."""
+
+    group: ParamGroup
+    names: list[str]
+    step: Tensor | None
+
+
+class Optimizer:
+    """Base class of optimizers. A subclass sets the three class attributes and overrides `update`.
+
+    `params` are the trained parameters by name, `state` has a dict of tensors like them for each name of
+    `state_names`, zeros before the first update.
+
+    Raises ValueError when there is nothing to train or a parameter is in two groups.
+    """
+
+    Options: ClassVar[type[OptimizerOptions]] = OptimizerOptions
+    state_names: ClassVar[tuple[str, ...]] = ()
+    counts: ClassVar[bool] = True
+    """Whether an update depends on the number of updates before it, as Adam's does through its bias corrections."""
+
+    def __init__(self, groups: Sequence[ParamGroup], options: OptimizerOptions | None = None) -> None:
+        self.options = self.Options() if options is None else options
+        self.params: dict[str, Tensor] = {}
+        self.state: dict[str, dict[str, Tensor]] = {kind: {} for kind in self.state_names}
+        self._parts: list[_Part] = []
+        self.regroup(groups)
+
+    def update(self, lists: Update) -> None:
+        """One update of some parameters by one fused op, without waiting for the device."""
+        raise NotImplementedError
+
+    # ---- groups ------------------------------------------------------------------------------------------------------
+
+    def regroup(self, groups: Sequence[ParamGroup]) -> None:
+        """Train these groups from now on, as at the boundary of two phases.
+
+        A parameter that goes on being trained, the same tensor under the same name, keeps its state and its count of
+        updates, in whatever group it is now. Any other starts with zero state and count zero. What is in no group any
+        more is forgotten, and starts anew if it comes back. A recorded step must be recorded again.
+        """
+        times = Counter(name for group in groups for name in group.params)
+        if not times:
+            raise ValueError("there is nothing to train: no group has a parameter")
+        if max(times.values()) > 1:
+            raise ValueError(f"{times.most_common(1)[0][0]!r} is in more than one group of parameters")
+        self.groups = list(groups)
+        before, self.params = self.params, {name: p for group in groups for name, p in group.params.items()}
+        stays = {name for name, p in self.params.items() if before.get(name) is p}
+        for kind, old in self.state.items():
+            self.state[kind] = {
+                name: old[name] if name in stays else torch.zeros_like(p) for name, p in self.params.items()
+            }
+        counts = {name: part.step for part in self._parts for name in part.names if name in stays}
+        self._parts = self._split(counts)
+
+    def _split(self, counts: Mapping[str, Tensor | None]) -> list[_Part]:
+        """The groups in parts: of a group, the parameters that share a tensor in `counts`, and those that have none."""
+        parts = []
+        for group in self.groups:
+            together: dict[int, list[str]] = {}
+            for name in group.params:
+                together.setdefault(id(counts.get(name)), []).append(name)
+            for names in together.values():
+                parts.append(_Part(group, names, self._counter(counts.get(names[0]), self.params[names[0]])))
+        return parts
+
+    def _counter(self, count: Tensor | None, like: Tensor) -> Tensor | None:
+        """A counter of a part's own that starts at `count`: each part's op advances its counter once a step."""
+        if not self.counts:
+            return None
+        return torch.zeros((), device=like.device) if count is None else count.to(like.device, copy=True)
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
 
     def gradients(self) -> list[Tensor]:
         """Gradients of all parameters. One that got none is an error: DDP and the EMA would go wrong silently."""
         missing = [name for name, p in self.params.items() if p.grad is None]
         if missing:
             raise RuntimeError(
-                f"{len(missing)} trainable parameters got no gradient, first {missing[0]!r}; "
-                "a method must freeze (requires_grad_(False)) what its loss does not use"
+                f"{len(missing)} trained parameters got no gradient, first {missing[0]!r}: the loss does not use them. "
+                "If they are not to be trained at all, freeze them with requires_grad_(False) in the method's "
+                "__init__; if they are in a part of the run only, say so in the method's phases(). Calling "
+                "requires_grad_ later does not help"
             )
         return [p.grad for p in self.params.values()]
 
     @torch.no_grad()
     def step(
-        self,
-        lr: float | Tensor,
-        grad_scale: Tensor,
-        found_inf: Tensor,
-        ema: dict[str, Tensor] | None,
-        ema_decay: float,
+        self, lr: float | Tensor, verdict: Verdict, ema: Mapping[str, Tensor] | None = None, ema_decay: float = 0.0
     ) -> None:
-        """One update with gradients multiplied by `grad_scale`; nothing changes when `found_inf` is true."""
-        for group, step in zip(self.groups, self.steps, strict=True):
-            names = list(group.params)
-            params = list(group.params.values())
-            kernels.fused_adamw(
-                params,
-                [p.grad for p in params],
-                [self.exp_avg[name] for name in names],
-                [self.exp_avg_sq[name] for name in names],
-                step,
-                lr * group.lr_scale,
-                betas=self.betas,
-                eps=self.eps,
-                weight_decay=group.weight_decay,
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-                ema=None if ema is None else [ema[name] for name in names],
+        """One update of all parameters with what the guard says of their gradients; averages follow in the same pass.
+
+        Nothing changes, in parameters, state, counts and averages, where `verdict.skip` is true.
+        """
+        for part in self._parts:
+            params = [self.params[name] for name in part.names]
+            lists = Update(
+                params=params,
+                grads=[p.grad for p in params],
+                state=[[tensors[name] for name in part.names] for tensors in self.state.values()],
+                step=part.step,
+                lr=lr * part.group.lr_scale,
+                weight_decay=part.group.weight_decay,
+                verdict=verdict,
+                ema=None if ema is None else [ema[name] for name in part.names],
                 ema_decay=ema_decay,
             )
+            self.update(lists)
 
     def zero_grad(self) -> None:
+        """Drop the gradients of all parameters."""
         for p in self.params.values():
             p.grad = None
 
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments by parameter name, and the update counter of each group."""
-        state = {f"step.{i}": step for i, step in enumerate(self.steps)}
-        state |= {f"exp_avg.{name}": t for name, t in self.exp_avg.items()}
-        return state | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}
+        """`KIND.PARAMETER` for each kind of state, and `step.PARAMETER`, its count of updates, where these count.
+
+        The names depend neither on groups nor on phases: what was saved in a phase loads into an optimizer that was
+        made for that phase alone.
+        """
+        state = {f"step.{name}": part.step.clone() for part in self._parts if self.counts for name in part.names}
+        for kind, tensors in self.state.items():
+            state |= {f"{kind}.{name}": tensor for name, tensor in tensors.items()}
+        return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy the state in; raises KeyError with the names when they are not exactly this optimizer's."""
-        mine = self.state_dict()
-        if mine.keys() != state.keys():
-            raise KeyError(f"optimizer state does not fit: {sorted(mine.keys() ^ state.keys())[:5]}")
-        for name, tensor in mine.items():
-            tensor.copy_(state[name])
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the state in. A recorded step must be recorded again.
+
+        Raises KeyError with the names when they are not exactly this optimizer's.
+        """
+        mine = self.state_dict().keys()
+        if mine != state.keys():
+            raise KeyError(f"optimizer state does not fit: {sorted(mine ^ state.keys())[:5]}")
+        for kind, tensors in self.state.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(state[f"{kind}.{name}"])
+        if self.counts:
+            numbers = torch.stack([state[f"step.{name}"] for name in self.params]).tolist()
+            equal = {number: torch.tensor(number) for number in numbers}
+            counts = {name: equal[number] for name, number in zip(self.params, numbers, strict=True)}
+            self._parts = self._split(counts)

@@ -15,7 +15,7 @@ from fastdeit.engine.capture import GraphedStep
 from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.ema import Ema, EmaTeacher
 from fastdeit.engine.guard import Guard
-from fastdeit.engine.optim import AdamW
+from fastdeit.engine.optim import Optimizer, ParamGroup
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -40,7 +40,7 @@ class Engine:
     def __init__(
         self,
         method: nn.Module,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         world: World,
         *,
         precision: str,
@@ -51,7 +51,7 @@ class Engine:
     ) -> None:
         if capture == "graph" and world.device.type != "cuda":
             raise DeviceError(f"engine.capture graph needs a CUDA device, not {world.device}; use none or compile")
-        self.method, self.world, self.ema = method, world, ema
+        self.method, self.optimizer, self.world, self.ema = method, optimizer, world, ema
         self.precision, self.accumulate, self.capture = precision, accumulate, capture
         self.guard = Guard(precision, clip_grad, world.device)
         self.sums: dict[str, Tensor] = {}
@@ -59,17 +59,19 @@ class Engine:
         self._micro_sums: dict[str, Tensor] = {}
         self._micro_runs: dict[str, int] = {}
         self._last_micro = True
-        self.enter(optimizer)
+        self._wrap()
 
-    def enter(self, optimizer: AdamW) -> None:
-        """Train the parameters of `optimizer` from now on, as a phase of the run begins.
+    def enter(self, groups: Sequence[ParamGroup]) -> None:
+        """Train the parameters of `groups` from now on, as a phase of the run begins.
 
         What depends on which parameters have gradients is made anew: the reduction over processes and the capture.
         """
-        self.optimizer = optimizer
-        if getattr(self, "module", None) is not None:
-            self.module = self._graphed = None
-            gc.collect()  # DDP is full of cycles, and its hooks on the parameters go when it does
+        self.optimizer.regroup(groups)
+        self.module = self._graphed = None
+        gc.collect()  # DDP is full of cycles, and its hooks on the parameters go when it does
+        self._wrap()
+
+    def _wrap(self) -> None:
         self.module = torch.compile(self.method, dynamic=False) if self.capture == "compile" else self.method
         if self.world.size > 1:
             # For one-token parameters the stride of a dimension of size 1 differs, which costs nothing.
@@ -141,15 +143,15 @@ class Engine:
             self._last_micro = number == len(batches) - 1
             self.method.step(batch, self)
             self._end_micro()
-        factor, bad, norm = self.guard.judge(self.optimizer.gradients())
+        verdict = self.guard.judge(self.optimizer.gradients())
         average, decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
-        self.optimizer.step(lr, factor, bad, average, decay)
+        self.optimizer.step(lr, verdict, average, decay)
         self.optimizer.zero_grad()
         for teacher in self._averages:
-            teacher.follow(self.now, bad)
+            teacher.follow(self.now, verdict.skip)
         self.method.after_step(self)
-        self._add("grad_norm", norm.where(~bad, 0.0))
-        self._add("steps", torch.ones_like(norm))
+        self._add("grad_norm", verdict.norm.where(~verdict.skip, 0.0))
+        self._add("steps", torch.ones_like(verdict.norm))
 
     def _end_micro(self) -> None:
         for name, total in self._micro_sums.items():

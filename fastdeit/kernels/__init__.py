@@ -13,7 +13,7 @@ from fastdeit.kernels.input import patchify, pixels, to_patches
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.losses import DistillationLoss, distillation_loss
 from fastdeit.kernels.mlp import layer_norm_mlp, mlp
-from fastdeit.kernels.optimizer import fused_adamw, fused_lamb, global_norm
+from fastdeit.kernels.optimizer import fused_adamw, fused_lamb, fused_sgd, global_norm
 from fastdeit.kernels.patch import Report, accelerate, restore
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "format_info",
     "fused_adamw",
     "fused_lamb",
+    "fused_sgd",
     "global_norm",
     "info",
     "layer_norm_mlp",

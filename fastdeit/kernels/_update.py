@@ -2,17 +2,20 @@
 
 With g = grad_scale * grad, t = step + 1, c_i = 1 - beta_i**t:
 
-    m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g**2
+    m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g**2        where the optimizer has moments
 
-    p = the optimizer's formula of p, m / c1, v / c2 and lr
+    p = the optimizer's formula of p, g, m / c1, v / c2 and lr
 
     ema = ema_decay ema + (1 - ema_decay) p        copy = p in the copy's dtype
+
+No update takes a norm of gradients: to clip, the caller puts the factor into grad_scale. So the norm is one over all
+parameters, however many calls update them.
 
 When found_inf is nonzero nothing changes, step included. On a GPU that is decided there: PyTorch's operations select
 between old and new values, since multiplying by zero would let NaN through, and Triton's programs find no elements.
 
 In Triton a first kernel, of one program, works out what all others need of the scalars and counts the step. They do not
-read the step themselves, so the order of programs does not matter.
+read the step themselves, so the order of programs does not matter. SGD counts no steps and needs no such kernel.
 """
 
 import math
@@ -95,17 +98,12 @@ def _correction(log_beta, t):
 
 
 @triton.jit
-def _schedule_kernel(
-    step, lr_tensor, grad_scale, grad_norm, found_inf, schedule, lr, max_grad_norm, log_beta1, log_beta2
-):
+def _schedule_kernel(step, lr_tensor, grad_scale, found_inf, schedule, lr, log_beta1, log_beta2):
     before = tl.load(step)
     after = before + 1.0
     factor = 1.0
     if grad_scale is not None:
         factor = tl.load(grad_scale).to(tl.float32)
-    if grad_norm is not None:
-        excess = tl.div_rn(tl.load(grad_norm).to(tl.float32) * factor, max_grad_norm)
-        factor = tl.where(excess <= 1.0, factor, tl.div_rn(factor, excess))  # of a NaN norm, NaN
     if lr_tensor is not None:
         lr = tl.load(lr_tensor).to(tl.float32)
     tl.store(schedule, factor)
@@ -124,21 +122,22 @@ def make_schedule(
     beta2: float,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    grad_norm: Tensor | None = None,
-    max_grad_norm: float = math.inf,
 ) -> Tensor:
-    """float32 [factor of the gradients, lr, c1, c2] of this update, on the device; counts the step.
-
-    Gradients are clipped to `max_grad_norm` by `grad_norm`, their norm before `grad_scale`, where there is one. An lr
-    on the host is read here, and so becomes a constant of a CUDA graph; one on the device is read by every replay.
-    """
+    """float32 [factor of the gradients, lr, c1, c2] of this update, on the device; counts the step."""
     schedule = torch.empty(4, dtype=torch.float32, device=step.device)
-    known = host_may_look(lr)
-    tensors = step, None if known else lr, grad_scale, grad_norm, found_inf, schedule
+    lr_tensor, number = rate_arguments(lr)
     logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
-    numbers = float(lr) if known else 0.0, float(max_grad_norm)
-    _triton.launch(_schedule_kernel, (1,), *tensors, *numbers, *logs, warps=1)
+    tensors = step, lr_tensor, grad_scale, found_inf, schedule
+    _triton.launch(_schedule_kernel, (1,), *tensors, number, *logs, warps=1)
     return schedule
+
+
+def rate_arguments(lr: Tensor) -> tuple[Tensor | None, float]:
+    """The learning rate as a kernel takes it: (a tensor on the device, unused) or (None, a number).
+
+    A number is read here, and so becomes a constant of a CUDA graph; a tensor on the device is read by every replay.
+    """
+    return (None, float(lr)) if host_may_look(lr) else (lr, 0.0)
 
 
 @triton.jit

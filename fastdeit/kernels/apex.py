@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastdeit.kernels import _triton, _update, norm
+from fastdeit.kernels import _triton, _update
 
 _CHUNK = 2048 * 32
 _DECOUPLED_DECAY = _BIAS_CORRECTION = _GRAD_AVERAGING = 1
@@ -77,8 +77,6 @@ def lamb(
     beta2: float,
     eps: float,
     weight_decay: float,
-    max_grad_norm: float,
-    grad_norm: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     ema: Sequence[Tensor],
@@ -87,10 +85,9 @@ def lamb(
 ) -> None:
     """LAMB by `multi_tensor_lamb_mp`."""
     lists, flag, scale, lr = _inputs(params, grads, exp_avgs, exp_avg_sqs, lr, grad_scale, found_inf)
-    clip_from = (norm.reference(grads) if grad_norm is None else grad_norm.float()) * scale
-    clip_to = torch.full_like(clip_from, max_grad_norm)
+    norm, limit = torch.zeros_like(scale), torch.ones_like(scale)  # below the limit: clipping is in the scale already
     numbers = lr, beta1, beta2, eps, (step + 1).int(), _BIAS_CORRECTION, weight_decay, _GRAD_AVERAGING, _DECOUPLED_DECAY
-    _kernels().multi_tensor_lamb_mp(_CHUNK, flag, lists, *numbers, clip_from, clip_to, _USE_NVLAMB, flag.float(), scale)
+    _kernels().multi_tensor_lamb_mp(_CHUNK, flag, lists, *numbers, norm, limit, _USE_NVLAMB, flag.float(), scale)
     _finish(params, step, flag, ema, ema_decay, copies)
 
 

@@ -1,13 +1,15 @@
 """LAMB (You et al., ICLR 2020) as in NVIDIA apex's FusedLAMB, with what `_update` adds to every update.
 
-    g = g / max(1, |g| / max_grad_norm)       |g| over all tensors
     u = (m / c1) / (sqrt(v / c2) + eps) + weight_decay p
     p = p - lr r u                            r = |p| / |u| where weight_decay != 0 and neither norm is 0, else 1
 
-Bytes moved at best per float32 parameter: 4 for |g|; then reads 16 and writes 8 for the moments and the norms of p and
-u, and reads 12 and writes 4 for the update, which makes u again from the moments. EMA adds 4 and 4, a 16-bit copy 2.
-Without weight decay there is no r, and the update is AdamW's single pass. In Triton each program adds up the squares of
-one chunk, and one program a tensor adds the chunks' sums in a fixed order, so that every run has the same bits.
+FusedLAMB also clips the gradients, by default to the norm 1 over all of them. Here the caller does, who knows the norm
+of all parameters: it is the factor in grad_scale.
+
+Bytes moved at best per float32 parameter: reads 16 and writes 8 for the moments and the norms of p and u, and reads 12
+and writes 4 for the update, which makes u again from the moments. EMA adds 4 and 4, a 16-bit copy 2. Without weight
+decay there is no r, and the update is AdamW's single pass. In Triton each program adds up the squares of one chunk, and
+one program a tensor adds the chunks' sums in a fixed order, so that every run has the same bits.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _multi_tensor, _op, _triton, _update, adamw, apex, norm
+from fastdeit.kernels import _multi_tensor, _op, _triton, _update, adamw, apex
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -33,8 +35,6 @@ def reference(
     beta2: float,
     eps: float,
     weight_decay: float,
-    max_grad_norm: float,
-    grad_norm: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     ema: Sequence[Tensor],
@@ -45,10 +45,7 @@ def reference(
     skip = _update.skipped(found_inf)
     if skip is True:
         return
-    grad_norm = norm.reference(grads) if grad_norm is None else grad_norm
-    scale = torch.ones_like(grad_norm) if grad_scale is None else grad_scale
-    scale = scale / (grad_norm * scale / max_grad_norm).clamp(min=1)
-    grads = _update.gradients(params, grads, scale)
+    grads = _update.gradients(params, grads, grad_scale)
     correction1, correction2 = _update.corrections(step + 1, beta1, beta2)
     for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         new_m = torch.lerp(m, g, 1 - beta1)
@@ -224,20 +221,17 @@ def triton_lamb(
     beta2: float,
     eps: float,
     weight_decay: float,
-    max_grad_norm: float,
-    grad_norm: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     ema: Sequence[Tensor],
     ema_decay: float,
     copies: Sequence[Tensor],
 ) -> None:
-    """`reference` in two passes over the tensors, after one over the gradients where their norm is not given."""
+    """`reference` in two passes over the tensors, in one where there is no decay."""
     grads = [grad.contiguous() for grad in grads]
     parts = _multi_tensor.split(params, grads, exp_avgs, exp_avg_sqs, ema, copies)
     torch.autograd.graph.increment_version([*params, *copies])
-    grad_norm = norm.triton_norm(grads) if grad_norm is None else grad_norm
-    schedule = _update.make_schedule(step, lr, beta1, beta2, grad_scale, found_inf, grad_norm, max_grad_norm)
+    schedule = _update.make_schedule(step, lr, beta1, beta2, grad_scale, found_inf)
     numbers = beta1, beta2, eps, weight_decay, ema_decay
     if weight_decay == 0:
         adamw.update(parts, schedule, found_inf, *numbers)

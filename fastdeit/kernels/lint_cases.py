@@ -225,32 +225,39 @@ def _optimizers() -> Iterable[Case]:
     def norm(shapes, dtype):
         return lambda backend: backend.forward([_meta(*shape, dtype=dtype) for shape in shapes])
 
-    def step(shapes, *extra, decay=0.05, grad=torch.float32, ema=True, copy=None, guarded=True):
+    def step(shapes, own, *, decay=0.05, grad=torch.float32, ema=True, copy=None, guarded=True):
+        states, *numbers = own
+
         def run(backend):
             def tensors(dtype):
                 return [] if dtype is None else [_meta(*shape, dtype=dtype) for shape in shapes]
 
             full = torch.float32
-            lists = tensors(full), tensors(grad), tensors(full), tensors(full)
+            lists = tensors(full), tensors(grad), *(tensors(full) for _ in range(states))
             guards = (_meta(), _meta()) if guarded else (None, None)
             follow = tensors(full if ema else None), 0.9999, tensors(copy)
-            backend.forward(*lists, _meta(), _meta(), 0.9, 0.999, 1e-8, decay, *extra, *guards, *follow)
+            backend.forward(*lists, *numbers, decay, *guards, *follow)
 
         return run
 
     half = torch.float16
     for name, dtype in {"fp32": torch.float32, **_HALVES}.items():
         yield _case("global_norm", f"deit_base {name}", norm(weights(768), dtype))
-    for op, extra in (("fused_adamw", ()), ("fused_lamb", (1.0, None))):
+    # The number of states, and what stands between the lists and the decay: step and lr, or lr, and numbers.
+    adam = 2, _meta(), _meta(), 0.9, 0.999, 1e-8
+    sgd = 1, _meta(), 0.9, True, False
+    for op, own in (("fused_adamw", adam), ("fused_lamb", adam), ("fused_sgd", sgd)):
         for name, run in {
-            "weights": step(weights(768), *extra),
-            "vectors": step(vectors(768), *extra, decay=0.0),
-            "weights, fp16 copy": step(weights(768), *extra, copy=half),
-            "weights, bf16 gradients and copy": step(weights(768), *extra, grad=torch.bfloat16, copy=torch.bfloat16),
-            "weights, nothing else": step(weights(768), *extra, ema=False, guarded=False),
+            "weights": step(weights(768), own),
+            "vectors": step(vectors(768), own, decay=0.0),
+            "weights, fp16 copy": step(weights(768), own, copy=half),
+            "weights, bf16 gradients and copy": step(weights(768), own, grad=torch.bfloat16, copy=torch.bfloat16),
+            "weights, nothing else": step(weights(768), own, ema=False, guarded=False),
         }.items():
             yield _case(op, f"deit_base {name}", run)
-        yield _case(op, "one bias of 21,841 classes", step([(21_841,)], *extra, decay=0.0), odd=True)
+        yield _case(op, "one bias of 21,841 classes", step([(21_841,)], own, decay=0.0), odd=True)
+    plain = 1, _meta(), 0.9, False, True
+    yield _case("fused_sgd", "deit_base weights, decoupled, plain", step(weights(768), plain))
 
 
 def _inputs() -> Iterable[Case]:

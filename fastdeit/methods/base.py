@@ -151,7 +151,7 @@ class Method(nn.Module):
         """Before the first step of an epoch."""
 
     def on_phase(self, phase: Phase) -> None:
-        """When a phase begins, before its optimizer is made; in a resumed run also for the phases before."""
+        """When a phase begins, or a run is resumed in it, before its optimizer groups are made."""
 
     def param_groups(self, base: list) -> list:
         """Optimizer groups; `base` is decayed and undecayed parameters (`engine.optim.ParamGroup`) of the phase."""

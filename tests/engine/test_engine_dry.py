@@ -14,7 +14,8 @@ from fastdeit import kernels, methods, models
 from fastdeit.engine.capture import WARM_STEPS
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import AdamW, default_groups
+from fastdeit.engine.optim import default_groups
+from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 from fastdeit.methods.teacher import Teacher
 
@@ -58,7 +59,7 @@ METHODS = {
 
 
 def engine(method, precision="bf16", accumulate=1, capture="none"):
-    optimizer = AdamW(default_groups(method.to(CARD).named_parameters(), 0.05), (0.9, 0.999), 1e-8)
+    optimizer = AdamW(default_groups(method.to(CARD).named_parameters(), 0.05))
     options = {"precision": precision, "accumulate": accumulate, "clip_grad": 1.0, "capture": capture}
     return Engine(method.train(), optimizer, World(CARD), ema=Ema(optimizer.params, 0.99), **options)
 

@@ -7,7 +7,8 @@ from toys import toy_batch, toy_context
 from fastdeit import methods, models, rng
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import AdamW, default_groups
+from fastdeit.engine.optim import default_groups
+from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +28,7 @@ def make(device, precision, capture="none"):
     torch.manual_seed(0)
     model = models.build("deit_tiny_patch16_224", image_size=(SIDE, SIDE), depth=2, num_classes=CLASSES)
     method = methods.find("supervised")(model, methods.config("supervised")(), toy_context(CLASSES))
-    optimizer = AdamW(default_groups(method.to(device).named_parameters(), 0.05), (0.9, 0.999), 1e-8)
+    optimizer = AdamW(default_groups(method.to(device).named_parameters(), 0.05))
     ema = Ema(optimizer.params, 0.9)
     world = World(device)
     return Engine(method, optimizer, world, precision=precision, accumulate=1, clip_grad=1.0, ema=ema, capture=capture)

@@ -14,7 +14,8 @@ from fastdeit.batch import Step, map_tensors
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema, EmaTeacher
 from fastdeit.engine.guard import Guard
-from fastdeit.engine.optim import AdamW, default_groups
+from fastdeit.engine.optim import default_groups
+from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ class Toy(nn.Module):
 
 def make(precision="fp32", accumulate=1, clip_grad=None, ema_decay=None, world=None, capture="none"):
     toy = Toy()
-    optimizer = AdamW(default_groups(toy.named_parameters(), 0.05), (0.9, 0.999), 1e-8)
+    optimizer = AdamW(default_groups(toy.named_parameters(), 0.05))
     ema = Ema(optimizer.params, ema_decay) if ema_decay is not None else None
     options = {"precision": precision, "accumulate": accumulate, "clip_grad": clip_grad, "ema": ema}
     return Engine(toy, optimizer, world or World(CPU), capture=capture, **options)
@@ -262,7 +263,7 @@ class Pixels(nn.Module):
 
 
 def pixel_engine(method, world=None, accumulate=1, precision="fp32"):
-    optimizer = AdamW(default_groups(method.named_parameters(), 0.0), (0.9, 0.999), 1e-8)
+    optimizer = AdamW(default_groups(method.named_parameters(), 0.0))
     return Engine(method, optimizer, world or World(CPU), precision=precision, accumulate=accumulate)
 
 

@@ -52,7 +52,8 @@ def train(options: dict) -> list[float]:
     from fastdeit import methods, models
     from fastdeit.engine.dist import World
     from fastdeit.engine.ema import Ema, EmaTeacher
-    from fastdeit.engine.optim import AdamW, default_groups
+    from fastdeit.engine.optim import default_groups
+    from fastdeit.engine.optimizers import AdamW
     from fastdeit.engine.schedule import learning_rate
     from fastdeit.engine.step import Engine
     from fastdeit.methods.base import Context
@@ -70,7 +71,7 @@ def train(options: dict) -> list[float]:
     method = methods.find(options["use"])(student, methods.config(options["use"])(**options), context).train()
     _, exempt = student.decay_groups()
     groups = default_groups(method.named_parameters(), 0.05, {f"model.{n}" for n in exempt})
-    optimizer = AdamW(groups, (0.9, 0.999), 1e-8)
+    optimizer = AdamW(groups)
     ema = Ema(optimizer.params, 0.9)
     engine = Engine(
         method, optimizer, World(torch.device("cpu")), precision="fp32", accumulate=2, clip_grad=1.0, ema=ema

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from updates import UPDATES
 
 from fastdeit import kernels
 from fastdeit.kernels._op import OPS, Op
@@ -130,13 +131,18 @@ def optimizer_lists():
     return params, grads, exp_avgs, [t.abs() for t in exp_avg_sqs]
 
 
-def optimizer_args(*between):
+def optimizer_args():
     scale, found = torch.tensor(0.5), torch.tensor(0.0)
     step, lr = torch.tensor(3.0), torch.tensor(1e-2)
     lists = optimizer_lists()
     copies = [p.bfloat16() for p in lists[0]]
     numbers = 0.9, 0.99, 1e-8, 0.1
-    return (*lists, step, lr, *numbers, *between, scale, found, [p.clone() for p in lists[0]], 0.9, copies)
+    return (*lists, step, lr, *numbers, scale, found, [p.clone() for p in lists[0]], 0.9, copies)
+
+
+def sgd_args():
+    params, grads, buffers, *_, scale, found, ema, decay, copies = optimizer_args()
+    return params, grads, buffers, torch.tensor(1e-2), 0.9, True, False, 0.1, scale, found, ema, decay, copies
 
 
 OTHER_OPS = {
@@ -144,7 +150,8 @@ OTHER_OPS = {
     "patchify": lambda: (OPS["patchify"], flat_image_args(2)),
     "global_norm": lambda: (OPS["global_norm"], (optimizer_lists()[0],)),
     "fused_adamw": lambda: (OPS["fused_adamw"], optimizer_args()),
-    "fused_lamb": lambda: (OPS["fused_lamb"], optimizer_args(1.0, None)),
+    "fused_lamb": lambda: (OPS["fused_lamb"], optimizer_args()),
+    "fused_sgd": lambda: (OPS["fused_sgd"], sgd_args()),
 }
 
 
@@ -327,22 +334,22 @@ def test_compiled_by_inductor():
     torch.testing.assert_close(run(torch.compile(call, fullgraph=True), free), run(call, free))
 
 
-@pytest.mark.parametrize("name", ["fused_adamw", "fused_lamb"])
+@pytest.mark.parametrize("name", UPDATES)
 def test_compiled_optimizer(name):
     torch.compiler.reset()
     torch.manual_seed(0)
-    mine, mine_step = optimizer_lists(), torch.tensor(1.0)
+    mine, mine_step = [*optimizer_lists(), optimizer_lists()[0]], torch.tensor(1.0)
     theirs, their_step = [[t.clone() for t in tensors] for tensors in mine], torch.tensor(1.0)
     mine[0][0].requires_grad_()
 
     def update(lists, step):
-        numbers = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-        getattr(kernels, name)(*lists, step, 1e-2, **numbers, ema=lists[2], ema_decay=0.5)
+        params, grads, *states, ema = lists
+        UPDATES[name](params, grads, states, step, 1e-2, ema=ema, ema_decay=0.5)
 
     torch.compile(update, fullgraph=True, backend="aot_eager")(mine, mine_step)
     update(theirs, their_step)
     torch.testing.assert_close(mine, theirs)
-    assert mine_step == their_step == 2
+    assert mine_step == their_step == 1 + UPDATES[name].counted
 
 
 AUTOCAST_DTYPES = {

@@ -12,7 +12,7 @@ from fastdeit.kernels import _op, _triton
 from fastdeit.kernels._op import OPS, Backend, Op, Unsupported
 
 PUBLIC = {"attention", "add_layer_norm", "mlp", "layer_norm_mlp", "distillation_loss", "patchify", "pixels"}
-PUBLIC |= {"cosub_loss", "global_norm", "fused_adamw", "fused_lamb"}
+PUBLIC |= {"cosub_loss", "global_norm", "fused_adamw", "fused_lamb", "fused_sgd"}
 OF_THE_CPU = {"fused_adamw": "aten", "pixels": "host", "patchify": "host"}
 
 
