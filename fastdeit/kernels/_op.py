@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdeit.kernels._example import Example
+
 NAMESPACE = "fastdeit"
 VARIABLE = "FASTDEIT_KERNELS"
 AUTO, REFERENCE = "auto", "reference"
@@ -75,6 +77,7 @@ class Op:
     Arguments are positional; results are new, contiguous tensors.
 
     reference, backward  the reference and its explicit backward, None when the op is not differentiable
+    examples             calls of it, the usual one first: what is compiled by the lint, measured, and checked by tests
     others               backends to prefer to the reference, best first
     native               what runs under native autograd, where the registered reference does more than that
     cast                 arguments that take the autocast dtype under autocast; the op itself runs with autocast off
@@ -87,12 +90,14 @@ class Op:
         reference: Callable,
         backward: Callable | None = None,
         *,
+        examples: Sequence[Example],
         others: Sequence[Backend] = (),
         native: Callable | None = None,
         cast: Collection[str] = (),
         mutates: Collection[str] = (),
     ) -> None:
         self.name = name
+        self.examples = tuple(examples)
         self.backends = (*others, Backend(REFERENCE, _reference_capability, reference, backward))
         self.native = native or reference
         self._pure = not mutates
@@ -182,9 +187,14 @@ class Op:
         if torch.is_autocast_enabled(device.type):
             args = _to_autocast(args, self._cast, torch.get_autocast_dtype(device.type))
         with _no_autocast(device):
-            if self._function is not None and torch.is_grad_enabled():
-                return self._function.apply(backend, *args)
-            return backend.forward(*args)
+            return self.run_on(backend, *args)
+
+    def run_on(self, backend: Backend, *args: Any) -> Any:
+        """Run on one of the op's backends, whether it was to be chosen or not, without a look at autocast. Where
+        gradients are enabled, the result can be differentiated. `Unsupported` is passed on."""
+        if self._function is not None and torch.is_grad_enabled():
+            return self._function.apply(backend, *args)
+        return backend.forward(*args)
 
     def _register(self, name: str, like: Callable, role: str, mutates: Collection[str] = ()) -> Callable:
         after_gradient = int(role == "backward")  # the width is that of forward's first argument or result
@@ -415,8 +425,8 @@ def _to_autocast(args: Sequence[Any], chosen: Sequence[bool], dtype: torch.dtype
 
 @contextmanager
 def _no_autocast(device: torch.device) -> Iterator[None]:
-    """Autocast off, at no cost where it is off."""
-    if torch.is_autocast_enabled(device.type):
+    """Autocast off, at no cost where it is off. There is none for the meta device."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             yield
     else:

@@ -117,6 +117,9 @@ def _schedule_kernel(
     tl.store(step, after)
 
 
+_triton.expect(_schedule_kernel, loads=32, stores=32)  # scalars
+
+
 def make_schedule(
     step: Tensor,
     lr: Tensor,

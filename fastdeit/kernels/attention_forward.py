@@ -68,6 +68,9 @@ def _one_pass_kernel(
     tl.store(lse + (batch * HEADS + head) * queries + row, (top + tl.log2(total)) / LOG2E, mask=row < queries)
 
 
+_triton.expect(_one_pass_kernel, products=True)
+
+
 @triton.jit
 def _online_kernel(
     q,
@@ -108,6 +111,9 @@ def _online_kernel(
     out += batch * queries * (HEADS * WIDTH) + head * WIDTH
     store_tile(out, mixed / total[:, None], row, queries, HEADS * WIDTH, WIDTH, BLOCK)
     tl.store(lse + (batch * HEADS + head) * queries + row, (top + tl.log2(total)) / LOG2E, mask=row < queries)
+
+
+_triton.expect(_online_kernel, products=True)
 
 
 def forward(operands: Operands) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,9 @@ def _column_sums_kernel(x, partial, rows, WIDTH: tl.constexpr, COLUMNS: tl.const
     tl.store(partial + tl.program_id(0) * WIDTH + column, tl.sum(total, 0), mask=column < WIDTH)
 
 
+_triton.expect(_column_sums_kernel, stores=64)
+
+
 def _plan(x: Tensor) -> tuple[tuple[int, int], Tensor, dict[str, int]]:
     """Grid, partial sums and tile for `[rows, width]`."""
     rows, width = x.shape
