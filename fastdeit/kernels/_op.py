@@ -478,16 +478,19 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
+    """TypeError unless `tensor` holds floating-point numbers."""
     if not tensor.is_floating_point():
         raise TypeError(f"{name} is {tensor.dtype}, but must be a floating-point tensor")
 
 
 def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """TypeError unless `tensor` is of `dtype`."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}, but must be {dtype}")
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """ValueError unless `value` is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, but must be one of: {', '.join(allowed)}")
 
@@ -508,5 +511,6 @@ def can_look_at(tensor: Tensor) -> bool:
 
 
 def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
+    """ValueError unless `tensor` is on the device of `other`."""
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}, but must be on {other.device} like {other_name}")

@@ -117,6 +117,7 @@ _triton.expect(_online_kernel, products=True)
 
 
 def forward(operands: Operands) -> tuple[Tensor, Tensor]:
+    """(out `[B, M, H*d]` in q's dtype, lse float32 `[B, H, M]`) in one launch; `Unsupported` as of `Operands.check`."""
     operands.check()
     q, tile = operands.q, operands.constants
     batch, queries, width = q.shape

@@ -26,6 +26,7 @@ _COLUMNS, _ROWS = 512, 4
 
 @triton.jit
 def normal_distribution(x, EXACT: tl.constexpr):
+    """Phi(x): by erf where EXACT, else by the polynomial of the module's formula."""
     if EXACT:
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     c = tl.minimum(tl.maximum(x, -4.4), 4.4)

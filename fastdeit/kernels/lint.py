@@ -79,6 +79,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
+        """`module.function` of the kernel, as rows of the table call it."""
         return f"{self.module.rpartition('.')[2]}.{self.kernel}"
 
 
@@ -180,12 +181,15 @@ class Card:
         self._arch = arch
 
     def get_current_target(self) -> GPUTarget:
+        """What Triton compiles for."""
         return GPUTarget("cuda", self._arch, 32)
 
     def get_current_device(self) -> int:
-        return self._arch  # kernels are cached by device
+        """The architecture: Triton keeps what it compiled by device."""
+        return self._arch
 
     def get_current_stream(self, device: int) -> int:
+        """The default stream; nothing runs on it."""
         return 0
 
 
