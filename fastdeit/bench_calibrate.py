@@ -104,7 +104,7 @@ def _product(direction: str, m: int, n: int, k: int, dtype: torch.dtype, device:
 def _attention(
     config: Any, batch: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Callable[[], Side]]]:
-    work = bench_kernels.works_by_op()["attention"](config, batch, dtype, device)
+    work = bench_kernels.work_of("attention", config, batch, dtype, device)
     qkv, heads = work.args[0], config.heads
     tokens, width = qkv.shape[1], config.dim // heads
     flops = 7 * 2.0 * batch * heads * tokens * tokens * width  # two products forward, five backward
@@ -138,7 +138,7 @@ def _op_sides(
     op: str, config: Any, batch: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Callable[[], Side]]]:
     """Every backend of an op of ours, the reference, and that compiled."""
-    work = bench_kernels.works_by_op()[op](config, batch, dtype, device)
+    work = bench_kernels.work_of(op, config, batch, dtype, device)
     flops = None
     if op == "mlp":
         x, weight = work.args[0], work.args[1]

@@ -1,5 +1,6 @@
-"""`fastdeit kernels bench`: every backend of every op at the shapes of DeiT, side by side.
+"""`fastdeit kernels bench`: every backend of every op at the sizes of a model, side by side.
 
+What is measured of an op is the first of its examples (`kernels/_example.py`).
 A measurement is one forward and, where there is a gradient, one backward. Sides: each backend that runs on the device,
 the reference under native autograd, and that compiled by Inductor. On a GPU each side is captured in a CUDA graph over
 copies of its inputs that together exceed the cache, so that neither launches nor the cache count; the copy that the
@@ -11,6 +12,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from fastdeit import bench_measure, estimate_gpus, kernels, models
 from fastdeit.engine.dist import pick_device
 from fastdeit.errors import UsageError
 from fastdeit.kernels import _op
+from fastdeit.kernels._example import Maker, Sizes
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHOICES = Path(kernels.__file__).parent / "choices.json"
@@ -42,9 +45,9 @@ class Work(NamedTuple):
 def main(args: argparse.Namespace) -> None:
     """Print one line an op and side, append the rows to `--out`, and write the fastest into the shipped table."""
     device = pick_device(args.device)
-    unknown = set(args.op or ()) - works_by_op().keys()
+    unknown = set(args.op or ()) - _op.OPS.keys()
     if unknown:
-        raise UsageError(f"there is no op {sorted(unknown)[0]!r} to measure; there are: {', '.join(works_by_op())}")
+        raise UsageError(f"there is no op {sorted(unknown)[0]!r} to measure; there are: {', '.join(_op.OPS)}")
     try:
         config = models.build(args.model, num_classes=1000).config
     except ValueError as error:
@@ -54,9 +57,10 @@ def main(args: argparse.Namespace) -> None:
         return
     bench_measure.check_out(args.out)
     rows = []
-    for name, build in works_by_op().items():
+    for name in _op.OPS:
         if not args.op or name in args.op:
-            row = measure(name, lambda build=build: build(config, args.batch, DTYPES[args.dtype], device), args, device)
+            build = partial(work_of, name, config, args.batch, DTYPES[args.dtype], device)
+            row = measure(name, build, args, device)
             print(_lines(row), flush=True)
             bench_measure.append(row, args.out)
             rows.append(row)
@@ -70,148 +74,22 @@ def main(args: argparse.Namespace) -> None:
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
-def works_by_op() -> dict[str, Callable[[Any, int, torch.dtype, torch.device], Work]]:
-    """Builders of the work of each op from a model's configuration, a batch size, a dtype and a device."""
-    return {
-        "attention": _attention,
-        "query_attention": _query_attention,
-        "add_layer_norm": _add_layer_norm,
-        "layer_norm": _layer_norm,
-        "mlp": _mlp,
-        "layer_norm_mlp": _layer_norm_mlp,
-        "distillation_loss": _distillation_loss,
-        "cosub_loss": _cosub_loss,
-        "patchify": _patchify,
-        "global_norm": _global_norm,
-        "fused_adamw": _fused_adamw,
-        "fused_lamb": _fused_lamb,
-        "fused_sgd": _fused_sgd,
-    }
-
-
-def _random(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0, grad: bool = True) -> Tensor:
-    return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(grad)
-
-
-def _tokens(config: Any) -> int:
-    return config.grid[0] * config.grid[1] + 2
-
-
-def _attention(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    qkv = _random(batch, _tokens(config), 3 * config.dim, dtype=dtype, device=device)
-    bias = _random(3 * config.dim, dtype=torch.float32, device=device)
-    return Work("attention", [qkv, config.heads, 0.125, bias], qkv.numel() / 3 * 22 * dtype.itemsize / 2)
-
-
-def _query_attention(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    q = _random(batch, 2, config.dim, dtype=dtype, device=device)
-    kv = _random(batch, _tokens(config), 2 * config.dim, dtype=dtype, device=device)
-    return Work("query_attention", [q, kv, config.heads, 0.125], kv.numel() * 3 * dtype.itemsize)
-
-
-def _add_layer_norm(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    shape, full = (batch, _tokens(config), config.dim), torch.float32
-    residual, branch = (_random(*shape, dtype=d, device=device) for d in (full, dtype))
-    weight, bias, branch_bias = (_random(config.dim, dtype=full, device=device) for _ in range(3))
-    keep = torch.ones(batch, device=device)
-    args = [residual, branch, weight, bias, 1e-6, None, keep, branch_bias, None, None, dtype]
-    return Work("add_layer_norm", args, residual.numel() * (16 + 6 * dtype.itemsize))
-
-
-def _layer_norm(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    x = _random(batch, _tokens(config), config.dim, dtype=torch.float32, device=device)
-    weight, bias = (_random(config.dim, dtype=torch.float32, device=device) for _ in range(2))
-    return Work("layer_norm", [x, weight, bias, 1e-6, dtype], x.numel() * (12 + 2 * dtype.itemsize))
-
-
-def _weights(config: Any, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    hidden = int(config.dim * config.mlp_ratio)
-    shapes = (hidden, config.dim), (hidden,), (config.dim, hidden), (config.dim,)
-    return [_random(*shape, dtype=dtype, device=device, scale=shape[-1] ** -0.5) for shape in shapes]
-
-
-def _mlp_bytes(rows: int, weights: Sequence[Tensor]) -> float:
-    """Operands of the six products, each once: x, pre, act, out and their gradients, and the weights."""
-    hidden, width = weights[0].shape
-    return weights[0].itemsize * (rows * (5 * width + 6 * hidden) + 6 * width * hidden)
-
-
-def _mlp(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    x, weights = (
-        _random(batch, _tokens(config), config.dim, dtype=dtype, device=device),
-        _weights(config, dtype, device),
+def work_of(op: str, config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
+    """The first example of an op at the sizes of a model: its patches, and the two tokens of a distilled one."""
+    sizes = Sizes(
+        op,
+        config.dim,
+        config.heads,
+        int(config.dim * config.mlp_ratio),
+        batch=batch,
+        tokens=config.grid[0] * config.grid[1] + 2,
+        depth=config.depth,
+        image=tuple(config.image_size),
+        patch=config.patch_size,
     )
-    return Work("mlp", [x, *weights, True], _mlp_bytes(x.shape[0] * x.shape[1], weights))
-
-
-def _layer_norm_mlp(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    x, weight, bias, _, _ = _layer_norm(config, batch, dtype, device).args
-    weights = _weights(config, dtype, device)
-    moved = _mlp_bytes(x.shape[0] * x.shape[1], weights) + x.numel() * 12
-    return Work("layer_norm_mlp", [x, weight, bias, 1e-6, *weights, True], moved)
-
-
-def _targets(batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    y1 = torch.arange(batch, device=device) % 1000
-    return y1, y1.flip(0), torch.full((batch,), 0.7, device=device)
-
-
-def _distillation_loss(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    cls, dist, teacher = (_random(batch, 1000, dtype=dtype, device=device, grad=i < 2) for i in range(3))
-    settings = 0.1, "ce", "hard", 0.5, 1.0, "numel", True
-    args = [cls, dist, *_targets(batch, device), teacher, *settings]
-    return Work("distillation_loss", args, cls.numel() * (5 * dtype.itemsize + 16))
-
-
-def _cosub_loss(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    logits = _random(2 * batch, 1000, dtype=dtype, device=device)
-    return Work(
-        "cosub_loss", [logits, *_targets(batch, device), 0.0, False, True], logits.numel() * (2 * dtype.itemsize + 8)
-    )
-
-
-def _patchify(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    height, width = config.image_size
-    images = torch.randint(256, (batch, height, width, 3), dtype=torch.uint8, device=device)
-    partner = torch.arange(batch, device=device).flip(0)
-    lam = torch.full((batch,), 0.7, device=device)
-    box = torch.zeros(batch, 4, dtype=torch.int32, device=device)
-    mean, std = list(bench_measure.MEAN), list(bench_measure.STD)
-    args = [images, config.patch_size, mean, std, partner, lam, box, None, None, dtype]
-    return Work("patchify", args, images.numel() * (2 + dtype.itemsize))
-
-
-def _optimizer_lists(config: Any, device: torch.device) -> tuple[list[list[Tensor]], int]:
-    shapes = _weights(config, torch.float32, torch.device("meta"))
-    lists = [[torch.rand(s.shape, device=device) for s in shapes * config.depth] for _ in range(5)]
-    return lists, sum(tensor.numel() for tensor in lists[0])
-
-
-def _global_norm(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    (_, grads, *_), count = _optimizer_lists(config, device)
-    return Work("global_norm", [grads], 4 * count)
-
-
-def _fused_adamw(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    (*lists, ema), count = _optimizer_lists(config, device)
-    return Work("fused_adamw", [*lists, *_adam_numbers(device), ema, 0.9999, []], 36 * count)
-
-
-def _adam_numbers(device: torch.device) -> list[Any]:
-    """What stands between the lists and the average: step, lr, betas, eps, decay, grad_scale and found_inf."""
-    step, lr, one, good = (torch.full((), value, device=device) for value in (0.0, 1e-9, 1.0, 0.0))
-    return [step, lr, 0.9, 0.999, 1e-8, 0.05, one, good]
-
-
-def _fused_lamb(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    (*lists, ema), count = _optimizer_lists(config, device)
-    return Work("fused_lamb", [*lists, *_adam_numbers(device), ema, 0.9999, []], 52 * count)
-
-
-def _fused_sgd(config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
-    (*lists, _, ema), count = _optimizer_lists(config, device)
-    lr, one, good = (torch.full((), value, device=device) for value in (1e-9, 1.0, 0.0))
-    return Work("fused_sgd", [*lists, lr, 0.9, True, False, 0.05, one, good, ema, 0.9999, []], 28 * count)
+    example = _op.OPS[op].examples[0]
+    args = example.build(Maker(sizes, dtype, device))
+    return Work(op, args, example.bytes(args))
 
 
 # ---- how -------------------------------------------------------------------------------------------------------------
@@ -292,9 +170,9 @@ def prediction(config: Any, args: argparse.Namespace) -> str:
         "backward, and their time at the bandwidth of the datasheet",
         f"{'op':18}{'MB':>10}" + "".join(f"{gpu.name + ' us':>12}" for gpu in gpus),
     ]
-    for name, build in works_by_op().items():
+    for name in _op.OPS:
         if not args.op or name in args.op:
-            moved = build(config, args.batch, DTYPES[args.dtype], torch.device("meta")).bytes
+            moved = work_of(name, config, args.batch, DTYPES[args.dtype], torch.device("meta")).bytes
             times = "".join(f"{1e6 * moved / gpu.bandwidth:12.1f}" for gpu in gpus)
             lines.append(f"{name:18}{moved / 1e6:10.1f}{times}")
     return "\n".join(lines)

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdeit.kernels._example import Example
+
 NAMESPACE = "fastdeit"
 VARIABLE = "FASTDEIT_KERNELS"
 AUTO, REFERENCE = "auto", "reference"
@@ -75,6 +77,7 @@ class Op:
     Arguments are positional; results are new, contiguous tensors.
 
     reference, backward  the reference and its explicit backward, None when the op is not differentiable
+    examples             calls of it, the usual one first: what is compiled by the lint, measured, and checked by tests
     others               backends to prefer to the reference, best first
     native               what runs under native autograd, where the registered reference does more than that
     cast                 arguments that take the autocast dtype under autocast; the op itself runs with autocast off
@@ -87,12 +90,14 @@ class Op:
         reference: Callable,
         backward: Callable | None = None,
         *,
+        examples: Sequence[Example],
         others: Sequence[Backend] = (),
         native: Callable | None = None,
         cast: Collection[str] = (),
         mutates: Collection[str] = (),
     ) -> None:
         self.name = name
+        self.examples = tuple(examples)
         self.backends = (*others, Backend(REFERENCE, _reference_capability, reference, backward))
         self.native = native or reference
         self._pure = not mutates
@@ -182,9 +187,14 @@ class Op:
         if torch.is_autocast_enabled(device.type):
             args = _to_autocast(args, self._cast, torch.get_autocast_dtype(device.type))
         with _no_autocast(device):
-            if self._function is not None and torch.is_grad_enabled():
-                return self._function.apply(backend, *args)
-            return backend.forward(*args)
+            return self.run_on(backend, *args)
+
+    def run_on(self, backend: Backend, *args: Any) -> Any:
+        """Run on one of the op's backends, whether it was to be chosen or not, without a look at autocast. Where
+        gradients are enabled, the result can be differentiated. `Unsupported` is passed on."""
+        if self._function is not None and torch.is_grad_enabled():
+            return self._function.apply(backend, *args)
+        return backend.forward(*args)
 
     def _register(self, name: str, like: Callable, role: str, mutates: Collection[str] = ()) -> Callable:
         after_gradient = int(role == "backward")  # the width is that of forward's first argument or result
@@ -415,8 +425,8 @@ def _to_autocast(args: Sequence[Any], chosen: Sequence[bool], dtype: torch.dtype
 
 @contextmanager
 def _no_autocast(device: torch.device) -> Iterator[None]:
-    """Autocast off, at no cost where it is off."""
-    if torch.is_autocast_enabled(device.type):
+    """Autocast off, at no cost where it is off. There is none for the meta device."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             yield
     else:
@@ -468,16 +478,19 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
+    """TypeError unless `tensor` holds floating-point numbers."""
     if not tensor.is_floating_point():
         raise TypeError(f"{name} is {tensor.dtype}, but must be a floating-point tensor")
 
 
 def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """TypeError unless `tensor` is of `dtype`."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}, but must be {dtype}")
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """ValueError unless `value` is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, but must be one of: {', '.join(allowed)}")
 
@@ -498,5 +511,6 @@ def can_look_at(tensor: Tensor) -> bool:
 
 
 def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
+    """ValueError unless `tensor` is on the device of `other`."""
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}, but must be on {other.device} like {other_name}")

@@ -107,6 +107,25 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: i
         kernel[grid](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the compiler has to make of a kernel, as far as its arguments allow: the bits of its widest loads and stores
+    of global memory, and whether it multiplies matrices, for which sm_90 has instructions of its own for 16 bits."""
+
+    loads: int = 128
+    stores: int = 128
+    products: bool = False
+
+
+EXPECTED: dict[tuple[str, str], Expected] = {}
+"""By (module, name) of a kernel, of those that differ from most."""
+
+
+def expect(kernel: Any, *, loads: int = 128, stores: int = 128, products: bool = False) -> None:
+    """State what the compiler has to make of `kernel` where that is not `Expected()`; `lint.py` checks it."""
+    EXPECTED[kernel.fn.__module__, kernel.fn.__name__] = Expected(loads, stores, products)
+
+
 def require(condition: bool, reason: str) -> None:
     """Raise `Unsupported` with the reason unless the condition holds."""
     if not condition:

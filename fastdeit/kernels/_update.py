@@ -115,6 +115,9 @@ def _schedule_kernel(step, lr_tensor, grad_scale, found_inf, schedule, lr, log_b
     tl.store(step, after)
 
 
+_triton.expect(_schedule_kernel, loads=32, stores=32)  # scalars
+
+
 def make_schedule(
     step: Tensor,
     lr: Tensor,

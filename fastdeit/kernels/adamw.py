@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _multi_tensor, _op, _triton, _update, apex
+from fastdeit.kernels import _multi_tensor, _op, _triton, _update, _update_examples, apex
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -207,6 +207,7 @@ def triton_adamw(
 OP = _op.Op(
     "fused_adamw",
     reference,
+    examples=_update_examples.updates(states=2, bytes_of_a_parameter=36),
     others=[
         _op.Backend("triton", _triton.capability, triton_adamw),
         _op.Backend("aten", _aten_capability, aten),

@@ -32,6 +32,7 @@ def _kernels() -> ModuleType | None:
 
 
 def capability(device: torch.device, forced: bool) -> tuple[bool, str]:
+    """Whether apex can run on `device`, and the reason; only where it is forced."""
     if not forced:
         return False, "apex is there to compare with: it runs where it is asked for by name"
     if _kernels() is None:

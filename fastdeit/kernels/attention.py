@@ -25,13 +25,17 @@ taken where it was measured to be faster, or asked for. In both, each result is 
 atomics, and every run has the same bits.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit.kernels import _op, _triton, attention_backward, attention_forward, attention_fused_backward
+from fastdeit.kernels._example import BASE, DEITS, Example, Maker
 from fastdeit.kernels.attention_tiles import Operands
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -157,6 +161,42 @@ def query_triton_backward(
     return dq, dkv
 
 
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+def _packed_example(make: Maker, with_bias: bool) -> list[Any]:
+    heads = make.sizes.heads
+    scale = (make.sizes.dim // heads) ** -0.5
+    return [make.activations(3), heads, scale, make.vector(3) if with_bias else None]
+
+
+def _query_example(make: Maker) -> list[Any]:
+    q = make.normal(make.sizes.batch, 2, make.sizes.dim)
+    return [q, make.activations(2), make.sizes.heads, (make.sizes.dim // make.sizes.heads) ** -0.5]
+
+
+def _bytes(args: Sequence[Any]) -> float:
+    return args[0].nbytes / 3 * 11  # of an element of out: 8 + 14 in 16 bit
+
+
+def _query_bytes(args: Sequence[Any]) -> float:
+    return args[1].nbytes * 3  # keys and values twice, their gradient once
+
+
+def _of_tokens(tokens: int) -> tuple:
+    return replace(BASE, name=f"deit_base {tokens} tokens", tokens=tokens), torch.float16
+
+
+_EXAMPLES = [
+    Example(
+        "",
+        partial(_packed_example, with_bias=True),
+        compiled=[*DEITS, _of_tokens(65), _of_tokens(145), _of_tokens(578), (BASE, torch.float32)],
+        bytes=_bytes,
+    ),
+    Example("no bias", partial(_packed_example, with_bias=False), compiled=[_of_tokens(197)]),
+]
+
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 _capability = partial(_triton.capability, needs=80)
@@ -165,6 +205,7 @@ OP = _op.Op(
     "attention",
     reference,
     reference_backward,
+    examples=_EXAMPLES,
     others=[
         _op.Backend("triton", _capability, triton_forward, triton_backward),
         _op.Backend("fused_backward", _fused_capability, fused_forward, fused_backward),
@@ -176,6 +217,7 @@ QUERY = _op.Op(
     "query_attention",
     query_reference,
     query_reference_backward,
+    examples=[Example("", _query_example, compiled=DEITS, bytes=_query_bytes)],
     others=[_op.Backend("triton", _capability, query_triton_forward, query_triton_backward)],
     native=_query_native,
     cast={"q", "kv"},

@@ -62,6 +62,9 @@ def _query_gradient_kernel(
         tl.store(partial + place + column, tl.sum(total, 0), mask=column < WIDTH)
 
 
+_triton.expect(_query_gradient_kernel, products=True)
+
+
 @triton.jit
 def _key_gradient_kernel(
     q,
@@ -114,6 +117,9 @@ def _key_gradient_kernel(
         feature = tl.arange(0, BLOCK)
         tl.store(partial + place + feature, tl.sum(key_total, 0), mask=feature < WIDTH)
         tl.store(partial + place + HEADS * WIDTH + feature, tl.sum(value_total, 0), mask=feature < WIDTH)
+
+
+_triton.expect(_key_gradient_kernel, products=True)
 
 
 def backward(

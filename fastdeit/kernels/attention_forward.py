@@ -68,6 +68,9 @@ def _one_pass_kernel(
     tl.store(lse + (batch * HEADS + head) * queries + row, (top + tl.log2(total)) / LOG2E, mask=row < queries)
 
 
+_triton.expect(_one_pass_kernel, products=True)
+
+
 @triton.jit
 def _online_kernel(
     q,
@@ -110,7 +113,11 @@ def _online_kernel(
     tl.store(lse + (batch * HEADS + head) * queries + row, (top + tl.log2(total)) / LOG2E, mask=row < queries)
 
 
+_triton.expect(_online_kernel, products=True)
+
+
 def forward(operands: Operands) -> tuple[Tensor, Tensor]:
+    """(out `[B, M, H*d]` in q's dtype, lse float32 `[B, H, M]`) in one launch; `Unsupported` as of `Operands.check`."""
     operands.check()
     q, tile = operands.q, operands.constants
     batch, queries, width = q.shape

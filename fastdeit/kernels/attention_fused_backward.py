@@ -139,6 +139,9 @@ def _fused_kernel(
         tl.store(partial + 2 * MIXED, value_sum, mask=feature < WIDTH)
 
 
+_triton.expect(_fused_kernel, products=True)
+
+
 def check(qkv: Tensor, num_heads: int) -> None:
     """Raise `Unsupported` for what does not fit one program."""
     tokens, width = qkv.shape[1], qkv.shape[2] // (3 * num_heads)

@@ -28,6 +28,7 @@ def load_tile(pointer, row, rows, stride, WIDTH: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def store_tile(pointer, value, row, rows, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the rows that exist of a tile of a head, WIDTH of its BLOCK columns, in the dtype of the memory."""
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
     tl.store(pointer + row[:, None] * stride + column[None, :], value.to(pointer.dtype.element_ty), mask=mask)
@@ -88,10 +89,12 @@ class Operands:
 
     @property
     def width(self) -> int:
+        """Channels of a head."""
         return self.q.shape[2] // self.num_heads
 
     @property
     def sizes(self) -> tuple[int | float, ...]:
+        """Run-time numbers of a launch: queries, keys, the scale, and strides of q and k by sample and by token."""
         strides = *self.q.stride()[:2], *self.k.stride()[:2]
         return self.q.shape[1], self.k.shape[1], self.scale, *strides
 
@@ -103,9 +106,11 @@ class Operands:
         return {"HEADS": self.num_heads, "WIDTH": self.width, "BLOCK": block, "ROWS": rows}
 
     def grid(self, rows: int, step: int) -> tuple[int, int]:
+        """Of one program for each `step` of the `rows` of each head."""
         return triton.cdiv(rows, step), len(self.q) * self.num_heads
 
     def check(self) -> None:
+        """`Unsupported` for dtypes, widths, sizes and numbers of heads that the kernels do not take."""
         _triton.require_dtypes(self.q, self.k)
         _triton.require_products(self.q)
         _triton.require(self.q.dtype == self.k.dtype, f"q is {self.q.dtype}, but kv is {self.k.dtype}")

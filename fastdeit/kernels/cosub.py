@@ -15,6 +15,9 @@ Everything is computed in float32 (float64 for float64), whatever the logits' dt
 moved at best per logit in 16 bit: forward reads 2 and writes 4, backward reads 4 and writes 2.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -22,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _loss, _op, _triton
+from fastdeit.kernels._example import BASE, HALVES, MANY_CLASSES, Example, Maker
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -160,7 +164,22 @@ def triton_backward(grad: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 _TRITON = _op.Backend("triton", _triton.capability, triton_forward, triton_backward)
-OP = _op.Op("cosub_loss", reference, reference_backward, others=[_TRITON], native=native)
+
+
+def _example(make: Maker, smoothing: float, binarise: bool) -> list[Any]:
+    return [make.logits(copies=2), *make.targets(), smoothing, binarise, True]
+
+
+_EXAMPLES = [
+    Example(
+        "",
+        partial(_example, smoothing=0.1, binarise=False),
+        compiled=[(BASE, dtype) for dtype in HALVES],
+        bytes=lambda args: args[0].numel() * (2 * args[0].itemsize + 8),
+    ),
+    Example("binarised", partial(_example, smoothing=0.0, binarise=True), compiled=[(MANY_CLASSES, torch.float16)]),
+]
+OP = _op.Op("cosub_loss", reference, reference_backward, examples=_EXAMPLES, others=[_TRITON], native=native)
 
 
 @OP.registered.register_fake

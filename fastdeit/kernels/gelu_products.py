@@ -81,6 +81,9 @@ def _product_gelu_kernel(
     tl.store(act + at, value.to(act.dtype.element_ty), mask=mask)
 
 
+_triton.expect(_product_gelu_kernel, products=True)
+
+
 @triton.jit
 def _product_gelu_backward_kernel(
     dout,
@@ -111,6 +114,9 @@ def _product_gelu_backward_kernel(
     gradient = total * derivative
     tl.store(dpre + at, gradient.to(dpre.dtype.element_ty), mask=mask)
     tl.store(partial + row_block * WIDTH + column, tl.sum(gradient, 0), mask=column < WIDTH)
+
+
+_triton.expect(_product_gelu_backward_kernel, products=True)
 
 
 def _tiles(device: torch.device, warps: int) -> dict[str, int]:

@@ -19,6 +19,9 @@ is never read: its sample becomes NaN. On the CPU, "host" does a sample at a tim
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdeit.kernels import _op, _triton
+from fastdeit.kernels._example import BASE, HALVES, MEAN, STD, Example, Maker
 from fastdeit.kernels.noise import host_normals, normals, triton_normals
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -452,8 +456,43 @@ def _backends(*functions: Callable) -> list[_op.Backend]:
     return [_op.Backend(*backend, function) for backend, function in zip(_BACKENDS, functions, strict=True)]
 
 
-PIXELS = _op.Op("pixels", reference_pixels, others=_backends(triton_pixels, host_pixels))
-PATCHIFY = _op.Op("patchify", reference_patchify, others=_backends(triton_patchify, host_patchify))
+_triton.expect(_render_kernel, loads=64)  # 8 pixels of 3 bytes are 3 words of 64 bits
+
+
+def _example(make: Maker, patches: bool, mixed: bool = True, erased: bool = False) -> list[Any]:
+    (height, width), batch = make.sizes.image, make.sizes.batch
+    images = torch.randint(256, (batch, height, width, 3), dtype=torch.uint8, device=make.device)
+    samples, lam = torch.arange(batch, device=make.device), torch.linspace(0, 1, batch, device=make.device)
+    boxes = torch.zeros(batch, 4, dtype=torch.int32, device=make.device)
+    boxes[::2, 2], boxes[::2, 3] = height // 2, width // 2  # none in every other image
+    mix = (samples.flip(0), lam, boxes) if mixed else (None, None, None)
+    noise = (boxes.flip(0), samples) if erased else (None, None)
+    patch_size = [make.sizes.patch] if patches else []
+    return [images, *patch_size, list(MEAN), list(STD), *mix, *noise, make.dtype]
+
+
+def _bytes(args: Sequence[Any]) -> float:
+    return args[0].numel() * (2 + args[-1].itemsize)
+
+
+_ODD_PATCHES = replace(BASE, name="deit_base, patches of 14", patch=14, odd=True)
+_EXAMPLES = {
+    patches: [
+        Example(
+            "mixed",
+            partial(_example, patches=patches),
+            compiled=[*((BASE, dtype) for dtype in HALVES), *[(_ODD_PATCHES, torch.float16)] * patches],
+            bytes=_bytes,
+        ),
+        Example("", partial(_example, patches=patches, mixed=False)),
+        Example("mixed, erased", partial(_example, patches=patches, erased=True)),
+    ]
+    for patches in (False, True)
+}
+PIXELS = _op.Op("pixels", reference_pixels, examples=_EXAMPLES[False], others=_backends(triton_pixels, host_pixels))
+PATCHIFY = _op.Op(
+    "patchify", reference_patchify, examples=_EXAMPLES[True], others=_backends(triton_patchify, host_patchify)
+)
 
 
 @PIXELS.registered.register_fake

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _multi_tensor, _op, _triton, _update, adamw, apex
+from fastdeit.kernels import _multi_tensor, _op, _triton, _update, _update_examples, adamw, apex
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -245,9 +245,11 @@ def triton_lamb(
 OP = _op.Op(
     "fused_lamb",
     reference,
+    examples=_update_examples.updates(states=2, bytes_of_a_parameter=52),
     others=[
         _op.Backend("triton", _triton.capability, triton_lamb),
         _op.Backend("apex", apex.capability, apex.lamb),
     ],
     mutates=_update.MUTATED,
 )
+_triton.expect(_ratio_kernel, loads=32, stores=32)  # sums, of any number

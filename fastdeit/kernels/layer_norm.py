@@ -21,6 +21,7 @@ programs adds up its share of the four column sums, and their partial sums are a
 result does not depend on the card or on timing.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _op, _triton
+from fastdeit.kernels._example import BASE, BASE_FP16, DEITS, Example, Maker
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -435,10 +437,55 @@ def triton_apply(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Te
 
 # ---- registration ----------------------------------------------------------------------------------------------------
 
+
+def _example(
+    make: Maker,
+    gamma: bool = False,
+    keep: bool = False,
+    bias: bool = False,
+    skipping: bool = False,
+    stream: torch.dtype | None = None,
+) -> list[Any]:
+    """Arguments of `reference`; `skipping`: a quarter of the samples skip the branch, others the normalisation."""
+    sizes = make.sizes
+    kept = sizes.batch - max(1, sizes.batch // 4) if skipping else sizes.batch
+    samples = torch.arange(sizes.batch, device=make.device)
+    chosen = (samples.flip(0)[:kept], samples[:kept]) if skipping else (None, None)
+    residual, branch = (
+        make.normal(n, sizes.tokens, sizes.dim, dtype=dtype)
+        for n, dtype in ((sizes.batch, stream or make.full), (kept, None))
+    )
+    factors = 1.25 * (samples[:kept] % 10 > 0).to(make.full)
+    scales = make.vector() if gamma else None, factors if keep else None, make.vector() if bias else None
+    return [residual, branch, make.vector(), make.vector(), 1e-6, *scales, *chosen, make.dtype]
+
+
+def _plain_example(make: Maker) -> list[Any]:
+    return [make.activations(dtype=make.full), make.vector(), make.vector(), 1e-6, make.dtype]
+
+
+_EXAMPLES = [
+    Example(
+        "drop_path",
+        partial(_example, keep=True, bias=True),
+        compiled=DEITS,
+        bytes=lambda args: args[0].numel() * (16 + 6 * args[1].itemsize),
+    ),
+    Example("no bias", _example),
+    Example("bias", partial(_example, bias=True), compiled=[*BASE_FP16, (BASE, torch.float32)]),
+    Example("layer_scale", partial(_example, gamma=True)),
+    Example("layer_scale drop_path", partial(_example, gamma=True, keep=True, bias=True)),
+    Example("layer_scale, skipped samples", partial(_example, gamma=True, bias=True, skipping=True)),
+    Example("layer_scale drop_path, skipped samples", partial(_example, gamma=True, keep=True, skipping=True)),
+    Example("16-bit stream", lambda make: _example(make, bias=True, stream=make.dtype)),
+]
+_PLAIN_EXAMPLES = [
+    Example("", _plain_example, compiled=DEITS, bytes=lambda args: args[0].numel() * (12 + 2 * args[-1].itemsize))
+]
 _TRITON = _op.Backend("triton", _triton.capability, triton_forward, triton_backward)
 _PLAIN_TRITON = _op.Backend("triton", _triton.capability, plain_triton_forward, plain_triton_backward)
-OP = _op.Op("add_layer_norm", reference, reference_backward, others=[_TRITON], native=native)
-PLAIN = _op.Op("layer_norm", normalize, _plain_backward, others=[_PLAIN_TRITON])
+OP = _op.Op("add_layer_norm", reference, reference_backward, examples=_EXAMPLES, others=[_TRITON], native=native)
+PLAIN = _op.Op("layer_norm", normalize, _plain_backward, examples=_PLAIN_EXAMPLES, others=[_PLAIN_TRITON])
 
 
 def _fake_normalize(x: Tensor, samples: Tensor | None, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

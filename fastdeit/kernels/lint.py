@@ -1,8 +1,8 @@
 """What the compiler makes of every Triton kernel, without a card: `fastdeit kernels lint`.
 
-Each op runs on tensors of the meta device at the shapes of DeiT (`lint_cases.py`), so that its launches are recorded
-instead of run. Triton's own just-in-time path, made to believe in a card of each architecture, compiles them: types,
-divisibility and constants are specialised as they would be on that card. Read from the result:
+The examples of each op run on tensors of the meta device at the sizes of DeiT (`lint_cases.py`), so that launches are
+recorded instead of run. Triton's own just-in-time path, made to believe in a card of each architecture, compiles them:
+types, divisibility and constants are specialised as they would be on that card. Read from the result:
 
     registers, spills, stack   what ptxas reports, in registers and bytes of a thread
     shared memory              bytes of a program
@@ -40,7 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
 from fastdeit.kernels import _triton
-from fastdeit.kernels.lint_cases import NARROW, Case, cases
+from fastdeit.kernels.lint_cases import Case, cases
 
 SHARED_MEMORY = {70: 98_304, 80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
 """Bytes that one program may have on each architecture (CUDA C++ Programming Guide, "Technical Specifications per
@@ -79,6 +79,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
+        """`module.function` of the kernel, as rows of the table call it."""
         return f"{self.module.rpartition('.')[2]}.{self.kernel}"
 
 
@@ -180,12 +181,15 @@ class Card:
         self._arch = arch
 
     def get_current_target(self) -> GPUTarget:
+        """What Triton compiles for."""
         return GPUTarget("cuda", self._arch, 32)
 
     def get_current_device(self) -> int:
-        return self._arch  # kernels are cached by device
+        """The architecture: Triton keeps what it compiled by device."""
+        return self._arch
 
     def get_current_stream(self, device: int) -> int:
+        """The default stream; nothing runs on it."""
         return 0
 
 
@@ -294,12 +298,15 @@ def broken(row: Row, facts: Facts) -> list[str]:
         found.append(f"{spilled} bytes spilled, more than {SPILL}")
     if facts.shared > SHARED_MEMORY[row.job.arch]:
         found.append(f"{facts.shared} bytes of shared memory, more than {SHARED_MEMORY[row.job.arch]}")
+    expected = _triton.EXPECTED.get((row.job.module, row.job.kernel), _triton.Expected())
     if not row.case.odd:
-        wanted = NARROW.get(row.job.name, (128, 128))
-        for name, bits, least in zip(("loads", "stores"), (facts.loads, facts.stores), wanted, strict=True):
+        for name, bits, least in (
+            ("loads", facts.loads, expected.loads),
+            ("stores", facts.stores, expected.stores),
+        ):
             if max(bits, default=0) < least:
                 found.append(f"widest {name} have {max(bits, default=0)} bits, less than {least}")
-    if row.job.arch == 90 and row.job.name in row.case.wgmma and not (facts.mix or {}).get("HGMMA"):
+    if row.job.arch == 90 and expected.products and row.case.half and not (facts.mix or {}).get("HGMMA"):
         found.append("no HGMMA: it does not use the tensor cores of sm_90 by their own instructions")
     if facts.serialised:
         found.append("ptxas serialises its wgmma instructions")

@@ -19,7 +19,8 @@ and writes 2. The Triton forward takes a row in chunks of classes: a pass of onl
 2018), and one for losses and gradients; where the row is one chunk, it is read once.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _loss, _op, _triton
+from fastdeit.kernels._example import BASE, HALVES, MANY_CLASSES, Example, Maker
 
 _BASES = "ce", "bce"
 _DISTILLATIONS = "none", "hard", "soft"
@@ -376,7 +378,41 @@ def triton_backward(
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 _TRITON = _op.Backend("triton", _triton.capability, triton_forward, triton_backward)
-OP = _op.Op("distillation_loss", reference, reference_backward, others=[_TRITON], native=native)
+
+
+def _example(
+    make: Maker,
+    base: str = "ce",
+    distillation: str = "none",
+    smoothing: float = 0.0,
+    tau: float = 3.0,
+    reduction: str = "numel",
+) -> list[Any]:
+    distilled = distillation != "none"
+    cls, dist = make.logits(), make.logits() if distilled else None
+    teacher = make.logits(grad=False) if distilled else None
+    return [cls, dist, *make.targets(), teacher, smoothing, base, distillation, 0.3, tau, reduction, True]
+
+
+_HALVES = [(BASE, dtype) for dtype in HALVES]
+_EXAMPLES = [
+    Example(
+        "hard",
+        partial(_example, distillation="hard", smoothing=0.1),
+        compiled=_HALVES,
+        bytes=lambda args: args[0].numel() * (5 * args[0].itemsize + 16),
+    ),
+    Example("none", partial(_example, smoothing=0.1), compiled=_HALVES),
+    Example("bce", partial(_example, base="bce")),
+    Example(
+        "soft",
+        partial(_example, distillation="soft"),
+        compiled=[*_HALVES, (MANY_CLASSES, torch.float16)],
+    ),
+    Example("soft batchmean", partial(_example, distillation="soft", reduction="batchmean")),
+    Example("bce soft", partial(_example, base="bce", distillation="soft")),
+]
+OP = _op.Op("distillation_loss", reference, reference_backward, examples=_EXAMPLES, others=[_TRITON], native=native)
 
 
 @OP.registered.register_fake

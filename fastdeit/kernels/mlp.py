@@ -19,7 +19,7 @@ where it was measured to be faster, or asked for. "quack" (`quack.py`) has QuACK
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit.kernels import _op, _triton, gelu, gelu_products, layer_norm, quack
+from fastdeit.kernels._example import BASE, DEITS, Example, Maker
 from fastdeit.kernels.layer_norm import normalize, normalize_backward
 
 
@@ -209,12 +210,52 @@ _AFTER_NORM = [
     )
     for backend in _PLAIN
 ]
+
+
+def _example(make: Maker, recompute: bool) -> list[Any]:
+    return [make.activations(), *make.mlp_weights(), recompute]
+
+
+def _normed_example(make: Maker, recompute: bool) -> list[Any]:
+    tokens = make.activations(dtype=make.full)
+    return [tokens, make.vector(), make.vector(), 1e-6, *make.mlp_weights(), recompute]
+
+
+def _bytes(args: Sequence[Any]) -> float:
+    """Operands of the six products, each once: x, pre, act, out and their gradients, and the weights."""
+    x, w1, *_ = args
+    hidden, width = w1.shape
+    return w1.itemsize * (x.numel() // width * (5 * width + 6 * hidden) + 6 * width * hidden)
+
+
+def _normed_bytes(args: Sequence[Any]) -> float:
+    x, *_, w1, _, _, _, _ = args
+    return _bytes([x, w1]) + x.numel() * 12
+
+
+_EXAMPLES = [
+    Example("", partial(_example, recompute=True), compiled=[*DEITS, (BASE, torch.float32)], bytes=_bytes),
+    Example("act kept", partial(_example, recompute=False)),
+]
+_NORMED_EXAMPLES = [
+    Example("", partial(_normed_example, recompute=True), compiled=DEITS, bytes=_normed_bytes),
+    Example("act kept", partial(_normed_example, recompute=False)),
+]
 _PRODUCTS = {"w1", "b1", "w2", "b2"}
-OP = _op.Op("mlp", reference, reference_backward, others=_PLAIN, native=native, cast={"x", *_PRODUCTS})
+OP = _op.Op(
+    "mlp",
+    reference,
+    reference_backward,
+    examples=_EXAMPLES,
+    others=_PLAIN,
+    native=native,
+    cast={"x", *_PRODUCTS},
+)
 NORMED = _op.Op(
     "layer_norm_mlp",
     layer_norm_reference,
     layer_norm_reference_backward,
+    examples=_NORMED_EXAMPLES,
     others=_AFTER_NORM,
     native=_normed_native,
     cast=_PRODUCTS,

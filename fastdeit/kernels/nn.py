@@ -70,6 +70,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[B, N, dim]` to `[B, N, dim]`."""
         return self.proj(attention(self.qkv(x), self.num_heads))
 
 
@@ -86,6 +87,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[..., dim]` to `[..., dim]`."""
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         return mlp(x, *weights, recompute=self.recompute)
 

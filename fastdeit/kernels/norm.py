@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _multi_tensor, _op, _triton
+from fastdeit.kernels import _multi_tensor, _op, _triton, _update_examples
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,14 @@ def triton_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 # ---- registration ----------------------------------------------------------------------------------------------------
 
-OP = _op.Op("global_norm", reference, others=[_op.Backend("triton", _triton.capability, triton_norm)])
+OP = _op.Op(
+    "global_norm",
+    reference,
+    examples=_update_examples.NORM,
+    others=[_op.Backend("triton", _triton.capability, triton_norm)],
+)
+_triton.expect(_squares_kernel, stores=32)  # one sum
+_triton.expect(_root_kernel, loads=32, stores=32)  # sums, of any number
 
 
 @OP.registered.register_fake

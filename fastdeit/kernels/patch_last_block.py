@@ -36,6 +36,7 @@ class LastBlockMixin(Accelerated):
     """A model whose forward asks the last block for the tokens that the heads read."""
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, in which the last block makes no tokens but those that the heads read."""
         if given(args, kwargs) or _reads_more(self):
             return super().forward(x, *args, **kwargs)
         with asking(self.blocks[-1], _rows(self)):

@@ -91,6 +91,7 @@ class Structure(NamedTuple):
     tensors: tuple[str, ...] = ()
 
     def misfit(self, module: nn.Module) -> str | None:
+        """Why `module` is not built like this, in words; None if it is."""
         for name, child in module._modules.items():
             if child is None:
                 continue
@@ -262,6 +263,7 @@ class BlockMixin(Accelerated):
     """A block on `add_layer_norm`. Asked for the first tokens, it makes their queries, projection and MLP alone."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the original computes; its own forward for what the ops do not do."""
         arguments = given(args, kwargs)
         if arguments.keys() - _OF_ATTENTION or BLOCK.misfit(self):
             return super().forward(x, *args, **kwargs)
@@ -302,6 +304,7 @@ class AttentionMixin(Accelerated):
     """A self-attention on `attention`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the original computes; its own forward for what the op does not do."""
         if given(args, kwargs) or x.dim() != 3 or _attention_misfit(self):
             return super().forward(x, *args, **kwargs)
         apart = getattr(self, "q_bias", None) is not None
@@ -326,6 +329,7 @@ class MlpMixin(Accelerated):
     """An MLP on `mlp`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the original computes; its own forward for what the op does not do."""
         if given(args, kwargs) or _mlp_misfit(self):
             return super().forward(x, *args, **kwargs)
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)

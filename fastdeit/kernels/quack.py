@@ -44,6 +44,7 @@ def _quack() -> _Functions | None:
 
 
 def capability(device: torch.device, forced: bool) -> tuple[bool, str]:
+    """Whether QuACK can run on `device`, and the reason; only where it is forced."""
     if not forced:
         return False, "QuACK is there to compare with: it runs where it is asked for by name"
     able, reason = _triton.capability(device, forced=False, needs=90)

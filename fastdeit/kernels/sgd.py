@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _multi_tensor, _op, _triton, _update
+from fastdeit.kernels import _multi_tensor, _op, _triton, _update, _update_examples
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -149,6 +149,7 @@ def triton_sgd(
 OP = _op.Op(
     "fused_sgd",
     reference,
+    examples=[*_update_examples.updates(states=1, bytes_of_a_parameter=28), _update_examples.DECOUPLED_SGD],
     others=[_op.Backend("triton", _triton.capability, triton_sgd)],
     mutates=("params", "momentum_buffers", "ema", "copies"),
 )

@@ -20,7 +20,6 @@ from fastdeit.kernels._triton import INTERPRETED
 TOKENS = 1, 49, 65, 145, 196, 197, 198, 257, 577, 578
 """Tokens of the models in use: images of 16 to 384 pixels, with and without class and distillation token."""
 
-tokens = st.sampled_from(TOKENS)
 layouts = st.sampled_from(["dense", "expanded", "strided"])
 few = settings(
     max_examples=10,

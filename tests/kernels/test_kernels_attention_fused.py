@@ -20,9 +20,11 @@ def fused():
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 16, 17, 49, 65, 81, 145, 196, 197, 198, 208])
+@pytest.mark.parametrize(
+    "tokens", [1, 16, 17, 49, 65, 81, 145, *(pytest.param(n, marks=pytest.mark.slow) for n in (196, 197)), 198, 208]
+)
 def test_as_good_as_pytorch(device, dtype, tokens):
-    qkv = packed(device, dtype, 2, tokens, 2, 64)
+    qkv = packed(device, dtype, 1 if INTERPRETED and tokens > 100 else 2, tokens, 2, 64)
     bias = torch.zeros(3 * 2 * 64, dtype=dtype, device=device, requires_grad=True)
     prove(kernels.attention, {"qkv": qkv, "num_heads": 2, "bias": bias}, mine=fused())
 
@@ -36,7 +38,7 @@ def test_as_good_as_pytorch(device, dtype, tokens):
     dtype=st.sampled_from(HALVES),
     layout=layouts,
 )
-@settings(few)
+@settings(few, max_examples=5)
 def test_any_shape(device, batch, tokens, heads, width, scale, dtype, layout):
     qkv = packed(device, dtype, batch, tokens, heads, width)
     prove(kernels.attention, {"qkv": qkv, "num_heads": heads, "scale": scale}, layout, mine=fused())

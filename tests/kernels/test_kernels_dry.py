@@ -1,37 +1,35 @@
-"""What every Triton backend asks of a card that is not there, at the shapes of DeiT: sound launches, and no wait."""
+"""What every Triton backend asks of a card that is not there, at the sizes of DeiT: sound launches, and no wait."""
 
 import pytest
 import torch
+from examples import dry_calls
 from pretended_card import pretended_card
 
-from fastdeit import bench_kernels, models
+from fastdeit import bench_kernels
+from fastdeit.bench_kernels import Work
 from fastdeit.bench_measure import CannotRun
-from fastdeit.kernels import _op, _triton
-from fastdeit.kernels.lint_cases import backends
+from fastdeit.kernels import _triton
+from fastdeit.kernels._example import Maker
 from fastdeit.kernels.norm import _root_kernel
 
 CARD = torch.device("cuda", 0)
-
-
-@pytest.fixture(scope="module")
-def config():
-    return models.build("deit_small_distilled_patch16_224").config
+CALLS = dry_calls()
 
 
 @pytest.mark.parametrize("capturing", [False, True], ids=["eager", "captured"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize(("op", "backend"), [(op, b.name) for op, b in backends() if op in bench_kernels.works_by_op()])
-def test_what_is_measured_runs_forward_and_backward(op, backend, dtype, capturing, config):
+@pytest.mark.parametrize("name", CALLS)
+def test_every_example_runs_forward_and_backward(name, capturing):
+    op, backend, example, sizes, dtype = CALLS[name]
     with pretended_card(capturing) as card:
-        work = bench_kernels.works_by_op()[op](config, 256, dtype, CARD)
+        work = Work(op.name, example.build(Maker(sizes, dtype, CARD)), 0)
         with card.never_waited_for():
-            results = bench_kernels._chosen(_op.OPS[op], backend, work)
+            results = bench_kernels._chosen(op, backend.name, work)
         assert card.launched
         for result in results if isinstance(results, tuple) else [results]:
             assert result is None or result.device == CARD
 
 
-def test_the_sides_of_a_card_are_all_backends_of_triton_and_the_others_say_why(config):
+def test_the_sides_of_a_card_are_all_backends_of_triton_and_the_others_say_why():
     with pretended_card():
         found = dict(bench_kernels._sides("mlp", CARD))
         assert list(found) == ["triton", "epilogue", "quack", "reference", "compiled"]

@@ -53,9 +53,9 @@ def on_triton(function, *args, **kwargs):
 
 
 @given(
-    batch=st.integers(1, 4),
+    batch=st.integers(1, 3),
     patch_size=st.sampled_from([1, 2, 3, 4, 6, 14, 16, 32]),
-    grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    grid=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     mix=st.sampled_from(list(MIXES)),
     erase=st.booleans(),
     seed=st.integers(0, 10**6),
@@ -111,32 +111,37 @@ def test_boxes_that_start_and_end_anywhere_in_a_run(device, mixed):
     torch.testing.assert_close(on_triton(kernels.pixels, images, **arguments), kernels.pixels(images, **arguments))
 
 
-@pytest.mark.parametrize("patch_size", [None, 16])
+@pytest.mark.parametrize("patch_size", [pytest.param(None, marks=pytest.mark.slow), 16])
 def test_erase_box_anywhere_among_the_programs_of_an_image(device, patch_size):
     """One small box for each sample: in each row and column of patches, and in each corner."""
     boxes = [
-        [16 * i + k, 16 * j + k, 16 * i + k + 1, 16 * j + k + 1] for i in (0, 2) for j in range(5) for k in (0, 15)
+        [16 * i + k, 16 * j + k, 16 * i + k + 1, 16 * j + k + 1] for i in (0, 1) for j in range(3) for k in (0, 15)
     ]
     erase = torch.tensor(boxes, dtype=torch.int32, device=device), torch.arange(len(boxes), device=device)
-    images = random_images(device, len(boxes), 48, 80)
+    images = random_images(device, len(boxes), 32, 48)
     arguments = {"mean": MEAN, "std": STD, "erase": erase}
     function = kernels.pixels if patch_size is None else partial(kernels.patchify, patch_size=patch_size)
     prove(lambda dtype: function(images, **arguments, dtype=dtype), {"dtype": torch.float32})
 
 
-@pytest.mark.parametrize("lam", [None, 1.0, 0.5])
-@pytest.mark.parametrize("patch_size", [None, 16])
+@pytest.mark.parametrize(
+    ("patch_size", "lam"),
+    [
+        *((16, None), (16, 1.0), (None, 0.5)),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((16, 0.5), (None, None), (None, 1.0))),
+    ],
+)
 def test_noise_of_both_images_shows_where_they_do(device, patch_size, lam):
     """Everything is erased, so the noise of an image is right or missing; tiles lie inside, outside and across the box
-    of cutmix."""
-    boxes = [[0, 0, 48, 80], [16, 0, 48, 80], [16, 32, 32, 64], [20, 40, 22, 41], [0, 0, 0, 0], [17, 1, 47, 79]]
+    of cutmix. A program has 512 pixels: two patches, of one row or of two."""
+    boxes = [[0, 0, 32, 48], [16, 0, 32, 48], [0, 16, 16, 32], [20, 24, 22, 25], [0, 0, 0, 0], [15, 1, 17, 47]]
     box = torch.tensor(boxes, dtype=torch.int32, device=device)
-    everything = torch.tensor([[0, 0, 48, 80]], dtype=torch.int32, device=device).expand(len(box), 4)
+    everything = torch.tensor([[0, 0, 32, 48]], dtype=torch.int32, device=device).expand(len(box), 4)
     arguments = {"mean": MEAN, "std": STD, "erase": (everything, torch.arange(len(box), device=device)), "box": box}
     arguments |= {"partner": torch.arange(len(box), device=device).roll(1)}
     if lam is not None:
         arguments["lam"] = torch.full((len(box),), lam, device=device)
-    images = random_images(device, len(box), 48, 80)
+    images = random_images(device, len(box), 32, 48)
     function = kernels.pixels if patch_size is None else partial(kernels.patchify, patch_size=patch_size)
     prove(lambda dtype: function(images, **arguments, dtype=dtype), {"dtype": torch.float32})
 
@@ -268,7 +273,7 @@ def test_plan_on_another_device():
 
 @pytest.mark.parametrize("name", ["pixels", "patchify"])
 def test_opcheck(device, name):
-    images, arguments = random_images(device, 3, 8, 8), plan(device, 3, 8, 8)
+    images, arguments = random_images(device, 2, 4, 8), plan(device, 2, 4, 8)
     arrays = [arguments["partner"], arguments["lam"], arguments["box"], *arguments["erase"]]
     sizes = [4] if name == "patchify" else []
     with kernels.use("triton"):

@@ -1,6 +1,8 @@
 """The lint of kernels: it sees every kernel, and what is wrong with bad ones; and the kernels of the package are good.
 
-What it compiles is a sample (`lint_report.py`); `fastdeit kernels lint` compiles all.
+Each run compiles the kernels of one small op, slow runs a sample of all (`lint_report.py`), and `fastdeit kernels lint`
+everything. Instruction mixes are compared where tests/golden/kernels has a file for the installed version of Triton.
+`fastdeit kernels lint --update-golden` writes it: for a new version, and after a change that is meant.
 """
 
 import json
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastdeit import cli
-from fastdeit.kernels import _op, lint, lint_cases
+from fastdeit.kernels import _op, _triton, lint, lint_cases
 from fastdeit.kernels.lint import Facts, Job, Row
 from fastdeit.kernels.lint_cases import Case
 
@@ -40,16 +42,18 @@ SASS = """
 """
 
 
+def compiling(*command):
+    """What a Python process says in which Triton compiles instead of interpreting."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def report():
-    """Of a process without the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("lint_report.py"))]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(compiling(str(Path(__file__).with_name("lint_report.py"))))
 
 
 def test_every_backend_of_ours_has_a_case():
@@ -63,6 +67,13 @@ def test_every_backend_of_ours_has_a_case():
     }
 
 
+def test_the_kernels_of_an_op_are_compiled_and_within_limits():
+    """And have the golden instructions, where this version of Triton has any."""
+    out = compiling("-m", "fastdeit", "kernels", "lint", "--arch", "90", "--op", "global_norm")
+    assert out.endswith("\n4 rows, all within limits\n")
+    assert "norm._root_kernel" in out
+
+
 @pytest.mark.slow
 def test_kernels_are_within_limits(report):
     assert sorted(report["ops"]) == sorted({op for op, _ in lint_cases.backends()})
@@ -72,7 +83,9 @@ def test_kernels_are_within_limits(report):
 @pytest.mark.slow
 def test_instructions_are_the_golden_ones(report):
     if not report["golden"]:
-        pytest.skip(f"tests/golden/kernels has no file for this version of Triton: {lint.golden_file().name}")
+        pytest.skip(
+            f"tests/golden/kernels has no {lint.golden_file().name}; `fastdeit kernels lint --update-golden` writes it"
+        )
     assert report["differences"] + report["gone"] + report["missing"] == [], (
         "if that is meant: fastdeit kernels lint --update-golden"
     )
@@ -100,10 +113,14 @@ def test_arguments_are_one_job_where_triton_makes_one_program_of_them(report):
     assert report["disagreements"] == []
 
 
-def row(kernel="f", arch=90, place=1, **expectations):
-    return Row(
-        Case("op", "triton", "case", lambda: None, 70, **expectations), Job("a.b", kernel, (), 4, 1, arch), place
-    )
+def row(kernel="f", arch=90, place=1, **facts):
+    return Row(Case("op", "triton", "case", lambda: None, 70, **facts), Job("a.b", kernel, (), 4, 1, arch), place)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The kernel of `row` multiplies matrices."""
+    monkeypatch.setitem(_triton.EXPECTED, ("a.b", "f"), _triton.Expected(products=True))
 
 
 GOOD = {"registers": 64, "loads": {128: 4}, "stores": {128: 2}, "mix": {"all": 10, "HGMMA": 2}}
@@ -126,21 +143,24 @@ GOOD = {"registers": 64, "loads": {128: 4}, "stores": {128: 2}, "mix": {"all": 1
         ({"error": "E: x"}, ["does not compile: E: x"]),
     ],
 )
-def test_limits(facts, limits):
-    assert lint.broken(row(wgmma={"b.f"}), Facts(**GOOD | facts)) == limits
+def test_limits(facts, limits, products):
+    assert lint.broken(row(), Facts(**GOOD | facts)) == limits
 
 
-def test_what_is_not_expected_is_not_asked_for():
-    assert lint.broken(row(), Facts(**GOOD | {"mix": {"all": 1}})) == []
+def test_what_is_not_expected_is_not_asked_for(products):
+    without = Facts(**GOOD | {"mix": {"all": 1}})
+    assert lint.broken(row("no product"), without) == []
+    assert lint.broken(row(half=False), without) == []
+    assert lint.broken(row(arch=80), without) == []
     assert lint.broken(row(odd=True), Facts(**GOOD | {"loads": {16: 1}})) == []
-    assert lint.broken(row(arch=80, wgmma={"b.f"}), Facts(**GOOD | {"mix": {"all": 1}})) == []
     assert lint.broken(row(arch=89), Facts(**GOOD | {"shared": 101_377})) != []
 
 
-def test_exceptions_name_kernels_that_exist():
-    for name in lint_cases.NARROW:
-        module, _, kernel = name.partition(".")
-        assert f"\ndef {kernel}(" in (ROOT / "fastdeit" / "kernels" / f"{module}.py").read_text()
+def test_a_kernel_states_narrower_accesses(monkeypatch):
+    narrow = Facts(**GOOD | {"loads": {64: 1}, "stores": {32: 1}})
+    assert len(lint.broken(row(), narrow)) == 2
+    monkeypatch.setitem(_triton.EXPECTED, ("a.b", "f"), _triton.Expected(loads=64, stores=32))
+    assert lint.broken(row(), narrow) == []
 
 
 def test_widths_of_global_accesses():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from proof import assert_as_good, few, normal, poisoned, prove, repeated, tokens
+from proof import assert_as_good, few, normal, poisoned, prove, repeated
 
 from fastdeit import kernels
 from fastdeit.kernels import _triton, gelu
@@ -14,6 +14,8 @@ from fastdeit.kernels._op import OPS
 from fastdeit.kernels._triton import INTERPRETED
 
 WIDTHS = 3, 64, 100
+ROWS = st.sampled_from([1, 49, 65, 68])
+"""A program takes four rows at a time."""
 
 
 def exact_gelu(pre):
@@ -23,7 +25,7 @@ def exact_gelu(pre):
     return pre * cdf, cdf + pre * torch.exp(-pre * pre / 2) / math.sqrt(2 * math.pi)
 
 
-@given(rows=tokens, width=st.sampled_from(WIDTHS), act=st.booleans())
+@given(rows=ROWS, width=st.sampled_from(WIDTHS), act=st.booleans())
 @few
 def test_backward_of_gelu_as_good_as_pytorch(device, dtype, rows, width, act):
     pre = normal(rows, width, dtype=dtype, device=device, seed=0) * 2
@@ -54,7 +56,7 @@ def test_polynomial_distribution(device):
     assert ((dpre - derivative).abs() <= half * derivative.abs() + 4.5e-5).all()
 
 
-@given(rows=tokens, width=st.sampled_from(WIDTHS))
+@given(rows=ROWS, width=st.sampled_from(WIDTHS))
 @few
 def test_column_sums(device, dtype, rows, width):
     x = normal(rows, width, dtype=dtype, device=device, seed=0)
@@ -63,8 +65,9 @@ def test_column_sums(device, dtype, rows, width):
     assert_as_good(mine, x.float().sum(0), x.double().sum(0), "sums")
 
 
-def test_more_rows_than_programs(device):
-    x = normal(1100, 16, dtype=torch.float32, device=device, seed=0)
+def test_more_rows_than_programs(device, monkeypatch):
+    monkeypatch.setattr(gelu, "_PROGRAMS", 3)
+    x = normal(7 * 4 + 1, 16, dtype=torch.float32, device=device, seed=0)
     dpre, _, dbias = gelu.backward(x, x, act=False)
     torch.testing.assert_close(gelu.column_sums(x).double(), x.double().sum(0), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(dbias.double(), dpre.double().sum(0), atol=1e-4, rtol=1e-5)

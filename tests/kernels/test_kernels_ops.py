@@ -2,15 +2,12 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
-from updates import UPDATES
+from examples import differentiable, every_example, few, leaves
 
 from fastdeit import kernels
-from fastdeit.kernels._op import OPS, Op
 
 B, N, C, H, F, K = 2, 5, 8, 2, 12, 7
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -54,59 +51,23 @@ def cosub_args(dtype, smoothing, binarise):
     return [rand(6, K, dtype=dtype), *targets, smoothing, binarise, True]
 
 
-class Case(NamedTuple):
-    """A differentiable op and a builder of its arguments in a dtype."""
-
-    op: Op
-    build: Callable
+EXAMPLES = every_example()
+DIFFERENTIABLE = {name: pair for name, pair in EXAMPLES.items() if hasattr(pair[0], "registered_backward")}
 
 
-CASES = {
-    "attention": Case(OPS["attention"], lambda dtype: [rand(B, N, 3 * C, dtype=dtype), H, 0.3, None]),
-    "query_attention": Case(
-        OPS["query_attention"], lambda dtype: [rand(B, 2, C, dtype=dtype), rand(B, N, 2 * C, dtype=dtype), H, 0.3]
-    ),
-    "layer_norm": Case(OPS["layer_norm"], plain_norm_args),
-    "add_layer_norm": Case(OPS["add_layer_norm"], norm_args),
-    "add_layer_norm-gamma": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, gamma=True)),
-    "add_layer_norm-keep": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, keep=True)),
-    "add_layer_norm-skip": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, skip=True)),
-    "add_layer_norm-all": Case(OPS["add_layer_norm"], lambda dtype: norm_args(dtype, True, True, True)),
-    "mlp": Case(OPS["mlp"], lambda dtype: [rand(B, N, C, dtype=dtype), *mlp_args(dtype), True]),
-    "mlp-kept": Case(OPS["mlp"], lambda dtype: [rand(B, N, C, dtype=dtype), *mlp_args(dtype), False]),
-    "layer_norm_mlp": Case(OPS["layer_norm_mlp"], lambda dtype: [*plain_norm_args(dtype)[:4], *mlp_args(dtype), True]),
-    "layer_norm_mlp-kept": Case(
-        OPS["layer_norm_mlp"], lambda dtype: [*plain_norm_args(dtype)[:4], *mlp_args(dtype), False]
-    ),
-    **{
-        f"distillation_loss-{kind}": Case(OPS["distillation_loss"], lambda dtype, kind=kind: loss_args(dtype, kind))
-        for kind in SETTINGS
-    },
-    "cosub_loss": Case(OPS["cosub_loss"], lambda dtype: cosub_args(dtype, 0.1, False)),
-    "cosub_loss-binary": Case(OPS["cosub_loss"], lambda dtype: cosub_args(dtype, 0.0, True)),
-}
-
-
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=DIFFERENTIABLE)
 def case(request):
+    """(op, example) of an op that has a gradient."""
     torch.manual_seed(0)
-    return CASES[request.param]
+    return DIFFERENTIABLE[request.param]
 
 
-def leaves(args):
-    return [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
-
-
-def differentiable(result):
-    result = result if isinstance(result, tuple) else (result,)
-    return [t for t in result if t.requires_grad]
-
-
-def reference_results(case, args):
-    """The results of the reference that the registered op differentiates, too."""
-    count = len(differentiable(case.op.registered(*args)))
-    result = case.op.backends[-1].forward(*args)
-    return list(result if isinstance(result, tuple) else (result,))[:count]
+def influential(op, args):
+    """The leaves that results depend on; the gradient of a bias that an argument already contains is a by-product."""
+    free = leaves(args)
+    results = differentiable(op.backends[-1].forward(*args))
+    grads = torch.autograd.grad([t.sum() for t in results], free, allow_unused=True)
+    return [leaf for leaf, grad in zip(free, grads, strict=True) if grad is not None]
 
 
 def image_args(**changes):
@@ -121,85 +82,54 @@ def image_args(**changes):
     return torch.arange(2 * 4 * 6 * 3, dtype=torch.uint8).reshape(2, 4, 6, 3), args | changes
 
 
-def flat_image_args(*between):
-    images, args = image_args()
-    return (images, *between, MEAN, STD, args["partner"], args["lam"], args["box"], *args["erase"], torch.float32)
-
-
 def optimizer_lists():
     params, grads, exp_avgs, exp_avg_sqs = ([torch.randn(3, 4), torch.randn(5)] for _ in range(4))
     return params, grads, exp_avgs, [t.abs() for t in exp_avg_sqs]
 
 
-def optimizer_args():
-    scale, found = torch.tensor(0.5), torch.tensor(0.0)
-    step, lr = torch.tensor(3.0), torch.tensor(1e-2)
-    lists = optimizer_lists()
-    copies = [p.bfloat16() for p in lists[0]]
-    numbers = 0.9, 0.99, 1e-8, 0.1
-    return (*lists, step, lr, *numbers, scale, found, [p.clone() for p in lists[0]], 0.9, copies)
-
-
-def sgd_args():
-    params, grads, buffers, *_, scale, found, ema, decay, copies = optimizer_args()
-    return params, grads, buffers, torch.tensor(1e-2), 0.9, True, False, 0.1, scale, found, ema, decay, copies
-
-
-OTHER_OPS = {
-    "pixels": lambda: (OPS["pixels"], flat_image_args()),
-    "patchify": lambda: (OPS["patchify"], flat_image_args(2)),
-    "global_norm": lambda: (OPS["global_norm"], (optimizer_lists()[0],)),
-    "fused_adamw": lambda: (OPS["fused_adamw"], optimizer_args()),
-    "fused_lamb": lambda: (OPS["fused_lamb"], optimizer_args()),
-    "fused_sgd": lambda: (OPS["fused_sgd"], sgd_args()),
-}
-
-
-def test_every_op_is_checked():
-    assert {case.op.name for case in CASES.values()} | OTHER_OPS.keys() == OPS.keys()
-
-
-def test_opcheck(case):
-    torch.library.opcheck(case.op.registered, case.build(torch.float32))
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_opcheck(name):
+    """Updates are dispatched under AOTAutograd once an op: that looks at each of their many tensors."""
+    torch.manual_seed(0)
+    op, example = EXAMPLES[name]
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if name in DIFFERENTIABLE or example is op.examples[0]:
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(op.registered, few(example), test_utils=checks)
 
 
 def test_opcheck_of_backward(case, monkeypatch):
+    op, example = case
     seen = []
-    registered = case.op.registered_backward
-    monkeypatch.setattr(case.op, "registered_backward", lambda *args: seen.append(args) or registered(*args))
-    sum(t.sum() for t in differentiable(case.op.registered(*case.build(torch.float32)))).backward()
+    registered = op.registered_backward
+    monkeypatch.setattr(op, "registered_backward", lambda *args: seen.append(args) or registered(*args))
+    sum(t.sum() for t in differentiable(op.registered(*few(example)))).backward()
     (args,) = seen
     torch.library.opcheck(registered, [a.detach() if isinstance(a, torch.Tensor) else a for a in args])
 
 
-@pytest.mark.parametrize("name", OTHER_OPS)
-def test_opcheck_without_gradient(name):
-    torch.manual_seed(0)
-    op, args = OTHER_OPS[name]()
-    torch.library.opcheck(op.registered, args)
-
-
 def test_gradients_are_those_of_the_formula(case):
     """Finite differences in float64 through the registered op."""
-    if case.op.name == "cosub_loss":
+    op, example = case
+    if op.name == "cosub_loss":
         pytest.skip("it holds predictions constant, which finite differences do not: see test_kernels_cosub.py")
-    args = case.build(torch.float64)
-    free = leaves(args)
+    args = few(example, torch.float64)
+    free = influential(op, args)
 
     def function(*values):
-        values = iter(values)
-        given = [next(values) if isinstance(a, torch.Tensor) and a.requires_grad else a for a in args]
-        return tuple(differentiable(case.op.registered(*given)))
+        changed = {id(leaf): value for leaf, value in zip(free, values, strict=True)}
+        return tuple(differentiable(op.registered(*(changed.get(id(a), a) for a in args))))
 
-    assert torch.autograd.gradcheck(function, free)
+    assert torch.autograd.gradcheck(function, free, fast_mode=True)
 
 
 @pytest.mark.parametrize("layout", ["dense", "expanded", "transposed"])
 def test_backward_is_the_references(case, layout):
-    """The explicit backward equals autograd of the reference, whatever the strides of the incoming gradients."""
-    args = case.build(torch.float64)
-    results = differentiable(case.op.registered(*args))
-    expected = reference_results(case, args)
+    """The explicit backward equals PyTorch's own of the same mathematics, for incoming gradients of any strides."""
+    op, example = case
+    args = few(example, torch.float64)
+    results = differentiable(op.registered(*args))
+    expected = differentiable(op.native(*args))[: len(results)]
     for mine, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -226,15 +156,16 @@ def permuted(t):
 @pytest.mark.parametrize("layout", [spaced, permuted])
 def test_arguments_of_any_layout(case, layout):
     """Results and gradients are the same, and contiguous, as fakes promise."""
-    args = case.build(torch.float64)
+    op, example = case
+    args = few(example, torch.float64)
     strided = [layout(a.detach()).requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
     outcomes = []
     for given in (args, strided):
-        results = differentiable(case.op.registered(*given))
+        results = differentiable(op.registered(*given))
         assert all(t.is_contiguous() for t in results)
         outcomes.append((results, torch.autograd.grad([t.sum() for t in results], leaves(given))))
     torch.testing.assert_close(*outcomes)
-    torch.library.opcheck(case.op.registered, strided, test_utils="test_faketensor")
+    torch.library.opcheck(op.registered, strided, test_utils="test_faketensor")
 
 
 def public_calls(dtype):
@@ -334,22 +265,22 @@ def test_compiled_by_inductor():
     torch.testing.assert_close(run(torch.compile(call, fullgraph=True), free), run(call, free))
 
 
-@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("name", ["fused_adamw", "fused_lamb"])
 def test_compiled_optimizer(name):
     torch.compiler.reset()
     torch.manual_seed(0)
-    mine, mine_step = [*optimizer_lists(), optimizer_lists()[0]], torch.tensor(1.0)
+    mine, mine_step = optimizer_lists(), torch.tensor(1.0)
     theirs, their_step = [[t.clone() for t in tensors] for tensors in mine], torch.tensor(1.0)
     mine[0][0].requires_grad_()
 
     def update(lists, step):
-        params, grads, *states, ema = lists
-        UPDATES[name](params, grads, states, step, 1e-2, ema=ema, ema_decay=0.5)
+        numbers = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+        getattr(kernels, name)(*lists, step, 1e-2, **numbers, ema=lists[2], ema_decay=0.5)
 
     torch.compile(update, fullgraph=True, backend="aot_eager")(mine, mine_step)
     update(theirs, their_step)
     torch.testing.assert_close(mine, theirs)
-    assert mine_step == their_step == 1 + UPDATES[name].counted
+    assert mine_step == their_step == 2
 
 
 AUTOCAST_DTYPES = {
