@@ -70,13 +70,15 @@ def assert_same_bits(mine, theirs):
 def test_two_phases_are_optimizers_of_torch_for_each_parameter(kind):
     """First a and b are trained, then b and c, which share a group but not a count of updates."""
     mine, theirs = values(), values()
-    optimizer = kind([group(mine, "ab")])
+    optimizer = kind([group(mine, "a", 0.5), group(mine, "b")])
     walk(optimizer, mine, range(3))
     optimizer.regroup([group(mine, "bc")])
     walk(optimizer, mine, range(3, 6))
 
     make, numbers = TORCHS[kind]
-    own = {name: make([p], lr=0.01, weight_decay=0.1, foreach=False, **numbers) for name, p in theirs.items()}
+    decays = {"a": 0.5, "b": 0.1, "c": 0.1}
+    numbers = {"lr": 0.01, "foreach": False, **numbers}
+    own = {name: make([p], weight_decay=decays[name], **numbers) for name, p in theirs.items()}
     for number, names in enumerate(("ab", "ab", "ab", "bc", "bc", "bc")):
         give_gradients(theirs, names, number)
         for name in names:
