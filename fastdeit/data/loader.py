@@ -92,8 +92,8 @@ class TrainLoader:
     """Training batches of process `rank` of `world`, by global step: step s is batch s % steps_per_epoch of epoch
     s // steps_per_epoch.
 
-    augment: of the first view, and the mixing of all; further: of the other views, each with a `stream` of its own.
-    Mixing is drawn once for all views of a sample, and the cut box scaled to the size of each. batch_size is that of
+    views: augmentation of each view, further ones with a `stream` of their own. Mixing is drawn once for all views of a
+    sample, in the first, and the cut box scaled to the size of each. batch_size is that of
     all processes and micro-batches together. threads: DALI's CPU threads (default: the machine's cores divided by
     world). device: "cpu" or a GPU's index. on_bad(path, reason) is called once for each file that cannot be
     used (default: a warning); DataError once they are more than `max_bad_fraction` of the data set.
@@ -102,9 +102,9 @@ class TrainLoader:
     def __init__(
         self,
         source: Source,
-        augment: plan.Augment,
+        views: Sequence[plan.Augment],
+        mixing: plan.Mixing,
         *,
-        further: Sequence[plan.Augment] = (),
         seed: int,
         batch_size: int,
         accumulate: int = 1,
@@ -117,9 +117,8 @@ class TrainLoader:
         max_bad_fraction: float = 0.001,
         on_bad: OnBad | None = None,
     ) -> None:
-        self._groups = order.groups_per_batch(batch_size, augment.group_size, accumulate, world)
-        self._source, self._augment, self._seed = source, augment, seed
-        self._views = (augment, *further)
+        self._groups = order.groups_per_batch(batch_size, mixing.group_size, accumulate, world)
+        self._source, self._views, self._mixing, self._seed = source, tuple(views), mixing, seed
         self._batch_size, self._accumulate, self._repeats = batch_size, accumulate, repeats
         self._rank, self._world = rank, world
         self._threads, self._device = threads or _threads(world), device
@@ -150,7 +149,7 @@ class TrainLoader:
                 if step // self.steps_per_epoch != epoch:
                     epoch = step // self.steps_per_epoch
                     stream = order.epoch(self._seed, epoch, len(self._source), self._batch_size, self._repeats)
-                groups = order.groups(stream, step % self.steps_per_epoch, self._batch_size, self._augment.group_size)
+                groups = order.groups(stream, step % self.steps_per_epoch, self._batch_size, self._mixing.group_size)
                 for micro in range(self._accumulate):
                     part = order.slice_of(self._groups, micro, self._accumulate, self._rank, self._world)
                     rows = _Rows(epoch, step, part, groups.sample[part].reshape(-1), groups.copy[part].reshape(-1))
@@ -187,14 +186,15 @@ class TrainLoader:
 
     def _arrays(self, work: Work) -> dict[str, Any]:
         rows: _Rows = work.owner
-        mix = plan.mix(self._augment, self._seed, rows.step, rows.groups)
-        boxes = [plan.scale_boxes(mix.box, self._augment.size, view.size) for view in self._views]
+        first = self._views[0].size
+        mix = plan.mix(self._mixing, first, self._seed, rows.step, rows.groups)
+        boxes = [plan.scale_boxes(mix.box, first, view.size) for view in self._views]
         # Empty boxes would still cost the noise of every pixel on a GPU.
         erase = [
             (planned.erase_box, planned.erase_key) if view.erase else None
             for view, planned in zip(self._views, work.views, strict=True)
         ]
-        size = self._augment.group_size
+        size = self._mixing.group_size
         positions = np.arange(rows.groups.start * size, rows.groups.stop * size)
         noise = plan.noise(self._seed, rows.step, positions, self._noise_per_sample)
         return _tensors(self._source, rows.sample, mix, boxes, erase, noise)

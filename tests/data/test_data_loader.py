@@ -17,7 +17,7 @@ from fastdeit.data.prefetch import Prefetch
 from fastdeit.data.source import DataError
 
 ROOT = Path(__file__).parents[2]
-AUGMENT = plan.Augment(size=(48, 40), group_size=8)
+AUGMENT, MIXING = plan.Augment(size=(48, 40)), plan.Mixing(group_size=8)
 BATCH = 32
 STEPS = 16  # 512 images; 136 samples are 4 steps an epoch
 
@@ -26,13 +26,14 @@ def fastdeit_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastdeit")]
 
 
-def train(source, world=1, accumulate=1, threads=1, start=0, stop=STEPS, repeats=3, **options) -> list[list[str]]:
+def train(source, world=1, accumulate=1, threads=1, start=0, stop=STEPS, repeats=3, further=()) -> list[list[str]]:
     """For every step the MD5 of every mixing group, with all its arrays, in the order of the global batch."""
     steps: list[dict[int, list[str]]] = [{} for _ in range(start, stop)]
     for rank in range(world):
         loader = TrainLoader(
             source,
-            AUGMENT,
+            [AUGMENT, *further],
+            MIXING,
             seed=3,
             batch_size=BATCH,
             accumulate=accumulate,
@@ -41,7 +42,6 @@ def train(source, world=1, accumulate=1, threads=1, start=0, stop=STEPS, repeats
             world=world,
             threads=threads,
             noise_per_sample=5,
-            **options,
         )
         for groups, micros in zip(steps, list(loader.batches(start, stop)), strict=True):
             for micro, samples in enumerate(micros):
@@ -87,13 +87,15 @@ def test_restart_at_any_step(source, reference, start):
 
 
 def test_another_seed_or_epoch_is_another_stream(source, reference):
-    loader = TrainLoader(source, AUGMENT, seed=4, batch_size=BATCH, repeats=3, threads=1, noise_per_sample=5)
+    loader = TrainLoader(source, [AUGMENT], MIXING, seed=4, batch_size=BATCH, repeats=3, threads=1, noise_per_sample=5)
     other = next(by_group(samples) for (samples,) in loader.batches(0, 1))
     assert not set(other) & set(itertools.chain(*reference))
 
 
 def test_samples_agree_with_the_plan(source):
-    loader = TrainLoader(source, AUGMENT, seed=3, batch_size=BATCH, accumulate=2, threads=1, noise_per_sample=3)
+    loader = TrainLoader(
+        source, [AUGMENT], MIXING, seed=3, batch_size=BATCH, accumulate=2, threads=1, noise_per_sample=3
+    )
     assert loader.steps_per_epoch == 4
     ((first, second),) = loader.batches(5, 6)
     stream = order.groups(order.epoch(3, 1, 136, BATCH), 1, BATCH, 8)
@@ -101,7 +103,7 @@ def test_samples_agree_with_the_plan(source):
     assert first.y1.tolist() == [i % 7 for i in first.index.tolist()]
     assert torch.equal(first.y2, first.y1[first.partner])
     assert np.array_equal(second.noise.numpy(), plan.noise(3, 5, np.arange(16, 32), 3))
-    mix = plan.mix(AUGMENT, 3, 5, slice(2, 4))
+    mix = plan.mix(MIXING, AUGMENT.size, 3, 5, slice(2, 4))
     for name in ("lam", "partner", "pixel_lam"):
         assert np.array_equal(getattr(second, name).numpy(), getattr(mix, name))
     assert np.array_equal(second.box.numpy(), mix.box[None])
@@ -110,14 +112,14 @@ def test_samples_agree_with_the_plan(source):
 
 
 def test_images_stay_valid_while_held(source, reference):
-    loader = TrainLoader(source, AUGMENT, seed=3, batch_size=BATCH, repeats=3, threads=2, noise_per_sample=5)
+    loader = TrainLoader(source, [AUGMENT], MIXING, seed=3, batch_size=BATCH, repeats=3, threads=2, noise_per_sample=5)
     held = [samples for (samples,) in loader.batches(0, 20)]
     assert [by_group(samples) for samples in held[:STEPS]] == reference
 
 
 def test_mixing_groups_must_divide(source):
     with pytest.raises(ValueError, match=r"batch size 32 .* accumulate 3 x nproc 1"):
-        TrainLoader(source, AUGMENT, seed=0, batch_size=32, accumulate=3)
+        TrainLoader(source, [AUGMENT], MIXING, seed=0, batch_size=32, accumulate=3)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -155,7 +157,7 @@ def test_a_process_without_images_evaluates_none(memory, varied):
 
 
 def test_closing_early_ends_all_threads(source):
-    batches = TrainLoader(source, AUGMENT, seed=0, batch_size=BATCH, threads=2).batches(0, 10**9)
+    batches = TrainLoader(source, [AUGMENT], MIXING, seed=0, batch_size=BATCH, threads=2).batches(0, 10**9)
     next(batches)
     assert {"fastdeit-reader", "fastdeit-decoder"} <= set(fastdeit_threads())
     batches.close()
@@ -163,7 +165,7 @@ def test_closing_early_ends_all_threads(source):
 
 
 def test_dropping_the_iterator_ends_all_threads(source):
-    for _ in TrainLoader(source, AUGMENT, seed=0, batch_size=BATCH, threads=2).batches(0, 10**9):
+    for _ in TrainLoader(source, [AUGMENT], MIXING, seed=0, batch_size=BATCH, threads=2).batches(0, 10**9):
         break
     assert fastdeit_threads() == []
 
@@ -172,7 +174,7 @@ def test_errors_of_the_source_reach_the_consumer(memory, varied):
     broken = memory(varied)
     broken.read = lambda index: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        next(TrainLoader(broken, AUGMENT, seed=0, batch_size=BATCH, threads=2).batches(0, 1))
+        next(TrainLoader(broken, [AUGMENT], MIXING, seed=0, batch_size=BATCH, threads=2).batches(0, 1))
     with pytest.raises(ZeroDivisionError):
         next(EvalLoader(broken, (40, 48), 0.9, threads=1).batches())
     assert fastdeit_threads() == []
@@ -185,9 +187,9 @@ def test_a_process_that_exits_in_mid_stream_exits(tmp_path):
         "names = lambda: [one.name for one in threading.enumerate() if one.name.startswith('fastdeit')]\n"
         "atexit.register(lambda: print('threads left:', names()))\n"
         "from fastdeit.data import plan, source, loader\n"
-        "augment = plan.Augment(size=(32, 32), group_size=8)\n"
+        "views, mixing = [plan.Augment(size=(32, 32))], plan.Mixing(group_size=8)\n"
         "images = source.SyntheticSource(64, 4, (40, 60))\n"
-        "batches = loader.TrainLoader(images, augment, seed=0, batch_size=16).batches(0, 10**9)\n"
+        "batches = loader.TrainLoader(images, views, mixing, seed=0, batch_size=16).batches(0, 10**9)\n"
         "next(batches)\n"
         "print('leaving')\n"
     )
@@ -254,8 +256,10 @@ def test_closing_wakes_a_thread_that_waits_for_another():
 
 def test_5000_batches_leave_nothing_behind(memory, make_image, encode):
     source = memory([encode(make_image(i, 24, 24)) for i in range(16)])
-    augment = plan.Augment(size=(48, 48), policy=policy.parse("rand-m9-mstd0.5-inc1", (48, 48)), group_size=2)
-    loader = TrainLoader(source, augment, seed=0, batch_size=2, threads=1, noise_per_sample=4)
+    augment = plan.Augment(size=(48, 48), policy=policy.parse("rand-m9-mstd0.5-inc1", (48, 48)))
+    loader = TrainLoader(
+        source, [augment], plan.Mixing(group_size=2), seed=0, batch_size=2, threads=1, noise_per_sample=4
+    )
     found = [resident() for step, _ in enumerate(loader.batches(0, 5000)) if step % 1000 == 999]
     assert found[-1] - found[0] < 2 << 20  # half a kilobyte a batch, of which the images alone are 13.8
 
