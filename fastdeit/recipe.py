@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, field_validator, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.events import ScalarEvent
-from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.nodes import SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from fastdeit.config import About, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from fastdeit.fields import Section
@@ -132,11 +132,11 @@ def text(name: str) -> str:
 
 def dump(recipe: Recipe) -> str:
     """`recipe` as YAML with every field written out; a file of that text and the same stem loads as an equal recipe."""
-    yaml = YAML()
-    yaml.Representer = _Representer
-    yaml.width = 2**16
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer, yaml.default_flow_style, yaml.width = _Representer, False, 2**16
+    yaml.sort_base_mapping_type_on_output = False
     stream = io.StringIO()
-    yaml.dump(_for_people(recipe.model_dump(mode="json", exclude={"name"})), stream)
+    yaml.dump(recipe.model_dump(mode="json", exclude={"name"}), stream)
     return stream.getvalue()
 
 
@@ -153,7 +153,7 @@ def difference(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
 
 
-# A packed copy of a folder is the same data: what they hold is told by the fingerprints in a checkpoint.
+# A packed copy of a folder is the same data. The fingerprints in a checkpoint say whether two sources hold the same.
 _PLACES = {"source", "root", "train", "val", "threads"}
 
 
@@ -165,24 +165,14 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", inner
 
 
-class _Representer(RoundTripRepresenter):
-    """Writes `null` where ruamel.yaml leaves an empty space."""
+class _Representer(SafeRepresenter):
+    """Writes a list on one line."""
+
+    def represent_list(self, data: list[Any]) -> SequenceNode:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
 
-_Representer.add_representer(
-    type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-)
-
-
-def _for_people(value: Any) -> Any:
-    """Lists of plain values go on one line."""
-    if isinstance(value, dict):
-        return {key: _for_people(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        line = CommentedSeq(value)
-        line.fa.set_flow_style()
-        return line
-    return value
+_Representer.add_representer(list, _Representer.represent_list)
 
 
 def _summary(name: str) -> str:
@@ -232,7 +222,7 @@ def _read(path: Path, problems: Problems) -> Item | None:
     root = Reader(text, source, problems).document()
     if root is None or isinstance(root.value, dict):
         return root
-    got = "nothing" if root.value is None else format_value(plain(root))
+    got = "nothing" if root.value is None else root
     problems.add(root.place, (), f"a recipe is a mapping of the sections {', '.join(_SECTIONS)}; this is {got}")
     return None
 
@@ -243,18 +233,17 @@ def _with_base(path: Path, problems: Problems) -> Item | None:
     if root is None or "base" not in root.value:
         return root
     named = root.value["base"]
-    mine = Item({key: item for key, item in root.value.items() if key != "base"}, root.place)
     base = _base(named, path, problems)
     if base is None:
         problems.incomplete = True
-        return mine
+        return root.without("base")
     # What a recipe is measured to reach says nothing of one that changes it.
-    return _merged(Item({key: item for key, item in base.value.items() if key != "about"}, base.place), mine)
+    return _merged(base.without("about"), root.without("base"))
 
 
 def _base(named: Item, child: Path, problems: Problems) -> Item | None:
     if not isinstance(named.value, str) or not named.value:
-        problems.add(named.place, ("base",), f"must be the name or path of a recipe, got {format_value(plain(named))}")
+        problems.add(named.place, ("base",), f"must be the name or path of a recipe, got {named}")
         return None
     try:
         path = _find(named.value, child.parent)
@@ -266,9 +255,7 @@ def _base(named: Item, child: Path, problems: Problems) -> Item | None:
         return None
     base = _read(path, problems)
     if base is not None and "base" in base.value:
-        problem = (
-            f"{path} has a base itself; only one level is allowed, so name {format_value(plain(base.value['base']))}"
-        )
+        problem = f"{path} has a base itself; only one level is allowed, so name {base.value['base']}"
         problems.add(named.place, ("base",), problem)
         return None
     return base
@@ -327,28 +314,22 @@ def _merged(base: Item, child: Item, path: FieldPath = ()) -> Item:
     if not isinstance(base.value, dict) or not isinstance(child.value, dict):
         return child
     kept = dict(base.value)
-    if not path and _changes_method(base, child):
-        kept["data"] = _without_views(kept.get("data", Item({}, NOWHERE)))
+    if not path and "data" in kept and _changes_method(base, child):
+        kept["data"] = kept["data"].without("views")
     choice = _CHOICES.get(path)
     if choice is not None and _decides_anew(choice, base.value, child.value):
         if choice.stale is None:
             return Item(child.value, first_place(child))
-        kept = {key: item for key, item in kept.items() if key not in choice.stale}
+        kept = base.without(*choice.stale).value
     for key, item in child.value.items():
         kept[key] = _merged(kept[key], item, (*path, key)) if key in kept else item
     return Item(kept, child.place if child.place != NOWHERE else base.place)
 
 
 def _changes_method(base: Item, child: Item) -> bool:
+    """Whether the views of `base` belong to a method that is not trained."""
     old, new = (root.value["method"].value if "method" in root.value else None for root in (base, child))
     return isinstance(old, dict) and isinstance(new, dict) and _decides_anew(_CHOICES["method",], old, new)
-
-
-def _without_views(data: Item) -> Item:
-    """The data section without what it says of the views of a method that is not trained."""
-    if not isinstance(data.value, dict):
-        return data
-    return Item({key: item for key, item in data.value.items() if key != "views"}, data.place)
 
 
 def _decides_anew(choice: _Choice, base: Mapping[str, Item], child: Mapping[str, Item]) -> bool:
@@ -384,8 +365,8 @@ def _validated(name: str, root: Item, problems: Problems) -> Recipe:
 def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
     """What valid sections have against each other; of sections that are missing in `parts` nothing is said."""
     model, method, data, optim, train = (parts.get(name) for name in ("model", "method", "data", "optim", "train"))
-    if method and data and model:
-        yield from _view_conflicts(method, data, model)
+    if method and data:
+        yield from _view_conflicts(method, data, model.image_size if model else None)
     if data and train:
         groups, rest = divmod(train.batch_size, data.group_size)
         if rest:
@@ -405,7 +386,9 @@ def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
         )
 
 
-def _view_conflicts(method: Any, data: DataConfig, model: ModelConfig) -> Iterator[tuple[FieldPath, str]]:
+def _view_conflicts(
+    method: Any, data: DataConfig, image_size: int | tuple[int, int] | None
+) -> Iterator[tuple[FieldPath, str]]:
     """What is wrong with the views that the method asks for, and with what the recipe makes of them."""
     # Methods import torch.
     from fastdeit import methods
@@ -425,8 +408,10 @@ def _view_conflicts(method: Any, data: DataConfig, model: ModelConfig) -> Iterat
             problem = f"is no view of method {method.use}, which has {', '.join(known)}{did_you_mean(name, known)}"
             yield ("data", "views", name), problem
     views = overridden(own, data.views)
-    together = list(view_problems(views)) or default_problems(views, data, model.image_size)
-    for name, field, problem in together:
+    problems = list(view_problems(views))
+    if not problems and image_size is not None:
+        problems = list(default_problems(views, data, image_size))
+    for name, field, problem in problems:
         yield ("data", "views", name, field), problem
 
 
@@ -457,14 +442,13 @@ def _method_model(root: Item, problems: Problems) -> type[BaseModel] | None:
     section = root.value.get("method", Item({}, root.place))
     path: FieldPath = ("method", "use")
     if not isinstance(section.value, dict):
-        problems.add(place_of(root, ("method",)), ("method",), f"must be a mapping, got {format_value(plain(section))}")
+        problems.add(place_of(root, ("method",)), ("method",), f"must be a mapping, got {section}")
     elif problems.is_unreadable(path) or ("use" not in section.value and problems.incomplete):
         return None
     elif "use" not in section.value:
         problems.add(place_of(root, path), path, "is required; it names the training method, as in use: supervised")
     elif not isinstance(use := section.value["use"].value, str):
-        got = format_value(plain(section.value["use"]))
-        problems.add(place_of(root, path), path, f"must be the name of a method, got {got}")
+        problems.add(place_of(root, path), path, f"must be the name of a method, got {section.value['use']}")
     else:
         try:
             return _method_config(use)

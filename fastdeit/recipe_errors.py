@@ -27,7 +27,7 @@ def validate_section(section: str, root: Item, models: Models, problems: Problem
     """The `section` of the recipe `root` as its own model in `models`, or None with its problems recorded."""
     item = root.value.get(section, Item({}, NOWHERE))
     if not isinstance(item.value, dict):
-        problems.add(place_of(root, (section,)), (section,), f"must be a mapping, got {format_value(plain(item))}")
+        problems.add(place_of(root, (section,)), (section,), f"must be a mapping, got {item}")
         return None
     try:
         # Strict, so that no value changes its type; from JSON, where a list may stand for a tuple.

@@ -53,6 +53,15 @@ class Item:
     value: Any
     place: Place
 
+    def __str__(self) -> str:
+        return format_value(plain(self))
+
+    def without(self, *keys: str) -> "Item":
+        """A mapping without these fields; anything else as it is."""
+        if not isinstance(self.value, dict):
+            return self
+        return Item({key: item for key, item in self.value.items() if key not in keys}, self.place)
+
 
 class Problems:
     """Everything found wrong, until it is raised at once."""
@@ -210,7 +219,7 @@ class Reader:
         item = self._item(event, (*path, "?"))
         if item is None or isinstance(item.value, str):
             return item and item.value
-        self.problems.add(item.place, path, f"field names must be text, got {format_value(plain(item))}")
+        self.problems.add(item.place, path, f"field names must be text, got {item}")
         return None
 
     def _scalar(self, event: ScalarEvent, path: FieldPath) -> Item | None:

@@ -104,12 +104,11 @@ class View(ViewSettings):
 
         `color_jitter` goes with `augment`: a view that sets the latter alone has the jitter of its own policy.
         """
-        kept = {field for field, value in self if value is not None}
+        mine = {field: value for field, value in self if value is not None}
         if self.augment is not None:
-            kept.add("color_jitter")
-        return self.model_copy(
-            update={field: value for field, value in below if field in ViewSettings.model_fields and field not in kept}
-        )
+            mine["color_jitter"] = self.color_jitter
+        theirs = {field: value for field, value in below if field in ViewSettings.model_fields}
+        return self.model_copy(update=theirs | mine)
 
 
 def overridden(views: Sequence[View], given: Mapping[str, ViewSettings]) -> tuple[View, ...]:
