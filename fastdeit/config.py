@@ -1,7 +1,7 @@
 """The typed sections of a recipe, except `method:`, whose model belongs to the method (`fastdeit.methods`).
 
-Every section is frozen and knows all its keys. What one section can check alone is checked here; `recipe.py` reads the
-YAML, checks what spans sections, and turns pydantic's complaints into sentences with file and line.
+Every section is frozen and refuses unknown keys. A section checks here what it can check alone. `recipe.py` reads the
+YAML and checks sections against each other; `recipe_errors.py` makes pydantic's errors sentences with file and line.
 """
 
 from typing import Annotated, Any, Literal
@@ -41,7 +41,7 @@ Figure = Annotated[str, BeforeValidator(_sourced)]
 
 
 class About(Section):
-    """What to expect of a recipe: for people, read by nothing else."""
+    """What a reader can expect of a recipe. No code depends on it."""
 
     summary: str = ""
     """One line for `fastdeit recipes`."""
@@ -60,7 +60,7 @@ class ModelConfig(Section):
     name: Text | None = None
     """A model of `fastdeit.models`; either this or `timm`."""
     timm: Text | None = None
-    """A model of timm, trained as it is."""
+    """A model of timm, which is trained unchanged."""
     image_size: ImageSize = 224
     """Input in pixels: the side of a square, or [height, width]."""
     num_classes: Classes | None = None
@@ -188,7 +188,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """How much of what."""
+    """Length of the run, batch size, seed, evaluation."""
 
     epochs: Count
     batch_size: Count
@@ -196,7 +196,7 @@ class TrainConfig(Section):
     accumulate: Count = 1
     """Micro-batches per optimizer step, to save memory; the result is that of one batch."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """The one seed: initial weights, order, augmentation, mixing, drop-path."""
+    """The only seed: of the initial weights, order, augmentation, mixing and drop-path."""
     eval_every: Count = 1
     """Epochs between evaluations."""
     best_by: Text | None = None
@@ -204,7 +204,7 @@ class TrainConfig(Section):
 
 
 class EngineConfig(Section):
-    """How the run is carried out: nothing here is meant to change what is learned."""
+    """How the run is carried out. Nothing here changes what is learned, except by rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is a GPU."""

@@ -37,7 +37,7 @@ from fastdeit.recipe_yaml import (
     place_of,
     plain,
 )
-from fastdeit.views import default_problems, overridden, view_problems
+from fastdeit.views import overridden, resolution_problems, view_problems
 
 SHIPPED = Path(__file__).parent / "recipes"
 MAX_BYTES = 256 * 1024
@@ -410,7 +410,7 @@ def _view_conflicts(
     views = overridden(own, data.views)
     problems = list(view_problems(views))
     if not problems and image_size is not None:
-        problems = list(default_problems(views, data, image_size))
+        problems = list(resolution_problems(views, data, image_size))
     for name, field, problem in problems:
         yield ("data", "views", name, field), problem
 

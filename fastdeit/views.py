@@ -146,11 +146,11 @@ def view_problems(views: Sequence[View]) -> Iterator[tuple[str, str, str]]:
         before.append(view.name)
 
 
-def default_problems(
+def resolution_problems(
     views: Sequence[View], data: AugmentSettings, image_size: int | tuple[int, int]
 ) -> Iterator[tuple[str, str, str]]:
-    """(view, field, problem) wherever `views`, which go together, do not go with what `resolved` takes from `data` and
-    `image_size`."""
+    """(view, field, problem) wherever `views`, in which `view_problems` finds nothing, do not go with what `resolved`
+    takes from `data` and `image_size`."""
     whole = {view.name: view for view in resolved(views, data, image_size)}
     for view in whole.values():
         try:

@@ -1,4 +1,4 @@
-"""The recipe reader: every mistake is refused with its line, its field and a guess at what was meant, all at once."""
+"""The recipe reader: every mistake is refused with its line, its field and similar names, all at once."""
 
 import os
 
@@ -10,7 +10,7 @@ from fastdeit.cli import main as cli
 from fastdeit.recipe import RecipeError
 
 FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
-    # unknown fields, and what was meant
+    # unknown fields, and similar names
     ("optim.weigth_decay", "0.1", "unknown field (0.1); did you mean weight_decay or ema_decay?"),
     ("optim.batch_size", "2", "unknown field (2); did you mean train.batch_size?"),
     ("optim.name", "x", "unknown field ('x'); did you mean model.name?"),
@@ -106,7 +106,7 @@ FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
 
 @pytest.mark.parametrize(("field", "value", "words"), FIELDS_GONE_WRONG, ids=lambda text: text[:30])
 def test_a_mistake_is_refused_where_it_stands(write, field, value, words):
-    """With its line, its field and a guess at what was meant; once, and without what merely follows from it."""
+    """With its line, its field and similar names; once, and without what merely follows from it."""
     text, line = edited(field.partition("[")[0], value)
     path = write(text)
     (message,) = refusal(path)
@@ -218,7 +218,7 @@ def test_a_mistake_of_structure_is_refused_where_it_stands(write, case):
     found = [message for message in (first, *others) if message.startswith(f"{path}:{line}: {field}: ")]
     assert len(found) == 1, (first, *others)
     assert words in found[0]
-    assert not others or case == "unknown section", "the fields of the section it was meant to be are missing"
+    assert not others or case == "unknown section", "the fields of the misspelt section are missing"
 
 
 BOMB = b"a: &a [x, x]\n" + b"".join(
@@ -310,6 +310,13 @@ def test_everything_is_reported_at_once_in_the_order_of_lines(write):
         ["override 'optim.eps=x'", "optim.eps"],
         ["override 'train.sed=1'", "train.sed"],
     ]
+
+
+def test_views_are_checked_beside_a_model_that_is_wrong(write):
+    path = write(GOOD.replace("image_size: 64", "image_size: big"))
+    size, view = refusal(path, ["data.views.mian.size=96"])
+    assert size.startswith(f"{path}:5: model.image_size: ")
+    assert view.startswith("override 'data.views.mian.size=96': data.views.mian: is no view of method supervised")
 
 
 def test_no_traceback_and_exit_code_2(write, capsys):

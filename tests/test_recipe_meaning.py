@@ -101,7 +101,7 @@ def test_a_shipped_recipe_is_a_base_by_name(write):
     ],
 )
 def test_bad_bases(write, base, words):
-    """The base's line is named; fields it might have are not said to be missing; other mistakes are still reported."""
+    """The base's line is named; fields it might have are not reported as missing; other mistakes are still reported."""
     write("base: ./child.yaml\n", "grandchild.yaml")
     path = write(f"# a child\nbase: {base}\noptim: {{lr: x, epochs: 3}}\n", "child.yaml")
     first, *others = refusal(path)
@@ -110,7 +110,7 @@ def test_bad_bases(write, base, words):
     assert [message.split(": ")[1] for message in others] == ["optim.epochs", "optim.lr"]
 
 
-def test_mistakes_in_a_base_are_told_with_its_file_and_line(write):
+def test_mistakes_in_a_base_are_reported_with_its_file_and_line(write):
     parent = write(GOOD.replace("lr: 1e-3", "lr: fast"), "parent.yaml")
     child = write("base: ./parent.yaml\ntrain: {epochs: 0}\n", "child.yaml")
     first, second = refusal(child)
@@ -133,8 +133,8 @@ def test_another_method_takes_nothing_from_the_base(write):
 
 def test_views_belong_to_the_method(write):
     path = write(GOOD + "\n")
-    parent = recipes.load(path, ["data.views.main.size=96", "data.views.main.crop_scale=[0.4, 1.0]"])
-    assert (parent.data.views["main"].size, parent.data.views["main"].crop_scale) == (96, (0.4, 1.0))
+    parent = recipes.load(path, ["data.views.main.size=[96, 64]", "data.views.main.crop_scale=[0.4, 1.0]"])
+    assert (parent.data.views["main"].size, parent.data.views["main"].crop_scale) == ((96, 64), (0.4, 1.0))
     assert [name for name, *_ in recipes.difference(parent, recipes.load(path))] == [
         "data.views.main.crop_scale",
         "data.views.main.size",
@@ -300,7 +300,7 @@ def test_a_dump_loads_as_an_equal_recipe(tmp_path, name, lr, scale, betas, seed)
     assert recipes.load(str(file)) == recipe
 
 
-def test_a_dump_states_every_field(write):
+def test_a_dump_states_every_field_in_order(write):
     loaded = recipes.load(write(GOOD))
     text = recipes.dump(loaded)
     for section in ("about", "model", "method", "data", "optim", "train", "engine"):
@@ -308,6 +308,8 @@ def test_a_dump_states_every_field(write):
             assert re.search(rf"^  {field}: \S", text, re.MULTILINE) or field in ("command",), field
     assert "  crop_scale: [0.08, 1.0]\n" in text
     assert "  root: null\n" in text
+    places = [text.index(f"\n{line}:") for line in ("model", "method", "data", "  source", "  root", "  crop", "optim")]
+    assert places == sorted(places)
 
 
 def test_difference_names_what_would_train_differently(write):
@@ -359,6 +361,8 @@ def test_a_method_of_somebody_else(write, tmp_path, monkeypatch):
         "class Theirs(Method):\n"
         "    class Config(MethodConfig):\n"
         "        layers: int | list[int]\n"
+        "class NoMethod:\n"
+        "    Config = MethodConfig\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     path = write(GOOD.replace("use: supervised", "use: their_method:Theirs\n  layers: [1, 2]"))
@@ -366,6 +370,8 @@ def test_a_method_of_somebody_else(write, tmp_path, monkeypatch):
     assert refusal(path, ["method.layers=all"]) == [
         "override 'method.layers=all': method.layers: must be a whole number or a list, got 'all'"
     ]
+    (message,) = refusal(path, ["method.use=their_method:NoMethod"])
+    assert "'their_method:NoMethod' is not a method: that is a subclass of fastdeit.methods.base.Method" in message
 
 
 def test_reading_recipes_imports_no_torch():

@@ -120,7 +120,7 @@ class Method(nn.Module):
     teacher: "Teacher | None" = None
 
     @classmethod
-    def views(cls, config: Any) -> Sequence[View]:
+    def views(cls, config: MethodConfig) -> Sequence[View]:
         """The views of every sample that the method wants under `config`, an instance of `Config`; `batch.images` has
         them in this order. Called without a model, whenever a recipe is validated."""
         return (View(),)

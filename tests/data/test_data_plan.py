@@ -249,7 +249,7 @@ def test_partners_are_the_groups_reversed():
         assert (array[:4] == array[0]).all()
 
 
-def test_a_group_is_mixed_alike_wherever_it_is_asked_for():
+def test_a_group_is_mixed_alike_in_any_range_of_groups():
     whole = plan.mix(plan.Mixing(group_size=2), (224, 224), 0, 3, slice(0, 8))
     part = plan.mix(plan.Mixing(group_size=2), (224, 224), 0, 3, slice(5, 7))
     assert (part.lam == whole.lam[10:14]).all()
@@ -271,7 +271,7 @@ def test_every_sample_has_its_draw_in_mode_element():
 
 
 @pytest.mark.parametrize("mode", ["pair", "element"])
-def test_other_modes_are_the_same_wherever_they_are_asked_for(mode):
+def test_other_modes_are_the_same_in_any_range_of_groups(mode):
     mixing = plan.Mixing(group_size=4, mix_mode=mode)
     whole, part = (plan.mix(mixing, (224, 224), 0, 3, groups) for groups in (slice(0, 8), slice(5, 7)))
     assert (part.lam == whole.lam[20:28]).all()
