@@ -36,6 +36,7 @@ from fastdeit.data import policy
 from fastdeit.data.source import SyntheticSource
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
+from fastdeit.views import parse_policy
 
 if TYPE_CHECKING:
     from fastdeit.batch import Batch
@@ -108,7 +109,7 @@ class Setting:
     @property
     def operations(self) -> policy.Policy:
         """On the pixels, after crop and flip."""
-        return policy.parse(self.data.augment, self.size, self.data.color_jitter)
+        return parse_policy(self.data.augment, self.size, self.data.color_jitter)
 
     @property
     def rand(self) -> policy.Policy | None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +12,23 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastdeit import methods, models, rng
-from fastdeit.data import digits, order, policy
+from fastdeit.data import digits, order
 from fastdeit.data.datasets import open_pair
 from fastdeit.data.layout import kinds_at, layout
 from fastdeit.data.loader import EvalLoader, TrainLoader
-from fastdeit.data.plan import Augment
+from fastdeit.data.plan import Augment, Mixing
 from fastdeit.data.source import DataError, Source, SyntheticSource, train_val
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import EmaTeacher
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
+from fastdeit.fields import size_pair
 from fastdeit.methods.base import Context, Method
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
-from fastdeit.models.contract import size_pair
 from fastdeit.models.weights import LoadReport, load_weights
-from fastdeit.views import View, overridden
+from fastdeit.views import View, overridden, parse_policy, resolved
 
 if TYPE_CHECKING:
     from fastdeit.recipe import Recipe
@@ -70,8 +71,7 @@ def _expected(kind: str, root: str, train: str, val: str) -> str:
 
 def image_size(recipe: "Recipe") -> tuple[int, int]:
     """(height, width) in pixels of the model's input."""
-    size = recipe.model.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return size_pair(recipe.model.image_size, "model.image_size")
 
 
 def loader_device(device: torch.device) -> str | int:
@@ -82,44 +82,30 @@ def loader_device(device: torch.device) -> str | int:
 def augmentations(recipe: "Recipe") -> tuple[Augment, ...]:
     """What the plan of a training sample is drawn from: one for each view that the method wants."""
     made: dict[str, Augment] = {}
-    for view in overridden(methods.find(recipe.method.use).views, recipe.data.views):
-        made[view.name] = _augmentation(recipe, view, made)
+    for view in _views(recipe):
+        stream = view.name if made else ""
+        made[view.name] = Augment(
+            size=view.size,
+            crop=view.crop,
+            crop_scale=view.crop_scale,
+            crop_ratio=view.crop_ratio,
+            flip=view.flip,
+            policy=parse_policy(view.augment, view.size, view.color_jitter),
+            erase=view.erase,
+            stream=stream,
+            crop_stream=stream if view.crop_of is None else made[view.crop_of].crop_stream,
+        )
     return tuple(made.values())
 
 
-def _augmentation(recipe: "Recipe", view: View, earlier: dict[str, Augment]) -> Augment:
-    data, said = recipe.data, view.over(recipe.data)
-    size = image_size(recipe) if view.size is None else (view.size, view.size)
-    stream = view.name if earlier else ""
-    shared = earlier.get(view.crop_of)
-    if shared and shared.crop == "simple" and shared.size != size:
-        raise UsageError(
-            f"recipe {recipe.name}: view {view.name} of {_pixels(size)} pixels cannot have the crop of view "
-            f"{view.crop_of}, a simple crop to {_pixels(shared.size)}: give both the same size, or view {view.crop_of} "
-            "crop random_resized"
-        )
-    crop = shared or said
-    return Augment(
-        size=size,
-        crop=crop.crop,
-        crop_scale=crop.crop_scale,
-        crop_ratio=data.crop_ratio,
-        flip=crop.flip,
-        policy=policy.parse(said.augment, size, said.color_jitter),
-        erase=said.erase,
-        mixup=data.mixup,
-        cutmix=data.cutmix,
-        mix_probability=data.mix_probability,
-        mix_switch=data.mix_switch,
-        group_size=data.group_size,
-        mix_mode=data.mix_mode,
-        stream=stream,
-        crop_stream=shared.crop_stream if shared else stream,
-    )
+def _views(recipe: "Recipe") -> tuple[View, ...]:
+    own = methods.find(recipe.method.use).views(recipe.method)
+    return resolved(overridden(own, recipe.data.views), recipe.data, recipe.model.image_size)
 
 
-def _pixels(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"
+def mixing(recipe: "Recipe") -> Mixing:
+    """How the recipe mixes samples."""
+    return Mixing(**{field.name: getattr(recipe.data, field.name) for field in fields(Mixing)})
 
 
 def train_loader(
@@ -131,14 +117,13 @@ def train_loader(
         order.groups_per_batch(train.batch_size, data.group_size, train.accumulate, world.size)
     except ValueError as error:
         raise UsageError(f"recipe {recipe.name}: {error}") from error
-    first, *further = augmentations(recipe)
     return TrainLoader(
         source,
-        first,
-        further=further,
-        seed=train.seed,
-        batch_size=train.batch_size,
-        accumulate=train.accumulate,
+        augmentations(recipe),
+        mixing(recipe),
+        seed=recipe.train.seed,
+        batch_size=recipe.train.batch_size,
+        accumulate=recipe.train.accumulate,
         repeats=data.repeats,
         rank=world.rank,
         world=world.size,

@@ -1,63 +1,17 @@
 """The typed sections of a recipe, except `method:`, whose model belongs to the method (`fastdeit.methods`).
 
-Every section is frozen and knows all its keys. What one section can check alone is checked here; `recipe.py` reads the
-YAML, checks what spans sections, and turns pydantic's complaints into sentences with file and line.
+Every section is frozen and refuses unknown keys. A section checks here what it can check alone. `recipe.py` reads the
+YAML and checks sections against each other; `recipe_errors.py` makes pydantic's errors sentences with file and line.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Side = Annotated[int, Field(ge=1, le=65_536)]
+from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, Positive, Range, Section, Text
+from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, ViewSettings
+
 Classes = Annotated[int, Field(ge=1, le=100_000_000)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
-    if limits[0] > limits[1]:
-        raise ValueError("must be [smallest, largest]")
-    return limits
-
-
-def _inside_the_image(scale: tuple[float, float]) -> tuple[float, float]:
-    if scale[1] > 1:
-        raise ValueError("must be at most 1: a crop is a part of the image")
-    return scale
-
-
-def _known_policy(augment: str) -> str:
-    # Policies import numpy; reading, listing and showing recipes does without.
-    from fastdeit.data import policy
-
-    policy.parse(augment)
-    return augment
-
-
-def _fits_the_policy(strength: Any, info: ValidationInfo) -> Any:
-    from fastdeit.data import policy
-
-    policy.parse(info.data.get("augment") or "none", color_jitter=strength)
-    return strength
-
-
-Range = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
-Crop = Literal["random_resized", "simple"]
-CropScale = Annotated[Range, AfterValidator(_inside_the_image)]
-Policy = Annotated[str, AfterValidator(_known_policy)]
 Source = Literal[
     "folder",
     "packed",
@@ -75,18 +29,6 @@ Source = Literal[
     "synthetic",
     "digits",
 ]
-Jitter = Annotated[
-    Annotated[NonNegative, Tag("one")]
-    | Annotated[tuple[NonNegative, ...], Field(min_length=3, max_length=4), Tag("all")],
-    Discriminator(lambda strength: "all" if isinstance(strength, list | tuple) else "one"),
-    AfterValidator(_fits_the_policy),
-]
-
-
-class Section(BaseModel):
-    """Base of the sections: frozen, no unknown key, no NaN or infinity; defaults are validated like given values."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def _sourced(figure: Any) -> str:
@@ -99,7 +41,7 @@ Figure = Annotated[str, BeforeValidator(_sourced)]
 
 
 class About(Section):
-    """What to expect of a recipe: for people, read by nothing else."""
+    """What a reader can expect of a recipe. No code depends on it."""
 
     summary: str = ""
     """One line for `fastdeit recipes`."""
@@ -118,12 +60,9 @@ class ModelConfig(Section):
     name: Text | None = None
     """A model of `fastdeit.models`; either this or `timm`."""
     timm: Text | None = None
-    """A model of timm, trained as it is."""
-    image_size: Annotated[
-        Annotated[Side, Tag("side")] | Annotated[tuple[Side, Side], Tag("sides")],
-        Discriminator(lambda size: "sides" if isinstance(size, list | tuple) else "side"),
-    ] = 224
-    """Input in pixels: one number, or [height, width]."""
+    """A model of timm, which is trained unchanged."""
+    image_size: ImageSize = 224
+    """Input in pixels: the side of a square, or [height, width]."""
     num_classes: Classes | None = None
     """null: as many as the data set has."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -142,23 +81,8 @@ class ModelConfig(Section):
         return timm
 
 
-class ViewConfig(Section):
-    """What a recipe changes of one view of its method; null: nothing. Fields not explained here are those of `data`."""
-
-    size: Side | None = None
-    """Side of the view in pixels."""
-    crop: Crop | None = None
-    crop_scale: CropScale | None = None
-    flip: Fraction | None = None
-    augment: Policy | None = None
-    color_jitter: Jitter | None = None
-    erase: Fraction | None = None
-    crop_of: Text | None = None
-    """An earlier view of which crop and flip are taken."""
-
-
-class DataConfig(Section):
-    """Where samples come from and how they are augmented. Defaults are DeiT's, but for `augment` and `erase`."""
+class DataSplits(Section):
+    """Where samples come from."""
 
     source: Source = "folder"
     """folder: ROOT/SPLIT/CLASS/image; packed: ROOT/SPLIT.pack, made by `fastdeit data pack`; tar: shards in the
@@ -172,23 +96,29 @@ class DataConfig(Section):
     split need none."""
     val: Text = "val"
     """Name of the held-out split under `root`, likewise."""
+
+    @field_validator("root")
+    @classmethod
+    def _root_is_read(cls, root: str | None, info: ValidationInfo) -> str | None:
+        source = info.data.get("source", "folder")
+        if root is not None and source in ("synthetic", "digits"):
+            raise ValueError(f"has no place beside data.source {source}, which reads no directory of yours")
+        return root
+
+
+class DataConfig(AugmentSettings, DataSplits):
+    """The input of training and evaluation. Fields that stand here with their default alone are those of
+    `AugmentSettings`; the defaults are DeiT's, but for `augment` and `erase`."""
+
     crop: Crop = "random_resized"
-    """simple: DeiT III's, resized so that the short side fits, padded by 4 reflected pixels, cut at random."""
     crop_scale: CropScale = (0.08, 1.0)
-    """Area of the random resized crop as a fraction of the image: smallest, largest."""
     crop_ratio: Range = (0.75, 1.3333333333)
-    """Width over height of the random resized crop: smallest, largest."""
     flip: Fraction = 0.5
-    """Probability of a horizontal flip."""
-    augment: Policy = "none"
-    """Operations on the pixels in timm's notation: rand-m9-mstd0.5-inc1, original, trivial, three_augment, none, ..."""
+    augment: PolicyText = "none"
     color_jitter: Jitter | None = None
-    """Strength of brightness, contrast and saturation, or three of them, or four with the hue's; null: that of the
-    policy in `augment`, 0.3 for three_augment and none for the others."""
     erase: Fraction = 0.0
-    """Probability of random erasing: a rectangle of 2 to 33 % of the image filled with noise."""
-    views: dict[str, ViewConfig] = {}
-    """Of a method that wants several views of a sample: what differs from the method's own settings, by view."""
+    views: dict[str, ViewSettings] = Field(default_factory=dict)
+    """By name of a view that the method asks for: what is changed of the method's own settings."""
     mixup: NonNegative = 0.8
     """Parameter of mixup's Beta distribution; 0 turns mixup off."""
     cutmix: NonNegative = 1.0
@@ -217,14 +147,6 @@ class DataConfig(Section):
     """Size of the training set, for source synthetic."""
     synthetic_classes: Classes = 1000
     """Number of classes, for source synthetic."""
-
-    @field_validator("root")
-    @classmethod
-    def _root_is_read(cls, root: str | None, info: ValidationInfo) -> str | None:
-        source = info.data.get("source", "folder")
-        if root is not None and source in ("synthetic", "digits"):
-            raise ValueError(f"has no place beside data.source {source}, which reads no directory of yours")
-        return root
 
     @field_validator("group_size")
     @classmethod
@@ -271,7 +193,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """How much of what."""
+    """Length of the run, batch size, seed, evaluation."""
 
     epochs: Count
     batch_size: Count
@@ -279,15 +201,15 @@ class TrainConfig(Section):
     accumulate: Count = 1
     """Micro-batches per optimizer step, to save memory; the result is that of one batch."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """The one seed: initial weights, order, augmentation, mixing, drop-path."""
+    """The only seed: of the initial weights, order, augmentation, mixing and drop-path."""
     eval_every: Count = 1
     """Epochs between evaluations."""
-    best_by: str | None = None
-    """Metric by which the best step is chosen; null: the first of the method's first evaluator."""
+    best_by: Text | None = None
+    """Metric by which the best checkpoint is chosen; null: the first of the method's first evaluator."""
 
 
 class EngineConfig(Section):
-    """How the run is carried out: nothing here is meant to change what is learned."""
+    """How the run is carried out. Nothing here changes what is learned, except by rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is a GPU."""

@@ -24,7 +24,7 @@ from fastdeit.engine.progress import table
 from fastdeit.errors import UsageError
 from fastdeit.estimate import DESIGNS, GIB, Design, Network, ViT, Work
 from fastdeit.estimate_gpus import DEFAULT_GPUS, GPU, GPUS, GPUS_PER_NODE
-from fastdeit.recipe_yaml import meant
+from fastdeit.recipe_yaml import did_you_mean
 
 if TYPE_CHECKING:
     from fastdeit.recipe import Recipe
@@ -88,7 +88,7 @@ def _machines(recipe: "Recipe", args: argparse.Namespace) -> list[Machine]:
 
 def _gpu(name: str) -> GPU:
     if name.upper() not in GPUS:
-        raise UsageError(f"--gpu {name}: known are {', '.join(GPUS)}{meant(name.upper(), GPUS)}")
+        raise UsageError(f"--gpu {name}: known are {', '.join(GPUS)}{did_you_mean(name.upper(), GPUS)}")
     return GPUS[name.upper()]
 
 

@@ -1,38 +1,44 @@
 """Recipes: YAML in, one frozen `Recipe` out, or one message with everything that is wrong.
 
 A recipe file has the sections of `Recipe` and optionally `base:`, the name or path of one other recipe whose fields it
-starts from. Overrides `section.field=value` come last. Values keep their places (`recipe_yaml.py`) through merging, so
-that pydantic's verdict on the result (`config.py`) can be told with file and line.
+starts from. Overrides `section.field=value` come last. Every value keeps its file and line through merging
+(`recipe_yaml.py`), so that each error of validation (`config.py`) names them (`recipe_errors.py`).
 
 The `method:` section is validated by the method's own model, and `optim:` by one that has the options of the optimizer;
 both are looked up when a recipe is validated. Importing this module imports no torch.
 """
 
 import io
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    SerializeAsAny,
-    ValidationError,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, create_model, field_validator, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.events import ScalarEvent
-from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.nodes import SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
 
-from fastdeit.config import About, DataConfig, EngineConfig, ModelConfig, OptimConfig, Section, TrainConfig
-from fastdeit.recipe_yaml import NOWHERE, FieldPath, Item, Place, Problems, Reader, as_item, meant, plain, shown
+from fastdeit.config import About, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from fastdeit.fields import Section
+from fastdeit.recipe_errors import in_words, unknown_field, validate_section
+from fastdeit.recipe_yaml import (
+    NOWHERE,
+    FieldPath,
+    Item,
+    Place,
+    Problems,
+    Reader,
+    as_item,
+    did_you_mean,
+    first_place,
+    format_value,
+    place_of,
+    plain,
+)
+from fastdeit.views import overridden, resolution_problems, view_problems
 
 SHIPPED = Path(__file__).parent / "recipes"
 MAX_BYTES = 256 * 1024
@@ -137,11 +143,11 @@ def text(name: str) -> str:
 
 def dump(recipe: Recipe) -> str:
     """`recipe` as YAML with every field written out; a file of that text and the same stem loads as an equal recipe."""
-    yaml = YAML()
-    yaml.Representer = _Representer
-    yaml.width = 2**16
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer, yaml.default_flow_style, yaml.width = _Representer, False, 2**16
+    yaml.sort_base_mapping_type_on_output = False
     stream = io.StringIO()
-    yaml.dump(_for_people(recipe.model_dump(mode="json", exclude={"name"})), stream)
+    yaml.dump(recipe.model_dump(mode="json", exclude={"name"}), stream)
     return stream.getvalue()
 
 
@@ -158,7 +164,7 @@ def difference(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
 
 
-# A packed copy of a folder is the same data: what they hold is told by the fingerprints in a checkpoint.
+# A packed copy of a folder is the same data. The fingerprints in a checkpoint say whether two sources hold the same.
 _PLACES = {"source", "root", "train", "val", "threads"}
 
 
@@ -170,24 +176,14 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", inner
 
 
-class _Representer(RoundTripRepresenter):
-    """Writes `null` where ruamel.yaml leaves an empty space."""
+class _Representer(SafeRepresenter):
+    """Writes a list on one line."""
+
+    def represent_list(self, data: list[Any]) -> SequenceNode:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
 
-_Representer.add_representer(
-    type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-)
-
-
-def _for_people(value: Any) -> Any:
-    """Lists of plain values go on one line."""
-    if isinstance(value, dict):
-        return {key: _for_people(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        line = CommentedSeq(value)
-        line.fa.set_flow_style()
-        return line
-    return value
+_Representer.add_representer(list, _Representer.represent_list)
 
 
 def _summary(name: str) -> str:
@@ -200,7 +196,7 @@ def _summary(name: str) -> str:
 
 
 def _no_recipe(name: str) -> str:
-    return f"there is no recipe {name!r}{meant(name, names()) or '; there are ' + ', '.join(names())}"
+    return f"there is no recipe {name!r}{did_you_mean(name, names()) or '; there are ' + ', '.join(names())}"
 
 
 def _find(word: str, folder: Path) -> Path:
@@ -212,7 +208,7 @@ def _find(word: str, folder: Path) -> Path:
     path = folder / word
     if not path.is_file():
         why = "is not a file" if path.exists() else "does not exist"
-        raise RecipeError(f"{path} {why}{meant(path.stem, names(), cutoff=0.9)}")
+        raise RecipeError(f"{path} {why}{did_you_mean(path.stem, names(), cutoff=0.9)}")
     return path
 
 
@@ -237,7 +233,7 @@ def _read(path: Path, problems: Problems) -> Item | None:
     root = Reader(text, source, problems).document()
     if root is None or isinstance(root.value, dict):
         return root
-    got = "nothing" if root.value is None else shown(plain(root))
+    got = "nothing" if root.value is None else root
     problems.add(root.place, (), f"a recipe is a mapping of the sections {', '.join(_SECTIONS)}; this is {got}")
     return None
 
@@ -248,18 +244,17 @@ def _with_base(path: Path, problems: Problems) -> Item | None:
     if root is None or "base" not in root.value:
         return root
     named = root.value["base"]
-    mine = Item({key: item for key, item in root.value.items() if key != "base"}, root.place)
     base = _base(named, path, problems)
     if base is None:
         problems.incomplete = True
-        return mine
+        return root.without("base")
     # What a recipe is measured to reach says nothing of one that changes it.
-    return _merged(Item({key: item for key, item in base.value.items() if key != "about"}, base.place), mine)
+    return _merged(base.without("about"), root.without("base"))
 
 
 def _base(named: Item, child: Path, problems: Problems) -> Item | None:
     if not isinstance(named.value, str) or not named.value:
-        problems.add(named.place, ("base",), f"must be the name or path of a recipe, got {shown(plain(named))}")
+        problems.add(named.place, ("base",), f"must be the name or path of a recipe, got {named}")
         return None
     try:
         path = _find(named.value, child.parent)
@@ -271,7 +266,7 @@ def _base(named: Item, child: Path, problems: Problems) -> Item | None:
         return None
     base = _read(path, problems)
     if base is not None and "base" in base.value:
-        problem = f"{path} has a base itself; only one level is allowed, so name {shown(plain(base.value['base']))}"
+        problem = f"{path} has a base itself; only one level is allowed, so name {base.value['base']}"
         problems.add(named.place, ("base",), problem)
         return None
     return base
@@ -337,36 +332,23 @@ def _merged(base: Item, child: Item, path: FieldPath = ()) -> Item:
     if not isinstance(base.value, dict) or not isinstance(child.value, dict):
         return child
     kept = dict(base.value)
-    if not path and _changes_method(base, child):
-        kept["data"] = _without_views(kept.get("data", Item({}, NOWHERE)))
+    if not path and "data" in kept and _changes_method(base, child):
+        kept["data"] = kept["data"].without("views")
     choice = _CHOICES.get(path)
     if choice is not None and _decides_anew(choice, base.value, child.value):
         if choice.stale is None:
             shared = {key: item for key, item in kept.items() if key in choice.shared}
-            return Item(shared | child.value, _written_at(child))
-        kept = {key: item for key, item in kept.items() if key not in choice.stale}
+            return Item(shared | child.value, first_place(child))
+        kept = base.without(*choice.stale).value
     for key, item in child.value.items():
         kept[key] = _merged(kept[key], item, (*path, key)) if key in kept else item
     return Item(kept, child.place if child.place != NOWHERE else base.place)
 
 
 def _changes_method(base: Item, child: Item) -> bool:
+    """Whether the views of `base` belong to a method that is not trained."""
     old, new = (root.value["method"].value if "method" in root.value else None for root in (base, child))
     return isinstance(old, dict) and isinstance(new, dict) and _decides_anew(_CHOICES["method",], old, new)
-
-
-def _without_views(data: Item) -> Item:
-    """The data section without what it says of the views of a method that is not trained."""
-    if not isinstance(data.value, dict):
-        return data
-    return Item({key: item for key, item in data.value.items() if key != "views"}, data.place)
-
-
-def _written_at(item: Item) -> Place:
-    """Place of the item, or that of the first field inside for a section that only overrides made."""
-    while item.place == NOWHERE and isinstance(item.value, dict) and item.value:
-        item = next(iter(item.value.values()))
-    return item.place
 
 
 def _decides_anew(choice: _Choice, base: Mapping[str, Item], child: Mapping[str, Item]) -> bool:
@@ -384,18 +366,16 @@ def _validated(name: str, root: Item, problems: Problems) -> Recipe:
     models = {**_SECTIONS, "method": _method_model(root, problems), "optim": _optim_model(root, problems)}
     for key, item in root.value.items():
         if key not in models:
-            problems.add(
-                _place_of(root, (key,)), (key,), f"unknown field ({shown(plain(item))}){_hint(models, (key,))}"
-            )
-    parts = {
-        section: _section(model, root, section, models, problems)
-        for section, model in models.items()
-        if model is not None and not problems.skips((section,))
-    }
-    parts = {section: part for section, part in parts.items() if part is not None}
+            problems.add(place_of(root, (key,)), (key,), unknown_field(plain(item), models, (key,)))
+    parts: dict[str, Any] = {}
+    for section, model in models.items():
+        if model is not None and not problems.is_unreadable((section,)):
+            part = validate_section(section, root, models, problems)
+            if part is not None:
+                parts[section] = part
     if not problems.incomplete:
         for path, problem in _conflicts(parts):
-            problems.add(_place_of(root, path), path, problem)
+            problems.add(place_of(root, path), path, problem)
     if problems.found:
         raise RecipeError(problems.text())
     return Recipe(name=name, **parts)
@@ -403,9 +383,9 @@ def _validated(name: str, root: Item, problems: Problems) -> Recipe:
 
 def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
     """What valid sections have against each other; of sections that are missing in `parts` nothing is said."""
-    data, optim, train = (parts.get(section) for section in ("data", "optim", "train"))
-    if data and "method" in parts:
-        yield from _view_conflicts(parts["method"].use, data)
+    model, method, data, optim, train = (parts.get(name) for name in ("model", "method", "data", "optim", "train"))
+    if method and data:
+        yield from _view_conflicts(method, data, model.image_size if model else None)
     if data and train:
         groups, rest = divmod(train.batch_size, data.group_size)
         if rest:
@@ -421,68 +401,60 @@ def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
     if optim and train and optim.warmup_epochs >= train.epochs:
         yield (
             ("optim", "warmup_epochs"),
-            f"must be less than train.epochs ({train.epochs}), got {shown(optim.warmup_epochs)}",
+            f"must be less than train.epochs ({train.epochs}), got {format_value(optim.warmup_epochs)}",
         )
 
 
-def _view_conflicts(use: str, data: DataConfig) -> Iterator[tuple[FieldPath, str]]:
-    """What the views of the method have against what the recipe makes of them."""
-    # Methods import torch, policies numpy.
+def _view_conflicts(
+    method: Any, data: DataConfig, image_size: int | tuple[int, int] | None
+) -> Iterator[tuple[FieldPath, str]]:
+    """What is wrong with the views that the method asks for, and with what the recipe makes of them."""
+    # Methods import torch.
     from fastdeit import methods
-    from fastdeit.data import policy
-    from fastdeit.views import overridden, view_problems
 
-    own = getattr(methods.find(use), "views", ())
+    try:
+        own = methods.find(method.use).views(method)
+    except ValueError as error:
+        yield ("method",), f"asks for a view that cannot be: {in_words(error)}"
+        return
+    found = [f"view {name!r} of method {method.use}: {field} {problem}" for name, field, problem in view_problems(own)]
+    if found:
+        yield from ((("method",), problem) for problem in found)
+        return
     known = [view.name for view in own]
     for name in data.views:
         if name not in known:
-            problem = f"is no view of method {use}, which has {', '.join(known)}{meant(name, known)}"
+            problem = f"is no view of method {method.use}, which has {', '.join(known)}{did_you_mean(name, known)}"
             yield ("data", "views", name), problem
     views = overridden(own, data.views)
-    for name, field, problem in view_problems(views):
+    problems = list(view_problems(views))
+    if not problems and image_size is not None:
+        problems = list(resolution_problems(views, data, image_size))
+    for name, field, problem in problems:
         yield ("data", "views", name, field), problem
-    for view in views:
-        said = view.over(data)
-        try:
-            policy.parse(said.augment, color_jitter=said.color_jitter)
-        except ValueError as error:
-            yield ("data", "views", view.name, "color_jitter"), f"{error}, or give the view an augment of its own"
 
 
 def _method_config(use: str) -> type[BaseModel]:
     """Model of the `method:` section; raises ValueError for a method that does not exist."""
-    # Methods import torch; reading, listing and showing recipes does without.
-    from fastdeit import methods
-
     module, colon, _ = use.partition(":")
     if colon and not all(part.isidentifier() for part in (*module.split("."), *use[len(module) + 1 :].split("."))):
         raise ValueError(f"{use!r} is not an import path 'package.module:Class'")
-    config = getattr(methods.find(use), "Config", None)
-    if not (isinstance(config, type) and issubclass(config, BaseModel)):
-        raise ValueError(f"{use!r} is not a method: it has no pydantic model named Config")
+    # Methods import torch. Reading, listing and showing recipes does without.
+    from fastdeit import methods
+    from fastdeit.methods.base import Method
+
+    kind = methods.find(use)
+    config = getattr(kind, "Config", None)
+    if not (_is_class(kind, Method) and _is_class(config, BaseModel)):
+        raise ValueError(
+            f"{use!r} is not a method: that is a subclass of fastdeit.methods.base.Method with a pydantic model named "
+            "Config"
+        )
     return config
 
 
-def _method_model(root: Item, problems: Problems) -> type[BaseModel] | None:
-    section = root.value.get("method", Item({}, root.place))
-    path: FieldPath = ("method", "use")
-    if not isinstance(section.value, dict):
-        problems.add(_place_of(root, ("method",)), ("method",), f"must be a mapping, got {shown(plain(section))}")
-    elif problems.skips(path) or ("use" not in section.value and problems.incomplete):
-        return None
-    elif "use" not in section.value:
-        problems.add(_place_of(root, path), path, "is required; it names the training method, as in use: supervised")
-    elif not isinstance(use := section.value["use"].value, str):
-        got = shown(plain(section.value["use"]))
-        problems.add(_place_of(root, path), path, f"must be the name of a method, got {got}")
-    else:
-        try:
-            return _method_config(use)
-        except ValueError as error:
-            from fastdeit import methods
-
-            problems.add(_place_of(root, path), path, f"{error}{meant(use, methods.METHODS)}")
-    return None
+def _is_class(value: Any, base: type) -> bool:
+    return isinstance(value, type) and issubclass(value, base)
 
 
 @cache  # recipes are equal only where their sections have one type
@@ -498,147 +470,37 @@ def _optim_model(root: Item, problems: Problems) -> type[OptimConfig] | None:
     """Model of the `optim:` section; None, with the problem recorded, where its name is that of no optimizer."""
     section = root.value.get("optim", Item({}, root.place))
     path: FieldPath = ("optim", "name")
-    if not isinstance(section.value, dict) or problems.skips(path):
+    if not isinstance(section.value, dict) or problems.is_unreadable(path):
         return OptimConfig  # what is wrong with it is said elsewhere
     name = section.value["name"].value if "name" in section.value else _ADAMW
     if not isinstance(name, str):
-        got = shown(plain(section.value["name"]))
-        problems.add(_place_of(root, path), path, f"must be the name of an optimizer, got {got}")
+        problems.add(place_of(root, path), path, f"must be the name of an optimizer, got {section.value['name']}")
         return None
     try:
         return _optim_config(name)
     except ValueError as error:
         from fastdeit.engine.optimizers import OPTIMIZERS
 
-        problems.add(_place_of(root, path), path, f"{error}{meant(name, OPTIMIZERS)}")
+        problems.add(place_of(root, path), path, f"{error}{did_you_mean(name, OPTIMIZERS)}")
         return None
 
 
-def _section(
-    model: type[BaseModel], root: Item, section: str, models: Mapping[str, Any], problems: Problems
-) -> BaseModel | None:
-    """The section, or None with its problems recorded."""
-    item = root.value.get(section, Item({}, NOWHERE))
-    if not isinstance(item.value, dict):
-        problems.add(_place_of(root, (section,)), (section,), f"must be a mapping, got {shown(plain(item))}")
+def _method_model(root: Item, problems: Problems) -> type[BaseModel] | None:
+    section = root.value.get("method", Item({}, root.place))
+    path: FieldPath = ("method", "use")
+    if not isinstance(section.value, dict):
+        problems.add(place_of(root, ("method",)), ("method",), f"must be a mapping, got {section}")
+    elif problems.is_unreadable(path) or ("use" not in section.value and problems.incomplete):
         return None
-    try:
-        # Strict, so that no value changes its type; from JSON, where a list may stand for a tuple.
-        return model.model_validate_json(json.dumps(plain(item)), strict=True)
-    except ValidationError as error:
-        found: dict[FieldPath, list[tuple[str, str]]] = {}
-        for detail in error.errors(include_url=False):
-            path = _path_of(root, (section, *detail["loc"]))
-            written = _written(root, path)
-            # Fields that disagree with one that could not be read, or with one that the base may have.
-            doubtful = detail["type"] == "value_error" and problems.skips_within(path if written else path[:-1])
-            if problems.skips(path) or doubtful or (problems.incomplete and not written):
-                continue
-            found.setdefault(path, []).append(_explained(detail, written, models, path))
-        for path, reasons in found.items():
-            # Several reasons for one value: the alternatives of a union.
-            reason = " or ".join(dict.fromkeys(reason for reason, _ in reasons))
-            problems.add(_place_of(root, path), path, reason.replace(" or must be ", " or ") + reasons[0][1])
-        return None
+    elif "use" not in section.value:
+        problems.add(place_of(root, path), path, "is required; it names the training method, as in use: supervised")
+    elif not isinstance(use := section.value["use"].value, str):
+        problems.add(place_of(root, path), path, f"must be the name of a method, got {section.value['use']}")
+    else:
+        try:
+            return _method_config(use)
+        except ValueError as error:
+            from fastdeit import methods
 
-
-def _path_of(root: Item, loc: Iterable[str | int]) -> FieldPath:
-    """pydantic's location as a path into the tree: no names of union members, no entry that a list does not have."""
-    path: FieldPath = ()
-    item: Item | None = root
-    for part in loc:
-        value = item.value if item is not None else {}
-        if isinstance(value, dict) and isinstance(part, str):
-            path, item = (*path, part), value.get(part)
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            path, item = (*path, part), value[part]
-    return path
-
-
-def _written(root: Item, path: FieldPath) -> bool:
-    for part in path:
-        if isinstance(part, str) and (not isinstance(root.value, dict) or part not in root.value):
-            return False
-        root = root.value[part]
-    return True
-
-
-def _place_of(root: Item, path: FieldPath) -> Place:
-    """Where the value at `path` stands, or else the innermost section around it that is written somewhere."""
-    place = root.place
-    for part in path:
-        if isinstance(root.value, dict) and part not in root.value:
-            return place
-        root = root.value[part]
-        place = root.place if root.place != NOWHERE else place
-    inside = _written_at(root)
-    return place if inside == NOWHERE else inside
-
-
-def _explained(detail: Mapping[str, Any], written: bool, models: Mapping[str, Any], path: FieldPath) -> tuple[str, str]:
-    """One of pydantic's error details as (what is wrong, the value and a guess at what was meant)."""
-    kind, limits, value = detail["type"], detail.get("ctx", {}), detail["input"]
-    if kind == "extra_forbidden":
-        return "unknown field", f" ({shown(value)}){_hint(models, path)}"
-    if kind == "missing":
-        return ("has too few entries", "") if isinstance(detail["loc"][-1], int) else ("is required", "")
-    got = f", got {shown(value)}" + ("" if written else " by default")
-    if kind == "value_error":
-        return str(limits["error"]), "" if value is None or isinstance(value, dict) else got
-    if kind == "literal_error":
-        choices = re.findall("'([^']*)'", limits["expected"])
-        one_of = "must be one of " if len(choices) > 1 else "must be "
-        return one_of + ", ".join(choices), got + (meant(value, choices) if isinstance(value, str) else "")
-    words = _WORDS.get(kind)
-    bounds = {name: str(bound).removesuffix(".0") for name, bound in limits.items()}
-    return (words.format_map(bounds) if words else detail["msg"]), got
-
-
-_WORDS = {
-    "bool_type": "must be true or false",
-    "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "string_type": "must be text",
-    "tuple_type": "must be a list",
-    "list_type": "must be a list",
-    "dict_type": "must be a mapping",
-    "model_type": "must be a mapping",
-    "greater_than": "must be above {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than": "must be below {lt}",
-    "less_than_equal": "must be at most {le}",
-    "finite_number": "must be a finite number",
-    "string_too_short": "must not be empty",
-    "too_short": "must have at least {min_length} entries",
-    "too_long": "must have at most {max_length} entries",
-}
-
-
-def _hint(models: Mapping[str, type[BaseModel] | None], path: FieldPath) -> str:
-    """A guess at what the unknown field at `path` was meant to be: the same name in another section, or a neighbour."""
-    *parents, key = path
-    homes = [section for section, model in models.items() if model is not None and key in model.model_fields]
-    if homes:
-        return f"; did you mean '{homes[0]}.{key}'?"
-    if parents == ["optim"]:
-        from fastdeit.engine.optimizers import OPTIMIZERS
-
-        owners = [name for name, optimizer in OPTIMIZERS.items() if key in optimizer.Options.model_fields]
-        if owners:
-            return f"; it belongs to optim.name {' or '.join(owners)}"
-    return meant(str(key), _fields(models, parents) if parents else models)
-
-
-def _fields(models: Mapping[str, type[BaseModel] | None], path: Sequence[str | int]) -> Iterable[str]:
-    """Field names of the (nested) model at `path`."""
-    kind: Any = models.get(str(path[0]))
-    for part in path[1:]:
-        if get_origin(kind) is dict:
-            kind = get_args(kind)[1]
-            continue
-        fields = getattr(kind, "model_fields", {})
-        annotation = fields[part].annotation if part in fields else None
-        inner = [(inner, get_origin(inner) or inner) for inner in (annotation, *get_args(annotation))]
-        kind = next((kind for kind, of in inner if isinstance(of, type) and issubclass(of, BaseModel | dict)), None)
-    return getattr(kind, "model_fields", ())
+            problems.add(place_of(root, path), path, f"{error}{did_you_mean(use, methods.METHODS)}")
+    return None

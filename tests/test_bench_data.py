@@ -159,8 +159,8 @@ def test_repeated_files_are_those_of_their_class(short, tmp_path):
         ("--peer timm data.augment=trivial", "nothing to be compared with: timm has no augment trivial"),
         ("data.threads=4", "data.threads is set by the benchmark (by flags: --batch, --threads)"),
         ("--eval train.batch_size=4", "train.batch_size is set by the benchmark"),
-        ("data.crop=smple", "did you mean 'simple'?"),
-        ("--recipe deit_smal", "did you mean 'deit_small'?"),
+        ("data.crop=smple", "did you mean simple?"),
+        ("--recipe deit_smal", "did you mean deit_small"),
         ("--batch 3", "must be even"),
     ],
 )

@@ -94,7 +94,7 @@ def test_a_measurement_gives_every_worker_its_share(monkeypatch):
         ("train data.erase=2", "data.erase"),
         ("train --peer dali", "--peer dali: bench train has the peers timm, timm_compile"),
         ("train --model convnet_digits", "convnet_digits is no vision transformer"),
-        ("train --recipe deit_smal", "did you mean 'deit_small'"),
+        ("train --recipe deit_smal", "did you mean deit_small"),
     ],
 )
 def test_mistakes(argv, message, capsys):

@@ -78,19 +78,23 @@ def test_a_teacher_sees_the_same_erasure(batch_of):
 
 def test_every_field_reaches_the_plan(path):
     overrides = ["data.crop=simple", "data.augment=three_augment", "data.color_jitter=0.2", "data.mix_mode=pair"]
-    (augment,) = build.augmentations(recipes.load(path, [*overrides, "data.erase=0.1", "model.image_size=[48, 32]"]))
-    assert (augment.crop, augment.erase, augment.mix_mode) == ("simple", 0.1, "pair")
+    recipe = recipes.load(path, [*overrides, "data.erase=0.1", "model.image_size=[48, 32]"])
+    (augment,) = build.augmentations(recipe)
+    assert (augment.crop, augment.erase) == ("simple", 0.1)
+    assert build.mixing(recipe) == plan.Mixing(group_size=8, mix_mode="pair")
     assert (augment.policy.size, augment.policy.layers, augment.policy.jitter) == ((48, 32), 1, (0.2, 0.2, 0.2, 0.0))
 
 
 class MultiCrop(Supervised):
-    views = (
-        View("global_0", crop_scale=(0.4, 1.0)),
-        View("global_1", crop_scale=(0.4, 1.0), erase=0.2),
-        View("local_0", size=16, crop_scale=(0.05, 0.4), augment="none"),
-        View("local_1", size=16, crop_scale=(0.05, 0.4), augment="none"),
-        View("teacher", crop_of="local_1"),
-    )
+    @classmethod
+    def views(cls, config):
+        return (
+            View("global_0", crop_scale=(0.4, 1.0)),
+            View("global_1", crop_scale=(0.4, 1.0), erase=0.2),
+            View("local_0", size=16, crop_scale=(0.05, 0.4), augment="none"),
+            View("local_1", size=16, crop_scale=(0.05, 0.4), augment="none"),
+            View("teacher", crop_of="local_1"),
+        )
 
 
 def test_views_of_a_method_reach_the_plan(path):
@@ -116,22 +120,22 @@ def test_views_of_a_method_reach_the_model(batch_of):
 
 
 def test_a_simple_crop_is_shared_at_its_size_only(path):
-    recipe = recipes.load(path, ["method.use=test_build:MultiCrop", "data.crop=simple"])
+    simple = ["method.use=test_build:MultiCrop", "data.crop=simple"]
     with pytest.raises(
-        UsageError, match=r"view teacher of 32 x 32 pixels cannot have the crop of view local_1, a simple"
+        recipes.RecipeError, match=r"teacher.crop_of: gives a view of 32 x 32 pixels the crop of view local_1, a simple"
     ):
-        build.augmentations(recipe)
-    assert len(build.augmentations(recipes.override(recipe, ["data.views.teacher.size=16"]))) == 5
+        recipes.load(path, simple)
+    assert len(build.augmentations(recipes.load(path, [*simple, "data.views.teacher.size=16"]))) == 5
 
 
 def test_the_batch_holds_the_planned_mixing_and_erasure(batch_of):
     batch = batch_of("data.erase=0.5", "data.mix_mode=element", "data.augment=rand-m9-mstd0.5-inc1")
-    augment = plan.Augment(size=(32, 32), group_size=8, erase=0.5, mix_mode="element")
+    augment, mixing = plan.Augment(size=(32, 32), erase=0.5), plan.Mixing(group_size=8, mix_mode="element")
     size = torch.full((16,), 32)
     view = plan.samples(augment, 0, 0, batch.index.numpy(), torch.zeros(16).long().numpy(), size, size)
     assert batch.erase[0][0].tolist() == view.erase_box.tolist()
     assert batch.erase[0][1].tolist() == view.erase_key.tolist()
-    assert batch.targets.lam.tolist() == plan.mix(augment, 0, 0, slice(0, 2)).lam.tolist()
+    assert batch.targets.lam.tolist() == plan.mix(mixing, (32, 32), 0, 0, slice(0, 2)).lam.tolist()
     assert len(set(batch.targets.lam.tolist())) > 8
 
 

@@ -17,7 +17,8 @@ LAYERS: dict[str, set[str]] = {
     "fastdeit": set(),
     "errors": set(),
     "rng": set(),
-    "views": set(),
+    "fields": set(),
+    "views": {"fields", "data"},
     "batch": {"kernels"},
     "kernels": set(),
     "models": {"kernels"},
@@ -28,12 +29,13 @@ LAYERS: dict[str, set[str]] = {
     "launch": {"errors", "agent", "train"},
     "__main__": {"cli"},
 }
-NOT_FOR_CLI = {"rng", "views", "batch", "models", "methods", "data", "engine", "agent", "__main__"}
+NOT_FOR_CLI = {"rng", "fields", "views", "batch", "models", "methods", "data", "engine", "agent", "__main__"}
 ABOVE_TRAIN = {"cli", "launch", "agent", "__main__"}
 # numpy only: they run where no torch is wanted, and their arrays are the contract with any executor.
 _DATA = ("arrow", "cifar", "crc32c", "datasets", "index", "layout", "order", "packed", "parquet", "plan")
 _DATA += ("policy", "scan", "shards", "source", "tar", "tfrecord", "tools")
-WITHOUT_TORCH = [*(f"data/{name}.py" for name in _DATA), "data_verbs.py", "errors.py", "rng.py", "cli.py", "launch.py"]
+_TOP = ("data_verbs", "errors", "rng", "fields", "views", "cli", "launch")
+WITHOUT_TORCH = [f"{name}.py" for name in (*(f"data/{name}" for name in _DATA), *_TOP)]
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

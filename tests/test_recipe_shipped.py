@@ -60,8 +60,8 @@ def test_the_command_runs_this_recipe(name):
     assert (program, verb) == ("fastdeit", "train")
     args = VERBS["train"].parse(words)
     assert args.words == [name]
-    asked = recipes.load(name, args.overrides)
-    assert asked.data.root is not None or asked.data.source == "digits"
+    data = recipes.load(name, args.overrides).data
+    assert data.root is not None or data.source == "digits"
 
 
 @every

@@ -79,8 +79,8 @@ class TrainLoader:
     """Training batches of process `rank` of `world`, by global step: step s is batch s % steps_per_epoch of epoch
     s // steps_per_epoch.
 
-    augment: of the first view, and the mixing of all; further: of the other views, each with a `stream` of its own.
-    Mixing is drawn once for all views of a sample, and the cut box scaled to the size of each. batch_size is that of
+    views: augmentation of each view, further ones with a `stream` of their own. Mixing is drawn once for all views of a
+    sample, in the first, and the cut box scaled to the size of each. batch_size is that of
     all processes and micro-batches together. threads: DALI's CPU threads (default: the machine's cores divided by
     world). device: "cpu" or a GPU's index. noise: columns of uniforms by name, stores: what comes with every sample,
     by name; both are what a method asks for. mean, std: the student's normalisation. total_steps: of the whole run
@@ -91,9 +91,9 @@ class TrainLoader:
     def __init__(
         self,
         source: Source,
-        augment: plan.Augment,
+        views: Sequence[plan.Augment],
+        mixing: plan.Mixing,
         *,
-        further: Sequence[plan.Augment] = (),
         seed: int,
         batch_size: int,
         accumulate: int = 1,
@@ -110,9 +110,8 @@ class TrainLoader:
         max_bad_fraction: float = 0.001,
         on_bad: OnBad | None = None,
     ) -> None:
-        self._groups = order.groups_per_batch(batch_size, augment.group_size, accumulate, world)
-        self._source, self._augment, self._seed = source, augment, seed
-        self._views = (augment, *further)
+        self._groups = order.groups_per_batch(batch_size, mixing.group_size, accumulate, world)
+        self._source, self._views, self._mixing, self._seed = source, tuple(views), mixing, seed
         self._batch_size, self._accumulate, self._repeats = batch_size, accumulate, repeats
         self._rank, self._world = rank, world
         self._threads, self._device = threads or _threads(world), device
@@ -146,7 +145,7 @@ class TrainLoader:
                 if step // self.steps_per_epoch != epoch:
                     epoch = step // self.steps_per_epoch
                     stream = order.epoch(self._seed, epoch, len(self._source), self._batch_size, self._repeats)
-                groups = order.groups(stream, step % self.steps_per_epoch, self._batch_size, self._augment.group_size)
+                groups = order.groups(stream, step % self.steps_per_epoch, self._batch_size, self._mixing.group_size)
                 for micro in range(self._accumulate):
                     part = order.slice_of(self._groups, micro, self._accumulate, self._rank, self._world)
                     rows = _Rows(epoch, step, part, groups.sample[part].reshape(-1), groups.copy[part].reshape(-1))
@@ -184,10 +183,11 @@ class TrainLoader:
     def _fields(self, work: Work) -> dict[str, Any]:
         """What a batch holds besides its images."""
         rows: _Rows = work.owner
-        mix = plan.mix(self._augment, self._seed, rows.step, rows.groups)
-        boxes = [plan.scale_boxes(mix.box, self._augment.size, view.size) for view in self._views]
+        first = self._views[0].size
+        mix = plan.mix(self._mixing, first, self._seed, rows.step, rows.groups)
+        boxes = [plan.scale_boxes(mix.box, first, view.size) for view in self._views]
         labels = _labels(self._source, rows.sample)
-        positions = np.arange(len(rows.sample)) + rows.groups.start * self._augment.group_size
+        positions = np.arange(len(rows.sample)) + rows.groups.start * self._mixing.group_size
         return {
             "targets": Labels(labels, labels[mix.partner], torch.from_numpy(mix.lam)),
             "partner": torch.from_numpy(mix.partner),

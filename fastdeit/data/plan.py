@@ -30,16 +30,13 @@ _ERASE_AREA, _ERASE_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 @dataclass(frozen=True)
 class Augment:
-    """Training augmentation of one view.
+    """Training augmentation of one view: its settings (`fastdeit.views`) with nothing left open.
 
     size: output (height, width) in pixels. crop: "random_resized", with crop_scale and crop_ratio the range of its area
     fraction and of width/height, or "simple", DeiT III's: the whole image, its short side resized to `size`, padded by
     `PAD` reflected pixels and cut at random. flip: probability of a horizontal flip. policy: pixel operations after
-    that. erase: probability of random erasing. mixup, cutmix: alpha of Beta(alpha, alpha), 0 turns it off.
-    mix_probability: share of draws that mix at all. mix_switch: share of cutmix where both are on. group_size: samples
-    that are mixed among themselves (DeiT: the batch of one GPU). mix_mode: who shares a draw, as in timm's Mixup: the
-    group ("batch"), two partners ("pair"), or nobody ("element"). stream: name of the view's random streams, empty for
-    the first view; crop_stream: likewise of crop and flip, which views of equal crop settings can have in common.
+    that. erase: probability of random erasing. stream: name of the view's random streams, empty for the first view;
+    crop_stream: likewise of crop and flip, which views of equal crop settings can have in common.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -49,14 +46,26 @@ class Augment:
     flip: float = 0.5
     policy: Policy = NO_POLICY
     erase: float = 0.0
+    stream: str = ""
+    crop_stream: str = ""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How samples are mixed among themselves: once for all their views.
+
+    mixup, cutmix: alpha of Beta(alpha, alpha), 0 turns it off. mix_probability: share of draws that mix at all.
+    mix_switch: share of cutmix where both are on. group_size: samples that are mixed among themselves (DeiT: the batch
+    of one GPU). mix_mode: who shares a draw, as in timm's Mixup: the group ("batch"), two partners ("pair"), or nobody
+    ("element").
+    """
+
     mixup: float = 0.8
     cutmix: float = 1.0
     mix_probability: float = 1.0
     mix_switch: float = 0.5
     group_size: int = 64
     mix_mode: Literal["batch", "pair", "element"] = "batch"
-    stream: str = ""
-    crop_stream: str = ""
 
 
 @dataclass(frozen=True)
@@ -213,33 +222,32 @@ def erase_boxes(uniforms: NDArray[np.float64], size: tuple[int, int]) -> NDArray
     return (np.stack((y, x, y + h, x + w), axis=1) * fits.any(1)[:, None]).astype(np.int32)
 
 
-def mix(augment: Augment, seed: int, step: int, groups: slice) -> Mix:
+def mix(mixing: Mixing, size: tuple[int, int], seed: int, step: int, groups: slice) -> Mix:
     """Mixing of the global batch's groups `groups.start ... groups.stop` at `step`, one draw for each group, pair or
-    element (`augment.mix_mode`).
+    element (`mixing.mix_mode`); boxes are in an image of `size` (height, width).
 
     lambda is the inverse CDF of Beta(alpha, alpha) at one uniform. The cut box has side ratio sqrt(1 - lambda) and a
     uniform centre, is clipped to the image, and lambda of the target is corrected to the area left (Yun et al.,
     "CutMix", 2019, as in timm's Mixup).
     """
-    size = augment.group_size
-    slot = np.arange(size)
-    of_slot = {"batch": slot * 0, "pair": np.minimum(slot, size - 1 - slot), "element": slot}[augment.mix_mode]
+    slot = np.arange(mixing.group_size)
+    of_slot = {"batch": slot * 0, "pair": np.minimum(slot, slot[::-1]), "element": slot}[mixing.mix_mode]
     per_group = of_slot.max() + 1
     ids = np.arange(groups.start * per_group, groups.stop * per_group)
     apply, switch, quantile, centre_y, centre_x = rng.uniform(rng.key(seed, "mix", step), ids, 5).T
-    share = augment.mix_switch if augment.mixup and augment.cutmix else float(augment.cutmix > 0)
+    share = mixing.mix_switch if mixing.mixup and mixing.cutmix else float(mixing.cutmix > 0)
     cut = switch < share
-    applied = (apply < augment.mix_probability) & (augment.mixup > 0 or augment.cutmix > 0)
-    lam = np.where(cut, _beta(augment.cutmix, quantile), _beta(augment.mixup, quantile))
+    applied = (apply < mixing.mix_probability) & (mixing.mixup > 0 or mixing.cutmix > 0)
+    lam = np.where(cut, _beta(mixing.cutmix, quantile), _beta(mixing.mixup, quantile))
     lam = np.where(applied, lam, 1.0)
     cut &= applied
 
-    box = _cut_boxes(lam, centre_y, centre_x, augment.size) * cut[:, None]
-    left = 1 - (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / (augment.size[0] * augment.size[1])
+    box = _cut_boxes(lam, centre_y, centre_x, size) * cut[:, None]
+    left = 1 - (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / (size[0] * size[1])
     group = np.arange(groups.stop - groups.start)[:, None]
     drawn = (group * per_group + of_slot).reshape(-1)
     return Mix(
-        partner=(group * size + slot[::-1]).reshape(-1),
+        partner=(group * mixing.group_size + slot[::-1]).reshape(-1),
         pixel_lam=np.where(cut, 1.0, lam)[drawn].astype(np.float32),
         box=box[drawn].astype(np.int32),
         lam=np.where(cut, left, lam)[drawn].astype(np.float32),

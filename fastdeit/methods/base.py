@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdeit.batch import Batch, Step
 from fastdeit.methods.evaluators import Classify, Evaluator
-from fastdeit.views import View, view_problems
+from fastdeit.views import View
 
 if TYPE_CHECKING:
     from fastdeit.methods.teacher import Teacher
@@ -100,13 +100,13 @@ class Method(nn.Module):
     """
 
     Config: ClassVar[type[MethodConfig]]
-    views: ClassVar[tuple[View, ...]] = (View(),)
     teacher: "Teacher | None" = None
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        for view, name, problem in view_problems(cls.views):
-            raise ValueError(f"view {view!r} of method {cls.__name__}: {name} {problem}")
+    @classmethod
+    def views(cls, config: MethodConfig) -> Sequence[View]:
+        """The views of every sample that the method wants under `config`, an instance of `Config`; `batch.images` has
+        them in this order. Called without a model, whenever a recipe is validated."""
+        return (View(),)
 
     def __init__(self, model: nn.Module, config: MethodConfig, context: Context) -> None:
         super().__init__()

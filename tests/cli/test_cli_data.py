@@ -189,7 +189,7 @@ def test_a_file_is_only_one_split(fails, packed):
 def test_show_finds_every_sample_where_the_loader_has_it():
     recipe = recipes.load(SYNTHETIC[0], SYNTHETIC[1:])
     source, _ = build.sources(recipe)
-    loader = build.train_loader(recipe, source, World(torch.device("cpu")), 0, print)
+    loader = build.train_loader(recipe, source, World(torch.device("cpu")), {}, print)
     steps = loader.steps_per_epoch
     for step, (samples,) in enumerate(loader.batches(steps, 2 * steps), steps):
         stream = order.epoch(0, 1, 50, 16, 2)
@@ -201,7 +201,7 @@ def test_show_finds_every_sample_where_the_loader_has_it():
 def test_a_group_alone_is_that_of_the_whole_batch():
     recipe = recipes.load(SYNTHETIC[0], [*SYNTHETIC[1:], "train.accumulate=2"])
     source, _ = build.sources(recipe)
-    whole = build.train_loader(recipe, source, World(torch.device("cpu")), 0, print)
+    whole = build.train_loader(recipe, source, World(torch.device("cpu")), {}, print)
     ((first, second),) = whole.batches(5, 6)
     alone = data_pictures._group(recipe, source, 5, 2)
     assert torch.equal(alone.index, second.index[:4])
@@ -329,7 +329,7 @@ def test_where_a_sample_is_not(fails, tmp_path):
         (["show", "digits", "--out", "a.png"], "the following arguments are required: --sample"),
         (["show", "digits", "--sample", "1"], "the following arguments are required: --out"),
         (["show", "--sample", "1", "--out", "a.png"], "name a recipe: fastdeit data show RECIPE"),
-        (["show", "digit", "--sample", "1", "--out", "a.png"], "there is no recipe 'digit'; did you mean 'digits'?"),
+        (["show", "digit", "--sample", "1", "--out", "a.png"], "there is no recipe 'digit'; did you mean digits or digits_teacher?"),
         (["show", "digits", "--sample", "1", "--out", "a.jpg"], "give a name that ends in .png"),
         (["show", "digits", "--sample", "1", "--out", "no/a.png"], "there is no folder no"),
         (["show", "digits", "--sample", "one", "--out", "a.png"], "invalid int value: 'one'"),

@@ -228,7 +228,7 @@ def test_recipes(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out == "larger  a larger one\nsmall   a small one\n"
     assert cli.main(["recipes", "show", "larger"]) == 0
     assert capsys.readouterr().out == "# why\nabout: {summary: a larger one}\n"
-    assert "did you mean 'small'?" in fails(capsys, "recipes", "show", "smal")
+    assert "did you mean small?" in fails(capsys, "recipes", "show", "smal")
     assert "recipes show NAME" in fails(capsys, "recipes", "show")
     assert "'list'" in fails(capsys, "recipes", "list")
 

@@ -293,9 +293,9 @@ def test_size_of_synthetic_data(plan):
     ("argv", "message"),
     [
         ((), "name a recipe"),
-        (("deit_tin",), "did you mean 'deit_tiny'?"),
+        (("deit_tin",), "did you mean deit_tiny"),
         (("deit_tiny", "digits"), "expected one recipe"),
-        (("deit_tiny", "--gpu", "H10"), "did you mean 'H100'?"),
+        (("deit_tiny", "--gpu", "H10"), "did you mean H100"),
         (("deit_tiny", "--count", "3"), "multiple of 64 x 1 x 3"),
         (("deit_tiny", "--count", "0"), "not a positive number"),
         (("deit_tiny", "--count", "16", "--nodes", "1"), "at most 8"),

@@ -19,7 +19,7 @@ from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.policy import KINDS
 from fastdeit.data.source import DataError, FolderSource
 
-AUGMENT = plan.Augment(size=(40, 40), group_size=4, mixup=0.0, cutmix=0.0)
+AUGMENT, MIXING = plan.Augment(size=(40, 40)), plan.Mixing(group_size=4, mixup=0.0, cutmix=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def folder(tmp_path, kinds, varied):
 
 def train(source, reports=None, **options):
     options = {"batch_size": 8, "max_bad_fraction": 0.5, "threads": 1} | options
-    loader = TrainLoader(source, AUGMENT, seed=2, **options, on_bad=lambda *report: reports.append(report))
+    loader = TrainLoader(source, [AUGMENT], MIXING, seed=2, **options, on_bad=lambda *report: reports.append(report))
     return loader, [samples for micros in loader.batches(0, 7) for samples in micros]
 
 
@@ -164,7 +164,14 @@ def test_too_many_failures_of_an_operation_call_no_sound_file_damaged(memory, va
     monkeypatch.setattr(pixel_ops, "_BY_KIND", operations)
     augment = replace(AUGMENT, policy=policy.parse("three_augment", AUGMENT.size, color_jitter=(0.3, 0, 0)))
     loader = TrainLoader(
-        memory(varied[:32]), augment, seed=0, batch_size=8, threads=1, max_bad_fraction=0.1, on_bad=lambda *_: None
+        memory(varied[:32]),
+        [augment],
+        MIXING,
+        seed=0,
+        batch_size=8,
+        threads=1,
+        max_bad_fraction=0.1,
+        on_bad=lambda *_: None,
     )
     with pytest.raises(DataError) as info:
         next(loader.batches(0, 1))
@@ -178,7 +185,7 @@ def test_too_many_failures_of_an_operation_call_no_sound_file_damaged(memory, va
 
 def test_a_data_set_of_bad_files_only_ends(memory):
     loader = TrainLoader(
-        memory([b""] * 30), AUGMENT, seed=0, batch_size=8, max_bad_fraction=1.0, on_bad=lambda *_: None
+        memory([b""] * 30), [AUGMENT], MIXING, seed=0, batch_size=8, max_bad_fraction=1.0, on_bad=lambda *_: None
     )
     with pytest.raises(DataError, match=r"(?s)30 of 30 images .*\n  and 10 more$") as info:
         next(loader.batches(0, 1))

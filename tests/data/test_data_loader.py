@@ -18,8 +18,8 @@ from fastdeit.data.prefetch import Prefetch
 from fastdeit.data.source import DataError
 
 ROOT = Path(__file__).parents[2]
-AUGMENT = plan.Augment(size=(48, 40), group_size=8)
-BATCH = 32
+AUGMENT, MIXING = plan.Augment(size=(48, 40)), plan.Mixing(group_size=8)
+BATCH, NOISE = 32, {"drop_path": 5}
 STEPS = 16  # 512 images; 136 samples are 4 steps an epoch
 
 
@@ -27,13 +27,14 @@ def fastdeit_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastdeit")]
 
 
-def train(source, world=1, accumulate=1, threads=1, start=0, stop=STEPS, repeats=3, **options) -> list[list[str]]:
+def train(source, world=1, accumulate=1, threads=1, start=0, stop=STEPS, repeats=3, further=()) -> list[list[str]]:
     """For every step the MD5 of every mixing group, with all its arrays, in the order of the global batch."""
     steps: list[dict[int, list[str]]] = [{} for _ in range(start, stop)]
     for rank in range(world):
         loader = TrainLoader(
             source,
-            AUGMENT,
+            [AUGMENT, *further],
+            MIXING,
             seed=3,
             batch_size=BATCH,
             accumulate=accumulate,
@@ -42,7 +43,6 @@ def train(source, world=1, accumulate=1, threads=1, start=0, stop=STEPS, repeats
             world=world,
             threads=threads,
             noise={"drop_path": 5},
-            **options,
         )
         for groups, micros in zip(steps, list(loader.batches(start, stop)), strict=True):
             for micro, samples in enumerate(micros):
@@ -88,13 +88,17 @@ def test_restart_at_any_step(source, reference, start):
 
 
 def test_another_seed_or_epoch_is_another_stream(source, reference):
-    loader = TrainLoader(source, AUGMENT, seed=4, batch_size=BATCH, repeats=3, threads=1, noise={"drop_path": 5})
+    loader = TrainLoader(
+        source, [AUGMENT], MIXING, seed=4, batch_size=BATCH, repeats=3, threads=1, noise={"drop_path": 5}
+    )
     other = next(by_group(samples) for (samples,) in loader.batches(0, 1))
     assert not set(other) & set(itertools.chain(*reference))
 
 
 def test_samples_agree_with_the_plan(source):
-    loader = TrainLoader(source, AUGMENT, seed=3, batch_size=BATCH, accumulate=2, threads=1, noise={"drop_path": 3})
+    loader = TrainLoader(
+        source, [AUGMENT], MIXING, seed=3, batch_size=BATCH, accumulate=2, threads=1, noise={"drop_path": 3}
+    )
     assert loader.steps_per_epoch == 4
     ((first, second),) = loader.batches(5, 6)
     stream = order.groups(order.epoch(3, 1, 136, BATCH), 1, BATCH, 8)
@@ -102,7 +106,7 @@ def test_samples_agree_with_the_plan(source):
     assert first.targets.y1.tolist() == [i % 7 for i in first.index.tolist()]
     assert torch.equal(first.targets.y2, first.targets.y1[first.partner])
     assert np.array_equal(second.noise["drop_path"].numpy(), plan.noise(3, 5, np.arange(16, 32), 3))
-    mix = plan.mix(AUGMENT, 3, 5, slice(2, 4))
+    mix = plan.mix(MIXING, AUGMENT.size, 3, 5, slice(2, 4))
     assert np.array_equal(second.targets.lam.numpy(), mix.lam)
     for name in ("partner", "pixel_lam"):
         assert np.array_equal(getattr(second, name).numpy(), getattr(mix, name))
@@ -112,14 +116,16 @@ def test_samples_agree_with_the_plan(source):
 
 
 def test_images_stay_valid_while_held(source, reference):
-    loader = TrainLoader(source, AUGMENT, seed=3, batch_size=BATCH, repeats=3, threads=2, noise={"drop_path": 5})
+    loader = TrainLoader(
+        source, [AUGMENT], MIXING, seed=3, batch_size=BATCH, repeats=3, threads=2, noise={"drop_path": 5}
+    )
     held = [samples for (samples,) in loader.batches(0, 20)]
     assert [by_group(samples) for samples in held[:STEPS]] == reference
 
 
 def test_mixing_groups_must_divide(source):
     with pytest.raises(ValueError, match=r"batch size 32 .* accumulate 3 x nproc 1"):
-        TrainLoader(source, AUGMENT, seed=0, batch_size=32, accumulate=3)
+        TrainLoader(source, [AUGMENT], MIXING, seed=0, batch_size=32, accumulate=3)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -129,8 +135,8 @@ def test_evaluation_counts_101_images_exactly_once(memory, varied, world):
         loader = EvalLoader(memory(varied[:101], 7), (40, 48), 0.9, rank=rank, world=world, batch_size=16, threads=1)
         for samples in loader.batches():
             assert [view.shape for view in samples.images] == [(len(samples), 40, 48, 3)]
-            assert samples.y1.tolist() == samples.y2.tolist() == [i % 7 for i in samples.index.tolist()]
-            assert (samples.lam == 1).all()
+            assert samples.targets.y1.tolist() == samples.targets.y2.tolist() == [i % 7 for i in samples.index.tolist()]
+            assert (samples.targets.lam == 1).all()
             assert (samples.pixel_lam == 1).all()
             assert not samples.box.any()
             assert samples.partner.tolist() == list(range(len(samples)))
@@ -157,7 +163,7 @@ def test_a_process_without_images_evaluates_none(memory, varied):
 
 
 def test_closing_early_ends_all_threads(source):
-    batches = TrainLoader(source, AUGMENT, seed=0, batch_size=BATCH, threads=2).batches(0, 10**9)
+    batches = TrainLoader(source, [AUGMENT], MIXING, seed=0, batch_size=BATCH, threads=2).batches(0, 10**9)
     next(batches)
     assert {"fastdeit-reader", "fastdeit-decoder"} <= set(fastdeit_threads())
     batches.close()
@@ -165,7 +171,7 @@ def test_closing_early_ends_all_threads(source):
 
 
 def test_dropping_the_iterator_ends_all_threads(source):
-    for _ in TrainLoader(source, AUGMENT, seed=0, batch_size=BATCH, threads=2).batches(0, 10**9):
+    for _ in TrainLoader(source, [AUGMENT], MIXING, seed=0, batch_size=BATCH, threads=2).batches(0, 10**9):
         break
     assert fastdeit_threads() == []
 
@@ -174,7 +180,7 @@ def test_errors_of_the_source_reach_the_consumer(memory, varied):
     broken = memory(varied)
     broken.read = lambda index: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        next(TrainLoader(broken, AUGMENT, seed=0, batch_size=BATCH, threads=2).batches(0, 1))
+        next(TrainLoader(broken, [AUGMENT], MIXING, seed=0, batch_size=BATCH, threads=2).batches(0, 1))
     with pytest.raises(ZeroDivisionError):
         next(EvalLoader(broken, (40, 48), 0.9, threads=1).batches())
     assert fastdeit_threads() == []
@@ -187,9 +193,9 @@ def test_a_process_that_exits_in_mid_stream_exits(tmp_path):
         "names = lambda: [one.name for one in threading.enumerate() if one.name.startswith('fastdeit')]\n"
         "atexit.register(lambda: print('threads left:', names()))\n"
         "from fastdeit.data import plan, source, loader\n"
-        "augment = plan.Augment(size=(32, 32), group_size=8)\n"
+        "views, mixing = [plan.Augment(size=(32, 32))], plan.Mixing(group_size=8)\n"
         "images = source.SyntheticSource(64, 4, (40, 60))\n"
-        "batches = loader.TrainLoader(images, augment, seed=0, batch_size=16).batches(0, 10**9)\n"
+        "batches = loader.TrainLoader(images, views, mixing, seed=0, batch_size=16).batches(0, 10**9)\n"
         "next(batches)\n"
         "print('leaving')\n"
     )
@@ -256,8 +262,10 @@ def test_closing_wakes_a_thread_that_waits_for_another():
 
 def test_5000_batches_leave_nothing_behind(memory, make_image, encode):
     source = memory([encode(make_image(i, 24, 24)) for i in range(16)])
-    augment = plan.Augment(size=(48, 48), policy=policy.parse("rand-m9-mstd0.5-inc1", (48, 48)), group_size=2)
-    loader = TrainLoader(source, augment, seed=0, batch_size=2, threads=1, noise={"drop_path": 4})
+    augment = plan.Augment(size=(48, 48), policy=policy.parse("rand-m9-mstd0.5-inc1", (48, 48)))
+    loader = TrainLoader(
+        source, [augment], plan.Mixing(group_size=2), seed=0, batch_size=2, threads=1, noise={"drop_path": 4}
+    )
     found = [resident() for step, _ in enumerate(loader.batches(0, 5000)) if step % 1000 == 999]
     assert found[-1] - found[0] < 2 << 20  # half a kilobyte a batch, of which the images alone are 13.8
 

@@ -228,9 +228,9 @@ def test_stream_of_the_recipe_is_the_same_from_files_and_memory_and_for_two_rank
     files = FolderSource(tmp_path)
     stored = memory([files.read(i).tobytes() for i in range(len(files))])
     options = {"seed": 5, "batch_size": 32, "threads": 1}
-    augment = replace(RECIPE, group_size=8)
-    whole = [samples.images[0] for (samples,) in TrainLoader(files, augment, **options).batches(0, 4)]
-    ranks = [TrainLoader(stored, augment, **options, rank=rank, world=2).batches(2, 4) for rank in range(2)]
+    views, mixing = [RECIPE], plan.Mixing(group_size=8)
+    whole = [samples.images[0] for (samples,) in TrainLoader(files, views, mixing, **options).batches(0, 4)]
+    ranks = [TrainLoader(stored, views, mixing, **options, rank=rank, world=2).batches(2, 4) for rank in range(2)]
     for step, ((first,), (second,)) in enumerate(zip(*ranks, strict=True), start=2):
         assert np.array_equal(whole[step], np.concatenate((first.images[0], second.images[0])))
 
@@ -238,9 +238,9 @@ def test_stream_of_the_recipe_is_the_same_from_files_and_memory_and_for_two_rank
 def test_a_sample_that_cannot_be_augmented_is_named(varied, memory, monkeypatch):
     """An error after the decoder counts as a bad sample, and the others of its batch keep their pixels."""
     source = memory(varied[:32])
-    augment = plan.Augment(size=SIZE, group_size=8, flip=0.0)
+    augment, mixing = plan.Augment(size=SIZE, flip=0.0), plan.Mixing(group_size=8)
     options = {"seed": 0, "batch_size": 8, "threads": 2, "max_bad_fraction": 0.1}
-    sound = [samples for (samples,) in TrainLoader(source, augment, **options).batches(0, 4)]
+    sound = [samples for (samples,) in TrainLoader(source, [augment], mixing, **options).batches(0, 4)]
     victim = parity.planned([varied[int(sound[1].index[3])]], augment).encoded[0]
     real = dali.Executor._pop
 
@@ -252,7 +252,7 @@ def test_a_sample_that_cannot_be_augmented_is_named(varied, memory, monkeypatch)
 
     monkeypatch.setattr(dali.Executor, "_pop", failing)
     reports = []
-    loader = TrainLoader(source, augment, **options, on_bad=lambda *report: reports.append(report))
+    loader = TrainLoader(source, [augment], mixing, **options, on_bad=lambda *report: reports.append(report))
     got = [samples for (samples,) in loader.batches(0, 4)]
     index = int(sound[1].index[3])
     assert reports == [(f"memory:{index}", "it cannot be augmented (ValueError: no)")]

@@ -73,7 +73,8 @@ def test_exif_rotation_is_ignored(memory, make_image, encode):
     assert torch.equal(batch.images[0][0], batch.images[0][1])
     loader = TrainLoader(
         memory(encoded),
-        plan.Augment(size=(40, 60), crop_scale=(1, 1), crop_ratio=(1.5, 1.5), flip=0.0, group_size=2),
+        [plan.Augment(size=(40, 60), crop_scale=(1, 1), crop_ratio=(1.5, 1.5), flip=0.0)],
+        plan.Mixing(group_size=2),
         seed=0,
         batch_size=2,
         threads=1,

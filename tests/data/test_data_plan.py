@@ -49,16 +49,15 @@ def views(n: int, **options) -> plan.Plan:
     return plan.samples(plan.Augment(**options), 0, 0, np.arange(n), np.zeros(n, int), *np.full((2, n), 300))
 
 
-def mixes(groups: int, **options) -> plan.Mix:
-    return plan.mix(plan.Augment(group_size=2, **options), 0, 0, slice(0, groups))
+def mixes(groups: int, size=(224, 224), **options) -> plan.Mix:
+    return plan.mix(plan.Mixing(group_size=2, **options), size, 0, 0, slice(0, groups))
 
 
 def test_pinned_values():
-    augment = plan.Augment(group_size=4)
-    geometry = plan.samples(augment, 1, 2, [0, 5, 5], [0, 0, 1], [500, 300, 300], [375, 400, 400])
+    geometry = plan.samples(plan.Augment(), 1, 2, [0, 5, 5], [0, 0, 1], [500, 300, 300], [375, 400, 400])
     assert geometry.box.tolist() == [[62, 62, 250, 216], [51, 25, 305, 264], [52, 11, 173, 174]]
     assert geometry.flip.tolist() == [True, True, False]
-    mix = plan.mix(augment, 1, 2, slice(4, 8))
+    mix = plan.mix(plan.Mixing(group_size=4), (224, 224), 1, 2, slice(4, 8))
     assert mix.lam[::4].tolist() == pytest.approx([0.7696907, 0.10287441, 0.94140625, 0.41838893], abs=1e-6)
     assert mix.box[::4].tolist() == [[0, 0, 107, 108], [0, 0, 0, 0], [19, 175, 79, 224], [0, 0, 0, 0]]
     noise = plan.noise(1, 2, [0, 9], 2)
@@ -79,7 +78,7 @@ def test_pinned_values_of_the_deit_recipe():
 
 def test_an_augmentation_changes_no_other():
     bare = views(50)
-    full = views(50, policy=policy.parse("3a", color_jitter=0.3), erase=1.0, mix_mode="pair")
+    full = views(50, policy=policy.parse("3a", color_jitter=0.3), erase=1.0)
     assert (full.box == bare.box).all()
     assert (full.flip == bare.flip).all()
     assert (full.erase_key == bare.erase_key).all()
@@ -242,7 +241,7 @@ def test_flip_rate_and_independence_of_the_crop():
 
 
 def test_partners_are_the_groups_reversed():
-    mix = plan.mix(plan.Augment(group_size=4), 0, 3, slice(6, 8))
+    mix = plan.mix(plan.Mixing(group_size=4), (224, 224), 0, 3, slice(6, 8))
     assert mix.partner.tolist() == [3, 2, 1, 0, 7, 6, 5, 4]
     assert mix.partner.dtype == np.int64
     for array in (mix.lam, mix.pixel_lam, mix.box):
@@ -250,15 +249,15 @@ def test_partners_are_the_groups_reversed():
         assert (array[:4] == array[0]).all()
 
 
-def test_a_group_is_mixed_alike_wherever_it_is_asked_for():
-    whole = plan.mix(plan.Augment(group_size=2), 0, 3, slice(0, 8))
-    part = plan.mix(plan.Augment(group_size=2), 0, 3, slice(5, 7))
+def test_a_group_is_mixed_alike_in_any_range_of_groups():
+    whole = plan.mix(plan.Mixing(group_size=2), (224, 224), 0, 3, slice(0, 8))
+    part = plan.mix(plan.Mixing(group_size=2), (224, 224), 0, 3, slice(5, 7))
     assert (part.lam == whole.lam[10:14]).all()
     assert (part.box == whole.box[10:14]).all()
 
 
 def test_two_partners_share_a_draw_in_mode_pair():
-    mix = plan.mix(plan.Augment(group_size=6, mix_mode="pair"), 0, 3, slice(6, 40))
+    mix = plan.mix(plan.Mixing(group_size=6, mix_mode="pair"), (224, 224), 0, 3, slice(6, 40))
     assert (mix.partner.reshape(-1, 6) == np.arange(5, -1, -1) + np.arange(0, 34 * 6, 6)[:, None]).all()
     for array in (mix.lam, mix.pixel_lam, mix.box):
         assert (array == array[mix.partner]).all()
@@ -266,15 +265,15 @@ def test_two_partners_share_a_draw_in_mode_pair():
 
 
 def test_every_sample_has_its_draw_in_mode_element():
-    mix = plan.mix(plan.Augment(group_size=6, mix_mode="element"), 0, 3, slice(6, 40))
+    mix = plan.mix(plan.Mixing(group_size=6, mix_mode="element"), (224, 224), 0, 3, slice(6, 40))
     assert (mix.partner.reshape(-1, 6) == np.arange(5, -1, -1) + np.arange(0, 34 * 6, 6)[:, None]).all()
     assert len(np.unique(mix.lam)) > 0.9 * 34 * 6
 
 
 @pytest.mark.parametrize("mode", ["pair", "element"])
-def test_other_modes_are_the_same_wherever_they_are_asked_for(mode):
-    augment = plan.Augment(group_size=4, mix_mode=mode)
-    whole, part = plan.mix(augment, 0, 3, slice(0, 8)), plan.mix(augment, 0, 3, slice(5, 7))
+def test_other_modes_are_the_same_in_any_range_of_groups(mode):
+    mixing = plan.Mixing(group_size=4, mix_mode=mode)
+    whole, part = (plan.mix(mixing, (224, 224), 0, 3, groups) for groups in (slice(0, 8), slice(5, 7)))
     assert (part.lam == whole.lam[20:28]).all()
     assert (part.box == whole.box[20:28]).all()
     assert (part.partner == whole.partner[20:28] - 20).all()
@@ -282,9 +281,8 @@ def test_other_modes_are_the_same_wherever_they_are_asked_for(mode):
 
 def test_element_mode_is_distributed_as_timms():
     n = 20_000
-    mix = plan.mix(
-        plan.Augment(group_size=4, mix_mode="element", mix_probability=0.9, mix_switch=0.4), 0, 0, slice(0, n // 4)
-    )
+    mixing = plan.Mixing(group_size=4, mix_mode="element", mix_probability=0.9, mix_switch=0.4)
+    mix = plan.mix(mixing, (224, 224), 0, 0, slice(0, n // 4))
     np.random.seed(0)
     lam, cutmix = timm.data.Mixup(0.8, 1.0, prob=0.9, switch_prob=0.4, mode="elem", num_classes=10)._params_per_elem(n)
     kinds = np.where(lam == 1, 0, np.where(cutmix, 2, 1))

@@ -306,9 +306,10 @@ def test_no_damage_ends_in_another_exception(make_image, encode, kind):
 
 
 def train(source, start):
-    augment = plan.Augment(size=(24, 24), group_size=4, mixup=0.0, cutmix=0.0)
+    views, mixing = [plan.Augment(size=(24, 24))], plan.Mixing(group_size=4, mixup=0.0, cutmix=0.0)
     options = {"batch_size": 8, "threads": 1, "max_bad_fraction": 0.9, "on_bad": lambda path, reason: None}
-    steps = TrainLoader(source, augment, seed=3, repeats=2, **options).batches(start, 69)  # from step 5 on 512 images
+    # From step 5 on 512 images.
+    steps = TrainLoader(source, views, mixing, seed=3, repeats=2, **options).batches(start, 69)
     return [samples for micros in steps for samples in micros]
 
 
@@ -318,5 +319,5 @@ def test_training_does_not_depend_on_the_kind_and_resumes_at_any_step(tmp_path, 
     resumed = train(make(kind, tmp_path, files), 5)
     for expected, got in zip(whole[5:], resumed, strict=True):
         assert np.array_equal(expected.index, got.index)
-        assert np.array_equal(expected.y1, got.y1)
+        assert np.array_equal(expected.targets.y1, got.targets.y1)
         assert np.array_equal(expected.images[0], got.images[0])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import execute
-from test_data_loader import AUGMENT, BATCH, STEPS, train
+from test_data_loader import AUGMENT, BATCH, MIXING, STEPS, train
 
 from fastdeit import rng
 from fastdeit.data import order, plan, policy
@@ -36,7 +36,7 @@ def batches(source):
     """`batches(further...)` -> the samples of each step."""
 
     def batches(*further, steps=2):
-        loader = TrainLoader(source, AUGMENT, further=further, seed=3, batch_size=BATCH, threads=2)
+        loader = TrainLoader(source, [AUGMENT, *further], MIXING, seed=3, batch_size=BATCH, threads=2)
         return [samples for (samples,) in loader.batches(0, steps)]
 
     return batches
@@ -57,7 +57,8 @@ def test_three_views_restart_at_any_step(source, reference, start):
 def test_further_views_change_nothing_of_the_first(batches, further):
     for alone, several in zip(batches(), batches(*further), strict=True):
         assert torch.equal(alone.images[0], several.images[0])
-        for name in ("y1", "y2", "lam", "partner", "pixel_lam", "index"):
+        assert all(map(torch.equal, alone.targets, several.targets))
+        for name in ("partner", "pixel_lam", "index", "copy"):
             assert torch.equal(getattr(alone, name), getattr(several, name))
         assert torch.equal(alone.box[0], several.box[0])
 
@@ -164,7 +165,7 @@ def shades(memory, make_image, encode):
 def test_a_bad_sample_has_the_same_substitute_in_every_view(shades, options):
     reports = []
     loader = TrainLoader(
-        shades, AUGMENT, further=(LOCAL, SIMPLE), seed=1, batch_size=32, repeats=1, max_bad_fraction=0.1,
+        shades, [AUGMENT, LOCAL, SIMPLE], MIXING, seed=1, batch_size=32, repeats=1, max_bad_fraction=0.1,
         **{"threads": 2} | options, on_bad=lambda path, reason: reports.append(path),
     )  # fmt: skip
     got = [samples for micros in loader.batches(0, 4) for samples in micros]

@@ -122,7 +122,7 @@ def batch(step: int, micro: int, noise: dict):
     labels = index % CLASSES
     words = rng.bits(rng.key(0, "golden pixels"), index, 32 * 32 * 3).reshape(BATCH, 32, 32, 3)
     images = (words % 64 + 18 * labels.reshape(-1, 1, 1, 1)).astype(np.uint8)
-    mix = plan.mix(plan.Augment(size=(32, 32), group_size=4), 0, step, slice(2 * micro, 2 * micro + 2))
+    mix = plan.mix(plan.Mixing(group_size=4), (32, 32), 0, step, slice(2 * micro, 2 * micro + 2))
     positions = np.arange(micro * BATCH, (micro + 1) * BATCH)
     tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array))  # noqa: E731
     return Batch(
