@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from fastdeit.data import dali, order, pixel_ops, plan, policy
 from fastdeit.data.dali import Executor, Work
 from fastdeit.data.loader import EvalLoader, TrainLoader
-from fastdeit.data.policy import KINDS
+from fastdeit.data.pixel_ops import KINDS
 from fastdeit.data.source import DataError, FolderSource
 
 AUGMENT = plan.Augment(size=(40, 40), group_size=4, mixup=0.0, cutmix=0.0)

@@ -17,7 +17,8 @@ from PIL import Image
 from fastdeit.data import dali, order, pixel_ops, plan, policy, render
 from fastdeit.data.dali import Executor, Work
 from fastdeit.data.loader import TrainLoader
-from fastdeit.data.policy import KINDS, Ops
+from fastdeit.data.pixel_ops import FILL, KINDS
+from fastdeit.data.policy import Ops
 from fastdeit.data.source import FolderSource, check
 
 SIZE = (40, 48)
@@ -40,7 +41,29 @@ def graph():
 
 def test_every_operation_is_covered():
     assert set(parity.BOUNDS) == set(KINDS[1:])
-    assert [name for name, run in zip(KINDS, pixel_ops._BY_KIND, strict=True) if run is None] == ["none"]
+
+
+def test_an_operation_keeps_its_code():
+    """Plans store codes, and so does what is fingerprinted: new operations go to the end."""
+    assert (
+        *("none", "auto_contrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color"),
+        *("contrast", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y", "grayscale"),
+        *("blur", "hue"),
+    ) == KINDS
+
+
+@pytest.mark.parametrize(("form", "missing"), [("GPU", {"gpu": None}), ("CPU", {"cpu": None})])
+def test_an_operation_without_one_of_its_forms_is_an_error(form, missing):
+    whole = next(op for op in pixel_ops.PIXEL_OPS if op.name == "invert")
+    with pytest.raises(TypeError, match=f"pixel operation 'invert' has no form for the {form}"):
+        replace(whole, **missing)
+
+
+def test_an_operation_in_words():
+    kind = np.array([KINDS.index(name) for name in ("rotate", "none", "invert", "posterize")], np.uint8)
+    words = pixel_ops.described(kind, np.array([-7.25, 0, 0, 4], np.float32))
+    assert words == "rotate by -7.2 degrees, then invert, then posterize keeping 4 of 8 bits"
+    assert pixel_ops.described(kind[1:2], np.zeros(1, np.float32)) == "none"
 
 
 @pytest.mark.parametrize("name", KINDS[1:])
@@ -61,8 +84,8 @@ def test_operation_in_the_graph(graph, photos, name):
 
 def test_what_geometry_uncovers_is_filled(photos, cpu):
     moved = cpu(parity.work(photos, KINDS.index("translate_y"), 20.0))
-    assert (moved[:, -20:] == plan.FILL).all()
-    assert (moved[:6, -21] != plan.FILL).any(-1).mean() > 0.9
+    assert (moved[:, -20:] == FILL).all()
+    assert (moved[:6, -21] != FILL).any(-1).mean() > 0.9
 
 
 def test_an_image_without_operations_is_returned_itself():
