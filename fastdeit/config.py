@@ -17,6 +17,9 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic_core import PydanticKnownError
+
+from fastdeit.data import kinds
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -54,27 +57,18 @@ def _fits_the_policy(strength: Any, info: ValidationInfo) -> Any:
     return strength
 
 
+def _known_source(source: str) -> str:
+    if source not in kinds.names() and ":" not in source:
+        choices = *kinds.names(), "an import path package.module:KIND"
+        raise PydanticKnownError("literal_error", {"expected": ", ".join(f"'{choice}'" for choice in choices)})
+    return source
+
+
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
 Crop = Literal["random_resized", "simple"]
 CropScale = Annotated[Range, AfterValidator(_inside_the_image)]
 Policy = Annotated[str, AfterValidator(_known_policy)]
-Source = Literal[
-    "folder",
-    "packed",
-    "tar",
-    "tfrecord",
-    "parquet",
-    "arrow",
-    "imagenet",
-    "cifar10",
-    "cifar100",
-    "flowers102",
-    "stanford_cars",
-    "inat2018",
-    "inat2019",
-    "synthetic",
-    "digits",
-]
+Source = Annotated[str, AfterValidator(_known_source)]
 Jitter = Annotated[
     Annotated[NonNegative, Tag("one")]
     | Annotated[tuple[NonNegative, ...], Field(min_length=3, max_length=4), Tag("all")],
@@ -164,7 +158,7 @@ class DataConfig(Section):
     """folder: ROOT/SPLIT/CLASS/image; packed: ROOT/SPLIT.pack, made by `fastdeit data pack`; tar: shards in the
     WebDataset layout; tfrecord: TensorFlow's; parquet: files of the Hugging Face hub; arrow: what its `save_to_disk`
     writes; imagenet, cifar10, ... as their authors distribute them; synthetic: noise made on the fly; digits:
-    scikit-learn's handwritten digits. See docs/data.md."""
+    scikit-learn's handwritten digits; package.module:KIND: a reader of your own. See docs/data.md."""
     root: Text | None = None
     """Directory of the data set; synthetic and digits have none."""
     train: Text = "train"
@@ -222,7 +216,7 @@ class DataConfig(Section):
     @classmethod
     def _root_is_read(cls, root: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source", "folder")
-        if root is not None and source in ("synthetic", "digits"):
+        if root is not None and source in kinds.GENERATED:
             raise ValueError(f"has no place beside data.source {source}, which reads no directory of yours")
         return root
 

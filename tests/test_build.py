@@ -9,7 +9,8 @@ from fastdeit import build
 from fastdeit import recipe as recipes
 from fastdeit.data import plan
 from fastdeit.data.packed import pack
-from fastdeit.data.source import DataError, SyntheticSource
+from fastdeit.data.source import DataError
+from fastdeit.data.synthetic import SyntheticSource
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.methods.supervised import Supervised

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.data.index import Listed, Strings, atomic, read_range, seal, text_array, unseal
+from fastdeit.data.kinds import Kind
 from fastdeit.data.source import BadImage, DataError, NamedSource
 
 VERSION = 1
@@ -128,3 +129,16 @@ def _index_range(path: str, size: int, mark: bytes, footer: bytes) -> tuple[int,
     if start + length + _FOOTER.size != size:
         raise DataError(f"{path}: the end of the packed file is damaged; copy or pack it anew")
     return start, length
+
+
+def _open(root: Path, split: str) -> PackedSource:
+    return PackedSource(root / (split if split.endswith(SUFFIX) else split + SUFFIX))
+
+
+PACKED = Kind(
+    "packed",
+    _open,
+    "ROOT/{train}.pack and ROOT/{val}.pack, made by `fastdeit data pack`",
+    lambda root, train, val: any((root / f"{split}{SUFFIX}").is_file() for split in (train, val)),
+    (SUFFIX,),
+)

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from fastdeit.data import shards
 from fastdeit.data.crc32c import crc32c, crc32c_of_8, masked
 from fastdeit.data.index import Listed, Strings, digest, read_range, text_array
+from fastdeit.data.kinds import Kind
 from fastdeit.data.scan import scanned
 from fastdeit.data.source import MAX_LABEL, BadImage, DataError, contents
 
@@ -479,3 +480,29 @@ def _names(root: str, file: str, first: int) -> tuple[Path | None, dict[int, str
     if first > 0 and names.get(0) == _BACKGROUND and len(names) > 1:
         del names[0]
     return path, names
+
+
+def _open(root: Path, split: str) -> TFRecordSource:
+    return TFRecordSource(root, files(root, split))
+
+
+def _held_out(training: TFRecordSource, root: Path, split: str) -> TFRecordSource:
+    """Held-out records, with classes counted as in the training split: few of them may not have the first class."""
+    if training.first is None:
+        raise DataError(
+            f"{root}: the smallest class number is neither 0 nor 1, so that the classes may count from either; "
+            f"{DECIDES}"
+        )
+    return TFRecordSource(root, files(root, split), training.first)
+
+
+TFRECORD = Kind(
+    "tfrecord",
+    _open,
+    "ROOT/{train}-00000-of-01024 ... and ROOT/{val}-00000-of-00128 ..., the same as NAME-{train}.tfrecord"
+    "-00000-of-01024 ..., or in the folders ROOT/{train} and ROOT/{val}",
+    lambda root, train, val: shards.any_of(root, train, shards.TFRECORD),
+    (".tfrecord", ".tfrecords", "-00000-of-00001"),
+    numbered=True,
+    held_out=_held_out,
+)

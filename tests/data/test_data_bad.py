@@ -15,9 +15,10 @@ from PIL import ExifTags, Image
 
 from fastdeit.data import dali, order, pixel_ops, plan, policy
 from fastdeit.data.dali import Executor, Work
+from fastdeit.data.folder import FolderSource
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.pixel_ops import KINDS
-from fastdeit.data.source import DataError, FolderSource
+from fastdeit.data.source import DataError
 
 AUGMENT = plan.Augment(size=(40, 40), group_size=4, mixup=0.0, cutmix=0.0)
 
@@ -218,7 +219,7 @@ def test_opencv_prints_nothing_of_bad_files_unless_asked(tmp_path, encode, make_
     (tmp_path / "a" / "cut.bmp").write_bytes(bmp[: len(bmp) // 2])
     code = f"""if True:
         from fastdeit.data.loader import EvalLoader
-        from fastdeit.data.source import FolderSource
+        from fastdeit.data.folder import FolderSource
         loader = EvalLoader(FolderSource({str(tmp_path)!r}), (8, 8), 1.0, max_bad_fraction=0.5, threads=1)
         print(sum(len(samples) for samples in loader.batches()))"""
     environment = {name: value for name, value in os.environ.items() if name != "OPENCV_LOG_LEVEL"}

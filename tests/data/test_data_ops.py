@@ -16,10 +16,11 @@ from PIL import Image
 
 from fastdeit.data import dali, order, pixel_ops, plan, policy, render
 from fastdeit.data.dali import Executor, Work
+from fastdeit.data.folder import FolderSource
 from fastdeit.data.loader import TrainLoader
 from fastdeit.data.pixel_ops import FILL, KINDS
 from fastdeit.data.policy import Ops
-from fastdeit.data.source import FolderSource, check
+from fastdeit.data.source import check
 
 SIZE = (40, 48)
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from fastdeit.data import order, packed
+from fastdeit.data.folder import FolderSource
 from fastdeit.data.index import Strings, seal, unseal
 from fastdeit.data.packed import PackedSource, pack
-from fastdeit.data.source import BadImage, DataError, FolderSource, SyntheticSource
+from fastdeit.data.source import BadImage, DataError
+from fastdeit.data.synthetic import SyntheticSource
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from writers import arrow, tfrecord
 
 from fastdeit.data import plan, tools
 from fastdeit.data.crc32c import crc32c
+from fastdeit.data.folder import FolderSource
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.packed import PackedSource, pack
-from fastdeit.data.source import BadImage, DataError, FolderSource, check, header, undecodable
+from fastdeit.data.source import BadImage, DataError, check, header, undecodable
 from fastdeit.data.tar import TarSource
 from fastdeit.data.tfrecord import TFRecordSource
 

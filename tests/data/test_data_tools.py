@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from fastdeit.data import tools
-from fastdeit.data.source import DataError, FolderSource, SyntheticSource
+from fastdeit.data.folder import FolderSource
+from fastdeit.data.source import DataError
+from fastdeit.data.synthetic import SyntheticSource
 from fastdeit.data.tools import check
 
 
