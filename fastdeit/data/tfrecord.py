@@ -22,11 +22,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.data import shards
-from fastdeit.data.crc32c import crc32c, crc32c_of_8, masked
 from fastdeit.data.index import Listed, Strings, digest, read_range, text_array
 from fastdeit.data.kinds import Kind
 from fastdeit.data.scan import scanned
@@ -40,6 +40,7 @@ _TFDS_NAMES, _SLIM_NAMES, _BACKGROUND = "label.labels.txt", "labels.txt", "backg
 _SHOWN = 5
 
 _HEADER, _TAIL = 12, 4
+_MASK_DELTA = 0xA282EAD8
 _WINDOW, _HEAD = 2048, 40
 _MAX_RECORD = (1 << 31) - 1  # of any message of protocol buffers
 _VARINT, _FIXED_64, _LENGTH_DELIMITED, _FIXED_32 = 0, 1, 2, 5
@@ -94,7 +95,7 @@ class TFRecordSource(Listed):
         record = read_range(path, int(self._offset[index]), size + _TAIL)
         if len(record) < size + _TAIL:
             raise BadImage("the TFRecord file ends before the record does; it was cut while in use")
-        if masked(crc32c(record[:size])) != int.from_bytes(record[size:], "little"):
+        if _masked_crc(record[:size]) != int.from_bytes(record[size:], "little"):
             raise BadImage("its bytes in the TFRecord file have changed (checksum mismatch); copy the file anew")
         return record[start : start + int(self._length[index])]
 
@@ -198,7 +199,7 @@ def _frames(window: _Window) -> Iterator[tuple[int, int]]:
             reason = f"the TFRecord file is cut short: it ends at byte {window.end}, inside a record's length"
             raise _Unusable(reason if offset else _no_start(header))
         size = int.from_bytes(header[:8], "little")
-        if masked(crc32c_of_8(header[:8])) != int.from_bytes(header[8:], "little"):
+        if _masked_crc(header[:8]) != int.from_bytes(header[8:], "little"):
             raise _Unusable(_damaged(offset, window.end) if offset else _no_start(header))
         start, offset = offset + _HEADER, offset + _HEADER + size + _TAIL
         if offset > window.end:
@@ -207,6 +208,13 @@ def _frames(window: _Window) -> Iterator[tuple[int, int]]:
                 f"starts at byte {start}"
             )
         yield start, size
+
+
+def _masked_crc(data: bytes | NDArray[np.uint8]) -> int:
+    """CRC-32C of `data` as TFRecord stores it: rotated and displaced, so that the CRC of a record that contains CRCs is a
+    good one."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
 def _damaged(offset: int, end: int) -> str:

@@ -88,7 +88,10 @@ def test_one_packed_file_is_checked_on_its_own(run, folder, tmp_path):
         (["check", "."], "none of the data sets that are recognised by their layout; say how to read it with --source"),
         (["check", "images", "--source", "zip"], "--source zip: must be one of folder, packed"),
         (["check", "images", "--source", "packed"], "train.pack: the packed data set cannot be read"),
-        (["check", "images", "--split", "test", "--source", "folder"], "images: no subfolder 'test'; the expected layout is ROOT/"),
+        (
+            ["check", "images", "--split", "test", "--source", "folder"],
+            "images: no subfolder 'test'; the expected layout is ROOT/",
+        ),
         (["check", "train.pack", "--split", "train"], "--split has no place beside train.pack"),
         (["check"], "the following arguments are required: PATH"),
         (["pack", "images"], "the following arguments are required: OUT"),

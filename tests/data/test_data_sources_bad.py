@@ -15,7 +15,6 @@ from PIL import Image
 from writers import arrow, tfrecord
 
 from fastdeit.data import plan, tools
-from fastdeit.data.crc32c import crc32c
 from fastdeit.data.folder import FolderSource
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.packed import PackedSource, pack
@@ -119,7 +118,7 @@ def make(kind: str, root: Path, files: dict[str, bytes]):
                     archive.addfile(info, io.BytesIO(data))
         return TarSource(root, ["a.tar"])
     if kind == "tfrecord":
-        tfrecord(root / "a.tfrecord", [files[name] for _, name in names], [label for label, _ in names], crc=crc32c)
+        tfrecord(root / "a.tfrecord", [files[name] for _, name in names], [label for label, _ in names])
         return TFRecordSource(root, ["a.tfrecord"])
     pyarrow = pytest.importorskip("pyarrow")
     if kind == "arrow":

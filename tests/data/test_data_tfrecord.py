@@ -11,7 +11,6 @@ import pytest
 from writers import entry, example, feature, field, length, masked, record, tfrecord, varint
 
 from fastdeit.data import tfrecord as module
-from fastdeit.data.crc32c import crc32c
 from fastdeit.data.datasets import open_pair, open_source
 from fastdeit.data.source import BadImage, DataError
 from fastdeit.data.tfrecord import TFRecordSource, files
@@ -39,7 +38,7 @@ def root(tmp_path):
 
 
 def write(path, *records):
-    path.write_bytes(b"".join(record(data, crc32c) for data in records))
+    path.write_bytes(b"".join(record(data) for data in records))
     return path
 
 
@@ -52,8 +51,8 @@ def imagenet(root, varied):
     """Three training files and a held-out one, with class numbers 1 to 4."""
     for number in range(3):
         part = varied[3 * number : 3 * number + 3]
-        tfrecord(root / f"train-{number:05d}-of-00003", part, [1 + (3 * number + i) % 4 for i in range(3)], crc=crc32c)
-    tfrecord(root / "validation-00000-of-00001", varied[9:11], [3, 2], crc=crc32c)
+        tfrecord(root / f"train-{number:05d}-of-00003", part, [1 + (3 * number + i) % 4 for i in range(3)])
+    tfrecord(root / "validation-00000-of-00001", varied[9:11], [3, 2])
     return root
 
 
@@ -219,7 +218,7 @@ def test_names_are_numbers_and_not_what_a_record_says(root):
 
 
 def whole(images):
-    return [record(sample(image, i % 2), crc32c) for i, image in enumerate(images)]
+    return [record(sample(image, i % 2)) for i, image in enumerate(images)]
 
 
 @pytest.mark.parametrize("cut", [1, 4, 5, 60, 3000])
