@@ -211,8 +211,7 @@ def _frames(window: _Window) -> Iterator[tuple[int, int]]:
 
 
 def _masked_crc(data: bytes | NDArray[np.uint8]) -> int:
-    """CRC-32C of `data` as TFRecord stores it: rotated and displaced, so that the CRC of a record that contains CRCs is a
-    good one."""
+    """CRC-32C of `data` as TFRecord stores it: rotated and displaced, so that a record may well contain CRCs."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
