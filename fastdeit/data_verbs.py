@@ -170,12 +170,12 @@ def _progress(what: str) -> Generator[Callable[[int, int], None], None, None]:
 
 
 def _lines(what: str) -> Callable[[int, int], None]:
-    said = 0
+    printed = 0
 
     def progress(done: int, total: int) -> None:
-        nonlocal said
-        if 10 * done // total > said:
-            said = 10 * done // total
+        nonlocal printed
+        if 10 * done // total > printed:
+            printed = 10 * done // total
             print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
     return progress

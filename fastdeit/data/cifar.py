@@ -85,11 +85,13 @@ class CifarSource(Listed):
         super().__init__(classes, names, label, digest(names.blob, label, classes, self._images))
 
     def read(self, index: int) -> NDArray[np.uint8]:
+        """Image `index` as a PNG file: uint8 `[n]`."""
         out = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(self._images[index])).save(out, "PNG", compress_level=1)
         return np.frombuffer(out.getvalue(), np.uint8)
 
     def path(self, index: int) -> str:
+        """FILE:ROW of sample `index`, with its folder."""
         return f"{self._folder}/{self.name(index)}"
 
 

@@ -37,9 +37,11 @@ class FileSource(Listed):
         self._root = str(root)
 
     def read(self, index: int) -> NDArray[np.uint8]:
+        """The bytes of file `index`: uint8 `[n]`. OSError if it cannot be read."""
         return read_range(self.path(index))
 
     def path(self, index: int) -> str:
+        """Path of file `index`."""
         return os.path.join(self._root, self.name(index))
 
 

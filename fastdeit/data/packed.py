@@ -43,6 +43,7 @@ class PackedSource(Listed):
         super().__init__(list(classes), names, index["label"], index["fingerprint"].tobytes().decode())
 
     def read(self, index: int) -> NDArray[np.uint8]:
+        """The bytes of sample `index`: uint8 `[n]`. BadImage if their checksum does not match."""
         start = int(self._offset[index])
         data = read_range(self._path, start, int(self._offset[index + 1]) - start)
         if zlib.crc32(data) != self._crc[index]:
@@ -50,6 +51,7 @@ class PackedSource(Listed):
         return data
 
     def path(self, index: int) -> str:
+        """PACK:NAME of sample `index`."""
         return f"{self._path}:{self.name(index)}"
 
 

@@ -34,15 +34,24 @@ class BadImage(Exception):
 
 
 class Source(Protocol):
-    """Labelled encoded images. `read` may raise OSError; equal fingerprints mean equal samples in equal order."""
+    """Labelled encoded images, by index. Equal fingerprints mean equal samples in equal order."""
 
     classes: Sequence[str]
     fingerprint: str
 
     def __len__(self) -> int: ...
-    def read(self, index: int) -> NDArray[np.uint8]: ...
-    def label(self, index: int) -> int: ...
-    def path(self, index: int) -> str: ...
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """The encoded image, uint8 `[n]`. Raises OSError or BadImage where there is none."""
+        ...
+
+    def label(self, index: int) -> int:
+        """The class number, an index into `classes`."""
+        ...
+
+    def path(self, index: int) -> str:
+        """Where the image lies, for messages."""
+        ...
 
 
 class NamedSource(Source, Protocol):
@@ -51,7 +60,9 @@ class NamedSource(Source, Protocol):
 
     skipped: Sequence[tuple[str, str]]
 
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """What the sample is called within the data set."""
+        ...
 
 
 def require_same_classes(root: str | Path, training: tuple[str, Source], held_out: tuple[str, Source]) -> None:

@@ -34,18 +34,22 @@ class SyntheticSource:
         return self._n
 
     def read(self, index: int) -> NDArray[np.uint8]:
+        """The JPEG file of picture `index`: uint8 `[n]`."""
         which = self.label(index), index // len(self.classes) % self._variants
         if which not in self._pool:
             self._pool[which] = _render(self._seed, *which, len(self.classes), self._size)
         return self._pool[which]
 
     def label(self, index: int) -> int:
+        """Class number of picture `index`."""
         return index % len(self.classes)
 
     def name(self, index: int) -> str:
+        """Name of picture `index`."""
         return f"{index}.jpg"
 
     def path(self, index: int) -> str:
+        """What stands for a path in messages."""
         return f"synthetic:{index}"
 
 

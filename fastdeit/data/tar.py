@@ -67,6 +67,7 @@ class TarSource(Listed):
         super().__init__(classes, names, index["label"], fingerprint, [tuple(entry) for entry in skipped])
 
     def read(self, index: int) -> NDArray[np.uint8]:
+        """The encoded image `index`: uint8 `[n]`. BadImage if the tar file was cut meanwhile."""
         shard = os.path.join(self._root, self._shards[self._shard[index]])
         size = int(self._size[index])
         data = read_range(shard, int(self._offset[index]), size)
@@ -75,6 +76,7 @@ class TarSource(Listed):
         return data
 
     def path(self, index: int) -> str:
+        """SHARD:MEMBER of sample `index`, with the folder of the data set."""
         return os.path.join(self._root, self.name(index))
 
 

@@ -84,6 +84,7 @@ class TFRecordSource(Listed):
         super().__init__(classes, names, labels, fingerprint, [tuple(entry) for entry in skipped])
 
     def read(self, index: int) -> NDArray[np.uint8]:
+        """The encoded image `index`: uint8 `[n]`. BadImage if its record was cut, or its checksum does not match."""
         size, start = int(self._size[index]), int(self._start[index])
         path = os.path.join(self._root, self._files[self._file[index]])
         record = read_range(path, int(self._offset[index]), size + _TAIL)
@@ -94,6 +95,7 @@ class TFRecordSource(Listed):
         return record[start : start + int(self._length[index])]
 
     def path(self, index: int) -> str:
+        """FILE:RECORD of sample `index`, with the folder of the data set."""
         return os.path.join(self._root, self.name(index))
 
 
@@ -154,7 +156,7 @@ class _Unusable(Exception):
 
 
 class _Window:
-    """A file, of which the part last looked at is in memory, `data` from byte `start` on: the end of one record comes
+    """A file, of which the part read last is in memory, `data` from byte `start` on: the end of one record comes
     with the start of the next."""
 
     def __init__(self, path: str) -> None:
@@ -289,7 +291,7 @@ def _add(window: _Window, at: int, after: int, features: dict[bytes, Any]) -> No
 
 def _entry(window: _Window, at: int, after: int) -> tuple[bytes, _Range]:
     """Name, cut to what a wanted one may have, and place of the feature of a map entry: name = 1, feature = 2. Behind a
-    name that nobody wants, nothing is looked at."""
+    name that nobody wants, nothing is parsed."""
     name, feature = b"", (after, after)
     for tag, start, stop in _fields(window, at, after):
         if tag == _FIELD_1:

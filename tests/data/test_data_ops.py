@@ -325,7 +325,7 @@ def test_a_window_needs_no_more_of_its_image_than_it_looks_at(dirt, monkeypatch)
         expected = render.window(
             render.resized(source[y : y + height, x : x + width], resize[0].tolist()), start[0], size
         )
-        (part,) = render.looked_at(view, size)
+        (part,) = render.source_region(view, size)
         whole = source[part[0] : part[0] + part[2], part[1] : part[1] + part[3]].copy()
         renderer = render.Renderer(size, 1)
         (got,) = renderer.batch([whole], part[None, :2], view)
@@ -342,7 +342,7 @@ def test_a_window_has_the_same_pixels_when_only_a_part_is_decoded(varied, monkey
     resize, start = plan.eval_window(width, height, SIZE, 0.6)
     boxes = np.stack((0 * width, 0 * width, height, width), axis=1).astype(np.int32)
     view = plan.unaugmented(boxes, resize.astype(np.int32), start.astype(np.int32))
-    assert (render.looked_at(view, SIZE)[:, 2:].prod(axis=1) < 0.8 * width * height).all()
+    assert (render.source_region(view, SIZE)[:, 2:].prod(axis=1) < 0.8 * width * height).all()
 
     def rendered():
         executor = Executor([SIZE], len(encoded), threads=2, device="cpu", repair=None)
@@ -351,14 +351,14 @@ def test_a_window_has_the_same_pixels_when_only_a_part_is_decoded(varied, monkey
 
     parts = rendered()
     for module in (dali, render):
-        monkeypatch.setattr(module, "looked_at", lambda view, size: view.box)
+        monkeypatch.setattr(module, "source_region", lambda view, size: view.box)
     assert torch.equal(parts, rendered())
 
 
 def test_evaluation_decodes_what_its_window_looks_at():
     resize, start = plan.eval_window(500, 375, (224, 224), 0.875)
     view = plan.unaugmented(np.array([[0, 0, 375, 500]], np.int32), resize.astype(np.int32), start.astype(np.int32))
-    (part,) = render.looked_at(view, (224, 224)).tolist()
+    (part,) = render.source_region(view, (224, 224)).tolist()
     assert part == [20, 81, 335, 336]
     assert dali._hull([view], [(224, 224)])[1].tolist() == [[335, 336]]
 
