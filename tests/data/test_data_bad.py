@@ -210,6 +210,7 @@ def test_pillow_s_warnings_of_files_are_not_heard_but_others_are(memory, varied,
         assert len(heard) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "printed"), [(None, False), ("ERROR", True)])
 def test_opencv_prints_nothing_of_bad_files_unless_asked(tmp_path, encode, make_image, level, printed):
     bmp = encode(make_image(0, 90, 70), "BMP")

@@ -15,6 +15,7 @@ from fastdeit.data.source import DataError, header
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_write_one_complete_folder(tmp_path):
     code = "from fastdeit.data import digits; print(digits.prepare())"
     env = {**os.environ, "FASTDEIT_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}

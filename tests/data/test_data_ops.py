@@ -2,8 +2,7 @@
 
 import gc
 import os
-import subprocess
-import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,21 +160,26 @@ def test_flip_reverses_the_columns(size):
 
 def test_flip_leaves_the_threads_of_torch_asleep():
     """They would be woken for every image, in every thread that renders."""
-    code = """if True:
-        import os, threading
-        import numpy as np
-        from fastdeit.data import render
-        image, done, end = np.zeros((224, 224, 3), np.uint8), threading.Event(), threading.Event()
-        run = threading.Thread(target=lambda: (render.flipped(image), done.set(), end.wait()))
-        before = len(os.listdir("/proc/self/task"))
-        run.start()
-        done.wait()
-        print(len(os.listdir("/proc/self/task")) - before)
-        end.set()
-    """
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["1"]
+    image = np.zeros((224, 224, 3), np.uint8)
+
+    def run():
+        before = threads_of_this_process()
+        render.flipped(image)
+        found.append(threads_of_this_process() - before)
+
+    found, threads = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] <= 0  # threads of other tests may end meanwhile
+
+
+def threads_of_this_process() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def all_kinds(count: int, layers: int = 3) -> Ops:
@@ -193,8 +197,7 @@ THREE = plan.Augment(size=SIZE, crop="simple", policy=policy.parse("three_augmen
 @pytest.mark.parametrize("augment", [RECIPE, THREE], ids=["rand_augment", "three_augment"])
 def test_whole_plan_on_the_cpu(varied, augment):
     run = parity.on_cpu(SIZE)
-    works = [parity.planned(varied[:128], augment, epoch) for epoch in range(2)]
-    per_image = np.concatenate([parity.difference(run, varied[:128], work) for work in works]).mean((1, 2, 3))
+    per_image = parity.difference(run, varied, parity.planned(varied, augment)).mean((1, 2, 3))
     assert per_image.mean() < 0.12  # one level of the resize, multiplied by equalize and posterize
     assert np.median(per_image) < 0.02
 
@@ -221,8 +224,8 @@ def test_window_reflects_without_repeating_the_edge(varied):
 
 @pytest.fixture(scope="module")
 def everything(varied):
-    """544 samples, 4 of each image, with 3 operations of every kind."""
-    work = parity.planned(varied * 4, plan.Augment(size=SIZE))
+    """272 samples, 2 of each image, with 3 operations of every kind."""
+    work = parity.planned(varied * 2, plan.Augment(size=SIZE))
     return replace(work, views=(replace(work.views[0], ops=all_kinds(len(work.encoded))),))
 
 
@@ -233,16 +236,20 @@ def stream(work: Work, batch_size: int, threads: int, start: int = 0) -> np.ndar
     return np.concatenate([images.numpy() for _, (images,) in executor.run(parts)])
 
 
-@pytest.mark.parametrize(("batch_size", "threads", "start"), [(64, 1, 0), (17, 3, 0), (1, 1, 500), (48, 2, 200)])
-def test_pixels_do_not_depend_on_batches_threads_or_start(everything, batch_size, threads, start):
-    reference = stream(everything, 128, 2)
+@pytest.fixture(scope="module")
+def reference(everything):
+    return stream(everything, 128, 2)
+
+
+@pytest.mark.parametrize(("batch_size", "threads", "start"), [(64, 1, 0), (17, 3, 0), (1, 1, 250), (48, 2, 100)])
+def test_pixels_do_not_depend_on_batches_threads_or_start(everything, reference, batch_size, threads, start):
     assert len(np.unique(everything.views[0].ops.kind)) == len(KINDS)
     assert np.array_equal(stream(everything, batch_size, threads, start), reference[start:])
 
 
-def test_order_does_not_matter(everything):
+def test_order_does_not_matter(everything, reference):
     shuffled = np.random.default_rng(2).permutation(len(everything.encoded))
-    assert np.array_equal(stream(everything.take(shuffled), 64, 2), stream(everything, 64, 2)[shuffled])
+    assert np.array_equal(stream(everything.take(shuffled), 64, 2), reference[shuffled])
 
 
 def test_stream_of_the_recipe_is_the_same_from_files_and_memory_and_for_two_ranks(tmp_path, varied, memory):
@@ -363,6 +370,7 @@ def test_evaluation_decodes_what_its_window_looks_at():
     assert dali._hull([view], [(224, 224)])[1].tolist() == [[335, 336]]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow(everything):
     executor = Executor([SIZE], 8, threads=2, device="cpu", repair=None)
 
@@ -371,7 +379,7 @@ def test_memory_does_not_grow(everything):
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     def batches(count):
-        for _ in executor_run(executor, (everything.take(range(i % 60 * 8, i % 60 * 8 + 8)) for i in range(count))):
+        for _ in executor_run(executor, (everything.take(range(i % 30 * 8, i % 30 * 8 + 8)) for i in range(count))):
             pass
 
     def executor_run(executor, works):

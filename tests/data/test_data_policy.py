@@ -175,7 +175,15 @@ def test_tables_are_timms(text):
         assert ours.weights is None
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        text
+        if text in ("rand-m9-mstd0.5-inc1", "rand-n3-tweights-mstd0.5", "original-mstd0.5")
+        else pytest.param(text, marks=pytest.mark.slow)
+        for text in TEXTS
+    ],
+)
 def test_draws_are_distributed_as_timms(text):
     assert_same_draws(sequences(drawn(text)), timm_sequences(text))
 
