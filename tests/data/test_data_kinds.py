@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -182,3 +183,19 @@ def test_kinds_that_need_pyarrow_say_so_and_hide_no_other(root, monkeypatch, nam
     assert kinds_at(path) == [name]
     with pytest.raises(DataError, match=rf"^{name.capitalize()} files need pyarrow: pip install fastdeit\[parquet\]"):
         open_source(name, path, "train")
+
+
+def test_the_reader_in_the_documentation_reads(root, monkeypatch, varied):
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    module = ModuleType("mine")
+    monkeypatch.setitem(sys.modules, "mine", module)
+    exec(text.partition("```python\n")[2].partition("```")[0], module.__dict__)
+    path = root()
+    for split, rows in (("train", ("b.jpg,cat", "a.jpg,dog", "c.jpg,cat")), ("val", ("d.jpg,dog", "e.jpg,cat"))):
+        (path / f"{split}.csv").write_text("\n".join(rows))
+    for name, data in zip("abcde", varied, strict=False):
+        (path / f"{name}.jpg").write_bytes(data)
+    for use in ("mine:read", "mine:CSV"):
+        train, val = open_pair(use, path)
+        assert [(train.classes[train.label(i)], train.name(i)) for i in (0, 1)] == [("cat", "b.jpg"), ("dog", "a.jpg")]
+        assert (len(train), len(val), train.read(1).tobytes()) == (3, 2, varied[0])
