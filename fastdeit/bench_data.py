@@ -33,7 +33,7 @@ from fastdeit import recipe as recipes
 from fastdeit.bench_data_peers import Side, Stream
 from fastdeit.bench_measure import Timer, reason
 from fastdeit.data import policy
-from fastdeit.data.source import SyntheticSource
+from fastdeit.data.synthetic import SyntheticSource
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.views import parse_policy

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fastdeit.bench_measure import CannotRun
-from fastdeit.data import policy
+from fastdeit.data import pixel_ops, policy
 from fastdeit.data.plan import PAD
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def _torchvision_operations(setting: "Setting", notes: list[str]) -> list[Transf
 
     augment, rand = setting.data.augment, setting.rand
     # On tensors it has no bicubic one.
-    drawn = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": policy.FILL}
+    drawn = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": pixel_ops.FILL}
     if augment == "none":
         return []
     if augment in _THREE_AUGMENT:
@@ -405,7 +405,7 @@ def _dali_operations(setting: "Setting", images: "DataNode") -> "DataNode":
     from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
 
     data, rand = setting.data, setting.rand
-    drawn = {"shape": setting.size, "fill_value": policy.FILL[1]}
+    drawn = {"shape": setting.size, "fill_value": pixel_ops.FILL[1]}
     if data.crop == "simple":
         where = {f"crop_pos_{axis}": fn.random.uniform(range=[0.0, 1.0]) for axis in "xy"}
         images = fn.crop(images, crop=setting.size, **where)

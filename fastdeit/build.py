@@ -13,11 +13,11 @@ from torch import nn
 
 from fastdeit import methods, models, rng
 from fastdeit.data import digits, order
-from fastdeit.data.datasets import open_pair
-from fastdeit.data.layout import kinds_at, layout
+from fastdeit.data.datasets import kinds_at, layout, open_pair
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import Augment, Mixing
-from fastdeit.data.source import DataError, Source, SyntheticSource, train_val
+from fastdeit.data.source import DataError, Source
+from fastdeit.data.synthetic import SyntheticSource
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import EmaTeacher
@@ -45,7 +45,7 @@ def sources(recipe: "Recipe") -> tuple[Source, Source]:
         held_out = max(data.synthetic_samples // 10, 1)
         return train, SyntheticSource(held_out, seed=recipe.train.seed + 1, **shape)
     if data.source == "digits":
-        return train_val(digits.prepare())
+        return open_pair("folder", digits.prepare())
     splits = data.train, data.val
     if data.root is None:
         raise UsageError(
@@ -55,18 +55,20 @@ def sources(recipe: "Recipe") -> tuple[Source, Source]:
     try:
         return open_pair(data.source, data.root, *splits)
     except DataError as error:
-        raise DataError(f"data.source {data.source}: {error}{_expected(data.source, data.root, *splits)}") from error
+        raise DataError(
+            f"data.source {data.source}: {error}{_expected(error, data.source, data.root, *splits)}"
+        ) from error
 
 
-def _expected(kind: str, root: str, train: str, val: str) -> str:
-    """What to add to the reason why `root` is no data set of that kind."""
+def _expected(error: DataError, kind: str, root: str, train: str, val: str) -> str:
+    """What to add to `error`, the reason why `root` is no data set of that kind."""
     found = kinds_at(root, train, val)
     if kind in found:
         return ""
     if found:
         return f"; it looks like {' or '.join(found)}: add data.source={found[0]}"
-    # What a folder has to look like is in the reason.
-    return "" if kind == "folder" else f"; expected are {layout(kind, train, val)}"
+    expected = layout(kind, train, val)
+    return "" if expected in str(error) else f"; expected are {expected}"
 
 
 def image_size(recipe: "Recipe") -> tuple[int, int]:

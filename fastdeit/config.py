@@ -6,29 +6,24 @@ YAML and checks sections against each other; `recipe_errors.py` makes pydantic's
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
 
+from fastdeit.data import kinds
 from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, Positive, Range, Section, Text
 from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, ViewSettings
 
 Classes = Annotated[int, Field(ge=1, le=100_000_000)]
-Source = Literal[
-    "folder",
-    "packed",
-    "tar",
-    "tfrecord",
-    "parquet",
-    "arrow",
-    "imagenet",
-    "cifar10",
-    "cifar100",
-    "flowers102",
-    "stanford_cars",
-    "inat2018",
-    "inat2019",
-    "synthetic",
-    "digits",
-]
+
+
+def _known_source(source: str) -> str:
+    if source not in kinds.names() and ":" not in source:
+        choices = *kinds.names(), "an import path package.module:KIND"
+        raise PydanticKnownError("literal_error", {"expected": ", ".join(f"'{choice}'" for choice in choices)})
+    return source
+
+
+Source = Annotated[str, AfterValidator(_known_source)]
 
 
 def _sourced(figure: Any) -> str:
@@ -88,7 +83,7 @@ class DataSplits(Section):
     """folder: ROOT/SPLIT/CLASS/image; packed: ROOT/SPLIT.pack, made by `fastdeit data pack`; tar: shards in the
     WebDataset layout; tfrecord: TensorFlow's; parquet: files of the Hugging Face hub; arrow: what its `save_to_disk`
     writes; imagenet, cifar10, ... as their authors distribute them; synthetic: noise made on the fly; digits:
-    scikit-learn's handwritten digits. See docs/data.md."""
+    scikit-learn's handwritten digits; package.module:KIND: a reader of your own. See docs/data.md."""
     root: Text | None = None
     """Directory of the data set; synthetic and digits have none."""
     train: Text = "train"
@@ -101,7 +96,7 @@ class DataSplits(Section):
     @classmethod
     def _root_is_read(cls, root: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source", "folder")
-        if root is not None and source in ("synthetic", "digits"):
+        if root is not None and source in kinds.GENERATED:
             raise ValueError(f"has no place beside data.source {source}, which reads no directory of yours")
         return root
 

@@ -23,8 +23,7 @@ from PIL import Image
 from fastdeit import build, data_verbs, kernels
 from fastdeit import recipe as recipes
 from fastdeit.batch import Batch
-from fastdeit.data import order, plan
-from fastdeit.data.policy import KINDS, Ops
+from fastdeit.data import order, pixel_ops, plan
 from fastdeit.data.source import Source
 from fastdeit.engine.dist import World, pick_device
 from fastdeit.errors import UsageError
@@ -38,22 +37,6 @@ if TYPE_CHECKING:
 _BOX = "#d55e00"
 _GREY = "#666666"
 _LABEL = 16
-_VALUES = {
-    "rotate": "by {:+.1f} degrees",
-    "posterize": "keeping {:.0f} of 8 bits",
-    "solarize": "from level {:.0f}",
-    "solarize_add": "{:+.0f} below level 128",
-    "color": "x {:.2f}",
-    "contrast": "x {:.2f}",
-    "brightness": "x {:.2f}",
-    "sharpness": "x {:.2f}",
-    "shear_x": "by {:+.3f}",
-    "shear_y": "by {:+.3f}",
-    "translate_x": "by {:+.1f} pixels",
-    "translate_y": "by {:+.1f} pixels",
-    "blur": "with radius {:.2f}",
-    "hue": "by {:+.3f} turns",
-}
 
 Picture = NDArray[np.float32]
 
@@ -215,21 +198,11 @@ def _words(
         ("file", source.path(int(batch.index[slot]))),
         ("crop", crop),
         ("flip", "yes" if view.flip[0] else "no"),
-        ("ops", _ops(view.ops)),
+        ("ops", pixel_ops.described(view.ops.kind[0], view.ops.value[0])),
         ("erase", erased),
         ("mix", _mixed(batch, slot)),
         ("target", _target(source, *(column[slot].item() for column in batch.targets), limit=None)),
     ]
-
-
-def _ops(ops: Ops) -> str:
-    names = [KINDS[kind] for kind in ops.kind[0]]
-    done = [
-        " ".join(filter(None, (name, _VALUES.get(name, "").format(value))))
-        for name, value in zip(names, ops.value[0].tolist(), strict=True)
-        if name != "none"
-    ]
-    return ", then ".join(done) or "none"
 
 
 def _mixed(batch: Batch, slot: int) -> str:

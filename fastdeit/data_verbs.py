@@ -1,6 +1,6 @@
 """`fastdeit data check` and `fastdeit data pack`, and what `--data` means where it is no folder of images.
 
-A data set is named by its path. Which kind it is of is read from the layout (`data/layout.py`) as long as only one kind
+A data set is named by its path. Its kind is read from the layout (`data/datasets.py`) as long as only one kind
 fits; where several do, or none, the user is asked.
 """
 
@@ -14,16 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastdeit import recipe as recipes
-from fastdeit.data import packed, shards, tools
-from fastdeit.data.datasets import open_pair, open_source
-from fastdeit.data.layout import LAYOUTS, kinds_at
+from fastdeit.data import kinds, packed, tools
+from fastdeit.data.datasets import kinds_at, open_pair, open_source
 from fastdeit.data.source import DataError, NamedSource
 from fastdeit.errors import UsageError
 
 _SPLITS = "train", "val"
-_OF_SUFFIX = {packed.SUFFIX: "packed", ".tar": "tar", ".parquet": "parquet", ".arrow": "arrow"}
-# What is left of it in front of numbers, wildcards and the file's kind names the packed split.
-_PATTERN = re.compile(r"[-_.]*[{*?\[]|\.(?:tar|tfrecords?|parquet|arrow|pack)$")
+_WILDCARD = re.compile(r"[-_.]*[{*?\[]")
 
 Named = list[tuple[str, NamedSource]]
 
@@ -43,7 +40,7 @@ def pack(args: argparse.Namespace) -> None:
     """`fastdeit data pack PATH OUT`: every split as OUT/SPLIT.pack."""
     out = Path(args.out)
     sources = _open(args, _matched)
-    names = [_PATTERN.split(Path(split).name)[0] for split, _ in sources]
+    names = [_stem(Path(split).name) for split, _ in sources]
     if len(set(names)) < len(names) or "" in names:
         raise UsageError(
             f"the splits {', '.join(split for split, _ in sources)} would become the files {', '.join(names)}; give "
@@ -97,25 +94,20 @@ def _only(found: list[str], path: str, option: str) -> str:
     if len(found) == 1:
         return found[0]
     what = f"holds {' and '.join(found)}" if found else "is none of the data sets that are recognised by their layout"
-    raise UsageError(f"{path} {what}; say how to read it with {option}: {', '.join(found or LAYOUTS)}")
+    raise UsageError(f"{path} {what}; say how to read it with {option}: {', '.join(found or kinds.READERS)}")
 
 
 def _open(args: argparse.Namespace, opened: Callable[[str, Path, Sequence[str]], Named]) -> Named:
     """(name, samples) of the splits that the arguments ask for."""
     path = Path(args.path)
-    if args.source not in (None, *LAYOUTS):
-        raise UsageError(f"--source {args.source}: must be one of {', '.join(LAYOUTS)}")
+    if args.source is not None:
+        _require_reader(args.source)
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory")
     if path.is_file():
         if args.split:
             raise UsageError(f"--split has no place beside {path}, which is a file")
-        named = "tfrecord" if shards.TFRECORD.fullmatch(path.name) else None
-        kind = args.source or _OF_SUFFIX.get(path.suffix, named)
-        if kind is None:
-            known = ", ".join((*_OF_SUFFIX, ".tfrecord", "-00000-of-00001"))
-            raise UsageError(f"{path}: a file of no known kind ({known}); give the data set's folder")
-        return opened(kind, path.parent, [path.name])
+        return opened(args.source or _kind_of_file(path), path.parent, [path.name])
     splits = args.split or _SPLITS
     kind = args.source or _only(kinds_at(path, splits[0], splits[-1]), str(path), "--source")
     try:
@@ -124,6 +116,31 @@ def _open(args: argparse.Namespace, opened: Callable[[str, Path, Sequence[str]],
         alone = kind not in kinds_at(path, splits[-1], splits[-1])
         advice = "; if there is only one split, or others, name them: --split NAME" if alone else ""
         raise DataError(f"{error}{advice}") from error
+
+
+def _require_reader(use: str) -> None:
+    try:
+        kinds.find(use)
+    except ValueError as error:
+        raise UsageError(f"--source {use}: {error}") from error
+
+
+def _kind_of_file(path: Path) -> str:
+    """The kind of one file by its name; UsageError if it is of none."""
+    for kind in kinds.shipped():
+        if kind.has_file(path.name):
+            return kind.name
+    known = ", ".join(suffix for kind in kinds.shipped() for suffix in kind.suffixes)
+    raise UsageError(f"{path}: a file of no known kind ({known}); give the data set's folder")
+
+
+def _stem(name: str) -> str:
+    """What names the packed split: a file's name, or a pattern, up to its numbers, wildcards and suffix."""
+    stem = _WILDCARD.split(name)[0]
+    for kind in kinds.shipped():
+        for suffix in kind.suffixes:
+            stem = stem.removesuffix(suffix)
+    return stem
 
 
 def _each(kind: str, root: Path, splits: Sequence[str]) -> Named:
@@ -153,12 +170,12 @@ def _progress(what: str) -> Generator[Callable[[int, int], None], None, None]:
 
 
 def _lines(what: str) -> Callable[[int, int], None]:
-    said = 0
+    printed = 0
 
     def progress(done: int, total: int) -> None:
-        nonlocal said
-        if 10 * done // total > said:
-            said = 10 * done // total
+        nonlocal printed
+        if 10 * done // total > printed:
+            printed = 10 * done // total
             print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
     return progress

@@ -9,7 +9,8 @@ from fastdeit import build
 from fastdeit import recipe as recipes
 from fastdeit.data import plan
 from fastdeit.data.packed import pack
-from fastdeit.data.source import DataError, SyntheticSource
+from fastdeit.data.source import DataError
+from fastdeit.data.synthetic import SyntheticSource
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.methods.supervised import Supervised
@@ -163,6 +164,23 @@ def test_a_packed_data_set_is_read_as_the_folder_it_was_made_of(data, tmp_path):
     after = build.sources(recipes.load(path, ["data.source=packed", f"data.root={tmp_path}"]))
     assert [source.fingerprint for source in after] == [source.fingerprint for source in before]
     assert [len(source) for source in after] == [8, 4]
+
+
+def own_reader(root, split):
+    return SyntheticSource({"fit": 8, "val": 4}[split], classes=4, size=(16, 16))
+
+
+def test_a_reader_of_ones_own_is_named_by_its_import_path(data):
+    path, root = data
+    own = ["data.source=test_build:own_reader", "data.train=fit"]
+    train, held_out = build.sources(recipes.load(path, [*own, f"data.root={root}"]))
+    assert (len(train), len(held_out)) == (8, 4)
+    with pytest.raises(DataError, match=r"data\.source test_build:own_reader: nowhere: no such directory"):
+        build.sources(recipes.load(path, [*own, "data.root=nowhere"]))
+    with pytest.raises(
+        DataError, match=r"data\.source test_build:no: .* cannot be imported: module 'test_build' has no"
+    ):
+        build.sources(recipes.load(path, ["data.source=test_build:no", f"data.root={root}"]))
 
 
 def test_splits_of_other_names(data):

@@ -32,8 +32,8 @@ LAYERS: dict[str, set[str]] = {
 NOT_FOR_CLI = {"rng", "fields", "views", "batch", "models", "methods", "data", "engine", "agent", "__main__"}
 ABOVE_TRAIN = {"cli", "launch", "agent", "__main__"}
 # numpy only: they run where no torch is wanted, and their arrays are the contract with any executor.
-_DATA = ("arrow", "cifar", "crc32c", "datasets", "index", "layout", "order", "packed", "parquet", "plan")
-_DATA += ("policy", "scan", "shards", "source", "tar", "tfrecord", "tools")
+_DATA = ("arrow", "cifar", "datasets", "folder", "hugging_face", "index", "kinds", "order", "packed", "parquet", "plan")
+_DATA += ("pixel_ops", "policy", "public", "scan", "shards", "source", "synthetic", "tar", "tfrecord", "tools")
 _TOP = ("data_verbs", "errors", "rng", "fields", "views", "cli", "launch")
 WITHOUT_TORCH = [f"{name}.py" for name in (*(f"data/{name}" for name in _DATA), *_TOP)]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from recipe_texts import DISTILL, GOOD, refusal
 
 from fastdeit import recipe as recipes
-from fastdeit.data.datasets import KINDS
+from fastdeit.data.kinds import READERS
 from fastdeit.recipe import Recipe, RecipeError
 
 # ---- types -----------------------------------------------------------------------------------------------------------
@@ -199,9 +199,11 @@ def test_another_source_and_another_model(write):
 
 def test_every_kind_of_data_set_can_be_chosen_and_only_files_have_a_root(write):
     path = write(GOOD.replace("  source: synthetic\n", "  root: /data\n"))
-    for kind in KINDS:
+    for kind in READERS:
         data = recipes.load(path, [f"data.source={kind}", "data.root=/data"]).data
         assert (data.source, data.root) == (kind, "/data")
+    own = recipes.load(path, ["data.source=mine.readers:KIND", "data.root=/data"]).data
+    assert (own.source, own.root) == ("mine.readers:KIND", "/data")
     for kind in ("synthetic", "digits"):
         assert recipes.load(path, [f"data.source={kind}"]).data.root is None
         with pytest.raises(RecipeError, match=f"has no place beside data.source {kind}"):

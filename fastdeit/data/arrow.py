@@ -66,6 +66,7 @@ class ArrowSource(Listed):
         super().__init__(classes, blob, labels, digest(blob.blob, labels, self._size, classes), skipped)
 
     def read(self, index: int) -> NDArray[np.uint8]:
+        """The encoded image of row `index`: uint8 `[n]`. BadImage if it has none, or the file was cut meanwhile."""
         size = int(self._size[index])
         if size == _NO_IMAGE:
             raise BadImage("the row has no image bytes (data sets that only hold paths cannot be used)")
@@ -76,6 +77,7 @@ class ArrowSource(Listed):
         return data
 
     def path(self, index: int) -> str:
+        """FILE:ROW of sample `index`, with the folder of the data set."""
         return os.path.join(self._root, self.name(index))
 
 

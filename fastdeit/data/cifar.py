@@ -8,6 +8,7 @@ knows nothing but numpy arrays and the built-in containers.
 import io
 import pickle
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdeit.data.index import Listed, Strings, digest
+from fastdeit.data.kinds import Kind
 from fastdeit.data.source import DataError, contents
 
 _SHAPE = 3, 32, 32
@@ -38,7 +40,7 @@ class Layout:
     labels_key: bytes
 
 
-CIFAR10 = Layout(
+_TEN = Layout(
     classes=10,
     train=tuple(f"data_batch_{number}" for number in range(1, 6)),
     val=("test_batch",),
@@ -50,7 +52,7 @@ CIFAR10 = Layout(
     names_key=b"label_names",
     labels_key=b"labels",
 )
-CIFAR100 = Layout(
+_HUNDRED = Layout(
     classes=100,
     train=("train",),
     val=("test",),
@@ -83,11 +85,13 @@ class CifarSource(Listed):
         super().__init__(classes, names, label, digest(names.blob, label, classes, self._images))
 
     def read(self, index: int) -> NDArray[np.uint8]:
+        """Image `index` as a PNG file: uint8 `[n]`."""
         out = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(self._images[index])).save(out, "PNG", compress_level=1)
         return np.frombuffer(out.getvalue(), np.uint8)
 
     def path(self, index: int) -> str:
+        """FILE:ROW of sample `index`, with its folder."""
         return f"{self._folder}/{self.name(index)}"
 
 
@@ -152,3 +156,17 @@ def _unpickled(path: Path, key: bytes) -> Any:
     except Exception as error:
         # A damaged pickle ends in whatever its last instruction runs into.
         raise DataError(f"{path}: not an official CIFAR file, or a damaged one: {error!r}") from error
+
+
+def _kind(name: str, layout: Layout) -> Kind:
+    folders = layout.binary, layout.python
+    return Kind(
+        name,
+        partial(CifarSource, layout),
+        f"ROOT/{layout.binary} or ROOT/{layout.python}",
+        lambda root, train, val: root.name in folders or any((root / folder).is_dir() for folder in folders),
+        named_splits=False,
+    )
+
+
+CIFAR10, CIFAR100 = _kind("cifar10", _TEN), _kind("cifar100", _HUNDRED)

@@ -7,8 +7,9 @@ On the CPU, DALI decodes the box, which is what it is fastest at, and `render` d
 being decoded: less than half the CPU time of the DALI graph, and nearer to PIL. On the GPU all of it is that graph
 (`dali_graph`).
 
-A sample is decoded once for all of its views: on the CPU the smallest rectangle that holds what they look at. DALI
-decodes the same pixels of a box whether it decodes more around it or not, so that no view depends on the others.
+A sample is decoded once for all of its views: on the CPU the smallest rectangle that holds the source
+regions of all. DALI decodes the same pixels of a box whether it decodes more around it or not, so that no view depends
+on the others.
 
 Rules, each from a failure:
 
@@ -41,7 +42,7 @@ from PIL import Image
 from fastdeit.data.plan import Plan, unaugmented
 from fastdeit.data.policy import Ops
 from fastdeit.data.prefetch import close_all
-from fastdeit.data.render import Renderer, RenderError, looked_at
+from fastdeit.data.render import Renderer, RenderError, source_region
 from fastdeit.data.source import DataError, undecodable
 
 if TYPE_CHECKING:
@@ -245,8 +246,9 @@ def _graphs() -> ModuleType:
 
 
 def _hull(views: Sequence[Plan], sizes: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """(corner, extent), both int32 `[B, 2]` as (y, x), of the smallest rectangle that holds what all views look at."""
-    parts = [looked_at(view, size) for view, size in zip(views, sizes, strict=True)]
+    """(corner, extent), both int32 `[B, 2]` as (y, x), of the smallest rectangle that holds the source regions of all
+    views."""
+    parts = [source_region(view, size) for view, size in zip(views, sizes, strict=True)]
     corner = np.min([part[:, :2] for part in parts], axis=0)
     end = np.max([part[:, :2] + part[:, 2:] for part in parts], axis=0)
     return corner.astype(np.int32), (end - corner).astype(np.int32)

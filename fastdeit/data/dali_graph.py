@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali import math as dmath
 from nvidia.dali.data_node import DataNode
 
-from fastdeit.data.policy import FILL, KINDS
+from fastdeit.data.dali_nodes import Nodes
+from fastdeit.data.pixel_ops import FILL, PIXEL_OPS, Warp
 from fastdeit.data.render import Steps
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
@@ -32,17 +32,6 @@ class Form(NamedTuple):
     size: tuple[int, int]
     layers: int
     windowed: bool
-
-
-class _Operands(NamedTuple):
-    """Of one layer. `value` lives where the images do, `host_value` and `matrix` (of the warp) on the CPU; `inside` is
-    0 in the one-pixel border and 1 elsewhere, `smooth` Pillow's SMOOTH filter."""
-
-    value: DataNode
-    host_value: DataNode
-    matrix: DataNode
-    inside: DataNode
-    smooth: DataNode
 
 
 def guarded(encoded: DataNode) -> DataNode:
@@ -104,9 +93,9 @@ def _rendered(images: DataNode, form: Form, prefix: str, gpu: bool) -> DataNode:
     for layer in range(form.layers):
         branch, value = _input(prefix, f"branch{layer}"), _input(prefix, f"value{layer}")
         matrix = _input(prefix, f"matrix{layer}")
-        operands = _Operands(value.gpu() if gpu else value, value, matrix, inside, smooth)
+        nodes = Nodes(value.gpu() if gpu else value, value, matrix, inside, smooth)
         if branch > 0:
-            images = _choose(1, len(_BRANCHES) - 1, branch, images, operands)
+            images = _choose(1, len(_BRANCHES) - 1, branch, images, nodes)
     return images
 
 
@@ -147,160 +136,33 @@ def _inputs_of(size: tuple[int, int], steps: Steps) -> dict[str, NDArray[Any]]:
 
 
 def _matrices(kind: NDArray[np.uint8], value: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """`[B, 3, 3]` from output to input coordinates, as Pillow defines them; the identity where nothing is warped."""
-    matrices = np.tile(np.eye(3, dtype=np.float64), (len(kind), 1, 1))
-    for name, i, j in (("shear_x", 0, 1), ("shear_y", 1, 0), ("translate_x", 0, 2), ("translate_y", 1, 2)):
-        rows = kind == KINDS.index(name)
-        matrices[rows, i, j] = value[rows]
-    rows = kind == KINDS.index("rotate")
-    angle = -np.radians(value[rows].astype(np.float64))
-    cos, sin, middle = np.cos(angle), np.sin(angle), np.array([size[1], size[0]]) / 2
-    turn = np.stack((cos, sin, -sin, cos), axis=-1).reshape(-1, 2, 2)
-    matrices[rows, :2, :2] = turn
-    matrices[rows, :2, 2] = middle - turn @ middle
+    """float32 `[B, 3, 3]` of the warps (`pixel_ops.Warp`); the identity where nothing is warped."""
+    matrices = np.tile(np.eye(3), (len(kind), 1, 1))
+    for code, op in enumerate(PIXEL_OPS, start=1):
+        rows = kind == code
+        if isinstance(op.gpu, Warp) and rows.any():
+            matrices[rows] = op.gpu.matrix(value[rows], size)
     return matrices.astype(np.float32)
 
 
-def _choose(low: int, high: int, branch: DataNode, image: DataNode, operands: _Operands) -> DataNode:
+def _choose(low: int, high: int, branch: DataNode, image: DataNode, nodes: Nodes) -> DataNode:
     """Bisection: a batch passes few splits, and each sample one branch."""
     if low == high:
-        return _BRANCHES[low](image, operands)
+        return _BRANCHES[low](image, nodes)
     middle = (low + high) // 2
     if branch <= middle:
-        image = _choose(low, middle, branch, image, operands)
+        image = _choose(low, middle, branch, image, nodes)
     else:
-        image = _choose(middle + 1, high, branch, image, operands)
+        image = _choose(middle + 1, high, branch, image, nodes)
     return image
 
 
-def _float(image: DataNode) -> DataNode:
-    return fn.cast(image, dtype=types.FLOAT)
-
-
-def _truncated(levels: DataNode) -> DataNode:
-    return fn.cast(dmath.floor(dmath.clamp(levels, 0.0, 255.0)), dtype=types.UINT8)
-
-
-def _blend(base: DataNode | float, image: DataNode, factor: DataNode) -> DataNode:
-    return _truncated(base + (_float(image) - base) * factor)
-
-
-def _channels(image: DataNode) -> list[DataNode]:
-    return [fn.cast(image[:, :, c : c + 1], dtype=types.INT32) for c in range(3)]
-
-
-def _grey(image: DataNode) -> DataNode:
-    """Pillow's convert("L"), float `[H, W, 1]`."""
-    red, green, blue = _channels(image)
-    return _float((red * 19595 + green * 38470 + blue * 7471 + 32768) // 65536)
-
-
-def _auto_contrast(image: DataNode, _: _Operands) -> DataNode:
-    low = _float(fn.reductions.min(image, axes=(0, 1), keep_dims=True))
-    high = _float(fn.reductions.max(image, axes=(0, 1), keep_dims=True))
-    flat = _float(high == low)
-    scale = 255.0 / (high - low + 255.0 * flat)  # 1 in a flat channel, which stays as it is
-    return _truncated(_float(image) * scale - low * scale * (1.0 - flat))
-
-
-def _equalize(image: DataNode, _: _Operands) -> DataNode:
-    return fn.equalize(image)
-
-
-def _invert(image: DataNode, _: _Operands) -> DataNode:
-    return image ^ types.Constant(np.uint8(255))
-
-
-def _posterize(image: DataNode, operands: _Operands) -> DataNode:
-    return image & fn.cast(256.0 - dmath.pow(2.0, 8.0 - operands.value), dtype=types.UINT8)
-
-
-def _solarize(image: DataNode, operands: _Operands) -> DataNode:
-    return image ^ fn.cast(image >= operands.value, dtype=types.UINT8) * types.Constant(np.uint8(255))
-
-
-def _solarize_add(image: DataNode, operands: _Operands) -> DataNode:
-    return _truncated(_float(image) + _float(image < 128) * operands.value)
-
-
-def _color(image: DataNode, operands: _Operands) -> DataNode:
-    return _blend(_grey(image), image, operands.value)
-
-
-def _contrast(image: DataNode, operands: _Operands) -> DataNode:
-    mean = dmath.floor(fn.reductions.mean(_grey(image), axes=(0, 1), keep_dims=True) + 0.5)
-    return _blend(mean, image, operands.value)
-
-
-def _brightness(image: DataNode, operands: _Operands) -> DataNode:
-    return _truncated(_float(image) * operands.value)
-
-
-def _sharpness(image: DataNode, operands: _Operands) -> DataNode:
-    smooth = dmath.floor(fn.filter(image, operands.smooth, dtype=types.FLOAT) + 0.5)
-    smooth = smooth * operands.inside + _float(image) * (1.0 - operands.inside)
-    return _blend(smooth, image, operands.value)
-
-
-def _warp(image: DataNode, operands: _Operands) -> DataNode:
+def _warp(image: DataNode, nodes: Nodes) -> DataNode:
     return fn.experimental.warp_perspective(
-        image, matrix=operands.matrix, border_mode="constant", fill_value=FILL, interp_type=types.INTERP_CUBIC
+        image, matrix=nodes.matrix, border_mode="constant", fill_value=FILL, interp_type=types.INTERP_CUBIC
     )
 
 
-def _grayscale(image: DataNode, _: _Operands) -> DataNode:
-    grey = fn.cast(_grey(image), dtype=types.UINT8)
-    return fn.cat(grey, grey, grey, axis=2)
-
-
-def _blur(image: DataNode, operands: _Operands) -> DataNode:
-    return fn.gaussian_blur(image, sigma=operands.host_value)
-
-
-def _hue(image: DataNode, operands: _Operands) -> DataNode:
-    """By way of Pillow's 8-bit HSV, in which the hue is moved; see `pixel_ops`."""
-    red, green, blue = (_float(channel) for channel in _channels(image))
-    value = dmath.max(dmath.max(red, green), blue)
-    chroma = value - dmath.min(dmath.min(red, green), blue)
-    divisor = dmath.max(chroma, 1.0)
-    is_red = _float(red == value)
-    is_green = _float(green == value) * (1.0 - is_red)
-    sextant = is_red * (green - blue) / divisor
-    sextant = sextant + is_green * (2.0 + (blue - red) / divisor)
-    sextant = sextant + (1.0 - is_red - is_green) * (4.0 + (red - green) / divisor)
-    turns = sextant / 6.0 + 1.0
-    hue = dmath.floor((turns - dmath.floor(turns)) * 255.0)
-    saturation = dmath.floor(chroma / dmath.max(value, 1.0) * 255.0) / 255.0
-    # trunc(255 factor) for either sign
-    shift = dmath.floor(operands.value * 255.0) + _float(operands.value < 0.0) * _float(
-        dmath.floor(operands.value * 255.0) < operands.value * 255.0
-    )
-    hue = hue + shift + 256.0
-    sextant = (hue - dmath.floor(hue / 256.0) * 256.0) * 6.0 / 255.0
-    channels = []
-    for centre in (0.0, 2.0, 4.0):
-        away = 3.0 - dmath.abs(dmath.abs(sextant - centre) - 3.0)
-        share = dmath.clamp(away - 1.0, 0.0, 1.0)
-        channels.append(fn.cast(dmath.floor(value * (1.0 - saturation * share) + 0.5), dtype=types.UINT8))
-    return fn.cat(*channels, axis=2)
-
-
-_BRANCHES = (
-    None,
-    _warp,
-    _auto_contrast,
-    _equalize,
-    _invert,
-    _posterize,
-    _solarize,
-    _solarize_add,
-    _color,
-    _contrast,
-    _brightness,
-    _sharpness,
-    _grayscale,
-    _blur,
-    _hue,
-)
-_NAMED = {branch.__name__[1:]: index for index, branch in enumerate(_BRANCHES) if branch} | {"none": 0}
-_BRANCH_OF = np.array([_NAMED.get(name, _NAMED["warp"]) for name in KINDS], np.int32)
+# A branch is what a sample may pass through; 0 is nothing, and all geometry shares one warp.
+_BRANCHES = (None, _warp, *(op.gpu for op in PIXEL_OPS if not isinstance(op.gpu, Warp)))
+_BRANCH_OF = np.array([0, *(1 if isinstance(op.gpu, Warp) else _BRANCHES.index(op.gpu) for op in PIXEL_OPS)], np.int32)

@@ -4,7 +4,7 @@
 `Strings` keeps them in one block of bytes, items separated by NUL (which no path contains), and n offsets.
 
 On disk an index is a numpy `.npz` archive behind the 16-byte BLAKE2b of its bytes: `seal` and `unseal`. It is verified
-before anything in it is looked at, and holds no pickled object.
+before anything in it is used, and holds no pickled object.
 """
 
 import io
@@ -32,6 +32,7 @@ class Strings(Sequence[str]):
 
     @classmethod
     def of(cls, items: Iterable[str]) -> "Strings":
+        """The list of these strings."""
         return cls(os.fsencode("\0".join(items)))
 
     def __len__(self) -> int:
@@ -64,9 +65,11 @@ class Listed:
         return len(self._labels)
 
     def label(self, index: int) -> int:
+        """Class number of sample `index`."""
         return int(self._labels[index])
 
     def name(self, index: int) -> str:
+        """Name of sample `index` within the data set."""
         return self._names[index]
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.data.index import Listed, Strings, atomic, read_range, seal, text_array, unseal
+from fastdeit.data.kinds import Kind
 from fastdeit.data.source import BadImage, DataError, NamedSource
 
 VERSION = 1
@@ -42,6 +43,7 @@ class PackedSource(Listed):
         super().__init__(list(classes), names, index["label"], index["fingerprint"].tobytes().decode())
 
     def read(self, index: int) -> NDArray[np.uint8]:
+        """The bytes of sample `index`: uint8 `[n]`. BadImage if their checksum does not match."""
         start = int(self._offset[index])
         data = read_range(self._path, start, int(self._offset[index + 1]) - start)
         if zlib.crc32(data) != self._crc[index]:
@@ -49,6 +51,7 @@ class PackedSource(Listed):
         return data
 
     def path(self, index: int) -> str:
+        """PACK:NAME of sample `index`."""
         return f"{self._path}:{self.name(index)}"
 
 
@@ -128,3 +131,16 @@ def _index_range(path: str, size: int, mark: bytes, footer: bytes) -> tuple[int,
     if start + length + _FOOTER.size != size:
         raise DataError(f"{path}: the end of the packed file is damaged; copy or pack it anew")
     return start, length
+
+
+def _open(root: Path, split: str) -> PackedSource:
+    return PackedSource(root / (split if split.endswith(SUFFIX) else split + SUFFIX))
+
+
+PACKED = Kind(
+    "packed",
+    _open,
+    "ROOT/{train}.pack and ROOT/{val}.pack, made by `fastdeit data pack`",
+    lambda root, train, val: any((root / f"{split}{SUFFIX}").is_file() for split in (train, val)),
+    (SUFFIX,),
+)

@@ -58,6 +58,7 @@ class ParquetSource(Listed):
         return type(self), (self._root, self._files, self._image, self._label)
 
     def read(self, index: int) -> NDArray[np.uint8]:
+        """The encoded image of row `index`: uint8 `[n]`. BadImage if it has none, or its row group is damaged."""
         group = int(np.searchsorted(self._start, index, "right")) - 1
         try:
             row = self._group(group)[index - int(self._start[group])]
@@ -68,6 +69,7 @@ class ParquetSource(Listed):
         return np.frombuffer(row["bytes"].as_buffer(), np.uint8)
 
     def path(self, index: int) -> str:
+        """FILE:ROW of sample `index`, with the folder of the data set."""
         return os.path.join(self._root, self.name(index))
 
     def _open(self, file: str) -> tuple[parquet.FileMetaData, pyarrow.ChunkedArray]:

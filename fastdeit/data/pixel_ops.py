@@ -1,7 +1,8 @@
-"""Pixel operations on one image, as the CPU executes them: Pillow's results, on arrays.
+"""Pixel operations: one table, `PIXEL_OPS`, of what each is called, does on the CPU, does on the GPU, and reads like.
 
-`equalize`, `rotate`, `grayscale`, `blur` and `hue` are Pillow's. The others are a few passes of numpy with Pillow's
-rounding (float32, for `auto_contrast` float64, then truncated), cheaper where it counts:
+On the CPU an operation takes one image as an array. `equalize`, `rotate`, `grayscale`, `blur` and `hue` are Pillow's.
+The others are a few passes of numpy with Pillow's rounding (float32, for `auto_contrast` float64, then truncated),
+cheaper where it counts:
 
     blend(base, x, f) = trunc(clip(base + f (x - base), 0, 255))
     color: base = grey; contrast: base = mean grey; brightness: base = 0; sharpness: base = smoothed
@@ -13,16 +14,29 @@ the cubic with coefficient -1; Pillow's resize has -1/2):
     shift = trunc(clip(b + t ((c - a) + t ((2a - 2b + c - e) + t (b - a + e - c))), 0, 255))
 
 and FILL where the position lies outside the image. The differences are integers and exact, so that flat areas stay.
+
+On the GPU an operation adds nodes to DALI's graph (`dali_graph.py`): either an expression of its own, or a `Warp`,
+which is a matrix for the one bicubic warp that all geometry shares. The formulas are those of the CPU in float32;
+`equalize`, the warp and the blur are DALI's operators, and differ from Pillow by what docs/augmentation.md says. This
+module imports no DALI: the graph hands in what an operation needs of it (`dali_nodes.Nodes`).
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 
-from fastdeit.data.policy import FILL, KINDS
+if TYPE_CHECKING:
+    from nvidia.dali.data_node import DataNode
+
+    from fastdeit.data.dali_nodes import Nodes
+
+FILL = (124, 116, 104)
+"""What geometry uncovers: 255 times ImageNet's mean, rounded, as timm's `img_mean`."""
 
 Pixels = NDArray[np.uint8]
 # Rows or columns at a time: temporaries stay in the cache, and below the size for which malloc maps new pages.
@@ -33,19 +47,40 @@ class OperationError(RuntimeError):
     """An operation failed on one image; the message says which, and how."""
 
 
-def apply(image: Pixels, kind: NDArray[np.uint8], value: NDArray[np.float32]) -> Pixels:
-    """uint8 `[H, W, 3]` after the operations of one row of `policy.Ops`: kind and value `[L]`, first to last.
+@dataclass(frozen=True)
+class Warp:
+    """Geometry on the GPU.
 
-    `image` is not written to; it is returned itself if nothing is to be done. OperationError where one fails.
+    matrix(value, size): float64 `[B, 3, 3]` from output to input coordinates (x, y, 1), as Pillow defines them, for
+    values float32 `[B]` and images of `size` (height, width).
     """
-    for index, argument in zip(kind.tolist(), value.tolist(), strict=True):
-        if index:
-            try:
-                image = _BY_KIND[index](np.ascontiguousarray(image), argument)
-            except Exception as error:
-                what = f"{KINDS[index]}({argument:g})"
-                raise OperationError(f"the operation {what} failed ({type(error).__name__}: {error})") from error
-    return image
+
+    matrix: Callable[[NDArray[np.float32], tuple[int, int]], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class PixelOp:
+    """One pixel operation.
+
+    name: as policies and tests call it. cpu(image, value): uint8 `[H, W, 3]` to the same. gpu(image, nodes): the node
+    of DALI's graph, or a `Warp`. words: how `value` reads in a sentence after the name, a format string; empty where
+    the operation has no argument. Raises TypeError without a form for the CPU or the GPU: an operation that one
+    executor lacks would do nothing there, and nobody would notice.
+    """
+
+    name: str
+    cpu: Callable[[Pixels, float], Pixels]
+    gpu: "Callable[[DataNode, Nodes], DataNode] | Warp"
+    words: str = ""
+
+    def __post_init__(self) -> None:
+        if not callable(self.cpu):
+            raise TypeError(f"pixel operation {self.name!r} has no form for the CPU")
+        if not (callable(self.gpu) or isinstance(self.gpu, Warp)):
+            raise TypeError(f"pixel operation {self.name!r} has no form for the GPU")
+
+
+# ---- on the CPU ------------------------------------------------------------------------------------------------------
 
 
 def _pillow(run: Callable[[Image.Image, float], Image.Image]) -> Callable[[Pixels, float], Pixels]:
@@ -54,6 +89,10 @@ def _pillow(run: Callable[[Image.Image, float], Image.Image]) -> Callable[[Pixel
 
 def _rotate(image: Image.Image, degrees: float) -> Image.Image:
     return image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL)
+
+
+def _blur(image: Image.Image, radius: float) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 def _hue(image: Image.Image, factor: float) -> Image.Image:
@@ -236,24 +275,172 @@ def _interpolate(near: Pixels, t: NDArray[np.float32], axis: int, out: Pixels) -
         rows[:] = result[: len(rows), : rows.shape[1]]
 
 
-_FUNCTIONS: dict[str, Callable[[Pixels, float], Pixels]] = {
-    "auto_contrast": _auto_contrast,
-    "equalize": _pillow(lambda image, _: ImageOps.equalize(image)),
-    "invert": lambda image, _: 255 - image,
-    "rotate": _pillow(_rotate),
-    "posterize": _posterize,
-    "solarize": _solarize,
-    "solarize_add": _solarize_add,
-    "color": _color,
-    "contrast": _contrast,
-    "brightness": lambda image, factor: _blend(0, image, factor),
-    "sharpness": _sharpness,
-    "shear_x": lambda image, factor: _shear(image, factor, 1),
-    "shear_y": lambda image, factor: _shear(image, factor, 0),
-    "translate_x": lambda image, pixels: _translate(image, pixels, 1),
-    "translate_y": lambda image, pixels: _translate(image, pixels, 0),
-    "grayscale": _pillow(lambda image, _: image.convert("L").convert("RGB")),
-    "blur": _pillow(lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius))),
-    "hue": _pillow(_hue),
-}
-_BY_KIND = [_FUNCTIONS.get(name) for name in KINDS]
+# ---- on the GPU ------------------------------------------------------------------------------------------------------
+
+
+def _auto_contrast_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    low = nodes.float(nodes.fn.reductions.min(image, axes=(0, 1), keep_dims=True))
+    high = nodes.float(nodes.fn.reductions.max(image, axes=(0, 1), keep_dims=True))
+    flat = nodes.float(high == low)
+    scale = 255.0 / (high - low + 255.0 * flat)  # 1 in a flat channel, which stays as it is
+    return nodes.truncated(nodes.float(image) * scale - low * scale * (1.0 - flat))
+
+
+def _equalize_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    return nodes.fn.equalize(image)
+
+
+def _invert_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    return image ^ nodes.all_bits()
+
+
+def _posterize_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    return image & nodes.byte(256.0 - nodes.math.pow(2.0, 8.0 - nodes.value))
+
+
+def _solarize_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    return image ^ nodes.byte(image >= nodes.value) * nodes.all_bits()
+
+
+def _solarize_add_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    return nodes.truncated(nodes.float(image) + nodes.float(image < 128) * nodes.value)
+
+
+def _color_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    return nodes.blend(nodes.grey(image), image, nodes.value)
+
+
+def _contrast_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    mean = nodes.math.floor(nodes.fn.reductions.mean(nodes.grey(image), axes=(0, 1), keep_dims=True) + 0.5)
+    return nodes.blend(mean, image, nodes.value)
+
+
+def _brightness_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    return nodes.truncated(nodes.float(image) * nodes.value)
+
+
+def _sharpness_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    smooth = nodes.math.floor(nodes.fn.filter(image, nodes.smooth, dtype=nodes.types.FLOAT) + 0.5)
+    smooth = smooth * nodes.inside + nodes.float(image) * (1.0 - nodes.inside)
+    return nodes.blend(smooth, image, nodes.value)
+
+
+def _grayscale_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    grey = nodes.byte(nodes.grey(image))
+    return nodes.fn.cat(grey, grey, grey, axis=2)
+
+
+def _blur_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    return nodes.fn.gaussian_blur(image, sigma=nodes.host_value)
+
+
+def _hue_gpu(image: "DataNode", nodes: "Nodes") -> "DataNode":
+    """By way of Pillow's 8-bit HSV, in which the hue is moved, as `_hue` does."""
+    red, green, blue = (nodes.float(channel) for channel in nodes.channels(image))
+    value = nodes.math.max(nodes.math.max(red, green), blue)
+    chroma = value - nodes.math.min(nodes.math.min(red, green), blue)
+    divisor = nodes.math.max(chroma, 1.0)
+    is_red = nodes.float(red == value)
+    is_green = nodes.float(green == value) * (1.0 - is_red)
+    sextant = is_red * (green - blue) / divisor
+    sextant = sextant + is_green * (2.0 + (blue - red) / divisor)
+    sextant = sextant + (1.0 - is_red - is_green) * (4.0 + (red - green) / divisor)
+    turns = sextant / 6.0 + 1.0
+    hue = nodes.math.floor((turns - nodes.math.floor(turns)) * 255.0)
+    saturation = nodes.math.floor(chroma / nodes.math.max(value, 1.0) * 255.0) / 255.0
+    # trunc(255 factor) for either sign
+    moved = nodes.value * 255.0
+    whole = nodes.math.floor(moved)
+    shift = whole + nodes.float(nodes.value < 0.0) * nodes.float(whole < moved)
+    hue = hue + shift + 256.0
+    sextant = (hue - nodes.math.floor(hue / 256.0) * 256.0) * 6.0 / 255.0
+    channels = []
+    for centre in (0.0, 2.0, 4.0):
+        away = 3.0 - nodes.math.abs(nodes.math.abs(sextant - centre) - 3.0)
+        share = nodes.math.clamp(away - 1.0, 0.0, 1.0)
+        channels.append(nodes.byte(nodes.math.floor(value * (1.0 - saturation * share) + 0.5)))
+    return nodes.fn.cat(*channels, axis=2)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def _entry(row: int, column: int) -> Warp:
+    """A warp that is the identity but for one element of its matrix, which is the operation's value."""
+
+    def matrix(value: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float64]:
+        matrices = _identities(len(value))
+        matrices[:, row, column] = value
+        return matrices
+
+    return Warp(matrix)
+
+
+def _rotation(degrees: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float64]:
+    matrices = _identities(len(degrees))
+    angle = -np.radians(degrees.astype(np.float64))
+    cos, sin, middle = np.cos(angle), np.sin(angle), np.array([size[1], size[0]]) / 2
+    turn = np.stack((cos, sin, -sin, cos), axis=-1).reshape(-1, 2, 2)
+    matrices[:, :2, :2] = turn
+    matrices[:, :2, 2] = middle - turn @ middle
+    return matrices
+
+
+def _identities(count: int) -> NDArray[np.float64]:
+    return np.tile(np.eye(3), (count, 1, 1))
+
+
+# A plan stores an operation as its place here, counted from 1: new ones go to the end. Comments say what `value` is.
+PIXEL_OPS: tuple[PixelOp, ...] = (
+    PixelOp("auto_contrast", _auto_contrast, _auto_contrast_gpu),  # Pillow's ImageOps.autocontrast, cutoff 0
+    PixelOp("equalize", _pillow(lambda image, _: ImageOps.equalize(image)), _equalize_gpu),
+    PixelOp("invert", lambda image, _: 255 - image, _invert_gpu),
+    # degrees counter-clockwise about the centre
+    PixelOp("rotate", _pillow(_rotate), Warp(_rotation), "by {:+.1f} degrees"),
+    # bits kept, 1 to 8
+    PixelOp("posterize", _posterize, _posterize_gpu, "keeping {:.0f} of 8 bits"),
+    # threshold, 0 to 256: pixels at or above it are inverted
+    PixelOp("solarize", _solarize, _solarize_gpu, "from level {:.0f}"),
+    # added to pixels below 128, clipped to 255
+    PixelOp("solarize_add", _solarize_add, _solarize_add_gpu, "{:+.0f} below level 128"),
+    # factors of Pillow's ImageEnhance
+    PixelOp("color", _color, _color_gpu, "x {:.2f}"),
+    PixelOp("contrast", _contrast, _contrast_gpu, "x {:.2f}"),
+    PixelOp("brightness", lambda image, factor: _blend(0, image, factor), _brightness_gpu, "x {:.2f}"),
+    PixelOp("sharpness", _sharpness, _sharpness_gpu, "x {:.2f}"),
+    # output (x, y) is input (x + value * y, y), and (x, y + value * x)
+    PixelOp("shear_x", lambda image, factor: _shear(image, factor, 1), _entry(0, 1), "by {:+.3f}"),
+    PixelOp("shear_y", lambda image, factor: _shear(image, factor, 0), _entry(1, 0), "by {:+.3f}"),
+    # output (x, y) is input (x + value, y), and (x, y + value), in output pixels
+    PixelOp("translate_x", lambda image, pixels: _translate(image, pixels, 1), _entry(0, 2), "by {:+.1f} pixels"),
+    PixelOp("translate_y", lambda image, pixels: _translate(image, pixels, 0), _entry(1, 2), "by {:+.1f} pixels"),
+    PixelOp("grayscale", _pillow(lambda image, _: image.convert("L").convert("RGB")), _grayscale_gpu),
+    # radius of Pillow's ImageFilter.GaussianBlur
+    PixelOp("blur", _pillow(_blur), _blur_gpu, "with radius {:.2f}"),
+    # factor of torchvision's adjust_hue, -0.5 to 0.5
+    PixelOp("hue", _pillow(_hue), _hue_gpu, "by {:+.3f} turns"),
+)
+KINDS = ("none", *(op.name for op in PIXEL_OPS))
+"""Names of the operations by their code in a plan; 0 does nothing."""
+
+
+def apply(image: Pixels, kind: NDArray[np.uint8], value: NDArray[np.float32]) -> Pixels:
+    """uint8 `[H, W, 3]` after the operations of one row of `policy.Ops`: kind and value `[L]`, first to last.
+
+    `image` is not written to; it is returned itself if nothing is to be done. OperationError where one fails.
+    """
+    for index, argument in zip(kind.tolist(), value.tolist(), strict=True):
+        if index:
+            try:
+                image = PIXEL_OPS[index - 1].cpu(np.ascontiguousarray(image), argument)
+            except Exception as error:
+                what = f"{KINDS[index]}({argument:g})"
+                raise OperationError(f"the operation {what} failed ({type(error).__name__}: {error})") from error
+    return image
+
+
+def described(kind: NDArray[np.uint8], value: NDArray[np.float32]) -> str:
+    """The operations of one row of `policy.Ops` in words: kind and value `[L]`, first to last; "none" without any."""
+    row = zip(kind.tolist(), value.tolist(), strict=True)
+    applied = [(PIXEL_OPS[index - 1], argument) for index, argument in row if index]
+    return ", then ".join(f"{op.name} {op.words.format(argument)}".rstrip() for op, argument in applied) or "none"

@@ -16,8 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
 from fastdeit import rng
-from fastdeit.data.policy import FILL as FILL
-from fastdeit.data.policy import KINDS as KINDS
 from fastdeit.data.policy import NO_POLICY, Ops, Policy
 
 PAD = 4

@@ -22,38 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-Floats = NDArray[np.float64]
+from fastdeit.data.pixel_ops import KINDS
 
-KINDS = (
-    "none",
-    "auto_contrast",  # value unused; PIL ImageOps.autocontrast, cutoff 0
-    "equalize",  # value unused; PIL ImageOps.equalize
-    "invert",  # value unused
-    "rotate",  # degrees counter-clockwise about the centre
-    "posterize",  # bits kept, 1 to 8
-    "solarize",  # threshold: pixels at or above it are inverted; 0 to 256
-    "solarize_add",  # added to pixels below 128, clipped to 255
-    "color",  # PIL ImageEnhance.Color factor
-    "contrast",  # PIL ImageEnhance.Contrast factor
-    "brightness",  # PIL ImageEnhance.Brightness factor
-    "sharpness",  # PIL ImageEnhance.Sharpness factor
-    "shear_x",  # output (x, y) is input (x + value * y, y)
-    "shear_y",  # output (x, y) is input (x, y + value * x)
-    "translate_x",  # output (x, y) is input (x + value, y), in output pixels
-    "translate_y",  # output (x, y) is input (x, y + value), in output pixels
-    "grayscale",  # value unused; PIL convert("L"), replicated
-    "blur",  # radius of PIL ImageFilter.GaussianBlur
-    "hue",  # torchvision adjust_hue factor, -0.5 to 0.5
-)
-FILL = (124, 116, 104)
-"""What geometry uncovers: 255 times ImageNet's mean, rounded, as timm's `img_mean`."""
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Ops:
     """Pixel operations on B samples after crop and flip: up to L each, applied in the order of the second axis.
 
-    kind uint8 `[B, L]`: index in `KINDS`, 0 does nothing. value float32 `[B, L]`: the operation's argument, see there.
+    kind uint8 `[B, L]`: index in `pixel_ops.KINDS`, 0 does nothing. value float32 `[B, L]`: the operation's argument,
+    see `pixel_ops.PIXEL_OPS`.
     """
 
     kind: NDArray[np.uint8]

@@ -41,15 +41,16 @@ class Renderer:
         self._pool = ThreadPoolExecutor(threads, "fastdeit-render")
 
     def close(self) -> None:
+        """End the threads."""
         self._pool.shutdown()
 
     def batch(self, sources: Sequence[Pixels], corner: NDArray[np.int32], steps: Steps) -> torch.Tensor:
         """uint8 `[B, H, W, 3]` in memory of its own; RenderError if a sample fails.
 
-        sources: what was decoded of each image, from `corner` int32 `[B, 2]` (y, x) on, `looked_at` at least.
+        sources: what was decoded of each image, from `corner` int32 `[B, 2]` (y, x) on, `source_region` at least.
         """
         out = np.empty((len(sources), *self._size, 3), np.uint8)
-        parts = looked_at(steps, self._size)
+        parts = source_region(steps, self._size)
         rows = iter(range(len(sources)))  # shared: a thread that is free takes the next row
 
         def run(_: int) -> None:
@@ -77,7 +78,7 @@ class Renderer:
         return image if steps.ops is None else pixel_ops.apply(image, steps.ops.kind[row], steps.ops.value[row])
 
 
-def looked_at(steps: Steps, size: tuple[int, int]) -> NDArray[np.int32]:
+def source_region(steps: Steps, size: tuple[int, int]) -> NDArray[np.int32]:
     """int32 `[B, 4]` (y, x, height, width) in source pixels: of each box the part that the output depends on.
 
     That is all of it but for a window: output pixel i of a resize by the factor 1 / s lies at s (i + 1/2) of the input,

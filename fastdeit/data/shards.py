@@ -113,20 +113,20 @@ def cached(root: Path, files: Sequence[str], kind: str, key: str, build: Callabl
     # Beside the files under one name for all machines; elsewhere the name has to tell data sets apart.
     elsewhere = digest([str(root.resolve()), key])
     places = root / f".fastdeit-{kind}-{key}", cache / f"{kind}-{elsewhere}"
-    index = _kept(places, state)
+    index = _load(places, state)
     if index is None:
         task = f"the samples of {len(files):,} {kind} file{'s' if len(files) > 1 else ''}"
-        with _alone(places, f"{root}: waiting for another process, which lists {task}") as alone:
-            index = _kept(places, state)
+        with _exclusive(places, f"{root}: waiting for another process, which lists {task}") as alone:
+            index = _load(places, state)
             if index is None:
                 others = "" if alone else ", as does every process, since no file can be locked"
-                with _said(f"{root}: listing {task}{others}; later starts read the list"):
+                with _notice_if_slow(f"{root}: listing {task}{others}; later starts read the list"):
                     index = build() | {"state": state}
-                _keep(places, index, root)
+                _store(places, index, root)
     return index
 
 
-def _kept(places: Sequence[Path], state: NDArray[np.int64]) -> Index | None:
+def _load(places: Sequence[Path], state: NDArray[np.int64]) -> Index | None:
     for place in places:
         try:
             index = unseal(place.read_bytes())
@@ -137,7 +137,7 @@ def _kept(places: Sequence[Path], state: NDArray[np.int64]) -> Index | None:
     return None
 
 
-def _keep(places: Sequence[Path], index: Index, root: Path) -> None:
+def _store(places: Sequence[Path], index: Index, root: Path) -> None:
     sealed, refused = seal(index), ""
     for place in places:
         try:
@@ -155,7 +155,7 @@ def _keep(places: Sequence[Path], index: Index, root: Path) -> None:
 
 
 @contextmanager
-def _alone(places: Sequence[Path], waiting: str) -> Generator[bool, None, None]:
+def _exclusive(places: Sequence[Path], waiting: str) -> Generator[bool, None, None]:
     """The block is left to one process or thread at a time with the same `places`: True; False where none of them can
     be locked.
 
@@ -183,7 +183,7 @@ def _locked(handle: int, waiting: str) -> bool:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with _said(waiting):
+            with _notice_if_slow(waiting):
                 fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError:
         return False
@@ -191,7 +191,7 @@ def _locked(handle: int, waiting: str) -> bool:
 
 
 @contextmanager
-def _said(what: str) -> Generator[None, None, None]:
+def _notice_if_slow(what: str) -> Generator[None, None, None]:
     """`what` is said on stderr if the block takes long; of the processes of a run, by the first."""
     timer = threading.Timer(_PATIENCE_S, print, (what,), {"file": sys.stderr, "flush": True})
     timer.daemon = True

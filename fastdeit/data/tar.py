@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.data.index import Listed, Strings, digest, read_range, text_array
+from fastdeit.data.kinds import Kind
 from fastdeit.data.scan import scanned
 from fastdeit.data.shards import Index, Skipped, cached, reasons
 from fastdeit.data.source import EXTENSIONS, MAX_LABEL, BadImage, DataError, class_numbers
@@ -66,6 +67,7 @@ class TarSource(Listed):
         super().__init__(classes, names, index["label"], fingerprint, [tuple(entry) for entry in skipped])
 
     def read(self, index: int) -> NDArray[np.uint8]:
+        """The encoded image `index`: uint8 `[n]`. BadImage if the tar file was cut meanwhile."""
         shard = os.path.join(self._root, self._shards[self._shard[index]])
         size = int(self._size[index])
         data = read_range(shard, int(self._offset[index]), size)
@@ -74,6 +76,7 @@ class TarSource(Listed):
         return data
 
     def path(self, index: int) -> str:
+        """SHARD:MEMBER of sample `index`, with the folder of the data set."""
         return os.path.join(self._root, self.name(index))
 
 
@@ -225,3 +228,23 @@ def _why_not(path: str, error: Exception) -> str:
     if packer:
         return f"compressed with {packer}; only a plain tar file can be read in any order, so uncompress it"
     return f"not a tar file, or one that is cut short or damaged: {error}"
+
+
+def _open(root: Path, split: str) -> TarSource:
+    return TarSource(root, shards(root, split))
+
+
+def _has_shards(root: Path, train: str, val: str) -> bool:
+    places = (root / train, "*.tar"), (root, f"{Path(train).name}[-_.]*tar")
+    return any(True for place, glob in places for _ in place.glob(glob))
+
+
+TAR = Kind(
+    "tar",
+    _open,
+    "ROOT/{train}/*.tar and ROOT/{val}/*.tar, or ROOT/{train}-*.tar and ROOT/{val}-*.tar, with KEY.jpg and KEY.cls or "
+    "KEY.json in them",
+    _has_shards,
+    (".tar",),
+    numbered=True,
+)

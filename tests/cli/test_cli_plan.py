@@ -8,7 +8,7 @@ import torch
 from fastdeit import cli, estimate, estimate_report, estimate_rows, recipe
 from fastdeit.config import DataConfig
 from fastdeit.data import datasets, digits
-from fastdeit.data.source import train_val
+from fastdeit.data.datasets import open_pair
 from fastdeit.estimate import FUSED, Work
 from fastdeit.estimate_gpus import DEFAULT_GPUS, GPUS
 
@@ -277,7 +277,7 @@ def test_sizes_of_data_sets():
 
 
 def test_size_of_the_digits(tmp_path):
-    train, held_out = train_val(digits.prepare(tmp_path))
+    train, held_out = open_pair("folder", digits.prepare(tmp_path))
     assert estimate_report.SIZES["digits"] == (len(train), len(held_out), len(train.classes))
 
 

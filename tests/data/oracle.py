@@ -8,7 +8,8 @@ from PIL import Image, ImageFilter
 from timm.data import auto_augment as timm
 from torchvision.transforms import functional as torchvision
 
-from fastdeit.data.plan import FILL, KINDS, PAD
+from fastdeit.data.pixel_ops import FILL, KINDS
+from fastdeit.data.plan import PAD
 
 _GEOMETRY = {"fillcolor": FILL, "resample": Image.Resampling.BICUBIC}
 OPERATIONS = {

@@ -12,7 +12,8 @@ from oracle import execute
 
 from fastdeit.data import plan, policy
 from fastdeit.data.dali import Executor, Work
-from fastdeit.data.policy import KINDS, Ops
+from fastdeit.data.pixel_ops import KINDS
+from fastdeit.data.policy import Ops
 from fastdeit.data.source import header
 
 SIZE = (112, 128)

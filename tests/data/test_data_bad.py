@@ -15,9 +15,9 @@ from PIL import ExifTags, Image
 
 from fastdeit.data import dali, order, pixel_ops, plan, policy
 from fastdeit.data.dali import Executor, Work
+from fastdeit.data.folder import FolderSource
 from fastdeit.data.loader import EvalLoader, TrainLoader
-from fastdeit.data.policy import KINDS
-from fastdeit.data.source import DataError, FolderSource
+from fastdeit.data.source import DataError
 
 AUGMENT, MIXING = plan.Augment(size=(40, 40)), plan.Mixing(group_size=4, mixup=0.0, cutmix=0.0)
 
@@ -154,14 +154,12 @@ def test_too_many_bad_files_are_an_error_that_lists_them(folder):
 
 def test_too_many_failures_of_an_operation_call_no_sound_file_damaged(memory, varied, monkeypatch):
     """On the CPU; the message is all that is left of the run."""
-    fade = KINDS.index("brightness")
 
     def dark(image, value):
         raise ValueError("dark")
 
-    operations = pixel_ops._BY_KIND.copy()
-    operations[fade] = dark
-    monkeypatch.setattr(pixel_ops, "_BY_KIND", operations)
+    failing = [replace(op, cpu=dark) if op.name == "brightness" else op for op in pixel_ops.PIXEL_OPS]
+    monkeypatch.setattr(pixel_ops, "PIXEL_OPS", failing)
     augment = replace(AUGMENT, policy=policy.parse("three_augment", AUGMENT.size, color_jitter=(0.3, 0, 0)))
     loader = TrainLoader(
         memory(varied[:32]),
@@ -216,6 +214,7 @@ def test_pillow_s_warnings_of_files_are_not_heard_but_others_are(memory, varied,
         assert len(heard) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "printed"), [(None, False), ("ERROR", True)])
 def test_opencv_prints_nothing_of_bad_files_unless_asked(tmp_path, encode, make_image, level, printed):
     bmp = encode(make_image(0, 90, 70), "BMP")
@@ -225,7 +224,7 @@ def test_opencv_prints_nothing_of_bad_files_unless_asked(tmp_path, encode, make_
     (tmp_path / "a" / "cut.bmp").write_bytes(bmp[: len(bmp) // 2])
     code = f"""if True:
         from fastdeit.data.loader import EvalLoader
-        from fastdeit.data.source import FolderSource
+        from fastdeit.data.folder import FolderSource
         loader = EvalLoader(FolderSource({str(tmp_path)!r}), (8, 8), 1.0, max_bad_fraction=0.5, threads=1)
         print(sum(len(samples) for samples in loader.batches()))"""
     environment = {name: value for name, value in os.environ.items() if name != "OPENCV_LOG_LEVEL"}

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from fastdeit.data.datasets import KINDS, open_pair, open_source
+from fastdeit.data.datasets import open_pair, open_source
+from fastdeit.data.folder import FolderSource
+from fastdeit.data.kinds import READERS
 from fastdeit.data.packed import pack
-from fastdeit.data.source import DataError, FolderSource, header
+from fastdeit.data.source import DataError, header
 
 
 @pytest.fixture
@@ -357,7 +359,7 @@ def test_packed_pair(tmp_path, write):
         open_pair("packed", root, val="odd")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", READERS)
 def test_no_such_place(tmp_path, kind):
     with pytest.raises(DataError, match="nowhere: no such directory"):
         open_pair(kind, tmp_path / "nowhere")
@@ -369,7 +371,7 @@ def test_no_such_place(tmp_path, kind):
 
 
 def test_what_there_is_to_choose_from(tmp_path):
-    with pytest.raises(DataError, match="no data source 'folders'; there are folder, packed, tar, tfrecord, parquet"):
+    with pytest.raises(DataError, match="data source 'folders' must be one of folder, packed, tar, tfrecord, parquet"):
         open_source("folders", tmp_path, "train")
     with pytest.raises(DataError, match="cifar10 has the splits train and val, not 'test'"):
         open_source("cifar10", tmp_path, "test")

@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 
 from fastdeit.data import digits
-from fastdeit.data.source import DataError, header, train_val
+from fastdeit.data.datasets import open_pair
+from fastdeit.data.source import DataError, header
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_write_one_complete_folder(tmp_path):
     code = "from fastdeit.data import digits; print(digits.prepare())"
     env = {**os.environ, "FASTDEIT_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
@@ -23,7 +25,7 @@ def test_two_processes_at_once_write_one_complete_folder(tmp_path):
     assert printed == [str(tmp_path / "digits-1")] * 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["digits-1"]
 
-    train, val = train_val(tmp_path / "digits-1")
+    train, val = open_pair("folder", tmp_path / "digits-1")
     assert (len(train), len(val)) == (1438, 359)
     assert list(train.classes) == [str(digit) for digit in range(10)]
     assert header(train.read(0)) == (32, 32)
@@ -71,7 +73,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 def test_pictures_are_the_digits(tmp_path):
     from sklearn.datasets import load_digits
 
-    _, val = train_val(digits.prepare(tmp_path))
+    _, val = open_pair("folder", digits.prepare(tmp_path))
     data = load_digits()
     for index in range(0, len(val), 60):
         original = int(Path(val.path(index)).stem)

@@ -8,19 +8,18 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scan_jobs import PATHS, fails, hangs_behind_the_first, killed, meets, modules, session, until, who
 from writers import tfrecord as tfrecord_file
 
 from fastdeit.data import scan as module
 from fastdeit.data import tar, tfrecord
 from fastdeit.data.scan import scanned
 
-PATHS = [f"train-{number:04d}.tar" for number in range(11)]
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,61 +37,6 @@ def processes(monkeypatch):
     monkeypatch.setattr(module, "_MUCH", 0)
     monkeypatch.setattr(module.subprocess, "Popen", Recorded)
     return started
-
-
-# What a process is to run has to be found by its name.
-
-
-def who(path):
-    return path, os.getpid()
-
-
-def modules(path):
-    return set(sys.modules)
-
-
-def session(path):
-    return os.getsid(0)
-
-
-def killed(caller, path):
-    if os.getpid() != caller and path == PATHS[5]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return path
-
-
-def fails(path):
-    return 1 // (path != PATHS[9])
-
-
-def meets(folder, path):
-    """Waits for the others of its part."""
-    place = PATHS.index(path)
-    Path(folder, path).touch()
-    for other in PATHS[place // 4 * 4 : place // 4 * 4 + 4]:
-        until(Path(folder, other).exists)
-    return path
-
-
-def hangs_behind_the_first(path):
-    if path not in PATHS[:4]:
-        time.sleep(20)
-    return path
-
-
-def outlives_its_starter(path):
-    if path in PATHS[8:]:
-        starter = os.getppid()
-        until(lambda: os.getppid() != starter)
-    return path, os.getpid()
-
-
-def until(condition):
-    for _ in range(2000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise TimeoutError
 
 
 def test_files_are_read_together_and_come_in_their_order():
@@ -223,11 +167,11 @@ def test_processes_end_with_a_caller_that_wants_no_more(processes):
 SCRIPT = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT / "tests" / "data")!r})
-import test_data_scan
+import scan_jobs
 from fastdeit.data import scan
 print("the script runs", flush=True)
 scan._MUCH, scan.os.sched_getaffinity = 0, lambda pid: {{0, 1}}
-for found in scan.scanned(test_data_scan.PATHS, test_data_scan.SCAN):
+for found in scan.scanned(scan_jobs.PATHS, scan_jobs.SCAN):
     print(found, flush=True)
 """
 

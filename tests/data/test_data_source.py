@@ -7,7 +7,10 @@ import torchvision
 from PIL import Image
 
 from fastdeit.data import source
-from fastdeit.data.source import BadImage, DataError, FolderSource, SyntheticSource
+from fastdeit.data.datasets import open_pair
+from fastdeit.data.folder import FolderSource
+from fastdeit.data.source import BadImage, DataError
+from fastdeit.data.synthetic import SyntheticSource
 
 
 @pytest.fixture
@@ -88,23 +91,23 @@ def test_a_folder_that_may_not_be_listed_is_an_error(folder):
 
 def test_train_and_val(folder):
     root = folder("train/a/1.jpg", "train/b/1.jpg", "train/b/2.jpg", "val/a/1.jpg", "val/b/1.jpg")
-    train, val = source.train_val(root)
+    train, val = open_pair("folder", root)
     assert (len(train), len(val)) == (3, 2)
     folder("val/d/1.jpg", "val/e/1.jpg")
     with pytest.raises(DataError, match=r"train and val differ \(only in val: 'd', 'e'\); make them the same"):
-        source.train_val(root)
+        open_pair("folder", root)
     folder("train/c/1.jpg")
     with pytest.raises(
         DataError, match=r"train and val differ \(only in train: 'c'; only in val: 'd', 'e'\); make them"
     ):
-        source.train_val(root)
+        open_pair("folder", root)
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_missing_part_names_the_layout(folder, part):
     root = folder(*(f"{kept}/{name}/1.jpg" for kept in {"train", "val"} - {part} for name in "ab"))
     with pytest.raises(DataError, match=rf"no subfolder '{part}'; the expected layout is ROOT/train/CLASS/\*\.jpg"):
-        source.train_val(root)
+        open_pair("folder", root)
 
 
 def test_synthetic_is_deterministic_and_its_classes_differ(make_image):
