@@ -24,14 +24,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fastdeit import bench_data_peers, build, kernels
+from fastdeit import build, kernels
 from fastdeit import recipe as recipes
-from fastdeit.bench_data_peers import Side, Stream
-from fastdeit.bench_measure import Timer, reason
+from fastdeit.bench_measure import Timer
 from fastdeit.data import policy
 from fastdeit.data.source import SyntheticSource
 from fastdeit.engine.dist import World
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
     from fastdeit.config import DataConfig
     from fastdeit.methods.base import Batch
     from fastdeit.recipe import Recipe
+
+Stream = Generator[torch.Tensor, None, None]
 
 IMAGES, SIDES = 512, (375, 500)
 WARM_BATCHES, TIMED_BATCHES = 8, 16
@@ -52,6 +53,13 @@ _TOLD = {
     "val": ("eval_crop_ratio",),
 }
 """Fields of a recipe's data that a row of that split repeats."""
+
+
+class Side(NamedTuple):
+    """One side of a row: what it does, in words, and its batches, made from when the stream is first asked for one."""
+
+    work: str
+    stream: Callable[[], Stream]
 
 
 @dataclass(frozen=True)
@@ -127,19 +135,6 @@ class Setting:
 
 
 @contextmanager
-def sides(args: argparse.Namespace, device: torch.device) -> Generator[tuple[dict[str, Timer], dict[str, Any]]]:
-    """(a timer for each side, facts for the row); a timer returns (seconds, CPU seconds) of `Setting.timed` batches. A
-    peer that has nothing like the recipe is in the fact `failed`, with the reason; UsageError if that is true of all.
-    """
-    with opened(args, device) as setting:
-        built, failed = _built(setting, _PEERS[args.peer])
-        facts = told(setting, args.overrides)
-        facts |= {"work": {name: side.work for name, side in built.items()}, "failed": failed}
-        write_images(setting)
-        yield {name: timer(side.stream, setting) for name, side in built.items()}, facts
-
-
-@contextmanager
 def opened(args: argparse.Namespace, device: torch.device, fixed: dict[str, Any] | None = None) -> Generator[Setting]:
     """The recipe with what the benchmark sets, and the fields `fixed`; `write_images` makes the files that it reads,
     which live as long as the context. UsageError for an override of what is set here."""
@@ -173,22 +168,6 @@ def _recipe(args: argparse.Namespace, root: str, fixed: dict[str, Any]) -> "Reci
     if len(build.augmentations(recipe)) > 1:
         raise UsageError(f"recipe {recipe.name}: its method wants several views of a sample, which no peer makes")
     return recipe
-
-
-def _built(setting: Setting, names: list[str]) -> tuple[dict[str, Side], dict[str, str]]:
-    """(`fastdeit` and the sides `names` that there are in this setting, the reasons of the others)."""
-    built: dict[str, Side] = {}
-    failed: dict[str, str] = {}
-    for name in ["fastdeit", *names]:
-        try:
-            built[name] = _SIDES[name](setting)
-        except Exception as error:
-            failed[name] = reason(error)
-    peers = [name for name in names if not name.startswith("fastdeit")]
-    if peers and all(name in failed for name in peers):
-        why = "; ".join(dict.fromkeys(failed[name] for name in peers))
-        raise UsageError(f"recipe {setting.recipe.name} has nothing to be compared with: {why}")
-    return built, failed
 
 
 def input_of(row: dict[str, Any]) -> str:
@@ -252,7 +231,7 @@ def _write(folder: Path, count: int) -> None:
             os.link(written[i % IMAGES], path)
 
 
-def _ours(setting: Setting, uint8: bool = False) -> Side:
+def ours(setting: Setting, uint8: bool = False) -> Side:
     """What `fastdeit train` and `fastdeit eval` read; `uint8`: before the pixels kernel."""
     if setting.evaluation:
         made, kernel, stream = "EvalLoader (decoded by DALI, rendered in threads)", "normalises", _evaluated_on
@@ -285,24 +264,3 @@ def _evaluated_on(setting: Setting, uint8: bool) -> Stream:
         for samples in batches:
             images = samples.images[0].to(setting.device)
             yield images if uint8 else kernels.pixels(images, mean=setting.data.mean, std=setting.data.std)
-
-
-_SIDES: dict[str, Callable[[Setting], Side]] = {
-    "fastdeit": _ours,
-    "fastdeit_uint8": partial(_ours, uint8=True),
-    "timm": bench_data_peers.timm,
-    "timm_uint8": partial(bench_data_peers.timm, uint8=True),
-    "deit": bench_data_peers.deit,
-    "torchvision": bench_data_peers.torchvision,
-    "torchvision_uint8": partial(bench_data_peers.torchvision, uint8=True),
-    "dali": bench_data_peers.dali,
-    "dali_uint8": partial(bench_data_peers.dali, uint8=True),
-}
-_PEERS = {
-    "none": ["fastdeit_uint8"],
-    "timm": ["fastdeit_uint8", "timm", "timm_uint8"],
-    "deit": ["deit"],
-    "torchvision": ["fastdeit_uint8", "torchvision", "torchvision_uint8"],
-    "dali": ["fastdeit_uint8", "dali", "dali_uint8"],
-    "all": [name for name in _SIDES if name != "fastdeit"],
-}
