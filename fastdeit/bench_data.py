@@ -73,14 +73,17 @@ class Setting:
 
     @property
     def data(self) -> "DataConfig":
+        """The recipe's section `data`."""
         return self.recipe.data
 
     @property
     def batch(self) -> int:
+        """Images of a batch."""
         return self.recipe.train.batch_size
 
     @property
     def classes(self) -> int:
+        """Classes of the generated files, a folder each."""
         return _CLASSES
 
     @property
@@ -96,10 +99,12 @@ class Setting:
 
     @property
     def split(self) -> str:
+        """The split that is read: "train" or "val"."""
         return "val" if self.evaluation else "train"
 
     @property
     def folder(self) -> str:
+        """The directory of that split."""
         return os.path.join(self.data.root, self.split)
 
     @property
@@ -131,6 +136,7 @@ class Setting:
 
     @property
     def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
         return bool(self.data.mix_probability and (self.data.mixup or self.data.cutmix)) and not self.evaluation
 
 
@@ -194,6 +200,7 @@ def cpu_seconds() -> float:
 
 
 def timer(open_stream: Callable[[], Generator[Any, None, None]], setting: Setting) -> Timer:
+    """Timer of `Setting.timed` batches of a stream that is opened anew, after the first `WARM_BATCHES`."""
     world = World(setting.device)
 
     def measure() -> tuple[float, float]:

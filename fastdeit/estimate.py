@@ -54,6 +54,7 @@ class ViT:
 
     @property
     def tokens(self) -> int:
+        """Tokens of an image, the prefix among them."""
         return self.patches + self.prefix
 
     @property
@@ -72,6 +73,7 @@ class ViT:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters, positions and heads among them."""
         dim, hidden = self.dim, self.hidden
         block = 4 * dim * dim + 2 * dim * hidden + 4 * dim + hidden + dim + 4 * dim
         embed = self.patch_values * dim + dim + (self.tokens + self.prefix) * dim
@@ -417,6 +419,7 @@ class Step(NamedTuple):
     update: float
 
     def scaled(self, factor: float) -> "Step":
+        """The step with all its times multiplied by `factor`."""
         return Step(*(factor * phase for phase in self))
 
 
@@ -543,6 +546,7 @@ def _forward_peak(network: Network, a: int) -> float:
 
 
 def total(parts: dict[str, float | list[float]]) -> float:
+    """Bytes of all parts of `memory`."""
     return sum(sum(part) if isinstance(part, list) else part for part in parts.values())
 
 

@@ -133,11 +133,13 @@ class Subject:
 
     @property
     def steps(self) -> int:
+        """Steps of the run."""
         train = self.recipe.train
         return order.steps_per_epoch(self.images, train.batch_size) * train.epochs
 
     @property
     def evaluations(self) -> int:
+        """How often the run is evaluated: every `train.eval_every` epochs, and after the last."""
         train = self.recipe.train
         return -(-train.epochs // train.eval_every)
 

@@ -204,17 +204,40 @@ def test_random_teacher_unless_its_weights_are_on_disk(monkeypatch):
     assert bench_step.teacher(tiny()) is None
 
 
-@pytest.mark.slow
+@pytest.fixture
+def one_block(monkeypatch):
+    """timm's transformers have one block: compiling takes time for each."""
+
+    def build(name, **options):
+        built = whole(name, **options)
+        if hasattr(built.inner, "blocks"):
+            built.inner.blocks = built.inner.blocks[:1]
+        return built
+
+    whole = models.build_timm
+    monkeypatch.setattr(models, "build_timm", build)
+
+
 @pytest.mark.parametrize("what", ["step", "forward"])
-def test_the_compiled_peer(what):
+def test_the_compiled_peer(what, one_block, monkeypatch):
+    compiled = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: compiled(function, **options))
     wanted = tiny(what, **({"teacher": TEACHER, "ema": True} if what == "step" else {}))
     side = bench_peers.PEERS["timm_compile"](wanted, CPU)
     side.run()
     side.run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["step", "forward"])
-def test_compiled_sides_in_one_process_have_the_attention_that_they_name(what, monkeypatch):
+def test_the_peer_compiled_by_inductor(what, one_block):
+    side = bench_peers.PEERS["timm_compile"](tiny(what), CPU)
+    side.run()
+    side.run()
+
+
+@pytest.mark.parametrize("what", ["step", "forward"])
+def test_compiled_sides_in_one_process_have_the_attention_that_they_name(what, one_block, monkeypatch):
     compiled = []
 
     def keep(graph, inputs):

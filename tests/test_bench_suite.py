@@ -137,6 +137,7 @@ def test_apex_is_measured_on_a_card_and_told_where_it_is_missing(monkeypatch):
     assert "apex" in {backend.name for backend in _op.OPS["fused_adamw"].backends}
 
 
+@pytest.mark.slow
 def test_the_pytest_benchmarks_collect_and_one_runs(tmp_path):
     results = tmp_path / "benchmark.json"
     chosen = "forward and not distilled and fastdeit"
