@@ -4,14 +4,14 @@ from functools import cache
 
 import pytest
 
-from fastdeit import bench, bench_measure
+from fastdeit import bench_cells, bench_measure
 from fastdeit.engine.dist import pick_device
 
 DEVICE = pick_device("auto")
 
 
 def pytest_report_header() -> str:
-    return f"benchmarks on {DEVICE}" + (f": {bench.CPU_NOTE}" if DEVICE.type == "cpu" else "")
+    return f"benchmarks on {DEVICE}" + (f": {bench_cells.CPU_NOTE}" if DEVICE.type == "cpu" else "")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fastdeit import bench, bench_suite
+from fastdeit import bench_cells, bench_suite
 from fastdeit.bench_measure import CannotRun, reason
 
 ROUNDS = {"cpu": 3, "cuda": 20}
@@ -21,8 +21,8 @@ ON_CPU = {"timm_compile": "torch.compile takes a minute a cell on a CPU; `fastde
 def sides():
     """(cell, name of the side, its builder)."""
     for cell in CELLS:
-        peers = bench_suite.peers(cell, bench.STEP_PEERS)
-        for name, build in bench.builders(bench_suite.captures(cell, DEVICE), peers).items():
+        peers = bench_suite.peers(cell, bench_cells.STEP_PEERS)
+        for name, build in bench_cells.builders(bench_suite.captures(cell, DEVICE), peers).items():
             yield pytest.param(cell, name, build, id=f"{cell}-{name}".replace(" ", "_"))
 
 

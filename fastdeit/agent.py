@@ -1,10 +1,13 @@
 """The processes of a run on one machine: torch's elastic agent, made to stop gracefully.
 
-torch owns the protocol: rank assignment, the store the workers meet at, their environment, the subprocesses. What it
-does not offer is an ending whose exit code can be believed. A signal raises `SignalException` through the agent, so a
-run which saved and stopped looks like a crash; a worker that ends early leaves its peers a fixed 30 s, whatever they
-are writing; and signals go to whole process groups, where they also hit the helpers of the loader. `_Agent` therefore
-replaces the three documented extension points that decide this: `_start_workers`, `_monitor_workers`, `_shutdown`.
+torch owns the protocol: rank assignment, the store where the workers meet, their environment, and the subprocesses.
+What it does not offer is an ending whose exit code can be believed:
+
+* A signal to torch's agent raises `SignalException`, so a run that saved and stopped looks like a crash. torch leaves
+  the signals alone in a thread that is not the main one, so the agent runs in such a thread.
+* When a worker of torch's agent ends early, its peers get a fixed 30 s, whatever they are writing, and the signal goes
+  to whole process groups, where it also hits the helpers of the loader. torch has no setting for either. `_Agent`
+  therefore replaces `_monitor_workers`, one of the methods that torch documents for those who extend its agent.
 """
 
 import contextlib
@@ -14,21 +17,20 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from subprocess import Popen
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 from torch.distributed import TCPStore
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server import WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 
 HOST = "127.0.0.1"
-# Names the signals for torch's own handler, which raises from wherever the agent is. Early versions do not read it.
-TORCH_SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+KILL_SIGNAL = signal.SIGQUIT
 # After one worker has failed the others cannot finish a step; they only get time to say what they saw.
 PEER_GRACE_S = 5.0
 # A worker needs a moment to install its signal handlers; before that a SIGTERM would end it with nothing said.
@@ -42,7 +44,7 @@ def elastic(command: list[str], nproc: int, grace_s: float = 60.0, env: Mapping[
     Each copy finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, besides `env`.
 
     A first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is passed on to every worker as one SIGTERM: they have `grace_s` seconds
-    to save and exit 75. After that, or at a further SIGINT, they are killed. The result is
+    to save and exit 75. After that, or at a further SIGINT, or at a SIGQUIT, they are killed. The result is
 
     * 3 or 2 when a worker said so: the 1 of its peers is then only the lost connection;
     * else 1 when any worker failed or had to be killed;
@@ -67,12 +69,8 @@ def elastic(command: list[str], nproc: int, grace_s: float = 60.0, env: Mapping[
         local_addr=HOST,
     )
     agent = _Agent(spec, grace_s)
-    with _environment({**(env or {}), TORCH_SIGNALS_VARIABLE: "SIGQUIT"}), _signals_restored(), _quiet_elastic():
-        try:
-            agent.run()
-        except SignalException as error:
-            _say(f"{error.sigval.name} received; the workers were killed")
-            return FastdeitError.exit_code
+    with _environment(env or {}), _signals_to(agent), _quiet_elastic(), ThreadPoolExecutor(1) as thread:
+        thread.submit(agent.run).result()
     code = verdict(agent.codes, agent.killed)
     agent.report(code)
     return code
@@ -90,7 +88,7 @@ def verdict(codes: Mapping[int, int], killed: set[int]) -> int:
 
 
 class _Agent(LocalElasticAgent):
-    """See the module. `codes` maps a local rank to its exit code (negative: the signal that ended it)."""
+    """See the module. `codes` maps a rank to its exit code (negative: the signal that ended it)."""
 
     def __init__(self, spec: WorkerSpec, grace_s: float) -> None:
         super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull))
@@ -98,55 +96,50 @@ class _Agent(LocalElasticAgent):
         self.killed: set[int] = set()
         self._first_failure: int | None = None
         self._grace_s = grace_s
-        self._started = 0.0
+        self._first_look: float | None = None
         self._deadline: float | None = None
         self._requested: signal.Signals | None = None
         self._kill_now = False
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
-        self._take_signals()
-        pids = super()._start_workers(worker_group)
-        self._take_signals()  # again: see TORCH_SIGNALS_VARIABLE
-        self._started = time.monotonic()
-        return pids
-
-    def _take_signals(self) -> None:
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self._requested is None:
-            self._requested = signal.Signals(number)
-        elif number == signal.SIGINT:
+    def on_signal(self, number: int, frame: object) -> None:
+        """Handler of `STOP_SIGNALS` and `KILL_SIGNAL`: note what is asked for; `_monitor_workers` does it."""
+        if number == KILL_SIGNAL or (self._requested is not None and number == signal.SIGINT):
             self._kill_now = True
+        elif self._requested is None:
+            self._requested = signal.Signals(number)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        running = self._reap()
+        if self._first_look is None:
+            self._first_look = time.monotonic()
+        running = self._reap(worker_group)
         if not running:
             if any(self.codes.values()):
                 return RunResult(state=WorkerState.FAILED)
             return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(self.codes))
-        if self._deadline is None:
-            self._stop_if_needed(running)
-        elif self._kill_now or time.monotonic() > self._deadline:
+        if self._kill_now or (self._deadline is not None and time.monotonic() > self._deadline):
             self._kill(running)
+        elif self._deadline is None:
+            self._stop_if_needed(running)
         return RunResult(state=WorkerState.HEALTHY)
 
-    def _reap(self) -> dict[int, Popen]:
-        """Note the workers that have ended; return the others, by local rank."""
+    def _reap(self, worker_group: WorkerGroup) -> dict[int, int]:
+        """Note the workers that have ended; return the process ids of the others, by rank."""
         running = {}
-        for rank, process in self._processes().items():
-            code = process.poll()
+        for worker in worker_group.workers:
+            rank = worker.global_rank
+            if rank in self.codes:
+                continue
+            code = _exit_code(worker.id)
             if code is None:
-                running[rank] = process
-            elif rank not in self.codes:
-                self.codes[rank] = code
-                if code not in (0, Interrupted.exit_code) and self._first_failure is None and rank not in self.killed:
-                    self._first_failure = rank
+                running[rank] = worker.id
+                continue
+            self.codes[rank] = code
+            if code not in (0, Interrupted.exit_code) and self._first_failure is None and rank not in self.killed:
+                self._first_failure = rank
         return running
 
-    def _stop_if_needed(self, running: dict[int, Popen]) -> None:
-        if time.monotonic() < self._started + BOOT_S:
+    def _stop_if_needed(self, running: dict[int, int]) -> None:
+        if time.monotonic() < self._first_look + BOOT_S:
             return
         if self._requested is not None:
             seconds = self._grace_s
@@ -161,31 +154,16 @@ class _Agent(LocalElasticAgent):
         else:
             return
         self._deadline = time.monotonic() + seconds
-        for process in running.values():
+        for pid in running.values():
             # To the worker alone, not to its process group: its loader must go on feeding it until it has saved.
-            process.send_signal(signal.SIGTERM)
+            os.kill(pid, signal.SIGTERM)
 
-    def _kill(self, running: dict[int, Popen]) -> None:
-        for rank, process in running.items():
-            if rank in self.killed:
-                continue
-            self.killed.add(rank)
-            try:
+    def _kill(self, running: dict[int, int]) -> None:
+        for rank, pid in running.items():
+            if rank not in self.killed:
+                self.killed.add(rank)
                 # torch starts each worker in a session of its own; the group takes the worker's helpers along.
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                process.kill()
-
-    def _processes(self) -> dict[int, Popen]:
-        handlers = self._pcontext.subprocess_handlers if self._pcontext else {}
-        return {rank: handler.proc for rank, handler in handlers.items()}
-
-    def _shutdown(self, *args: Any, **options: Any) -> None:  # torch's parameters differ between versions
-        # The agent comes here at its end, whatever the cause; workers still running then have lost their launcher.
-        self._kill(self._reap())
-        for process in self._processes().values():
-            process.wait()
-        super()._shutdown(*args, **options)
+                os.killpg(pid, signal.SIGKILL)
 
     def report(self, code: int) -> None:
         """Say why a run ended with `code` where the ranks have not: a failed rank's peers may be louder than it was."""
@@ -197,6 +175,17 @@ class _Agent(LocalElasticAgent):
             ranks = ", ".join(map(str, sorted(self.killed)))
             why = "on request" if self._kill_now else f"still running {self._grace_s:g} s after being asked to stop"
             _say(f"rank {ranks} killed ({why}); `--resume` continues from the last checkpoint")
+
+
+def _exit_code(pid: int) -> int | None:
+    """Exit code of a child process, negative for the signal that ended it; None while it runs.
+
+    The child stays a zombie, so that its process id stays its own; torch collects it when the agent shuts down.
+    """
+    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 def _describe(code: int) -> str:
@@ -226,8 +215,9 @@ def _environment(extra: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_restored() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGQUIT)}
+def _signals_to(agent: _Agent) -> Iterator[None]:
+    """Hand the signals of the launcher to `agent`, for the time of the block."""
+    before = {number: signal.signal(number, agent.on_signal) for number in (*STOP_SIGNALS, KILL_SIGNAL)}
     try:
         yield
     finally:
@@ -238,10 +228,12 @@ def _signals_restored() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_elastic() -> Iterator[None]:
     """The agent's warnings describe its own bookkeeping; what matters of it is said by `report`."""
-    logger = logging.getLogger("torch.distributed.elastic.agent.server.api")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    names = "torch.distributed.elastic.agent.server.api", "torch.distributed.elastic.multiprocessing.api"
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

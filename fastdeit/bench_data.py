@@ -24,14 +24,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fastdeit import bench_data_peers, build, kernels
+from fastdeit import build, kernels
 from fastdeit import recipe as recipes
-from fastdeit.bench_data_peers import Side, Stream
-from fastdeit.bench_measure import Timer, reason
+from fastdeit.bench_measure import Timer
 from fastdeit.data import policy
 from fastdeit.data.synthetic import SyntheticSource
 from fastdeit.engine.dist import World
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
     from fastdeit.batch import Batch
     from fastdeit.config import DataConfig
     from fastdeit.recipe import Recipe
+
+Stream = Generator[torch.Tensor, None, None]
 
 IMAGES, SIDES = 512, (375, 500)
 WARM_BATCHES, TIMED_BATCHES = 8, 16
@@ -55,6 +56,13 @@ _TOLD = {
 """Fields of a recipe's data that a row of that split repeats."""
 
 
+class Side(NamedTuple):
+    """One side of a row: what it does, in words, and its batches, made from when the stream is first asked for one."""
+
+    work: str
+    stream: Callable[[], Stream]
+
+
 @dataclass(frozen=True)
 class Setting:
     """What all sides have in common. `recipe` reads the files and has the batch size and threads of the benchmark;
@@ -66,14 +74,17 @@ class Setting:
 
     @property
     def data(self) -> "DataConfig":
+        """The recipe's section `data`."""
         return self.recipe.data
 
     @property
     def batch(self) -> int:
+        """Images of a batch."""
         return self.recipe.train.batch_size
 
     @property
     def classes(self) -> int:
+        """Classes of the generated files, a folder each."""
         return _CLASSES
 
     @property
@@ -89,10 +100,12 @@ class Setting:
 
     @property
     def split(self) -> str:
+        """The split that is read: "train" or "val"."""
         return "val" if self.evaluation else "train"
 
     @property
     def folder(self) -> str:
+        """The directory of that split."""
         return os.path.join(self.data.root, self.split)
 
     @property
@@ -124,20 +137,8 @@ class Setting:
 
     @property
     def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
         return bool(self.data.mix_probability and (self.data.mixup or self.data.cutmix)) and not self.evaluation
-
-
-@contextmanager
-def sides(args: argparse.Namespace, device: torch.device) -> Generator[tuple[dict[str, Timer], dict[str, Any]]]:
-    """(a timer for each side, facts for the row); a timer returns (seconds, CPU seconds) of `Setting.timed` batches. A
-    peer that has nothing like the recipe is in the fact `failed`, with the reason; UsageError if that is true of all.
-    """
-    with opened(args, device) as setting:
-        built, failed = _built(setting, _PEERS[args.peer])
-        facts = told(setting, args.overrides)
-        facts |= {"work": {name: side.work for name, side in built.items()}, "failed": failed}
-        write_images(setting)
-        yield {name: timer(side.stream, setting) for name, side in built.items()}, facts
 
 
 @contextmanager
@@ -176,22 +177,6 @@ def _recipe(args: argparse.Namespace, root: str, fixed: dict[str, Any]) -> "Reci
     return recipe
 
 
-def _built(setting: Setting, names: list[str]) -> tuple[dict[str, Side], dict[str, str]]:
-    """(`fastdeit` and the sides `names` that there are in this setting, the reasons of the others)."""
-    built: dict[str, Side] = {}
-    failed: dict[str, str] = {}
-    for name in ["fastdeit", *names]:
-        try:
-            built[name] = _SIDES[name](setting)
-        except Exception as error:
-            failed[name] = reason(error)
-    peers = [name for name in names if not name.startswith("fastdeit")]
-    if peers and all(name in failed for name in peers):
-        why = "; ".join(dict.fromkeys(failed[name] for name in peers))
-        raise UsageError(f"recipe {setting.recipe.name} has nothing to be compared with: {why}")
-    return built, failed
-
-
 def input_of(row: dict[str, Any]) -> str:
     """Whose input a row is, in words."""
     words = [row["recipe"], *row.get("overrides", [])]  # older rows have none
@@ -216,6 +201,7 @@ def cpu_seconds() -> float:
 
 
 def timer(open_stream: Callable[[], Generator[Any, None, None]], setting: Setting) -> Timer:
+    """Timer of `Setting.timed` batches of a stream that is opened anew, after the first `WARM_BATCHES`."""
     world = World(setting.device)
 
     def measure() -> tuple[float, float]:
@@ -253,7 +239,7 @@ def _write(folder: Path, count: int) -> None:
             os.link(written[i % IMAGES], path)
 
 
-def _ours(setting: Setting, uint8: bool = False) -> Side:
+def ours(setting: Setting, uint8: bool = False) -> Side:
     """What `fastdeit train` and `fastdeit eval` read; `uint8`: before the pixels kernel."""
     if setting.evaluation:
         made, kernel, stream = "EvalLoader (decoded by DALI, rendered in threads)", "normalises", _evaluated_on
@@ -286,24 +272,3 @@ def _evaluated_on(setting: Setting, uint8: bool) -> Stream:
         for samples in batches:
             images = samples.images[0].to(setting.device)
             yield images if uint8 else kernels.pixels(images, mean=setting.data.mean, std=setting.data.std)
-
-
-_SIDES: dict[str, Callable[[Setting], Side]] = {
-    "fastdeit": _ours,
-    "fastdeit_uint8": partial(_ours, uint8=True),
-    "timm": bench_data_peers.timm,
-    "timm_uint8": partial(bench_data_peers.timm, uint8=True),
-    "deit": bench_data_peers.deit,
-    "torchvision": bench_data_peers.torchvision,
-    "torchvision_uint8": partial(bench_data_peers.torchvision, uint8=True),
-    "dali": bench_data_peers.dali,
-    "dali_uint8": partial(bench_data_peers.dali, uint8=True),
-}
-_PEERS = {
-    "none": ["fastdeit_uint8"],
-    "timm": ["fastdeit_uint8", "timm", "timm_uint8"],
-    "deit": ["deit"],
-    "torchvision": ["fastdeit_uint8", "torchvision", "torchvision_uint8"],
-    "dali": ["fastdeit_uint8", "dali", "dali_uint8"],
-    "all": [name for name in _SIDES if name != "fastdeit"],
-}

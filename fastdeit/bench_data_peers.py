@@ -1,30 +1,32 @@
 """The peers of `fastdeit bench data`: the same recipe, or as much of it as they have, by timm, by torchvision's
 transforms.v2, by DALI, and by facebookresearch/deit's loader, rebuilt here from what is known of it.
 
-A peer is a function from a `Setting` to a `Side`, which starts nothing; it raises CannotRun where the peer has nothing
-that would do for this recipe. What it leaves out or does differently is noted where it is decided, and ends in
-`Side.work`, which is part of every row.
+`bench_data` has what all sides share, and our side; `sides` puts ours and the peers together. A peer is a function of a
+`Setting` to a `Side`, which starts nothing; it raises CannotRun where the peer has nothing that would do for this
+recipe. What it leaves out or does differently is noted where it is decided, and ends in `Side.work`, which is part of
+every row.
 """
 
+import argparse
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdeit.bench_measure import CannotRun
+from fastdeit import bench_data
+from fastdeit.bench_data import Setting, Side, Stream
+from fastdeit.bench_measure import CannotRun, Timer, reason
 from fastdeit.data import pixel_ops, policy
 from fastdeit.data.plan import PAD
+from fastdeit.errors import UsageError
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
     from PIL import Image
     from torch.utils.data import DataLoader
 
-    from fastdeit.bench_data import Setting
-
-Stream = Generator[torch.Tensor, None, None]
 Transform = Callable[[Any], Any]
 
 _BINS = 31
@@ -36,17 +38,10 @@ _SOLARIZE, _BLUR = 128, (0.1, 2.0)
 """3-Augment's threshold and range of radii (Touvron et al., "DeiT III", 2022)."""
 
 
-class Side(NamedTuple):
-    """One side of a row: what it does, in words, and its batches, made from when the stream is first asked for one."""
-
-    work: str
-    stream: Callable[[], Stream]
-
-
 # ---- timm ------------------------------------------------------------------------------------------------------------
 
 
-def timm(setting: "Setting", uint8: bool = False) -> Side:
+def timm(setting: Setting, uint8: bool = False) -> Side:
     """`create_loader`; `uint8`: without its PrefetchLoader, the DataLoader alone."""
     notes = ["create_loader with worker processes"]
     options = _timm_evaluation(setting) if setting.evaluation else _timm_training(setting, notes)
@@ -58,7 +53,7 @@ def timm(setting: "Setting", uint8: bool = False) -> Side:
     return Side("; ".join(notes), partial(_timm_stream, setting, options, uint8))
 
 
-def _timm_stream(setting: "Setting", options: dict[str, Any], uint8: bool) -> Stream:
+def _timm_stream(setting: Setting, options: dict[str, Any], uint8: bool) -> Stream:
     from timm.data import create_dataset, create_loader
 
     with _posterize_keeps_a_bit():
@@ -77,11 +72,11 @@ def _timm_stream(setting: "Setting", options: dict[str, Any], uint8: bool) -> St
         yield images
 
 
-def _timm_evaluation(setting: "Setting") -> dict[str, Any]:
+def _timm_evaluation(setting: Setting) -> dict[str, Any]:
     return {"is_training": False, "crop_pct": setting.data.eval_crop_ratio}
 
 
-def _timm_training(setting: "Setting", notes: list[str]) -> dict[str, Any]:
+def _timm_training(setting: Setting, notes: list[str]) -> dict[str, Any]:
     from timm.data import FastCollateMixup
 
     data = setting.data
@@ -98,7 +93,7 @@ def _timm_training(setting: "Setting", notes: list[str]) -> dict[str, Any]:
     return options
 
 
-def _timm_operations(setting: "Setting", notes: list[str]) -> dict[str, Any]:
+def _timm_operations(setting: Setting, notes: list[str]) -> dict[str, Any]:
     """auto_augment and color_jitter of timm's create_transform."""
     augment = setting.data.augment
     if augment == "trivial" or augment.startswith("augreg"):
@@ -113,7 +108,7 @@ def _timm_operations(setting: "Setting", notes: list[str]) -> dict[str, Any]:
     return {"auto_augment": None if augment == "none" else augment, "color_jitter": setting.jitter}
 
 
-def _timm_mixing(setting: "Setting") -> dict[str, Any]:
+def _timm_mixing(setting: Setting) -> dict[str, Any]:
     """Arguments of timm's FastCollateMixup and Mixup."""
     data = setting.data
     return {
@@ -142,7 +137,7 @@ def _posterize_keeps_a_bit() -> Iterator[None]:
 # ---- facebookresearch/deit -------------------------------------------------------------------------------------------
 
 
-def deit(setting: "Setting") -> Side:
+def deit(setting: Setting) -> Side:
     """The loader of the DeiT papers' code: everything on float32 tensors of single samples, in the workers."""
     notes = [
         "facebookresearch/deit's loader, rebuilt from its description on today's timm and torchvision: Pillow, "
@@ -159,7 +154,7 @@ def deit(setting: "Setting") -> Side:
     return Side("; ".join(notes), partial(_deit_stream, setting, transform))
 
 
-def _deit_stream(setting: "Setting", transform: Transform) -> Stream:
+def _deit_stream(setting: Setting, transform: Transform) -> Stream:
     from timm.data import Mixup
     from torchvision.datasets import ImageFolder
 
@@ -169,14 +164,14 @@ def _deit_stream(setting: "Setting", transform: Transform) -> Stream:
         yield mix(images, labels)[0] if mix else images
 
 
-def _deit_evaluation(setting: "Setting") -> Transform:
+def _deit_evaluation(setting: Setting) -> Transform:
     from torchvision import transforms
 
     resize = transforms.Resize(_short_side(setting), transforms.InterpolationMode.BICUBIC)
     return transforms.Compose([resize, transforms.CenterCrop(setting.size), *_to_normalised_tensor(setting)])
 
 
-def _deit_training(setting: "Setting", notes: list[str]) -> Transform:
+def _deit_training(setting: Setting, notes: list[str]) -> Transform:
     from timm.data import create_transform
 
     data = setting.data
@@ -201,7 +196,7 @@ def _deit_training(setting: "Setting", notes: list[str]) -> Transform:
         )
 
 
-def _deit_three_augment(setting: "Setting", notes: list[str]) -> Transform:
+def _deit_three_augment(setting: Setting, notes: list[str]) -> Transform:
     from torchvision import transforms
 
     data, bicubic = setting.data, transforms.InterpolationMode.BICUBIC
@@ -226,7 +221,7 @@ def _deit_three_augment(setting: "Setting", notes: list[str]) -> Transform:
     )
 
 
-def _to_normalised_tensor(setting: "Setting") -> list[Transform]:
+def _to_normalised_tensor(setting: Setting) -> list[Transform]:
     from torchvision import transforms
 
     return [transforms.ToTensor(), transforms.Normalize(setting.data.mean, setting.data.std)]
@@ -241,7 +236,7 @@ def _blurred(image: "Image.Image") -> "Image.Image":
 # ---- torchvision -----------------------------------------------------------------------------------------------------
 
 
-def torchvision(setting: "Setting", uint8: bool = False) -> Side:
+def torchvision(setting: Setting, uint8: bool = False) -> Side:
     """transforms.v2 on uint8 tensors; `uint8`: batches of what they are before ToDtype."""
     from torchvision.transforms import v2
 
@@ -263,7 +258,7 @@ def torchvision(setting: "Setting", uint8: bool = False) -> Side:
     return Side("; ".join(notes), partial(_torchvision_stream, setting, v2.Compose(transform), mix))
 
 
-def _torchvision_stream(setting: "Setting", transform: Transform, mix: Transform | None) -> Stream:
+def _torchvision_stream(setting: Setting, transform: Transform, mix: Transform | None) -> Stream:
     from torchvision.datasets import ImageFolder
     from torchvision.io import ImageReadMode, decode_image
 
@@ -273,13 +268,13 @@ def _torchvision_stream(setting: "Setting", transform: Transform, mix: Transform
         yield mix(images, labels)[0] if mix else images
 
 
-def _torchvision_resize(setting: "Setting") -> Transform:
+def _torchvision_resize(setting: Setting) -> Transform:
     from torchvision.transforms import v2
 
     return v2.Resize(_short_side(setting), v2.InterpolationMode.BICUBIC, antialias=True)
 
 
-def _torchvision_crop(setting: "Setting") -> list[Transform]:
+def _torchvision_crop(setting: Setting) -> list[Transform]:
     from torchvision.transforms import v2
 
     data = setting.data
@@ -289,7 +284,7 @@ def _torchvision_crop(setting: "Setting") -> list[Transform]:
     return [v2.RandomResizedCrop(setting.size, data.crop_scale, data.crop_ratio, bicubic, antialias=True)]
 
 
-def _torchvision_operations(setting: "Setting", notes: list[str]) -> list[Transform]:
+def _torchvision_operations(setting: Setting, notes: list[str]) -> list[Transform]:
     from torchvision.transforms import v2
 
     augment, rand = setting.data.augment, setting.rand
@@ -314,7 +309,7 @@ def _torchvision_operations(setting: "Setting", notes: list[str]) -> list[Transf
     raise CannotRun(f"torchvision has no augment {augment}")
 
 
-def _torchvision_mixing(setting: "Setting", notes: list[str]) -> Transform | None:
+def _torchvision_mixing(setting: Setting, notes: list[str]) -> Transform | None:
     from torchvision.transforms import v2
 
     data = setting.data
@@ -330,7 +325,7 @@ def _torchvision_mixing(setting: "Setting", notes: list[str]) -> Transform | Non
 # ---- DALI ------------------------------------------------------------------------------------------------------------
 
 
-def dali(setting: "Setting", uint8: bool = False) -> Side:
+def dali(setting: Setting, uint8: bool = False) -> Side:
     """One pipeline of DALI's own operators; `uint8`: without the last, which normalises."""
     notes = ["one DALI pipeline"]
     if not setting.evaluation:
@@ -339,7 +334,7 @@ def dali(setting: "Setting", uint8: bool = False) -> Side:
     return Side("; ".join(notes), partial(_dali_stream, setting, uint8))
 
 
-def _dali_differences(setting: "Setting") -> Iterator[str]:
+def _dali_differences(setting: Setting) -> Iterator[str]:
     data, augment = setting.data, setting.data.augment
     left_out = [word for word, wanted in (("erased", data.erase), ("mixed", setting.mixes)) if wanted]
     if left_out:
@@ -361,7 +356,7 @@ def _dali_differences(setting: "Setting") -> Iterator[str]:
         yield "colour jitter by color_twist: in one order, contrast about 128, not rounded in between"
 
 
-def _dali_stream(setting: "Setting", uint8: bool) -> Stream:
+def _dali_stream(setting: Setting, uint8: bool) -> Stream:
     from nvidia.dali import fn, pipeline_def, types
 
     device = setting.device
@@ -399,7 +394,7 @@ def _dali_stream(setting: "Setting", uint8: bool) -> Stream:
         yield torch.from_dlpack(images.as_tensor())
 
 
-def _dali_operations(setting: "Setting", images: "DataNode") -> "DataNode":
+def _dali_operations(setting: Setting, images: "DataNode") -> "DataNode":
     """What comes between the crop and the normalisation in training."""
     from nvidia.dali import fn
     from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
@@ -452,7 +447,7 @@ def _dali_uniform(low: float, high: float) -> "DataNode | float":
     return fn.random.uniform(range=[low, high]) if low < high else low
 
 
-def _dali_output(setting: "Setting", images: "DataNode", uint8: bool) -> "DataNode":
+def _dali_output(setting: Setting, images: "DataNode", uint8: bool) -> "DataNode":
     """The window of evaluation, and the float images `[3, H, W]` or the bytes `[H, W, 3]`."""
     from nvidia.dali import fn, types
 
@@ -468,7 +463,7 @@ def _dali_output(setting: "Setting", images: "DataNode", uint8: bool) -> "DataNo
 # ---- what peers share ------------------------------------------------------------------------------------------------
 
 
-def _loader(setting: "Setting", files: torch.utils.data.Dataset) -> "DataLoader":
+def _loader(setting: Setting, files: torch.utils.data.Dataset) -> "DataLoader":
     from torch.utils.data import DataLoader
 
     return DataLoader(
@@ -481,7 +476,7 @@ def _loader(setting: "Setting", files: torch.utils.data.Dataset) -> "DataLoader"
     )
 
 
-def _short_side(setting: "Setting") -> int:
+def _short_side(setting: Setting) -> int:
     """To what torchvision's Resize brings the short side."""
     height, width = setting.covered
     if height != width:
@@ -495,3 +490,55 @@ def _magnitude(rand: policy.Policy, peer: str) -> float:
     if magnitude > 10 or rand.weights is not None or not {"Rotate", "Invert"} <= names:
         raise CannotRun(f"{peer} has RandAugment with its own operations, up to magnitude 10")
     return magnitude
+
+
+# ---- ours and the peers ----------------------------------------------------------------------------------------------
+
+_SIDES: dict[str, Callable[[Setting], Side]] = {
+    "fastdeit": bench_data.ours,
+    "fastdeit_uint8": partial(bench_data.ours, uint8=True),
+    "timm": timm,
+    "timm_uint8": partial(timm, uint8=True),
+    "deit": deit,
+    "torchvision": torchvision,
+    "torchvision_uint8": partial(torchvision, uint8=True),
+    "dali": dali,
+    "dali_uint8": partial(dali, uint8=True),
+}
+_PEERS = {
+    "none": ["fastdeit_uint8"],
+    "timm": ["fastdeit_uint8", "timm", "timm_uint8"],
+    "deit": ["deit"],
+    "torchvision": ["fastdeit_uint8", "torchvision", "torchvision_uint8"],
+    "dali": ["fastdeit_uint8", "dali", "dali_uint8"],
+    "all": [name for name in _SIDES if name != "fastdeit"],
+}
+
+
+@contextmanager
+def sides(args: argparse.Namespace, device: torch.device) -> Generator[tuple[dict[str, Timer], dict[str, Any]]]:
+    """(a timer for each side, facts for the row); a timer returns (seconds, CPU seconds) of `Setting.timed` batches. A
+    peer that has nothing like the recipe is in the fact `failed`, with the reason; UsageError if that is true of all.
+    """
+    with bench_data.opened(args, device) as setting:
+        built, failed = _built(setting, _PEERS[args.peer])
+        facts = bench_data.told(setting, args.overrides)
+        facts |= {"work": {name: side.work for name, side in built.items()}, "failed": failed}
+        bench_data.write_images(setting)
+        yield {name: bench_data.timer(side.stream, setting) for name, side in built.items()}, facts
+
+
+def _built(setting: Setting, names: list[str]) -> tuple[dict[str, Side], dict[str, str]]:
+    """(`fastdeit` and the sides `names` that there are in this setting, the reasons of the others)."""
+    built: dict[str, Side] = {}
+    failed: dict[str, str] = {}
+    for name in ["fastdeit", *names]:
+        try:
+            built[name] = _SIDES[name](setting)
+        except Exception as error:
+            failed[name] = reason(error)
+    peers = [name for name in names if not name.startswith("fastdeit")]
+    if peers and all(name in failed for name in peers):
+        why = "; ".join(dict.fromkeys(failed[name] for name in peers))
+        raise UsageError(f"recipe {setting.recipe.name} has nothing to be compared with: {why}")
+    return built, failed

@@ -167,6 +167,7 @@ def products_timer(shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, d
 
 
 def flops_of_products(shapes: Sequence[tuple[int, int, int]]) -> int:
+    """FLOPs of the products of `products_timer`, 2 for each multiply-add."""
     return sum(2 * math.prod(shape) for shape in shapes)
 
 
@@ -189,6 +190,7 @@ def check_out(out: str | None) -> None:
 
 
 def median(row: dict[str, Any], name: str, of: str = "seconds") -> float:
+    """Median over the rounds of what the side `name` took: `seconds` or `cpu_seconds`."""
     return statistics.median(row[of][name])
 
 

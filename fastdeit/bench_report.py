@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastdeit import bench, bench_data, bench_train, estimate_rows
+from fastdeit import bench_cells, bench_data, bench_train, estimate_rows
+from fastdeit.bench_measure import median
 from fastdeit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -129,11 +130,11 @@ def comparisons(row: Row, of: str = "seconds") -> list[Comparison]:
     ours = [name for name in sides if name.startswith("fastdeit")]
     found = []
     for peer in (name for name in sides if name not in ours):
-        mine = [bench.compared_to(peer, row)] if row["what"] == "data" else ours
+        mine = [bench_cells.compared_to(peer, row)] if row["what"] == "data" else ours
         for own in mine:
             if own in sides:
-                ratio = bench.median(row, peer, of) / bench.median(row, own, of)
-                found.append(Comparison(own, peer, ratio, *bench.by_round(row, peer, own, of)))
+                ratio = median(row, peer, of) / median(row, own, of)
+                found.append(Comparison(own, peer, ratio, *bench_cells.by_round(row, peer, own, of)))
     return found
 
 
@@ -148,7 +149,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     for (where, what), group in sorted(groups.items()):
         yield f"\n## {what} on {where}\n"
         if group[0]["device"] == "cpu":
-            yield f"{bench.CPU_NOTE}\n"
+            yield f"{bench_cells.CPU_NOTE}\n"
         columns = _COLUMNS[what]
         yield f"| cell | side | {' | '.join(columns)} | slowest / fastest round | code |"
         yield "|---" * (len(columns) + 4) + "|"
@@ -162,7 +163,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _images(row: Row, name: str, of: str = "seconds") -> str:
-    return f"{row['images'] / bench.median(row, name, of):.1f}" if of in row else ""
+    return f"{row['images'] / median(row, name, of):.1f}" if of in row else ""
 
 
 def _against(row: Row, name: str, of: str = "seconds") -> str:
@@ -177,13 +178,13 @@ def _in_cpu_time(row: Row, name: str) -> str:
 
 
 def _share(row: Row, name: str) -> str:
-    share = bench.mfu(row, name)
+    share = bench_cells.mfu(row, name)
     return "" if share is None else f"{share:.1%}"
 
 
 def _without_input(row: Row, name: str) -> str:
     still = bench_train.resident_of(name, row)
-    return "" if still is None else f"{bench.median(row, still) / bench.median(row, name):.1%}"
+    return "" if still is None else f"{median(row, still) / median(row, name):.1%}"
 
 
 def _peak(row: Row, name: str) -> str:
@@ -193,18 +194,18 @@ def _peak(row: Row, name: str) -> str:
 
 def _rate(row: Row, name: str, of: str, unit: float) -> str:
     amount = row[of].get(name)
-    return "" if amount is None else f"{amount / bench.median(row, name) / unit:.4g}"
+    return "" if amount is None else f"{amount / median(row, name) / unit:.4g}"
 
 
 def _micro(row: Row, name: str) -> str:
-    return f"{1e6 * bench.median(row, name):.1f}"
+    return f"{1e6 * median(row, name):.1f}"
 
 
 def _of_copy(row: Row, name: str) -> str:
     """Share of the bandwidth of the copy in the same rounds."""
     if name == "copy" or "copy" not in row["seconds"]:
         return ""
-    return f"{row['bytes'] / bench.median(row, name) / (row['copy_bytes'] / bench.median(row, 'copy')):.1%}"
+    return f"{row['bytes'] / median(row, name) / (row['copy_bytes'] / median(row, 'copy')):.1%}"
 
 
 Tell = Callable[[Row, str], str]
@@ -255,7 +256,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axes, ((where, what), cells) in zip(all_axes, sorted(panels.items()), strict=True):
         _panel(axes, cells)
-        note = f"\n{bench.CPU_NOTE}" if where.startswith("CPU") else ""
+        note = f"\n{bench_cells.CPU_NOTE}" if where.startswith("CPU") else ""
         axes.set_title(f"{what} on {where}{note}", fontsize=10, loc="left")
     temporary = path.with_name(f".tmp-{path.name}")
     try:

@@ -15,7 +15,7 @@ import gc
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,7 @@ class Cell:
 
     @property
     def drop_path(self) -> float:
+        """Rate of drop-path: DeiT's in a step, none in inference."""
         return DROP_PATH if self.what == "step" else 0.0
 
     @property
@@ -106,6 +107,12 @@ def cell(
         raise UsageError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16 products; use fp16")
     if what == "forward" and (teacher is not None or ema):
         raise UsageError("bench forward is inference: --teacher and --ema belong to bench step")
+    return Cell(what, model, batch, _side_of(model, image_size, teacher), chosen, teacher, ema)
+
+
+@cache
+def _side_of(model: str, image_size: int | None, teacher: str | None) -> int:
+    """Pixels of the side of the model's square images. UsageError where model or teacher cannot be built for them."""
     try:
         with torch.device("meta"):
             built = models.build(model, num_classes=CLASSES, **({"image_size": image_size} if image_size else {}))
@@ -118,10 +125,11 @@ def cell(
     height, width = size_pair(built.config.image_size, "image_size")
     if height != width:
         raise UsageError(f"--model {model} takes images of {height} x {width} pixels; the benchmark's are square")
-    return Cell(what, model, batch, height, chosen, teacher, ema)
+    return height
 
 
 def default_precision(device: torch.device) -> str:
+    """bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
     if device.type == "cpu":
         return "fp32"
     return "bf16" if _has_bf16(device) else "fp16"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from fastdeit import bench, bench_step
+from fastdeit import bench_cells, bench_step
 from fastdeit.bench_step import Cell
 
 TEACHERS = {"cpu": "regnety_002", "cuda": "regnety_160"}
@@ -50,14 +50,14 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     """Measure all cells, or as many as begin within `--time-limit` minutes."""
     began = time.monotonic()
     cells = list(grid(device))
-    asked = bench.peers(args, bench.STEP_PEERS)
+    asked = bench_cells.peers(args, bench_cells.STEP_PEERS)
     for number, cell in enumerate(cells):
         if args.time_limit is not None and time.monotonic() - began > 60 * args.time_limit:
             print(f"{args.time_limit} minutes are over; not measured:")
             print("\n".join(f"  {left}" for left in cells[number:]))
             return
-        sides = bench.builders(args.capture or captures(cell, device), peers(cell, asked))
-        bench.finish(bench_step.measure(cell, sides, args.rounds, device), args.out)
+        sides = bench_cells.builders(args.capture or captures(cell, device), peers(cell, asked))
+        bench_cells.finish(bench_step.measure(cell, sides, args.rounds, device), args.out)
         forget(device)
 
 

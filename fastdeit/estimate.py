@@ -1,19 +1,18 @@
 """What one training step costs on a GPU that need not be there: time, memory and communication, from shapes alone.
 
-A step is a list of operations, each with its floating-point operations, the bytes it moves at best, and the kernels it
-launches. An operation takes
+One roofline for everything: a step is a list of operations, each with its floating-point operations, the bytes it moves
+at best, and the kernels it launches. An operation takes
 
     max(FLOPs / (share * peak), bytes / (share * bandwidth)) + launches * gap
 
 with peaks and bandwidths of the makers' datasheets, and shares that kernels of its kind are expected to reach. Shares
 and gaps are the only judgements; they stand in `estimate_gpus.GPUS`. A step takes the sum, or the host's time to launch
-it all where that is longer. Of communication counts what no computation hides. How far this is from measurements is
-told by `estimate_rows.py`.
+it all where that is longer. Of communication counts what no computation hides. `estimate_rows` tells how far this is
+from measurements.
 
-Bytes of an operation are what PyTorch's autocast and this package's kernels read and write, with `a` bytes of an
-activation (2 in 16 bit) and 4 of the residual stream. Attention's are those of FlashAttention-2 (Dao, 2023), padding to
-its tiles included, for a library, and of `fastdeit.kernels.attention` for ours, whose backend is the one that its table
-of choices has for the GPU.
+Implementations of a step (`Design`) differ in three tables only: the backend of attention, the bytes and launches
+between the matrix products, and what a block keeps for backward. Bytes are those that PyTorch's autocast and this
+package's kernels read and write, with `a` bytes of an activation (2 in 16 bit) and 4 of the residual stream.
 
 Only the standard library is imported.
 """
@@ -55,6 +54,7 @@ class ViT:
 
     @property
     def tokens(self) -> int:
+        """Tokens of an image, the prefix among them."""
         return self.patches + self.prefix
 
     @property
@@ -73,6 +73,7 @@ class ViT:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters, positions and heads among them."""
         dim, hidden = self.dim, self.hidden
         block = 4 * dim * dim + 2 * dim * hidden + 4 * dim + hidden + dim + 4 * dim
         embed = self.patch_values * dim + dim + (self.tokens + self.prefix) * dim
@@ -111,83 +112,15 @@ _CONVNET_FLOPS = 2 * 15.96e9
 _CONVNET_ROWS = (1584, 1.008e12), (2377, 1.792e12)
 CONVNET_FLOPS_PER_BYTE = sum(speed * _CONVNET_FLOPS / bandwidth for speed, bandwidth in _CONVNET_ROWS) / 2
 
-# ---- designs ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Design:
-    """How the operations between the matrix products are made.
-
-    fused            residual addition, drop-path, LayerNorm and casts in one kernel (Inductor's or ours)
-    ours             kernels of this package: attention (where Triton has products), GELU's backward, loss, input
-    epilogue         GELU and its derivative inside the products
-    attention        "unfused" (scores in memory), "library" or "ours"
-    fused_backward   ours has one kernel for attention's backward, where all tokens are queries
-    packing          copies of dq, dk and dv into one tensor
-    two_pass         the gradients of LayerNorm's weight and bias take a pass of their own (Inductor of torch < 2.10)
-    optimizer        "foreach", "torch" (its fused AdamW) or "ours" (with the average of weights in the same pass)
-    launch           seconds of the host for a kernel, autograd and autocast included
-    kept             bytes of a block kept for backward, in units of a: per channel of a token, and per hidden channel
-    """
-
-    name: str
-    help: str
-    fused: bool = False
-    ours: bool = False
-    epilogue: bool = False
-    attention: str = "library"
-    fused_backward: bool = False
-    packing: int = 1
-    two_pass: bool = False
-    optimizer: str = "torch"
-    launch: float = 6e-6
-    kept: tuple[int, int] = (7, 2)
-
-
-EAGER = Design("eager", "PyTorch references of the kernels, one operation after the other")
-COMPILE = Design(
-    "compile",
-    "the references under torch.compile >= 2.10, for comparison: train compiles around its kernels",
-    fused=True,
-    launch=3e-6,
-    kept=(6, 2),
-)
-FUSED = Design(
-    "fused",
-    "this package's Triton kernels, as train selects them",
-    fused=True,
-    ours=True,
-    attention="ours",
-    packing=0,
-    optimizer="ours",
-    launch=10e-6,
-    kept=(6, 1),
-)
-EPILOGUE = replace(FUSED, name="epilogue", help="the same, with FASTDEIT_KERNELS=mlp=epilogue", epilogue=True)
-DESIGNS = {design.name: design for design in (EAGER, COMPILE, FUSED, EPILOGUE)}
-
-
-def designs(gpu: GPU, precision: str, network: Network) -> list[Design]:
-    """Those that differ for the network on that GPU."""
-    if network.vit is None:
-        return [EAGER]
-    if not network.own:
-        return [replace(EAGER, packing=2), COMPILE]
-    if gpu.triton_products and precision != "fp32":
-        return list(DESIGNS.values())
-    return [EAGER, COMPILE, FUSED]
-
-
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 
 class Op(NamedTuple):
     """`count` equal operations of a micro-batch or of an update; FLOPs, bytes and launches are of one.
 
-    kind       which shares of `GPU` it reaches
-    phase      "forward", "backward" or "update"
-    padded     FLOPs with the padding of tiles, where they are more
-    slowdown   of the FLOPs' time, as a fraction
+    kind    which shares of `GPU` it reaches
+    phase   "forward", "backward" or "update"
+    spent   FLOPs that the time goes by, where padding or an epilogue makes them more than `flops`
     """
 
     kind: str
@@ -196,8 +129,7 @@ class Op(NamedTuple):
     bytes: float = 0.0
     launches: float = 1.0
     count: float = 1.0
-    padded: float = 0.0
-    slowdown: float = 0.0
+    spent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -215,134 +147,137 @@ class Work:
         return 4 if self.precision == "fp32" else 2
 
 
-def _padded(length: int, tile: int) -> int:
-    return -(-length // tile) * tile
+class Piece(NamedTuple):
+    """Work between the matrix products: `each * a + fixed` bytes for every element of `of`; see `_PIECES`."""
+
+    of: str
+    phase: str
+    kind: str
+    each: float
+    fixed: float
+    launches: float
 
 
-def _products(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int) -> Iterator[Op]:
-    """Linear layers of a block that returns `rows` tokens: a product forward, two backward."""
-    all_tokens, out, dim, hidden = work.batch * vit.tokens, work.batch * rows, vit.dim, vit.hidden
-    kind, slow = ("gemm" if dim >= 768 else "narrow"), gpu.epilogue * design.epilogue
-    hidden_bytes = work.bytes * out * hidden * design.epilogue
-    qkv = [(all_tokens, 3 * dim)] if rows == vit.tokens else [(all_tokens, 2 * dim), (out, dim)]
-    plain = [(m, n, dim, 0, 0) for m, n in [*qkv, (out, dim)]]
-    mlp = [(out, hidden, dim, hidden_bytes, 0), (out, dim, hidden, 0, hidden_bytes)]
-    for m, n, k, forward, backward in [*plain, *mlp]:
-        flops, moved = 2.0 * m * n * k, work.bytes * float(m * k + n * k + m * n)
-        yield Op(kind, "forward", flops, moved + forward, slowdown=slow * bool(forward))
-        yield Op(kind, "backward", flops, moved + 2 * backward, slowdown=slow * bool(backward))
-        yield Op(kind, "backward", flops, moved)
+# (bytes: each, fixed; launches) of eager, compile and fused. The elements are, in a block, "norm": channels of the
+# tokens at both LayerNorms, "cast": the same, in 16 bit alone, "drop": the same, with drop-path, "qkv", "hidden",
+# "out": channels of the tokens that it returns, "copy": its share of the weights, in 16 bit alone; in a step, "ends":
+# one in 16 bit, "pixels", "tokens", "logits", "weights", and "average": the weights, where they are averaged.
+_PIECES = (
+    ("norm", "forward", "pointwise", (1, 16, 4), (2, 8, 2), (2, 8, 2)),  # LayerNorm in float32, residual addition
+    ("norm", "backward", "pointwise", (0, 24, 4), (2, 12, 4), (2, 12, 4)),
+    ("norm", "backward", "reduction", (0, 8, 4), None, None),
+    ("cast", "forward", "pointwise", (1, 4, 2), None, None),
+    ("cast", "backward", "pointwise", (2, 8, 4), None, None),
+    ("drop", "forward", "pointwise", (2, 0, 6), None, None),
+    ("drop", "backward", "pointwise", (2, 0, 2), None, None),
+    ("hidden", "forward", "pointwise", (2, 0, 1), (2, 0, 1), (2, 0, 1)),  # GELU
+    ("hidden", "backward", "pointwise", (3, 0, 1), (3, 0, 1), (4, 0, 1)),  # ours makes it again instead of keeping it
+    ("hidden", "backward", "reduction", (1, 0, 1), (1, 0, 1), None),  # bias gradients
+    ("out", "backward", "reduction", (2, 0, 2), (2, 0, 2), (1, 0, 1)),
+    ("qkv", "backward", "reduction", (1, 0, 1), (1, 0, 1), None),
+    ("qkv", "backward", "pointwise", (2, 0, 1), (2, 0, 1), None),  # dq, dk and dv packed into one tensor
+    ("copy", "forward", "pointwise", (0, 6, 8), (0, 6, 4), (0, 6, 8)),  # autocast's, and of their gradients
+    ("copy", "backward", "pointwise", (0, 6, 8), (0, 6, 4), (0, 6, 8)),
+    ("ends", "forward", "pointwise", (0, 0, 4), (0, 0, 4), (0, 0, 4)),  # launches of the same for embedding and heads
+    ("ends", "backward", "pointwise", (0, 0, 4), (0, 0, 4), (0, 0, 4)),
+    ("pixels", "forward", "pointwise", (0, 46, 6), (0, 46, 6), (1, 2, 1)),  # mixed in float32, cast, laid out
+    ("tokens", "forward", "pointwise", (1, 8, 2), (1, 8, 1), (1, 8, 1)),
+    ("tokens", "backward", "reduction", (1, 8, 4), (1, 8, 2), (1, 8, 2)),
+    ("logits", "forward", "pointwise", (0, 120, 30), (0, 120, 12), (0, 20, 1)),  # the loss
+    ("weights", "update", "pointwise", (0, 32, 8), (0, 32, 8), (0, 32, 6)),  # the gradients' norm, AdamW
+    ("average", "update", "pointwise", (0, 12, 4), (0, 12, 4), (0, 8, 0)),  # ours in the pass of AdamW
+)
+_EAGER, _COMPILE, _FUSED = (
+    tuple(Piece(*row[:3], *row[3 + column]) for row in _PIECES if row[3 + column]) for column in range(3)
+)
+_QKV = tuple(piece for piece in _EAGER if piece.of == "qkv")
+"""What attention leaves to do in backward where it is not ours."""
+_WITHOUT_GELU = tuple(piece for piece in _FUSED if piece.of != "hidden")
 
 
-def _attention(vit: ViT, work: Work, design: Design, rows: int) -> Iterator[Op]:
-    a, heads, tokens, width = work.bytes, work.batch * vit.heads, vit.tokens, vit.dim // vit.heads
-    queries, keys = float(work.batch * rows * vit.dim), float(work.batch * tokens * vit.dim)
-    scores = float(heads * rows * tokens)
-    one = 2 * scores * width
-    if design.attention == "unfused":  # softmax in float32 between two products, all of it in memory
-        yield Op("gemm", "forward", 2 * one, 4 * a * queries + 2 * a * scores, 4)
-        yield Op("pointwise", "forward", bytes=(2 * a + 16) * scores + 2 * a * queries, launches=4)
-        yield Op("gemm", "backward", 4 * one, 7 * a * queries + 4 * a * scores, 6)
-        yield Op("pointwise", "backward", bytes=(2 * a + 20) * scores + 2 * a * queries, launches=5)
-    elif design.attention == "library":
-        tile = 2.0 * heads * _padded(rows, 128) * _padded(tokens, 128) * width
-        yield Op("library", "forward", 2 * one, 2 * a * (queries + keys), padded=2 * tile)
-        # Beside q, k, v and four gradients: delta from (dout, out), and dq added up in float32 and converted.
-        yield Op("library", "backward", 5 * one, (5 * a + 16) * queries + 4 * a * keys, 3, padded=5 * tile)
-    else:
-        tile = 2.0 * heads * _padded(rows, 64) * _padded(tokens, 16) * width
-        yield Op("ours", "forward", 2 * one, 2 * a * (queries + keys), padded=2 * tile)
-        if design.fused_backward and rows == tokens:
-            tile = 2.0 * heads * _padded(rows, 32) * _padded(tokens, 16) * width
-            yield Op("ours", "backward", 5 * one, 4 * a * (queries + keys), 2, padded=5 * tile)
-        else:  # two kernels, one for dq and one for dk and dv, both of which make the scores and their gradients
-            tile = 2.0 * heads * _padded(rows, 64) * _padded(tokens, 64) * width
-            yield Op("ours", "backward", 7 * one, 6 * a * (queries + keys), 3, padded=7 * tile)
-    if design.packing:
-        yield Op("pointwise", "backward", bytes=2 * a * (queries + 2 * keys), count=design.packing)
-    if design.attention != "ours":
-        yield Op("reduction", "backward", bytes=a * (queries + 2 * keys))
+class _Attention(NamedTuple):
+    """A kernel of attention: so many products of queries and keys, padded to `tile`; bytes of queries, keys and scores,
+    where `queries` of (5, 16) means 5 * a + 16 an element."""
+
+    phase: str
+    kind: str
+    products: int
+    tile: tuple[int, int] = (1, 1)
+    queries: tuple[float, float] = (0, 0)
+    keys: float = 0
+    scores: tuple[float, float] = (0, 0)
+    launches: float = 1
 
 
-def _norm(elements: float, work: Work, design: Design) -> Iterator[Op]:
-    """A residual addition with drop-path, and its LayerNorm."""
-    a, cast = work.bytes, (work.bytes + 4) * (work.bytes < 4)
-    if design.fused:
-        yield Op("pointwise", "forward", bytes=(8 + 2 * a) * elements)
-        yield Op("pointwise", "backward", bytes=(12 + 2 * a) * elements, launches=2)
-        if design.two_pass:
-            yield Op("reduction", "backward", bytes=(4 + a) * elements, launches=2)
-        return
-    for phase, width, launches in (
-        ("forward", 8, 1),  # LayerNorm in float32
-        ("forward", cast, 1),
-        ("forward", 2 * a * work.drop_path, 3),
-        ("forward", 8 + a, 1),  # residual addition
-        ("backward", cast, 1),
-        ("backward", 2 * a * work.drop_path, 1),
-        ("backward", cast, 1),
-        ("backward", 12, 1),  # LayerNorm's input
-        ("backward", 12, 1),  # sum of the two gradients of the residual stream
-    ):
-        if width:
-            yield Op("pointwise", phase, bytes=width * elements, launches=launches)
-    yield Op("reduction", "backward", bytes=8 * elements, launches=2)
+_OURS_FORWARD = _Attention("forward", "ours", 2, (64, 16), (2, 0), 2)
+_ATTENTION = {
+    "unfused": (  # softmax in float32 between two products, all of it in memory
+        _Attention("forward", "gemm", 2, queries=(4, 0), scores=(2, 0), launches=4),
+        _Attention("forward", "pointwise", 0, queries=(2, 0), scores=(2, 16), launches=4),
+        _Attention("backward", "gemm", 4, queries=(7, 0), scores=(4, 0), launches=6),
+        _Attention("backward", "pointwise", 0, queries=(2, 0), scores=(2, 20), launches=5),
+    ),
+    "library": (  # FlashAttention-2 (Dao, 2023). Its backward adds dq up in float32, and reads (dout, out) for delta.
+        _Attention("forward", "library", 2, (128, 128), (2, 0), 2),
+        _Attention("backward", "library", 5, (128, 128), (5, 16), 4, launches=3),
+    ),
+    # Two kernels in backward, one for dq and one for dk and dv, which both make the scores and their gradients.
+    "triton": (_OURS_FORWARD, _Attention("backward", "ours", 7, (64, 64), (6, 0), 6, launches=3)),
+    "fused_backward": (_OURS_FORWARD, _Attention("backward", "ours", 5, (32, 16), (4, 0), 4, launches=2)),
+}
+
+# ---- designs ---------------------------------------------------------------------------------------------------------
 
 
-def _block(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int) -> Iterator[Op]:
-    a, out = work.bytes, float(work.batch * rows)
-    yield from _products(vit, work, design, gpu, rows)
-    yield from _attention(vit, work, design, rows)
-    yield from _norm(float(work.batch * vit.tokens * vit.dim), work, design)
-    yield from _norm(out * vit.dim, work, design)
-    if not design.epilogue:
-        yield Op("pointwise", "forward", bytes=2 * a * out * vit.hidden)
-        # Ours makes the activation again, instead of keeping it, and the bias gradient with it.
-        yield Op("pointwise", "backward", bytes=(4 if design.ours else 3) * a * out * vit.hidden)
-    if not design.ours:
-        yield Op("reduction", "backward", bytes=a * out * vit.hidden)
-        yield Op("reduction", "backward", bytes=a * out * vit.dim)
-    yield Op("reduction", "backward", bytes=a * out * vit.dim)
+@dataclass(frozen=True)
+class Design:
+    """How a step is implemented.
+
+    pieces     the work between the matrix products
+    attention  a row of `_ATTENTION`
+    ours       this package's kernels, whose backends the table of choices names for a GPU (`selected`)
+    epilogue   GELU and its derivative are inside the products
+    launch     seconds of the host for a kernel, autograd and autocast included
+    kept       bytes of a block kept for backward, in units of a: per channel of a token, and per hidden channel
+    """
+
+    name: str
+    help: str
+    pieces: tuple[Piece, ...]
+    attention: str = "library"
+    ours: bool = False
+    epilogue: bool = False
+    launch: float = 6e-6
+    kept: tuple[int, int] = (7, 2)
 
 
-def _ends(vit: ViT, work: Work, design: Design) -> Iterator[Op]:
-    """Input, embedding, heads and loss."""
-    a, batch, dim = work.bytes, work.batch, vit.dim
-    pixels = float(batch * vit.patches * vit.patch_values)
-    kind = "gemm" if dim >= 768 else "narrow"
-    if design.ours:
-        yield Op("pointwise", "forward", bytes=(2 + a) * pixels)
-    else:
-        yield Op("pointwise", "forward", bytes=46 * pixels, launches=6)  # mixing in float32, then cast and layout
-    embed = 2.0 * pixels * dim
-    moved = a * (pixels + vit.patch_values * dim + batch * vit.patches * dim)
-    yield Op(kind, "forward", embed, moved)
-    yield Op(kind, "backward", embed, moved)
-    tokens = float(batch * vit.tokens * dim)
-    yield Op("pointwise", "forward", bytes=(8 + a) * tokens, launches=1 if design.fused else 2)
-    yield Op("reduction", "backward", bytes=(8 + a) * tokens, launches=2 if design.fused else 4)
-    logits = float(batch * vit.prefix * vit.classes)
-    head = a * (batch * vit.prefix * dim + vit.prefix * dim * vit.classes + logits)
-    yield Op(kind, "forward", 2 * logits * dim, head)
-    yield Op(kind, "backward", 2 * logits * dim, head, count=2)
-    passes, launches = (5, 1) if design.ours else (30, 12 if design.fused else 30)
-    yield Op("pointwise", "forward", bytes=4 * passes * logits, launches=launches)
+EAGER = Design("eager", "PyTorch references of the kernels, one operation after the other", _EAGER)
+_COMPILE_HELP = "the references under torch.compile >= 2.10, for comparison: train compiles around its kernels"
+COMPILE = Design("compile", _COMPILE_HELP, _COMPILE, launch=3e-6, kept=(6, 2))
+_FUSED_HELP = "this package's Triton kernels, as train selects them"
+FUSED = Design("fused", _FUSED_HELP, _FUSED, attention="triton", ours=True, launch=10e-6, kept=(6, 1))
+_EPILOGUE_HELP = "the same, with FASTDEIT_KERNELS=mlp=epilogue"
+EPILOGUE = replace(FUSED, name="epilogue", help=_EPILOGUE_HELP, pieces=_WITHOUT_GELU, epilogue=True)
+DESIGNS = {design.name: design for design in (EAGER, COMPILE, FUSED, EPILOGUE)}
+
+# Designs of others, for what they have measured: timm's code, which packs once more; the same with an older PyTorch's
+# attention and an AdamW of many passes; an Inductor that takes a second pass for the gradients of LayerNorm's weights.
+TIMM = replace(EAGER, pieces=(*_EAGER, _QKV[1]))
+_FOREACH = tuple(piece._replace(fixed=88, launches=34) if piece.of == "weights" else piece for piece in TIMM.pieces)
+UNFUSED = replace(TIMM, name="unfused", pieces=_FOREACH, attention="unfused", launch=7e-6)
+_SECOND_PASS = Piece("norm", "backward", "reduction", 1, 4, 4)
+COMPILE_2_9 = replace(COMPILE, name="compile < 2.10", pieces=(*_COMPILE, _SECOND_PASS))
 
 
-def _update(parameters: float, work: Work, design: Design, depth: int) -> Iterator[Op]:
-    """Casts of weights and gradients around autocast, the gradients' norm, AdamW, and the average of the weights."""
-    if work.bytes < 4:
-        launches = depth * (4 if design.name == "compile" else 8) + 4
-        yield Op("pointwise", "forward", bytes=6 * parameters, launches=launches)
-        yield Op("pointwise", "backward", bytes=6 * parameters, launches=launches)
-    yield Op("pointwise", "update", bytes=4 * parameters, launches=4)
-    if design.optimizer == "ours":
-        yield Op("pointwise", "update", bytes=(36 if work.ema else 28) * parameters, launches=2)
-        return
-    foreach = design.optimizer == "foreach"
-    yield Op("pointwise", "update", bytes=(84 if foreach else 28) * parameters, launches=30 if foreach else 4)
-    if work.ema:
-        yield Op("pointwise", "update", bytes=12 * parameters, launches=4)
+def designs(gpu: GPU, precision: str, network: Network) -> list[Design]:
+    """Those that differ for the network on that GPU."""
+    if network.vit is None:
+        return [EAGER]
+    if not network.own:
+        return [TIMM, COMPILE]
+    if gpu.triton_products and precision != "fp32":
+        return list(DESIGNS.values())
+    return [EAGER, COMPILE, FUSED]
 
 
 _FUSED_BACKWARD_TOKENS, _FUSED_BACKWARD_WIDTH = 208, 64
@@ -351,38 +286,114 @@ _FUSED_BACKWARD_TOKENS, _FUSED_BACKWARD_WIDTH = 208, 64
 
 def selected(design: Design, vit: ViT, work: Work, gpu: GPU) -> Design:
     """The design with the backends of attention and of the MLP that are taken for such shapes on that GPU."""
-    if not design.ours or not gpu.triton_products:
-        return replace(design, attention="library", packing=1) if design.ours else design
-    narrow = vit.tokens <= _FUSED_BACKWARD_TOKENS and vit.dim // vit.heads <= _FUSED_BACKWARD_WIDTH
-    attention, mlp = backend(gpu, "attention", 3 * vit.dim), backend(gpu, "mlp", vit.dim)
-    if attention == "reference":
-        design = replace(design, attention="library", packing=1)
-    elif attention == "fused_backward" and narrow and work.bytes == 2:
-        design = replace(design, fused_backward=True)
-    return replace(design, epilogue=True) if mlp == "epilogue" and work.bytes == 2 else design
+    if not design.ours:
+        return design
+    attention, mlp = (backend(gpu, *op) for op in (("attention", 3 * vit.dim), ("mlp", vit.dim)))
+    if attention == "reference" or not gpu.triton_products:
+        design = replace(design, attention="library", pieces=(*design.pieces, *_QKV))
+    elif attention == "fused_backward" and work.bytes == 2:
+        narrow = vit.tokens <= _FUSED_BACKWARD_TOKENS and vit.dim // vit.heads <= _FUSED_BACKWARD_WIDTH
+        design = replace(design, attention="fused_backward" if narrow else "triton")
+    if mlp == "epilogue" and work.bytes == 2 and gpu.triton_products:
+        design = replace(design, pieces=tuple(piece for piece in design.pieces if piece.of != "hidden"), epilogue=True)
+    return design
+
+
+# ---- a step as operations --------------------------------------------------------------------------------------------
+
+
+def _padded(length: int, tile: int) -> int:
+    return -(-length // tile) * tile
+
+
+def _products(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int) -> Iterator[Op]:
+    """Linear layers of a block that returns `rows` tokens: a product forward, two backward."""
+    all_tokens, out, dim, hidden = work.batch * vit.tokens, work.batch * rows, vit.dim, vit.hidden
+    slow = 1 + gpu.epilogue
+    hidden_bytes = work.bytes * out * hidden * design.epilogue
+    qkv = [(all_tokens, 3 * dim)] if rows == vit.tokens else [(all_tokens, 2 * dim), (out, dim)]
+    plain = [(m, n, dim, 0, 0) for m, n in [*qkv, (out, dim)]]
+    mlp = [(out, hidden, dim, hidden_bytes, 0), (out, dim, hidden, 0, hidden_bytes)]
+    for m, n, k, forward, backward in [*plain, *mlp]:
+        flops, moved = 2.0 * m * n * k, work.bytes * float(m * k + n * k + m * n)
+        yield Op(_kind(vit), "forward", flops, moved + forward, spent=flops * slow if forward else 0)
+        yield Op(_kind(vit), "backward", flops, moved + 2 * backward, spent=flops * slow if backward else 0)
+        yield Op(_kind(vit), "backward", flops, moved)
+
+
+def _kind(vit: ViT) -> str:
+    return "gemm" if vit.dim >= 768 else "narrow"
+
+
+def _attention(vit: ViT, work: Work, design: Design, rows: int) -> Iterator[Op]:
+    # The last block's queries are fewer than its keys, which the fused backward does not take.
+    split = design.attention == "fused_backward" and rows != vit.tokens
+    a, heads, width = work.bytes, work.batch * vit.heads, vit.dim // vit.heads
+    queries, keys = float(work.batch * rows * vit.dim), float(work.batch * vit.tokens * vit.dim)
+    scores = float(heads * rows * vit.tokens)
+    for kernel in _ATTENTION["triton" if split else design.attention]:
+        moved = sum(
+            (each * a + fixed) * of for (each, fixed), of in ((kernel.queries, queries), (kernel.scores, scores))
+        )
+        padded = heads * _padded(rows, kernel.tile[0]) * _padded(vit.tokens, kernel.tile[1])
+        flops, spent = (2.0 * kernel.products * width * of for of in (scores, padded))
+        yield Op(kernel.kind, kernel.phase, flops, moved + kernel.keys * a * keys, kernel.launches, spent=spent)
+
+
+def _between(design: Design, elements: dict[str, float], a: int) -> Iterator[Op]:
+    """The pieces of a design whose elements these are."""
+    for piece in design.pieces:
+        if of := elements.get(piece.of):
+            moved = (piece.each * a + piece.fixed) * of
+            yield Op(piece.kind, piece.phase, bytes=moved, launches=piece.launches)
+
+
+def _block(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int) -> Iterator[Op]:
+    """Forward and backward of a block that returns `rows` tokens."""
+    out = float(work.batch * rows * vit.dim)
+    norm = out + work.batch * vit.tokens * vit.dim
+    elements = {"norm": norm, "cast": norm * (work.bytes < 4), "drop": norm * work.drop_path, "out": out}
+    elements |= {"qkv": 2 * norm - out, "hidden": float(work.batch * rows * vit.hidden)}
+    yield from _products(vit, work, design, gpu, rows)
+    yield from _attention(vit, work, design, rows)
+    yield from _between(design, elements, work.bytes)
+
+
+def _embedding_and_heads(vit: ViT, work: Work) -> Iterator[Op]:
+    """The products at both ends. Nobody asks for the gradient of the pixels."""
+    pixels, tokens, prefix = (work.batch * count for count in (vit.patches * vit.patch_values, vit.patches, vit.prefix))
+    embed = pixels + vit.patch_values * vit.dim + tokens * vit.dim
+    heads = prefix * vit.dim + vit.prefix * vit.dim * vit.classes + prefix * vit.classes
+    for flops, moved, gradients in (
+        (2.0 * pixels * vit.dim, embed, 1),
+        (2.0 * prefix * vit.dim * vit.classes, heads, 2),
+    ):
+        yield Op(_kind(vit), "forward", flops, float(work.bytes * moved))
+        yield Op(_kind(vit), "backward", flops, float(work.bytes * moved), count=gradients)
 
 
 def ops(network: Network, work: Work, design: Design, gpu: GPU) -> list[Op]:
     """Forward and backward of a micro-batch, and the update of a step."""
-    vit = network.vit
+    vit, batch, weights = network.vit, work.batch, float(network.parameters)
+    depth = vit.depth if vit else 1
+    elements = {"weights": weights, "average": weights * work.ema, "ends": float(work.bytes < 4)}
     if vit is None:
-        flops = float(work.batch * network.flops)
+        flops = float(batch * network.flops)
         moved = flops / CONVNET_FLOPS_PER_BYTE * work.bytes / 2
-        both = [Op("convnet", phase, flops, moved, network.layers) for phase in ("forward", "backward", "backward")]
-        return [*both, *_update(network.parameters, work, design, 1)]
-    design = selected(design, vit, work, gpu)
-    full, last = vit.rows[0], vit.rows[-1]
-    blocks = [op._replace(count=op.count * (vit.depth - 1)) for op in _block(vit, work, design, gpu, full)]
-    return [
-        *(op for op in blocks if op.count),
-        *_block(vit, work, design, gpu, last),
-        *_ends(vit, work, design),
-        *_update(network.parameters, work, design, vit.depth),
-    ]
+        found = [Op("convnet", phase, flops, moved, network.layers) for phase in ("forward", "backward", "backward")]
+    else:
+        design = selected(design, vit, work, gpu)
+        pixels, tokens = batch * vit.patches * vit.patch_values, batch * vit.tokens * vit.dim
+        elements |= {"pixels": pixels, "tokens": tokens, "logits": batch * vit.prefix * vit.classes}
+        blocks = [(vit.tokens, depth - 1)] * (depth > 1) + [(vit.rows[-1], 1)]
+        found = [op._replace(count=count) for rows, count in blocks for op in _block(vit, work, design, gpu, rows)]
+        found += _embedding_and_heads(vit, work)
+    copies = _between(design, {"copy": weights / depth * (work.bytes < 4)}, work.bytes)
+    return [*found, *(op._replace(count=depth) for op in copies), *_between(design, elements, work.bytes)]
 
 
 def seconds(op: Op, gpu: GPU, precision: str) -> float:
-    """Of all `op.count` operations, on a busy stream."""
+    """Of all `op.count` operations, on a busy stream: the roofline."""
     backward = op.phase == "backward"
     math, memory = {
         "gemm": (gpu.gemm, gpu.pointwise),
@@ -396,7 +407,7 @@ def seconds(op: Op, gpu: GPU, precision: str) -> float:
     peak = gpu.flops
     if precision == "fp32":
         peak = gpu.fp32 if op.kind == "ours" else gpu.tf32
-    busy = max((op.padded or op.flops) * (1 + op.slowdown) / (peak * math), op.bytes / (gpu.bandwidth * memory))
+    busy = max((op.spent or op.flops) / (peak * math), op.bytes / (gpu.bandwidth * memory))
     return op.count * (busy + op.launches * gpu.gap)
 
 
@@ -408,6 +419,7 @@ class Step(NamedTuple):
     update: float
 
     def scaled(self, factor: float) -> "Step":
+        """The step with all its times multiplied by `factor`."""
         return Step(*(factor * phase for phase in self))
 
 
@@ -534,6 +546,7 @@ def _forward_peak(network: Network, a: int) -> float:
 
 
 def total(parts: dict[str, float | list[float]]) -> float:
+    """Bytes of all parts of `memory`."""
     return sum(sum(part) if isinstance(part, list) else part for part in parts.values())
 
 

@@ -7,7 +7,7 @@ without storage; no data set is opened. What the figures mean, and how far they 
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -24,12 +24,13 @@ from fastdeit.engine.progress import table
 from fastdeit.errors import UsageError
 from fastdeit.estimate import DESIGNS, GIB, Design, Network, ViT, Work
 from fastdeit.estimate_gpus import DEFAULT_GPUS, GPU, GPUS, GPUS_PER_NODE
+from fastdeit.estimate_rows import MODELLED
+from fastdeit.fields import size_pair
 from fastdeit.recipe_yaml import did_you_mean
 
 if TYPE_CHECKING:
     from fastdeit.recipe import Recipe
 
-_MODELLED = "modelled"
 IMAGENET = 1_281_167, 50_000, 1000
 _HIGHEST_PRICE = 1_000_000
 # (training images, held-out images, classes) of sources that are the same everywhere, as their authors distribute them.
@@ -132,11 +133,13 @@ class Subject:
 
     @property
     def steps(self) -> int:
+        """Steps of the run."""
         train = self.recipe.train
         return order.steps_per_epoch(self.images, train.batch_size) * train.epochs
 
     @property
     def evaluations(self) -> int:
+        """How often the run is evaluated: every `train.eval_every` epochs, and after the last."""
         train = self.recipe.train
         return -(-train.epochs // train.eval_every)
 
@@ -148,13 +151,16 @@ def subject(recipe: "Recipe", images: int | None = None) -> Subject:
         train, assumed = images, None
     model = recipe.model
     classes = model.num_classes or classes
-    student = _network(model.name, model.timm, _pair(model.image_size), classes, model.drop_path)
+    student = _network(
+        model.name, model.timm, size_pair(model.image_size, "model.image_size"), classes, model.drop_path
+    )
     config, teacher, own = getattr(recipe.method, "teacher", None), None, None
     if config is not None and config.recipe is not None:
         own = subject(recipes.load(config.recipe), images)
         teacher = own.student
     elif config is not None:
-        teacher = _network(config.model, config.timm, _pair(config.image_size or model.image_size), classes)
+        size = size_pair(config.image_size or model.image_size, "method.teacher.image_size")
+        teacher = _network(config.model, config.timm, size, classes)
     return Subject(recipe, student, teacher, train, held_out, assumed, own)
 
 
@@ -166,10 +172,6 @@ def _data(recipe: "Recipe") -> tuple[int, int, int, str | None]:
     if data.source in SIZES:
         return *SIZES[data.source], None
     return *IMAGENET, f"data.source {data.source} does not tell; assumed are ImageNet-1k's numbers (see --images)"
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 @cache
@@ -273,7 +275,7 @@ def report(
     return {
         "recipe": recipe.name,
         "model": _described(trained.student),
-        "teacher": None if trained.teacher is None else _described(trained.teacher),
+        "teacher": trained.teacher and _described(trained.teacher),
         "data": {"images": trained.images, "held_out": trained.held_out, "assumed": trained.assumed},
         "run": {
             "epochs": train.epochs,
@@ -299,7 +301,7 @@ def report(
 
 
 def _described(network: Network) -> dict[str, Any]:
-    return {"name": network.name, "parameters": network.parameters, "flops": network.flops}
+    return {name: getattr(network, name) for name in ("name", "parameters", "flops")}
 
 
 def _precision(recipe: "Recipe", gpu: GPU) -> str:
@@ -323,12 +325,12 @@ def _plan(
     work = _work(trained, machine)
     calibration = measured.get((gpu.name, design.name, work.precision), estimate_rows.NOT_CALIBRATED)
     run = _run(trained, machine, design, sharding, calibration.factor)
+    seconds = {name: run[name] for name in ("training", "evaluation", "teacher")}
+    seconds["total"] = sum(seconds.values())
     options = {"world": machine.count, "sharding": sharding, "teacher": trained.teacher}
     parts = estimate.memory(student, work, design, **options)
-    fits = estimate.largest_batch(student, work, design, gpu, trained.recipe.data.group_size, **options)
-    seconds = run["training"] + run["evaluation"] + run["teacher"]
-    unmixed = estimate.largest_batch(student, work, design, gpu, 1, **options)
-    possible = _accumulate(trained.recipe, machine.count, fits)
+    sizes = trained.recipe.data.group_size, 1
+    fits, unmixed = (estimate.largest_batch(student, work, design, gpu, size, **options) for size in sizes)
     peak = gpu.tf32 if work.precision == "fp32" else gpu.flops
     flops = 3 * student.flops * train.batch_size
     return {
@@ -346,15 +348,10 @@ def _plan(
         "largest_batch": fits,
         "largest_group": unmixed,
         "fits": work.batch <= fits,
-        "accumulate": possible,
-        "seconds": {name: run[name] for name in ("training", "evaluation", "teacher")} | {"total": seconds},
-        "usd": None if price is None else price * machine.count * seconds / 3600,
-        "basis": {
-            "speed": f"measured x{calibration.factor:.2f} ({calibration.rows} rows)" if calibration.rows else _MODELLED,
-            "teacher": _MODELLED,
-            "communication": _MODELLED,
-            "memory": _MODELLED,
-        },
+        "accumulate": _accumulate(trained.recipe, machine.count, fits),
+        "seconds": seconds,
+        "usd": None if price is None else price * machine.count * seconds["total"] / 3600,
+        "basis": {"speed": str(calibration)} | dict.fromkeys(("teacher", "communication", "memory"), MODELLED),
     }
 
 
@@ -377,16 +374,9 @@ def _run(trained: Subject, machine: Machine, design: Design, sharding: str, fact
     if teacher is not None:
         usual = design if teacher.own and teacher.vit else estimate.EAGER
         judged = estimate.step(teacher, unseen, usual, gpu).forward
-    spent = estimate.communication(
-        trained.student,
-        time,
-        gpu,
-        world=machine.count,
-        nodes=machine.nodes,
-        sharding=sharding,
-        accumulate=train.accumulate,
-        width=work.bytes,
-    )
+    ring = {"world": machine.count, "nodes": machine.nodes, "sharding": sharding}
+    ring |= {"accumulate": train.accumulate, "width": work.bytes}
+    spent = estimate.communication(trained.student, time, gpu, **ring)
     step = train.accumulate * (time.forward + time.backward + judged) + time.update + spent.exposed
     forward = factor * estimate.step(trained.student, unseen, design, gpu).forward
     share = trained.held_out / (machine.count * work.batch)
@@ -408,7 +398,7 @@ def _run(trained: Subject, machine: Machine, design: Design, sharding: str, fact
 def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: set[str]) -> list[str]:
     """What somebody who reads a figure alone would miss."""
     recipe = trained.recipe
-    notes = ["no row of benchmarks/results is of these GPUs: nothing here is measured"] if bases == {_MODELLED} else []
+    notes = ["no row of benchmarks/results is of these GPUs: nothing here is measured"] if bases == {MODELLED} else []
     notes += ["input is assumed to keep up; compiling, checkpoints and start-up are left out"]
     if trained.assumed is not None:
         notes.append(trained.assumed)
@@ -436,16 +426,16 @@ def _show(found: dict[str, Any]) -> None:
     for line in _head(found):
         print(line)
     print()
-    table([_cells(plan, found) for plan in found["plans"]], _columns(found))
+    rows = [_cells(plan, found) for plan in found["plans"]]
+    table([list(row.values()) for row in rows], list(rows[0]))
     for line in _advice(found):
         print(line)
     for count in dict.fromkeys(plan["count"] for plan in found["plans"]):
         shown = {plan["design"]: plan for plan in reversed(found["plans"]) if plan["count"] == count}
-        shown = {design: shown[design] for design in DESIGNS if design in shown}
-        batch = next(iter(shown.values()))["batch_per_gpu"]
+        names = [name for name in DESIGNS if name in shown]
+        batch = shown[names[0]]["batch_per_gpu"]
         print(f"\nmemory of a process in GiB, {batch:,} images, {count} GPU{'s' * (count > 1)} (modelled)")
-        memories = [plan["memory"] for plan in shown.values()]
-        table(list(_memory_rows(memories)), ["", *shown])
+        table(list(_memory_rows([shown[name]["memory"] for name in names])), ["", *names])
     print()
     for design in dict.fromkeys(plan["design"] for plan in found["plans"]):
         print(f"{design:9} {DESIGNS[design].help}")
@@ -480,36 +470,30 @@ def _sentence(network: dict[str, Any]) -> str:
     return f"{network['name']}: {size:,.2f} M parameters, {flops:,.2f} GFLOP an image"
 
 
-def _columns(found: dict[str, Any]) -> list[str]:
-    columns = ["GPUs", "design", "images/s", "MFU", "step ms", "exposed ms", "GiB", "fits", "hours", "speed is"]
-    if found["teacher"] is not None:
-        columns.insert(5, "teacher ms")
-    if any(plan["usd"] is not None for plan in found["plans"]):
-        columns.insert(-1, "USD")
-    return columns
-
-
-def _cells(plan: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def _cells(plan: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
+    """A row of the table, by column."""
     hours = plan["seconds"]["total"] / 3600
-    cells = {
-        "GPUs": _machine(plan) + (f" / {plan['nodes']} nodes" if plan["nodes"] > 1 else ""),
-        "design": plan["design"],
-        "GiB": f"{plan['memory']['total'] / GIB:,.1f} of {plan['memory']['available'] / GIB:.0f}",
-        "fits": f"{plan['largest_batch']:,}",
-    }
     speed = {
         "images/s": f"{plan['images_per_second']:,.0f}",
         "MFU": f"{plan['mfu']:.0%}",
         "step ms": f"{1e3 * plan['step']['seconds']:,.1f}",
         "teacher ms": f"{1e3 * plan['step']['teacher_seconds']:,.1f}",
         "exposed ms": f"{1e3 * plan['communication']['exposed']:,.1f}",
+        "GiB": f"{plan['memory']['total'] / GIB:,.1f} of {plan['memory']['available'] / GIB:.0f}",
+        "fits": f"{plan['largest_batch']:,}",
         "hours": f"{hours:,.0f}" if hours >= 1000 else f"{hours:.3g}",
         "USD": "" if plan["usd"] is None else f"{plan['usd']:,.2f}",
         "speed is": plan["basis"]["speed"],
     }
-    # The speed of what cannot run is not shown.
-    cells |= speed if plan["fits"] else dict.fromkeys(speed, "-") | {"speed is": "does not fit"}
-    return [cells[column] for column in _columns(found)]
+    if not plan["fits"]:  # the speed of what cannot run is not shown
+        speed = {name: text if name in ("GiB", "fits") else "-" for name, text in speed.items()}
+        speed["speed is"] = "does not fit"
+    if found["teacher"] is None:
+        del speed["teacher ms"]
+    if all(other["usd"] is None for other in found["plans"]):
+        del speed["USD"]
+    nodes = f" / {plan['nodes']} nodes" if plan["nodes"] > 1 else ""
+    return {"GPUs": _machine(plan) + nodes, "design": plan["design"], **speed}
 
 
 def _machine(plan: dict[str, Any]) -> str:
@@ -536,17 +520,16 @@ def _remedy(plan: dict[str, Any], run: dict[str, Any]) -> str:
 
 
 def _memory_rows(memories: list[dict[str, Any]]) -> Iterator[list[str]]:
-    def row(name: str, values: list[float]) -> list[str]:
+    def row(name: str, values: Iterable[float]) -> list[str]:
         return [name, *(f"{value / GIB:,.2f}" for value in values)]
 
     for part in memories[0]["parts"]:
         values = [memory["parts"][part] for memory in memories]
-        if part != "blocks":
-            if any(values):
-                yield row(part, values)
-            continue
-        depth = len(values[0])
-        if depth > 1:
-            yield row(f"blocks 1 to {depth - 1}, each", [blocks[0] for blocks in values])
-        yield row(f"block {depth}", [blocks[-1] for blocks in values])
+        if part == "blocks":
+            depth = len(values[0])
+            if depth > 1:
+                yield row(f"blocks 1 to {depth - 1}, each", (blocks[0] for blocks in values))
+            yield row(f"block {depth}", (blocks[-1] for blocks in values))
+        elif any(values):
+            yield row(part, values)
     yield row("total", [memory["total"] for memory in memories])

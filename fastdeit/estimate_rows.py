@@ -5,11 +5,10 @@ in `estimate_gpus.GPUS` were judged with the first three rows of the RTX 3090 in
 those of other models and cards are.
 
 Rows of `fastdeit bench` (benchmarks/README.md) on a known GPU calibrate: measured / modelled seconds of a step, the
-geometric mean of all rows, by GPU, design and precision. Published rows never do.
+geometric mean of all rows and its range, by GPU, design and precision. Published rows never do.
 """
 
 import json
-import math
 import re
 import statistics
 from collections import defaultdict
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastdeit.errors import UsageError
-from fastdeit.estimate import COMPILE, DESIGNS, EAGER, Design, Network, ViT, Work, step
+from fastdeit.estimate import COMPILE, COMPILE_2_9, DESIGNS, TIMM, UNFUSED, Design, Network, ViT, Work, step
 from fastdeit.estimate_gpus import GPUS
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -43,30 +42,26 @@ def _vit(dim: int, *, depth: int = 12, prefix: int = 1, patches: int = 196) -> V
     return ViT(patches, prefix, 768, dim, depth, dim // 64, 4 * dim, 1000, pruned=False)
 
 
-# Attention with its scores in memory, an optimizer of many passes; Inductor with two passes for LayerNorm's gradients.
-_UNFUSED = replace(EAGER, name="unfused", attention="unfused", packing=2, optimizer="foreach", launch=7e-6)
-_COMPILE_2_9 = replace(COMPILE, name="compile < 2.10", two_pass=True)
-
 _TIMM = "timm, results/benchmark-train-amp-nchw-pt112-cu113-rtx3090.csv"
 _NVS = "NVIDIA-BioNeMo/nvSubquadratic, benchmarks/README: "
 _HOURS, _IMAGES, _PROCESSES = 53, 300 * 1_281_167, 8
 
 PUBLISHED = (
-    Published("RTX3090", "deit_tiny_patch16_224", 512, _vit(192), _UNFUSED, 2290.53, False, _TIMM),
-    Published("RTX3090", "deit_small_patch16_224", 384, _vit(384), _UNFUSED, 1053.64, False, _TIMM),
-    Published("RTX3090", "deit_base_patch16_224", 192, _vit(768), _UNFUSED, 390.88, False, _TIMM),
-    Published("RTX3090", "deit_base_patch16_384", 32, _vit(768, patches=576), _UNFUSED, 96.37, False, _TIMM),
-    Published("RTX3090", "vit_large_patch16_224", 64, _vit(1024, depth=24), _UNFUSED, 117.08, False, _TIMM),
-    Published("H100", "ViT-5-S", 256, _vit(384, prefix=2), _COMPILE_2_9, 7716, False, f"{_NVS}torch 2.6, compiled"),
+    Published("RTX3090", "deit_tiny_patch16_224", 512, _vit(192), UNFUSED, 2290.53, False, _TIMM),
+    Published("RTX3090", "deit_small_patch16_224", 384, _vit(384), UNFUSED, 1053.64, False, _TIMM),
+    Published("RTX3090", "deit_base_patch16_224", 192, _vit(768), UNFUSED, 390.88, False, _TIMM),
+    Published("RTX3090", "deit_base_patch16_384", 32, _vit(768, patches=576), UNFUSED, 96.37, False, _TIMM),
+    Published("RTX3090", "vit_large_patch16_224", 64, _vit(1024, depth=24), UNFUSED, 117.08, False, _TIMM),
+    Published("H100", "ViT-5-S", 256, _vit(384, prefix=2), COMPILE_2_9, 7716, False, f"{_NVS}torch 2.6, compiled"),
     Published(
-        "H100", "ViT-5-B", 256, _vit(768, prefix=2), _COMPILE_2_9, 256 / 0.1208, True, f"{_NVS}8 GPUs, 120.8 ms a step"
+        "H100", "ViT-5-B", 256, _vit(768, prefix=2), COMPILE_2_9, 256 / 0.1208, True, f"{_NVS}8 GPUs, 120.8 ms a step"
     ),
     Published(
         "V100",
         "deit_base_patch16_224",
         128,
         _vit(768),
-        _UNFUSED,
+        UNFUSED,
         _IMAGES / (_HOURS * 3600 * _PROCESSES),
         True,
         "arXiv:2012.12877: 300 epochs in 53 hours on 8 GPUs",
@@ -87,14 +82,25 @@ def errors(*, whole: bool) -> list[float]:
     return [modelled_speed(row) / row.speed - 1 for row in PUBLISHED if row.whole == whole]
 
 
+MODELLED = "modelled"
+
+
 class Calibration(NamedTuple):
-    """Measured over modelled seconds of a step, from so many rows."""
+    """Measured over modelled seconds of a step: the mean of so many rows, and the least and the largest of them."""
 
-    factor: float
-    rows: int
+    factor: float = 1.0
+    rows: int = 0
+    low: float = 1.0
+    high: float = 1.0
+
+    def __str__(self) -> str:
+        if self.rows == 0:
+            return MODELLED
+        spread = f"{self.low:.2f} to {self.high:.2f}, " if self.rows > 1 else ""
+        return f"measured x{self.factor:.2f} ({spread}{self.rows} rows)"
 
 
-NOT_CALIBRATED = Calibration(1.0, 0)
+NOT_CALIBRATED = Calibration()
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -125,7 +131,7 @@ def sound(row: dict[str, Any]) -> bool:
 
 Size = tuple[int, int] | None
 
-_PEERS = {"timm": replace(EAGER, packing=2), "timm_compile": COMPILE}
+_PEERS = {"timm": TIMM, "timm_compile": COMPILE}
 """Designs of the peers' sides, which are timm's code."""
 
 
@@ -134,7 +140,7 @@ def calibrations(
 ) -> dict[tuple[str, str, str], Calibration]:
     """By (GPU, design, precision), from the rows of these files; `network` is asked for the model of a row, with its
     image size where the row tells. Rows with a teacher do not count: its time cannot be told apart."""
-    logs: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    factors: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for path in files:
         for row in lines(path):
             if row.get("what") != "step" or not sound(row) or row.get("teacher"):
@@ -147,8 +153,11 @@ def calibrations(
                 if found is not None:
                     design, work, student = found
                     modelled = sum(step(student, work, design, GPUS[gpu]))
-                    logs[gpu, design.name, work.precision].append(math.log(statistics.median(taken) / modelled))
-    return {key: Calibration(math.exp(statistics.fmean(found)), len(found)) for key, found in logs.items()}
+                    factors[gpu, design.name, work.precision].append(statistics.median(taken) / modelled)
+    return {
+        key: Calibration(statistics.geometric_mean(found), len(found), min(found), max(found))
+        for key, found in factors.items()
+    }
 
 
 def _modelled(row: dict, side: str, network: Callable[[str, Size], Network]) -> tuple[Design, Work, Network] | None:

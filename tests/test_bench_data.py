@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdeit import bench_data, bench_report, cli
+from fastdeit import bench_data, bench_data_peers, bench_report, cli
 from fastdeit import recipe as recipes
-from fastdeit.bench_data_peers import Side
+from fastdeit.bench_data import Side
 from fastdeit.data.plan import Augment
 
 BURNT = 0.2
@@ -89,8 +89,8 @@ def test_a_peer_that_cannot_run_says_why_and_the_others_go_on(short, tmp_path, c
         raise OSError("no such codec")
         yield
 
-    monkeypatch.setitem(bench_data._SIDES, "dali", lambda setting: Side("nothing", broken))
-    monkeypatch.setitem(bench_data._PEERS, "dali", ["deit", "dali", "torchvision"])
+    monkeypatch.setitem(bench_data_peers._SIDES, "dali", lambda setting: Side("nothing", broken))
+    monkeypatch.setitem(bench_data_peers._PEERS, "dali", ["deit", "dali", "torchvision"])
     out = tmp_path / "rows.jsonl"
     flags = f"--peer dali data.crop=simple data.augment=none --batch 4 --rounds 2 --threads 1 --device cpu --out {out}"
     assert cli.main(["bench", "data", *flags.split()]) == 0
@@ -112,7 +112,7 @@ def test_without_ours_nothing_is_compared(monkeypatch, tmp_path):
 
     sides = {"fastdeit": broken, "timm": lambda: (1.0, 1.0)}
     facts = {"recipe": "r", "images": 8, "batch": 4, "failed": {}}
-    monkeypatch.setattr(bench_data, "sides", lambda args, device: nullcontext((sides, facts)))
+    monkeypatch.setattr(bench_data_peers, "sides", lambda args, device: nullcontext((sides, facts)))
     out = tmp_path / "rows.jsonl"
     assert cli.main(["bench", "data", "--device", "cpu", "--rounds", "1", "--out", str(out)]) == 0
     row = json.loads(out.read_text())
@@ -123,7 +123,7 @@ def test_a_side_is_compared_with_ours_that_ends_at_the_same_place(monkeypatch, t
     seconds = {"fastdeit": 2.0, "fastdeit_uint8": 1.0, "timm": 6.0, "timm_uint8": 4.0}
     sides = {name: lambda value=value: (value, value / 2) for name, value in seconds.items()}
     facts = {"recipe": "r", "images": 8, "batch": 4, "failed": {}}
-    monkeypatch.setattr(bench_data, "sides", lambda args, device: nullcontext((sides, facts)))
+    monkeypatch.setattr(bench_data_peers, "sides", lambda args, device: nullcontext((sides, facts)))
     out = tmp_path / "rows.jsonl"
     assert cli.main(["bench", "data", "--device", "cpu", "--rounds", "2", "--out", str(out)]) == 0
     row = json.loads(out.read_text())
@@ -134,9 +134,9 @@ def test_the_stream_goes_on_beyond_what_is_timed(short, tmp_path, monkeypatch):
     taken = []
     monkeypatch.setattr(bench_data, "TIMED_BATCHES", 3)
     counted = Side("counted", lambda: (taken.append(i) for i in range(99)))
-    monkeypatch.setitem(bench_data._SIDES, "fastdeit", lambda setting: counted)
+    monkeypatch.setitem(bench_data_peers._SIDES, "fastdeit", lambda setting: counted)
     args = SimpleNamespace(threads=3, batch=4, peer="none", recipe="deit_tiny", overrides=[], eval=False)
-    with bench_data.sides(args, torch.device("cpu")) as (sides, facts):
+    with bench_data_peers.sides(args, torch.device("cpu")) as (sides, facts):
         sides["fastdeit"]()
     assert len(taken) == bench_data.WARM_BATCHES + bench_data.TIMED_BATCHES
     assert facts["images"] == bench_data.TIMED_BATCHES * 4

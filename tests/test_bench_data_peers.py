@@ -59,7 +59,7 @@ def taken(name: str, setting: bench_data.Setting, batches: int = 1) -> torch.Ten
         setting = replace(setting, recipe=setting.recipe.model_copy(update={"data": data}))
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
-    stream = bench_data._SIDES[name](setting).stream()
+    stream = bench_data_peers._SIDES[name](setting).stream()
     found = torch.cat([next(stream) for _ in range(batches)])
     stream.close()
     return found
@@ -219,13 +219,13 @@ def test_colour_jitter_moves_colours(setting, name):
     ],
 )
 def test_a_side_says_what_it_does_otherwise(setting, name, kind, said):
-    assert said in bench_data._SIDES[name](setting(*KINDS[kind])).work
+    assert said in bench_data_peers._SIDES[name](setting(*KINDS[kind])).work
 
 
-@pytest.mark.parametrize("name", bench_data._SIDES)
+@pytest.mark.parametrize("name", bench_data_peers._SIDES)
 def test_nothing_random_is_said_of_what_is_not(setting, name):
     for made in (setting(evaluation=True), setting(*PLAIN)):
-        work = bench_data._SIDES[name](made).work
+        work = bench_data_peers._SIDES[name](made).work
         assert not [word for word in ("eras", "mix", "Mix", "RandAugment", "Posterize", "jitter") if word in work]
 
 
@@ -244,17 +244,17 @@ def test_nothing_random_is_said_of_what_is_not(setting, name):
 )
 def test_a_peer_that_has_nothing_like_it_says_so(setting, name, overrides, reason):
     with pytest.raises(CannotRun, match=reason.replace("(", r"\(")):
-        bench_data._SIDES[name](setting(*overrides))
+        bench_data_peers._SIDES[name](setting(*overrides))
 
 
 @pytest.mark.parametrize(("name", "evaluation"), [("torchvision", False), ("torchvision", True), ("deit", True)])
 def test_torchvision_resizes_to_squares_only(setting, name, evaluation):
     with pytest.raises(CannotRun, match="an input that is not square"):
-        bench_data._SIDES[name](setting("data.crop=simple", evaluation=evaluation, size="[64,80]"))
+        bench_data_peers._SIDES[name](setting("data.crop=simple", evaluation=evaluation, size="[64,80]"))
 
 
 def test_the_others_go_on(setting):
-    built, failed = bench_data._built(setting("data.augment=v0"), bench_data._PEERS["all"])
+    built, failed = bench_data_peers._built(setting("data.augment=v0"), bench_data_peers._PEERS["all"])
     assert list(built) == ["fastdeit", "fastdeit_uint8", "timm", "timm_uint8", "deit"]
     assert failed["torchvision"] == failed["torchvision_uint8"] == "torchvision has no augment v0"
 

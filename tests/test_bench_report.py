@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastdeit import bench_report, cli, estimate_rows
+from fastdeit import bench_cells, bench_report, cli, estimate_rows
 
 CARD = {"gpus": [{"name": "NVIDIA H200"}], "fastdeit": {"code": "abc123"}, "time": "2026-11-22T00:00:00+00:00"}
 HERE = {
@@ -60,7 +60,7 @@ def test_what_is_drawn(tmp_path, monkeypatch):
     plot = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda self, x, *rest, **how: points.append(x) or plot(self, x, *rest, **how))
     bench_report.draw([row(), row(device="cpu", environment=HERE), row(seconds={})], tmp_path / "a.png")
-    assert titles == [f"step on CPU (EPYC, 2 cores)\n{bench_report.bench.CPU_NOTE}", "step on NVIDIA H200"]
+    assert titles == [f"step on CPU (EPYC, 2 cores)\n{bench_cells.CPU_NOTE}", "step on NVIDIA H200"]
     assert points == [[1.0, 3.0], 1.5, [3.0, 4.0], 3.0] * 2
 
 

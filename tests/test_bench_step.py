@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend
 from toys import toy_context
 
-from fastdeit import bench, bench_kernels, bench_measure, bench_peers, bench_step, cli, methods, models
+from fastdeit import bench_cells, bench_kernels, bench_measure, bench_peers, bench_step, cli, methods, models
 from fastdeit.bench_step import Cell
 from fastdeit.errors import UsageError
 from fastdeit.methods.teacher import Teacher
@@ -54,7 +54,7 @@ def test_a_row_of_a_step_has_all_that_is_needed_to_read_it(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "timm_compile_cudnn  cannot run: cuDNN's attention needs a CUDA device" in printed
     assert "of the matrix rate" in printed
-    assert bench.CPU_NOTE in printed
+    assert bench_cells.CPU_NOTE in printed
 
 
 def test_a_row_of_a_forward(capsys):
@@ -91,7 +91,7 @@ def test_a_side_that_breaks_in_a_round_is_taken_out_and_the_others_go_on(monkeyp
     assert row["failed"] == {"timm": "OutOfMemoryError: no room", "accelerate": "RuntimeError: it broke"}
     assert list(row["seconds"]) == list(row["cpu_seconds"]) == list(row["flops"]) == ["fastdeit"]
     assert len(row["seconds"]["fastdeit"]) == len(row["matrix_seconds"]) == 3
-    bench.finish(row, None)
+    bench_cells.finish(row, None)
     assert row["ratio"] == {}
 
 
@@ -116,8 +116,8 @@ def test_flops_are_those_of_each_side_and_mfu_is_their_share_of_the_matrix_rate(
     assert bench_step.step_flops(ours, None, tiny()) == 6 * ours.flops()
     assert bench_step.step_flops(ours, judge, tiny()) == 6 * ours.flops() + 2 * judge.flops(32)
     row = {"flops": {"a": 6e9}, "seconds": {"a": [1.0, 2.0, 9.0]}, "matrix_flops_per_s": 10e9}
-    assert bench.mfu(row, "a") == pytest.approx(0.3)
-    assert bench.mfu(row | {"matrix_flops_per_s": None}, "a") is None
+    assert bench_cells.mfu(row, "a") == pytest.approx(0.3)
+    assert bench_cells.mfu(row | {"matrix_flops_per_s": None}, "a") is None
     rows = 2 * (4 + 2)
     shapes = [(rows, 576, 192), (rows, 192, 192), (rows, 768, 192), (rows, 192, 768)]
     assert bench_step.products(tiny()) == shapes
@@ -205,17 +205,40 @@ def test_random_teacher_unless_its_weights_are_on_disk(monkeypatch):
     assert bench_step.teacher(tiny()) is None
 
 
-@pytest.mark.slow
+@pytest.fixture
+def one_block(monkeypatch):
+    """timm's transformers have one block: compiling takes time for each."""
+
+    def build(name, **options):
+        built = whole(name, **options)
+        if hasattr(built.inner, "blocks"):
+            built.inner.blocks = built.inner.blocks[:1]
+        return built
+
+    whole = models.build_timm
+    monkeypatch.setattr(models, "build_timm", build)
+
+
 @pytest.mark.parametrize("what", ["step", "forward"])
-def test_the_compiled_peer(what):
+def test_the_compiled_peer(what, one_block, monkeypatch):
+    compiled = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: compiled(function, **options))
     wanted = tiny(what, **({"teacher": TEACHER, "ema": True} if what == "step" else {}))
     side = bench_peers.PEERS["timm_compile"](wanted, CPU)
     side.run()
     side.run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["step", "forward"])
-def test_compiled_sides_in_one_process_have_the_attention_that_they_name(what, monkeypatch):
+def test_the_peer_compiled_by_inductor(what, one_block):
+    side = bench_peers.PEERS["timm_compile"](tiny(what), CPU)
+    side.run()
+    side.run()
+
+
+@pytest.mark.parametrize("what", ["step", "forward"])
+def test_compiled_sides_in_one_process_have_the_attention_that_they_name(what, one_block, monkeypatch):
     compiled = []
 
     def keep(graph, inputs):
@@ -236,7 +259,7 @@ def test_every_side_on_a_card(what):
     device = torch.device("cuda", 0)
     changes = {"teacher": TEACHER, "ema": True} if what == "step" else {}
     wanted = replace(tiny(what, **changes), batch=16, precision=bench_step.default_precision(device))
-    row = bench_step.measure(wanted, bench.builders(bench_step.CAPTURES, bench.STEP_PEERS), 2, device)
+    row = bench_step.measure(wanted, bench_cells.builders(bench_step.CAPTURES, bench_cells.STEP_PEERS), 2, device)
     assert {"fastdeit", "fastdeit_compile", "fastdeit_graph", "timm", "accelerate"} <= row["seconds"].keys()
     if row["precision"] != "fp16":  # before sm_80 there is no FlashAttention
         assert {"timm_compile", "timm_compile_graph"} <= row["seconds"].keys()
@@ -302,6 +325,8 @@ def test_a_precision_that_the_card_does_not_have(monkeypatch):
 
 
 def test_a_model_that_timm_does_not_have_is_no_reason_to_stop():
-    row = bench_step.measure(tiny("forward", "deit_digits_patch8_32"), bench.builders(("none",), ("timm",)), 1, CPU)
+    row = bench_step.measure(
+        tiny("forward", "deit_digits_patch8_32"), bench_cells.builders(("none",), ("timm",)), 1, CPU
+    )
     assert "has no model 'deit_digits_patch8_32'" in row["failed"]["timm"]
     assert list(row["seconds"]) == ["fastdeit"]

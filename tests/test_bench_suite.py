@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdeit import bench, bench_calibrate, bench_kernels, bench_peers, bench_step, bench_suite, cli
+from fastdeit import bench_calibrate, bench_cells, bench_kernels, bench_peers, bench_step, bench_suite, cli
 from fastdeit.bench_step import Cell
 from fastdeit.kernels import _op, _triton, apex
 
@@ -44,7 +44,7 @@ def test_a_cell_without_room_is_recorded_and_the_suite_goes_on(small, monkeypatc
     assert (first["seconds"], first["flops"], first["ratio"]) == ({}, {}, {})
     assert list(second["seconds"]) == ["fastdeit", "timm"]
     assert forgotten == [CPU, CPU]
-    assert bench.CPU_NOTE in capsys.readouterr().out
+    assert bench_cells.CPU_NOTE in capsys.readouterr().out
 
 
 def test_no_cell_begins_after_the_time_limit(small, monkeypatch, capsys):
@@ -66,10 +66,10 @@ def test_the_grid_on_a_card_begins_with_what_tells_most(monkeypatch):
     assert {(cell.batch, cell.image_size) for cell in grid} == {(256, 224), (64, 224), (256, 384), (64, 384)}
     assert bench_suite.captures(grid[0], CUDA) == ("none", "graph")
     assert bench_suite.captures(grid[-1], CUDA) == ("none",)
-    assert bench_suite.peers(grid[0], bench.STEP_PEERS) == [*bench.STEP_PEERS]
-    assert bench_suite.peers(grid[-1], bench.STEP_PEERS) == [*bench.STEP_PEERS[:-1]]
-    sides = list(bench.builders(("none", "graph"), bench.STEP_PEERS))
-    assert sides == ["fastdeit", *bench.STEP_PEERS, "fastdeit_graph"]
+    assert bench_suite.peers(grid[0], bench_cells.STEP_PEERS) == [*bench_cells.STEP_PEERS]
+    assert bench_suite.peers(grid[-1], bench_cells.STEP_PEERS) == [*bench_cells.STEP_PEERS[:-1]]
+    sides = list(bench_cells.builders(("none", "graph"), bench_cells.STEP_PEERS))
+    assert sides == ["fastdeit", *bench_cells.STEP_PEERS, "fastdeit_graph"]
 
 
 def test_the_grid_on_a_cpu_is_small():
@@ -137,6 +137,7 @@ def test_apex_is_measured_on_a_card_and_told_where_it_is_missing(monkeypatch):
     assert "apex" in {backend.name for backend in _op.OPS["fused_adamw"].backends}
 
 
+@pytest.mark.slow
 def test_the_pytest_benchmarks_collect_and_one_runs(tmp_path):
     results = tmp_path / "benchmark.json"
     chosen = "forward and not distilled and fastdeit"

@@ -5,7 +5,18 @@ import json
 import pytest
 import torch
 
-from fastdeit import bench, bench_data, bench_data_peers, bench_peers, bench_report, bench_step, bench_train, cli
+from fastdeit import (
+    bench,
+    bench_cells,
+    bench_data,
+    bench_data_peers,
+    bench_measure,
+    bench_peers,
+    bench_report,
+    bench_step,
+    bench_train,
+    cli,
+)
 from fastdeit.bench_step import LR
 from fastdeit.engine.step import Engine
 
@@ -32,12 +43,12 @@ def test_a_row_has_all_that_is_needed_to_read_it(short, tmp_path, capsys):
     assert (row["recipe"], row["overrides"], row["erase"]) == ("deit_small", ["data.erase=0"], 0.0)
     assert row["failed"] == {"timm_compile_graph": "a CUDA graph needs a CUDA device"}
     assert list(row["ratio"]) == ["timm"]
-    share = bench.median(row, "fastdeit_resident") / bench.median(row, "fastdeit")
+    share = bench_measure.median(row, "fastdeit_resident") / bench_measure.median(row, "fastdeit")
     printed = capsys.readouterr().out
     assert f"{share:.1%} of its speed without input" in printed
     assert printed.count("without input") == 1
     assert "32 px, fp32, EMA, input of deit_small, data.erase=0, 2 interleaved rounds" in printed
-    assert bench.CPU_NOTE in printed
+    assert bench_cells.CPU_NOTE in printed
 
     table = "\n".join(bench_report.tables([row]))
     assert f"| {share:.1%} |" in table
@@ -55,7 +66,7 @@ def test_every_batch_of_a_stream_is_trained_on_and_the_resident_side_repeats_one
             streamed.append(number)
             yield torch.full((4, 3, 32, 32), float(number))
 
-    side = bench_data_peers.Side("counts", stream)
+    side = bench_data.Side("counts", stream)
     monkeypatch.setattr(bench_data_peers, "timm", lambda setting: side)
     args = cli._bench_verb().parser.parse_args(["train", *TINY.split(), "--rounds", "1"])
     device = torch.device("cpu")

@@ -16,7 +16,7 @@ from fastdeit import estimate, estimate_gpus, estimate_rows, kernels, models
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.optim import default_groups
 from fastdeit.engine.optimizers import AdamW
-from fastdeit.estimate import COMPILE, DESIGNS, EAGER, EPILOGUE, FUSED, GIB, Network, ViT, Work
+from fastdeit.estimate import COMPILE, DESIGNS, EAGER, EPILOGUE, FUSED, GIB, TIMM, Network, ViT, Work
 from fastdeit.estimate_gpus import GPUS
 from fastdeit.kernels import _op, attention_fused_backward, attention_tiles
 
@@ -75,12 +75,12 @@ def test_flops_of_a_training_step_are_those_that_torch_counts(name):
     ("design", "drop_path", "bytes_per_value"),
     [
         # LayerNorms, residual additions, casts; drop-path; GELU; attention; packing; bias gradients
-        (replace(EAGER, packing=2), True, 136 + 16 + 40 + 42 + 24 + 18),
-        (replace(EAGER, packing=2), False, 136 + 40 + 42 + 24 + 18),
+        (TIMM, True, 136 + 16 + 40 + 42 + 24 + 18),
+        (TIMM, False, 136 + 40 + 42 + 24 + 18),
         (EAGER, True, 136 + 16 + 40 + 42 + 12 + 18),
         (COMPILE, True, 56 + 40 + 42 + 12 + 18),
         (FUSED, True, 56 + 48 + 32 + 2),
-        (replace(FUSED, fused_backward=True), True, 56 + 48 + 24 + 2),
+        (replace(FUSED, attention="fused_backward"), True, 56 + 48 + 24 + 2),
         (EPILOGUE, True, 56 + 32 + 2),
     ],
     ids=["timm", "timm without drop-path", "eager", "compile", "fused", "fused backward", "epilogue"],
@@ -222,10 +222,7 @@ def test_the_last_block_s_queries_have_the_split_backward(choose):
 @pytest.mark.parametrize(("precision", "same"), [("bf16", True), ("fp32", False)])
 def test_the_mlp_is_what_the_table_of_choices_has(choose, precision, same):
     choose(mlp={"backend": "epilogue"})
-    fused, epilogue = (
-        estimate.ops(BASE, Work(8, precision), design, GPUS["A100"])
-        for design in (FUSED, replace(FUSED, epilogue=True))
-    )
+    fused, epilogue = (estimate.ops(BASE, Work(8, precision), design, GPUS["A100"]) for design in (FUSED, EPILOGUE))
     assert (fused == epilogue) == same
 
 
@@ -424,8 +421,9 @@ def calibrated(tmp_path, *rows):
 
 def test_own_rows_calibrate(tmp_path):
     found = calibrated(tmp_path, bench_row(slower=2.0), bench_row(slower=0.5), bench_row(precision="bf16", slower=1.5))
-    assert found["A100", "fused", "fp32"] == (pytest.approx(1.0), 2)
-    assert found["A100", "fused", "bf16"] == (pytest.approx(1.5), 1)
+    assert found["A100", "fused", "fp32"] == pytest.approx((1.0, 2, 0.5, 2.0))
+    assert found["A100", "fused", "bf16"] == pytest.approx((1.5, 1, 1.5, 1.5))
+    assert str(found["A100", "fused", "fp32"]) == "measured x1.00 (0.50 to 2.00, 2 rows)"
     assert len(found) == 2
 
 

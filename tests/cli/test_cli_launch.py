@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeit import launch
+from fastdeit import agent, launch
 from fastdeit.agent import elastic, verdict
 from fastdeit.errors import UsageError
 
@@ -154,11 +154,23 @@ def test_deaf_workers_are_killed_after_the_grace(worker, capfd):
     assert "rank 0, 1 killed (still running 0.3 s after being asked to stop)" in capfd.readouterr().err
 
 
-def test_a_second_interrupt_kills_at_once(worker, capfd):
-    start = time.monotonic()
-    assert run(worker, "deaf", "SIGINT", "SIGINT", grace_s=60) == 1
-    assert time.monotonic() - start < 10
+@pytest.mark.parametrize("signals", [("SIGINT", "SIGINT"), ("SIGQUIT",)], ids=" ".join)
+def test_a_second_interrupt_kills_at_once_and_so_does_sigquit(worker, capfd, signals):
+    assert run(worker, "deaf", *signals) == 1
     assert "rank 0, 1 killed (on request)" in capfd.readouterr().err
+
+
+def test_workers_do_not_outlive_an_agent_that_breaks(worker, monkeypatch):
+    def broken(agent, running):
+        pids.extend(running.values())
+        raise RuntimeError("a defect of the launcher")
+
+    pids = []
+    monkeypatch.setattr(agent._Agent, "_stop_if_needed", broken)
+    with pytest.raises(RuntimeError, match="a defect of the launcher"):
+        run(worker, "wait")
+    assert len(pids) == 2
+    assert not any(map(alive, pids))
 
 
 def test_ctrl_c_and_death_of_a_real_launcher(tmp_path):
