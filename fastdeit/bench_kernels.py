@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
 def work_of(op: str, config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Work:
     """The first example of an op at the sizes of a model: its patches, and the two tokens of a distilled one."""
     sizes = Sizes(
-        op,
+        "measured",
         config.dim,
         config.heads,
         int(config.dim * config.mlp_ratio),
