@@ -1,5 +1,5 @@
 """Shared by all tests: one compute thread, so that results do not depend on the core count; Triton's interpreter where
-there is no card; and `ranks`."""
+there is no card; two workers for whole folders; and `ranks`."""
 
 import os
 import shutil
@@ -12,8 +12,25 @@ from process_of_ranks import be_rank
 
 torch.set_num_threads(1)
 TIMEOUT_S = 120
+WORKERS = 2
+PRELOADED = "torch", "torch.distributed", "torch._dynamo", "fastdeit.kernels", "fastdeit.train"
+"""What a rank needs besides the test's own module; DistributedDataParallel imports torch._dynamo, for a second."""
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of fastdeit.kernels
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Folders are shared by two workers (pytest-xdist), which costs the start of two interpreters; files and single
+    tests run here, and so does everything under `--pdb`, `-n 0` or `-p no:xdist`.
+
+    Each worker begins with one half of the tests, in their order, so that the fixtures of a module are made once. The
+    worker that is done first takes over some of the other's tests.
+    """
+    option = config.option
+    asked = getattr(option, "numprocesses", 0) is not None or option.dist != "no" or option.usepdb
+    if not asked and not hasattr(config, "workerinput") and any(Path(arg).is_dir() for arg in config.args):
+        option.numprocesses, option.dist = WORKERS, "worksteal"
 
 
 def pytest_collection_modifyitems(config, items):
@@ -34,7 +51,7 @@ def ranks(tmp_path: Path):
 
     def run(size, function, *arguments):
         context = get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "fastdeit.train"])
+        context.set_forkserver_preload(list(PRELOADED))
         results = context.Queue()
         rendezvous = tmp_path / f"rendezvous_{os.urandom(4).hex()}"
         processes = [

@@ -257,12 +257,13 @@ def fastdeit(*arguments, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
-def test_ctrl_c_then_resume_on_the_command_line(recipe_file, data, whole, tmp_path):
+def test_ctrl_c_then_resume_on_the_command_line(recipe_file, data, whole, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     arguments = ["train", recipe_file, "--data", data, "--run-dir", run, "--resume"]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
     shutil.copytree(whole[0] / "teacher", run / "teacher")
-    process = fastdeit(*arguments, "engine.log_every=1", env=one_thread)
+    process = fastdeit(*arguments, "engine.log_every=1")
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -273,19 +274,18 @@ def test_ctrl_c_then_resume_on_the_command_line(recipe_file, data, whole, tmp_pa
     assert process.wait(60) == 75, "".join(lines) + rest
     assert "Traceback" not in rest
     assert "go on with --resume" in rest
-    again = fastdeit(*arguments, "engine.log_every=1", env=one_thread)
-    out, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, out
-    assert "resumed at step" in out
+    assert cli([*map(str, arguments), "engine.log_every=1"]) == 0
+    assert "resumed at step" in capsys.readouterr().out
     assert_same_weights(whole[0], run)
 
 
 def test_two_processes_reach_the_result_of_one(recipe_file, data, whole, tmp_path):
     run = tmp_path / "run"
+    shutil.copytree(whole[0] / "teacher", run / "teacher")
     process = fastdeit("train", recipe_file, "--data", data, "--run-dir", run, "--nproc", "2")
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
-    assert out.count("held-out top") == 4  # two of the teacher, two of the student: one process speaks
+    assert out.count("held-out top1") == 2  # one an epoch: one process speaks
     summary = json.loads((run / "summary.json").read_text())
     assert summary["train_loss"] == pytest.approx(whole[1]["train_loss"], rel=2e-3)
     one, two = tensors(whole[0])["model.safetensors"], tensors(run)["model.safetensors"]
@@ -326,6 +326,19 @@ def test_eval_repeats_the_result_of_the_run(whole, data, capsys):
         assert f"{summary[name]:.2f}" in out
     assert cli(["eval", str(run / "checkpoints" / f"step_{TOTAL:08d}"), "--data", str(data), "method.fuse=logit"]) == 0
     assert "mean of logits" in capsys.readouterr().out
+
+
+def test_the_quick_start_in_small(recipe_file, tmp_path, capsys):
+    """Its verbs and its data, with a teacher of one epoch and a student of four steps."""
+    run, teacher = tmp_path / "run", recipe_file.with_name("teacher.yaml")
+    overrides = [f"method.teacher.recipe={teacher}", "train.epochs=2", "train.batch_size=480", "optim.warmup_epochs=0"]
+    assert cli(["train", "--run-dir", str(run), *overrides]) == 0
+    assert "no recipe named" in capsys.readouterr().out
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 4
+    assert summary["teacher_top1"] > 50  # chance is 10
+    assert cli(["eval", str(run)]) == 0
+    assert f"{summary['top1_fused']:.2f}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

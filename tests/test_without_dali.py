@@ -19,18 +19,15 @@ sys.meta_path.insert(0, Missing())
 
 def without_dali(code):
     command = [sys.executable, "-c", BLOCK + code]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_every_benchmark_and_the_report_can_be_imported():
+def test_everything_but_reading_images_works(tmp_path):
     names = "bench", "bench_calibrate", "bench_kernels", "bench_peers", "bench_report", "bench_step", "bench_suite"
-    done = without_dali(f"from fastdeit import {', '.join(names)}, evaluate, train")
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_reading_images_says_what_is_missing(tmp_path):
     arguments = ["train", "digits", "--run-dir", str(tmp_path / "run")]
-    done = without_dali(f"from fastdeit import cli\nsys.exit(cli.main({arguments}))")
+    code = f"from fastdeit import {', '.join(names)}, cli, evaluate, train\nprint('imported')\n"
+    done = without_dali(f"{code}sys.exit(cli.main({arguments}))")
+    assert done.stdout.startswith("imported\n"), done.stderr
     assert done.returncode == 1
     assert "NVIDIA DALI, which is not installed: pip install nvidia-dali-cuda120" in done.stderr
     assert "Traceback" not in done.stderr
