@@ -69,10 +69,6 @@ class ConvNet(nn.Module):
         """Names of the parameters `(with, without)` weight decay: without are 1-D parameters and biases."""
         return split_decay(self, ())
 
-    def shard_units(self) -> list[nn.Module]:
-        """None: the network is too small to be cut."""
-        return []
-
     def flops(self, image_size: ImageSize | None = None) -> int:
         """Floating-point operations (2 per multiply-add) of `forward` for one image: convolutions and head."""
         size = size_pair(self.config.image_size if image_size is None else image_size, "image_size")

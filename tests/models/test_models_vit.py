@@ -177,12 +177,28 @@ def test_seam_errors(options, message):
         model().tokens(images(), **options)
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 24), (2, 3, 24, 16), (2, 1, 16, 24), (2, 6, 64), (2, 5, 192), (2, 192)])
-def test_input_of_another_size_is_refused(shape):
-    with pytest.raises(
-        ValueError, match=r"does not fit a model for images \[B, 3, 16, 24\] or their patches \[B, 6, 192\]"
-    ):
-        model()(torch.zeros(shape))
+@pytest.mark.parametrize(
+    ("shape", "grid"),
+    [
+        ((3, 16, 24), None),  # no batch
+        ((2, 1, 16, 24), None),  # one channel
+        ((2, 3, 16, 20), None),  # half a patch
+        ((2, 3, 4, 24), None),  # no row of patches
+        ((2, 3, 16, 24), (3, 2)),  # another grid than said
+        ((2, 6, 64), None),  # one channel
+        ((2, 5, 192), None),  # of a grid that nobody named
+        ((2, 6, 192), (2, 2)),  # another grid than said
+        ((2, 192), None),
+    ],
+)
+def test_input_that_is_no_grid_of_patches_is_refused(shape, grid):
+    rows, columns = grid or (2, 3)
+    patches = rf"the patches \[B, {rows * columns}, 192\] of a grid of {rows}x{columns}; resize .*, or say with grid="
+    message = rf"is neither images \[B, 3, H, W\] with H and W multiples of 8, nor {patches}"
+    with pytest.raises(ValueError, match=message):
+        model()(torch.zeros(shape), grid=grid)
+    with pytest.raises(ValueError, match=message):
+        model().tokens(torch.zeros(shape), grid=grid)
 
 
 @pytest.mark.parametrize("depths", [[4], [1, 3], [1, 1, 1, 1]])
@@ -229,11 +245,6 @@ def test_a_bias_of_any_shape_is_not_decayed():
     module.bias = torch.nn.Parameter(torch.zeros(3, 4))
     assert split_decay(module, ()) == (["weight"], ["bias"])
     assert split_decay(module, {"weight"}) == ([], ["weight", "bias"])
-
-
-def test_shard_units_are_the_blocks():
-    vit = model()
-    assert vit.shard_units() == list(vit.blocks)
 
 
 @pytest.mark.parametrize("options", [{}, {"distilled": False}, {"depth": 1}, {"mlp_ratio": 3.0, "num_classes": 1000}])
@@ -310,5 +321,5 @@ def test_build_by_name():
         models.build("deit_smal_patch16_224")
     with pytest.raises(ValueError, match=r"deit_digits_patch8_32 has no option 'drop_pth'; did you mean drop_path"):
         models.build("deit_digits_patch8_32", drop_pth=0.1)
-    with pytest.raises(ValueError, match=r"no model '!!'; known are deit_tiny_patch16_224, "):
+    with pytest.raises(ValueError, match=r"no model '!!'; known are deit_tiny_patch16_224, .*, and import paths"):
         models.build("!!")
