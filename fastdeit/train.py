@@ -111,7 +111,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
 
     batches = loader.batches(start, total)
     try:
-        if method.teacher is not None and record.teacher_top1 is None:
+        if method.teacher is not None and recipe.method.teacher.classifies and record.teacher_top1 is None:
             # Before the first step: a teacher with the wrong classes or normalisation shows here, not after two days.
             log.teacher(held_out(teacher_predict(method.teacher, recipe)), record)
         method.train()

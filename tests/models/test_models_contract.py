@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeit import models
+from fastdeit import build, models
+from fastdeit import recipe as recipes
+from fastdeit.engine.dist import World
+from fastdeit.errors import UsageError
 from fastdeit.models.contract import Model, Tokens, missing
 from fastdeit.models.timm_model import TimmVisionTransformer
 from fastdeit.models.vit import patchify
+from fastdeit.train import train
 
 K, B = 5, 2
 SMALL = {name: {"depth": 2} if name.startswith("deit") else {} for name in models.MODELS}
@@ -307,6 +311,27 @@ def test_a_model_by_import_path(plugin):
     built = models.build(f"{plugin}:Net", image_size=32, num_classes=7, drop_path=0.0)
     assert type(built).__name__ == "Net"
     assert built(images()).shape == (B, 7)
+
+
+RECIPE = """\
+model: {name: "plugin_of_models:Net", image_size: 32}
+method: {use: supervised}
+data: {source: synthetic, synthetic_samples: 16, synthetic_classes: 3, group_size: 8, repeats: 1}
+optim: {lr: 1e-3, warmup_epochs: 0}
+train: {epochs: 1, batch_size: 8}
+engine: {device: cpu}
+"""
+
+
+def test_a_recipe_names_a_model_by_import_path(plugin, tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    recipe = recipes.load(str(tmp_path / "r.yaml"), [])
+    train(recipe, tmp_path / "run", World(torch.device("cpu")), resume=False)
+    weights = build.read_weights(tmp_path / "run")
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {"head.weight": (3, 3), "head.bias": (3,)}
+    (tmp_path / "r.yaml").write_text(RECIPE.replace(":Net", ":Half"))
+    with pytest.raises(UsageError, match="model: model 'plugin_of_models:Half' does not follow the contract"):
+        build.model(recipes.load(str(tmp_path / "r.yaml"), []), 3, print)
 
 
 @pytest.mark.parametrize(
