@@ -44,10 +44,10 @@ from fastdeit.engine.optim import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import DTYPES, Engine, autocast
 from fastdeit.errors import UsageError
+from fastdeit.fields import size_pair
 from fastdeit.methods.base import Context
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
-from fastdeit.models.contract import size_pair
 
 DROP_PATH, EMA_DECAY, WEIGHT_DECAY, LR = 0.1, 0.99996, 0.05, 1e-4
 CAPTURES = ("none", "compile", "graph")

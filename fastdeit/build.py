@@ -233,12 +233,14 @@ def teacher(
     mean, std, side = config.mean, config.std, config.image_size
     if config.timm is not None:
         pretrained = config.weights is None
-        if pretrained:
+        if not config.classifies:
+            options["num_classes"] = 0
+        elif pretrained:
             # Asked for another number of classes, timm would give the network a head that has learned nothing.
             options["num_classes"] = None
         network = _timm_teacher(config.timm, pretrained, options)
         known = network.inner.num_classes
-        if known != num_classes:
+        if config.classifies and known != num_classes:
             raise UsageError(
                 f"method.teacher.timm {config.timm} knows {known} classes, but the data set has {num_classes}; "
                 "give method.teacher.weights trained on this data set"
@@ -257,7 +259,10 @@ def teacher(
         network.load_state_dict(restored.tensors["model"])
     if config.weights is not None:
         report = _load(network, config.weights, "method.teacher.weights")
-        if report.missing or report.reinitialised_heads:
+        # The head of a network that is asked for features alone is not used.
+        unused = () if config.classifies else tuple(f"{head}." for head in network.head_names)
+        missing = [name for name in report.missing if not name.startswith(unused)]
+        if missing or (config.classifies and report.reinitialised_heads):
             raise UsageError(f"method.teacher.weights {config.weights} do not fit the teacher: {report}")
     frozen = freeze(network, size_pair(side or size, "method.teacher.image_size"), DTYPES[precision])
     return Teacher(frozen, image_size=side, mean=mean, std=std)

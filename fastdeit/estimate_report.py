@@ -26,7 +26,7 @@ from fastdeit.estimate import DESIGNS, GIB, Design, Network, ViT, Work
 from fastdeit.estimate_gpus import DEFAULT_GPUS, GPU, GPUS, GPUS_PER_NODE
 from fastdeit.estimate_rows import MODELLED
 from fastdeit.fields import size_pair
-from fastdeit.recipe_yaml import did_you_mean
+from fastdeit.text import did_you_mean
 
 if TYPE_CHECKING:
     from fastdeit.recipe import Recipe

@@ -18,6 +18,7 @@ from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.progress import table
 from fastdeit.engine.step import autocast
 from fastdeit.methods.evaluators import Evaluation, Evaluator
+from fastdeit.methods.teacher import DeferredTeacher, TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,13 @@ def main(args: argparse.Namespace) -> None:
     with join_world(recipe.engine.device) as world:
         train_source, source = build.sources(recipe)
         student = build.model(recipe, len(source.classes), lambda text: None)
-        method = build.method(recipe, student, len(source.classes), 1, teacher=lambda config: None).to(world.device)
+        classes, trained = len(source.classes), restored.path.parent.parent / "teacher"
+
+        def teacher(config: TeacherConfig) -> DeferredTeacher:
+            options = build.image_size(recipe), classes, trained, recipe.engine.precision
+            return DeferredTeacher(lambda: build.teacher(config, *options).to(world.device))
+
+        method = build.method(recipe, student, classes, 1, teacher).to(world.device)
         loader = build.eval_loader(recipe, source, world, method.noise(), report)
         results = {}
         weights = {"": {f"model.{name}": tensor for name, tensor in restored.tensors["model"].items()}}

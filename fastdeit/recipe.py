@@ -32,12 +32,12 @@ from fastdeit.recipe_yaml import (
     Problems,
     Reader,
     as_item,
-    did_you_mean,
     first_place,
     format_value,
     place_of,
     plain,
 )
+from fastdeit.text import did_you_mean
 from fastdeit.views import overridden, resolution_problems, view_problems
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -436,9 +436,6 @@ def _view_conflicts(
 
 def _method_config(use: str) -> type[BaseModel]:
     """Model of the `method:` section; raises ValueError for a method that does not exist."""
-    module, colon, _ = use.partition(":")
-    if colon and not all(part.isidentifier() for part in (*module.split("."), *use[len(module) + 1 :].split("."))):
-        raise ValueError(f"{use!r} is not an import path 'package.module:Class'")
     # Methods import torch. Reading, listing and showing recipes does without.
     from fastdeit import methods
     from fastdeit.methods.base import Method

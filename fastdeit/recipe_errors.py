@@ -12,12 +12,12 @@ from fastdeit.recipe_yaml import (
     FieldPath,
     Item,
     Problems,
-    did_you_mean,
     format_value,
     is_written,
     place_of,
     plain,
 )
+from fastdeit.text import did_you_mean
 
 Models = Mapping[str, type[BaseModel] | None]
 """Models of a recipe's sections by name; None where there is none, because the method is not known."""

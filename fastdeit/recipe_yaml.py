@@ -7,9 +7,8 @@ resolves them: `5e-4` is a number, `no` is a word.
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -112,12 +111,6 @@ def format_value(value: Any) -> str:
 
 def _truncate(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
-    """The end of an error message: the known words closest to `word`, or nothing."""
-    close = get_close_matches(word, list(known), n=3, cutoff=cutoff)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 # ---- reading YAML ----------------------------------------------------------------------------------------------------

@@ -70,8 +70,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     def make_teacher(config: TeacherConfig) -> Teacher:
         with world.main_first():  # timm may have to download; the others then find the files
             made = build.teacher(config, size, classes, trained_teacher, recipe.engine.precision)
-        made.model.to(world.device)
-        return made
+        return made.to(world.device)
 
     method = build.method(recipe, student, classes, total, make_teacher).to(world.device)
     schedule = PhaseSchedule(method, recipe)
@@ -118,7 +117,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
 
     batches = loader.batches(start, total)
     try:
-        if method.teacher is not None and record.teacher_top1 is None:
+        if method.teacher is not None and recipe.method.teacher.classifies and record.teacher_top1 is None:
             # Before the first step: a teacher with the wrong classes or normalisation shows here, not after two days.
             log.teacher(held_out({"teacher": Classify(lambda batch: {"class": method.teacher(batch)})}), record)
         method.train()

@@ -17,19 +17,22 @@ LAYERS: dict[str, set[str]] = {
     "fastdeit": set(),
     "errors": set(),
     "rng": set(),
+    "text": set(),
+    "plugins": set(),
     "fields": set(),
     "views": {"fields", "data"},
-    "batch": {"kernels"},
     "kernels": set(),
-    "models": {"kernels"},
-    "methods": {"models", "kernels", "views", "batch"},
-    "data": {"rng", "batch"},
-    "engine": {"rng", "kernels", "batch"},
+    "batch": {"kernels"},
+    "models": {"kernels", "fields", "plugins", "text"},
+    "methods": {"models", "kernels", "plugins", "fields", "views", "batch"},
+    "data": {"rng", "batch", "plugins"},
+    "engine": {"rng", "kernels", "batch", "plugins"},
     "agent": {"errors"},
     "launch": {"errors", "agent", "train"},
     "__main__": {"cli"},
 }
-NOT_FOR_CLI = {"rng", "fields", "views", "batch", "models", "methods", "data", "engine", "agent", "__main__"}
+LOWEST_FLOOR = {"rng", "text", "plugins", "fields", "views", "batch"}
+NOT_FOR_CLI = LOWEST_FLOOR | {"models", "methods", "data", "engine", "agent", "__main__"}
 ABOVE_TRAIN = {"cli", "launch", "agent", "__main__"}
 # numpy only: they run where no torch is wanted, and their arrays are the contract with any executor.
 _DATA = ("arrow", "cifar", "datasets", "folder", "hugging_face", "index", "kinds", "order", "packed", "parquet", "plan")

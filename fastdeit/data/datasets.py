@@ -49,7 +49,7 @@ def _kind(use: str) -> Kind:
     try:
         return kinds.find(use)
     except ValueError as error:
-        raise DataError(f"data source {use!r} {error}") from error
+        raise DataError(f"data source: {error}") from error
 
 
 def _layout(kind: Kind, train: str = "train", val: str = "val") -> str:

@@ -8,9 +8,10 @@ recipe stays cheap.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fastdeit import plugins
 
 if TYPE_CHECKING:
     from fastdeit.data.source import NamedSource
@@ -75,25 +76,19 @@ def names() -> tuple[str, ...]:
 
 def find(use: str) -> Kind:
     """The kind that `use` names: a name in `READERS`, or an import path `package.module:NAME`, of a `Kind` or of a
-    function that is its `open`. Raises ValueError, a sentence without its subject, where there is none."""
+    function that is its `open`. Raises ValueError where there is none."""
     if ":" not in use and use not in READERS:
-        raise ValueError(f"must be one of {', '.join(READERS)}, or an import path package.module:KIND")
-    found = _loaded(READERS.get(use, use))
+        raise ValueError(f"{use!r} must be one of {', '.join(READERS)}, or an import path package.module:KIND")
+    found = plugins.load(READERS.get(use, use), "reader")
     if isinstance(found, Kind):
         return found
     if not callable(found):
-        raise ValueError(f"is {found!r}, but has to be a fastdeit.data.kinds.Kind or a function (root, split)")
+        raise ValueError(
+            f"reader {use!r} is {found!r}, but has to be a fastdeit.data.kinds.Kind or a function (root, split)"
+        )
     return Kind(use, found, layout=f"what {use} reads")
 
 
 def shipped() -> Iterator[Kind]:
     """The kinds in `READERS`, in their order."""
     return map(find, READERS)
-
-
-def _loaded(path: str) -> object:
-    module, _, name = path.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"cannot be imported: {error}") from error

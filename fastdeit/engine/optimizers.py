@@ -1,12 +1,12 @@
 """The optimizers that a recipe may name. Third parties plug in by import path."""
 
-from importlib import import_module
 from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from fastdeit import kernels
 from fastdeit.engine.optim import Optimizer, OptimizerOptions, Update
+from fastdeit.plugins import load
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Positive = Annotated[float, Field(gt=0)]
@@ -130,15 +130,11 @@ def find(name: str) -> type[Optimizer]:
     """
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
-    module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+    if ":" not in name:
         raise ValueError(
             f"no optimizer named {name!r}; there are {', '.join(OPTIMIZERS)}, or an import path 'package.module:Class'"
         )
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"optimizer {name!r} cannot be imported: {error}") from error
+    found = load(name, "optimizer")
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         raise ValueError(f"{name!r} is not an optimizer: it is no subclass of fastdeit.engine.optim.Optimizer")
     return found

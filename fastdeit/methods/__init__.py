@@ -1,6 +1,6 @@
 """Training methods: what the loss of a batch is. One method, one file; third parties plug in by import path."""
 
-from importlib import import_module
+from fastdeit.plugins import load
 
 METHODS = {
     "supervised": "fastdeit.methods.supervised:Supervised",
@@ -13,16 +13,11 @@ def find(use: str) -> type:
 
     Raises ValueError naming what was not found.
     """
-    path = METHODS.get(use, use)
-    module_name, _, class_name = path.partition(":")
-    if not class_name:
+    if use not in METHODS and ":" not in use:
         raise ValueError(
             f"no method named {use!r}; there are {', '.join(METHODS)}, or an import path 'package.module:Class'"
         )
-    try:
-        return getattr(import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"method {use!r} cannot be imported: {error}") from error
+    return load(METHODS.get(use, use), "method")
 
 
 def config(use: str) -> type:

@@ -1,7 +1,8 @@
 """Teachers: frozen networks that see exactly the augmented images of the student."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +10,19 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from fastdeit.batch import Batch
+from fastdeit.fields import size_pair
+from fastdeit.models.contract import ImageSize, Tokens
+from fastdeit.models.tokens import Taps, taps
 
 
 class TeacherConfig(BaseModel):
     """Where a teacher comes from; exactly one of `recipe`, `timm` and `model`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    classifies: ClassVar[bool] = True
+    """Whether the method reads logits: the teacher then needs a head for the classes of the data set, and is scored
+    before the first step."""
 
     recipe: str | None = None
     """Recipe of a teacher that is trained first, into RUN/teacher."""
@@ -41,39 +49,91 @@ class TeacherConfig(BaseModel):
         return self
 
 
+class FeatureTeacherConfig(TeacherConfig):
+    """A teacher that the method asks for tokens and q/k/v alone: its head, if it has one, may be of any classes."""
+
+    classifies: ClassVar[bool] = False
+
+
 class Teacher:
     """A frozen network in eval mode, outside the method's `parameters()` and `state_dict()`.
 
     It renders its own input from the batch, with its own normalisation and resolution, so that it judges the very image
-    (crop, flip, mixing) that the student is given.
+    (crop, flip, mixing) that the student is given. Everything it answers is without gradient. `tokens` and `taps` need
+    a transformer (`contract.Tokens`), and raise ValueError for any other network.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        image_size: int | Sequence[int] | None = None,
+        image_size: ImageSize | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.size = None if image_size is None else _pair(image_size)
+        self.size = None if image_size is None else size_pair(image_size, "image_size")
         self.mean, self.std = mean, std
 
-    @torch.no_grad()
+    def to(self, device: torch.device) -> "Teacher":
+        """The teacher itself, its network moved to `device`."""
+        self.model.to(device)
+        return self
+
     def __call__(self, batch: Batch) -> Tensor:
         """Logits `[B, K]`; a teacher with two heads answers with the mean of their logits."""
-        return self.logits(batch.pixels(mean=self.mean, std=self.std))
+        return self.logits(self.pixels(batch))
+
+    def pixels(self, batch: Batch, view: int = 0) -> Tensor:
+        """A view of the batch as images `[B, 3, H, W]` in the teacher's normalisation."""
+        return batch.pixels(view, mean=self.mean, std=self.std)
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of images `[B, 3, H, W]` in the teacher's normalisation, resized to its resolution."""
-        if self.size is not None and tuple(x.shape[-2:]) != self.size:
-            # In float32: on a CPU there is no antialiasing in 16 bit.
-            x = F.interpolate(x.float(), size=self.size, mode="bicubic", antialias=True)
-        out: Any = self.model(x)
+        out: Any = self.model(self._sized(x))
         return (out[0] + out[1]) / 2 if isinstance(out, tuple) else out
 
+    @torch.no_grad()
+    def tokens(self, x: Tensor, *, stop: int | None = None, keep: Tensor | None = None) -> Tensor:
+        """Tokens `[B, N, dim]` of images as in `logits`: after `stop` blocks without the final norm, or after all with
+        it; `keep` as in `contract.Tokens.tokens`."""
+        return self._transformer().tokens(self._sized(x), stop=stop, keep=keep)
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    @torch.no_grad()
+    def taps(
+        self, x: Tensor, *, blocks: Collection[int] = (), qkv: Collection[int] = (), keep: Tensor | None = None
+    ) -> Taps:
+        """Tokens after `blocks` and q/k/v of the blocks `qkv` (`models.tokens.taps`) of images as in `logits`."""
+        return taps(self._transformer(), self._sized(x), blocks=blocks, qkv=qkv, keep=keep)
+
+    def _transformer(self) -> Tokens:
+        if not isinstance(self.model, Tokens):
+            raise ValueError(
+                f"the teacher is a {type(self.model).__name__}, which has no tokens; a method that reads tokens needs "
+                "a vision transformer of fastdeit or of timm"
+            )
+        return self.model
+
+    def _sized(self, x: Tensor) -> Tensor:
+        if self.size is None or tuple(x.shape[-2:]) == self.size:
+            return x
+        # In float32: on a CPU there is no antialiasing in 16 bit.
+        return F.interpolate(x.float(), size=self.size, mode="bicubic", antialias=True)
+
+
+class DeferredTeacher:
+    """A teacher that is built when it is first asked: most evaluations need none, and its weights may be elsewhere."""
+
+    def __init__(self, make: Callable[[], Teacher]) -> None:
+        self._make = make
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        return self._make()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self._teacher(batch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._teacher, name)

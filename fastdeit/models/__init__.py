@@ -1,17 +1,20 @@
-"""Models by name. All follow one contract (`docs/architecture.md`, section "Model").
+"""Models by name or by import path. All follow one contract (`contract.Model`).
 
 State dicts of the DeiT family are interchangeable with timm's.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from fastdeit.models.contract import did_you_mean
+from fastdeit.models.contract import missing
 from fastdeit.models.convnet import convnet_digits
 from fastdeit.models.deit import deit
+from fastdeit.plugins import load
+from fastdeit.text import did_you_mean
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "deit_tiny_patch16_224": partial(deit, "deit_tiny_patch16_224"),
@@ -29,20 +32,43 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(name: str, **options: Any) -> nn.Module:
-    """The model `name` of `MODELS`, freshly initialised from torch's generator.
+    """The model `name`, freshly initialised from torch's generator: a `contract.Model`.
 
-    `options` replace fields of its configuration (`ViTConfig`, `ConvNetConfig`): image_size, num_classes, drop_path,
-    ... Raises ValueError for a name or an option that does not exist, and for a value that makes no model.
+    name     one of `MODELS`, or the import path `package.module:callable` of a class or function that makes a model
+    options  image_size, num_classes, drop_path, ...: fields of the model's configuration (`ViTConfig`,
+             `ConvNetConfig`), or what the imported callable takes
+
+    Raises ValueError for a name or an option that does not exist, for a value that makes no model, and for an object
+    that lacks a part of the contract.
     """
-    if name not in MODELS:
-        hint = did_you_mean(name, MODELS)
-        raise ValueError(f"there is no model {name!r}{hint or '; known are ' + ', '.join(MODELS)}")
-    return MODELS[name](**options)
+    if name in MODELS:
+        return MODELS[name](**options)
+    if ":" in name:
+        return _imported(name, options)
+    paths = f"; known are {', '.join(MODELS)}, and import paths 'package.module:callable'"
+    raise ValueError(f"there is no model {name!r}{did_you_mean(name, MODELS) or paths}")
+
+
+def _imported(path: str, options: dict[str, Any]) -> nn.Module:
+    """The model that the callable at an import path makes."""
+    make = load(path, "model")
+    if not callable(make):
+        raise ValueError(f"model {path!r} is a {type(make).__name__}, not a class or function that makes a model")
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"model {path!r} cannot be called with {', '.join(options)}: {error}") from error
+    model = make(**options)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {path!r} makes a {type(model).__name__}, not a torch.nn.Module")
+    if lacking := missing(model):
+        raise ValueError(f"model {path!r} does not follow the contract of models; it lacks: {'; '.join(lacking)}")
+    return model
 
 
 def build_timm(name: str, **options: Any) -> nn.Module:
-    """timm's model `name` under the same contract; `options` as `timm_model.TimmModel` has them."""
+    """timm's model `name` under the same contract; `options` as `timm_model.build` has them."""
     # timm takes a second to import, and only runs that name one of its models need it.
-    from fastdeit.models.timm_model import TimmModel
+    from fastdeit.models import timm_model
 
-    return TimmModel(name, **options)
+    return timm_model.build(name, **options)

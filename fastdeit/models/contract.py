@@ -1,35 +1,137 @@
-"""What every model of fastdeit has in common: options, weight-decay groups, and a count of operations.
+"""The contract of fastdeit's models, and what they share: options, decay groups, stages, a count of operations.
 
-The contract itself is the section "Model" of `docs/architecture.md`.
+`Model` is what the engine and the methods ask of every network that is trained. `Tokens` is what a transformer offers
+besides. Both are structural: a class is a `Model` by having the parts, not by inheriting.
 """
 
 import copy
-import difflib
-from collections.abc import Collection, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastdeit.text import did_you_mean
+
 ConfigT = TypeVar("ConfigT")
 ImageSize = int | tuple[int, int]
+Logits = Tensor | tuple[Tensor, Tensor]
+Owner = nn.Module | nn.Parameter
+TokenMaps = Mapping[int, Callable[[Tensor], Tensor]]
 
 
-def size_pair(size: ImageSize, name: str) -> tuple[int, int]:
-    """`(height, width)` of an int or a pair of ints; raises ValueError for anything else."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ValueError(f"{name} is {size!r}, but must be a positive int or a pair (height, width) of them")
-    return pair
+@runtime_checkable
+class Model(Protocol):
+    """A network that can be trained: an `nn.Module` with these parts besides.
+
+    Its `state_dict` is all that a checkpoint keeps of it. In eval mode its result is a function of the parameters, the
+    buffers and the input alone.
+    """
+
+    noise_per_sample: int
+    """Columns of `noise` that `forward` needs in training mode, such as one for each draw of drop-path; 0 for none."""
+    patch_size: int | None
+    """Pixels per side of a patch where `forward` takes patchified input as well, else None."""
+    head_names: tuple[str, ...]
+    """Names of the `nn.Linear` layers whose outputs are the logits, in the order of the logits; empty without a
+    head."""
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Logits:
+        """Logits `[B, K]`, or (class, distillation) logits of a model with two heads, in train and eval mode alike.
+
+        x      float images `[B, C, H, W]`. A model with a `patch_size` p takes their patches `[B, P, C*p*p]` as well,
+               each as the weight of a patch convolution is laid out (`kernels.to_patches`), and a keyword
+               `grid=(rows, columns)`, which says how they lie where that is not the model's own grid
+        noise  float32 `[B, noise_per_sample]` uniforms in [0, 1): the random numbers of training mode, which a training
+               forward must be given. Unused in eval mode, and by a model whose `noise_per_sample` is 0 (timm's models
+               draw from torch's generator instead)
+
+        Raises ValueError for an input or noise that does not fit.
+        """
+
+    def decay_groups(self, decay_dist_token: bool = False) -> tuple[list[str], list[str]]:
+        """Names of the parameters `(with, without)` weight decay: each parameter once.
+
+        `decay_dist_token=True` decays a distillation token, as DeiT's public code does.
+        """
+
+    def flops(self, image_size: ImageSize | None = None) -> int:
+        """Floating-point operations (2 per multiply-add) of `forward` for one image, by default of the model's size."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known names closest to `name`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+@runtime_checkable
+class Tokens(Protocol):
+    """What a vision transformer offers besides `Model`: its tokens, whole or in parts.
+
+    Blocks count from 0. Tokens are `[B, N, dim]`, prefix tokens (class, distillation, registers) first, then the
+    patches row by row. `taps` reads tokens and q/k/v of several blocks in one pass.
+    """
+
+    blocks: nn.ModuleList | nn.Sequential
+    """The transformer blocks, in order."""
+
+    def tokens(
+        self,
+        x: Tensor,
+        *,
+        at: TokenMaps | None = None,
+        stop: int | None = None,
+        keep: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """All tokens `[B, N, dim]` after the final norm; `x` and `noise` as in `forward`.
+
+        at    {block index: fn}: the tokens before that block are replaced by `fn(tokens)`, which may be fewer
+        stop  run blocks [0, stop) and nothing after them, and return their tokens without the final norm
+        keep  int64 `[B, M]`: the patches that take part, by their number in the image, in this order; each keeps its
+              position
+
+        Raises ValueError for an index that no block has.
+        """
+
+    def qkv(self, block: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[B, heads, N, head_dim]` that `block` makes of the tokens `[B, N, dim]` before it.
+
+        They are what its softmax is given, `softmax(q @ k.mT / sqrt(head_dim)) @ v`. Raises ValueError where a block
+        has no such attention.
+        """
+
+    def classify(self, tokens: Tensor) -> Logits:
+        """Logits of what `tokens` returned: `forward` is `classify` of `tokens`."""
+
+    def stages(self, depths: Sequence[int]) -> list[list[Owner]]:
+        """Owners of the parameters in the order of the computation; `depths[i]` blocks go to stage i.
+
+        What comes before the blocks belongs to the first stage, what comes after them to the last: every parameter has
+        exactly one owner. For layer-wise learning rates, freezing and incubation. Raises ValueError for depths that do
+        not add up to the number of blocks.
+        """
+
+
+_PARTS = {
+    "noise_per_sample": "the columns of noise that training needs, 0 for none",
+    "patch_size": "the side of a patch if forward takes patches as well, else None",
+    "head_names": "the names of the linear layers that make the logits",
+    "forward": "forward(x, noise=None), which returns logits",
+    "decay_groups": "the names of the parameters with and without weight decay",
+    "flops": "the floating-point operations for one image",
+}
+
+
+def missing(model: nn.Module) -> list[str]:
+    """What `model` lacks to be a `Model`, each part with an explanation; empty if it has all of them.
+
+    Looked at are names and the signature of `forward`, not what the parts do.
+    """
+    lacking = [f"{name} ({meaning})" for name, meaning in _PARTS.items() if not hasattr(model, name)]
+    signature = inspect.signature(model.forward)
+    if "noise" not in signature.parameters:
+        lacking.append(f"noise in forward{signature} ({_PARTS['forward']})")
+    return lacking
 
 
 def with_options(config: ConfigT, owner: str, options: Mapping[str, Any]) -> ConfigT:

@@ -11,7 +11,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdeit.models.contract import ImageSize, counted_flops, refuse_patches, size_pair, split_decay, with_options
+from fastdeit.fields import size_pair
+from fastdeit.models.contract import ImageSize, counted_flops, refuse_patches, split_decay, with_options
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,6 @@ class ConvNet(nn.Module):
     def decay_groups(self, decay_dist_token: bool = False) -> tuple[list[str], list[str]]:
         """Names of the parameters `(with, without)` weight decay: without are 1-D parameters and biases."""
         return split_decay(self, ())
-
-    def shard_units(self) -> list[nn.Module]:
-        """None: the network is too small to be cut."""
-        return []
 
     def flops(self, image_size: ImageSize | None = None) -> int:
         """Floating-point operations (2 per multiply-add) of `forward` for one image: convolutions and head."""

@@ -5,42 +5,63 @@ generator, so unlike fastdeit's models the result of training with them depends 
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 
 import timm
+import torch
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from fastdeit.models.contract import ImageSize, counted_flops, did_you_mean, refuse_patches, size_pair, split_decay
+from fastdeit.fields import size_pair
+from fastdeit.models.contract import (
+    ImageSize,
+    Logits,
+    Owner,
+    TokenMaps,
+    counted_flops,
+    refuse_patches,
+    split_decay,
+)
+from fastdeit.models.tokens import QKV, block_stages, kept, last_block, mapped
+from fastdeit.text import did_you_mean
 
 _DIST_HEAD = re.compile(r"(^|\.)heads?_dist\.")
 
 
-class TimmModel(nn.Module):
+def build(
+    name: str,
+    *,
+    image_size: ImageSize | None = None,
+    num_classes: int | None = None,
+    drop_path: float = 0.0,
+    pretrained: bool = False,
+) -> "TimmModel":
     """The timm model `name`.
 
     image_size   int or (height, width); None for the model's own. Models that work at any size ignore it
-    num_classes  None for the model's own
+    num_classes  None for the model's own, 0 for none: no head, and pooled features `[B, dim]` in the place of logits
     drop_path    timm's `drop_path_rate`
     pretrained   timm's weights, which timm downloads once
 
+    timm's vision transformers (ViT, DeiT, DeiT III, DINOv2, CLIP, MAE, ...) come as a `TimmVisionTransformer`, which
+    has tokens. Raises ValueError for a name that timm does not know, and for options that the model does not take.
+    """
+    inner = _create(name, image_size, num_classes, drop_path, pretrained)
+    size = size_pair(image_size or inner.pretrained_cfg["input_size"][1:], "image_size")
+    return (TimmVisionTransformer if isinstance(inner, VisionTransformer) else TimmModel)(name, inner, size)
+
+
+class TimmModel(nn.Module):
+    """timm's model `inner`, of the name `name`, for images of `image_size` (height, width) in pixels.
+
     Distilled models return (class, distillation) logits in train and eval mode alike; timm averages them in eval mode.
-    Raises ValueError for a name that timm does not know, and for options that the model does not take.
     """
 
     patch_size = None
     noise_per_sample = 0
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        image_size: ImageSize | None = None,
-        num_classes: int | None = None,
-        drop_path: float = 0.0,
-        pretrained: bool = False,
-    ) -> None:
+    def __init__(self, name: str, inner: nn.Module, image_size: tuple[int, int]) -> None:
         super().__init__()
-        inner = _create(name, image_size, num_classes, drop_path, pretrained)
         # The adapter has no tensors of its own: it shares timm's registries instead of holding timm's model as a child,
         # so that the names of parameters and of the state dict are timm's everywhere, without a prefix to add and
         # strip.
@@ -48,7 +69,7 @@ class TimmModel(nn.Module):
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = inner.__dict__[registry]
         self.name = name
-        self.image_size = size_pair(image_size or inner.pretrained_cfg["input_size"][1:], "image_size")
+        self.image_size = image_size
         self.distilled = any(_DIST_HEAD.search(key) for key, _ in self.named_parameters())
         if self.distilled:
             inner.set_distilled_training(True)
@@ -90,37 +111,16 @@ class TimmModel(nn.Module):
 
     @property
     def head_names(self) -> tuple[str, ...]:
-        """Names of the linear layers whose output is logits."""
+        """Names of the linear layers whose output is logits; none where `num_classes` is 0."""
+        if self.inner.num_classes == 0:
+            return ()
         classifier = self.inner.pretrained_cfg["classifier"]
         return (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Logits:
         """Logits, or (class, distillation) logits, of float images `[B, C, H, W]`; `noise` is accepted and unused."""
         refuse_patches(x, f"timm's {self.name}")
         return self.inner(x)
-
-    def tokens(
-        self,
-        x: Tensor,
-        *,
-        at: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
-        stop: int | None = None,
-        keep: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Tensor:
-        """timm's `forward_features(x)`; raises NotImplementedError for `at`, `stop` and `keep`."""
-        for option, value in (("at", at), ("stop", stop), ("keep", keep)):
-            if value is not None:
-                raise NotImplementedError(
-                    f"tokens({option}=...) is not possible with timm's {self.name}: its blocks run inside timm's code; "
-                    "use a model of fastdeit.models (model.name instead of model.timm)"
-                )
-        refuse_patches(x, f"timm's {self.name}")
-        return self.inner.forward_features(x)
-
-    def classify(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """timm's `forward_head`: logits of what `tokens` returned."""
-        return self.inner.forward_head(tokens)
 
     def decay_groups(self, decay_dist_token: bool = False) -> tuple[list[str], list[str]]:
         """Names of the parameters `(with, without)` weight decay: without are 1-D, biases, and what timm lists.
@@ -130,14 +130,63 @@ class TimmModel(nn.Module):
         exempt = set(self.inner.no_weight_decay()) if hasattr(self.inner, "no_weight_decay") else set()
         return split_decay(self, exempt - {"dist_token"} if decay_dist_token else exempt)
 
-    def shard_units(self) -> list[nn.Module]:
-        """The blocks of a timm transformer; none, so that the model is one unit, where timm has no `blocks`."""
-        return list(getattr(self.inner, "blocks", ()))
-
     def flops(self, image_size: ImageSize | None = None) -> int:
         """Floating-point operations (2 per multiply-add) of `forward` for one image, as `contract.counted_flops`."""
         size = self.image_size if image_size is None else size_pair(image_size, "image_size")
         return counted_flops(self, (1, self.inner.pretrained_cfg["input_size"][0], *size))
+
+
+class TimmVisionTransformer(TimmModel):
+    """A vision transformer of timm, with its tokens (`contract.Tokens`)."""
+
+    def tokens(
+        self,
+        x: Tensor,
+        *,
+        at: TokenMaps | None = None,
+        stop: int | None = None,
+        keep: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """All tokens `[B, N, dim]` after the final norm, as `contract.Tokens.tokens`; `noise` is accepted and unused.
+
+        With `keep` all patches are embedded, and those not named are dropped before the first block.
+        """
+        refuse_patches(x, f"timm's {self.name}")
+        inner, at = self.inner, at or {}
+        end = last_block(len(self.blocks), at, stop)
+        # From here on timm's `forward_features`, block by block.
+        tokens = inner.norm_pre(inner.patch_drop(inner._pos_embed(inner.patch_embed(x))))
+        if keep is not None:
+            prefix = inner.num_prefix_tokens
+            tokens = torch.cat((tokens[:, :prefix], kept(tokens[:, prefix:], keep)), 1)
+        for index, block in enumerate(self.blocks[:end]):
+            tokens = block(mapped(at, index, tokens) if index in at else tokens)
+        return tokens if stop is not None else inner.norm(tokens)
+
+    def qkv(self, block: int, tokens: Tensor) -> QKV:
+        """Queries, keys and values `[B, heads, N, head_dim]` that `block` makes of `tokens`, those before it.
+
+        Raises ValueError for a block that is not timm's pre-norm `Block` with its `Attention`.
+        """
+        owner = self.blocks[block]
+        if not (isinstance(owner, Block) and isinstance(owner.attn, Attention)):
+            attention = type(getattr(owner, "attn", None)).__name__
+            raise ValueError(
+                f"block {block} of timm's {self.name} is a {type(owner).__name__} with attention {attention}; q, k and "
+                "v are known of timm's Block with Attention alone"
+            )
+        attention = owner.attn
+        q, k, v = attention.qkv(owner.norm1(tokens)).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return attention.q_norm(q), attention.k_norm(k), v
+
+    def classify(self, tokens: Tensor) -> Logits:
+        """timm's `forward_head`: logits of what `tokens` returned."""
+        return self.inner.forward_head(tokens)
+
+    def stages(self, depths: Sequence[int]) -> list[list[Owner]]:
+        """Owners of the parameters in the order of the computation (`contract.Tokens.stages`)."""
+        return block_stages(self, depths)
 
 
 def _create(

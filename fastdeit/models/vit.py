@@ -11,7 +11,7 @@ three ways, none of which changes the result:
   their keys and values have been used: before the last projection and the last MLP.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit import kernels
-from fastdeit.models.contract import ImageSize, size_pair, split_decay
-
-Taps = Mapping[int, Callable[[Tensor], Tensor]]
+from fastdeit.fields import size_pair
+from fastdeit.models.contract import ImageSize, Logits, Owner, TokenMaps, split_decay
+from fastdeit.models.positions import interpolated
+from fastdeit.models.tokens import QKV, block_stages, kept, last_block, mapped
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,6 @@ def _round(length: int, patch_size: int) -> int:
     return max(round(length / patch_size), 1) * patch_size
 
 
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """`[B, C, H, W]` -> `[B, H/p * W/p, C*p*p]`: patches row by row, each as a convolution's weight is laid out."""
-    batch, channels, height, width = images.shape
-    p = patch_size
-    cells = images.reshape(batch, channels, height // p, p, width // p, p)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * p)
-
-
 class PatchEmbed(nn.Module):
     """Linear embedding of flat patches. The weight is kept as that of a convolution, which is how it is published."""
 
@@ -91,6 +84,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
+        """Flat patches `[B, P, C*p*p]` as tokens `[B, P, dim]`."""
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -117,6 +111,11 @@ class Attention(nn.Module):
             mixed = kernels.query_attention(queries, F.linear(x, weight[dim:], bias[dim:]), self.heads)
         return F.linear(mixed, self.proj.weight, self.proj.bias.detach())
 
+    def heads_of(self, x: Tensor) -> QKV:
+        """Queries, keys and values `[B, heads, N, head_dim]` of `x`, for whoever compares them."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
 
 class Mlp(nn.Module):
     """Linear, GELU (exact), linear."""
@@ -127,6 +126,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[..., dim]` -> `[..., dim]`."""
         return kernels.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
@@ -213,7 +213,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def patch_size(self) -> int:
-        """Pixels per side of a patch; not None says that patchified input is welcome."""
+        """Pixels per side of a patch."""
         return self.config.patch_size
 
     @property
@@ -236,18 +236,21 @@ class VisionTransformer(nn.Module):
         """Uniforms that a training-mode forward needs per sample: one per residual branch, none without drop-path."""
         return 0 if self.config.drop_path == 0 else 2 * self.config.depth
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, noise: Tensor | None = None, *, grid: tuple[int, int] | None = None) -> Logits:
         """Logits `[B, num_classes]`; of a distilled model (class, distillation) logits, in train and eval mode alike.
 
-        x      float images `[B, C, H, W]` of `config.image_size`, or their patches `[B, P, C*p*p]` (see `patchify`)
+        x      float images `[B, C, H, W]`, H and W multiples of the patch size, or their patches `[B, P, C*p*p]` (see
+               `kernels.to_patches`). On another grid than the model's, its positions are interpolated to that of the input,
+               in every call: the images of one step may be of several sizes
+        grid   (rows, columns) of patchified input; None for the model's own
         noise  float32 `[B, noise_per_sample]` uniforms in [0, 1); needed for training with drop-path, unused in eval
                mode. Columns 2i and 2i+1 belong to attention and MLP of block i. A branch of rate p is kept, and scaled
                by 1 / (1 - p), where its uniform is >= p (Huang et al., "Deep networks with stochastic depth", ECCV
                2016).
 
-        Raises ValueError for input of another size, and for missing or ill-shaped noise.
+        Raises ValueError for input that is no grid of patches, and for missing or ill-shaped noise.
         """
-        start = self._embed(self._patches(x))
+        start = self._embed(*self._patches(x, grid))
         residual, branch, keep = self._run(start, self._keeps(noise, len(x)), rows=self.prefix_tokens)
         return self.classify(_add_norm(residual, branch, self.norm, keep)[1])
 
@@ -255,59 +258,71 @@ class VisionTransformer(nn.Module):
         self,
         x: Tensor,
         *,
-        at: Taps | None = None,
+        at: TokenMaps | None = None,
         stop: int | None = None,
         keep: Tensor | None = None,
         noise: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """All tokens `[B, N, dim]` after the final LayerNorm, prefix tokens first; `x` and `noise` as in `forward`.
+        """All tokens `[B, N, dim]` after the final LayerNorm, prefix tokens first; else as `forward`.
 
-        at    {block index: fn}: the tokens before that block are replaced by `fn(tokens)`; a tap returns its argument,
-              token pruning returns fewer tokens
+        at    {block index: fn}: the tokens before that block are replaced by `fn(tokens)`; token pruning returns fewer
         stop  run blocks [0, stop) and return their tokens without the final LayerNorm
         keep  int64 `[B, M]`: indices of the patches to embed, with their positions; the others are never computed
 
         Raises ValueError for an index that no block has, and for what `forward` raises it for.
         """
-        patches = self._patches(x)
+        patches, grid = self._patches(x, grid)
         keeps = self._keeps(noise, len(x))
         if at is None and stop is None and keep is None:
-            residual, branch, last_keep = self._run(self._embed(patches), keeps)
+            residual, branch, last_keep = self._run(self._embed(patches, grid), keeps)
         else:
-            end = self._check_seam(at or {}, stop)
-            residual, branch, last_keep = self._run_tapped(self._embed(patches, keep), keeps, at or {}, end)
+            end = last_block(self.config.depth, at or {}, stop)
+            residual, branch, last_keep = self._run_tapped(self._embed(patches, grid, keep), keeps, at or {}, end)
         if stop is not None:
             return _add(residual, branch, last_keep)
         return _add_norm(residual, branch, self.norm, last_keep)[1]
 
-    def classify(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def qkv(self, block: int, tokens: Tensor) -> QKV:
+        """Queries, keys and values `[B, heads, N, head_dim]` that `block` makes of `tokens`, those before it."""
+        owner = self.blocks[block]
+        return owner.attn.heads_of(_add_norm(tokens, None, owner.norm1, None)[1])
+
+    def classify(self, tokens: Tensor) -> Logits:
         """Logits, or (class, distillation) logits, of normalised tokens `[B, N, dim]`."""
         if self.config.distilled:
             return self.head(tokens[:, 0]), self.head_dist(tokens[:, 1])
         return self.head(tokens[:, 0])
 
-    def _patches(self, x: Tensor) -> Tensor:
-        config = self.config
-        height, width = config.image_size
-        if x.ndim == 4 and tuple(x.shape[1:]) == (config.in_chans, height, width):
-            return patchify(x, config.patch_size)
-        flat = (config.grid[0] * config.grid[1], config.in_chans * config.patch_size**2)
-        if x.ndim == 3 and tuple(x.shape[1:]) == flat:
-            return x
+    def _patches(self, x: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
+        """Flat patches `[B, P, C*p*p]` of the input, and their grid (rows, columns)."""
+        config, side = self.config, self.config.patch_size
+        if x.ndim == 4 and x.shape[1] == config.in_chans:
+            rows, columns = x.shape[2] // side, x.shape[3] // side
+            if (rows * side, columns * side) == x.shape[2:] and rows and columns and grid in (None, (rows, columns)):
+                return kernels.to_patches(x, side), (rows, columns)
+        rows, columns = grid or config.grid
+        if x.ndim == 3 and tuple(x.shape[1:]) == (rows * columns, config.in_chans * side**2):
+            return x, (rows, columns)
         raise ValueError(
-            f"input {tuple(x.shape)} does not fit a model for images [B, {config.in_chans}, {height}, {width}] "
-            f"or their patches [B, {flat[0]}, {flat[1]}]; build the model with another image_size, or resize the images"
+            f"input {tuple(x.shape)} is neither images [B, {config.in_chans}, H, W] with H and W multiples of {side}, "
+            f"nor the patches [B, {rows * columns}, {config.in_chans * side**2}] of a grid of {rows}x{columns}; resize "
+            f"the images, or say with grid=(rows, columns) how the patches lie"
         )
 
-    def _embed(self, patches: Tensor, keep: Tensor | None = None) -> Tensor:
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """Positions `[1, rows * columns, dim]` of the patches of a grid.
+
+        Another grid than the model's is interpolated anew in every call. A copy that is kept could be stale: fused
+        optimizers and replayed CUDA graphs write parameters without raising their `_version`.
+        """
         positions = self.pos_embed[:, self.prefix_tokens :]
+        return positions if grid == self.config.grid else interpolated(positions, self.config.grid, grid)
+
+    def _embed(self, patches: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> Tensor:
+        positions = self._positions(grid)
         if keep is not None:
-            if keep.ndim != 2 or len(keep) != len(patches) or keep.dtype != torch.int64:
-                raise ValueError(
-                    f"keep must be int64 [B, M] with B = {len(patches)}, but is {keep.dtype} {tuple(keep.shape)}"
-                )
-            patches = patches.gather(1, keep[:, :, None].expand(-1, -1, patches.shape[2]))
-            positions = positions[0, keep]
+            patches, positions = kept(patches, keep), positions[0, keep]
         prefix = (self.cls_token, self.dist_token) if self.config.distilled else (self.cls_token,)
         prefix = torch.cat(prefix, 1) + self.pos_embed[:, : self.prefix_tokens]
         return torch.cat((prefix.expand(len(patches), -1, -1), self.patch_embed(patches) + positions), 1)
@@ -342,42 +357,19 @@ class VisionTransformer(nn.Module):
         return residual, branch, keep
 
     def _run_tapped(
-        self, tokens: Tensor, keeps: Sequence[Tensor | None], at: Taps, end: int
+        self, tokens: Tensor, keeps: Sequence[Tensor | None], at: TokenMaps, end: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         residual, branch, keep = tokens, None, None
         for i in range(end):
             if i in at:
-                residual, branch, keep = at[i](_add(residual, branch, keep)), None, None
-                if not isinstance(residual, Tensor) or residual.ndim != 3 or residual.shape[::2] != tokens.shape[::2]:
-                    got = f"shape {tuple(residual.shape)}" if isinstance(residual, Tensor) else repr(residual)
-                    raise ValueError(f"at[{i}] must return tokens [{len(tokens)}, N, {tokens.shape[2]}], not {got}")
+                residual, branch, keep = mapped(at, i, _add(residual, branch, keep)), None, None
             residual, branch = self.blocks[i](residual, branch, keep, keeps[2 * i])
             keep = keeps[2 * i + 1]
         return residual, branch, keep
 
-    def _check_seam(self, at: Taps, stop: int | None) -> int:
-        depth = self.config.depth
-        end = depth if stop is None else stop
-        if not 0 <= end <= depth:
-            raise ValueError(f"stop is {stop}, but the model has {depth} blocks")
-        for index in at:
-            if not 0 <= index < end:
-                raise ValueError(f"at has block {index}, but only blocks 0 to {end - 1} run")
-        return end
-
-    def stages(self, depths: Sequence[int]) -> list[list[nn.Module | nn.Parameter]]:
-        """Owners of the parameters in the order of the computation; `depths[i]` blocks go to stage i.
-
-        The embedding belongs to the first stage, the final LayerNorm and the heads to the last: every parameter has
-        exactly one owner. For layer-wise learning rates, freezing and incubation.
-        """
-        if sum(depths) != self.config.depth or min(depths, default=0) < 1:
-            raise ValueError(f"depths {list(depths)} must be positive and add up to the {self.config.depth} blocks")
-        blocks = iter(self.blocks)
-        stages: list[list[nn.Module | nn.Parameter]] = [[next(blocks) for _ in range(depth)] for depth in depths]
-        stages[0][:0] = [*self.parameters(recurse=False), self.patch_embed]
-        stages[-1] += [self.norm, *(self.get_submodule(name) for name in self.head_names)]
-        return stages
+    def stages(self, depths: Sequence[int]) -> list[list[Owner]]:
+        """Owners of the parameters in the order of the computation (`contract.Tokens.stages`)."""
+        return block_stages(self, depths)
 
     def decay_groups(self, decay_dist_token: bool = False) -> tuple[list[str], list[str]]:
         """Names of the parameters `(with, without)` weight decay.
@@ -387,14 +379,6 @@ class VisionTransformer(nn.Module):
         """
         exempt = {"pos_embed", "cls_token"} if decay_dist_token else {"pos_embed", "cls_token", "dist_token"}
         return split_decay(self, exempt)
-
-    def shard_units(self) -> list[nn.Module]:
-        """Modules to shard (FSDP) or to recompute (activation checkpointing), in order: the blocks.
-
-        A block reads the weights of its children directly, so nothing smaller than a block can be a unit. Whoever calls
-        `tokens` of a sharded model names it to FSDP first (`torch.distributed.fsdp.register_fsdp_forward_method`).
-        """
-        return list(self.blocks)
 
     def flops(self, image_size: ImageSize | None = None) -> int:
         """Floating-point operations (2 per multiply-add) of `forward` for one image, by default of the model's size.

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdeit.models.positions import interpolated
 from fastdeit.models.vit import init_linear
 
 
@@ -105,9 +105,9 @@ def resize_pos_embed(
 ) -> tuple[Tensor, str]:
     """(positional embedding `[1, N, dim]` as `model` needs it, what was done in words: "" for nothing).
 
-    Patch positions are interpolated as DeiT does for fine-tuning at another size: bicubic, align_corners False, no
-    antialias, in float32. Positions of prefix tokens are copied; one that only the model has is 0 if the weights add
-    the token without a position (DeiT III), and else stays as initialised, as its token does.
+    Patch positions are interpolated as DeiT does for fine-tuning at another size (`positions.interpolated`). Positions
+    of prefix tokens are copied; one that only the model has is 0 if the weights add the token without a position
+    (DeiT III), and else stays as initialised, as its token does.
 
     `grid` is the (height, width) of the weights' patches. Without it a square is assumed, or the model's grid if the
     patches are as many and no square. Raises ValueError where that does not settle it, and for a model that has no
@@ -123,9 +123,7 @@ def resize_pos_embed(
         raise ValueError(f"{note}: the model adds its prefix tokens without positions, so these would be lost")
     patches = source[:, old_prefix:]
     if old_grid != new_grid:
-        cells = patches.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
-        cells = F.interpolate(cells, size=new_grid, mode="bicubic", align_corners=False)
-        patches = cells.flatten(2).transpose(1, 2).to(source.dtype)
+        patches = interpolated(patches, old_grid, new_grid)
     prefix = source[:, : min(old_prefix, new_prefix)]
     if old_prefix == 0:
         prefix = source.new_zeros(1, min(_tokens(state_dict), new_prefix), source.shape[2])

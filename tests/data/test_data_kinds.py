@@ -163,11 +163,11 @@ def test_a_reader_of_ones_own_is_a_kind_or_a_function(tmp_path):
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        ("zip", "data source 'zip' must be one of folder, packed, .*, or an import path package.module:KIND"),
-        ("synthetic", "data source 'synthetic' must be one of folder"),
+        ("zip", "data source: 'zip' must be one of folder, packed, .*, or an import path package.module:KIND"),
+        ("synthetic", "data source: 'synthetic' must be one of folder"),
         ("no_such_module:KIND", "cannot be imported: No module named 'no_such_module'"),
         ("test_data_kinds:NONE", "cannot be imported: module 'test_data_kinds' has no attribute 'NONE'"),
-        (":NONE", "cannot be imported: Empty module name"),
+        (":NONE", "is not an import path"),
         ("test_data_kinds:NOTHING", r"is 3, but has to be a fastdeit\.data\.kinds\.Kind or a function"),
     ],
 )

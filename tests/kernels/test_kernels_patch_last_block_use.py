@@ -25,8 +25,8 @@ from timm_models import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fastdeit import models
 from fastdeit.kernels import accelerate, patch_modules, restore, use
-from fastdeit.models.timm_model import TimmModel
 
 PATCHES = 9  # of model_of()
 
@@ -297,7 +297,7 @@ def test_a_model_without_a_pooling_has_no_such_part():
 
 
 def test_under_fastdeits_adapter():
-    model = TimmModel("deit_tiny_distilled_patch16_224", image_size=32, num_classes=5)
+    model = models.build_timm("deit_tiny_distilled_patch16_224", image_size=32, num_classes=5)
     timms = deepcopy(model)
     accelerate(model.inner, strict=True)
     images = normal(2, 3, 32, 32, dtype=torch.float32, device="cpu", seed=0)

@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from fastdeit import build, methods, models
 from fastdeit import recipe as recipes
 from fastdeit.bench_step import Cell, batch
 from fastdeit.engine.dist import World
-from fastdeit.errors import Interrupted
+from fastdeit.errors import Interrupted, UsageError
 from fastdeit.methods.frozen import freeze
-from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.methods.teacher import FeatureTeacherConfig, Teacher, TeacherConfig
+from fastdeit.models import tokens as tokens_of
 from fastdeit.train import train
 
 K, SIZE = 5, (16, 12)
@@ -429,3 +431,147 @@ def test_a_run_with_a_teacher_is_resumed_bit_by_bit_and_saves_none_of_it(weights
         for run in ("whole", "resumed")
     ]
     assert losses[0] == losses[1]
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+class OfViews:
+    """A batch of two views that says what it was asked to render."""
+
+    def pixels(self, view=0, mean=None, std=None):
+        return torch.full((2, 3, 8, 8), 100.0 * view + 10 * mean + std)
+
+
+def test_a_teacher_renders_each_view_in_its_own_normalisation():
+    teacher = Teacher(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), mean=3, std=7)
+    assert teacher.pixels(OfViews(), view=1).unique().tolist() == [137]
+    assert teacher(OfViews()).tolist() == [[37.0] * 3] * 2
+
+
+TRANSFORMERS = {
+    "ours": lambda: models.build("deit_digits_patch8_32", image_size=32),
+    "timm's": lambda: models.build_timm("test_vit", image_size=32, num_classes=0),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_features_of_a_teacher_are_its_networks(name):
+    """In eval mode, without gradient, at the teacher's resolution."""
+    torch.manual_seed(0)
+    network = TRANSFORMERS[name]().train()
+    teacher, x = Teacher(copy.deepcopy(network), image_size=32), torch.randn(2, 3, 48, 48, requires_grad=True)
+    seen = F.interpolate(x.detach(), size=(32, 32), mode="bicubic", antialias=True)
+    keep = torch.tensor([[0, 3], [2, 1]])
+    network.eval().requires_grad_(False)
+    read = teacher.taps(x, blocks=(0,), qkv=(1,), keep=keep)
+    expected = tokens_of.taps(network, seen, blocks=(0,), qkv=(1,), keep=keep)
+    answers = [teacher.tokens(x), teacher.tokens(x, stop=1, keep=keep), read.tokens[0], *read.qkv[1]]
+    exact = [network.tokens(seen), network.tokens(seen, stop=1, keep=keep), expected.tokens[0], *expected.qkv[1]]
+    for answer, own in zip(answers, exact, strict=True):
+        torch.testing.assert_close(answer, own)
+        assert not answer.requires_grad
+
+
+@pytest.mark.parametrize("ask", [Teacher.tokens, partial(Teacher.taps, blocks=(0,))])
+def test_a_teacher_without_tokens_says_so(ask):
+    with pytest.raises(ValueError, match="the teacher is a ConvNet, which has no tokens; a method that reads tokens"):
+        ask(Teacher(models.build("convnet_digits")), torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_features_are_compiled_in_one_graph(name):
+    torch.manual_seed(0)
+    teacher, x = Teacher(freeze(TRANSFORMERS[name](), (32, 32)), image_size=32), torch.randn(2, 3, 32, 32)
+
+    def relation(x):
+        read = teacher.taps(x, blocks=(0,), qkv=(1,))
+        return read.tokens[0].sum() + (read.qkv[1][0] @ read.qkv[1][1].mT).sum() + teacher.tokens(x, stop=1).sum()
+
+    compiled = torch.compile(relation, fullgraph=True, dynamic=False, backend="eager")
+    torch.testing.assert_close(compiled(x), relation(x))
+
+
+def saved(network, path):
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+    return str(path)
+
+
+FEATURES = {
+    # What the recipe names, and the networks whose weights will do for it.
+    "timm": ("test_vit", lambda classes: models.build_timm("test_vit", image_size=32, num_classes=classes)),
+    "model": ("deit_digits_patch8_32", lambda classes: models.build("deit_digits_patch8_32", num_classes=classes)),
+}
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+@pytest.mark.parametrize("origin", FEATURES)
+def test_a_teacher_of_features_needs_no_head_for_the_data_set(origin, classes, tmp_path):
+    name, make = FEATURES[origin]
+    network = make(classes or 7)
+    if classes == 0:
+        state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("head.")}
+        network.state_dict = lambda: state
+    options = {origin: name, "weights": saved(network, tmp_path / "w.safetensors")}
+    teacher = build.teacher(FeatureTeacherConfig(**options), (32, 32), 10, tmp_path, "bf16")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        read, expected = teacher.taps(x, blocks=(1,), qkv=(2,)), network.eval().tokens(x, stop=2)
+    assert next(iter(teacher.model.blocks)).attn.qkv.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(read.tokens[1].float(), expected.float(), rtol=0.05, atol=0.05)
+    with pytest.raises(UsageError, match="do not fit the teacher"):
+        build.teacher(TeacherConfig(**options), (32, 32), 10, tmp_path, "bf16")
+
+
+@pytest.mark.parametrize("origin", FEATURES)
+def test_a_teacher_of_features_still_needs_its_body(origin, tmp_path):
+    name, make = FEATURES[origin]
+    network = make(10)
+    state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("blocks.1.")}
+    network.state_dict = lambda: state
+    config = FeatureTeacherConfig(**{origin: name, "weights": saved(network, tmp_path / "w.safetensors")})
+    with pytest.raises(UsageError, match=r"do not fit the teacher: kept as initialised: blocks\.1\."):
+        build.teacher(config, (32, 32), 10, tmp_path)
+
+
+METHOD = """\
+import torch
+from fastdeit.methods.base import Method, MethodConfig, Out
+from fastdeit.methods.teacher import FeatureTeacherConfig
+from fastdeit.models.tokens import taps
+
+
+class Relations(Method):
+    class Config(MethodConfig):
+        teacher: FeatureTeacherConfig
+
+    def __init__(self, model, config, context):
+        super().__init__(model, config, context)
+        self.teacher = context.teacher(config.teacher)
+        unused = ("blocks.2.attn.proj", "blocks.2.norm2", "blocks.2.mlp", "blocks.3", "norm", "head")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(unused))
+
+    def forward(self, batch):
+        q, k, _ = self.teacher.taps(self.teacher.pixels(batch), qkv=(1,)).qkv[1]
+        told = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+        q, k, _ = taps(self.model, batch.pixels(), qkv=(2,), noise=batch.noise["drop_path"]).qkv[2]
+        said = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+        return Out((told - said).square().mean())
+"""
+
+
+def test_relations_are_learned_from_a_teacher_without_a_head(tmp_path, monkeypatch):
+    """By a method of another package; the teacher is not scored."""
+    (tmp_path / "relations_of_a_teacher.py").write_text(METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = saved(models.build_timm("test_vit", image_size=32, num_classes=0), tmp_path / "w.safetensors")
+    text = RECIPE.replace("use: distill", "use: 'relations_of_a_teacher:Relations'").replace("test_resnet", "test_vit")
+    # At 64 pixels the teacher has the student's grid.
+    text = text.replace("WEIGHTS", f"{path}, image_size: 64").replace("bf16", "fp32").replace("_distilled", "")
+    (tmp_path / "r.yaml").write_text(text)
+    recipe = recipes.load(str(tmp_path / "r.yaml"), [])
+    train(recipe, tmp_path / "run", World(torch.device("cpu")), resume=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert not any("teacher_top1" in line for line in lines)
+    assert any(line.get("loss") is not None for line in lines)

@@ -47,7 +47,6 @@ def test_convnet_contract(digits_net):
     assert sorted(decay + no_decay) == sorted(name for name, _ in digits_net.named_parameters())
     assert digits_net.flops() == flops(digits_net, torch.zeros(1, 3, 32, 32))
     assert digits_net.flops((64, 32)) == flops(digits_net, torch.zeros(1, 3, 64, 32))
-    assert digits_net.shard_units() == []
 
 
 def test_convnet_learns(digits_net):
@@ -143,7 +142,6 @@ def test_timm_contract(distilled):
     assert (distilled.noise_per_sample, distilled.patch_size, distilled.distilled) == (0, None, True)
     assert distilled.mean == (0.485, 0.456, 0.406)
     assert distilled.std == (0.229, 0.224, 0.225)
-    assert distilled.shard_units() == list(distilled.inner.blocks)
     decay, no_decay = distilled.decay_groups()
     assert {"cls_token", "pos_embed", "dist_token", "blocks.0.norm1.weight", "head.bias"} <= set(no_decay)
     assert {"patch_embed.proj.weight", "head_dist.weight"} <= set(decay)
@@ -152,12 +150,6 @@ def test_timm_contract(distilled):
     ours = models.build("deit_tiny_distilled_patch16_224", image_size=64, num_classes=6)
     assert distilled.decay_groups() == ours.decay_groups()
     assert distilled.flops() == flops(distilled.eval(), torch.zeros(1, 3, 64, 64))
-
-
-@pytest.mark.parametrize("option", ["at", "stop", "keep"])
-def test_timm_refuses_the_seam(distilled, option):
-    with pytest.raises(NotImplementedError, match=rf"tokens\({option}=...\) is not possible with timm's deit_tiny"):
-        distilled.tokens(torch.zeros(1, 3, 64, 64), **{option: 0})
 
 
 def test_timm_errors(distilled):

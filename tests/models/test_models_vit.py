@@ -7,8 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeit import models
+from fastdeit.kernels import to_patches
 from fastdeit.models.contract import split_decay
-from fastdeit.models.vit import VisionTransformer, ViTConfig, patchify
+from fastdeit.models.vit import VisionTransformer, ViTConfig
 
 SMALL = ViTConfig(image_size=(16, 24), patch_size=8, dim=32, depth=4, heads=2, num_classes=5, distilled=True)
 
@@ -53,12 +54,12 @@ def test_patches_are_what_the_convolution_multiplies():
     x = images()
     weight = torch.randn(7, 3, 8, 8)
     convolved = F.conv2d(x, weight, stride=8).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(patchify(x, 8) @ weight.flatten(1).T, convolved, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(to_patches(x, 8) @ weight.flatten(1).T, convolved, rtol=1e-4, atol=1e-4)
 
 
 def test_patchified_input_equals_images():
     vit, x = model(), images()
-    for a, b in zip(vit(x), vit(patchify(x, 8)), strict=True):
+    for a, b in zip(vit(x), vit(to_patches(x, 8)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -177,12 +178,28 @@ def test_seam_errors(options, message):
         model().tokens(images(), **options)
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 24), (2, 3, 24, 16), (2, 1, 16, 24), (2, 6, 64), (2, 5, 192), (2, 192)])
-def test_input_of_another_size_is_refused(shape):
-    with pytest.raises(
-        ValueError, match=r"does not fit a model for images \[B, 3, 16, 24\] or their patches \[B, 6, 192\]"
-    ):
-        model()(torch.zeros(shape))
+@pytest.mark.parametrize(
+    ("shape", "grid"),
+    [
+        ((3, 16, 24), None),  # no batch
+        ((2, 1, 16, 24), None),  # one channel
+        ((2, 3, 16, 20), None),  # half a patch
+        ((2, 3, 4, 24), None),  # no row of patches
+        ((2, 3, 16, 24), (3, 2)),  # another grid than said
+        ((2, 6, 64), None),  # one channel
+        ((2, 5, 192), None),  # of a grid that nobody named
+        ((2, 6, 192), (2, 2)),  # another grid than said
+        ((2, 192), None),
+    ],
+)
+def test_input_that_is_no_grid_of_patches_is_refused(shape, grid):
+    rows, columns = grid or (2, 3)
+    patches = rf"the patches \[B, {rows * columns}, 192\] of a grid of {rows}x{columns}; resize .*, or say with grid="
+    message = rf"is neither images \[B, 3, H, W\] with H and W multiples of 8, nor {patches}"
+    with pytest.raises(ValueError, match=message):
+        model()(torch.zeros(shape), grid=grid)
+    with pytest.raises(ValueError, match=message):
+        model().tokens(torch.zeros(shape), grid=grid)
 
 
 @pytest.mark.parametrize("depths", [[4], [1, 3], [1, 1, 1, 1]])
@@ -229,11 +246,6 @@ def test_a_bias_of_any_shape_is_not_decayed():
     module.bias = torch.nn.Parameter(torch.zeros(3, 4))
     assert split_decay(module, ()) == (["weight"], ["bias"])
     assert split_decay(module, {"weight"}) == ([], ["weight", "bias"])
-
-
-def test_shard_units_are_the_blocks():
-    vit = model()
-    assert vit.shard_units() == list(vit.blocks)
 
 
 @pytest.mark.parametrize("options", [{}, {"distilled": False}, {"depth": 1}, {"mlp_ratio": 3.0, "num_classes": 1000}])
@@ -310,5 +322,5 @@ def test_build_by_name():
         models.build("deit_smal_patch16_224")
     with pytest.raises(ValueError, match=r"deit_digits_patch8_32 has no option 'drop_pth'; did you mean drop_path"):
         models.build("deit_digits_patch8_32", drop_pth=0.1)
-    with pytest.raises(ValueError, match=r"no model '!!'; known are deit_tiny_patch16_224, "):
+    with pytest.raises(ValueError, match=r"no model '!!'; known are deit_tiny_patch16_224, .*, and import paths"):
         models.build("!!")

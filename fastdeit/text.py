@@ -1,0 +1,14 @@
+"""Words for messages that people read."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """The end of an error message, `; did you mean X or Y?`, or "" where nothing known is like `word`.
+
+    Named are up to three of `known`, the closest first, whose `difflib` ratio with `word` (0 to 1) is at least
+    `cutoff`.
+    """
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=cutoff)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
