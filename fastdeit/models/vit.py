@@ -240,8 +240,8 @@ class VisionTransformer(nn.Module):
         """Logits `[B, num_classes]`; of a distilled model (class, distillation) logits, in train and eval mode alike.
 
         x      float images `[B, C, H, W]`, H and W multiples of the patch size, or their patches `[B, P, C*p*p]` (see
-               `kernels.to_patches`). On another grid than the model's, its positions are interpolated to that of the input,
-               in every call: the images of one step may be of several sizes
+               `kernels.to_patches`). On another grid than the model's, its positions are interpolated to that of the
+               input, in every call: the images of one step may be of several sizes
         grid   (rows, columns) of patchified input; None for the model's own
         noise  float32 `[B, noise_per_sample]` uniforms in [0, 1); needed for training with drop-path, unused in eval
                mode. Columns 2i and 2i+1 belong to attention and MLP of block i. A branch of rate p is kept, and scaled

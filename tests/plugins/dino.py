@@ -68,7 +68,7 @@ class Dino(Method):
         super().__init__(model, config, context)
         for head in model.head_names:  # nothing learns from labels here
             model.get_submodule(head).requires_grad_(False)
-        self.projection = Projection(model.config.dim, 128, 32, config.outputs)
+        self.projection = Projection(model.config.dim, 128, 128, config.outputs)
         self.teacher_branch = context.ema_teacher(Branch(model, self.projection), self.momentum)
         self.register_buffer("centre", torch.zeros(config.outputs))
         self._seen: list[Tensor] = []

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from plugins import adversarial, cached
+from safetensors.torch import save_file
 from small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 from toys import toy_batch
 
@@ -34,6 +35,13 @@ METHODS = {
     "mae": (VIT, 'use: "plugins.mae:MaskedAutoencoder"', 4),
     "adversarial": ("convnet_digits", 'use: "plugins.adversarial:Adversarial", eps: 0.05, eta: 0.02', 3),
     "cached": (VIT, 'use: "plugins.cached:CachedLogits", store: "STORE"', 3),
+    "dino": (VIT, 'use: "plugins.dino:Dino"', 4),
+    "incubation": (VIT, 'use: "plugins.incubation:Incubation", depths: [3, 1]', 6),
+    "relations": (
+        VIT,
+        f'use: "plugins.relations:Relations", block: 2, teacher_block: 1, teacher: {{model: {VIT}, weights: WEIGHTS}}',
+        3,
+    ),
 }
 CPU = World(torch.device("cpu"))
 
@@ -66,10 +74,22 @@ def case(request, few_digits, store, tmp_path_factory):
     """(recipe, steps of the run, the run that was never interrupted)"""
     model, method, epochs = METHODS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    recipe = written(folder, model, method.replace("STORE", str(store)), epochs, few_digits)
+    weights = folder / "teacher.safetensors"
+    if "WEIGHTS" in method:
+        torch.manual_seed(1)
+        save_file(sharpened(models.build(VIT, num_classes=10)).state_dict(), weights)
+    method = method.replace("STORE", str(store)).replace("WEIGHTS", str(weights))
+    recipe = written(folder, model, method, epochs, few_digits)
     run = folder / "run"
     assert cli(["train", str(folder / "recipe.yaml"), "--run-dir", str(run)]) == 0
     return recipe, epochs * STEPS_PER_EPOCH, run
+
+
+def sharpened(network):
+    """A network with attention that is not uniform, as that of one that has learned something."""
+    for block in network.blocks:
+        block.attn.qkv.weight.data *= 8
+    return network
 
 
 def losses(run):
