@@ -251,7 +251,7 @@ def triton_lamb(
 OP = _op.Op(
     "fused_lamb",
     reference,
-    examples=_update_examples.updates(1.0, None, bytes_of_a_parameter=56),
+    examples=_update_examples.updates(_update_examples.adam_numbers, 1.0, None, states=2, bytes_of_a_parameter=56),
     others=[
         _op.Backend("triton", _triton.capability, triton_lamb),
         _op.Backend("apex", apex.capability, apex.lamb),
