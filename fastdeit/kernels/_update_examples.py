@@ -1,14 +1,16 @@
 """Examples of the ops that update many tensors, and of their norm: the parameters of a DeiT."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdeit.kernels._example import BASE, BASE_FP16, HALVES, MANY_CLASSES, Example, Maker
+from fastdeit.kernels._example import BASE, HALVES, MANY_CLASSES, Example, Maker, Sizes
 
 _FULL = ((BASE, torch.float32),)
+_HALVES = [(BASE, dtype) for dtype in HALVES]
 Shapes = Sequence[tuple[int, ...]]
 
 
@@ -18,82 +20,61 @@ def _tensors(make: Maker, shapes: Shapes, dtype: torch.dtype | None = None) -> l
     return [torch.rand(shape, device=make.device).to(dtype or make.full) for shape in shapes]
 
 
-def _adam(make: Maker) -> list[Any]:
-    """Count of updates, learning rate, betas and eps. The learning rate is so small that thousands of measured updates
-    change little."""
+def adam_numbers(make: Maker) -> list[Any]:
+    """step, lr, beta1, beta2 and eps. With this lr, thousands of measured updates change little."""
     return [make.scalar(0.0), make.scalar(1e-9), 0.9, 0.999, 1e-8]
 
 
-def _sgd(make: Maker) -> list[Any]:
-    """Learning rate, momentum, whether it is Nesterov's, whether the decay is decoupled."""
+def sgd_numbers(make: Maker) -> list[Any]:
+    """lr, momentum, whether it is Nesterov's, whether the decay is decoupled."""
     return [make.scalar(1e-9), 0.9, True, False]
 
 
-_NUMBERS = {2: _adam, 1: _sgd}
-"""What stands between the lists and the weight decay, by how many lists of state the op takes."""
+def decoupled_sgd_numbers(make: Maker) -> list[Any]:
+    """As `sgd_numbers`: plain momentum, decoupled decay."""
+    return [make.scalar(1e-9), 0.9, False, True]
 
 
-def _update(
-    make: Maker,
-    shapes: Shapes,
-    states: int,
-    *,
-    decay: float,
-    grad: torch.dtype | None = None,
-    follow: bool = True,
-    copy: torch.dtype | None = None,
-) -> list[Any]:
-    """Arguments of an update: with an average of the parameters and guards unless not `follow`, and with a copy of the
-    parameters in the dtype `copy`."""
-    lists = [_tensors(make, shapes, dtype) for dtype in (None, grad, *[None] * states)]
-    guards = (make.scalar(1.0), make.scalar(0.0)) if follow else (None, None)
-    ema = _tensors(make, shapes) if follow else []
-    copies = [] if copy is None else _tensors(make, shapes, copy)
-    return [*lists, *_NUMBERS[states](make), decay, *guards, ema, 0.9999, copies]
+def updates(numbers: Callable[[Maker], list[Any]], *, states: int, bytes_of_a_parameter: int) -> list[Example]:
+    """Examples of `op(params, grads, *state lists, *numbers, weight_decay, grad_scale, found_inf, ema, ema_decay,
+    copies)`, which moves so many bytes for each parameter that has an average."""
 
+    def update(
+        make: Maker,
+        shapes: Callable[[Sizes], Shapes] = lambda sizes: sizes.matrices,
+        decay: float = 0.05,
+        grad: bool = False,
+        follow: bool = True,
+        copy: bool = False,
+    ) -> list[Any]:
+        """grad, copy: whether there are gradients, and copies of the parameters, in the dtype of the example; follow:
+        whether there are guards and an average."""
+        chosen = shapes(make.sizes)
+        dtypes = None, make.dtype if grad else None, *[None] * states
+        lists = [_tensors(make, chosen, dtype) for dtype in dtypes]
+        guards = (make.scalar(1.0), make.scalar(0.0)) if follow else (None, None)
+        ema = _tensors(make, chosen) if follow else []
+        copies = _tensors(make, chosen, make.dtype) if copy else []
+        return [*lists, *numbers(make), decay, *guards, ema, 0.9999, copies]
 
-def updates(states: int, bytes_of_a_parameter: int) -> list[Example]:
-    """Examples of `op(params, grads, *lists of state, *numbers, weight_decay, grad_scale, found_inf, ema, ema_decay,
-    copies)`, which moves so many bytes for a parameter that has an average."""
-    halves = [(BASE, dtype) for dtype in HALVES]
     return [
         Example(
             "weights",
-            lambda make: _update(make, make.sizes.matrices, states, decay=0.05),
+            update,
             compiled=_FULL,
             bytes=lambda args: bytes_of_a_parameter * sum(p.numel() for p in args[0]),
         ),
-        Example("vectors", lambda make: _update(make, make.sizes.vectors, states, decay=0.0), compiled=_FULL),
-        Example(
-            "weights, 16-bit copy",
-            lambda make: _update(make, make.sizes.matrices, states, decay=0.05, copy=make.dtype),
-            compiled=BASE_FP16,
-        ),
-        Example(
-            "weights, 16-bit gradients and copy",
-            lambda make: _update(make, make.sizes.matrices, states, decay=0.05, grad=make.dtype, copy=make.dtype),
-            compiled=halves,
-        ),
-        Example(
-            "weights, nothing else",
-            lambda make: _update(make, make.sizes.matrices, states, decay=0.05, follow=False),
-            compiled=_FULL,
-        ),
+        Example("vectors", partial(update, shapes=lambda sizes: sizes.vectors, decay=0.0), compiled=_FULL),
+        Example("weights, 16-bit copy", partial(update, copy=True)),
+        Example("weights, 16-bit gradients and copy", partial(update, grad=True, copy=True), compiled=_HALVES),
+        Example("weights, nothing else", partial(update, follow=False), compiled=_FULL),
         Example(
             "one bias",
-            lambda make: _update(make, [(make.sizes.classes,)], states, decay=0.0),
+            partial(update, shapes=lambda sizes: [(sizes.classes,)], decay=0.0),
             compiled=[(MANY_CLASSES, torch.float32)],
         ),
     ]
 
-
-def _decoupled(make: Maker) -> list[Any]:
-    args = _update(make, make.sizes.matrices, 1, decay=0.05)
-    args[5:7] = [False, True]
-    return args
-
-
-DECOUPLED_SGD = Example("weights, decoupled decay, not Nesterov's", _decoupled, compiled=_FULL)
 
 NORM = [
     Example(
@@ -105,6 +86,6 @@ NORM = [
     Example(
         "16-bit weights",
         lambda make: [_tensors(make, make.sizes.matrices, make.dtype)],
-        compiled=[(BASE, dtype) for dtype in HALVES],
+        compiled=_HALVES,
     ),
 ]

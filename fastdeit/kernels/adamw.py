@@ -207,7 +207,7 @@ def triton_adamw(
 OP = _op.Op(
     "fused_adamw",
     reference,
-    examples=_update_examples.updates(states=2, bytes_of_a_parameter=36),
+    examples=_update_examples.updates(_update_examples.adam_numbers, states=2, bytes_of_a_parameter=36),
     others=[
         _op.Backend("triton", _triton.capability, triton_adamw),
         _op.Backend("aten", _aten_capability, aten),

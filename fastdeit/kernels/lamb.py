@@ -245,7 +245,7 @@ def triton_lamb(
 OP = _op.Op(
     "fused_lamb",
     reference,
-    examples=_update_examples.updates(states=2, bytes_of_a_parameter=52),
+    examples=_update_examples.updates(_update_examples.adam_numbers, states=2, bytes_of_a_parameter=52),
     others=[
         _op.Backend("triton", _triton.capability, triton_lamb),
         _op.Backend("apex", apex.capability, apex.lamb),

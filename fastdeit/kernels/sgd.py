@@ -13,6 +13,7 @@ moves just these, in one pass.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -146,10 +147,15 @@ def triton_sgd(
 
 # ---- registration ----------------------------------------------------------------------------------------------------
 
+_PLAIN = _update_examples.updates(_update_examples.decoupled_sgd_numbers, states=1, bytes_of_a_parameter=28)[0]
+
 OP = _op.Op(
     "fused_sgd",
     reference,
-    examples=[*_update_examples.updates(states=1, bytes_of_a_parameter=28), _update_examples.DECOUPLED_SGD],
+    examples=[
+        *_update_examples.updates(_update_examples.sgd_numbers, states=1, bytes_of_a_parameter=28),
+        replace(_PLAIN, name="weights, decoupled decay, not Nesterov's", bytes=None),
+    ],
     others=[_op.Backend("triton", _triton.capability, triton_sgd)],
     mutates=("params", "momentum_buffers", "ema", "copies"),
 )

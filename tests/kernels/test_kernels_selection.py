@@ -45,6 +45,7 @@ def scale():
         name,
         reference,
         backward,
+        examples=[],
         others=[Backend("absent", refuses, marked), Backend("quick", works, marked, backward)],
     )
     op.registered.register_fake(lambda x, factor: torch.empty_like(x))
