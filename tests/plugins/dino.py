@@ -71,6 +71,7 @@ class Dino(Method):
         self.projection = Projection(model.config.dim, 128, 128, config.outputs)
         self.teacher_branch = context.ema_teacher(Branch(model, self.projection), self.momentum)
         self.register_buffer("centre", torch.zeros(config.outputs))
+        self.register_buffer("updates", torch.zeros(()))
         self._seen: list[Tensor] = []
 
     def momentum(self, step: Step) -> Tensor:
@@ -105,7 +106,9 @@ class Dino(Method):
 
     def after_step(self, engine: Any) -> None:
         mean = engine.world.sum(torch.stack(self._seen).mean(0)) / engine.world.size
-        self.centre.lerp_(mean, 0.1)
+        self.updates += 1
+        # The mean of what has been seen until that is ten batches: from zero, the first targets would all be alike.
+        self.centre.lerp_(mean, (1 / self.updates).clamp(min=0.1))
         self._seen.clear()
 
     def evaluators(self):
