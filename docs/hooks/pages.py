@@ -1,4 +1,4 @@
-"""Pages that are made when the site is built: what the README and the recipes' models say already is not typed again."""
+"""Pages that are made when the site is built, because the README and the recipes' models have their text already."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import recipe_fields
+import recipes_page
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Called by MkDocs with the files of `docs/`; adds those that are made."""
     files.append(File.generated(config, "getting_started.md", content=getting_started()))
-    files.append(File.generated(config, "recipe_fields.md", content=recipe_fields.page()))
+    files.append(File.generated(config, "recipes.md", content=recipes_page.page()))
     return files
 
 

@@ -1,6 +1,7 @@
-"""The page "Recipe fields": every field of a recipe with its type, default and meaning, read from the pydantic models.
+"""The page "Recipes": those that are shipped, and every field with its type, default and meaning.
 
-A field's type comes from the model's JSON schema, and its meaning from the docstring below the field.
+All is read from the recipes and their pydantic models. A field's type comes from the model's JSON schema, and its
+meaning from the docstring below the field.
 """
 
 import ast
@@ -9,26 +10,31 @@ import json
 import textwrap
 from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import pairwise
 from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fastdeit import methods
+from fastdeit import methods, recipe
 from fastdeit.engine import optimizers
-from fastdeit.recipe import Recipe
 
 INTRODUCTION = """\
-# Recipe fields
+# Recipes and their fields
 
-A recipe is a YAML file with these sections. `fastdeit recipes show NAME` prints one that is shipped. A field is set in
-the file, or for one run on the command line:
+A recipe is a YAML file that says everything about a run. `fastdeit recipes show NAME` prints one that is shipped. A
+field is set in the file, or for one run on the command line:
 
 ```bash
 fastdeit train deit_tiny optim.lr=5e-4 data.flip=0 --data /path/to/imagenet
 ```
 
 A recipe may start from another one: `base: NAME` at its top takes over the other's fields.
+
+## Shipped recipes
+
+| name | what it trains |
+|---|---|
 """
 _BOUNDS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
 _WORDS = {"number": "number", "integer": "integer", "boolean": "true or false", "string": "text", "null": "null"}
@@ -36,11 +42,12 @@ _WORDS = {"number": "number", "integer": "integer", "boolean": "true or false", 
 
 def page() -> str:
     """The page, in Markdown."""
-    return "\n".join([INTRODUCTION, *_sections()])
+    shipped = (f"| `{name}` | {summary} |" for name, summary in recipe.summaries())
+    return "\n".join([INTRODUCTION.rstrip("\n"), *shipped, *_sections()])
 
 
 def _sections() -> Iterator[str]:
-    for name, field in Recipe.model_fields.items():
+    for name, field in recipe.Recipe.model_fields.items():
         if name == "method":
             for use in methods.METHODS:
                 model = methods.config(use)
@@ -85,7 +92,7 @@ def field_docstrings(model: type[BaseModel]) -> Mapping[str, str]:
             continue
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         body = definition.body
-        for field, below in zip(body, body[1:], strict=False):
+        for field, below in pairwise(body):
             is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
             if isinstance(field, ast.AnnAssign) and is_text and isinstance(below.value.value, str):
                 found[field.target.id] = inspect.cleandoc(below.value.value)
@@ -107,8 +114,10 @@ def words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if kind == "array":
         return _list_in_words(schema, definitions)
     if kind == "object":
-        return "fields by name" if "additionalProperties" in schema and schema["additionalProperties"] else "fields"
-    bounds = [form.format(_number(schema[key])) for key, form in _BOUNDS.items() if key in schema and schema[key] < 2**53]
+        return "fields by name" if schema.get("additionalProperties") else "fields"
+    bounds = [
+        form.format(_number(schema[key])) for key, form in _BOUNDS.items() if key in schema and schema[key] < 2**53
+    ]
     return " ".join([_WORDS.get(kind, kind), " and ".join(bounds)]).strip()
 
 
