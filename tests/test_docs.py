@@ -6,6 +6,7 @@ import importlib
 import re
 import shlex
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -151,10 +152,11 @@ def command_lines():
     for page in PAGES:
         for _, text in blocks(page, "bash"):
             for line in text.replace("\\\n", " ").splitlines():
-                for command in line.split(" #")[0].split("&&"):
-                    words = shlex.split(command, comments=True)
-                    if words[:1] == ["fastdeit"]:
-                        yield pytest.param(words[1:], id=f"{page.name}: {' '.join(words)}")
+                words = shlex.split(line, comments=True)
+                for ends, command in groupby(words, lambda word: word in ("&&", "|", ";")):
+                    command = list(command)
+                    if not ends and command[0] == "fastdeit":
+                        yield pytest.param(command[1:], id=f"{page.name}: {' '.join(command)}")
 
 
 @pytest.mark.parametrize("words", [*command_lines()])
