@@ -43,6 +43,7 @@ class About(Section):
     command: str = ""
     """The command that the figures below belong to."""
     hardware: Figure = "unverified"
+    """What the run needs or was made on."""
     hours: Figure = "unverified"
     """Wall-clock time of the whole run."""
     top1: Figure = "unverified"
@@ -170,6 +171,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "deit-exact"] = "cosine"
     """cosine: per step, after a linear warm-up; deit-exact: the public code's, per epoch and one epoch late."""
     warmup_epochs: NonNegative = 5.0
+    """Epochs in which the learning rate rises from `warmup_lr` to `lr`; fractions are allowed."""
     warmup_lr: NonNegative = 1e-6
     """Learning rate at the first step of the warm-up."""
     min_lr: NonNegative = 1e-5
@@ -191,6 +193,7 @@ class TrainConfig(Section):
     """Length of the run, batch size, seed, evaluation."""
 
     epochs: Count
+    """Passes over the training set."""
     batch_size: Count
     """Samples per optimizer step, over all processes and micro-batches."""
     accumulate: Count = 1

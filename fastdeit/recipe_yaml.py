@@ -72,6 +72,7 @@ class Problems:
         """The base could not be read: what is absent may stand there."""
 
     def add(self, place: Place, path: FieldPath, problem: str) -> None:
+        """Record a problem of the field at `path`, which stands at `place`."""
         field = dotted(path)
         self.found.append((place, f"{field}: {problem}" if field else problem))
 

@@ -315,6 +315,7 @@ class RunLog:
         return [*rows, ("run directory", str(self.run_dir))]
 
     def close(self) -> None:
+        """End the line of progress and close the log and its sinks."""
         if self.progress is not None:
             self.progress.close()
         for sink in self.sinks:

@@ -229,6 +229,7 @@ def decay_groups(method: Method, recipe: "Recipe") -> list[ParamGroup]:
 
 
 def schedule_of(recipe: "Recipe") -> dict[str, Any]:
+    """The recipe's arguments of `learning_rate`."""
     optim = recipe.optim
     names = "schedule", "lr", "warmup_epochs", "warmup_lr", "min_lr"
     return {name: getattr(optim, name) for name in names}

@@ -76,6 +76,7 @@ class World:
             torch.cuda.synchronize(self.device)
 
     def barrier(self) -> None:
+        """Wait until every process has come here."""
         if self.size > 1:
             dist.barrier(group=self._control)
 

@@ -73,8 +73,10 @@ class Guard:
         return self.worst_row.item() >= self.limit
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Loss scale and counters by name, as tensors `[1]`."""
         return {name: getattr(self, name).reshape(1) for name in ("scale", "good", "skipped", "in_a_row", "worst_row")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave, in place."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])

@@ -29,9 +29,11 @@ class MetricsError(Exception):
 class Sink(Protocol):
     """Somewhere records go besides metrics.jsonl."""
 
-    def write(self, step: int, **values: Any) -> None: ...
+    def write(self, step: int, **values: Any) -> None:
+        """Take the record of a step: `MetricsLog.write` gets the same."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Send what is still held back; no record comes after."""
 
 
 # ---- metrics.jsonl -------------------------------------------------------------------------------
@@ -75,6 +77,7 @@ class MetricsLog:
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
 
     def close(self) -> None:
+        """Close the file; no record can be appended after."""
         self._file.close()
 
     def _size(self) -> int:
@@ -152,7 +155,7 @@ def open_sinks(names: Sequence[str], run_dir: Path, config: Mapping[str, Any], s
     return sinks
 
 
-class Tolerant:
+class Tolerant(Sink):
     """A sink whose first failure is reported and whose later records are dropped: a chart never costs a run."""
 
     def __init__(self, name: str, sink: Sink) -> None:
@@ -181,7 +184,7 @@ class Tolerant:
             )
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """Scalars under `directory`, tagged "kind/key"; on resume, events after `step` are hidden."""
 
     def __init__(self, directory: Path, step: int = 0) -> None:
@@ -198,7 +201,7 @@ class TensorBoardSink:
         self._writer.close()
 
 
-class WandbSink:
+class WandbSink(Sink):
     """One Weights & Biases run per run directory; a resumed run continues it, with its step as the x axis."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:

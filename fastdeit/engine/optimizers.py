@@ -48,6 +48,7 @@ class LambOptions(AdamOptions):
     """LAMB clips gradients by default, as `max_grad_norm=1.0` of apex's FusedLAMB and of timm's Lamb does."""
 
     clip_grad: _Positive | None = 1.0
+    """Largest norm of the gradient of all parameters; null: no clipping."""
 
 
 class Lamb(Optimizer):
@@ -82,7 +83,9 @@ class SgdOptions(OptimizerOptions):
     """The defaults are timm's `sgd`, and the weight decay that DeiT fine-tunes with by SGD."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Added to the gradient times the parameter, unless `decoupled_decay` says otherwise."""
     momentum: _Beta = 0.9
+    """Share of the running sum of gradients that stays in each update."""
     nesterov: bool = True
     """Look ahead by one momentum step."""
     decoupled_decay: bool = False

@@ -26,13 +26,16 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     use: str
+    """Name of the method, or an import path `package.module:Class`."""
 
 
 class LabelConfig(MethodConfig):
     """Shared by methods that learn from labels: the loss of the (mixed) label and its smoothing."""
 
     loss: Literal["ce", "bce"] = "ce"
+    """ce: cross-entropy with the mixed target; bce: binary cross-entropy of every class, as DeiT III has it."""
     smoothing: float = Field(0.1, ge=0, lt=1)
+    """Share of the target that all classes have in common (label smoothing)."""
 
     @model_validator(mode="after")
     def _smoothing_fits_loss(self) -> "LabelConfig":

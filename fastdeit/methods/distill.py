@@ -24,10 +24,15 @@ class Distill(Method):
 
         use: str = "distill"
         distillation: Literal["hard", "soft"] = "hard"
+        """hard: the student learns the teacher's answer; soft: the teacher's distribution over all classes."""
         alpha: float = Field(0.5, ge=0, le=1)
+        """Share of the teacher in the loss."""
         tau: float = Field(1.0, gt=0)
+        """Temperature of the soft distributions."""
         reduction: Literal["numel", "batchmean"] = "numel"
+        """What divides the soft term: batch times classes, as in the public code, or the batch alone."""
         fuse: Fuse = "softmax"
+        """How two heads become one answer: the sum of their softmaxes, the mean of their logits, or one head alone."""
         teacher: TeacherConfig
 
     def __init__(self, model, config: Config, context: Context) -> None:

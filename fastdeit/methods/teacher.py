@@ -35,6 +35,7 @@ class TeacherConfig(BaseModel):
     image_size: int | None = None
     """Resolution in pixels (a square); null is the one it was trained at for `recipe`, else the student's."""
     mean: tuple[float, float, float] | None = None
+    """Mean of the normalisation; null is as for `std`."""
     std: tuple[float, float, float] | None = None
     """Normalisation; null is the one it was trained with for `recipe` and `timm`, the student's for `model`."""
 

@@ -53,7 +53,7 @@ class Dino(Method):
         crops: int = 4
         crop_size: int = 16
         outputs: int = 64
-        momentum: float = 0.99
+        momentum: tuple[float, float] = (0.996, 1.0)
         temperature: float = 0.1
         teacher_temperature: tuple[float, float] = (0.04, 0.07)
 
@@ -75,8 +75,9 @@ class Dino(Method):
         self._seen: list[Tensor] = []
 
     def momentum(self, step: Step) -> Tensor:
-        """From the configured value to 1 by half a cosine."""
-        return 1 - (1 - self.config.momentum) * (torch.cos(math.pi * step.progress) + 1) / 2
+        """From the first value to the last by half a cosine."""
+        first, last = self.config.momentum
+        return last - (last - first) * (torch.cos(math.pi * step.progress) + 1) / 2
 
     def phases(self):
         return Phase("directions fixed", until=1, trains=["model", "projection.mlp"]), Phase("all")

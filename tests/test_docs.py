@@ -1,0 +1,233 @@
+"""What the documentation shows works: code blocks run, command lines parse, named files exist, and what is public has a
+docstring."""
+
+import ast
+import importlib
+import re
+import shlex
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import timm
+from torch import nn
+
+from fastdeit import cli
+from fastdeit import recipe as recipes
+from fastdeit.kernels import _op
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastdeit"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, language):
+    """(title or "", text) of each code block of a page."""
+    return [(title, text) for found, title, text in BLOCK.findall(page.read_text()) if found == language]
+
+
+# ---- docs/extending.md -----------------------------------------------------------------------------------------------
+
+EXTENDING = dict(blocks(ROOT / "docs" / "extending.md", "python"))
+TESTS = [title for title in EXTENDING if title.startswith("tests/")]
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """The page's files on the disk, where Python finds them: those of fastdeit as a part of fastdeit."""
+    root = tmp_path_factory.mktemp("extending")
+    for title, text in EXTENDING.items():
+        path = root / title
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    inside = [Path(title).with_suffix("").parts for title in EXTENDING if title.startswith("fastdeit/")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root)
+        for *folders, _ in inside:
+            package = importlib.import_module(".".join(folders))
+            patch.setattr(package, "__path__", [*package.__path__, str(root.joinpath(*folders))])
+        yield root
+    for name in [name for name in sys.modules if name.split(".")[0] == "mine"] + [".".join(parts) for parts in inside]:
+        sys.modules.pop(name, None)
+    _op.OPS.pop("squared_relu", None)
+
+
+def test_the_page_has_seven_things_and_a_test_of_each():
+    assert len(TESTS) == 7
+    assert all(title.endswith(".py") for title in EXTENDING)
+
+
+@pytest.mark.parametrize("title", TESTS)
+def test_extending(title, extended, tmp_path):
+    names = {"__name__": title}
+    exec(compile(EXTENDING[title], str(extended / title), "exec"), names)
+    tests = [value for name, value in names.items() if name.startswith("test_")]
+    assert tests
+    for test in tests:
+        test(*[tmp_path] * ("tmp_path" in test.__code__.co_varnames[: test.__code__.co_argcount]))
+
+
+# ---- README.md -------------------------------------------------------------------------------------------------------
+
+
+def test_python_blocks_of_the_readme_run(monkeypatch):
+    """On a machine without a GPU, and with a shallow model of the same family."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=1, embed_dim=96, **options))
+    monkeypatch.setattr(nn.Module, "cuda", lambda module: module)
+    names = {}
+    found = blocks(ROOT / "README.md", "python")
+    assert len(found) == 2
+    for _, text in found:
+        exec(text, names)
+    assert type(names["model"].blocks[0]).__module__.startswith("timm")
+    assert names["Encoder"](dim=16, depth=1, heads=2)(names["torch"].zeros(1, 3, 16)).shape == (1, 3, 16)
+
+
+def test_files_that_the_readme_lists_exist():
+    """The list is indented by folder: a line is a name, two spaces or more, and what it is."""
+    text = re.search(r"^## Files\n+```\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    folders, missing = [], []
+    for line in text.splitlines():
+        entry = re.match(r"^(?P<indent> {0,6})(?P<name>[\w./]+)( {2,}\S|$)", line)
+        if entry is None:
+            assert line.startswith(" " * 8), f"neither a file nor a continued line: {line!r}"
+            continue
+        folders[len(entry["indent"]) // 2 :] = [entry["name"]]
+        path = ROOT.joinpath(*folders)
+        if not path.exists():
+            missing.append(str(path))
+    assert missing == []
+
+
+# ---- what the site adds ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    """`hooks(name)` is a module of docs/hooks; they need no MkDocs, except for `pages`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "docs" / "hooks")
+        yield importlib.import_module
+
+
+def test_the_page_of_recipes_has_every_field_with_type_default_and_meaning(hooks):
+    rows = hooks("recipes_page").page().splitlines()
+    assert any(row.startswith("| `engine.keep_checkpoints` | integer ≥ 2 | `2` | Newest checkpoints k") for row in rows)
+    fields = {row.split("`")[1] for row in rows if row.startswith("| `")}
+    for name, section in recipes.Recipe.model_fields.items():
+        if name not in ("name", "method"):
+            assert {f"{name}.{field}" for field in section.annotation.model_fields} <= fields
+    assert {"method.smoothing", "method.teacher.timm", "data.views.NAME.flip", "optim.nesterov"} <= fields
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 1}, "number > 0 and ≤ 1"),
+        ({"type": "integer", "minimum": 1, "maximum": 2**63}, "integer ≥ 1"),
+        ({"anyOf": [{"enum": ["a", "b"]}, {"type": "null"}]}, "`a`, `b`, or null"),
+        ({"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "number"}}, "list of 2, each: number"),
+        ({"$ref": "#/$defs/Side"}, "text"),
+    ],
+)
+def test_types_in_words(hooks, schema, words):
+    assert hooks("recipes_page").words(schema, {"Side": {"type": "string"}}) == words
+
+
+def test_columns_of_a_docstring_become_a_list(hooks):
+    pytest.importorskip("griffe")
+    text = "It makes  a tensor.\nx  remains\n\nx, y   a tensor\n       of tokens\nnoise  uniforms\n\nReturns nothing."
+    columns = "- `x`, `y`: a tensor\n    of tokens\n- `noise`: uniforms"
+    assert hooks("columns").with_lists(text) == f"It makes  a tensor.\nx  remains\n\n\n{columns}\n\nReturns nothing."
+
+
+# ---- command lines ---------------------------------------------------------------------------------------------------
+
+
+def command_lines():
+    """(page and line, words) of every call of fastdeit in a shell block."""
+    for page in PAGES:
+        for _, text in blocks(page, "bash"):
+            for line in text.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                for ends, command in groupby(words, lambda word: word in ("&&", "|", ";")):
+                    command = list(command)
+                    if not ends and command[0] == "fastdeit":
+                        yield pytest.param(command[1:], id=f"{page.name}: {' '.join(command)}")
+
+
+@pytest.mark.parametrize("words", [*command_lines()])
+def test_command_lines_are_understood(words, extended):
+    """The verb and its flags; of a shipped recipe its fields and their values, too."""
+    name = next(name for name in (" ".join(words[:2]), words[0]) if name in cli.VERBS)
+    args = cli.VERBS[name].parse(words[len(name.split()) :])
+    recipe = next(iter(getattr(args, "words", [])), None)
+    if recipe in {shipped for shipped, _ in recipes.summaries()}:
+        recipes.load(recipe, args.overrides)
+
+
+# ---- docstrings ------------------------------------------------------------------------------------------------------
+
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def undocumented(path):
+    """Names of the public functions, classes and methods of a file that have no docstring."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, Definition) and not _is_kernel(node):
+            yield from _undocumented_in(node, path)
+
+
+def _undocumented_in(node, path):
+    if node.name.startswith("_"):
+        return
+    if ast.get_docstring(node) is None:
+        yield node.name
+    if isinstance(node, ast.ClassDef) and "Protocol" not in map(ast.unparse, node.bases):
+        for member in node.body:
+            if isinstance(member, Definition):
+                bare = _undocumented_in(member, path)
+                yield from (f"{node.name}.{name}" for name in bare if not _inherits(path, node, name))
+
+
+def _is_kernel(node):
+    """What the launcher of a Triton kernel explains."""
+    return any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def _inherits(path, owner, name):
+    """Whether a base class documents what it calls `name`, such as `forward` of `nn.Module`."""
+    if not owner.bases:
+        return False
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    bases = getattr(importlib.import_module(module), owner.name).__mro__[1:]
+    return any(vars(base)[name].__doc__ for base in bases if name in vars(base))
+
+
+def test_what_is_public_has_a_docstring():
+    found = {str(path.relative_to(PACKAGE)): list(undocumented(path)) for path in sorted(PACKAGE.rglob("*.py"))}
+    assert {file: names for file, names in found.items() if names} == {}
+
+
+WITHOUT = """
+def function(): ...
+def _private(): ...
+@triton.jit
+def kernel(): ...
+class Owner:
+    "A class."
+    def __init__(self): ...
+    def method(self): ...
+    class Inner: ...
+class Shape(Protocol):
+    "A contract."
+    def area(self): ...
+"""
+
+
+def test_what_has_no_docstring_is_seen(tmp_path):
+    (tmp_path / "x.py").write_text(WITHOUT)
+    assert list(undocumented(tmp_path / "x.py")) == ["function", "Owner.method", "Owner.Inner"]
