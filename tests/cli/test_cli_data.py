@@ -86,7 +86,7 @@ def test_one_packed_file_is_checked_on_its_own(run, folder, tmp_path):
         (["check", "nowhere"], "nowhere: no such file or directory"),
         (["check", "README"], "README: a file of no known kind (.pack, .tar, .tfrecord, "),
         (["check", "."], "none of the data sets that are recognised by their layout; say how to read it with --source"),
-        (["check", "images", "--source", "zip"], "--source zip: must be one of folder, packed"),
+        (["check", "images", "--source", "zip"], "--source zip: 'zip' must be one of folder, packed"),
         (["check", "images", "--source", "packed"], "train.pack: the packed data set cannot be read"),
         (
             ["check", "images", "--split", "test", "--source", "folder"],
