@@ -17,7 +17,6 @@ from fastdeit.data import dali, order, pixel_ops, plan, policy
 from fastdeit.data.dali import Executor, Work
 from fastdeit.data.folder import FolderSource
 from fastdeit.data.loader import EvalLoader, TrainLoader
-from fastdeit.data.pixel_ops import KINDS
 from fastdeit.data.source import DataError
 
 AUGMENT = plan.Augment(size=(40, 40), group_size=4, mixup=0.0, cutmix=0.0)
@@ -155,14 +154,12 @@ def test_too_many_bad_files_are_an_error_that_lists_them(folder):
 
 def test_too_many_failures_of_an_operation_call_no_sound_file_damaged(memory, varied, monkeypatch):
     """On the CPU; the message is all that is left of the run."""
-    fade = KINDS.index("brightness")
 
     def dark(image, value):
         raise ValueError("dark")
 
-    operations = pixel_ops._BY_KIND.copy()
-    operations[fade] = dark
-    monkeypatch.setattr(pixel_ops, "_BY_KIND", operations)
+    failing = [replace(op, cpu=dark) if op.name == "brightness" else op for op in pixel_ops.PIXEL_OPS]
+    monkeypatch.setattr(pixel_ops, "PIXEL_OPS", failing)
     augment = replace(AUGMENT, policy=policy.parse("three_augment", AUGMENT.size, color_jitter=(0.3, 0, 0)))
     loader = TrainLoader(
         memory(varied[:32]), augment, seed=0, batch_size=8, threads=1, max_bad_fraction=0.1, on_bad=lambda *_: None
