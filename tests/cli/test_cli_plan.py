@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fastdeit import cli, estimate, estimate_report, estimate_rows, recipe
-from fastdeit.config import DataConfig
-from fastdeit.data import datasets, digits
+from fastdeit.data import digits, kinds
 from fastdeit.data.datasets import open_pair
 from fastdeit.estimate import FUSED, Work
 from fastdeit.estimate_gpus import DEFAULT_GPUS, GPUS
@@ -271,9 +270,8 @@ def test_activations_of_other_networks_are_those_that_torch_keeps():
 
 
 def test_sizes_of_data_sets():
-    sources = DataConfig.model_fields["source"].annotation.__args__
-    assert set(estimate_report.SIZES) <= set(sources)
-    assert set(datasets.KINDS) - set(estimate_report.SIZES) == set(datasets._NAMED_SPLITS) - {"imagenet"}
+    of_one_size = {kind.name for kind in kinds.shipped() if not kind.named_splits}
+    assert set(estimate_report.SIZES) == {*of_one_size, "imagenet", "digits"}
 
 
 def test_size_of_the_digits(tmp_path):

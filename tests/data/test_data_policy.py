@@ -196,6 +196,7 @@ def test_magnitude_is_a_clipped_normal():
     assert stats.kstest(below, stats.truncnorm(-18, 2, loc=9, scale=0.5).cdf).pvalue > ALPHA
 
 
+@pytest.mark.slow
 def test_trivial_augment_is_torchvisions(monkeypatch):
     done: list[tuple[str, float]] = []
     monkeypatch.setattr(autoaugment, "_apply_op", lambda image, name, magnitude, **_: done.append((name, magnitude)))
