@@ -233,9 +233,7 @@ def teacher(
     mean, std, side = config.mean, config.std, config.image_size
     if config.timm is not None:
         pretrained = config.weights is None
-        if not config.classifies:
-            options["num_classes"] = 0
-        elif pretrained:
+        if pretrained:
             # Asked for another number of classes, timm would give the network a head that has learned nothing.
             options["num_classes"] = None
         network = _timm_teacher(config.timm, pretrained, options)
