@@ -21,11 +21,11 @@ from torch import Tensor
 
 from fastdeit import bench_measure, estimate_gpus, kernels, models
 from fastdeit.engine.dist import pick_device
+from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
 from fastdeit.kernels import _op
 from fastdeit.kernels._example import Maker, Sizes
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHOICES = Path(kernels.__file__).parent / "choices.json"
 _L2_BYTES = 128 * 2**20
 _MOST_COPIES = 8
