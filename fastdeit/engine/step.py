@@ -116,6 +116,11 @@ class Engine:
         (loss * share).backward()
         if wrt is None:
             return None
+        if wrt.grad is None:
+            raise ValueError(
+                "backward(loss, wrt=x): the loss does not depend on x, or x is no leaf that requires a gradient; give "
+                "engine.run a batch.rendered_as(x)"
+            )
         gradient, wrt.grad = wrt.grad / share, None
         return gradient
 

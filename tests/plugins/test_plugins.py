@@ -16,6 +16,7 @@ from fastdeit import recipe as recipes
 from fastdeit.cli import main as cli
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted
+from fastdeit.evaluate import metric_rows
 from fastdeit.methods.teacher import Teacher
 from fastdeit.train import train
 
@@ -119,6 +120,18 @@ def test_two_processes_equal_one(case, ranks, tmp_path):
     one, two = (stored(folder, steps)["model.safetensors"] for folder in (run, tmp_path / "run"))
     difference = sum((one[n] - two[n]).abs().sum() for n in one) / sum(t.numel() for t in one.values())
     assert difference < 2e-4
+
+
+def test_eval_finds_again_what_the_run_found(case, capsys):
+    recipe, _, run = case
+    assert cli(["eval", str(run)]) == 0
+    printed = capsys.readouterr().out
+    summary = json.loads((run / "summary.json").read_text())
+    metrics = {name: value for name, value in summary.items() if name in logged(run)[-1] and name != "bad_images"}
+    rows = metric_rows(recipe, metrics)
+    assert rows
+    assert [line.split("  ")[0] for line in printed.splitlines()[1:]] == [title for title, _ in rows]
+    assert [line.split("  ")[-1].strip() for line in printed.splitlines()[1:]] == [value for _, value in rows]
 
 
 # ---- what each of them is for ----------------------------------------------------------------------------------------
