@@ -103,6 +103,7 @@ class Scheduled(nn.Module):
     def __init__(self):
         super().__init__()
         self.temperature, self.name, self.sizes, self.on = 0.04, "a", [1, 2], True
+        self.by_name, self.cache, self.seen, self.nested = {"a": 1.0}, {}, [], ((1, 2), [3.0])
         self.child = nn.Dropout(0.1)
         self.weight = nn.Parameter(torch.zeros(1))
 
@@ -111,6 +112,9 @@ CHANGES = {
     "temperature": (lambda m: setattr(m, "temperature", 0.05), r"Scheduled\.temperature was 0\.04 .* and is 0\.05 now"),
     "text": (lambda m: setattr(m, "name", "b"), r"Scheduled\.name was 'a'"),
     "list": (lambda m: m.sizes.append(3), r"Scheduled\.sizes was \[1, 2\]"),
+    "dict": (lambda m: m.by_name.update(a=2.0), r"Scheduled\.by_name was \{'a': 1\.0\} .* and is \{'a': 2\.0\} now"),
+    "nested": (lambda m: m.nested[1].append(4.0), r"Scheduled\.nested was \(\(1, 2\), \[3\.0\]\)"),
+    "tensor": (lambda m: setattr(m, "temperature", torch.ones(2)), r"Scheduled\.temperature was 0\.04 .* is tensor"),
     "child": (lambda m: setattr(m.child, "p", 0.2), r"Scheduled\.child\.p was 0\.1"),
     "mode": (lambda m: m.eval(), r"Scheduled\.training was True"),
     "gone": (lambda m: delattr(m, "on"), r"Scheduled\.on was True .* and is None now"),
@@ -139,6 +143,7 @@ def test_tensors_and_values_that_come_back_are_no_change(monkeypatch):
         graphed([pair(float(number))], 0.1)
         method.eval().train()  # an evaluation
         method.weight.data += 1
+        method.cache[number] = method.seen = [torch.zeros(2)]  # what was empty in the recording is not watched
         if number > WARM_STEPS:
             method.later = number  # nothing that was recorded can have read it
     assert len(card.ran) == WARM_STEPS + 3
