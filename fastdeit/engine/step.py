@@ -69,6 +69,9 @@ class Engine:
         self.optimizer.regroup(groups)
         self.module = self._graphed = None
         gc.collect()  # DDP is full of cycles, and its hooks on the parameters go when it does
+        if self.capture == "compile":
+            # Of one function torch.compile keeps at most eight compilations; a ninth phase would run without.
+            torch.compiler.reset()
         self._wrap()
 
     def _wrap(self) -> None:
