@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
             options = build.image_size(recipe), classes, trained, recipe.engine.precision
             return DeferredTeacher(lambda: build.teacher(config, *options).to(world.device))
 
-        method = build.method(recipe, student, classes, 1, teacher).to(world.device)
+        method = build.method(recipe, student, classes, restored.state["steps"], teacher).to(world.device)
         known = {phase.name: phase for phase in method.phases()}
         if restored.state["record"]["phase"] in known:
             # What a method computes may depend on its phase, its own loss above all.

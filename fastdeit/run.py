@@ -95,12 +95,23 @@ class Phases(Protocol):
 
 
 class Saver:
-    """Writes and restores the checkpoints of one run. `phases` is what the run's training is in (`PhaseSchedule`)."""
+    """Writes and restores the checkpoints of one run.
+
+    phases  what the run's training is in (`PhaseSchedule`)
+    steps   of the whole run
+    """
 
     def __init__(
-        self, run_dir: Path, recipe: "Recipe", identity: dict[str, Any], engine: Engine, world: World, phases: Phases
+        self,
+        run_dir: Path,
+        recipe: "Recipe",
+        identity: dict[str, Any],
+        engine: Engine,
+        world: World,
+        phases: Phases,
+        steps: int,
     ) -> None:
-        self.root = run_dir / "checkpoints"
+        self.root, self.steps = run_dir / "checkpoints", steps
         self.recipe, self.identity, self.engine, self.world, self.phases = recipe, identity, engine, world, phases
 
     def save(self, step: int, record: Record) -> None:
@@ -116,6 +127,7 @@ class Saver:
             if ema is not None:
                 tensors["ema"] = ema.average
             state = {"recipe": self.recipe.model_dump(mode="json"), "identity": self.identity, "record": asdict(record)}
+            state["steps"] = self.steps
             checkpoint.save(self.root, step, tensors, state)
             keep = [record.best_step] if record.best_step else []
             checkpoint.prune(self.root, self.recipe.engine.keep_checkpoints, keep)
@@ -225,6 +237,11 @@ class RunLog:
     def training(self, step: int, engine: Engine, record: Record, lr: float) -> None:
         """One line of training. Call it on every process; raises NonFiniteError when the guard gives up."""
         means = engine.means()
+        if "loss" not in means:
+            raise UsageError(
+                f"method {self.recipe.method.use}: its step has logged no loss; call engine.run(batch) at least once a "
+                "micro-batch without log=False"
+            )
         speed, waiting = record.speed_since(*self.mark)
         self.mark = (record.images, record.seconds, record.waited)
         record.train_loss = means["loss"]

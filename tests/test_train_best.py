@@ -57,8 +57,20 @@ class Unjudged(Scripted):
         return {}
 
 
+class Silent(Scripted):
+    """Logs no loss."""
+
+    def step(self, batch, engine):
+        with engine.micro():
+            engine.backward(engine.run(batch, log=False).loss)
+
+
 class InTwoPhases(Supervised):
-    """Its loss, by which it is judged, is another in the second phase."""
+    """Its loss, by which it is judged, is another in the second phase; of its state a part has a row a step."""
+
+    def __init__(self, model, config, context):
+        super().__init__(model, config, context)
+        self.register_buffer("table", torch.ones(context.steps))
 
     def phases(self):
         return Phase("first", until=1), Phase("second")
@@ -121,6 +133,11 @@ def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path, method, ha
     with pytest.raises(UsageError, match=f"train.best_by top1_class is no metric of this run, which has {has}"):
         run(tmp_path, "train.best_by=top1_class", f"method.use=test_train_best:{method}")
     assert Scripted.steps == 0
+
+
+def test_a_method_that_logs_no_loss_is_told_so(tmp_path):
+    with pytest.raises(UsageError, match=r"test_train_best:Silent: its step has logged no loss; call engine.run"):
+        run(tmp_path, "method.use=test_train_best:Silent", "engine.log_every=1")
 
 
 def test_a_method_without_metrics_has_no_best_step(tmp_path):

@@ -394,6 +394,7 @@ def test_a_teacher_is_part_of_the_state_and_its_source_is_not_twice():
 def test_a_skipped_step_leaves_the_teacher():
     method = Taught(0.5)
     engine = pixel_engine(method)
+    engine.step([image_batch()], 1e-2)  # or else student and teacher would be the same
     before = method.teacher.module[0].weight.clone()
     bad = image_batch()
     engine.step([bad.rendered_as(torch.full((4, 3, 2, 2), float("nan")))], 1e-2)
