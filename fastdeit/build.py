@@ -24,7 +24,7 @@ from fastdeit.engine.ema import EmaTeacher
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
 from fastdeit.fields import size_pair
-from fastdeit.methods.base import Context, Method
+from fastdeit.methods.base import Context, Method, Momentum
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.models.weights import LoadReport, load_weights
@@ -216,10 +216,25 @@ def open_checkpoint(path: Path, on_damaged: Callable[[Path, str], None]) -> chec
 def method(
     recipe: "Recipe", student: nn.Module, num_classes: int, steps: int, teacher: Callable[[TeacherConfig], Teacher]
 ) -> Method:
-    """The training method around the student."""
+    """The training method around the student.
+
+    Raises UsageError if it keeps an averaged teacher where the engine does not find it, such as in a list.
+    """
     kind = methods.find(recipe.method.use)
-    context = Context(num_classes, recipe.train.epochs, steps, teacher, EmaTeacher)
-    return kind(student, recipe.method, context)
+    averaged: list[EmaTeacher] = []
+
+    def ema_teacher(module: nn.Module, momentum: Momentum) -> EmaTeacher:
+        averaged.append(EmaTeacher(module, momentum))
+        return averaged[-1]
+
+    made = kind(student, recipe.method, Context(num_classes, recipe.train.epochs, steps, teacher, ema_teacher))
+    if not set(averaged) <= set(made.modules()):
+        raise UsageError(
+            f"method {recipe.method.use}: what ema_teacher() returns must be an attribute of the method, or in an "
+            "nn.ModuleList or nn.ModuleDict of it; the engine does not find it in a list or dict, and would never "
+            "move it"
+        )
+    return made
 
 
 def teacher(

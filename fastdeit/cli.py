@@ -25,6 +25,7 @@ _EXIT_CODES = {
     ("fastdeit.recipe", "RecipeError"): UsageError.exit_code,
     ("fastdeit.data.source", "DataError"): UsageError.exit_code,
     ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,
+    ("fastdeit.engine.capture", "CaptureError"): UsageError.exit_code,
     ("fastdeit.engine.dist", "DeviceError"): UsageError.exit_code,
     ("fastdeit.kernels.lint", "LintError"): UsageError.exit_code,
     ("fastdeit.kernels._op", "ChoiceError"): UsageError.exit_code,

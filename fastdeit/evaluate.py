@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -44,21 +45,24 @@ def evaluate(
     training: Callable[[], EvalLoader],
     world: World,
     precision: str,
+    batches: int | None = None,
 ) -> Result:
     """Run `evaluators` one after the other on `method`, which is in eval mode. Call it on every process.
+
+    batches  how many batches of each loader are looked at, at most: one tells the metrics' names; None for all
 
     `training` makes the loader of the training images, which few evaluators ask for. Images that cannot be decoded are
     left out and counted. Raises ValueError if two evaluators have a metric of the same name.
     """
 
-    def batches(loader: EvalLoader) -> Iterator[Batch]:
-        for batch in loader.batches():
+    def moved(loader: EvalLoader) -> Iterator[Batch]:
+        for batch in islice(loader.batches(), batches):
             yield batch.to(world.device)
 
     evaluation = Evaluation(
         method,
-        held_out=lambda: batches(held_out),
-        training=lambda: batches(training()),
+        held_out=lambda: moved(held_out),
+        training=lambda: moved(training()),
         autocast=lambda: autocast(world.device, precision),
         processes=world,
     )
@@ -94,7 +98,11 @@ def main(args: argparse.Namespace) -> None:
             options = build.image_size(recipe), classes, trained, recipe.engine.precision
             return DeferredTeacher(lambda: build.teacher(config, *options).to(world.device))
 
-        method = build.method(recipe, student, classes, 1, teacher).to(world.device)
+        method = build.method(recipe, student, classes, restored.state["steps"], teacher).to(world.device)
+        known = {phase.name: phase for phase in method.phases()}
+        if restored.state["record"]["phase"] in known:
+            # What a method computes may depend on its phase, its own loss above all.
+            method.on_phase(known[restored.state["record"]["phase"]])
         loader = build.eval_loader(recipe, source, world, method.noise(), report)
         results = {}
         weights = {"": {f"model.{name}": tensor for name, tensor in restored.tensors["model"].items()}}

@@ -1,9 +1,10 @@
 """A run on disk and on the terminal: its directory, its log, its checkpoints, its summary."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from math import isnan
 from operator import gt, lt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -94,12 +95,23 @@ class Phases(Protocol):
 
 
 class Saver:
-    """Writes and restores the checkpoints of one run. `phases` is what the run's training is in (`PhaseSchedule`)."""
+    """Writes and restores the checkpoints of one run.
+
+    phases  what the run's training is in (`PhaseSchedule`)
+    steps   of the whole run
+    """
 
     def __init__(
-        self, run_dir: Path, recipe: "Recipe", identity: dict[str, Any], engine: Engine, world: World, phases: Phases
+        self,
+        run_dir: Path,
+        recipe: "Recipe",
+        identity: dict[str, Any],
+        engine: Engine,
+        world: World,
+        phases: Phases,
+        steps: int,
     ) -> None:
-        self.root = run_dir / "checkpoints"
+        self.root, self.steps = run_dir / "checkpoints", steps
         self.recipe, self.identity, self.engine, self.world, self.phases = recipe, identity, engine, world, phases
 
     def save(self, step: int, record: Record) -> None:
@@ -115,6 +127,7 @@ class Saver:
             if ema is not None:
                 tensors["ema"] = ema.average
             state = {"recipe": self.recipe.model_dump(mode="json"), "identity": self.identity, "record": asdict(record)}
+            state["steps"] = self.steps
             checkpoint.save(self.root, step, tensors, state)
             keep = [record.best_step] if record.best_step else []
             checkpoint.prune(self.root, self.recipe.engine.keep_checkpoints, keep)
@@ -134,11 +147,18 @@ class Saver:
         engine, tensors, record = self.engine, found.tensors, Record(**found.state["record"])
         self.phases.resume(record.phase, engine)
         student = {f"model.{name}": tensor for name, tensor in tensors["model"].items()}
-        engine.method.load_state_dict(student | tensors["method"])
-        engine.optimizer.load_state_dict(tensors["optim"])
-        engine.load_state_dict(tensors["engine"])
-        if engine.ema is not None:
-            engine.ema.load(tensors["ema"])
+        try:
+            engine.method.load_state_dict(student | tensors["method"])
+            engine.optimizer.load_state_dict(tensors["optim"])
+            engine.load_state_dict(tensors["engine"])
+            if engine.ema is not None:
+                engine.ema.load(tensors["ema"])
+        except (KeyError, RuntimeError) as error:
+            reason = error.args[0] if error.args else error
+            raise UsageError(
+                f"{found.path} does not fit the method as its code is now, in phase {record.phase!r}: {reason}\n"
+                "Resume with the code that the run was started with, or start anew with another --run-dir"
+            ) from error
         return found.step, record
 
     def _refuse_other_run(self, found: checkpoint.Checkpoint) -> None:
@@ -217,6 +237,11 @@ class RunLog:
     def training(self, step: int, engine: Engine, record: Record, lr: float) -> None:
         """One line of training. Call it on every process; raises NonFiniteError when the guard gives up."""
         means = engine.means()
+        if "loss" not in means:
+            raise UsageError(
+                f"method {self.recipe.method.use}: its step has logged no loss; call engine.run(batch) at least once a "
+                "micro-batch without log=False"
+            )
         speed, waiting = record.speed_since(*self.mark)
         self.mark = (record.images, record.seconds, record.waited)
         record.train_loss = means["loss"]
@@ -248,11 +273,18 @@ class RunLog:
         record.evaluated_step = step
         record.metrics = named_metrics(results)
         name, value, better = self._judged_by(results)
-        if name is not None and (record.best is None or better(value, record.best)):
+        comparable = name is not None and not isnan(value)  # nothing would ever be better than NaN
+        if comparable and (record.best is None or better(value, record.best)):
             record.best, record.best_by, record.best_step = value, name, step
         self._write("eval", step, images=results[""].images, bad_images=results[""].bad, **record.metrics)
         listed = [f"{name} {value:.4g}" for name, value in record.metrics.items() if not name.startswith("top5_")]
         self.say(f"epoch {step / self.steps_per_epoch:g}: held-out {', '.join(listed)}")
+
+    def check_best_by(self, names: Collection[str]) -> None:
+        """Raise UsageError unless `train.best_by` is among `names`, the metrics of the run."""
+        wanted = self.recipe.train.best_by
+        if wanted not in names:
+            raise UsageError(f"train.best_by {wanted} is no metric of this run, which has {', '.join(names) or 'none'}")
 
     def _judged_by(self, results: Mapping[str, Result]) -> tuple[str | None, float, Callable[[float, float], bool]]:
         """(metric, its value, whether a first value is better than a second): what the best step is chosen by.
@@ -264,8 +296,6 @@ class RunLog:
         plain = wanted.removesuffix("_ema") if wanted else next(iter(results[""].metrics), None)
         better = gt if plain not in results[""].lower else lt
         found = named_metrics(results)
-        if wanted is not None and wanted not in found:
-            raise UsageError(f"train.best_by {wanted} is no metric of the method, which has {', '.join(found)}")
         name = wanted or plain
         if name is None:
             return None, 0.0, better

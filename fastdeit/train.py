@@ -90,7 +90,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
 
     # ---- resume ----------------------------------------------------------------------------------------------------
     identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": train_source.classes}
-    saved = Saver(run_dir, recipe, identity, engine, world, schedule)
+    saved = Saver(run_dir, recipe, identity, engine, world, schedule, total)
     start, record = saved.restore(log.say) if resume else (0, Record())
     log.begin(start, record, describe(recipe, method, train_source, val_source, world, steps_per_epoch, run_dir))
 
@@ -100,11 +100,11 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     save_every = max(1, round(steps_per_epoch * recipe.engine.checkpoint_every))
     step = start
 
-    def held_out(evaluators: Mapping[str, Evaluator]) -> Result:
+    def held_out(evaluators: Mapping[str, Evaluator], batches: int | None = None) -> Result:
         def training() -> EvalLoader:
             return build.eval_loader(recipe, train_source, world, {}, log.bad_image)
 
-        return evaluate(method, evaluators, val_loader, training, world, recipe.engine.precision)
+        return evaluate(method, evaluators, val_loader, training, world, recipe.engine.precision, batches)
 
     def evaluate_now() -> None:
         method.eval()
@@ -120,6 +120,11 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
         if method.teacher is not None and recipe.method.teacher.classifies and record.teacher_top1 is None:
             # Before the first step: a teacher with the wrong classes or normalisation shows here, not after two days.
             log.teacher(held_out({"teacher": Classify(lambda batch: {"class": method.teacher(batch)})}), record)
+        if recipe.train.best_by is not None:
+            # Only an evaluation tells the names of the metrics. One batch is enough, and a wrong name shows now.
+            method.eval()
+            names = held_out(method.evaluators(), batches=1).metrics
+            log.check_best_by([*names, *(f"{name}_ema" for name in names if ema is not None)])
         method.train()
         if 0 < start != record.evaluated_step and (start % eval_every == 0 or start == total):
             evaluate_now()  # the run was stopped after the last step of an epoch, before its evaluation
@@ -191,8 +196,9 @@ class PhaseSchedule:
         self._method, self._recipe = method, recipe
         self._phases: Sequence[Phase] = tuple(method.phases())
         self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
+        names = [name for name, _ in method.named_parameters()]
         try:
-            phases.check(self._phases, recipe.train.epochs)
+            phases.check(self._phases, recipe.train.epochs, names, self.trainable)
         except phases.PhaseError as error:
             raise UsageError(f"method {recipe.method.use}: {error}") from error
         self.phase = self._phases[0]

@@ -217,3 +217,27 @@ def test_no_data_at_all_names_field_and_layout(data):
         UsageError, match=r"add --data ROOT, which sets data\.root; data\.source is tar, expected are ROOT"
     ):
         build.sources(recipes.load(data[0], ["data.source=tar"]))
+
+
+class Averages(Supervised):
+    """A method with two averaged teachers, kept as `keep` has it."""
+
+    keep = list
+
+    def __init__(self, model, config, context):
+        super().__init__(model, config, context)
+        self.averages = self.keep([context.ema_teacher(model, 0.9), context.ema_teacher(model.head, 0.99)])
+
+
+class Kept(Averages):
+    keep = torch.nn.ModuleList
+
+
+def test_an_averaged_teacher_that_the_engine_would_not_find_is_refused(path):
+    def made(name):
+        recipe = recipes.load(path, [f"method.use=test_build:{name}"])
+        return build.method(recipe, build.model(recipe, 4, print), 4, 1, None)
+
+    with pytest.raises(UsageError, match=r"test_build:Averages: what ema_teacher\(\) returns must be an attribute"):
+        made("Averages")
+    assert len(made("Kept").averages) == 2

@@ -40,7 +40,8 @@ class Store(Protocol):
     def read(self, epoch: int, index: NDArray[np.int64], copy: NDArray[np.int64]) -> NDArray:
         """Values `[B, ...]` of the samples with number `index` `[B]` in their appearance `copy` `[B]` in `epoch`.
 
-        A reader thread calls this, so that it may wait for a disk. Raises KeyError for what it does not hold.
+        A thread of the loader calls this, so that it may wait for a disk. Raises KeyError for what it does not hold;
+        that and an OSError end the run as a DataError that names the store.
         """
         ...
 
@@ -204,10 +205,7 @@ class TrainLoader:
                 (torch.from_numpy(planned.erase_box), torch.from_numpy(planned.erase_key)) if view.erase else None
                 for view, planned in zip(self._views, work.views, strict=True)
             ),
-            "extras": {
-                name: torch.as_tensor(store.read(rows.epoch, rows.sample, rows.copy))
-                for name, store in self._stores.items()
-            },
+            "extras": {name: _read_store(name, store, rows) for name, store in self._stores.items()},
         }
 
 
@@ -310,6 +308,23 @@ class _Rows:
         self.attempt = np.zeros(len(sample), dtype=np.int64)
         self.size = np.zeros((len(sample), 2), dtype=np.int64)
         self.encoded: list[Any] = [None] * len(sample)
+
+
+def _read_store(name: str, store: Store, rows: _Rows) -> torch.Tensor:
+    try:
+        values = torch.as_tensor(store.read(rows.epoch, rows.sample, rows.copy))
+    except (KeyError, OSError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise DataError(
+            f"store {name!r} cannot give what step {rows.step} of epoch {rows.epoch} needs: {reason}; it must hold "
+            "every sample, copy and epoch of the run, computed with the recipe's seed, augmentation and batch size"
+        ) from error
+    if values.shape[:1] != rows.sample.shape:
+        raise DataError(
+            f"store {name!r} returned a tensor of shape {list(values.shape)} for {len(rows.sample)} samples; its first "
+            "dimension must be that of the samples"
+        )
+    return values
 
 
 def _stream(

@@ -8,6 +8,7 @@ are part of the recording: `Constants` raises an error when one of them changes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ class GraphedStep:
 class Constants:
     """The Python values in the attributes of a module and of those below it, as they are now.
 
-    Watched are numbers, text, None, and tuples and lists of them. Tensors are not: a recorded step reads them anew.
+    Watched are numbers, text, None, and tuples, lists, dicts and sets of them that are not empty. Tensors are not: a
+    recorded step reads them anew. Neither is what an object of another class holds, such as a scheduler of the method.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -85,7 +87,7 @@ class Constants:
         """Raise CaptureError, which names attribute and values, if one has changed."""
         for attributes, key, value, name in self._known:
             now = attributes.get(key)
-            if now is not value and now != value:
+            if now is not value and not (_is_plain(now) and now == value):
                 raise CaptureError(
                     f"{name} was {value!r} when the step was recorded as a CUDA graph and is {now!r} now, but the "
                     f"graph goes on with {value!r}. Keep what changes during the run in a tensor (a buffer, or a "
@@ -100,10 +102,18 @@ _PLAIN = bool, int, float, str, type(None)
 def _constants(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
     for path, child in module.named_modules():
         for key, value in vars(child).items():
-            items = value if isinstance(value, tuple | list) else (value,)
-            if key not in _OF_EVERY_MODULE and all(isinstance(item, _PLAIN) for item in items):
+            empty = isinstance(value, tuple | list | set | frozenset | dict) and not value  # a cache, or a list to fill
+            if key not in _OF_EVERY_MODULE and _is_plain(value) and not empty:
                 name = ".".join(filter(None, (type(module).__name__, path, key)))
-                yield vars(child), key, list(value) if isinstance(value, list) else value, name
+                yield vars(child), key, deepcopy(value), name
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list | set | frozenset):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value.keys(), *value.values())))
+    return isinstance(value, _PLAIN)
 
 
 def copy_tensors(kept: Any, new: Any) -> None:

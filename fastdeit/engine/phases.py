@@ -1,6 +1,6 @@
 """Phases of a run: which of them an epoch belongs to, and what is trained in it.
 
-A phase is to the engine what `methods.base.Phase` describes: `name`, `until` and `holds(parameter name)`.
+A phase is to the engine what `methods.base.Phase` describes: `name`, `until`, `trains` and `holds(parameter name)`.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,6 +14,7 @@ class Phase(Protocol):
 
     name: str
     until: int | None
+    trains: Sequence[str] | None
 
     def holds(self, parameter: str) -> bool: ...
 
@@ -22,8 +23,13 @@ class PhaseError(ValueError):
     """The phases of a method do not make up a run."""
 
 
-def check(phases: Sequence[Phase], epochs: int) -> None:
-    """Raise PhaseError unless the phases follow each other, have names of their own, and fill a run of `epochs`."""
+def check(phases: Sequence[Phase], epochs: int, parameters: Collection[str], trainable: Collection[str]) -> None:
+    """Raise PhaseError unless the phases follow each other, have names of their own, and fill a run of `epochs`, and
+    each trains something.
+
+    parameters  names of all parameters of the method
+    trainable   of them those that the method itself has not frozen
+    """
     if not phases:
         raise PhaseError("a method has at least one phase, but its phases() returns none")
     names = [phase.name for phase in phases]
@@ -43,6 +49,19 @@ def check(phases: Sequence[Phase], epochs: int) -> None:
             f"the last phase, {phases[-1].name!r}, ends at epoch {phases[-1].until}; leave its `until` None: it ends "
             "with the run"
         )
+    for phase in phases:
+        _check_trained(phase, parameters, trainable)
+
+
+def _check_trained(phase: Phase, parameters: Collection[str], trainable: Collection[str]) -> None:
+    for own in phase.trains or ():
+        if not any(name == own or name.startswith(f"{own}.") for name in parameters):
+            raise PhaseError(
+                f"phase {phase.name!r} trains {own!r}, but no parameter of the method has that name or lies below it; "
+                f"there are {', '.join(list(parameters)[:3])}, ..."
+            )
+    if not any(phase.holds(name) for name in trainable):
+        raise PhaseError(f"phase {phase.name!r} trains no parameter: the method has frozen all that it names")
 
 
 def index_at(phases: Sequence[Phase], epoch: int) -> int:
@@ -54,13 +73,8 @@ def train_only(method: nn.Module, phase: Phase, trainable: Collection[str]) -> N
     """Ask for gradients of the parameters that the phase trains, and of no others.
 
     trainable  names of all parameters that the method itself has not frozen
-
-    Raises PhaseError if there is none.
     """
     held = {name for name in trainable if phase.holds(name)}
-    if not held:
-        first = ", ".join(list(trainable)[:3])
-        raise PhaseError(f"phase {phase.name!r} trains no parameter; the method's parameters are {first}, ...")
     for name, parameter in method.named_parameters():
         if name in trainable:
             parameter.requires_grad_(name in held)

@@ -69,6 +69,9 @@ class Engine:
         self.optimizer.regroup(groups)
         self.module = self._graphed = None
         gc.collect()  # DDP is full of cycles, and its hooks on the parameters go when it does
+        if self.capture == "compile":
+            # Of one function torch.compile keeps at most eight compilations; a ninth phase would run without.
+            torch.compiler.reset()
         self._wrap()
 
     def _wrap(self) -> None:
@@ -116,6 +119,11 @@ class Engine:
         (loss * share).backward()
         if wrt is None:
             return None
+        if wrt.grad is None:
+            raise ValueError(
+                "backward(loss, wrt=x): the loss does not depend on x, or x is no leaf that requires a gradient; give "
+                "engine.run a batch.rendered_as(x)"
+            )
         gradient, wrt.grad = wrt.grad / share, None
         return gradient
 

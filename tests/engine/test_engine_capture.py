@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,9 @@ from fastdeit.bench_measure import CLASSES
 from fastdeit.bench_step import Cell, batch
 from fastdeit.engine.capture import WARM_STEPS, CaptureError, GraphedStep, copy_tensors
 from fastdeit.engine.dist import DeviceError, World
-from fastdeit.engine.step import autocast
+from fastdeit.engine.optim import default_groups
+from fastdeit.engine.optimizers import AdamW
+from fastdeit.engine.step import Engine, autocast
 from fastdeit.methods.teacher import Teacher
 from fastdeit.models.vit import VisionTransformer, ViTConfig
 
@@ -103,6 +106,7 @@ class Scheduled(nn.Module):
     def __init__(self):
         super().__init__()
         self.temperature, self.name, self.sizes, self.on = 0.04, "a", [1, 2], True
+        self.by_name, self.cache, self.seen, self.nested = {"a": 1.0}, {}, [], ((1, 2), [3.0])
         self.child = nn.Dropout(0.1)
         self.weight = nn.Parameter(torch.zeros(1))
 
@@ -111,6 +115,9 @@ CHANGES = {
     "temperature": (lambda m: setattr(m, "temperature", 0.05), r"Scheduled\.temperature was 0\.04 .* and is 0\.05 now"),
     "text": (lambda m: setattr(m, "name", "b"), r"Scheduled\.name was 'a'"),
     "list": (lambda m: m.sizes.append(3), r"Scheduled\.sizes was \[1, 2\]"),
+    "dict": (lambda m: m.by_name.update(a=2.0), r"Scheduled\.by_name was \{'a': 1\.0\} .* and is \{'a': 2\.0\} now"),
+    "nested": (lambda m: m.nested[1].append(4.0), r"Scheduled\.nested was \(\(1, 2\), \[3\.0\]\)"),
+    "tensor": (lambda m: setattr(m, "temperature", torch.ones(2)), r"Scheduled\.temperature was 0\.04 .* is tensor"),
     "child": (lambda m: setattr(m.child, "p", 0.2), r"Scheduled\.child\.p was 0\.1"),
     "mode": (lambda m: m.eval(), r"Scheduled\.training was True"),
     "gone": (lambda m: delattr(m, "on"), r"Scheduled\.on was True .* and is None now"),
@@ -139,6 +146,7 @@ def test_tensors_and_values_that_come_back_are_no_change(monkeypatch):
         graphed([pair(float(number))], 0.1)
         method.eval().train()  # an evaluation
         method.weight.data += 1
+        method.cache[number] = method.seen = [torch.zeros(2)]  # what was empty in the recording is not watched
         if number > WARM_STEPS:
             method.later = number  # nothing that was recorded can have read it
     assert len(card.ran) == WARM_STEPS + 3
@@ -147,6 +155,50 @@ def test_tensors_and_values_that_come_back_are_no_change(monkeypatch):
 def test_a_graph_needs_a_card():
     with pytest.raises(DeviceError, match="graph needs a CUDA device, not cpu; use none or compile"):
         make(capture="graph")
+
+
+class Stages(nn.Module):
+    """A method of as many phases as layers, that notes when its forward runs without being compiled."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 2) for _ in range(count))
+        self.stage, self.eager = 0, 0
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            self.eager += 1
+        return SimpleNamespace(loss=self.layers[self.stage](x).square().mean(), parts={})
+
+    def step(self, batch, engine):
+        with engine.micro():
+            engine.backward(engine.run(batch).loss)
+
+    def after_step(self, engine):
+        pass
+
+    def groups(self, stage):
+        self.stage = stage
+        for number, layer in enumerate(self.layers):
+            layer.requires_grad_(number == stage)
+        return default_groups(self.named_parameters(), 0.0)
+
+
+def test_every_phase_is_compiled_however_many_there_are(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # as eight would, but sooner
+    method = Stages(4)
+    options = {"precision": "fp32", "accumulate": 1, "capture": "compile"}
+    engine = Engine(method, AdamW(method.groups(0)), World(CPU), **options)
+    for stage in range(len(method.layers)):
+        if stage:
+            engine.enter(method.groups(stage))
+        before = [layer.weight.detach().clone() for layer in method.layers]
+        engine.step([X], 0.01)
+        moved = [not torch.equal(w, layer.weight) for w, layer in zip(before, method.layers, strict=True)]
+        assert moved == [number == stage for number in range(len(moved))]
+    assert method.eager == 0
 
 
 def method_and_batch(name):

@@ -1,18 +1,18 @@
 """Phases: which an epoch belongs to, what is trained in it, and phases that do not make up a run."""
 
 import pytest
-import torch
 from torch import nn
 
 from fastdeit.engine import phases
 from fastdeit.methods.base import Phase
 
+NAMES = ["head.weight", "head.bias"]
 TWO = Phase("warm", until=2, trains=["head"]), Phase("all")
 
 
 @pytest.mark.parametrize(("epoch", "index"), [(0, 0), (1, 0), (2, 1), (9, 1)])
 def test_an_epoch_belongs_to_one_phase(epoch, index):
-    phases.check(TWO, 10)
+    phases.check(TWO, 10, NAMES, NAMES)
     assert phases.index_at(TWO, epoch) == index
 
 
@@ -30,7 +30,7 @@ WRONG = {
 def test_phases_that_are_no_run_are_refused(case):
     found, words = WRONG[case]
     with pytest.raises(phases.PhaseError, match=words):
-        phases.check(found, 10)
+        phases.check(found, 10, NAMES, NAMES)
 
 
 def network():
@@ -53,8 +53,22 @@ def test_a_phase_trains_what_it_names_and_never_what_the_method_froze():
     assert set(trained(model)) == trainable
 
 
-def test_a_phase_that_trains_nothing_is_refused():
+@pytest.mark.parametrize(
+    ("trains", "words"),
+    [
+        (
+            ["head", "haed"],
+            "trains 'haed', but no parameter of the method has that name or lies below it",
+        ),
+        (["hea"], "phase 'later' trains 'hea', but"),
+        (["body.bias"], "phase 'later' trains no parameter: the method has frozen all that it names"),
+        ([], "phase 'later' trains no parameter"),
+    ],
+)
+def test_a_phase_that_does_not_train_what_it_names_is_refused_before_the_run(trains, words):
     model, trainable = network()
-    with pytest.raises(phases.PhaseError, match=r"phase 'a' trains no parameter; the method's parameters are"):
-        phases.train_only(model, Phase("a", trains=["haed"]), trainable)
-    assert torch.tensor([p.requires_grad for p in model.parameters()]).tolist() == [True, False, True, True, True, True]
+    names = [name for name, _ in model.named_parameters()]
+    for first in ([Phase("all", 3)], []):
+        with pytest.raises(phases.PhaseError, match=words):
+            phases.check([*first, Phase("later", trains=trains)], 10, names, trainable)
+    phases.check([Phase("later", trains=["head", "body.weight"])], 10, names, trainable)

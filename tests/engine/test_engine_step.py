@@ -318,6 +318,14 @@ def test_backward_returns_the_plain_gradient_of_an_input_besides():
     assert x.grad is None
 
 
+@pytest.mark.parametrize("leaf", [True, False])
+def test_an_input_that_the_loss_does_not_depend_on_has_no_gradient(leaf):
+    engine, batch = pixel_engine(Pixels()), image_batch()
+    x = batch.pixels().requires_grad_(leaf)
+    with pytest.raises(ValueError, match=r"the loss does not depend on x, or x is no leaf .* batch.rendered_as\(x\)"):
+        engine.backward(engine.run(batch if leaf else batch.rendered_as(x)).loss, wrt=x)
+
+
 def inner_rank(rank, size):
     engine = pixel_engine(Pixels(runs=2), World(CPU, rank, size))
     batch = image_batch()
@@ -386,6 +394,7 @@ def test_a_teacher_is_part_of_the_state_and_its_source_is_not_twice():
 def test_a_skipped_step_leaves_the_teacher():
     method = Taught(0.5)
     engine = pixel_engine(method)
+    engine.step([image_batch()], 1e-2)  # or else student and teacher would be the same
     before = method.teacher.module[0].weight.clone()
     bad = image_batch()
     engine.step([bad.rendered_as(torch.full((4, 3, 2, 2), float("nan")))], 1e-2)
@@ -393,3 +402,35 @@ def test_a_skipped_step_leaves_the_teacher():
     assert torch.equal(method.teacher.module[0].weight, before)
     engine.step([bad], 1e-2)
     assert not torch.equal(method.teacher.module[0].weight, before)
+
+
+def test_a_teacher_of_a_frozen_half_precision_source_goes_on_in_float32_with_its_buffers():
+    source = nn.BatchNorm1d(3).bfloat16().requires_grad_(False)
+    teacher = EmaTeacher(source, 0.5)
+    with torch.no_grad():
+        source.weight.fill_(2.0)
+        source.running_mean.fill_(3.0)
+        source.num_batches_tracked.fill_(7)
+    teacher.follow(None, torch.tensor(False))
+    assert (teacher.module.weight.dtype, teacher.module.running_mean.dtype) == (torch.float32, torch.float32)
+    assert teacher.module.weight.tolist() == [1.5] * 3
+    assert teacher.module.running_mean.tolist() == [3.0] * 3
+    assert teacher.module.num_batches_tracked.item() == 7
+    assert source.weight.tolist() == [2.0] * 3
+
+
+def taught_rank(rank, size):
+    engine = pixel_engine(Taught(), World(CPU, rank, size), accumulate=2)
+    parts = [image_batch(2, seed) for seed in range(2 * size)][rank::size]
+    for number in range(3):
+        engine.step([replace(part, step=Step.at(number, 10, 100)) for part in parts], 1e-2)
+    return engine.method.teacher.module[0].weight.numpy()
+
+
+def test_a_teacher_of_two_processes_is_that_of_one(ranks):
+    first, second = ranks(2, taught_rank)
+    assert np.array_equal(first, second)
+    engine = pixel_engine(Taught(), accumulate=4)
+    for number in range(3):
+        engine.step([replace(image_batch(2, seed), step=Step.at(number, 10, 100)) for seed in range(4)], 1e-2)
+    np.testing.assert_allclose(first, engine.method.teacher.module[0].weight.numpy(), rtol=1e-5)

@@ -6,16 +6,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from plugins import adversarial, cached
 from safetensors.torch import save_file
 from small_runs import StopAt, assert_same_weights, logged, stored, train_rank
-from toys import toy_batch
+from toys import toy_batch, toy_context
 
 from fastdeit import build, models
 from fastdeit import recipe as recipes
 from fastdeit.cli import main as cli
 from fastdeit.engine.dist import World
+from fastdeit.engine.optim import default_groups
+from fastdeit.engine.optimizers import AdamW
+from fastdeit.engine.step import Engine
 from fastdeit.errors import Interrupted
+from fastdeit.evaluate import metric_rows
 from fastdeit.methods.teacher import Teacher
 from fastdeit.train import train
 
@@ -121,6 +126,18 @@ def test_two_processes_equal_one(case, ranks, tmp_path):
     assert difference < 2e-4
 
 
+def test_eval_finds_again_what_the_run_found(case, capsys):
+    recipe, _, run = case
+    assert cli(["eval", str(run)]) == 0
+    printed = capsys.readouterr().out
+    summary = json.loads((run / "summary.json").read_text())
+    metrics = {name: value for name, value in summary.items() if name in logged(run)[-1] and name != "bad_images"}
+    rows = metric_rows(recipe, metrics)
+    assert rows
+    assert [line.split("  ")[0] for line in printed.splitlines()[1:]] == [title for title, _ in rows]
+    assert [line.split("  ")[-1].strip() for line in printed.splitlines()[1:]] == [value for _, value in rows]
+
+
 # ---- what each of them is for ----------------------------------------------------------------------------------------
 
 
@@ -149,10 +166,75 @@ def test_a_disturbance_stays_within_its_bound_and_climbs():
     torch.testing.assert_close(delta, torch.tensor([0.05, -0.05, 0.0]))
 
 
+ROUNDS = 3
+
+
+def adversarial_step(rank, size, precision="fp32"):
+    """Gradients by name of a step on two micro-batches, over processes or one after the other, and its means."""
+    torch.manual_seed(0)
+    config = adversarial.Adversarial.Config(use="here", rounds=ROUNDS, eps=0.05, eta=0.02, beta=0.5)
+    method = adversarial.Adversarial(models.build("convnet_digits", num_classes=10), config, toy_context())
+    optimizer = AdamW(default_groups(method.named_parameters(), 0.0))
+    accumulate = 2 // size
+    world = World(torch.device("cpu"), rank, size)
+    engine = Engine(method, optimizer, world, precision=precision, accumulate=accumulate)
+    method.on_phase(method.phases()[0])
+    found = {}
+
+    def keep(*arguments):
+        found.update({name: p.grad.clone() / engine.guard.scale for name, p in method.named_parameters()})
+
+    optimizer.step = keep
+    engine.step(adversarial_batches()[rank::size], 1e-3)
+    return {name: gradient.numpy() for name, gradient in found.items()}, engine.means()
+
+
+def adversarial_batches():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return [toy_batch(part, torch.arange(4) + 4 * number) for number, part in enumerate(images)]
+
+
+def adversarial_by_hand():
+    """The same with its losses written out in float64."""
+    torch.manual_seed(0)
+    model = models.build("convnet_digits", num_classes=10).double()
+    label_loss = 0.0
+    for batch in adversarial_batches():
+        x = batch.pixels().double()
+        clean = model(x).log_softmax(-1).detach()
+        delta = torch.zeros_like(x)
+        for number in range(ROUNDS):
+            disturbed = (x + delta).requires_grad_()
+            z = model(disturbed).log_softmax(-1)
+            label = F.cross_entropy(z, batch.targets.y1, label_smoothing=0.1)
+            divergence = (F.kl_div(z, clean, log_target=True, reduction="batchmean") / 2) + (
+                F.kl_div(clean, z, log_target=True, reduction="batchmean") / 2
+            )
+            loss = label + 0.5 * divergence if number == 0 else (3.0 * label + 0.5 * divergence) / (ROUNDS - 1)
+            (loss / 2).backward()  # two micro-batches
+            delta = (delta + 0.02 * disturbed.grad.sign()).clamp(-0.05, 0.05)
+            label_loss += label.item() / 2 if number == 0 else 0.0
+    return {f"model.{name}": p.grad for name, p in model.named_parameters()}, label_loss
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_rounds_of_an_inner_loop_add_up_to_the_gradient_of_their_losses(ranks, precision):
+    expected, loss = adversarial_by_hand()
+    alone, means = adversarial_step(0, 1, precision)
+    (first, _), (second, means_of_two) = ranks(2, adversarial_step, precision)
+    tolerance = 1e-3 if precision == "fp32" else 0.1
+    for name, gradient in expected.items():
+        for found in (alone, first, second):
+            difference = torch.from_numpy(found[name]).double() - gradient
+            assert difference.norm() < tolerance * gradient.norm(), name
+    assert means["loss"] == pytest.approx(loss, rel=tolerance)
+    assert means_of_two["loss"] == pytest.approx(loss, rel=tolerance)
+
+
 def test_what_is_masked_does_not_reach_the_encoder():
     """Other pixels under the mask leave the prediction as it was."""
     from plugins.mae import MaskedAutoencoder
-    from toys import toy_context
 
     torch.manual_seed(0)
     model = models.build("deit_digits_patch8_32", num_classes=10)
