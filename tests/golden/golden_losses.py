@@ -1,8 +1,11 @@
-"""Losses of 30 training steps of every method, printed as JSON of exact (hexadecimal) floats.
+"""Losses of 30 training steps of every method and optimizer, printed as JSON of exact (hexadecimal) floats.
 
 Run by `test_golden.py` in a process of its own, where torch, MKL and oneDNN are told to use one portable code path,
-so that the numbers do not depend on the vector width or the core count of the machine. To accept a deliberate change:
-`python tests/golden/golden_losses.py --write`.
+so that the numbers do not depend on the vector width or the core count of the machine. `losses/torch-VERSION` has them
+by the release of torch, because another release may sum in another order.
+
+`python tests/golden/golden_losses.py --write` writes those of the installed torch: after a deliberate change, or to add
+a release. A deliberate change makes the other folders wrong; delete them.
 """
 
 import json
@@ -18,13 +21,19 @@ PORTABLE = {
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
 }
 STEPS, BATCH, CLASSES = 30, 8, 10
-METHODS = {
-    "supervised": {"use": "supervised"},
-    "supervised_bce": {"use": "supervised", "loss": "bce", "smoothing": 0.0},
-    "distill_hard": {"use": "distill", "distillation": "hard"},
-    "distill_soft_numel": {"use": "distill", "distillation": "soft", "tau": 3.0, "alpha": 0.1},
-    "distill_soft_batchmean": {"use": "distill", "distillation": "soft", "tau": 3.0, "reduction": "batchmean"},
+RUNS = {
+    "supervised": ({"use": "supervised"}, "adamw"),
+    "supervised_bce": ({"use": "supervised", "loss": "bce", "smoothing": 0.0}, "adamw"),
+    "supervised_lamb": ({"use": "supervised"}, "lamb"),
+    "supervised_sgd": ({"use": "supervised"}, "sgd"),
+    "distill_hard": ({"use": "distill", "distillation": "hard"}, "adamw"),
+    "distill_soft_numel": ({"use": "distill", "distillation": "soft", "tau": 3.0, "alpha": 0.1}, "adamw"),
+    "distill_soft_batchmean": (
+        {"use": "distill", "distillation": "soft", "tau": 3.0, "reduction": "batchmean"},
+        "adamw",
+    ),
 }
+"""Name of a run -> (configuration of the method, name of the optimizer)"""
 FOLDER = Path(__file__).parent / "losses"
 
 
@@ -34,17 +43,18 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False
     torch.use_deterministic_algorithms(True)
-    results = {"torch": torch.__version__.split("+")[0]}
-    results |= {name: [loss.hex() for loss in train(options)] for name, options in METHODS.items()}
+    losses = {name: [loss.hex() for loss in train(*run)] for name, run in RUNS.items()}
+    version = torch.__version__.split("+")[0]
     if "--write" in sys.argv:
-        FOLDER.mkdir(exist_ok=True)
-        for name in METHODS:
-            (FOLDER / f"{name}.txt").write_text("\n".join([f"# torch {results['torch']}", *results[name]]) + "\n")
+        folder = FOLDER / f"torch-{version}"
+        folder.mkdir(exist_ok=True)
+        for name, lines in losses.items():
+            (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
     else:
-        print(json.dumps(results))
+        print(json.dumps({"torch": version, "losses": losses}))
 
 
-def train(options: dict) -> list[float]:
+def train(options: dict, optimizer_name: str) -> list[float]:
     """Loss of every step, with everything in the loop that a real run has: drop-path, mixing, schedule, clipping,
     EMA."""
     import torch
@@ -53,7 +63,7 @@ def train(options: dict) -> list[float]:
     from fastdeit.engine.dist import World
     from fastdeit.engine.ema import Ema, EmaTeacher
     from fastdeit.engine.optim import default_groups
-    from fastdeit.engine.optimizers import AdamW
+    from fastdeit.engine.optimizers import find
     from fastdeit.engine.schedule import learning_rate
     from fastdeit.engine.step import Engine
     from fastdeit.methods.base import Context
@@ -71,7 +81,7 @@ def train(options: dict) -> list[float]:
     method = methods.find(options["use"])(student, methods.config(options["use"])(**options), context).train()
     _, exempt = student.decay_groups()
     groups = default_groups(method.named_parameters(), 0.05, {f"model.{n}" for n in exempt})
-    optimizer = AdamW(groups)
+    optimizer = find(optimizer_name)(groups)
     ema = Ema(optimizer.params, 0.9)
     engine = Engine(
         method, optimizer, World(torch.device("cpu")), precision="fp32", accumulate=2, clip_grad=1.0, ema=ema

@@ -40,7 +40,7 @@ METHODS = {
     "mae": (VIT, 'use: "plugins.mae:MaskedAutoencoder"', 4),
     "adversarial": ("convnet_digits", 'use: "plugins.adversarial:Adversarial", eps: 0.05, eta: 0.02', 3),
     "cached": (VIT, 'use: "plugins.cached:CachedLogits", store: "STORE"', 3),
-    "dino": (VIT, 'use: "plugins.dino:Dino", teacher_temperature: [0.04, 0.04], momentum: [0.95, 0.95]', 4),
+    "dino": (VIT, 'use: "plugins.dino:Dino", crops: 2, teacher_temperature: [0.04, 0.04], momentum: [0.95, 0.95]', 3),
     "incubation": (VIT, 'use: "plugins.incubation:Incubation", depths: [3, 1], meta_epochs: 2', 9),
     "relations": (
         VIT,
