@@ -241,3 +241,11 @@ def test_an_averaged_teacher_that_the_engine_would_not_find_is_refused(path):
     with pytest.raises(UsageError, match=r"test_build:Averages: what ema_teacher\(\) returns must be an attribute"):
         made("Averages")
     assert len(made("Kept").averages) == 2
+
+
+def test_a_batch_knows_its_place_in_the_run(path):
+    """Ten epochs of two steps."""
+    recipe = recipes.load(path, ["train.accumulate=2"])
+    source, _ = build.sources(recipe)
+    for batch in next(build.train_loader(recipe, source, CPU, {}, warnings.warn).batches(13, 14)):
+        assert (batch.step.number.item(), batch.step.epoch.item(), batch.step.progress.item()) == (13, 6, 13 / 20)

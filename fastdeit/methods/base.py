@@ -84,7 +84,8 @@ class Context:
     ema_teacher  `ema_teacher(module, momentum)` is a module that answers as a running average of `module` does:
                  float32, in eval mode, without gradients, part of the method's state. The engine moves it after every
                  update, unless the update was skipped: average = m * average + (1 - m) * module, m = momentum or
-                 momentum(step)
+                 momentum(step). Keep it where the method's `modules()` has it: as an attribute, or in an
+                 nn.ModuleList or nn.ModuleDict
     """
 
     num_classes: int
@@ -99,7 +100,8 @@ class Method(nn.Module):
 
     A number of Python's that `forward`, `step` or `after_step` reads is a constant of the method: `torch.compile` and
     CUDA graphs keep the value they first saw. What changes during the run is a tensor: a buffer, or a function of
-    `batch.step`. The engine raises an error if an attribute changes that a recorded step has read.
+    `batch.step`. The engine raises an error if a number, a text, or a list, tuple, dict or set of these changes in an
+    attribute of the method, or of a module below it, after a step was recorded as a CUDA graph.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -151,10 +153,13 @@ class Method(nn.Module):
         """After the optimizer's update, for the method's own buffers; `engine.now` is the `Step` that was made."""
 
     def on_epoch(self, epoch: int, engine: Any) -> None:
-        """Before the first step of an epoch."""
+        """Before the first step of an epoch; also when a run is resumed inside it, with `epoch` as before."""
 
     def on_phase(self, phase: Phase) -> None:
-        """When a phase begins, or a run is resumed in it, before its optimizer groups are made."""
+        """When a phase begins, before its optimizer groups are made. Also when a run is resumed or evaluated in it.
+
+        A resumed run begins the first phase, then that of its checkpoint, and after that loads all weights and buffers.
+        """
 
     def param_groups(self, base: list) -> list:
         """Optimizer groups; `base` is decayed and undecayed parameters (`engine.optim.ParamGroup`) of the phase."""

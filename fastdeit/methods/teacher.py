@@ -1,7 +1,7 @@
 """Teachers: frozen networks that see exactly the augmented images of the student."""
 
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -127,14 +127,12 @@ class DeferredTeacher:
     """A teacher that is built when it is first asked: most evaluations need none, and its weights may be elsewhere."""
 
     def __init__(self, make: Callable[[], Teacher]) -> None:
-        self._make = make
-
-    @cached_property
-    def _teacher(self) -> Teacher:
-        return self._make()
+        self._teacher = cache(make)
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self._teacher(batch)
+        return self._teacher()(batch)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._teacher, name)
+        if name.startswith("_"):  # copy and pickle ask for such names
+            raise AttributeError(name)
+        return getattr(self._teacher(), name)

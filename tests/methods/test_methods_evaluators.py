@@ -68,10 +68,12 @@ def test_several_processes_find_the_same(ranks, held_out):
     assert ranks(2, both, TRAINING, held_out) == [expected] * 2
 
 
-def test_votes_are_weighted_by_nearness():
-    """Two far neighbours of one label lose against a near one of another."""
-    training = torch.tensor([[1.0, 0.0], [-0.2, 1.0], [-0.2, 1.0]])
-    method = SimpleNamespace(features=lambda x: training if len(x) == 3 else torch.tensor([[1.0, 0.1]]))
+@pytest.mark.parametrize("known", [1.0, 100.0])
+@pytest.mark.parametrize("asked", [1e-3, 1.0])
+def test_votes_are_weighted_by_nearness_in_angle(known, asked):
+    """Two far neighbours of one label lose against a near one of another, however long the features are."""
+    training = torch.tensor([[1.0, 0.0], [-0.2 * known, known], [-0.2 * known, known]])
+    method = SimpleNamespace(features=lambda x: training if len(x) == 3 else asked * torch.tensor([[1.0, 0.1]]))
     batches = {
         "training": lambda: iter([toy_batch(torch.zeros(3, 2, 2, 3, dtype=torch.uint8), torch.tensor([1, 0, 0]))]),
         "held_out": lambda: iter([toy_batch(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), torch.tensor([1]))]),

@@ -21,7 +21,7 @@ from fastdeit.bench_step import Cell, batch
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.methods.frozen import freeze
-from fastdeit.methods.teacher import FeatureTeacherConfig, Teacher, TeacherConfig
+from fastdeit.methods.teacher import DeferredTeacher, FeatureTeacherConfig, Teacher, TeacherConfig
 from fastdeit.models import tokens as tokens_of
 from fastdeit.train import train
 
@@ -575,3 +575,26 @@ def test_relations_are_learned_from_a_teacher_without_a_head(tmp_path, monkeypat
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert not any("teacher_top1" in line for line in lines)
     assert any(line.get("loss") is not None for line in lines)
+
+
+def test_a_deferred_teacher_is_built_once_when_it_is_first_asked():
+    made = []
+
+    def make():
+        made.append(Teacher(nn.Linear(2, 3), mean=(0.1,) * 3, std=(0.2,) * 3))
+        return made[-1]
+
+    deferred = DeferredTeacher(make)
+    copy.copy(deferred)
+    assert made == []
+    assert deferred.mean == (0.1,) * 3
+    assert deferred.logits(torch.ones(1, 2)).shape == (1, 3)
+    assert len(made) == 1
+
+
+def test_what_fails_while_a_deferred_teacher_is_built_is_what_is_raised():
+    def make():
+        raise AttributeError("the network has no head")
+
+    with pytest.raises(AttributeError, match="the network has no head"):
+        DeferredTeacher(make).logits(torch.ones(1, 2))

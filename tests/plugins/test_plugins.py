@@ -121,6 +121,10 @@ def test_two_processes_equal_one(case, ranks, tmp_path):
     _, steps, run = case
     ranks(2, train_rank, run.parent / "recipe.yaml", [], tmp_path / "run")
     np.testing.assert_allclose(losses(run), losses(tmp_path / "run"), rtol=2e-3)
+    judged, others = (logged(folder)[-1] for folder in (run, tmp_path / "run"))
+    assert judged.keys() == others.keys()
+    for name, value in judged.items():  # one image more or less is a per cent
+        assert others[name] == (value if name == "kind" else pytest.approx(value, rel=5e-3, abs=2.1 * ("top" in name)))
     one, two = (stored(folder, steps)["model.safetensors"] for folder in (run, tmp_path / "run"))
     difference = sum((one[n] - two[n]).abs().sum() for n in one) / sum(t.numel() for t in one.values())
     assert difference < 2e-4
