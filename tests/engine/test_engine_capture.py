@@ -212,7 +212,7 @@ def method_and_batch(name):
     return method, batch(Cell("step", "", 2, 32, "fp32"), method.noise(), CPU)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_method_compiles_to_one_graph_that_is_eager_mode(name, precision):
     """Of our ops, that graph has those alone which make the input."""

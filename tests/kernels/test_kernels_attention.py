@@ -22,7 +22,7 @@ def packed(device, dtype, batch, tokens, heads, width, scale=1.0, seed=0, parts=
     return (values * scale).to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(n, marks=pytest.mark.slow) if n == 577 else n for n in TOKENS])
+@pytest.mark.parametrize("tokens", [pytest.param(n, marks=pytest.mark.slow) if n > 500 else n for n in TOKENS])
 def test_as_good_as_pytorch(device, tokens):
     heads = 2 if tokens < 200 else 1
     bias = normal(3 * heads * 32, dtype=torch.float32, device=device, seed=1).requires_grad_()
