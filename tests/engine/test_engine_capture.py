@@ -187,17 +187,17 @@ class Stages(nn.Module):
 def test_every_phase_is_compiled_however_many_there_are(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # as eight would, but sooner
     method = Stages(4)
     options = {"precision": "fp32", "accumulate": 1, "capture": "compile"}
     engine = Engine(method, AdamW(method.groups(0)), World(CPU), **options)
-    for stage in range(len(method.layers)):
-        if stage:
-            engine.enter(method.groups(stage))
-        before = [layer.weight.detach().clone() for layer in method.layers]
-        engine.step([X], 0.01)
-        moved = [not torch.equal(w, layer.weight) for w, layer in zip(before, method.layers, strict=True)]
-        assert moved == [number == stage for number in range(len(moved))]
+    with torch._dynamo.config.patch(recompile_limit=2):  # as eight would, but sooner
+        for stage in range(len(method.layers)):
+            if stage:
+                engine.enter(method.groups(stage))
+            before = [layer.weight.detach().clone() for layer in method.layers]
+            engine.step([X], 0.01)
+            moved = [not torch.equal(w, layer.weight) for w, layer in zip(before, method.layers, strict=True)]
+            assert moved == [number == stage for number in range(len(moved))]
     assert method.eager == 0
 
 
