@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastdeit import doctor
+from fastdeit.environment import report
 from fastdeit.errors import UsageError
 
 Timer = Callable[[], tuple[float, float]]
@@ -207,7 +207,7 @@ def append(row: dict[str, Any], out: str | None) -> None:
 
 def environment() -> dict[str, Any]:
     """What a reader needs to repeat a row; no paths, no host."""
-    found = doctor.report()
+    found = report()
     kept = {name: found[name] for name in ("fastdeit", "torch", "gpus", "driver", "packages", "dali")}
     processor = {"cores": len(os.sched_getaffinity(0)), "model": _cpu_model()}
     time_stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")

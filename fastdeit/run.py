@@ -9,7 +9,7 @@ from operator import gt, lt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastdeit import build, doctor
+from fastdeit import build, environment
 from fastdeit import recipe as recipes
 from fastdeit.data.source import Source
 from fastdeit.engine import checkpoint, report
@@ -218,7 +218,7 @@ class RunLog:
         if not self.world.main:
             return
         (self.run_dir / "recipe.yaml").write_text(recipes.dump(self.recipe))
-        (self.run_dir / "environment.json").write_text(json.dumps(doctor.report(), indent=2) + "\n")
+        (self.run_dir / "environment.json").write_text(json.dumps(environment.report(), indent=2) + "\n")
         config = self.recipe.model_dump(mode="json")
         self.sinks = open_sinks(self.recipe.engine.sinks, self.run_dir, config, start)
         self.metrics = MetricsLog(self.run_dir / "metrics.jsonl")

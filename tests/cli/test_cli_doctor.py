@@ -5,17 +5,17 @@ import subprocess
 
 import pytest
 
-from fastdeit import doctor
+from fastdeit import doctor, environment
 
 
 @pytest.fixture(scope="module")
 def found():
-    return doctor.report()
+    return environment.report()
 
 
 def test_report_is_plain_and_complete(found):
     assert json.loads(json.dumps(found)) == found
-    assert found["torch"]["version"] == str(doctor.torch.__version__)
+    assert found["torch"]["version"] == str(environment.torch.__version__)
     assert found["machine"]["memory"] > 2**28
     assert found["machine"]["cpu_cores"] >= 1
     assert found["packages"]["timm"]
@@ -49,12 +49,12 @@ def test_warnings(found):
 
 def test_apex_is_told_from_its_namesake(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    assert doctor.apex_status().startswith("not installed")
+    assert environment.apex_status().startswith("not installed")
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise ImportError('never imported')")
-    assert "PyPI's apex is an unrelated project" in doctor.apex_status()
+    assert "PyPI's apex is an unrelated project" in environment.apex_status()
     (tmp_path / "apex" / "optimizers").mkdir()
-    assert doctor.apex_status() == "NVIDIA apex is installed"
+    assert environment.apex_status() == "NVIDIA apex is installed"
 
 
 def test_code_version(tmp_path):
@@ -62,12 +62,12 @@ def test_code_version(tmp_path):
         options = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
         subprocess.run(["git", "-C", str(tmp_path), *options, *words], check=True, capture_output=True)
 
-    assert doctor.code_version(tmp_path) is None
+    assert environment.code_version(tmp_path) is None
     git("init")
     (tmp_path / "a").write_text("1")
     git("add", "a")
     git("commit", "-m", "a")
-    clean = doctor.code_version(tmp_path)
+    clean = environment.code_version(tmp_path)
     (tmp_path / "a").write_text("2")
     assert len(clean) == 12
-    assert doctor.code_version(tmp_path) == f"{clean}-dirty"
+    assert environment.code_version(tmp_path) == f"{clean}-dirty"
