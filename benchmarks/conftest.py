@@ -4,7 +4,8 @@ from functools import cache
 
 import pytest
 
-from fastdeit import bench_cells, bench_measure
+from fastdeit.bench import cells as bench_cells
+from fastdeit.bench import measure as bench_measure
 from fastdeit.engine.dist import pick_device
 
 DEVICE = pick_device("auto")

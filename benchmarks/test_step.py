@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fastdeit import bench_cells, bench_suite
-from fastdeit.bench_measure import CannotRun, reason
+from fastdeit.bench import cells as bench_cells
+from fastdeit.bench import suite as bench_suite
+from fastdeit.bench.measure import CannotRun, reason
 
 ROUNDS = {"cpu": 3, "cuda": 20}
 CELLS = list(bench_suite.grid(DEVICE))

@@ -22,12 +22,12 @@ IMAGENET_EXAMPLE = "fastdeit train deit_small_distilled --data /path/to/imagenet
 # The layers below define their own exceptions; named here, not imported, because importing them would import torch.
 # They mean that something the user gave cannot be worked with; train turns those of a running loop into FastdeitError.
 _EXIT_CODES = {
-    ("fastdeit.recipe", "RecipeError"): UsageError.exit_code,
-    ("fastdeit.data.source", "DataError"): UsageError.exit_code,
+    ("fastdeit.recipe.resolve", "RecipeError"): UsageError.exit_code,
+    ("fastdeit.data.sources.source", "DataError"): UsageError.exit_code,
     ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,
     ("fastdeit.engine.capture", "CaptureError"): UsageError.exit_code,
     ("fastdeit.engine.dist", "DeviceError"): UsageError.exit_code,
-    ("fastdeit.kernels.lint", "LintError"): UsageError.exit_code,
+    ("fastdeit.kernels.lint.lint", "LintError"): UsageError.exit_code,
     ("fastdeit.kernels._op", "ChoiceError"): UsageError.exit_code,
     ("fastdeit.kernels._op", "UnknownOpError"): UsageError.exit_code,
 }
@@ -173,12 +173,12 @@ _positive.__name__ = "int"  # argparse names the type in its message
 
 
 def _train(args: argparse.Namespace, argv: list[str]) -> int:
-    from fastdeit import launch
+    from fastdeit.launch import launch
 
     with launch.process_of_a_run():
         args.recipe = _one(args.words, "recipe") or DEFAULT_RECIPE
         if args.data is not None:
-            from fastdeit import data_verbs
+            from fastdeit.verbs import data as data_verbs
 
             args.overrides += data_verbs.implied(args.recipe, args.overrides, args.data)
         if "RANK" not in os.environ:
@@ -187,7 +187,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
                     f"no recipe named: training {DEFAULT_RECIPE!r}, which needs no data. ImageNet: {IMAGENET_EXAMPLE}",
                     flush=True,
                 )
-            from fastdeit import recipe
+            from fastdeit.recipe import resolve as recipe
 
             # Before any worker exists, so that a mistake is reported at once, and once.
             recipe.load(args.recipe, args.overrides)
@@ -198,25 +198,25 @@ def _eval(args: argparse.Namespace, argv: list[str]) -> None:
     args.path = _one(args.words, "run or checkpoint")
     if args.path is None:
         raise UsageError("name a run or a checkpoint: fastdeit eval RUN_OR_CHECKPOINT")
-    from fastdeit import evaluate
+    from fastdeit.run import evaluate
 
     evaluate.main(args)
 
 
 def _bench(args: argparse.Namespace, argv: list[str]) -> None:
-    from fastdeit import bench
+    from fastdeit.bench import command as bench
 
     bench.main(args)
 
 
 def _data_check(args: argparse.Namespace, argv: list[str]) -> int:
-    from fastdeit import data_verbs
+    from fastdeit.verbs import data as data_verbs
 
     return data_verbs.check(args)
 
 
 def _data_pack(args: argparse.Namespace, argv: list[str]) -> None:
-    from fastdeit import data_verbs
+    from fastdeit.verbs import data as data_verbs
 
     data_verbs.pack(args)
 
@@ -225,7 +225,7 @@ def _data_picture(args: argparse.Namespace, argv: list[str]) -> None:
     args.recipe = _one(args.words, "recipe")
     if args.recipe is None:
         raise UsageError(f"name a recipe: fastdeit data {argv[1]} RECIPE --out FILE.png")
-    from fastdeit import data_pictures
+    from fastdeit.verbs import pictures as data_pictures
 
     getattr(data_pictures, argv[1])(args)
 
@@ -233,7 +233,7 @@ def _data_picture(args: argparse.Namespace, argv: list[str]) -> None:
 def _recipes(args: argparse.Namespace, argv: list[str]) -> None:
     if args.action == "show" and args.name is None:
         raise UsageError("name a recipe: fastdeit recipes show NAME")
-    from fastdeit import recipe
+    from fastdeit.recipe import resolve as recipe
 
     if args.action == "show":
         print(recipe.text(args.name), end="")
@@ -245,20 +245,20 @@ def _recipes(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _doctor(args: argparse.Namespace, argv: list[str]) -> None:
-    from fastdeit import doctor
+    from fastdeit.verbs import doctor
 
     doctor.main(args)
 
 
 def _kernels_bench(args: argparse.Namespace, argv: list[str]) -> None:
-    from fastdeit import bench_kernels
+    from fastdeit.bench import kernels as bench_kernels
 
     bench_kernels.main(args)
 
 
 def _kernels(args: argparse.Namespace, argv: list[str]) -> int | None:
     if args.action == "lint":
-        from fastdeit.kernels import lint
+        from fastdeit.kernels.lint import lint
 
         return lint.main(args)
     if args.arch or args.op or args.json or args.update_golden:
@@ -273,7 +273,7 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
     args.recipe = _one(args.words, "recipe")
     if args.recipe is None:
         raise UsageError("name a recipe: fastdeit plan RECIPE")
-    from fastdeit import estimate_report
+    from fastdeit.estimate import report as estimate_report
 
     estimate_report.main(args)
 

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdeit import build, kernels, rng
-from fastdeit import recipe as recipes
-from fastdeit.data import order
+from fastdeit import kernels, rng
 from fastdeit.data.loader import EvalLoader
-from fastdeit.data.source import DataError
+from fastdeit.data.plan import order
+from fastdeit.data.sources.source import DataError
 from fastdeit.engine import optimizers, phases
 from fastdeit.engine.checkpoint import CheckpointError
 from fastdeit.engine.dist import World
@@ -27,14 +26,16 @@ from fastdeit.engine.optim import ParamGroup, default_groups
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine
 from fastdeit.errors import FastdeitError, Interrupted, UsageError
-from fastdeit.evaluate import Result, evaluate
 from fastdeit.methods.base import Method, Phase
 from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import Teacher, TeacherConfig
-from fastdeit.run import Record, RunLog, Saver, choose_directory, describe, prepare_directory
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
+from fastdeit.run.evaluate import Result, evaluate
+from fastdeit.run.record import Record, RunLog, Saver, choose_directory, describe, prepare_directory
 
 if TYPE_CHECKING:
-    from fastdeit.recipe import Recipe
+    from fastdeit.recipe.resolve import Recipe
 
 
 def main(args: argparse.Namespace) -> None:

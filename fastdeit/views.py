@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo
 from fastdeit.fields import Fraction, ImageSize, NonNegative, Range, Section, Text, size_pair
 
 if TYPE_CHECKING:
-    from fastdeit.data.policy import Policy
+    from fastdeit.data.plan.policy import Policy
 
 
 def _within_the_image(scale: tuple[float, float]) -> tuple[float, float]:
@@ -27,7 +27,7 @@ def parse_policy(
     """The operations that `augment` and `color_jitter` name, for outputs of `size` (see `policy.parse`); ValueError
     where there are no such operations."""
     # Policies import numpy. Reading, listing and showing recipes does without.
-    from fastdeit.data import policy
+    from fastdeit.data.plan import policy
 
     return policy.parse(augment, size, color_jitter)
 

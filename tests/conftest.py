@@ -78,7 +78,7 @@ def ranks(tmp_path: Path):
 @pytest.fixture(scope="session")
 def few_digits(tmp_path_factory):
     """An image folder of 400 training and 100 held-out digits."""
-    from fastdeit.data import digits
+    from fastdeit.data.sources import digits
 
     os.environ.setdefault("FASTDEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
     root, full = tmp_path_factory.mktemp("digits"), Path(digits.prepare())

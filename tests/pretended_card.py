@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from fastdeit.kernels import _loss, _multi_tensor, _op, _triton
+from fastdeit.kernels import _loss, _op, _triton
+from fastdeit.kernels.optimizer import _multi_tensor
 
 ARCH = 9, 0
 _SEEN_BY_CPP = torch.device("meta")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fastdeit import recipe as recipes
-from fastdeit.recipe import RecipeError
+from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.resolve import RecipeError
 
 GOOD = """\
 about:

@@ -5,8 +5,8 @@ import json
 import torch
 from safetensors.torch import load_file
 
-from fastdeit import recipe as recipes
 from fastdeit.engine.dist import World
+from fastdeit.recipe import resolve as recipes
 from fastdeit.train import train
 
 

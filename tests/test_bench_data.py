@@ -9,10 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdeit import bench_data, bench_data_peers, bench_report, cli
-from fastdeit import recipe as recipes
-from fastdeit.bench_data import Side
-from fastdeit.data.plan import Augment
+from fastdeit import cli
+from fastdeit.bench import data as bench_data
+from fastdeit.bench import data_peers as bench_data_peers
+from fastdeit.bench import report as bench_report
+from fastdeit.bench.data import Side
+from fastdeit.data.plan.plan import Augment
+from fastdeit.recipe import resolve as recipes
 
 BURNT = 0.2
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdeit import bench_data, bench_data_peers
-from fastdeit import recipe as recipes
-from fastdeit.bench_measure import CannotRun
-from fastdeit.data.plan import PAD
+from fastdeit.bench import data as bench_data
+from fastdeit.bench import data_peers as bench_data_peers
+from fastdeit.bench.measure import CannotRun
+from fastdeit.data.plan.plan import PAD
+from fastdeit.recipe import resolve as recipes
 
 SIZE, BATCH, FILES = 64, 4, 16
 FLOATS = ["fastdeit", "timm", "deit", "torchvision", "dali"]

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from fastdeit import bench_kernels, models
+from fastdeit import models
+from fastdeit.bench import kernels as bench_kernels
 from fastdeit.errors import UsageError
 from fastdeit.kernels._op import OPS
 

@@ -4,7 +4,10 @@ import json
 
 import pytest
 
-from fastdeit import bench_cells, bench_report, cli, estimate_rows
+from fastdeit import cli
+from fastdeit.bench import cells as bench_cells
+from fastdeit.bench import report as bench_report
+from fastdeit.estimate import rows as estimate_rows
 
 CARD = {"gpus": [{"name": "NVIDIA H200"}], "fastdeit": {"code": "abc123"}, "time": "2026-11-22T00:00:00+00:00"}
 HERE = {

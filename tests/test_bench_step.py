@@ -11,8 +11,23 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend
 from toys import toy_context
 
-from fastdeit import bench_cells, bench_kernels, bench_measure, bench_peers, bench_step, cli, methods, models
-from fastdeit.bench_step import Cell
+from fastdeit import cli, methods, models
+from fastdeit.bench import (
+    cells as bench_cells,
+)
+from fastdeit.bench import (
+    kernels as bench_kernels,
+)
+from fastdeit.bench import (
+    measure as bench_measure,
+)
+from fastdeit.bench import (
+    peers as bench_peers,
+)
+from fastdeit.bench import (
+    step as bench_step,
+)
+from fastdeit.bench.step import Cell
 from fastdeit.errors import UsageError
 from fastdeit.methods.teacher import Teacher
 

@@ -9,9 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdeit import bench_calibrate, bench_cells, bench_kernels, bench_peers, bench_step, bench_suite, cli
-from fastdeit.bench_step import Cell
-from fastdeit.kernels import _op, _triton, apex
+from fastdeit import cli
+from fastdeit.bench import (
+    calibrate as bench_calibrate,
+)
+from fastdeit.bench import (
+    cells as bench_cells,
+)
+from fastdeit.bench import (
+    kernels as bench_kernels,
+)
+from fastdeit.bench import (
+    peers as bench_peers,
+)
+from fastdeit.bench import (
+    step as bench_step,
+)
+from fastdeit.bench import (
+    suite as bench_suite,
+)
+from fastdeit.bench.step import Cell
+from fastdeit.kernels import _op, _triton
+from fastdeit.kernels.optimizer import apex
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ROOT = Path(__file__).parent.parent

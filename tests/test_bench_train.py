@@ -5,19 +5,35 @@ import json
 import pytest
 import torch
 
-from fastdeit import (
-    bench,
-    bench_cells,
-    bench_data,
-    bench_data_peers,
-    bench_measure,
-    bench_peers,
-    bench_report,
-    bench_step,
-    bench_train,
-    cli,
+from fastdeit import cli
+from fastdeit.bench import (
+    cells as bench_cells,
 )
-from fastdeit.bench_step import LR
+from fastdeit.bench import (
+    command as bench,
+)
+from fastdeit.bench import (
+    data as bench_data,
+)
+from fastdeit.bench import (
+    data_peers as bench_data_peers,
+)
+from fastdeit.bench import (
+    measure as bench_measure,
+)
+from fastdeit.bench import (
+    peers as bench_peers,
+)
+from fastdeit.bench import (
+    report as bench_report,
+)
+from fastdeit.bench import (
+    step as bench_step,
+)
+from fastdeit.bench import (
+    train as bench_train,
+)
+from fastdeit.bench.step import LR
 from fastdeit.engine.step import Engine
 
 TINY = "--image-size 32 --batch 4 --rounds 2 --threads 1 --device cpu"

@@ -5,15 +5,15 @@ import warnings
 import pytest
 import torch
 
-from fastdeit import build
-from fastdeit import recipe as recipes
-from fastdeit.data import plan
-from fastdeit.data.packed import pack
-from fastdeit.data.source import DataError
-from fastdeit.data.synthetic import SyntheticSource
+from fastdeit.data.plan import plan
+from fastdeit.data.sources.packed import pack
+from fastdeit.data.sources.source import DataError
+from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.methods.supervised import Supervised
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
 from fastdeit.views import View
 
 RECIPE = """\

@@ -14,8 +14,8 @@ import timm
 from torch import nn
 
 from fastdeit import cli
-from fastdeit import recipe as recipes
 from fastdeit.kernels import _op
+from fastdeit.recipe import resolve as recipes
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastdeit"

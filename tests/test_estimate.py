@@ -12,13 +12,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdeit import estimate, estimate_gpus, estimate_rows, kernels, models
+from fastdeit import kernels, models
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.optim import default_groups
 from fastdeit.engine.optimizers import AdamW
-from fastdeit.estimate import COMPILE, DESIGNS, EAGER, EPILOGUE, FUSED, GIB, TIMM, Network, ViT, Work
-from fastdeit.estimate_gpus import GPUS
-from fastdeit.kernels import _op, attention_fused_backward, attention_tiles
+from fastdeit.estimate import gpus as estimate_gpus
+from fastdeit.estimate import model as estimate
+from fastdeit.estimate import rows as estimate_rows
+from fastdeit.estimate.gpus import GPUS
+from fastdeit.estimate.model import COMPILE, DESIGNS, EAGER, EPILOGUE, FUSED, GIB, TIMM, Network, ViT, Work
+from fastdeit.kernels import _op
+from fastdeit.kernels.attention import fused_backward as attention_fused_backward
+from fastdeit.kernels.attention import tiles as attention_tiles
 
 NAMES = [name for name in models.MODELS if name.startswith("deit_")]
 
@@ -456,7 +461,7 @@ def test_cards_are_known_by_their_names(tmp_path, card, gpu):
 
 
 def test_the_model_needs_no_torch():
-    code = "import sys\nfrom fastdeit import estimate, estimate_rows\nprint(estimate_rows.errors(whole=False))\n"
+    code = "import sys\nfrom fastdeit.estimate import rows\nprint(rows.errors(whole=False))\n"
     code += "print({'torch', 'numpy', 'pydantic'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"

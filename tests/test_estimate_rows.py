@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from fastdeit import estimate, estimate_rows
 from fastdeit.errors import UsageError
-from fastdeit.estimate import COMPILE, FUSED, TIMM, Network, ViT, Work
-from fastdeit.estimate_gpus import GPUS
+from fastdeit.estimate import model as estimate
+from fastdeit.estimate import rows as estimate_rows
+from fastdeit.estimate.gpus import GPUS
+from fastdeit.estimate.model import COMPILE, FUSED, TIMM, Network, ViT, Work
 
 VIT = ViT(patches=196, prefix=1, patch_values=768, dim=192, depth=12, heads=3, hidden=768, classes=1000)
 OURS = Network("tiny", VIT.parameters, VIT.flops, 3 * 224 * 224, 1000, vit=VIT)

@@ -7,8 +7,8 @@ import torch
 from toys import toy_batch
 
 from fastdeit.engine.dist import World
-from fastdeit.evaluate import evaluate
 from fastdeit.methods.evaluators import Classify
+from fastdeit.run.evaluate import evaluate
 
 CLASSES = 10
 

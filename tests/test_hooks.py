@@ -12,8 +12,7 @@ from small_runs import StopAt
 from torch import nn
 from toys import toy_batch
 
-from fastdeit import build, kernels, models
-from fastdeit import recipe as recipes
+from fastdeit import kernels, models
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.engine.guard import Verdict
@@ -22,6 +21,8 @@ from fastdeit.engine.optimizers import AdamW
 from fastdeit.errors import Interrupted
 from fastdeit.methods.supervised import Supervised
 from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
 from fastdeit.train import decay_groups, train
 
 RECIPE = """\

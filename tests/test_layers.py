@@ -69,7 +69,7 @@ def imports(tree: ast.AST, path: Path) -> Iterator[tuple[int, str]]:
             base = ".".join([*up, *filter(None, [node.module])]) if node.level else node.module
             for alias in node.names:
                 whole = f"{base}.{alias.name}"
-                # `from fastdeit import recipe` names a module whether its file is written yet or not.
+                # `from fastdeit.recipe import resolve as recipe` names a module whether its file is written yet or not.
                 yield node.lineno, whole if exists(whole) or (base == "fastdeit" and alias.name.islower()) else base
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
@@ -112,16 +112,16 @@ def test_dependencies_point_down(path):
         ("engine/x.py", "from .. import errors"),
         ("data/x.py", "from fastdeit.engine.dist import World"),
         ("data/x.py", "import fastdeit.kernels as k"),
-        ("methods/x.py", "if TYPE_CHECKING:\n    from fastdeit.data import source"),
+        ("methods/x.py", "if TYPE_CHECKING:\n    from fastdeit.data.sources import source"),
         ("models/x.py", "from ..methods.base import Method"),
         ("models/__init__.py", "from ..methods.base import Method"),
         ("kernels/x.py", "from importlib import import_module\nimport_module('fastdeit.rng')"),
         ("kernels/x.py", "from fastdeit import __version__"),
-        ("train.py", "from fastdeit import launch"),
+        ("train.py", "from fastdeit.launch import launch"),
         ("recipe.py", "from fastdeit.cli import main"),
         ("launch.py", "from fastdeit.engine import dist"),
-        ("cli.py", "from fastdeit.data.source import DataError"),
-        ("rng.py", "from fastdeit.data import order"),
+        ("cli.py", "from fastdeit.data.sources.source import DataError"),
+        ("rng.py", "from fastdeit.data.plan import order"),
     ],
 )
 def test_an_upward_import_is_seen(name, source):
@@ -132,9 +132,15 @@ def test_an_upward_import_is_seen(name, source):
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("train.py", "from fastdeit import build, recipe as recipes, rng\nfrom fastdeit.errors import UsageError"),
+        (
+            "train.py",
+            "from fastdeit.run import build; from fastdeit.recipe import resolve as recipes; from fastdeit import rng\nfrom fastdeit.errors import UsageError",
+        ),
         ("kernels/x.py", "from fastdeit.kernels import _op\nfrom . import attention\nfrom .loss import f"),
-        ("cli.py", "from fastdeit import __version__, doctor, recipe, launch"),
+        (
+            "cli.py",
+            "from fastdeit import __version__; from fastdeit.verbs import doctor; from fastdeit.recipe import resolve as recipe; from fastdeit.launch import launch",
+        ),
         ("engine/x.py", "from fastdeit import kernels, rng\nimport torch"),
         ("models/x.py", "from ..kernels import attention"),
     ],
@@ -164,12 +170,12 @@ def loaded_after(statement: str) -> set[str]:
 
 
 def test_importing_the_package_and_the_command_line_imports_no_torch():
-    loaded = loaded_after("import fastdeit, fastdeit.cli, fastdeit.launch, fastdeit.errors")
+    loaded = loaded_after("import fastdeit, fastdeit.cli, fastdeit.launch.launch, fastdeit.errors")
     assert not {"torch", "numpy", "pydantic", "rich"} & loaded
 
 
 def test_the_data_verbs_that_need_no_model_load_no_torch():
-    assert "torch" not in loaded_after("import fastdeit.data_verbs")
+    assert "torch" not in loaded_after("import fastdeit.verbs.data")
 
 
 def test_kernels_stand_alone():

@@ -5,9 +5,9 @@ import os
 import pytest
 from recipe_texts import GOOD, edited, refusal
 
-from fastdeit import recipe as recipes
 from fastdeit.cli import main as cli
-from fastdeit.recipe import RecipeError
+from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.resolve import RecipeError
 
 FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     # unknown fields, and similar names

@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recipe_texts import DISTILL
 
-from fastdeit import recipe as recipes
-from fastdeit.recipe import Recipe, RecipeError
+from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.resolve import Recipe, RecipeError
 
 # fmt: off
 SCRAPS = [

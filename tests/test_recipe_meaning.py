@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recipe_texts import DISTILL, GOOD, refusal
 
-from fastdeit import recipe as recipes
-from fastdeit.data.kinds import READERS
-from fastdeit.recipe import Recipe, RecipeError
+from fastdeit.data.sources.kinds import READERS
+from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.resolve import Recipe, RecipeError
 
 # ---- types -----------------------------------------------------------------------------------------------------------
 
@@ -405,7 +405,7 @@ def test_a_method_of_somebody_else(write, tmp_path, monkeypatch):
 
 def test_reading_recipes_imports_no_torch():
     code = (
-        "import sys\nfrom fastdeit import recipe\n"
+        "import sys\nfrom fastdeit.recipe import resolve as recipe\n"
         "assert recipe.names() and recipe.summaries() and recipe.text('digits')\n"
         "assert not {'torch', 'numpy', 'fastdeit.methods'} & set(sys.modules), 'imports too much'"
     )

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from fastdeit import models
-from fastdeit import recipe as recipes
 from fastdeit.cli import VERBS
+from fastdeit.recipe import resolve as recipes
 
 IMAGENET = [name for name in recipes.names() if name.startswith("deit_")]
 PRETRAINING = [name for name in IMAGENET if not name.endswith("_384")]

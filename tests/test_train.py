@@ -13,16 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdeit import build
-from fastdeit import recipe as recipes
 from fastdeit.cli import main as cli
-from fastdeit.data import digits
+from fastdeit.data.sources import digits
 from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
-from fastdeit.evaluate import evaluate
 from fastdeit.methods.evaluators import Classify, images
 from fastdeit.methods.supervised import Supervised
-from fastdeit.run import prepare_directory
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
+from fastdeit.run.evaluate import evaluate
+from fastdeit.run.record import prepare_directory
 from fastdeit.train import train, train_teacher
 
 RECIPE = """\

@@ -4,7 +4,6 @@ import pytest
 import torch
 from small_runs import StopAt
 
-from fastdeit import recipe as recipes
 from fastdeit.cli import main as cli
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
@@ -12,6 +11,7 @@ from fastdeit.errors import Interrupted, UsageError
 from fastdeit.methods.base import Phase
 from fastdeit.methods.evaluators import HeldOutLoss
 from fastdeit.methods.supervised import Supervised
+from fastdeit.recipe import resolve as recipes
 from fastdeit.train import train
 
 RECIPE = """\

@@ -4,11 +4,11 @@ import pytest
 import torch
 from small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 
-from fastdeit import recipe as recipes
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.methods.base import Phase
 from fastdeit.methods.supervised import Supervised
+from fastdeit.recipe import resolve as recipes
 from fastdeit.train import train
 
 RECIPE = """\

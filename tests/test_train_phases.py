@@ -4,12 +4,12 @@ import pytest
 import torch
 from small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 
-from fastdeit import build
-from fastdeit import recipe as recipes
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.methods.base import Phase
 from fastdeit.methods.supervised import Supervised
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
 from fastdeit.train import train
 
 RECIPE = """\

@@ -16,8 +16,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fastdeit import methods, recipe
+from fastdeit import methods
 from fastdeit.engine import optimizers
+from fastdeit.recipe import resolve as recipe
 
 INTRODUCTION = """\
 # Recipes and their fields

@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 
 from fastdeit.batch import Batch, Labels, Step
-from fastdeit.data import order, plan
-from fastdeit.data.dali import Executor, Work
-from fastdeit.data.prefetch import Prefetch
-from fastdeit.data.source import BadImage, DataError, Source, check, quieten_pillow
+from fastdeit.data.execute.dali import Executor, Work
+from fastdeit.data.execute.prefetch import Prefetch
+from fastdeit.data.plan import order, plan
+from fastdeit.data.sources.source import BadImage, DataError, Source, check, quieten_pillow
 
 OnBad = Callable[[str, str], None]
 Read = tuple[NDArray[np.uint8], tuple[int, int]] | str

@@ -33,7 +33,7 @@ from PIL import Image, ImageFilter, ImageOps
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
 
-    from fastdeit.data.dali_nodes import Nodes
+    from fastdeit.data.nodes import Nodes
 
 FILL = (124, 116, 104)
 """What geometry uncovers: 255 times ImageNet's mean, rounded, as timm's `img_mean`."""

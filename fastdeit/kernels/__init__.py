@@ -7,14 +7,14 @@ into an existing model, and `nn` holds modules for a new one.
 
 from fastdeit.kernels import nn
 from fastdeit.kernels._op import OpInfo, format_info, info, use
-from fastdeit.kernels.attention import attention, query_attention
+from fastdeit.kernels.accelerate.patch import Report, accelerate, restore
+from fastdeit.kernels.attention.op import attention, query_attention
 from fastdeit.kernels.cosub import cosub_loss
 from fastdeit.kernels.input import patchify, pixels, to_patches
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.losses import DistillationLoss, distillation_loss
-from fastdeit.kernels.mlp import layer_norm_mlp, mlp
-from fastdeit.kernels.optimizer import fused_adamw, fused_lamb, fused_sgd, global_norm
-from fastdeit.kernels.patch import Report, accelerate, restore
+from fastdeit.kernels.mlp.op import layer_norm_mlp, mlp
+from fastdeit.kernels.optimizer.calls import fused_adamw, fused_lamb, fused_sgd, global_norm
 
 __all__ = [
     "DistillationLoss",

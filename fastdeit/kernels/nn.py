@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.kernels import _op
-from fastdeit.kernels.attention import attention
+from fastdeit.kernels.attention.op import attention
 from fastdeit.kernels.layer_norm import add_layer_norm, branch_scale
-from fastdeit.kernels.mlp import mlp
+from fastdeit.kernels.mlp.op import mlp
 
 
 class Tokens(NamedTuple):

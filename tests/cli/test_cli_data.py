@@ -8,11 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdeit import build, cli, data_pictures, data_verbs
-from fastdeit import recipe as recipes
-from fastdeit.data import order
-from fastdeit.data.datasets import open_pair
+from fastdeit import cli
+from fastdeit.data.plan import order
+from fastdeit.data.sources.datasets import open_pair
 from fastdeit.engine.dist import World
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
+from fastdeit.verbs import data as data_verbs
+from fastdeit.verbs import pictures as data_pictures
 
 SMALL = ["model.image_size=32", "train.batch_size=16", "data.group_size=4", "data.repeats=2", "train.epochs=6"]
 SYNTHETIC = ["deit_tiny", *SMALL, "data.source=synthetic", "data.synthetic_samples=50", "data.synthetic_classes=5"]

@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from fastdeit import doctor, environment
+from fastdeit.run import environment
+from fastdeit.verbs import doctor
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fastdeit import agent, launch
-from fastdeit.agent import elastic, verdict
 from fastdeit.errors import UsageError
+from fastdeit.launch import agent, launch
+from fastdeit.launch.agent import elastic, verdict
 
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from fastdeit import launch
+from fastdeit.launch import launch
 
 mode, folder = sys.argv[1], Path(sys.argv[2])
 rank = os.environ["RANK"]
@@ -55,7 +55,7 @@ with launch.process_of_a_run():
 """
 LAUNCHER = """
 import sys
-from fastdeit import agent, launch
+from fastdeit.launch import agent, launch
 sys.exit(agent.elastic([sys.executable, *sys.argv[1:]], 2, grace_s=20, env=launch.worker_environment(2, {})))
 """
 
@@ -201,14 +201,14 @@ def test_ctrl_c_and_death_of_a_real_launcher(tmp_path):
 
 
 def test_die_with_parent_notices_that_the_parent_is_gone():
-    code = "from fastdeit import launch; launch.die_with_parent(1 << 22); print('survived')"
+    code = "from fastdeit.launch import launch; launch.die_with_parent(1 << 22); print('survived')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
 
 
 def test_interrupted_before_training_is_75():
     code = (
-        "import os, signal\nfrom fastdeit import launch\n"
+        "import os, signal\nfrom fastdeit.launch import launch\n"
         "with launch.process_of_a_run():\n    os.kill(os.getpid(), signal.SIGINT)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 import fastdeit
-from fastdeit import cli, recipe
+from fastdeit import cli
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.recipe import resolve as recipe
 
 ROOT = Path(fastdeit.__file__).parent.parent
 
@@ -195,8 +196,8 @@ def foreign(module, name, base=Exception):
         (UsageError("x"), 2),
         (NonFiniteError("x"), 3),
         (Interrupted("x"), 75),
-        (foreign("fastdeit.recipe", "RecipeError")("x"), 2),
-        (foreign("fastdeit.data.source", "DataError", ValueError)("x"), 2),
+        (foreign("fastdeit.recipe.resolve", "RecipeError")("x"), 2),
+        (foreign("fastdeit.data.sources.source", "DataError", ValueError)("x"), 2),
         (foreign("elsewhere", "Sub", foreign("fastdeit.engine.checkpoint", "CheckpointError"))("x"), 2),
     ],
 )
@@ -214,7 +215,7 @@ def test_the_foreign_errors_exist():
 
 
 def test_every_line_says_who_speaks(calls, capsys):
-    calls.error = foreign("fastdeit.recipe", "RecipeError")("a.yaml:1: one\na.yaml:2: two")
+    calls.error = foreign("fastdeit.recipe.resolve", "RecipeError")("a.yaml:1: one\na.yaml:2: two")
     assert cli.main(["train", "digits"]) == 2
     assert capsys.readouterr().err == "fastdeit: a.yaml:1: one\nfastdeit: a.yaml:2: two\n"
 

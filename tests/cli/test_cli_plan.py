@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 
-from fastdeit import cli, estimate, estimate_report, estimate_rows, recipe
-from fastdeit.data import digits, kinds
-from fastdeit.data.datasets import open_pair
-from fastdeit.estimate import FUSED, Work
-from fastdeit.estimate_gpus import DEFAULT_GPUS, GPUS
+from fastdeit import cli
+from fastdeit.data.sources import digits, kinds
+from fastdeit.data.sources.datasets import open_pair
+from fastdeit.estimate import model as estimate
+from fastdeit.estimate import report as estimate_report
+from fastdeit.estimate import rows as estimate_rows
+from fastdeit.estimate.gpus import DEFAULT_GPUS, GPUS
+from fastdeit.estimate.model import FUSED, Work
+from fastdeit.recipe import resolve as recipe
 
 TINY = "deit_tiny", "--gpu", "A100", "--count", "8"
 KEYS = {"recipe", "model", "teacher", "data", "run", "published", "plans", "notes"}

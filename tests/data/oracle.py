@@ -9,7 +9,7 @@ from timm.data import auto_augment as timm
 from torchvision.transforms import functional as torchvision
 
 from fastdeit.data.pixel_ops import FILL, KINDS
-from fastdeit.data.plan import PAD
+from fastdeit.data.plan.plan import PAD
 
 _GEOMETRY = {"fillcolor": FILL, "resample": Image.Resampling.BICUBIC}
 OPERATIONS = {

@@ -10,11 +10,11 @@ import numpy as np
 from conftest import encoded, picture
 from oracle import execute
 
-from fastdeit.data import plan, policy
-from fastdeit.data.dali import Executor, Work
+from fastdeit.data.execute.dali import Executor, Work
 from fastdeit.data.pixel_ops import KINDS
-from fastdeit.data.policy import Ops
-from fastdeit.data.source import header
+from fastdeit.data.plan import plan, policy
+from fastdeit.data.plan.policy import Ops
+from fastdeit.data.sources.source import header
 
 SIZE = (112, 128)
 SIGNED = (-1.0, -0.9, -0.31, 0.08, 0.31, 0.9, 1.0)
@@ -95,7 +95,9 @@ def on_cpu(size: tuple[int, int] = SIZE) -> Run:
 
 def in_graph(like: Work, size: tuple[int, int] = SIZE) -> Run:
     """The GPU's graph for works of the form of `like`, on DALI's CPU backend."""
-    from fastdeit.data import dali_graph  # needs DALI, without which tests of other things are collected, too
+    from fastdeit.data.execute import (
+        graph as dali_graph,  # needs DALI, without which tests of other things are collected, too
+    )
 
     forms = dali_graph.forms([size], like.views)
     pipe = dali_graph.whole(forms, False, batch_size=64, num_threads=2, device_id=None, prefetch_queue_depth=1)

@@ -1,4 +1,4 @@
-"""What a process of `fastdeit.data.scan` runs in the tests: found by its name, and quick to import in each process."""
+"""What a process of `data.sources.scan` runs in the tests: found by its name, and quick to import in each process."""
 
 import os
 import signal

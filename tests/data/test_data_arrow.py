@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from writers import arrow, arrow_table, features, saved
 
-from fastdeit.data.datasets import open_pair, open_source
-from fastdeit.data.source import BadImage, DataError
+from fastdeit.data.sources.datasets import open_pair, open_source
+from fastdeit.data.sources.source import BadImage, DataError
 
 pyarrow = pytest.importorskip("pyarrow")
 
-from fastdeit.data.arrow import ArrowSource, _Body, _Message, files  # noqa: E402
+from fastdeit.data.sources.arrow import ArrowSource, _Body, _Message, files  # noqa: E402
 
 NAMES = ["cat", "dog", "eel"]
 IMAGE = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
@@ -368,8 +368,8 @@ def test_a_source_can_be_sent_to_another_process(disk, varied):
 
 
 def test_without_pyarrow_the_message_says_what_to_install(disk, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastdeit.data.arrow", None)
-    monkeypatch.delattr("fastdeit.data.arrow")
+    monkeypatch.setitem(sys.modules, "fastdeit.data.sources.arrow", None)
+    monkeypatch.delattr("fastdeit.data.sources.arrow")
     with pytest.raises(DataError, match=r"Arrow files need pyarrow: pip install fastdeit\[parquet\]"):
         open_source("arrow", disk, "train")
 

@@ -13,11 +13,13 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from fastdeit.data import dali, order, pixel_ops, plan, policy
-from fastdeit.data.dali import Executor, Work
-from fastdeit.data.folder import FolderSource
+from fastdeit.data import pixel_ops
+from fastdeit.data.execute import dali
+from fastdeit.data.execute.dali import Executor, Work
 from fastdeit.data.loader import EvalLoader, TrainLoader
-from fastdeit.data.source import DataError
+from fastdeit.data.plan import order, plan, policy
+from fastdeit.data.sources.folder import FolderSource
+from fastdeit.data.sources.source import DataError
 
 AUGMENT, MIXING = plan.Augment(size=(40, 40)), plan.Mixing(group_size=4, mixup=0.0, cutmix=0.0)
 
@@ -224,7 +226,7 @@ def test_opencv_prints_nothing_of_bad_files_unless_asked(tmp_path, encode, make_
     (tmp_path / "a" / "cut.bmp").write_bytes(bmp[: len(bmp) // 2])
     code = f"""if True:
         from fastdeit.data.loader import EvalLoader
-        from fastdeit.data.folder import FolderSource
+        from fastdeit.data.sources.folder import FolderSource
         loader = EvalLoader(FolderSource({str(tmp_path)!r}), (8, 8), 1.0, max_bad_fraction=0.5, threads=1)
         print(sum(len(samples) for samples in loader.batches()))"""
     environment = {name: value for name, value in os.environ.items() if name != "OPENCV_LOG_LEVEL"}

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from fastdeit.data.datasets import open_pair, open_source
-from fastdeit.data.folder import FolderSource
-from fastdeit.data.kinds import READERS
-from fastdeit.data.packed import pack
-from fastdeit.data.source import DataError, header
+from fastdeit.data.sources.datasets import open_pair, open_source
+from fastdeit.data.sources.folder import FolderSource
+from fastdeit.data.sources.kinds import READERS
+from fastdeit.data.sources.packed import pack
+from fastdeit.data.sources.source import DataError, header
 
 
 @pytest.fixture

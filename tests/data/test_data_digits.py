@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdeit.data import digits
-from fastdeit.data.datasets import open_pair
-from fastdeit.data.source import DataError, header
+from fastdeit.data.sources import digits
+from fastdeit.data.sources.datasets import open_pair
+from fastdeit.data.sources.source import DataError, header
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_two_processes_at_once_write_one_complete_folder(tmp_path):
-    code = "from fastdeit.data import digits; print(digits.prepare())"
+    code = "from fastdeit.data.sources import digits; print(digits.prepare())"
     env = {**os.environ, "FASTDEIT_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     running = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "ab"]
     printed = [process.communicate(timeout=60)[0].strip() for process in running]

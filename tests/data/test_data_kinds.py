@@ -7,11 +7,11 @@ from types import ModuleType
 
 import pytest
 
-from fastdeit.data import kinds
-from fastdeit.data.datasets import kinds_at, layout, open_pair, open_source
-from fastdeit.data.kinds import READERS, Kind
-from fastdeit.data.source import DataError
-from fastdeit.data.synthetic import SyntheticSource
+from fastdeit.data.sources import kinds
+from fastdeit.data.sources.datasets import kinds_at, layout, open_pair, open_source
+from fastdeit.data.sources.kinds import READERS, Kind
+from fastdeit.data.sources.source import DataError
+from fastdeit.data.sources.synthetic import SyntheticSource
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_the_table_calls_each_reader_as_it_calls_itself():
 
 
 def test_the_names_cost_no_numpy():
-    code = "import sys, fastdeit.data.kinds as kinds; kinds.names(); print(*sys.modules)"
+    code = "import sys, fastdeit.data.sources.kinds as kinds; kinds.names(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"numpy", "torch", "PIL", "pyarrow"} & set(loaded)
 
@@ -178,7 +178,7 @@ def test_what_is_no_reader(tmp_path, use, message):
 
 @pytest.mark.parametrize("name", ["parquet", "arrow"])
 def test_kinds_that_need_pyarrow_say_so_and_hide_no_other(root, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, f"fastdeit.data.{name}", None)
+    monkeypatch.setitem(sys.modules, f"fastdeit.data.sources.{name}", None)
     path = root(f"train.{name}", f"val.{name}")
     assert kinds_at(path) == [name]
     with pytest.raises(DataError, match=rf"^{name.capitalize()} files need pyarrow: pip install fastdeit\[parquet\]"):

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fastdeit.batch import Batch
-from fastdeit.data import order, plan, policy
+from fastdeit.data.execute.prefetch import Prefetch
 from fastdeit.data.loader import EvalLoader, TrainLoader
-from fastdeit.data.prefetch import Prefetch
-from fastdeit.data.source import DataError
+from fastdeit.data.plan import order, plan, policy
+from fastdeit.data.sources.source import DataError
 
 ROOT = Path(__file__).parents[2]
 AUGMENT, MIXING = plan.Augment(size=(48, 40)), plan.Mixing(group_size=8)
@@ -192,7 +192,9 @@ def test_a_process_that_exits_in_mid_stream_exits(tmp_path):
         "import atexit, threading, nvidia.dali\n"
         "names = lambda: [one.name for one in threading.enumerate() if one.name.startswith('fastdeit')]\n"
         "atexit.register(lambda: print('threads left:', names()))\n"
-        "from fastdeit.data import plan, synthetic, loader\n"
+        "from fastdeit.data import loader\n"
+        "from fastdeit.data.plan import plan\n"
+        "from fastdeit.data.sources import synthetic\n"
         "views, mixing = [plan.Augment(size=(32, 32))], plan.Mixing(group_size=8)\n"
         "images = synthetic.SyntheticSource(64, 4, (40, 60))\n"
         "batches = loader.TrainLoader(images, views, mixing, seed=0, batch_size=16).batches(0, 10**9)\n"

@@ -13,13 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdeit.data import dali, order, pixel_ops, plan, policy, render
-from fastdeit.data.dali import Executor, Work
-from fastdeit.data.folder import FolderSource
+from fastdeit.data import pixel_ops
+from fastdeit.data.execute import dali, render
+from fastdeit.data.execute.dali import Executor, Work
 from fastdeit.data.loader import TrainLoader
 from fastdeit.data.pixel_ops import FILL, KINDS
-from fastdeit.data.policy import Ops
-from fastdeit.data.source import check
+from fastdeit.data.plan import order, plan, policy
+from fastdeit.data.plan.policy import Ops
+from fastdeit.data.sources.folder import FolderSource
+from fastdeit.data.sources.source import check
 
 SIZE = (40, 48)
 

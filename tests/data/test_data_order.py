@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fastdeit import rng
-from fastdeit.data import order
+from fastdeit.data.plan import order
 
 
 def rasampler(permutation: list[int], rank: int, world: int, repeats: int = 3) -> list[int]:

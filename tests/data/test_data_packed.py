@@ -5,12 +5,13 @@ import os
 import numpy as np
 import pytest
 
-from fastdeit.data import order, packed
-from fastdeit.data.folder import FolderSource
-from fastdeit.data.index import Strings, seal, unseal
-from fastdeit.data.packed import PackedSource, pack
-from fastdeit.data.source import BadImage, DataError
-from fastdeit.data.synthetic import SyntheticSource
+from fastdeit.data.plan import order
+from fastdeit.data.sources import packed
+from fastdeit.data.sources.folder import FolderSource
+from fastdeit.data.sources.index import Strings, seal, unseal
+from fastdeit.data.sources.packed import PackedSource, pack
+from fastdeit.data.sources.source import BadImage, DataError
+from fastdeit.data.sources.synthetic import SyntheticSource
 
 
 @pytest.fixture

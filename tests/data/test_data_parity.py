@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from fastdeit.data import plan
 from fastdeit.data.loader import EvalLoader, TrainLoader
+from fastdeit.data.plan import plan
 
 SIZE = (96, 80)
 

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from fastdeit.data.datasets import open_pair, open_source
-from fastdeit.data.source import BadImage, DataError
+from fastdeit.data.sources.datasets import open_pair, open_source
+from fastdeit.data.sources.source import BadImage, DataError
 
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet as pq  # noqa: E402
 
-from fastdeit.data import parquet  # noqa: E402
-from fastdeit.data.parquet import ParquetSource, files  # noqa: E402
+from fastdeit.data.sources import parquet  # noqa: E402
+from fastdeit.data.sources.parquet import ParquetSource, files  # noqa: E402
 
 
 def rows(images):
@@ -186,7 +186,7 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path, varied):
 
 
 def test_without_pyarrow_the_message_says_what_to_install(hub, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastdeit.data.parquet", None)
-    monkeypatch.delattr("fastdeit.data.parquet")
+    monkeypatch.setitem(sys.modules, "fastdeit.data.sources.parquet", None)
+    monkeypatch.delattr("fastdeit.data.sources.parquet")
     with pytest.raises(DataError, match=r"pip install fastdeit\[parquet\]"):
         open_source("parquet", hub, "train")

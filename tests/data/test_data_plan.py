@@ -10,7 +10,7 @@ from scipy import stats
 from torchvision import transforms
 
 from fastdeit import rng
-from fastdeit.data import plan, policy
+from fastdeit.data.plan import plan, policy
 
 ALPHA = 1e-9  # some twenty comparisons: a false alarm below 1e-7, and the seeds are fixed
 

@@ -15,9 +15,9 @@ import torch
 from scipy import stats
 from torchvision.transforms import ColorJitter, TrivialAugmentWide, autoaugment
 
-from fastdeit.data import policy
 from fastdeit.data.pixel_ops import FILL, KINDS
-from fastdeit.data.policy import Op, Policy
+from fastdeit.data.plan import policy
+from fastdeit.data.plan.policy import Op, Policy
 
 ALPHA = 1e-9
 N = 12_000

@@ -16,9 +16,9 @@ import pytest
 from scan_jobs import PATHS, fails, hangs_behind_the_first, killed, meets, modules, session, until, who
 from writers import tfrecord as tfrecord_file
 
-from fastdeit.data import scan as module
-from fastdeit.data import tar, tfrecord
-from fastdeit.data.scan import scanned
+from fastdeit.data.sources import scan as module
+from fastdeit.data.sources import tar, tfrecord
+from fastdeit.data.sources.scan import scanned
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +102,7 @@ def test_ctrl_c_in_a_terminal_does_not_reach_such_a_process(processes):
 
 
 def test_such_a_process_loads_no_torch(processes):
-    assert all("fastdeit.data.scan" in found and "torch" not in found for found in scanned(PATHS, modules))
+    assert all("fastdeit.data.sources.scan" in found and "torch" not in found for found in scanned(PATHS, modules))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ SCRIPT = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT / "tests" / "data")!r})
 import scan_jobs
-from fastdeit.data import scan
+from fastdeit.data.sources import scan
 print("the script runs", flush=True)
 scan._MUCH, scan.os.sched_getaffinity = 0, lambda pid: {{0, 1}}
 for found in scan.scanned(scan_jobs.PATHS, scan_jobs.SCAN):

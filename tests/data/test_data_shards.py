@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdeit.data import shards
-from fastdeit.data.shards import cached
+from fastdeit.data.sources import shards
+from fastdeit.data.sources.shards import cached
 
 ROOT = Path(__file__).parents[2]
 STARTER = """
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from fastdeit.data.shards import cached
+from fastdeit.data.sources.shards import cached
 
 root, marks, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 

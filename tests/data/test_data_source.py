@@ -6,11 +6,11 @@ import pytest
 import torchvision
 from PIL import Image
 
-from fastdeit.data import source
-from fastdeit.data.datasets import open_pair
-from fastdeit.data.folder import FolderSource
-from fastdeit.data.source import BadImage, DataError
-from fastdeit.data.synthetic import SyntheticSource
+from fastdeit.data.sources import source
+from fastdeit.data.sources.datasets import open_pair
+from fastdeit.data.sources.folder import FolderSource
+from fastdeit.data.sources.source import BadImage, DataError
+from fastdeit.data.sources.synthetic import SyntheticSource
 
 
 @pytest.fixture

@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 from writers import arrow, tfrecord
 
-from fastdeit.data import plan, tools
-from fastdeit.data.folder import FolderSource
 from fastdeit.data.loader import EvalLoader, TrainLoader
-from fastdeit.data.packed import PackedSource, pack
-from fastdeit.data.source import BadImage, DataError, check, header, undecodable
-from fastdeit.data.tar import TarSource
-from fastdeit.data.tfrecord import TFRecordSource
+from fastdeit.data.plan import plan
+from fastdeit.data.sources import tools
+from fastdeit.data.sources.folder import FolderSource
+from fastdeit.data.sources.packed import PackedSource, pack
+from fastdeit.data.sources.source import BadImage, DataError, check, header, undecodable
+from fastdeit.data.sources.tar import TarSource
+from fastdeit.data.sources.tfrecord import TFRecordSource
 
 KINDS = ["folder", "packed", "tar", "tfrecord", "parquet", "arrow"]
 # That all kinds give the same bytes is shown below; these show it once more through the loader.
@@ -124,13 +125,13 @@ def make(kind: str, root: Path, files: dict[str, bytes]):
         return TFRecordSource(root, ["a.tfrecord"])
     pyarrow = pytest.importorskip("pyarrow")
     if kind == "arrow":
-        from fastdeit.data.arrow import ArrowSource
+        from fastdeit.data.sources.arrow import ArrowSource
 
         arrow(root / "a.arrow", [files[name] for _, name in names], [label for label, _ in names], rows=7)
         return ArrowSource(root, ["a.arrow"])
     from pyarrow import parquet
 
-    from fastdeit.data.parquet import ParquetSource
+    from fastdeit.data.sources.parquet import ParquetSource
 
     images = [{"bytes": files[name], "path": name} for _, name in names]
     table = pyarrow.table({"image": images, "label": [label for label, _ in names]})

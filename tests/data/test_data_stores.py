@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeit.data import plan
 from fastdeit.data.loader import EvalLoader, TrainLoader
-from fastdeit.data.source import DataError
+from fastdeit.data.plan import plan
+from fastdeit.data.sources.source import DataError
 
 AUGMENT, MIXING = plan.Augment(size=(16, 16)), plan.Mixing(group_size=4)
 OPTIONS = {"seed": 2, "batch_size": 16, "repeats": 2, "threads": 1, "noise": {"drop_path": 3, "mask": 3}}

@@ -9,9 +9,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from fastdeit.data import tar
-from fastdeit.data.source import BadImage, DataError
-from fastdeit.data.tar import TarSource, shards
+from fastdeit.data.sources import tar
+from fastdeit.data.sources.source import BadImage, DataError
+from fastdeit.data.sources.tar import TarSource, shards
 
 END = 2 * 512
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from writers import entry, example, feature, field, length, masked, record, tfrecord, varint
 
-from fastdeit.data import tfrecord as module
-from fastdeit.data.datasets import open_pair, open_source
-from fastdeit.data.source import BadImage, DataError
-from fastdeit.data.tfrecord import TFRecordSource, files
+from fastdeit.data.sources import tfrecord as module
+from fastdeit.data.sources.datasets import open_pair, open_source
+from fastdeit.data.sources.source import BadImage, DataError
+from fastdeit.data.sources.tfrecord import TFRecordSource, files
 
 # Two records by the Python package tfrecord 1.14 (protobuf 7.36): with the names of the slim scripts, and of TFDS.
 OTHER_WRITER = bytes.fromhex(

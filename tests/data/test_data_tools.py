@@ -6,11 +6,11 @@ import signal
 import numpy as np
 import pytest
 
-from fastdeit.data import tools
-from fastdeit.data.folder import FolderSource
-from fastdeit.data.source import DataError
-from fastdeit.data.synthetic import SyntheticSource
-from fastdeit.data.tools import check
+from fastdeit.data.sources import tools
+from fastdeit.data.sources.folder import FolderSource
+from fastdeit.data.sources.source import DataError
+from fastdeit.data.sources.synthetic import SyntheticSource
+from fastdeit.data.sources.tools import check
 
 
 @pytest.fixture

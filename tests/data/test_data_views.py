@@ -10,10 +10,10 @@ from oracle import execute
 from test_data_loader import AUGMENT, BATCH, MIXING, STEPS, train
 
 from fastdeit import rng
-from fastdeit.data import order, plan, policy
-from fastdeit.data.dali import Executor, Work
+from fastdeit.data.execute.dali import Executor, Work
 from fastdeit.data.loader import TrainLoader
-from fastdeit.data.source import header
+from fastdeit.data.plan import order, plan, policy
+from fastdeit.data.sources.source import header
 
 GLOBAL = replace(AUGMENT, stream="global_1", crop_stream="global_1", erase=0.5, policy=policy.parse("3a", (48, 40)))
 LOCAL = replace(AUGMENT, stream="local_0", crop_stream="local_0", size=(24, 20), crop_scale=(0.05, 0.3))
@@ -116,7 +116,9 @@ def test_views_are_the_planned_pixels(varied):
 
 
 def test_the_graph_of_the_gpu_renders_each_view_as_alone(varied):
-    from fastdeit.data import dali_graph  # needs DALI, without which tests of other things are collected, too
+    from fastdeit.data.execute import (
+        graph as dali_graph,  # needs DALI, without which tests of other things are collected, too
+    )
 
     views = GLOBAL, LOCAL, SIMPLE
     encoded = [np.frombuffer(data, np.uint8) for data in varied[:16]]

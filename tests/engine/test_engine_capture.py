@@ -15,8 +15,8 @@ from toys import toy_context
 
 from fastdeit import methods
 from fastdeit.batch import map_tensors, tensors_of
-from fastdeit.bench_measure import CLASSES
-from fastdeit.bench_step import Cell, batch
+from fastdeit.bench.measure import CLASSES
+from fastdeit.bench.step import Cell, batch
 from fastdeit.engine.capture import WARM_STEPS, CaptureError, GraphedStep, copy_tensors
 from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.optim import default_groups

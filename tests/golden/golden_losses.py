@@ -126,7 +126,7 @@ def batch(step: int, micro: int, noise: dict):
 
     from fastdeit import rng
     from fastdeit.batch import Batch, Labels, Step
-    from fastdeit.data import plan
+    from fastdeit.data.plan import plan
 
     index = rng.permutation(rng.key(0, "golden", step, micro), 160)[:BATCH]
     labels = index % CLASSES

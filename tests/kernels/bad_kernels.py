@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastdeit.kernels import _triton
-from fastdeit.kernels.lint_cases import Case
+from fastdeit.kernels.lint.cases import Case
 
 
 @triton.jit

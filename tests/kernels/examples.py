@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdeit.kernels._example import FEW, Example, Maker, Sizes
 from fastdeit.kernels._op import OPS, Backend, Op
-from fastdeit.kernels.lint_cases import backends
+from fastdeit.kernels.lint.cases import backends
 
 
 def every_example() -> dict[str, tuple[Op, Example]]:

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import MockTensor
 
-from fastdeit.kernels import lint
 from fastdeit.kernels._triton import Launch
-from fastdeit.kernels.lint import Row
+from fastdeit.kernels.lint import lint
+from fastdeit.kernels.lint.lint import Row
 
 VALUES = -16, -1, 0, 1, 2, 16, 17, 48, 2**31 - 1, 2**31, 2**31 + 1, 2**40, 1.0, 2.5, True, False
 

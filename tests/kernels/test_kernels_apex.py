@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdeit import kernels
-from fastdeit.kernels import adamw, apex, lamb
+from fastdeit.kernels.optimizer import adamw, apex, lamb
 
 NUMBERS = 0.9, 0.99, 1e-8
 OPS = {"fused_adamw": (adamw, apex.adamw), "fused_lamb": (lamb, apex.lamb)}

@@ -11,10 +11,12 @@ from proof import TOKENS, few, layouts, normal, prove, repeated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdeit import kernels
-from fastdeit.kernels import _op, attention_backward, attention_tiles
+from fastdeit.kernels import _op
 from fastdeit.kernels._triton import INTERPRETED
-from fastdeit.kernels.attention import OP
-from fastdeit.kernels.attention_tiles import chunks
+from fastdeit.kernels.attention import backward as attention_backward
+from fastdeit.kernels.attention import tiles as attention_tiles
+from fastdeit.kernels.attention.op import OP
+from fastdeit.kernels.attention.tiles import chunks
 
 
 def packed(device, dtype, batch, tokens, heads, width, scale=1.0, seed=0, parts=3):

@@ -9,8 +9,9 @@ from proof import few, layouts, prove, repeated
 from test_kernels_attention import packed
 
 from fastdeit import kernels
-from fastdeit.kernels import _op, _triton, attention_fused_backward
+from fastdeit.kernels import _op, _triton
 from fastdeit.kernels._triton import INTERPRETED
+from fastdeit.kernels.attention import fused_backward as attention_fused_backward
 
 HALVES = [torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 

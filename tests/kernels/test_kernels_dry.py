@@ -5,12 +5,12 @@ import torch
 from examples import dry_calls
 from pretended_card import pretended_card
 
-from fastdeit import bench_kernels
-from fastdeit.bench_kernels import Work
-from fastdeit.bench_measure import CannotRun
+from fastdeit.bench import kernels as bench_kernels
+from fastdeit.bench.kernels import Work
+from fastdeit.bench.measure import CannotRun
 from fastdeit.kernels import _triton
 from fastdeit.kernels._example import Maker
-from fastdeit.kernels.norm import _root_kernel
+from fastdeit.kernels.optimizer.norm import _root_kernel
 
 CARD = torch.device("cuda", 0)
 CALLS = dry_calls()

@@ -9,9 +9,11 @@ import triton.language as tl
 from examples import dry_calls, every_example
 from pretended_card import pretended_card
 
-from fastdeit import bench_kernels
-from fastdeit.kernels import _op, _triton, lint, lint_cases
+from fastdeit.bench import kernels as bench_kernels
+from fastdeit.kernels import _op, _triton
 from fastdeit.kernels._example import FEW, Example, Maker
+from fastdeit.kernels.lint import cases as lint_cases
+from fastdeit.kernels.lint import lint
 
 
 @pytest.mark.parametrize("name", _op.OPS)

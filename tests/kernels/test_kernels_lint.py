@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from fastdeit import cli
-from fastdeit.kernels import _op, _triton, lint, lint_cases
-from fastdeit.kernels.lint import Facts, Job, Row
-from fastdeit.kernels.lint_cases import Case
+from fastdeit.kernels import _op, _triton
+from fastdeit.kernels.lint import cases as lint_cases
+from fastdeit.kernels.lint import lint
+from fastdeit.kernels.lint.cases import Case
+from fastdeit.kernels.lint.lint import Facts, Job, Row
 
 ROOT = Path(lint.__file__).parents[2]
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from proof import assert_as_good, few, normal, poisoned, prove, repeated
 
 from fastdeit import kernels
-from fastdeit.kernels import _triton, gelu
+from fastdeit.kernels import _triton
 from fastdeit.kernels._op import OPS
 from fastdeit.kernels._triton import INTERPRETED
+from fastdeit.kernels.mlp import gelu
 
 WIDTHS = 3, 64, 100
 ROWS = st.sampled_from([1, 49, 65, 68])

@@ -39,7 +39,7 @@ def update(request, force):
 def decision(request, monkeypatch):
     """Whether `found_inf` is read at once, as on the CPU, or selects on the device, as it must elsewhere."""
     if request.param == "device":
-        monkeypatch.setattr("fastdeit.kernels._update.host_may_look", lambda flag: False)
+        monkeypatch.setattr("fastdeit.kernels.optimizer._update.host_may_look", lambda flag: False)
 
 
 def tensors(seed, dtype=torch.float32):

@@ -10,7 +10,8 @@ from proof import assert_as_good, few, laid_out, normal, poisoned, prove, repeat
 from updates import FORMS
 
 from fastdeit import kernels
-from fastdeit.kernels import _multi_tensor, _triton, _update, adamw, lamb, norm, sgd
+from fastdeit.kernels import _triton
+from fastdeit.kernels.optimizer import _multi_tensor, _update, adamw, lamb, norm, sgd
 
 CHUNK = _multi_tensor.CHUNK
 SHAPES = [(), (1,), (8,), (7, 5), (0,), (64, 33), (CHUNK,), (CHUNK + 8,), (3, CHUNK - 1)]

@@ -24,7 +24,9 @@ from timm_models import (
 from torch import nn
 
 from fastdeit import kernels
-from fastdeit.kernels import accelerate, patch, patch_modules, restore
+from fastdeit.kernels import accelerate, restore
+from fastdeit.kernels.accelerate import modules as patch_modules
+from fastdeit.kernels.accelerate import patch
 
 ALL = {"block", "attn", "mlp"}
 FAMILIES = {

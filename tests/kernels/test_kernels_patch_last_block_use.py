@@ -26,7 +26,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdeit import models
-from fastdeit.kernels import accelerate, patch_modules, restore, use
+from fastdeit.kernels import accelerate, restore, use
+from fastdeit.kernels.accelerate import modules as patch_modules
 
 PATCHES = 9  # of model_of()
 

@@ -23,7 +23,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from fastdeit.kernels import accelerate, patch_modules, restore
+from fastdeit.kernels import accelerate, restore
+from fastdeit.kernels.accelerate import modules as patch_modules
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from proof import laid_out, normal, prove
 
 from fastdeit import kernels
-from fastdeit.kernels import quack
 from fastdeit.kernels._op import OPS, Unsupported
 from fastdeit.kernels._triton import INTERPRETED
+from fastdeit.kernels.mlp import quack
 
 CUDA = torch.device("cuda")
 HALVES = [torch.float16, *([] if INTERPRETED else [torch.bfloat16])]

@@ -7,7 +7,8 @@ import timm
 import torch
 from proof import assert_as_good, normal
 
-from fastdeit.kernels import accelerate, patch_modules
+from fastdeit.kernels import accelerate
+from fastdeit.kernels.accelerate import modules as patch_modules
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 

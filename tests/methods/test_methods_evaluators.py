@@ -8,9 +8,9 @@ import torch
 from toys import toy_batch
 
 from fastdeit.engine.dist import World
-from fastdeit.evaluate import evaluate
 from fastdeit.methods.base import Out
 from fastdeit.methods.evaluators import Evaluation, HeldOutLoss, Knn, LinearProbe
+from fastdeit.run.evaluate import evaluate
 
 CLASSES = 4
 

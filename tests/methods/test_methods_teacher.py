@@ -15,14 +15,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import weight_norm
 from toys import toy_context
 
-from fastdeit import build, methods, models
-from fastdeit import recipe as recipes
-from fastdeit.bench_step import Cell, batch
+from fastdeit import methods, models
+from fastdeit.bench.step import Cell, batch
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import DeferredTeacher, FeatureTeacherConfig, Teacher, TeacherConfig
 from fastdeit.models import tokens as tokens_of
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
 from fastdeit.train import train
 
 K, SIZE = 5, (16, 12)

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from toys import toy_batch
 
-from fastdeit import build, methods
-from fastdeit import recipe as recipes
+from fastdeit import methods
 from fastdeit.batch import Batch
-from fastdeit.config import DataConfig
 from fastdeit.engine.dist import World
 from fastdeit.methods.base import LabelConfig, Out
 from fastdeit.methods.supervised import Supervised
-from fastdeit.recipe import RecipeError
+from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.config import DataConfig
+from fastdeit.recipe.resolve import RecipeError
+from fastdeit.run import build
 from fastdeit.train import train
 from fastdeit.views import View, ViewSettings, overridden, resolved
 

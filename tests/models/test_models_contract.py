@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeit import build, models
-from fastdeit import recipe as recipes
+from fastdeit import models
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.kernels import to_patches
 from fastdeit.models.contract import Model, Tokens, missing
 from fastdeit.models.timm_model import TimmVisionTransformer
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
 from fastdeit.train import train
 
 K, B = 5, 2

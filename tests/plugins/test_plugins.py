@@ -12,16 +12,17 @@ from safetensors.torch import save_file
 from small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 from toys import toy_batch, toy_context
 
-from fastdeit import build, models
-from fastdeit import recipe as recipes
+from fastdeit import models
 from fastdeit.cli import main as cli
 from fastdeit.engine.dist import World
 from fastdeit.engine.optim import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 from fastdeit.errors import Interrupted
-from fastdeit.evaluate import metric_rows
 from fastdeit.methods.teacher import Teacher
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
+from fastdeit.run.evaluate import metric_rows
 from fastdeit.train import train
 
 RECIPE = """\

@@ -1,0 +1,1 @@
+"""The verb `bench`: measurements of our step, training, input and kernels, and of their peers, side by side."""

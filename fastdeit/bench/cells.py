@@ -1,0 +1,127 @@
+"""A row of a comparison: who takes part in it, how the sides compare, and what it says in words.
+
+What the commands of `fastdeit bench` share, the single comparison, the suite and the report. What a row means is told
+in benchmarks/README.md.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastdeit.bench import (
+    data as bench_data,
+)
+from fastdeit.bench import (
+    measure as bench_measure,
+)
+from fastdeit.bench import (
+    step as bench_step,
+)
+from fastdeit.bench import (
+    train as bench_train,
+)
+from fastdeit.bench.measure import median
+from fastdeit.errors import UsageError
+
+STEP_PEERS = ("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph")
+CPU_NOTE = "These are figures of a CPU: they say nothing of a GPU."
+
+# ---- who takes part --------------------------------------------------------------------------------------------------
+
+
+def builders(
+    captures: Sequence[str], peers: Sequence[str]
+) -> dict[str, Callable[[bench_step.Cell, torch.device], bench_step.Side]]:
+    """Sides by name: ours in these ways of capturing a step, then the peers. Recorded graphs keep their memory, and
+    therefore come last."""
+    from fastdeit.bench.peers import PEERS  # imports timm, which takes a second
+
+    ours = {bench_step.name_of(capture): capture for capture in captures}
+    direct = [name for name, capture in ours.items() if capture != "graph"]
+    recorded = [name for name, capture in ours.items() if capture == "graph"]
+    return {name: (bench_step.OURS | PEERS)[name] for name in [*direct, *peers, *recorded]}
+
+
+def peers(args: argparse.Namespace, known: Sequence[str]) -> list[str]:
+    """The peers that `--peer` asks for, in the order of `known`: by default timm, or all of the suite."""
+    asked = args.peer or (["all"] if args.what == "suite" else ["timm"])
+    for name in asked:
+        if name not in (*known, "all", "none"):
+            raise UsageError(f"--peer {name}: bench {args.what} has the peers {', '.join(known)}, all and none")
+    return [name for name in known if name in asked or "all" in asked]
+
+
+# ---- how they compare ------------------------------------------------------------------------------------------------
+
+
+def finish(row: dict[str, Any], out: str | None) -> None:
+    """Complete a row with its ratios and environment, print it, and append it to the file `out`."""
+    for ratio, of in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
+        peers = [name for name in row[of] if not name.startswith("fastdeit") and compared_to(name, row)]
+        row[ratio] = {name: median(row, name, of) / median(row, compared_to(name, row), of) for name in peers}
+    row["environment"] = bench_measure.environment()
+    print(sentence(row), flush=True)
+    bench_measure.append(row, out)
+
+
+def compared_to(peer: str, row: dict[str, Any]) -> str | None:
+    """Our side that a peer of the row is compared with: in `data` the one that ends at the same place, else the first
+    that ran; None where there is none."""
+    if row["what"] == "data":
+        return bench_data.compared_to(peer, row["seconds"])
+    return next((name for name in row["seconds"] if name.startswith("fastdeit")), None)
+
+
+# ---- what it says ----------------------------------------------------------------------------------------------------
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """A row in words: what and where, each side's speed, and how the peers compare."""
+    lines = [f"{_title(row)}, {row['rounds']} interleaved rounds, medians"]
+    width = max(map(len, [*row["seconds"], *row.get("failed", {})]), default=0)
+    lines += [f"  {name:{width}}  {_speed(row, name)}" for name in row["seconds"]]
+    lines += [f"  {name:{width}}  cannot run: {why}" for name, why in row.get("failed", {}).items()]
+    return "\n".join(lines)
+
+
+def _title(row: dict[str, Any]) -> str:
+    if row["what"] == "data":
+        return f"data of {bench_data.input_of(row)} on {row['device']}, batch {row['batch']}"
+    text = f"{row['what']} of {row['model']} on {row['device']}, batch {row['batch']}, {row['image_size']} px, "
+    text += row["precision"]
+    text += f", teacher {row['teacher']}" if row["teacher"] else ""
+    text += ", EMA" if row["ema"] else ""
+    return text + (f", input of {bench_data.input_of(row)}" if row["what"] == "train" else "")
+
+
+def _speed(row: dict[str, Any], name: str) -> str:
+    text = f"{row['images'] / median(row, name):10.2f} images/s"
+    if row["what"] == "data":
+        text += f" ({row['images'] / median(row, name, 'cpu_seconds'):.2f} per CPU-second)"
+    if (still := bench_train.resident_of(name, row)) is not None:
+        share, (low, high) = median(row, still) / median(row, name), by_round(row, still, name)
+        text += f", {share:.1%} of its speed without input (by round {low:.1%} to {high:.1%})"
+    if (share := mfu(row, name)) is not None:
+        text += f", {share:.1%} of the matrix rate"
+    if (peak := row.get("peak_bytes", {}).get(name)) is not None:
+        text += f", {peak / 2**30:.2f} GiB"
+    if name in row["ratio"]:
+        ours = compared_to(name, row)
+        low, high = by_round(row, name, ours)
+        text += f"; {ours} is {row['ratio'][name]:.3f} times as fast (by round {low:.3f} to {high:.3f}"
+        text += f", in CPU time {row['cpu_ratio'][name]:.3f})" if row["device"] == "cpu" else ")"
+    return text
+
+
+def mfu(row: dict[str, Any], name: str) -> float | None:
+    """FLOPs of the side's own count over its median time, as a share of the matrix rate of the same rounds."""
+    rate = row.get("matrix_flops_per_s")
+    return row["flops"][name] / median(row, name) / rate if rate else None
+
+
+def by_round(row: dict[str, Any], name: str, other: str, of: str = "seconds") -> tuple[float, float]:
+    """Least and largest ratio of the times of `name` and `other` in a round."""
+    ratios = [theirs / mine for mine, theirs in zip(row[of][other], row[of][name], strict=True)]
+    return min(ratios), max(ratios)

@@ -1,0 +1,105 @@
+"""`fastdeit bench`: ours and the peers in turn, in one process, medians and ratios.
+
+What is printed and appended to a results file is the ratio of medians and the spread of the ratio over rounds, never a
+single time. What a row means is told in benchmarks/README.md.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+
+from fastdeit.bench import (
+    cells as bench_cells,
+)
+from fastdeit.bench import (
+    data_peers as bench_data_peers,
+)
+from fastdeit.bench import (
+    measure as bench_measure,
+)
+from fastdeit.bench import (
+    step as bench_step,
+)
+from fastdeit.bench import (
+    train as bench_train,
+)
+from fastdeit.bench.cells import STEP_PEERS, builders, finish, peers
+from fastdeit.bench.measure import interleave
+from fastdeit.engine.dist import pick_device
+from fastdeit.errors import UsageError
+
+BATCH = 16
+DATA_PEERS = ("timm", "deit", "torchvision", "dali")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print one comparison, or all of the suite's, or the report of what was measured; rows are appended to `--out`."""
+    if args.report is not None:
+        from fastdeit.bench import report as bench_report
+
+        bench_report.main(args.results, args.report)
+        return
+    if args.overrides and args.what not in ("data", "train"):
+        raise UsageError(f"bench {args.what} takes no section.field=value; bench data and bench train do")
+    if args.eval and args.what != "data":
+        raise UsageError(f"--eval belongs to bench data, not bench {args.what}")
+    bench_measure.check_out(args.out)
+    device = pick_device(args.device)
+    if args.what in ("suite", "calibrate"):
+        from fastdeit.bench import calibrate as bench_calibrate
+        from fastdeit.bench import suite as bench_suite
+
+        {"suite": bench_suite.main, "calibrate": bench_calibrate.main}[args.what](args, device)
+    elif args.what == "data":
+        finish({"what": "data", **data(args, device)}, args.out)
+    elif args.what == "train":
+        finish(train(args, device), args.out)
+    else:
+        finish(step(args, device), args.out)
+    if device.type == "cpu":
+        print(bench_cells.CPU_NOTE)
+
+
+# ---- step and forward ------------------------------------------------------------------------------------------------
+
+
+def step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """One cell of `bench step` or `bench forward`; see `bench_step`."""
+    sides = builders(args.capture or ("none",), peers(args, STEP_PEERS))
+    return bench_step.measure(cell(args, device), sides, args.rounds, device)
+
+
+def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The same with input from files; see `bench_train`."""
+    wanted = cell(args, device)
+    args = argparse.Namespace(**vars(args) | {"batch": wanted.batch})
+    return bench_train.measure(args, wanted, args.capture or ("none",), peers(args, STEP_PEERS), device)
+
+
+def cell(args: argparse.Namespace, device: torch.device) -> bench_step.Cell:
+    """The cell that the flags name."""
+    return bench_step.cell(
+        "forward" if args.what == "forward" else "step",
+        args.model,
+        device,
+        batch=args.batch or BATCH,
+        image_size=args.image_size,
+        precision=args.precision,
+        teacher=None if args.teacher == "none" else args.teacher,
+        ema=args.ema,
+    )
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def data(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The input of a recipe's training or evaluation, from JPEG files on, against the peers'; see `bench_data`."""
+    asked = args.peer or ["timm"]
+    peers(args, DATA_PEERS)
+    if len(asked) > 1:
+        raise UsageError(f"--peer {' --peer '.join(asked)}: bench data takes one peer, or all")
+    args = argparse.Namespace(**vars(args) | {"peer": asked[0]})
+    with bench_data_peers.sides(args, device) as (sides, facts):
+        return interleave(sides, args.rounds, device, facts["failed"]) | facts

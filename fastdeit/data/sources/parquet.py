@@ -1,0 +1,158 @@
+"""Image data sets of the Hugging Face hub: Parquet files with a column `image`, a struct of `bytes` and `path`, and a
+column `label` of class numbers or names.
+
+Parquet is compressed and encoded by row groups, so that one image costs the reading of its whole group (some hundred
+images). The groups used last are kept, up to `_CACHE_BYTES`. That serves evaluation and packing, which go through the
+rows in order; for training, which reads in random order, pack the data set first.
+"""
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from numpy.typing import NDArray
+from pyarrow import parquet
+
+from fastdeit.data.sources.index import Listed, Strings, digest
+from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, class_numbers
+
+_SUFFIXES = "-*.parquet", ".parquet"
+_CACHE_BYTES = 256 << 20
+
+
+class ParquetSource(Listed):
+    """The rows of `files`, paths relative to `root`, in their order.
+
+    Class names are those in the Hugging Face metadata, else the values of a text column, else numbers. Raises DataError
+    where a file or a column is missing or damaged.
+    """
+
+    def __init__(self, root: str | Path, files: Sequence[str], image: str = "image", label: str = "label") -> None:
+        self._root, self._files, self._image, self._label = str(root), list(files), image, label
+        self._metadata: list[parquet.FileMetaData] = []
+        self._groups: list[tuple[int, int]] = []
+        columns, lengths, names = [], [], []
+        for number, file in enumerate(self._files):
+            metadata, column = self._open(file)
+            self._metadata.append(metadata)
+            columns.append(column)
+            names += [f"{file}:{row}" for row in range(metadata.num_rows)]
+            self._groups += [(number, group) for group in range(metadata.num_row_groups)]
+            lengths += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if not names:
+            raise DataError(f"{root}: no rows in {', '.join(self._files)}")
+        self._start = np.cumsum([0, *lengths])
+        self._cache: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        column = pyarrow.chunked_array([chunk for one in columns for chunk in one.chunks])
+        labels, classes = class_labels(self._root, label, column, hub_names(self._metadata[0].metadata, label))
+        super().__init__(classes, Strings.of(names), labels, digest(Strings.of(names).blob, labels, classes))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._root, self._files, self._image, self._label)
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """The encoded image of row `index`: uint8 `[n]`. BadImage if it has none, or its row group is damaged."""
+        group = int(np.searchsorted(self._start, index, "right")) - 1
+        try:
+            row = self._group(group)[index - int(self._start[group])]
+        except pyarrow.ArrowException as error:
+            raise BadImage(f"its row group cannot be read: {error}") from error
+        if not row["bytes"].is_valid:
+            raise BadImage("the row has no image bytes (data sets that only hold paths cannot be used)")
+        return np.frombuffer(row["bytes"].as_buffer(), np.uint8)
+
+    def path(self, index: int) -> str:
+        """FILE:ROW of sample `index`, with the folder of the data set."""
+        return os.path.join(self._root, self.name(index))
+
+    def _open(self, file: str) -> tuple[parquet.FileMetaData, pyarrow.ChunkedArray]:
+        """Metadata and label column of a file."""
+        path = os.path.join(self._root, file)
+        try:
+            with parquet.ParquetFile(path) as opened:
+                schema, metadata = opened.schema_arrow, opened.metadata
+                require_columns(path, schema, self._image, self._label)
+                return metadata, opened.read(columns=[self._label]).column(0)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{path}: the Parquet file cannot be read: {error}") from error
+
+    def _group(self, number: int) -> Any:
+        """The image column of a row group."""
+        with self._lock:
+            if number not in self._cache:
+                file, group = self._groups[number]
+                path = os.path.join(self._root, self._files[file])
+                with parquet.ParquetFile(
+                    path, metadata=self._metadata[file], page_checksum_verification=True
+                ) as opened:
+                    table = opened.read_row_group(group, columns=[f"{self._image}.bytes"], use_threads=False)
+                self._cache[number] = table.column(0)
+            self._cache.move_to_end(number)
+            while len(self._cache) > 1 and sum(column.nbytes for column in self._cache.values()) > _CACHE_BYTES:
+                self._cache.popitem(last=False)
+            return self._cache[number]
+
+
+def require_columns(path: str, schema: pyarrow.Schema, image: str, label: str) -> None:
+    """DataError unless a file has one column `image`, of images, and one column `label`."""
+    names = schema.names
+    missing = [name for name in (image, label) if name not in names]
+    if missing:
+        raise DataError(f"{path}: no column {' and no column '.join(missing)}; there are {names}")
+    if names.count(image) + names.count(label) > 2:
+        raise DataError(f"{path}: column {image} or {label} is there twice; there are {names}")
+    kind = schema.field(image).type
+    at = kind.get_field_index("bytes") if pyarrow.types.is_struct(kind) else -1
+    if at < 0 or not (pyarrow.types.is_binary(kind[at].type) or pyarrow.types.is_large_binary(kind[at].type)):
+        raise DataError(f"{path}: column {image} is no struct of bytes and path, but {kind}")
+
+
+def class_labels(
+    root: str, label: str, column: pyarrow.ChunkedArray, names: Sequence[str] | None
+) -> tuple[NDArray[np.int64], list[str]]:
+    """(labels, class names) of a column `label` of class numbers or names; names: of class 0, 1, ..., if they are
+    known. Raises DataError where the column holds anything else."""
+    if column.null_count:
+        raise DataError(f"{root}: {column.null_count} rows have no {label!r}; remove them")
+    if pyarrow.types.is_string(column.type):
+        classes, labels = np.unique(column.to_pylist(), return_inverse=True)
+        return labels, classes.tolist()
+    if not pyarrow.types.is_integer(column.type):
+        raise DataError(f"{root}: column {label!r} holds {column.type}, not class numbers or names")
+    labels = column.to_numpy().astype(np.int64)
+    if labels.min() < 0 or labels.max() > MAX_LABEL:
+        raise DataError(
+            f"{root}: column {label!r} has labels from {labels.min()} to {labels.max()}, which are no "
+            "class numbers (-1 marks a split without labels)"
+        )
+    # Names that do not cover the labels are not theirs.
+    return labels, list(names) if names and len(names) > labels.max() else class_numbers(labels, root)
+
+
+def hub_names(metadata: Mapping[bytes, bytes] | None, label: str) -> list[str] | None:
+    """Class names in the metadata of a schema that the `datasets` library wrote."""
+    try:
+        return json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def files(root: str | Path, split: str) -> list[str]:
+    """Paths relative to `root` of the Parquet files of a split: those of the folder `split`, or SPLIT-*.parquet or
+    SPLIT.parquet in `root` or in its folder data, or a glob; sorted. DataError if there is none."""
+    root = Path(root)
+    patterns = [f"{split}/*.parquet", *(f"{place}{split}{rest}" for place in ("", "data/") for rest in _SUFFIXES)]
+    if split.endswith(".parquet"):
+        patterns = [split]
+    for pattern in patterns:
+        found = sorted(str(path.relative_to(root)) for path in root.glob(pattern))
+        if found:
+            return found
+    raise DataError(f"{root}: no Parquet file of split {split!r}; looked for {', '.join(patterns)}")

@@ -1,0 +1,250 @@
+"""Tar shards in the WebDataset layout, read in any order.
+
+A sample is the members of one shard that share a key, the name up to the first dot of its last part: `0001.jpg` with
+`0001.cls` (a class number) or `0001.json` (an object with the class number in a field). The headers of all shards are
+read once; offset and size of every image then make each a `pread`. That list is kept (`shards.cached`), and made anew
+when a shard's size or time of change differs.
+
+Nothing is ever extracted. Members that no well-formed shard has (links, absolute names, `..`, a name that comes twice)
+are left out with a reason, as are samples without a label.
+"""
+
+import json
+import os
+import re
+import tarfile
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdeit.data.sources.index import Listed, Strings, digest, read_range, text_array
+from fastdeit.data.sources.kinds import Kind
+from fastdeit.data.sources.scan import scanned
+from fastdeit.data.sources.shards import Index, Skipped, cached, reasons
+from fastdeit.data.sources.source import EXTENSIONS, MAX_LABEL, BadImage, DataError, class_numbers
+
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+_IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
+_CACHE_FORMAT = "1"
+_LABEL_BYTES = 1 << 20
+_BLOCK = 512
+
+
+class _Member(NamedTuple):
+    name: str
+    offset: int
+    size: int
+
+
+class TarSource(Listed):
+    """The images of `shards`, paths relative to `root`, in the order of shards and members.
+
+    label_field: field of `.json` members that holds the class number. Classes are named by their numbers, 0 to the
+    largest label. Raises DataError where no shard has a usable sample; warns of what was left out, and lists it in
+    `skipped`.
+    """
+
+    def __init__(self, root: str | Path, shards: Sequence[str], label_field: str = "label") -> None:
+        self._root, self._shards = str(root), list(shards)
+        key = digest([_CACHE_FORMAT, label_field, *shards])
+        index = cached(Path(root), self._shards, "tar", key, lambda: _index(Path(root), self._shards, label_field))
+        self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
+        names, skipped = Strings(index["names"].tobytes()), json.loads(index["skipped"].tobytes())
+        if not len(names):
+            raise DataError(
+                f"{root}: no image with a label in {len(shards)} tar file{'s' if len(shards) > 1 else ''}; a sample is "
+                f"KEY.jpg with KEY.cls (a class number) or KEY.json (with field {label_field!r}){reasons(skipped)}"
+            )
+        if skipped:
+            warnings.warn(f"{root}: {len(skipped)} entries of tar files are left out:{reasons(skipped)}", stacklevel=2)
+        classes = class_numbers(index["label"], root)
+        fingerprint = digest(names.blob, index["label"], self._size)
+        super().__init__(classes, names, index["label"], fingerprint, [tuple(entry) for entry in skipped])
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """The encoded image `index`: uint8 `[n]`. BadImage if the tar file was cut meanwhile."""
+        shard = os.path.join(self._root, self._shards[self._shard[index]])
+        size = int(self._size[index])
+        data = read_range(shard, int(self._offset[index]), size)
+        if len(data) < size:
+            raise BadImage("the tar file ends before the image does; it was cut while in use")
+        return data
+
+    def path(self, index: int) -> str:
+        """SHARD:MEMBER of sample `index`, with the folder of the data set."""
+        return os.path.join(self._root, self.name(index))
+
+
+def shards(root: str | Path, pattern: str) -> list[str]:
+    """Paths relative to `root` of the tar files that `pattern` means: a folder (all `*.tar` in it), a name with
+    `{0000..0127}` or `{a,b}`, a glob, or the first part of their names (`train` for train-0001.tar). Sorted where the
+    pattern gives no order; DataError if there is none or a numbered one is missing."""
+    root = Path(root)
+    if (root / pattern).is_dir():
+        globs = [f"{pattern}/*.tar"]
+    elif pattern.endswith(".tar"):
+        globs = _braces(pattern)
+    else:
+        globs = [f"{pattern}[-_.]*tar"]
+    found = []
+    for glob in globs:
+        matches = sorted(str(path.relative_to(root)) for path in root.glob(glob)) if root.is_dir() else []
+        if not matches:
+            raise DataError(
+                f"{root}: no tar file {glob}; give the folder of the shards, or their names as in "
+                "train-{0000..0127}.tar"
+            )
+        found += matches
+    return found
+
+
+def _braces(pattern: str) -> list[str]:
+    """`a{00..02}` -> a00, a01, a02; `{x,y}` -> x, y; leading zeros are kept."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, words = match.groups()
+    items = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+    return [rest for item in items for rest in _braces(pattern[: match.start()] + item + pattern[match.end() :])]
+
+
+def _index(root: Path, shards: list[str], label_field: str) -> Index:
+    names, columns, skipped = [], [np.empty((4, 0), np.int64)], []
+    paths = [os.path.join(root, shard) for shard in shards]
+    found = scanned(paths, partial(_listed, label_field))
+    for number, (shard, (members, numbers, left_out)) in enumerate(zip(shards, found, strict=True)):
+        names += [f"{shard}:{name}" for name in members]
+        columns.append(np.vstack((np.full(len(members), number), numbers)))
+        skipped += left_out
+    return {
+        **dict(zip(("shard", "offset", "size", "label"), np.hstack(columns), strict=True)),
+        "names": text_array(Strings.of(names).blob),
+        "skipped": text_array(json.dumps(skipped).encode()),
+    }
+
+
+def _listed(label_field: str, path: str) -> tuple[list[str], NDArray[np.int64], Skipped]:
+    """What `_samples` finds in a shard, as names and int64 `[3, n]`, and what it leaves out."""
+    skipped: Skipped = []
+    samples = list(_samples(label_field, path, skipped))
+    return [name for name, *_ in samples], np.array([row for _, *row in samples], np.int64).reshape(-1, 3).T, skipped
+
+
+def _samples(label_field: str, path: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
+    """(name, offset, size, label) of every image of a shard."""
+    groups: dict[str, dict[str, _Member]] = {}
+    for member in _members(path, skipped):
+        match = _KEY.fullmatch(member.name)
+        if match is None:
+            skipped.append((f"{path}:{member.name}", "the name is not KEY.EXTENSION"))
+            continue
+        key, extension = match.group(1), match.group(2).lower()
+        group = groups.setdefault(key, {})
+        if extension in group:
+            skipped.append((f"{path}:{member.name}", "an earlier file in the tar file has this name"))
+        else:
+            group[extension] = member
+    for key, group in groups.items():
+        images = [group[extension] for extension in group if extension in _IMAGES]
+        if len(images) != 1:
+            found = " and ".join(repr(image.name) for image in images) or f"only {', '.join(sorted(group))}"
+            skipped.append((f"{path}:{key}", f"a sample has one image; here is {found}"))
+            continue
+        label = _label(path, group, label_field)
+        if isinstance(label, str):
+            skipped.append((f"{path}:{images[0].name}", label))
+        else:
+            yield *images[0], label
+
+
+def _label(path: str, group: dict[str, _Member], label_field: str) -> int | str:
+    """The class number of a sample, or why there is none."""
+    extension = "cls" if "cls" in group else "json"
+    member = group.get(extension)
+    if member is None:
+        return "there is no .cls and no .json file with its label"
+    if member.size > _LABEL_BYTES:
+        return f"its .{extension} file has {member.size} bytes, too many for a label"
+    text = read_range(path, member.offset, member.size).tobytes()
+    try:
+        label = int(text) if extension == "cls" else json.loads(text)[label_field]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        want = "a class number" if extension == "cls" else f"an object with field {label_field!r}"
+        return f"its .{extension} file is not {want}: {text[:40]!r}"
+    if type(label) is not int or not 0 <= label <= MAX_LABEL:
+        return f"its label {label!r} is not a class number (0 to {MAX_LABEL})"
+    return label
+
+
+def _members(path: str, skipped: Skipped) -> Iterator[_Member]:
+    """The regular files of a tar archive that lie wholly inside it; what is wrong with it goes to `skipped`."""
+    try:
+        length = os.path.getsize(path)
+        if not os.path.isfile(path):
+            raise tarfile.ReadError("it is not a regular file")  # opening a pipe would wait for ever
+        with tarfile.open(path, "r:") as archive:
+            end = 0
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # tarfile keeps every header it has read
+                if archive.offset <= end:
+                    raise tarfile.ReadError(f"the header at byte {info.offset} has a negative size")
+                end = archive.offset
+                reason = _unusable(info, length)
+                if reason:
+                    skipped.append((f"{path}:{info.name}", reason))
+                elif info.isreg():
+                    yield _Member(info.name, info.offset_data, info.size)
+        closing = read_range(path, end, _BLOCK)
+        if len(closing) < _BLOCK or closing.any():
+            skipped.append((path, f"the tar file is cut short or damaged at byte {end} of {length}"))
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        skipped.append((path, _why_not(path, error)))
+
+
+def _unusable(info: tarfile.TarInfo, length: int) -> str | None:
+    if info.isdir():
+        return None
+    if not info.isreg() or info.issparse():
+        return "not a regular file (a link, a device or a sparse file)"
+    if info.name.startswith("/") or ".." in info.name.split("/") or "\0" in info.name:
+        return "the name is absolute, leads upwards or contains a NUL"
+    if info.offset_data + info.size > length:
+        return f"the tar file is cut short: it ends at byte {length}, inside this file"
+    return None
+
+
+def _why_not(path: str, error: Exception) -> str:
+    try:
+        start = read_range(path, 0, 6).tobytes()
+    except OSError as refused:
+        return f"the tar file cannot be read: {refused.strerror}"
+    packers = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+    packer = next((name for magic, name in packers.items() if start.startswith(magic)), None)
+    if packer:
+        return f"compressed with {packer}; only a plain tar file can be read in any order, so uncompress it"
+    return f"not a tar file, or one that is cut short or damaged: {error}"
+
+
+def _open(root: Path, split: str) -> TarSource:
+    return TarSource(root, shards(root, split))
+
+
+def _has_shards(root: Path, train: str, val: str) -> bool:
+    places = (root / train, "*.tar"), (root, f"{Path(train).name}[-_.]*tar")
+    return any(True for place, glob in places for _ in place.glob(glob))
+
+
+TAR = Kind(
+    "tar",
+    _open,
+    "ROOT/{train}/*.tar and ROOT/{val}/*.tar, or ROOT/{train}-*.tar and ROOT/{val}-*.tar, with KEY.jpg and KEY.cls or "
+    "KEY.json in them",
+    _has_shards,
+    (".tar",),
+    numbered=True,
+)

@@ -1,0 +1,557 @@
+"""What one training step costs on a GPU that need not be there: time, memory and communication, from shapes alone.
+
+One roofline for everything: a step is a list of operations, each with its floating-point operations, the bytes it moves
+at best, and the kernels it launches. An operation takes
+
+    max(FLOPs / (share * peak), bytes / (share * bandwidth)) + launches * gap
+
+with peaks and bandwidths of the makers' datasheets, and shares that kernels of its kind are expected to reach. Shares
+and gaps are the only judgements; they stand in `estimate_gpus.GPUS`. A step takes the sum, or the host's time to launch
+it all where that is longer. Of communication counts what no computation hides. `estimate_rows` tells how far this is
+from measurements.
+
+Implementations of a step (`Design`) differ in three tables only: the backend of attention, the bytes and launches
+between the matrix products, and what a block keeps for backward. Bytes are those that PyTorch's autocast and this
+package's kernels read and write, with `a` bytes of an activation (2 in 16 bit) and 4 of the residual stream.
+
+Only the standard library is imported.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from fastdeit.estimate.gpus import GPU, backend
+
+GIB = 2**30
+
+_COLLECTIVE_SHARE = 0.8
+"""Of a link, in NCCL's rings with large messages."""
+_USABLE_MEMORY = 0.95
+"""The rest is lost between the allocator's blocks."""
+_CONTEXT = 1.0 * GIB
+"""CUDA context, workspaces of cuBLAS, buffers of NCCL."""
+
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ViT:
+    """Shape of a vision transformer. `prefix` tokens come before `patches`; each has a head.
+
+    pruned  the last block computes queries, projection and MLP for the prefix alone, as fastdeit's models do
+    """
+
+    patches: int
+    prefix: int
+    patch_values: int
+    dim: int
+    depth: int
+    heads: int
+    hidden: int
+    classes: int
+    pruned: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image, the prefix among them."""
+        return self.patches + self.prefix
+
+    @property
+    def rows(self) -> list[int]:
+        """Tokens that come out of each block."""
+        last = self.prefix if self.pruned else self.tokens
+        return [self.tokens] * (self.depth - 1) + [last]
+
+    @property
+    def flops(self) -> int:
+        """Of the forward for one image: matrix products, 2 per multiply-add."""
+        per_row = 2 * self.dim * self.dim + 2 * self.tokens * self.dim + 2 * self.dim * self.hidden
+        blocks = sum(self.rows) * per_row + self.depth * self.tokens * 2 * self.dim * self.dim
+        embed = self.patches * self.patch_values * self.dim
+        return 2 * (embed + blocks + self.prefix * self.dim * self.classes)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, positions and heads among them."""
+        dim, hidden = self.dim, self.hidden
+        block = 4 * dim * dim + 2 * dim * hidden + 4 * dim + hidden + dim + 4 * dim
+        embed = self.patch_values * dim + dim + (self.tokens + self.prefix) * dim
+        return self.depth * block + embed + 2 * dim + self.prefix * (dim + 1) * self.classes
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as the estimate sees it.
+
+    parameters, flops  number of parameters; FLOPs of the forward for one image
+    values             of the input image: channels * height * width
+    outputs            logits of an image, over all heads
+    own                whether it is one of `fastdeit.models`, whose blocks run this package's kernels
+    vit                its shape, where it is a vision transformer; of others only the FLOPs are used for the time
+    layers             of other networks, which are launched one by one
+    saved, widest      float32 bytes for one image that other networks keep for backward, and of their widest layer
+    """
+
+    name: str
+    parameters: int
+    flops: int
+    values: int
+    outputs: int
+    own: bool = True
+    vit: ViT | None = None
+    layers: int = 1
+    saved: int = 0
+    widest: int = 0
+
+
+# RegNetY-16GF, forward, 16-bit autocast, channels first, eager: images/s and the card's bytes/s. Source: timm,
+# results/benchmark-infer-amp-nchw-*.csv, RTX 4090 and RTX PRO 6000 Max-Q. Convolutional networks of this kind are bound
+# by memory, so that the bytes that a FLOP costs are carried over to other cards.
+_CONVNET_FLOPS = 2 * 15.96e9
+_CONVNET_ROWS = (1584, 1.008e12), (2377, 1.792e12)
+CONVNET_FLOPS_PER_BYTE = sum(speed * _CONVNET_FLOPS / bandwidth for speed, bandwidth in _CONVNET_ROWS) / 2
+
+# ---- operations ------------------------------------------------------------------------------------------------------
+
+
+class Op(NamedTuple):
+    """`count` equal operations of a micro-batch or of an update; FLOPs, bytes and launches are of one.
+
+    kind    which shares of `GPU` it reaches
+    phase   "forward", "backward" or "update"
+    spent   FLOPs that the time goes by, where padding or an epilogue makes them more than `flops`
+    """
+
+    kind: str
+    phase: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    launches: float = 1.0
+    count: float = 1.0
+    spent: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch of one process: images, precision (fp32, fp16, bf16), and what else a step has to do."""
+
+    batch: int
+    precision: str = "bf16"
+    drop_path: bool = True
+    ema: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Of an activation."""
+        return 4 if self.precision == "fp32" else 2
+
+
+class Piece(NamedTuple):
+    """Work between the matrix products: `each * a + fixed` bytes for every element of `of`; see `_PIECES`."""
+
+    of: str
+    phase: str
+    kind: str
+    each: float
+    fixed: float
+    launches: float
+
+
+# (bytes: each, fixed; launches) of eager, compile and fused. The elements are, in a block, "norm": channels of the
+# tokens at both LayerNorms, "cast": the same, in 16 bit alone, "drop": the same, with drop-path, "qkv", "hidden",
+# "out": channels of the tokens that it returns, "copy": its share of the weights, in 16 bit alone; in a step, "ends":
+# one in 16 bit, "pixels", "tokens", "logits", "weights", and "average": the weights, where they are averaged.
+_PIECES = (
+    ("norm", "forward", "pointwise", (1, 16, 4), (2, 8, 2), (2, 8, 2)),  # LayerNorm in float32, residual addition
+    ("norm", "backward", "pointwise", (0, 24, 4), (2, 12, 4), (2, 12, 4)),
+    ("norm", "backward", "reduction", (0, 8, 4), None, None),
+    ("cast", "forward", "pointwise", (1, 4, 2), None, None),
+    ("cast", "backward", "pointwise", (2, 8, 4), None, None),
+    ("drop", "forward", "pointwise", (2, 0, 6), None, None),
+    ("drop", "backward", "pointwise", (2, 0, 2), None, None),
+    ("hidden", "forward", "pointwise", (2, 0, 1), (2, 0, 1), (2, 0, 1)),  # GELU
+    ("hidden", "backward", "pointwise", (3, 0, 1), (3, 0, 1), (4, 0, 1)),  # ours makes it again instead of keeping it
+    ("hidden", "backward", "reduction", (1, 0, 1), (1, 0, 1), None),  # bias gradients
+    ("out", "backward", "reduction", (2, 0, 2), (2, 0, 2), (1, 0, 1)),
+    ("qkv", "backward", "reduction", (1, 0, 1), (1, 0, 1), None),
+    ("qkv", "backward", "pointwise", (2, 0, 1), (2, 0, 1), None),  # dq, dk and dv packed into one tensor
+    ("copy", "forward", "pointwise", (0, 6, 8), (0, 6, 4), (0, 6, 8)),  # autocast's, and of their gradients
+    ("copy", "backward", "pointwise", (0, 6, 8), (0, 6, 4), (0, 6, 8)),
+    ("ends", "forward", "pointwise", (0, 0, 4), (0, 0, 4), (0, 0, 4)),  # launches of the same for embedding and heads
+    ("ends", "backward", "pointwise", (0, 0, 4), (0, 0, 4), (0, 0, 4)),
+    ("pixels", "forward", "pointwise", (0, 46, 6), (0, 46, 6), (1, 2, 1)),  # mixed in float32, cast, laid out
+    ("tokens", "forward", "pointwise", (1, 8, 2), (1, 8, 1), (1, 8, 1)),
+    ("tokens", "backward", "reduction", (1, 8, 4), (1, 8, 2), (1, 8, 2)),
+    ("logits", "forward", "pointwise", (0, 120, 30), (0, 120, 12), (0, 20, 1)),  # the loss
+    ("weights", "update", "pointwise", (0, 32, 8), (0, 32, 8), (0, 32, 6)),  # the gradients' norm, AdamW
+    ("average", "update", "pointwise", (0, 12, 4), (0, 12, 4), (0, 8, 0)),  # ours in the pass of AdamW
+)
+_EAGER, _COMPILE, _FUSED = (
+    tuple(Piece(*row[:3], *row[3 + column]) for row in _PIECES if row[3 + column]) for column in range(3)
+)
+_QKV = tuple(piece for piece in _EAGER if piece.of == "qkv")
+"""What attention leaves to do in backward where it is not ours."""
+_WITHOUT_GELU = tuple(piece for piece in _FUSED if piece.of != "hidden")
+
+
+class _Attention(NamedTuple):
+    """A kernel of attention: so many products of queries and keys, padded to `tile`; bytes of queries, keys and scores,
+    where `queries` of (5, 16) means 5 * a + 16 an element."""
+
+    phase: str
+    kind: str
+    products: int
+    tile: tuple[int, int] = (1, 1)
+    queries: tuple[float, float] = (0, 0)
+    keys: float = 0
+    scores: tuple[float, float] = (0, 0)
+    launches: float = 1
+
+
+_OURS_FORWARD = _Attention("forward", "ours", 2, (64, 16), (2, 0), 2)
+_ATTENTION = {
+    "unfused": (  # softmax in float32 between two products, all of it in memory
+        _Attention("forward", "gemm", 2, queries=(4, 0), scores=(2, 0), launches=4),
+        _Attention("forward", "pointwise", 0, queries=(2, 0), scores=(2, 16), launches=4),
+        _Attention("backward", "gemm", 4, queries=(7, 0), scores=(4, 0), launches=6),
+        _Attention("backward", "pointwise", 0, queries=(2, 0), scores=(2, 20), launches=5),
+    ),
+    "library": (  # FlashAttention-2 (Dao, 2023). Its backward adds dq up in float32, and reads (dout, out) for delta.
+        _Attention("forward", "library", 2, (128, 128), (2, 0), 2),
+        _Attention("backward", "library", 5, (128, 128), (5, 16), 4, launches=3),
+    ),
+    # Two kernels in backward, one for dq and one for dk and dv, which both make the scores and their gradients.
+    "triton": (_OURS_FORWARD, _Attention("backward", "ours", 7, (64, 64), (6, 0), 6, launches=3)),
+    "fused_backward": (_OURS_FORWARD, _Attention("backward", "ours", 5, (32, 16), (4, 0), 4, launches=2)),
+}
+
+# ---- designs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Design:
+    """How a step is implemented.
+
+    pieces     the work between the matrix products
+    attention  a row of `_ATTENTION`
+    ours       this package's kernels, whose backends the table of choices names for a GPU (`selected`)
+    epilogue   GELU and its derivative are inside the products
+    launch     seconds of the host for a kernel, autograd and autocast included
+    kept       bytes of a block kept for backward, in units of a: per channel of a token, and per hidden channel
+    """
+
+    name: str
+    help: str
+    pieces: tuple[Piece, ...]
+    attention: str = "library"
+    ours: bool = False
+    epilogue: bool = False
+    launch: float = 6e-6
+    kept: tuple[int, int] = (7, 2)
+
+
+EAGER = Design("eager", "PyTorch references of the kernels, one operation after the other", _EAGER)
+_COMPILE_HELP = "the references under torch.compile >= 2.10, for comparison: train compiles around its kernels"
+COMPILE = Design("compile", _COMPILE_HELP, _COMPILE, launch=3e-6, kept=(6, 2))
+_FUSED_HELP = "this package's Triton kernels, as train selects them"
+FUSED = Design("fused", _FUSED_HELP, _FUSED, attention="triton", ours=True, launch=10e-6, kept=(6, 1))
+_EPILOGUE_HELP = "the same, with FASTDEIT_KERNELS=mlp=epilogue"
+EPILOGUE = replace(FUSED, name="epilogue", help=_EPILOGUE_HELP, pieces=_WITHOUT_GELU, epilogue=True)
+DESIGNS = {design.name: design for design in (EAGER, COMPILE, FUSED, EPILOGUE)}
+
+# Designs of others, for what they have measured: timm's code, which packs once more; the same with an older PyTorch's
+# attention and an AdamW of many passes; an Inductor that takes a second pass for the gradients of LayerNorm's weights.
+TIMM = replace(EAGER, pieces=(*_EAGER, _QKV[1]))
+_FOREACH = tuple(piece._replace(fixed=88, launches=34) if piece.of == "weights" else piece for piece in TIMM.pieces)
+UNFUSED = replace(TIMM, name="unfused", pieces=_FOREACH, attention="unfused", launch=7e-6)
+_SECOND_PASS = Piece("norm", "backward", "reduction", 1, 4, 4)
+COMPILE_2_9 = replace(COMPILE, name="compile < 2.10", pieces=(*_COMPILE, _SECOND_PASS))
+
+
+def designs(gpu: GPU, precision: str, network: Network) -> list[Design]:
+    """Those that differ for the network on that GPU."""
+    if network.vit is None:
+        return [EAGER]
+    if not network.own:
+        return [TIMM, COMPILE]
+    if gpu.triton_products and precision != "fp32":
+        return list(DESIGNS.values())
+    return [EAGER, COMPILE, FUSED]
+
+
+_FUSED_BACKWARD_TOKENS, _FUSED_BACKWARD_WIDTH = 208, 64
+"""The largest that `kernels.attention_fused_backward` takes: more tokens or wider heads go to the split backward."""
+
+
+def selected(design: Design, vit: ViT, work: Work, gpu: GPU) -> Design:
+    """The design with the backends of attention and of the MLP that are taken for such shapes on that GPU."""
+    if not design.ours:
+        return design
+    attention, mlp = (backend(gpu, *op) for op in (("attention", 3 * vit.dim), ("mlp", vit.dim)))
+    if attention == "reference" or not gpu.triton_products:
+        design = replace(design, attention="library", pieces=(*design.pieces, *_QKV))
+    elif attention == "fused_backward" and work.bytes == 2:
+        narrow = vit.tokens <= _FUSED_BACKWARD_TOKENS and vit.dim // vit.heads <= _FUSED_BACKWARD_WIDTH
+        design = replace(design, attention="fused_backward" if narrow else "triton")
+    if mlp == "epilogue" and work.bytes == 2 and gpu.triton_products:
+        design = replace(design, pieces=tuple(piece for piece in design.pieces if piece.of != "hidden"), epilogue=True)
+    return design
+
+
+# ---- a step as operations --------------------------------------------------------------------------------------------
+
+
+def _padded(length: int, tile: int) -> int:
+    return -(-length // tile) * tile
+
+
+def _products(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int) -> Iterator[Op]:
+    """Linear layers of a block that returns `rows` tokens: a product forward, two backward."""
+    all_tokens, out, dim, hidden = work.batch * vit.tokens, work.batch * rows, vit.dim, vit.hidden
+    slow = 1 + gpu.epilogue
+    hidden_bytes = work.bytes * out * hidden * design.epilogue
+    qkv = [(all_tokens, 3 * dim)] if rows == vit.tokens else [(all_tokens, 2 * dim), (out, dim)]
+    plain = [(m, n, dim, 0, 0) for m, n in [*qkv, (out, dim)]]
+    mlp = [(out, hidden, dim, hidden_bytes, 0), (out, dim, hidden, 0, hidden_bytes)]
+    for m, n, k, forward, backward in [*plain, *mlp]:
+        flops, moved = 2.0 * m * n * k, work.bytes * float(m * k + n * k + m * n)
+        yield Op(_kind(vit), "forward", flops, moved + forward, spent=flops * slow if forward else 0)
+        yield Op(_kind(vit), "backward", flops, moved + 2 * backward, spent=flops * slow if backward else 0)
+        yield Op(_kind(vit), "backward", flops, moved)
+
+
+def _kind(vit: ViT) -> str:
+    return "gemm" if vit.dim >= 768 else "narrow"
+
+
+def _attention(vit: ViT, work: Work, design: Design, rows: int) -> Iterator[Op]:
+    # The last block's queries are fewer than its keys, which the fused backward does not take.
+    split = design.attention == "fused_backward" and rows != vit.tokens
+    a, heads, width = work.bytes, work.batch * vit.heads, vit.dim // vit.heads
+    queries, keys = float(work.batch * rows * vit.dim), float(work.batch * vit.tokens * vit.dim)
+    scores = float(heads * rows * vit.tokens)
+    for kernel in _ATTENTION["triton" if split else design.attention]:
+        moved = sum(
+            (each * a + fixed) * of for (each, fixed), of in ((kernel.queries, queries), (kernel.scores, scores))
+        )
+        padded = heads * _padded(rows, kernel.tile[0]) * _padded(vit.tokens, kernel.tile[1])
+        flops, spent = (2.0 * kernel.products * width * of for of in (scores, padded))
+        yield Op(kernel.kind, kernel.phase, flops, moved + kernel.keys * a * keys, kernel.launches, spent=spent)
+
+
+def _between(design: Design, elements: dict[str, float], a: int) -> Iterator[Op]:
+    """The pieces of a design whose elements these are."""
+    for piece in design.pieces:
+        if of := elements.get(piece.of):
+            moved = (piece.each * a + piece.fixed) * of
+            yield Op(piece.kind, piece.phase, bytes=moved, launches=piece.launches)
+
+
+def _block(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int) -> Iterator[Op]:
+    """Forward and backward of a block that returns `rows` tokens."""
+    out = float(work.batch * rows * vit.dim)
+    norm = out + work.batch * vit.tokens * vit.dim
+    elements = {"norm": norm, "cast": norm * (work.bytes < 4), "drop": norm * work.drop_path, "out": out}
+    elements |= {"qkv": 2 * norm - out, "hidden": float(work.batch * rows * vit.hidden)}
+    yield from _products(vit, work, design, gpu, rows)
+    yield from _attention(vit, work, design, rows)
+    yield from _between(design, elements, work.bytes)
+
+
+def _embedding_and_heads(vit: ViT, work: Work) -> Iterator[Op]:
+    """The products at both ends. Nobody asks for the gradient of the pixels."""
+    pixels, tokens, prefix = (work.batch * count for count in (vit.patches * vit.patch_values, vit.patches, vit.prefix))
+    embed = pixels + vit.patch_values * vit.dim + tokens * vit.dim
+    heads = prefix * vit.dim + vit.prefix * vit.dim * vit.classes + prefix * vit.classes
+    for flops, moved, gradients in (
+        (2.0 * pixels * vit.dim, embed, 1),
+        (2.0 * prefix * vit.dim * vit.classes, heads, 2),
+    ):
+        yield Op(_kind(vit), "forward", flops, float(work.bytes * moved))
+        yield Op(_kind(vit), "backward", flops, float(work.bytes * moved), count=gradients)
+
+
+def ops(network: Network, work: Work, design: Design, gpu: GPU) -> list[Op]:
+    """Forward and backward of a micro-batch, and the update of a step."""
+    vit, batch, weights = network.vit, work.batch, float(network.parameters)
+    depth = vit.depth if vit else 1
+    elements = {"weights": weights, "average": weights * work.ema, "ends": float(work.bytes < 4)}
+    if vit is None:
+        flops = float(batch * network.flops)
+        moved = flops / CONVNET_FLOPS_PER_BYTE * work.bytes / 2
+        found = [Op("convnet", phase, flops, moved, network.layers) for phase in ("forward", "backward", "backward")]
+    else:
+        design = selected(design, vit, work, gpu)
+        pixels, tokens = batch * vit.patches * vit.patch_values, batch * vit.tokens * vit.dim
+        elements |= {"pixels": pixels, "tokens": tokens, "logits": batch * vit.prefix * vit.classes}
+        blocks = [(vit.tokens, depth - 1)] * (depth > 1) + [(vit.rows[-1], 1)]
+        found = [op._replace(count=count) for rows, count in blocks for op in _block(vit, work, design, gpu, rows)]
+        found += _embedding_and_heads(vit, work)
+    copies = _between(design, {"copy": weights / depth * (work.bytes < 4)}, work.bytes)
+    return [*found, *(op._replace(count=depth) for op in copies), *_between(design, elements, work.bytes)]
+
+
+def seconds(op: Op, gpu: GPU, precision: str) -> float:
+    """Of all `op.count` operations, on a busy stream: the roofline."""
+    backward = op.phase == "backward"
+    math, memory = {
+        "gemm": (gpu.gemm, gpu.pointwise),
+        "narrow": (gpu.narrow, gpu.pointwise),
+        "convnet": (gpu.narrow, 1.0),
+        "library": (gpu.library[backward], 0.93 * gpu.pointwise),
+        "ours": (gpu.ours[backward], 0.93 * gpu.pointwise),
+        "pointwise": (1.0, gpu.pointwise),
+        "reduction": (1.0, gpu.reduction),
+    }[op.kind]
+    peak = gpu.flops
+    if precision == "fp32":
+        peak = gpu.fp32 if op.kind == "ours" else gpu.tf32
+    busy = max((op.spent or op.flops) / (peak * math), op.bytes / (gpu.bandwidth * memory))
+    return op.count * (busy + op.launches * gpu.gap)
+
+
+class Step(NamedTuple):
+    """Seconds of a micro-batch (forward, backward) and of an update."""
+
+    forward: float
+    backward: float
+    update: float
+
+    def scaled(self, factor: float) -> "Step":
+        """The step with all its times multiplied by `factor`."""
+        return Step(*(factor * phase for phase in self))
+
+
+def step(network: Network, work: Work, design: Design, gpu: GPU) -> Step:
+    """Time of a training step on one GPU, its input ready there, without communication: the GPU's time, or the host's
+    where launching it all takes longer."""
+    found = ops(network, work, design, gpu)
+    busy, host = (
+        Step(*(sum(of(op) for op in found if op.phase == phase) for phase in Step._fields))
+        for of in (lambda op: seconds(op, gpu, work.precision), lambda op: op.count * op.launches * design.launch)
+    )
+    return busy if sum(busy) >= sum(host) else host
+
+
+# ---- communication ---------------------------------------------------------------------------------------------------
+
+
+class Communication(NamedTuple):
+    """Bytes that a process sends in a step, the seconds that takes, and those that computation does not hide."""
+
+    bytes: float
+    seconds: float
+    exposed: float
+
+
+_BUCKET = 25 * 2**20
+"""Bytes of gradients that DistributedDataParallel sends at once."""
+
+
+def bus(gpu: GPU, world: int, nodes: int) -> float:
+    """Bytes/s at which rings through all GPUs run; a ring enters and leaves a node by each adapter, one a GPU."""
+    link = gpu.link if nodes == 1 else min(gpu.link, gpu.network * (world // nodes))
+    return _COLLECTIVE_SHARE * link
+
+
+def communication(
+    network: Network, time: Step, gpu: GPU, *, world: int, nodes: int, sharding: str, accumulate: int, width: int
+) -> Communication:
+    """Of a step; `time` is that of a micro-batch, `width` the bytes of a gathered weight.
+
+    ddp   a ring all-reduce of float32 gradients: 2 (W - 1) / W of their bytes, hidden behind the backward of the last
+          micro-batch but for the last bucket
+    fsdp  every micro-batch gathers the weights in forward and in backward, (W - 1) / W of their bytes each, and
+          scatters float32 gradients, (W - 1) / W of theirs; a block is sent while its neighbour computes, but for the
+          first of each direction
+
+    The latency of a collective, tens of microseconds, is left out.
+    """
+    share, rate = (world - 1) / world, bus(gpu, world, nodes)
+    gradients = 4.0 * network.parameters * share
+    if sharding == "ddp":
+        spent = 2 * gradients / rate
+        last = spent * min(1.0, _BUCKET / (4 * network.parameters))
+        return Communication(2 * gradients, spent, max(spent - time.backward, last))
+    weights = width * network.parameters * share
+    unit = 1 / network.vit.depth if network.vit else 1.0
+    exposed = sum(
+        max(sent / rate - busy, sent / rate * unit)
+        for sent, busy in ((weights, time.forward), (weights + gradients, time.backward))
+    )
+    sent = 2 * weights + gradients
+    return Communication(accumulate * sent, accumulate * sent / rate, accumulate * exposed)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def blocks_saved(vit: ViT, work: Work, design: Design) -> list[float]:
+    """Bytes that each block keeps for backward.
+
+    For all tokens the input of the first LayerNorm in float32, its result, keys and values; for the tokens that come
+    out the rest: `Design.kept`. Besides, statistics of the LayerNorms and of the softmax.
+    """
+    a = work.bytes
+    channels, hidden = design.kept
+    of_input = (4 + 3 * a) * vit.dim + 8
+    of_output = (4 + (channels - 3) * a) * vit.dim + hidden * a * vit.hidden + 4 * vit.heads + 8
+    return [float(work.batch * (vit.tokens * of_input + rows * of_output)) for rows in vit.rows]
+
+
+def memory(
+    network: Network, work: Work, design: Design, *, world: int, sharding: str, teacher: Network | None = None
+) -> dict[str, float | list[float]]:
+    """Bytes of a process at the peak, the begin of backward, by what they are for; `blocks` has one entry a block.
+
+    casts: autocast's copies of the weights, or fsdp's two gathered blocks and a block of gradients. workspace: the
+    gradients of a block's activations. input: a uint8 batch, two more that are prefetched, and the rendered images
+    (a ViT's are those that `embedding` keeps).
+    """
+    a, vit, batch = work.bytes, network.vit, work.batch
+    own = network.parameters / (world if sharding == "fsdp" else 1)
+    depth = vit.depth if vit else 1
+    sharded = (2 * a + 4) * network.parameters / depth
+    parts: dict[str, float | list[float]] = {
+        "weights": 4 * own,
+        "gradients": 4 * own,
+        "moments": 8 * own,
+        "ema": 4 * own * work.ema,
+        "casts": sharded if sharding == "fsdp" else a * network.parameters * (a < 4),
+        "teacher": 0.0,
+        "input": 3.0 * batch * network.values + (0 if vit else a * batch * network.values),
+        "logits": float((8 + a) * batch * network.outputs),
+        "context": _CONTEXT,
+    }
+    if teacher is not None:
+        parts["teacher"] = 4.0 * teacher.parameters + a * batch * teacher.values + batch * _forward_peak(teacher, a)
+    if vit is None:
+        parts |= {"blocks": [network.saved * a / 4 * batch], "workspace": float(network.widest * a / 4 * batch)}
+        return parts
+    wide = (3 if design.ours else 2) * a * vit.hidden
+    return parts | {
+        "embedding": float(a * batch * vit.patches * vit.patch_values),
+        "blocks": blocks_saved(vit, work, design),
+        "workspace": float(batch * vit.tokens * (wide + (4 + 2 * a) * vit.dim)),
+    }
+
+
+def _forward_peak(network: Network, a: int) -> float:
+    """Activation bytes of the widest place of a forward for one image: in a ViT the MLP, with the residual stream."""
+    vit = network.vit
+    if vit is None:
+        return network.widest * a / 4
+    return float(vit.tokens * (2 * a * vit.hidden + (4 + a) * vit.dim))
+
+
+def total(parts: dict[str, float | list[float]]) -> float:
+    """Bytes of all parts of `memory`."""
+    return sum(sum(part) if isinstance(part, list) else part for part in parts.values())
+
+
+def largest_batch(network: Network, work: Work, design: Design, gpu: GPU, multiple: int, **options: object) -> int:
+    """Images of the largest micro-batch of a process that fits, a multiple of `multiple`; 0 where none does."""
+    fixed = total(memory(network, replace(work, batch=0), design, **options))
+    each = total(memory(network, replace(work, batch=multiple), design, **options)) - fixed
+    return max(0, int((_USABLE_MEMORY * gpu.memory - fixed) // each)) * multiple

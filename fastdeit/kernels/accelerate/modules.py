@@ -1,0 +1,352 @@
+"""What `accelerate` swaps: the structure a module must have, and what it computes afterwards.
+
+Every check returns the reason why something does not fit, or None. It runs when a module is swapped and again with
+every call, because a leaf may be replaced, hooked or patched in between.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeit.kernels import _op
+from fastdeit.kernels import nn as drop_in
+from fastdeit.kernels.attention.op import attention, query_attention
+from fastdeit.kernels.layer_norm import add_layer_norm
+from fastdeit.kernels.mlp.op import mlp
+
+# ---- structure -------------------------------------------------------------------------------------------------------
+
+_OF_ATTENTION = {"attn_mask", "is_causal", "rope", "shared_rel_pos_bias"}
+"""Arguments of a block that only its attention looks at."""
+
+
+def hooks(module: nn.Module) -> tuple[dict, ...]:
+    """The registries of functions that see what `module` takes and returns."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def passed_by(module: nn.Module, *tensors: str) -> str | None:
+    """Why an op may not read these tensors of `module` instead of calling it."""
+    if any(hooks(module)):
+        return "has hooks, which would not run"
+    if "forward" in vars(module):
+        return "has a forward of its own, which would not run"
+    for name in tensors:
+        tensor = getattr(module, name)
+        if type(tensor) not in (nn.Parameter, Tensor):
+            return f"has no {name}" if tensor is None else f"has a {type(tensor).__name__} as {name}"
+    return None
+
+
+def _called(module: nn.Module) -> str | None:
+    return None
+
+
+def linear(module: nn.Module, *tensors: str) -> str | None:
+    """Why `module` is not a plain linear layer with these tensors, weight and bias by default."""
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__name__}, not a torch.nn.Linear"
+    return passed_by(module, *(tensors or ("weight", "bias")))
+
+
+def layer_norm(module: nn.Module) -> str | None:
+    """Why `module` is not a LayerNorm with weight and bias."""
+    # Both torch's and timm's are called so; subclasses that compute something else are not.
+    if not (isinstance(module, nn.LayerNorm) and type(module).__name__ == "LayerNorm"):
+        return f"is a {type(module).__name__}, not a LayerNorm"
+    return passed_by(module, "weight", "bias")
+
+
+def _gelu(module: nn.Module) -> str | None:
+    if type(module).__name__ != "GELU" or getattr(module, "approximate", "none") != "none":
+        return f"is {module}, not the exact GELU"
+    return passed_by(module)
+
+
+def _nothing(module: nn.Module) -> str | None:
+    if type(module) is not nn.Identity and not (type(module) is nn.Dropout and module.p == 0):
+        return f"is {module}, which the op does not compute"
+    return passed_by(module)
+
+
+def _layer_scale(module: nn.Module) -> str | None:
+    return passed_by(module, "gamma") if type(module).__name__ == "LayerScale" else _nothing(module)
+
+
+def _drop_path(module: nn.Module) -> str | None:
+    return passed_by(module) if type(module).__name__ == "DropPath" else _nothing(module)
+
+
+class Structure(NamedTuple):
+    """Children and what each has to be, those that have to be there, and tensors of the module's own."""
+
+    children: Mapping[str, Callable[[nn.Module], str | None]]
+    required: tuple[str, ...]
+    tensors: tuple[str, ...] = ()
+
+    def misfit(self, module: nn.Module) -> str | None:
+        """Why `module` is not built like this, in words; None if it is."""
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            if name not in self.children:
+                return f"has {name}, a {type(child).__name__}, which the op does not compute"
+            if reason := self.children[name](child):
+                return f"{name} {reason}"
+        for name in self.required:
+            if name not in module._modules:
+                return f"has no {name}"
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None and name not in self.tensors:
+                    return f"has {name}, which the op does not take"
+        return None
+
+
+BLOCK = Structure(
+    children={
+        "norm1": layer_norm,
+        "attn": _called,
+        "ls1": _layer_scale,
+        "drop_path1": _drop_path,
+        "norm2": layer_norm,
+        "mlp": _called,
+        "ls2": _layer_scale,
+        "drop_path2": _drop_path,
+        "drop_path": _drop_path,
+    },
+    required=("norm1", "attn", "norm2", "mlp"),
+    tensors=("gamma_1", "gamma_2"),
+)
+_ATTENTION = Structure(
+    children={
+        "qkv": _called,
+        "q_norm": _nothing,
+        "k_norm": _nothing,
+        "attn_drop": _nothing,
+        "norm": _nothing,
+        "proj": _called,
+        "proj_drop": _nothing,
+    },
+    required=("qkv", "proj"),
+    tensors=("q_bias", "k_bias", "v_bias"),
+)
+_MLP = Structure(
+    children={"fc1": linear, "act": _gelu, "drop1": _nothing, "norm": _nothing, "fc2": linear, "drop2": _nothing},
+    required=("fc1", "act", "fc2"),
+)
+
+
+def _attention_misfit(module: nn.Module) -> str | None:
+    if reason := _ATTENTION.misfit(module):
+        return reason
+    if not isinstance(getattr(module, "num_heads", None), int):
+        return "has no num_heads"
+    # EVA's qkv has its bias apart, and is then not called.
+    if getattr(module, "q_bias", None) is not None and (reason := linear(module.qkv, "weight")):
+        return f"qkv {reason}"
+    return None
+
+
+def _mlp_misfit(module: nn.Module) -> str | None:
+    if reason := _MLP.misfit(module):
+        return reason
+    made, taken = module.fc1.out_features, module.fc2.in_features
+    return None if made == taken else f"is gated: fc1 makes {made} features, fc2 takes {taken}"
+
+
+# ---- accelerated modules ---------------------------------------------------------------------------------------------
+
+
+class Accelerated:
+    """Mixin in front of a module's original class."""
+
+    mixin: type["Accelerated"]
+    original: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return _new, (self.mixin, self.original), *rest
+
+
+@cache
+def accelerated(mixin: type[Accelerated], original: type[nn.Module]) -> type[Accelerated]:
+    """The class of a module of class `original` that has been swapped."""
+    body = {"mixin": mixin, "original": original, "__doc__": original.__doc__, "__module__": __name__}
+    return type(f"Accelerated{original.__name__}", (mixin, original), body)
+
+
+def _new(mixin: type[Accelerated], original: type[nn.Module]) -> nn.Module:
+    cls = accelerated(mixin, original)
+    return cls.__new__(cls)
+
+
+def put_back(module: nn.Module) -> None:
+    """Give `module` and all modules in it their original classes."""
+    for part in module.modules():
+        if isinstance(part, Accelerated):
+            part.__class__ = part.original
+
+
+def given(args: tuple, kwargs: Mapping[str, Any]) -> dict[str | int, Any]:
+    """Arguments that ask for something: neither None nor False. Those without a name go by their place."""
+    arguments = {**dict(enumerate(args)), **kwargs}
+    return {name: value for name, value in arguments.items() if value is not None and value is not False}
+
+
+class _Asked(threading.local):
+    def __init__(self) -> None:
+        self.block: nn.Module | None = None
+        self.rows: int | None = None
+
+
+_ASKED = _Asked()
+
+
+@contextmanager
+def asking(block: nn.Module, rows: int | None) -> Iterator[None]:
+    """In this thread, `block` returns its first `rows` tokens alone, if it can; None is all."""
+    before = _ASKED.block, _ASKED.rows
+    _ASKED.block, _ASKED.rows = block, rows
+    try:
+        yield
+    finally:
+        _ASKED.block, _ASKED.rows = before
+
+
+def asked(block: nn.Module) -> int | None:
+    """How many of its first tokens `block` is asked for; None is all."""
+    return _ASKED.rows if _ASKED.block is block else None
+
+
+def needs_all(block: nn.Module) -> str | None:
+    """Why a block cannot make its first tokens alone: the path to what is in the way, and the reason."""
+    for path, mixin, misfit in (
+        ("", BlockMixin, BLOCK.misfit),
+        (".attn", AttentionMixin, _attention_misfit),
+        (".mlp", MlpMixin, _mlp_misfit),
+    ):
+        part = block._modules.get(path[1:]) if path else block
+        if not isinstance(part, mixin):
+            return f"{path} keeps its own code"
+        if reason := misfit(part) or (None if path == "" and _sharded(part) else watched(part)):
+            return f"{path} {reason}"
+    for name in ("qkv", "proj"):
+        # The weight of qkv is read, and what is not a plain layer may draw or do something else for fewer tokens.
+        layer = getattr(block.attn, name)
+        bias = getattr(layer, "bias", None)
+        if reason := linear(layer, "weight") if bias is None else linear(layer):
+            return f".attn.{name} {reason}"
+    return None
+
+
+def watched(module: nn.Module) -> str | None:
+    """Why it would be noticed that `module` takes or returns fewer tokens."""
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    return "has hooks, which would not see all tokens" if any(hooks(module)) else None
+
+
+def _sharded(module: nn.Module) -> bool:
+    """Whether `module` has hooks, all of them those of `fully_shard`, which do not mind how many tokens there are."""
+    owners = [getattr(hook, "__self__", None) for registry in hooks(module) for hook in registry.values()]
+    return bool(owners) and all(type(owner).__module__.startswith("torch.distributed.fsdp.") for owner in owners)
+
+
+class BlockMixin(Accelerated):
+    """A block on `add_layer_norm`. Asked for the first tokens, it makes their queries, projection and MLP alone."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the original computes; its own forward for what the ops do not do."""
+        arguments = given(args, kwargs)
+        if arguments.keys() - _OF_ATTENTION or BLOCK.misfit(self):
+            return super().forward(x, *args, **kwargs)
+        norm1, norm2 = self.norm1, self.norm2
+        _, normed = add_layer_norm(x, None, norm1.weight, norm1.bias, norm1.eps)
+        rows = asked(self)
+        # A mask or an embedding of positions is for the queries of all tokens.
+        if rows is None or arguments or x.dim() != 3 or needs_all(self):
+            branch = self.attn(normed, **arguments)
+        else:
+            x, branch = x[:, :rows], self.attn.of_first(normed, rows)
+        tokens = sum_of(self, x, branch, "1")
+        x, normed = add_layer_norm(
+            tokens.residual, tokens.branch, norm2.weight, norm2.bias, norm2.eps, gamma=tokens.gamma, keep=tokens.keep
+        )
+        return sum_of(self, x, self.mlp(normed), "2").sum()
+
+
+def sum_of(block: nn.Module, x: Tensor, branch: Tensor, number: str) -> drop_in.Tokens:
+    """The sum of x and a branch, in the dtype to which PyTorch would promote it."""
+    scale = getattr(block, f"ls{number}", None)
+    gamma = getattr(block, f"gamma_{number}", None)
+    if gamma is None and type(scale).__name__ == "LayerScale":
+        gamma = scale.gamma
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    if gamma is not None:
+        dtype = torch.promote_types(dtype, gamma.dtype)
+    drop = getattr(block, f"drop_path{number}", None) or getattr(block, "drop_path", None)
+    keep = None
+    if type(drop).__name__ == "DropPath" and drop.training:
+        # Its own code draws, so that the draws are those of the original model. In float32, because 1 / (1 - p) rounded
+        # to bfloat16 would shrink or grow all branches alike.
+        keep = drop(x.new_ones((len(x),) + (1,) * (x.dim() - 1), dtype=_op.statistics_dtype(x.dtype))).flatten()
+    return drop_in.Tokens(x.to(dtype), branch, gamma, keep)
+
+
+class AttentionMixin(Accelerated):
+    """A self-attention on `attention`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the original computes; its own forward for what the op does not do."""
+        if given(args, kwargs) or x.dim() != 3 or _attention_misfit(self):
+            return super().forward(x, *args, **kwargs)
+        apart = getattr(self, "q_bias", None) is not None
+        qkv = F.linear(x, self.qkv.weight, self._qkv_bias()) if apart else self.qkv(x)
+        return self.proj(attention(qkv, self.num_heads))
+
+    def of_first(self, x: Tensor, rows: int) -> Tensor:
+        """The result of the first `rows` of the tokens x `[B, N, C]`; reads the weight of qkv instead of calling it."""
+        weight, bias = self.qkv.weight, self._qkv_bias()
+        dim = len(weight) // 3
+        of_q, of_kv = (None, None) if bias is None else (bias[:dim], bias[dim:])
+        queries = F.linear(x[:, :rows], weight[:dim], of_q)
+        return self.proj(query_attention(queries, F.linear(x, weight[dim:], of_kv), self.num_heads))
+
+    def _qkv_bias(self) -> Tensor | None:
+        if getattr(self, "q_bias", None) is None:
+            return self.qkv.bias
+        return torch.cat((self.q_bias, self.k_bias, self.v_bias))
+
+
+class MlpMixin(Accelerated):
+    """An MLP on `mlp`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the original computes; its own forward for what the op does not do."""
+        if given(args, kwargs) or _mlp_misfit(self):
+            return super().forward(x, *args, **kwargs)
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+class Kind(NamedTuple):
+    """A kind of module: what it is called, the op it runs on, and the mixin that runs it."""
+
+    name: str
+    op: str
+    structure: Structure
+    misfit: Callable[[nn.Module], str | None]
+    mixin: type[Accelerated]
+
+
+KINDS = (
+    Kind("block", "add_layer_norm", BLOCK, BLOCK.misfit, BlockMixin),
+    Kind("attn", "attention", _ATTENTION, _attention_misfit, AttentionMixin),
+    Kind("mlp", "mlp", _MLP, _mlp_misfit, MlpMixin),
+)

@@ -1,0 +1,167 @@
+"""Run the transformer blocks of an existing model, such as timm's, on the fused ops: in place and reversibly.
+
+Modules are recognised by structure: the names of their children, and the types and settings of the leaves. Neither the
+class of a block nor its code is looked at: from timm 0.6 to 1.0.31 the names of a ViT's parameters did not change,
+while the forward of its attention had six versions. Three kinds are swapped, each on its own:
+
+    block      norm1, attn, norm2, mlp      x = x + keep1 * gamma1 * attn(norm1(x)), then the same with norm2 and mlp:
+                                            `add_layer_norm`; attn and mlp are called, whatever they are
+    attention  qkv, proj                    `attention`; qkv and proj are called, whatever they are (where the bias of
+                                            qkv is parameters of its own, as EVA's, the weight of qkv is read)
+    mlp        fc1, act, fc2                `mlp`, on the weights of fc1 and fc2
+
+A fourth is the model around them: where its heads read the class token alone, its last block computes no more than
+that (`patch_last_block`).
+
+A swap changes a module's class to a subclass of its class, and nothing else: children, parameters, state dict, the
+module's own hooks and isinstance stay, and copies and pickles are accelerated too. Every call looks at the structure
+again (`patch_modules`). Where it fits no more (a LoRA layer, a parametrisation, a hook on a child that an op would pass
+by), or an argument is given that the op has no place for, the original forward runs. And every swap is tried out first,
+once for all modules that are alike (`patch_trial`).
+"""
+
+import inspect
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from fastdeit.kernels import nn as drop_in
+from fastdeit.kernels.accelerate import last_block as patch_last_block
+from fastdeit.kernels.accelerate.last_block import LastBlockMixin
+from fastdeit.kernels.accelerate.modules import KINDS, Accelerated, AttentionMixin, Kind, accelerated, put_back
+from fastdeit.kernels.accelerate.trial import disagreement, signature
+
+
+class Row(NamedTuple):
+    """What became of one module: `path` in the model, `part` ("block", "attn", "mlp", or "last block" of the model
+    around them), the `op` it runs on, or None and the `reason` why its own code stays."""
+
+    path: str
+    part: str
+    op: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `accelerate` found. `str(report)` is a table in which modules of the same fate are one line."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def kept(self) -> tuple[Row, ...]:
+        """The rows of modules that keep their own code."""
+        return tuple(row for row in self.rows if row.op is None)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no module has the structure of a transformer block, its attention or its MLP"
+        alike = Counter((re.sub(r"\b\d+\b", "*", row.path), *row[1:]) for row in self.rows)
+        single = {(re.sub(r"\b\d+\b", "*", row.path), *row[1:]): row.path for row in self.rows}
+        lines = [("modules", "", "part", "runs on", "why")]
+        for key, count in alike.items():
+            _, part, op, reason = key
+            path = key[0] if count > 1 else single[key]
+            lines.append((path or "(the model)", str(count), part, op or "its own code", reason))
+        widths = [max(len(line[column]) for line in lines) for column in range(4)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
+            for line in lines
+        )
+
+
+def accelerate(model: nn.Module, *, strict: bool = False, last_block: bool = True) -> Report:
+    """Run the transformer blocks, attentions and MLPs in `model` on the fused ops, where that computes the same.
+
+    strict      change nothing and raise ValueError with the report unless all of these that were found can be swapped
+    last_block  where the heads read the class token alone, `forward` computes no more than that in the last block
+
+    Changes the model in place, and of it only the classes of modules; parameters, their names and the state dict stay.
+    Calling it again is harmless. Drop-path draws from torch's generator what the model's own code would have drawn.
+    Gradients cannot be differentiated again, and `torch.jit.script` needs `restore` first. Call it before
+    `torch.compile` and before `fully_shard`; RuntimeError after the latter.
+    """
+    _refuse_sharded(model, "accelerate")
+    rows, swaps = _parts(model)
+    report = Report(tuple(rows))
+    if strict and (report.kept or not rows):
+        raise ValueError(f"accelerate(strict=True) cannot swap everything, so nothing was changed:\n{report}")
+    for module, cls in swaps:
+        module.__class__ = cls
+    return Report((*rows, *_last_blocks(model, last_block)))
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: all modules of `model` get their classes back. RuntimeError after `fully_shard`."""
+    _refuse_sharded(model, "restore")
+    put_back(model)
+
+
+def _parts(model: nn.Module) -> tuple[list[Row], list[tuple[nn.Module, type[Accelerated]]]]:
+    """What becomes of blocks, attentions and MLPs, and the classes that those to be swapped get."""
+    with_rope = any(path.rpartition(".")[2] == "rope" for path, _ in model.named_modules())
+    rows, swaps, tried = [], [], {}
+    for path, module in model.named_modules():
+        kind = _kind(path, module)
+        if kind is None:
+            continue
+        reason = kind.misfit(module)
+        if reason is None and with_rope and kind.mixin is AttentionMixin and _takes_rope(module):
+            reason = "is given rotary position embeddings, which the op does not apply"
+        if reason is None and not isinstance(module, Accelerated):
+            alike = signature(kind, module)
+            if alike not in tried:
+                tried[alike] = disagreement(kind, module)
+            reason = tried[alike]
+            if reason is None:
+                swaps.append((module, accelerated(kind.mixin, type(module))))
+        rows.append(Row(path, kind.name, kind.op if reason is None else None, reason or ""))
+    return rows, swaps
+
+
+def _last_blocks(model: nn.Module, wanted: bool) -> list[Row]:
+    """Swap the models whose parts have been swapped, or undo it if not wanted."""
+    rows = []
+    for path, module in model.named_modules():
+        if not patch_last_block.found(module):
+            continue
+        if not wanted:
+            if isinstance(module, LastBlockMixin):
+                module.__class__ = module.original
+            continue
+        reason = patch_last_block.misfit(module)
+        if reason is None and not isinstance(module, LastBlockMixin):
+            reason = patch_last_block.disagreement(module)
+            if reason is None:
+                module.__class__ = accelerated(LastBlockMixin, type(module))
+        rows.append(Row(path, "last block", patch_last_block.OP if reason is None else None, reason or ""))
+    return rows
+
+
+def _refuse_sharded(model: nn.Module, name: str) -> None:
+    from torch.distributed.fsdp import FSDPModule  # costs too much to import where nobody shards
+
+    for path, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            raise RuntimeError(
+                f"{name}(model) has to come before fully_shard, which has changed the class of "
+                f"{path or 'the model'!r} to {type(module).__name__}"
+            )
+
+
+def _takes_rope(module: nn.Module) -> bool:
+    return "rope" in inspect.signature(getattr(module, "original", type(module)).forward).parameters
+
+
+def _kind(path: str, module: nn.Module) -> Kind | None:
+    """What `module` looks like, by its children or by its own name."""
+    if isinstance(module, (drop_in.Block, drop_in.Attention, drop_in.Mlp)):
+        return None
+    if isinstance(getattr(module, "fc1", None), nn.Conv2d):
+        return None  # squeeze-and-excitation has an MLP's names, but works on images
+    name = path.rpartition(".")[2]
+    children = module._modules.keys()
+    return next((k for k in KINDS if k.name == name or children >= set(k.structure.required)), None)

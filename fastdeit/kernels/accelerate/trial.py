@@ -1,0 +1,129 @@
+"""Trying a swap out: does a module compute on the ops what its own code computes?
+
+Names do not tell in which order a forward uses the children. Therefore outputs and all gradients, on random weights and
+tokens, must be as close to those of the original in float64 as those of the original in float32 are. Torch's generator
+is left alone.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdeit.kernels.accelerate.modules import BlockMixin, Kind, MlpMixin, accelerated, given, hooks
+
+
+class _StandIn(nn.Linear):
+    """In place of a block's attn or mlp while the block is tried out: small, and it works on any number of tokens."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        if arguments := given((), kwargs):
+            raise TypeError(f"{', '.join(arguments)} given")
+        return super().forward(x)
+
+
+def _width_of(kind: Kind, module: nn.Module) -> int | None:
+    """Channels of the tokens that the module takes."""
+    if kind.mixin is BlockMixin:
+        return module.norm1.normalized_shape[0]
+    first = module.fc1 if kind.mixin is MlpMixin else module.qkv
+    return next((layer.in_features for layer in first.modules() if hasattr(layer, "in_features")), None)
+
+
+def _stand_ins(kind: Kind, module: nn.Module, width: int) -> dict[int, nn.Module]:
+    if kind.mixin is not BlockMixin:
+        return {}
+    device = module.norm1.weight.device
+    return {id(child): nn.utils.skip_init(_StandIn, width, width, device=device) for child in (module.attn, module.mlp)}
+
+
+def random_copy(module: nn.Module, stand_ins: dict[int, nn.Module]) -> nn.Module:
+    """A float32 copy with random values wherever it has any, in eval mode and without hooks. One on the meta device
+    comes to the CPU.
+
+    stand_ins  what the copy has in place of the modules of these ids
+    """
+    copy = deepcopy(module, stand_ins).float().eval().requires_grad_()
+    if any(parameter.is_meta for parameter in copy.parameters()):
+        copy.to_empty(device="cpu")
+    for part in copy.modules():
+        for registry in hooks(part):
+            registry.clear()
+    for seed, tensor in enumerate((*copy.parameters(), *copy.buffers())):
+        if tensor.is_floating_point():
+            size = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 1
+            values = size * normal(*tensor.shape, like=tensor, seed=seed)
+            # A buffer may be a variance.
+            tensor.data = values if isinstance(tensor, nn.Parameter) else values.abs()
+        else:
+            tensor.zero_()
+    return copy
+
+
+def normal(*shape: int, like: Tensor, seed: int) -> Tensor:
+    """Standard normal values that do not touch torch's generator."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=like.device, dtype=torch.float32).to(like.dtype)
+
+
+def results(forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Output of `forward`, and the gradients of the tokens x and of all parameters of `module`."""
+    out = forward(x)
+    free = [x, *module.parameters()]
+    return out, *torch.autograd.grad(out, free, normal(*out.shape, like=out, seed=1), materialize_grads=True)
+
+
+def disagreement(kind: Kind, module: nn.Module) -> str | None:
+    """Why the op cannot stand for the module's own forward, by what both compute."""
+    width = _width_of(kind, module)
+    if width is None:
+        return "cannot be tried out: nothing says how wide its tokens are"
+    try:
+        copy = random_copy(module, _stand_ins(kind, module, width))
+        double = deepcopy(copy).double()
+        x = normal(2, 5, width, like=next(copy.parameters()), seed=0).requires_grad_()
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            theirs = results(copy.forward, copy, x)
+            exact = results(double.forward, double, x.detach().double().requires_grad_())
+    except Exception as error:  # whatever an unknown forward may raise is the reason
+        return f"cannot be tried out on tokens alone: {first_line(error)}"
+    copy.__class__ = accelerated(kind.mixin, type(copy))
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        mine = results(copy.forward, copy, x)
+    return None if all_close(mine, theirs, exact) else "computes something else than its structure suggests"
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of an error, as a reason."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def all_close(mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> bool:
+    """Whether of each tensor mine is at most twice as far from exact as theirs, but for rounding."""
+    return all(
+        my.shape == truth.shape and _as_close(my, their, truth)
+        for my, their, truth in zip(mine, theirs, exact, strict=True)
+    )
+
+
+def _as_close(mine: Tensor, theirs: Tensor, exact: Tensor) -> bool:
+    rounding = 32 * torch.finfo(mine.dtype).eps * exact.abs().max()
+    return bool((mine - exact).abs().max() <= 2 * (theirs - exact).abs().max() + rounding)
+
+
+def signature(kind: Kind, module: nn.Module) -> tuple:
+    """Equal for modules that are alike: types, settings and shapes. Drop-path rates differ between all blocks."""
+    parts = []
+    for name, part in module.named_modules():
+        if kind.mixin is BlockMixin and name.partition(".")[0] in ("attn", "mlp"):
+            continue
+        settings = [
+            (key, value)
+            for key, value in vars(part).items()
+            if isinstance(value, (bool, int, float, str)) and key not in ("training", "drop_prob")
+        ]
+        shapes = [(key, value.shape, value.device) for key, value in part.named_parameters(recurse=False)]
+        parts.append((name, type(part), tuple(settings), tuple(shapes)))
+    return kind.name, *parts

@@ -1,0 +1,146 @@
+"""Attention's backward in two Triton kernels: one for dq, one for dk and dv. Both make the logits and their gradients
+(seven products instead of five), so that each result is added up by one program."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdeit.kernels import _triton
+from fastdeit.kernels.attention.tiles import LOG2E, Operands, dot, load_tile, logits, of_head, store_tile
+
+
+@triton.jit
+def _query_gradient_kernel(
+    q,
+    k,
+    v,
+    out,
+    dout,
+    lse,
+    delta,
+    dq,
+    partial,
+    queries,
+    tokens,
+    scale,
+    q_batch,
+    q_row,
+    k_batch,
+    k_row,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """dq of 64 queries of one head, their D for the other kernel, and partial[b, program] = column sums of dq."""
+    q, k, v, batch, head = of_head(q, k, v, q_batch, k_batch, HEADS, WIDTH)
+    mixed = batch * queries * (HEADS * WIDTH) + head * WIDTH
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    queried = load_tile(q, row, queries, q_row, WIDTH, BLOCK)
+    grad = load_tile(dout + mixed, row, queries, HEADS * WIDTH, WIDTH, BLOCK)
+    product = grad.to(tl.float32) * load_tile(out + mixed, row, queries, HEADS * WIDTH, WIDTH, BLOCK).to(tl.float32)
+    d = tl.sum(product, 1)
+    at = (batch * HEADS + head) * queries + row
+    tl.store(delta + at, d, mask=row < queries)
+    base = tl.load(lse + at, mask=row < queries, other=float("inf")) * LOG2E
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, tokens, KEYS):
+        column = start + tl.arange(0, KEYS)
+        keys = load_tile(k, column, tokens, k_row, WIDTH, BLOCK)
+        # Masked: the exponential of a missing key could be infinite, and times zero that is NaN.
+        p = tl.exp2(logits(queried, keys, column, tokens, scale * LOG2E, True) - base[:, None])
+        dp = dot(grad, tl.trans(load_tile(v, column, tokens, k_row, WIDTH, BLOCK)))
+        ds = p * (dp - d[:, None]) * scale
+        total = dot(ds.to(keys.dtype), keys, total)
+    dq += batch * q_batch + head * WIDTH
+    store_tile(dq, total, row, queries, q_row, WIDTH, BLOCK)
+    if partial is not None:
+        place = (batch * tl.num_programs(0) + tl.program_id(0)) * (HEADS * WIDTH) + head * WIDTH
+        column = tl.arange(0, BLOCK)
+        tl.store(partial + place + column, tl.sum(total, 0), mask=column < WIDTH)
+
+
+_triton.expect(_query_gradient_kernel, products=True)
+
+
+@triton.jit
+def _key_gradient_kernel(
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    dk,
+    dv,
+    partial,
+    queries,
+    tokens,
+    scale,
+    q_batch,
+    q_row,
+    k_batch,
+    k_row,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """dk and dv of KEYS keys of one head, and partial[b, program] = column sums of dk, then of dv."""
+    q, k, v, batch, head = of_head(q, k, v, q_batch, k_batch, HEADS, WIDTH)
+    dout += batch * queries * (HEADS * WIDTH) + head * WIDTH
+    column = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    keys, values = load_tile(k, column, tokens, k_row, WIDTH, BLOCK), load_tile(v, column, tokens, k_row, WIDTH, BLOCK)
+    key_total = tl.zeros((KEYS, BLOCK), tl.float32)
+    value_total = tl.zeros((KEYS, BLOCK), tl.float32)
+    for start in range(0, queries, ROWS):
+        row = start + tl.arange(0, ROWS)
+        queried = load_tile(q, row, queries, q_row, WIDTH, BLOCK)
+        grad = load_tile(dout, row, queries, HEADS * WIDTH, WIDTH, BLOCK)
+        at = (batch * HEADS + head) * queries + row
+        base = tl.load(lse + at, mask=row < queries, other=float("inf")) * LOG2E
+        d = tl.load(delta + at, mask=row < queries, other=0.0)
+        s = tl.where((column < tokens)[:, None], dot(keys, tl.trans(queried)) * (scale * LOG2E), float("-inf"))
+        p = tl.exp2(s - base[None, :])
+        value_total = dot(p.to(grad.dtype), grad, value_total)
+        ds = p * (dot(values, tl.trans(grad)) - d[None, :]) * scale
+        key_total = dot(ds.to(queried.dtype), queried, key_total)
+    dk += batch * k_batch + head * WIDTH
+    dv += batch * k_batch + head * WIDTH
+    store_tile(dk, key_total, column, tokens, k_row, WIDTH, BLOCK)
+    store_tile(dv, value_total, column, tokens, k_row, WIDTH, BLOCK)
+    if partial is not None:
+        place = (batch * tl.num_programs(0) + tl.program_id(0)) * (2 * HEADS * WIDTH) + head * WIDTH
+        feature = tl.arange(0, BLOCK)
+        tl.store(partial + place + feature, tl.sum(key_total, 0), mask=feature < WIDTH)
+        tl.store(partial + place + HEADS * WIDTH + feature, tl.sum(value_total, 0), mask=feature < WIDTH)
+
+
+_triton.expect(_key_gradient_kernel, products=True)
+
+
+def backward(
+    grad: Tensor, operands: Operands, out: Tensor, lse: Tensor, gradients: Operands, *, sums: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Fill the gradients; with `sums`, return float32 column sums of dq `[H*d]` and of dk and dv `[2*H*d]`."""
+    operands.check()
+    q, tile = operands.q, operands.constants
+    batch, queries, width = q.shape
+    tokens, step = operands.k.shape[1], tile["ROWS"]
+    grad = grad.contiguous()
+    delta = torch.empty_like(lse)
+    query_grid, key_grid = operands.grid(queries, step), operands.grid(tokens, step)
+    query_sums = key_sums = None
+    if sums:
+        query_sums = torch.empty(batch * query_grid[0], width, dtype=torch.float32, device=q.device)
+        key_sums = torch.empty(batch * key_grid[0], 2 * width, dtype=torch.float32, device=q.device)
+    inputs = q, operands.k, operands.v
+    constants = tile | {"KEYS": step, "warps": 4 if tile["BLOCK"] <= 64 and q.element_size() == 2 else 8}
+    tensors = *inputs, out, grad, lse, delta, gradients.q, query_sums
+    _triton.launch(_query_gradient_kernel, query_grid, *tensors, *operands.sizes, **constants)
+    tensors = *inputs, grad, lse, delta, gradients.k, gradients.v, key_sums
+    _triton.launch(_key_gradient_kernel, key_grid, *tensors, *operands.sizes, **constants)
+    return (query_sums.sum(0), key_sums.sum(0)) if sums else None

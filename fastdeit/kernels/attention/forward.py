@@ -1,0 +1,138 @@
+"""Attention's forward in Triton: in one pass where all logits of 64 queries fit the registers, else online softmax."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdeit.kernels import _triton
+from fastdeit.kernels.attention.tiles import LOG2E, Operands, chunks, dot, load_tile, logits, of_head, store_tile
+
+_ONE_PASS, _ONE_PASS_BEFORE_HOPPER = 257, 208
+"""Most keys whose logits, 64 rows in float32, fit the registers of four warps. Before sm_90, operands of the tensor
+cores are in registers, too."""
+
+
+@triton.jit
+def _one_pass_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    queries,
+    tokens,
+    scale,
+    q_batch,
+    q_row,
+    k_batch,
+    k_row,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    THIRD: tl.constexpr,
+):
+    """64 queries of one head against all keys, which are chunks of FIRST, SECOND and THIRD (0: none)."""
+    q, k, v, batch, head = of_head(q, k, v, q_batch, k_batch, HEADS, WIDTH)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    queried = load_tile(q, row, queries, q_row, WIDTH, BLOCK)
+    first = tl.arange(0, FIRST)
+    s0 = logits(queried, load_tile(k, first, tokens, k_row, WIDTH, BLOCK), first, tokens, scale * LOG2E, SECOND == 0)
+    top = tl.max(s0, 1)
+    if SECOND > 0:
+        second = FIRST + tl.arange(0, SECOND)
+        s1 = logits(
+            queried, load_tile(k, second, tokens, k_row, WIDTH, BLOCK), second, tokens, scale * LOG2E, THIRD == 0
+        )
+        top = tl.maximum(top, tl.max(s1, 1))
+    if THIRD > 0:
+        third = FIRST + SECOND + tl.arange(0, THIRD)
+        s2 = logits(queried, load_tile(k, third, tokens, k_row, WIDTH, BLOCK), third, tokens, scale * LOG2E, True)
+        top = tl.maximum(top, tl.max(s2, 1))
+    p0 = tl.exp2(s0 - top[:, None])
+    total = tl.sum(p0, 1)
+    mixed = dot(p0.to(v.dtype.element_ty), load_tile(v, first, tokens, k_row, WIDTH, BLOCK))
+    if SECOND > 0:
+        p1 = tl.exp2(s1 - top[:, None])
+        total += tl.sum(p1, 1)
+        mixed = dot(p1.to(v.dtype.element_ty), load_tile(v, second, tokens, k_row, WIDTH, BLOCK), mixed)
+    if THIRD > 0:
+        p2 = tl.exp2(s2 - top[:, None])
+        total += tl.sum(p2, 1)
+        mixed = dot(p2.to(v.dtype.element_ty), load_tile(v, third, tokens, k_row, WIDTH, BLOCK), mixed)
+    out += batch * queries * (HEADS * WIDTH) + head * WIDTH
+    store_tile(out, mixed / total[:, None], row, queries, HEADS * WIDTH, WIDTH, BLOCK)
+    tl.store(lse + (batch * HEADS + head) * queries + row, (top + tl.log2(total)) / LOG2E, mask=row < queries)
+
+
+_triton.expect(_one_pass_kernel, products=True)
+
+
+@triton.jit
+def _online_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    queries,
+    tokens,
+    scale,
+    q_batch,
+    q_row,
+    k_batch,
+    k_row,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """64 queries of one head against any number of keys, KEYS at a time."""
+    q, k, v, batch, head = of_head(q, k, v, q_batch, k_batch, HEADS, WIDTH)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    queried = load_tile(q, row, queries, q_row, WIDTH, BLOCK)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, tokens, KEYS):
+        column = start + tl.arange(0, KEYS)
+        s = logits(queried, load_tile(k, column, tokens, k_row, WIDTH, BLOCK), column, tokens, scale * LOG2E, True)
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shrink = tl.exp2(top - new_top)
+        p = tl.exp2(s - new_top[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        values = load_tile(v, column, tokens, k_row, WIDTH, BLOCK)
+        mixed = dot(p.to(v.dtype.element_ty), values, mixed * shrink[:, None])
+        top = new_top
+    out += batch * queries * (HEADS * WIDTH) + head * WIDTH
+    store_tile(out, mixed / total[:, None], row, queries, HEADS * WIDTH, WIDTH, BLOCK)
+    tl.store(lse + (batch * HEADS + head) * queries + row, (top + tl.log2(total)) / LOG2E, mask=row < queries)
+
+
+_triton.expect(_online_kernel, products=True)
+
+
+def forward(operands: Operands) -> tuple[Tensor, Tensor]:
+    """(out `[B, M, H*d]` in q's dtype, lse float32 `[B, H, M]`) in one launch; `Unsupported` as of `Operands.check`."""
+    operands.check()
+    q, tile = operands.q, operands.constants
+    batch, queries, width = q.shape
+    tokens = operands.k.shape[1]
+    out = torch.empty(batch, queries, width, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, operands.num_heads, queries, dtype=torch.float32, device=q.device)
+    tensors = q, operands.k, operands.v, out, lse
+    grid = operands.grid(queries, tile["ROWS"])
+    warps = 4 if tile["BLOCK"] <= 64 else 8
+    one_pass = _ONE_PASS if _triton.arch(q.device) >= 90 else _ONE_PASS_BEFORE_HOPPER
+    if tokens <= one_pass and q.element_size() == 2:
+        first, second, third = chunks(tokens)
+        constants = tile | {"FIRST": first, "SECOND": second, "THIRD": third}
+        _triton.launch(_one_pass_kernel, grid, *tensors, *operands.sizes, warps=warps, **constants)
+    else:
+        constants = tile | {"KEYS": tile["ROWS"]}
+        _triton.launch(_online_kernel, grid, *tensors, *operands.sizes, warps=warps, stages=2, **constants)
+    return out, lse

@@ -1,0 +1,1 @@
+"""What the compiler makes of every Triton kernel, for cards that are not there."""

@@ -1,0 +1,1 @@
+"""Updates of many tensors in one launch: AdamW, LAMB, SGD and the norm of gradients."""

@@ -1,0 +1,219 @@
+"""AdamW (Loshchilov & Hutter, ICLR 2019) with what `_update` adds to every update.
+
+    p = (1 - lr weight_decay) p - lr (m / c1) / (sqrt(v / c2) + eps)
+
+Bytes moved at best per float32 parameter: reads 16 and writes 12; EMA adds 4 and 4, a 16-bit copy 2. The Triton kernel
+moves just these, in one pass.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdeit.kernels import _op, _triton
+from fastdeit.kernels.optimizer import _examples as _update_examples
+from fastdeit.kernels.optimizer import _multi_tensor, _update, apex
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+
+
+def reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    ema: Sequence[Tensor],
+    ema_decay: float,
+    copies: Sequence[Tensor],
+) -> None:
+    """AdamW as in the module's formula, tensor by tensor, in place."""
+    skip = _update.skipped(found_inf)
+    if skip is True:
+        return
+    correction1, correction2 = _update.corrections(step + 1, beta1, beta2)
+    rate, root, decay = lr / correction1, torch.sqrt(correction2), 1 - lr.double() * weight_decay
+    for p, g, m, v in zip(params, _update.gradients(params, grads, grad_scale), exp_avgs, exp_avg_sqs, strict=True):
+        new_m = torch.lerp(m, g, 1 - beta1)
+        new_v = (beta2 * v).addcmul_(g, g, value=1 - beta2)
+        update = new_m / (new_v.sqrt().div_(root).add_(eps))
+        new_p = (p * decay).sub_(update.mul_(rate))
+        _update.write(skip, (p, m, v), (new_p, new_m, new_v))
+    _update.write(skip, [step], [step + 1])
+    _update.follow(params, skip, ema, ema_decay, copies)
+
+
+def aten(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    ema: Sequence[Tensor],
+    ema_decay: float,
+    copies: Sequence[Tensor],
+) -> None:
+    """The same by the kernel of `torch.optim.AdamW(fused=True)`: one pass over the tensors, which skips by itself."""
+    skip = _update.skipped(found_inf)
+    if skip is True:
+        return
+    torch._fused_adamw_(
+        params,
+        # Scaled out of place: the kernel's own grad_scale divides, and overwrites the gradients.
+        _update.gradients(params, grads, grad_scale),
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [step + 1] * len(params),
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        found_inf=None if skip is False else skip.float(),
+    )
+    _update.write(skip, [step], [step + 1])
+    _update.follow(params, skip, ema, ema_decay, copies)
+
+
+def _aten_capability(device: torch.device, forced: bool) -> tuple[bool, str]:
+    if device.type in ("cpu", "cuda"):
+        return True, "the kernel of torch.optim.AdamW(fused=True)"
+    return False, f"torch's fused AdamW is used on CPU and CUDA only, not on {device.type}"
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _adamw_kernel(
+    masters,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    emas,
+    copies,
+    sizes,
+    starts,
+    found_inf,
+    schedule,
+    beta2,
+    weight1,
+    weight2,
+    eps,
+    weight_decay,
+    ema_weight,
+    GRAD: tl.constexpr,
+    COPY: tl.constexpr,
+    TENSORS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tensor, first, length = _multi_tensor.chunk(sizes, starts, found_inf, TENSORS, ALIGNED)
+    p_at = _multi_tensor.pointer(masters, tensor, first, tl.float32, ALIGNED)
+    g_at = _multi_tensor.pointer(grads, tensor, first, GRAD, ALIGNED)
+    m_at = _multi_tensor.pointer(exp_avgs, tensor, first, tl.float32, ALIGNED)
+    v_at = _multi_tensor.pointer(exp_avg_sqs, tensor, first, tl.float32, ALIGNED)
+    if emas is not None:
+        ema_at = _multi_tensor.pointer(emas, tensor, first, tl.float32, ALIGNED)
+    if copies is not None:
+        copy_at = _multi_tensor.pointer(copies, tensor, first, COPY, ALIGNED)
+    factor, lr = tl.load(schedule), tl.load(schedule + 1)
+    rate, root = tl.div_rn(lr, tl.load(schedule + 2)), tl.sqrt_rn(tl.load(schedule + 3))
+    for start in range(0, length, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        inside = offset < length
+        p = tl.load(p_at + offset, mask=inside, other=0.0)
+        g = tl.load(g_at + offset, mask=inside, other=0.0).to(tl.float32) * factor
+        m = tl.load(m_at + offset, mask=inside, other=0.0)
+        v = tl.load(v_at + offset, mask=inside, other=1.0)  # not 0: no division by it beyond the end
+        if emas is not None:
+            ema = tl.load(ema_at + offset, mask=inside, other=0.0)
+        m, v = _update.moments(g, m, v, beta2, weight1, weight2)
+        update = tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+        p = p * (1.0 - lr * weight_decay) - update * rate
+        tl.store(m_at + offset, m, mask=inside)
+        tl.store(v_at + offset, v, mask=inside)
+        tl.store(p_at + offset, p, mask=inside)
+        if emas is not None:
+            tl.store(ema_at + offset, _update.lerp(ema, p, ema_weight), mask=inside)
+        if copies is not None:
+            tl.store(copy_at + offset, p.to(COPY), mask=inside)
+
+
+def update(
+    parts: Sequence[_multi_tensor.Lists],
+    schedule: Tensor,
+    found_inf: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    ema_decay: float,
+) -> None:
+    """One launch for each of the parts of (params, grads, exp_avgs, exp_avg_sqs, ema, copies)."""
+    # Whole numbers as floats, or Triton would compile a kernel of its own for them.
+    numbers = list(map(float, (beta2, 1 - beta1, 1 - beta2, eps, weight_decay, 1 - ema_decay)))
+    for part in parts:
+        arguments = *part.rows, part.sizes, part.starts, found_inf, schedule, *numbers
+        constants = {"GRAD": part.types[1], "COPY": part.types[5], "BLOCK": _multi_tensor.BLOCK, **part.constants}
+        _triton.launch(_adamw_kernel, (part.chunks,), *arguments, warps=_multi_tensor.WARPS, **constants)
+
+
+def triton_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    ema: Sequence[Tensor],
+    ema_decay: float,
+    copies: Sequence[Tensor],
+) -> None:
+    """`reference` in one pass over the tensors."""
+    grads = [grad.contiguous() for grad in grads]
+    parts = _multi_tensor.split(params, grads, exp_avgs, exp_avg_sqs, ema, copies)
+    torch.autograd.graph.increment_version([*params, *copies])
+    schedule = _update.make_schedule(step, lr, beta1, beta2, grad_scale, found_inf)
+    update(parts, schedule, found_inf, beta1, beta2, eps, weight_decay, ema_decay)
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+OP = _op.Op(
+    "fused_adamw",
+    reference,
+    examples=_update_examples.updates(_update_examples.adam_numbers, states=2, bytes_of_a_parameter=36),
+    others=[
+        _op.Backend("triton", _triton.capability, triton_adamw),
+        _op.Backend("aten", _aten_capability, aten),
+        _op.Backend("apex", apex.capability, apex.adamw),
+    ],
+    mutates=_update.MUTATED,
+)

@@ -1,0 +1,160 @@
+"""From one command to the processes of a run, and to an exit code that can be believed.
+
+A process is a *worker* when something has given it a rank: this launcher, torchrun, or srun. It then trains, in this
+process. Without a rank, `--nproc 1` trains in this process too, and `--nproc N` starts N workers with the same command
+line (`agent.py`). This module imports no torch: a worker sees to its signals before the seconds which that takes.
+"""
+
+import argparse
+import ctypes
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from fastdeit.errors import Interrupted, UsageError
+
+GRACE_S = 60.0
+GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torch's own name for it
+LAUNCHER_VARIABLE = "FASTDEIT_LAUNCHER_PID"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> int:
+    """Train as `args` says, in this process or in `args.nproc` new ones running `fastdeit argv`; return the exit code.
+
+    In this process the errors of `fastdeit.train.main` come through as exceptions.
+    """
+    ranks = rank_environment(os.environ)
+    if ranks is not None:
+        check_nproc(args.nproc, ranks)
+        os.environ.update(ranks)
+    elif (args.nproc or 1) > 1:
+        from fastdeit.launch.agent import elastic
+
+        return elastic(
+            [sys.executable, "-m", "fastdeit", *argv],
+            args.nproc,
+            grace_s=grace_seconds(os.environ),
+            env=worker_environment(args.nproc, os.environ),
+        )
+    from fastdeit import train
+
+    train.main(args)
+    return 0
+
+
+@contextmanager
+def process_of_a_run() -> Iterator[None]:
+    """What a process of a training run does first: make sure it ends with its launcher, and cleanly while it starts.
+
+    `fastdeit.train` has signal handlers of its own for as long as there is something to save.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))
+    before = {number: signal.signal(number, _exit_idle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_idle(number: int, frame: object) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"fastdeit: {signal.Signals(number).name} received while not training; nothing is lost\n".encode())
+    # Not an exception: this may interrupt any import, and libraries catch what their optional imports raise.
+    os._exit(Interrupted.exit_code)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, process `parent`, ends for whatever reason (Linux only).
+
+    Ranks whose launcher was killed would otherwise train on unseen, holding the GPUs of the next run.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:  # it ended before the request was in place
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank_environment(env: Mapping[str, str]) -> dict[str, str] | None:
+    """The ranks of a worker (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), else None.
+
+    The names are torchrun's. Under srun (a step of more than one task) they are derived from SLURM's; MASTER_ADDR and
+    MASTER_PORT that are already set are kept. LOCAL_WORLD_SIZE is absent when nothing tells it.
+
+    Raises UsageError for a rank without the rest.
+    """
+    if "RANK" in env:
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if missing:
+            raise UsageError(
+                f"RANK is set but {', '.join(missing)} is not; start with --nproc, torchrun or srun, or unset RANK"
+            )
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
+        local_rank = env.get("LOCAL_RANK", "0" if env["WORLD_SIZE"] == "1" else None)
+        if local_rank is None:
+            raise UsageError("RANK is set but LOCAL_RANK is not; start with --nproc, torchrun or srun, or unset RANK")
+        return {name: env[name] for name in names if name in env} | {"LOCAL_RANK": local_rank}
+    # Only srun sets SLURM_STEP_NUM_TASKS. A batch script has SLURM_PROCID and SLURM_NTASKS too, but is no rank.
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _slurm_ranks(env)
+    return None
+
+
+def _slurm_ranks(env: Mapping[str, str]) -> dict[str, str]:
+    ranks = {
+        "RANK": env["SLURM_PROCID"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
+        # Every rank must come to the same port, and jobs sharing a node to different ones.
+        "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + int(env["SLURM_JOB_ID"]) % 20000),
+    }
+    # "8(x2),4": tasks on each node in order; only a uniform step tells every rank its own node's number.
+    uniform = re.fullmatch(r"(\d+)(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return ranks | ({"LOCAL_WORLD_SIZE": uniform[1]} if uniform else {})
+
+
+def _first_host(nodelist: str) -> str:
+    """First host of a SLURM node list: `a[03-07,9],b1` -> `a03`."""
+    return re.sub(r"^([^\[,]*)(?:\[([^\],-]*)[^\]]*\])?([^,\[]*).*$", r"\1\2\3", nodelist)
+
+
+def check_nproc(nproc: int | None, ranks: Mapping[str, str]) -> None:
+    """When another launcher has given the ranks, `--nproc` may only repeat what it did.
+
+    Raises UsageError when it says something else.
+    """
+    local_world = ranks.get("LOCAL_WORLD_SIZE")
+    if nproc is not None and local_world is not None and nproc != int(local_world):
+        raise UsageError(
+            f"--nproc {nproc} disagrees with the launcher of this process, which started {local_world} on this "
+            "machine; leave --nproc out under torchrun or srun"
+        )
+
+
+def worker_environment(nproc: int, env: Mapping[str, str]) -> dict[str, str]:
+    """What the workers of `nproc` find in their environment besides their ranks."""
+    extra = {LAUNCHER_VARIABLE: str(os.getpid())}
+    if "OMP_NUM_THREADS" not in env:
+        # Every worker would otherwise start as many threads as the machine has cores.
+        extra["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // nproc))
+    return extra
+
+
+def grace_seconds(env: Mapping[str, str]) -> float:
+    """Seconds the workers have to save once asked to stop. Raises UsageError when the setting is no such number."""
+    value = env.get(GRACE_VARIABLE, str(GRACE_S))
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise UsageError(f"{GRACE_VARIABLE}={value!r} is not a number of seconds")
+    return seconds

@@ -1,0 +1,225 @@
+"""The typed sections of a recipe, except `method:`, whose model belongs to the method (`fastdeit.methods`).
+
+Every section is frozen and refuses unknown keys. A section checks here what it can check alone. `recipe.py` reads the
+YAML and checks sections against each other; `recipe_errors.py` makes pydantic's errors sentences with file and line.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
+
+from fastdeit.data.sources import kinds
+from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, Positive, Range, Section, Text
+from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, ViewSettings
+
+Classes = Annotated[int, Field(ge=1, le=100_000_000)]
+
+
+def _known_source(source: str) -> str:
+    if source not in kinds.names() and ":" not in source:
+        choices = *kinds.names(), "an import path package.module:KIND"
+        raise PydanticKnownError("literal_error", {"expected": ", ".join(f"'{choice}'" for choice in choices)})
+    return source
+
+
+Source = Annotated[str, AfterValidator(_known_source)]
+
+
+def _sourced(figure: Any) -> str:
+    if not isinstance(figure, str) or ("unverified" not in figure and "source:" not in figure):
+        raise ValueError("must name its source, as in '81.8 (source: ...)', or say unverified")
+    return figure
+
+
+Figure = Annotated[str, BeforeValidator(_sourced)]
+
+
+class About(Section):
+    """What a reader can expect of a recipe. No code depends on it."""
+
+    summary: str = ""
+    """One line for `fastdeit recipes`."""
+    command: str = ""
+    """The command that the figures below belong to."""
+    hardware: Figure = "unverified"
+    """What the run needs or was made on."""
+    hours: Figure = "unverified"
+    """Wall-clock time of the whole run."""
+    top1: Figure = "unverified"
+    """Top-1 accuracy in per cent on the held-out images."""
+
+
+class ModelConfig(Section):
+    """The student."""
+
+    name: Text | None = None
+    """A model of `fastdeit.models`; either this or `timm`."""
+    timm: Text | None = None
+    """A model of timm, which is trained unchanged."""
+    image_size: ImageSize = 224
+    """Input in pixels: the side of a square, or [height, width]."""
+    num_classes: Classes | None = None
+    """null: as many as the data set has."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth: drop rate of the last block; the rates of the blocks before rise linearly from 0."""
+    weights: Text | None = None
+    """Initial weights: a safetensors file, a checkpoint or a run directory. null: random."""
+
+    @field_validator("timm")
+    @classmethod
+    def _one_model(cls, timm: str | None, info: ValidationInfo) -> str | None:
+        name = info.data.get("name")
+        if timm is not None and name is not None:
+            raise ValueError(f"is one model too many beside model.name {name}; remove one of the two")
+        if timm is None and name is None and "name" in info.data:
+            raise ValueError("is required where there is no model.name: one of them says which model to train")
+        return timm
+
+
+class DataSplits(Section):
+    """Where samples come from."""
+
+    source: Source = "folder"
+    """folder: ROOT/SPLIT/CLASS/image; packed: ROOT/SPLIT.pack, made by `fastdeit data pack`; tar: shards in the
+    WebDataset layout; tfrecord: TensorFlow's; parquet: files of the Hugging Face hub; arrow: what its `save_to_disk`
+    writes; imagenet, cifar10, ... as their authors distribute them; synthetic: noise made on the fly; digits:
+    scikit-learn's handwritten digits; package.module:KIND: a reader of your own. See docs/data.md."""
+    root: Text | None = None
+    """Directory of the data set; synthetic and digits have none."""
+    train: Text = "train"
+    """Name of the training split under `root`: a folder, or files as docs/data.md says. Public data sets that come
+    split need none."""
+    val: Text = "val"
+    """Name of the held-out split under `root`, likewise."""
+
+    @field_validator("root")
+    @classmethod
+    def _root_is_read(cls, root: str | None, info: ValidationInfo) -> str | None:
+        source = info.data.get("source", "folder")
+        if root is not None and source in kinds.GENERATED:
+            raise ValueError(f"has no place beside data.source {source}, which reads no directory of yours")
+        return root
+
+
+class DataConfig(AugmentSettings, DataSplits):
+    """The input of training and evaluation. Fields that stand here with their default alone are those of
+    `AugmentSettings`; the defaults are DeiT's, but for `augment` and `erase`."""
+
+    crop: Crop = "random_resized"
+    crop_scale: CropScale = (0.08, 1.0)
+    crop_ratio: Range = (0.75, 1.3333333333)
+    flip: Fraction = 0.5
+    augment: PolicyText = "none"
+    color_jitter: Jitter | None = None
+    erase: Fraction = 0.0
+    views: dict[str, ViewSettings] = Field(default_factory=dict)
+    """By name of a view that the method asks for: what is changed of the method's own settings."""
+    mixup: NonNegative = 0.8
+    """Parameter of mixup's Beta distribution; 0 turns mixup off."""
+    cutmix: NonNegative = 1.0
+    """Parameter of cutmix's Beta distribution; 0 turns cutmix off."""
+    mix_probability: Fraction = 1.0
+    """Probability that samples are mixed at all."""
+    mix_switch: Fraction = 0.5
+    """Probability of cutmix instead of mixup, where both are on."""
+    group_size: Count = 64
+    """Samples that are mixed among themselves (DeiT: the batch of one GPU), whatever the number of processes."""
+    mix_mode: Literal["batch", "pair", "element"] = "batch"
+    """Samples that share one mixing draw: a whole group, the two partners of a pair, or none."""
+    repeats: Count = 3
+    """Copies of each sample in an epoch's stream (repeated augmentation); 1 turns it off."""
+    mean: tuple[Fraction, Fraction, Fraction] = (0.485, 0.456, 0.406)
+    """Mean of the red, green and blue channel, in units of [0, 1] (default: ImageNet)."""
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    """Standard deviation of the channels, likewise."""
+    eval_crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Side of the central crop in evaluation over the side of the resized image."""
+    threads: Count | None = None
+    """CPU threads of the input pipeline per process; null: the process's share of the cores."""
+    max_bad_fraction: Fraction = 0.001
+    """Share of the data set that may be unreadable before the run stops."""
+    synthetic_samples: Count = 10_000
+    """Size of the training set, for source synthetic."""
+    synthetic_classes: Classes = 1000
+    """Number of classes, for source synthetic."""
+
+    @field_validator("group_size")
+    @classmethod
+    def _in_pairs(cls, group_size: int, info: ValidationInfo) -> int:
+        mixing = info.data.get("mix_probability", 0) and (info.data.get("mixup", 0) or info.data.get("cutmix", 0))
+        if mixing and group_size % 2:
+            raise ValueError("must be even, because mixup and cutmix pair the samples of a group")
+        return group_size
+
+
+class OptimConfig(Section):
+    """What all optimizers have, and the schedule. Nothing here is scaled by the batch size or the number of processes.
+
+    A recipe's section has its optimizer's own fields besides (`fastdeit.engine.optimizers`): adamw and lamb have betas
+    and eps; sgd has momentum, nesterov and decoupled_decay.
+    """
+
+    name: Text = "adamw"
+    """adamw, lamb, sgd, or an import path `package.module:Class`."""
+    lr: Positive
+    """Peak learning rate of the global batch."""
+    weight_decay: NonNegative = 0.05
+    """Of sgd 1e-4 by default."""
+    clip_grad: Positive | None = None
+    """Largest norm of the gradient of all parameters; null: no clipping. Of lamb 1.0 by default."""
+    schedule: Literal["cosine", "deit-exact"] = "cosine"
+    """cosine: per step, after a linear warm-up; deit-exact: the public code's, per epoch and one epoch late."""
+    warmup_epochs: NonNegative = 5.0
+    """Epochs in which the learning rate rises from `warmup_lr` to `lr`; fractions are allowed."""
+    warmup_lr: NonNegative = 1e-6
+    """Learning rate at the first step of the warm-up."""
+    min_lr: NonNegative = 1e-5
+    """Learning rate at the end of the schedule."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of the running average of the weights, which is evaluated besides them; null: no average."""
+    decay_dist_token: bool = False
+    """Apply weight decay to the distillation token, as the public code does."""
+
+    @field_validator("min_lr")
+    @classmethod
+    def _below_peak(cls, min_lr: float, info: ValidationInfo) -> float:
+        if min_lr > info.data.get("lr", min_lr):
+            raise ValueError(f"must not be above optim.lr ({info.data['lr']:g})")
+        return min_lr
+
+
+class TrainConfig(Section):
+    """Length of the run, batch size, seed, evaluation."""
+
+    epochs: Count
+    """Passes over the training set."""
+    batch_size: Count
+    """Samples per optimizer step, over all processes and micro-batches."""
+    accumulate: Count = 1
+    """Micro-batches per optimizer step, to save memory; the result is that of one batch."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """The only seed: of the initial weights, order, augmentation, mixing and drop-path."""
+    eval_every: Count = 1
+    """Epochs between evaluations."""
+    best_by: Text | None = None
+    """Metric by which the best checkpoint is chosen; null: the first of the method's first evaluator."""
+
+
+class EngineConfig(Section):
+    """How the run is carried out. Nothing here changes what is learned, except by rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is a GPU."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss."""
+    capture: Literal["none", "compile", "graph"] = "none"
+    """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph."""
+    log_every: Count = 50
+    """Steps between two lines of metrics."""
+    checkpoint_every: Positive = 1.0
+    """Epochs between two checkpoints; fractions are allowed."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept. At least two, so that a damaged one costs an interval and not the run."""
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go besides metrics.jsonl."""

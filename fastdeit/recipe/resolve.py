@@ -1,0 +1,503 @@
+"""Recipes: YAML in, one frozen `Recipe` out, or one message with everything that is wrong.
+
+A recipe file has the sections of `Recipe` and optionally `base:`, the name or path of one other recipe whose fields it
+starts from. Overrides `section.field=value` come last. Every value keeps its file and line through merging
+(`recipe_yaml.py`), so that each error of validation (`config.py`) names them (`recipe_errors.py`).
+
+The `method:` section is validated by the method's own model, and `optim:` by one that has the options of the optimizer;
+both are looked up when a recipe is validated. Importing this module imports no torch.
+"""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, create_model, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.events import ScalarEvent
+from ruamel.yaml.nodes import SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
+
+from fastdeit.fields import Section
+from fastdeit.recipe.config import About, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from fastdeit.recipe.errors import in_words, unknown_field, validate_section
+from fastdeit.recipe.yaml import (
+    NOWHERE,
+    FieldPath,
+    Item,
+    Place,
+    Problems,
+    Reader,
+    as_item,
+    first_place,
+    format_value,
+    place_of,
+    plain,
+)
+from fastdeit.text import did_you_mean
+from fastdeit.views import overridden, resolution_problems, view_problems
+
+SHIPPED = Path(__file__).parents[1] / "recipes"
+MAX_BYTES = 256 * 1024
+
+_SECTIONS: dict[str, type[Section] | None] = {
+    "about": About,
+    "model": ModelConfig,
+    "method": None,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "engine": EngineConfig,
+}
+
+
+_ADAMW = OptimConfig.model_fields["name"].default
+
+
+class RecipeError(Exception):
+    """A recipe cannot be used. `str(error)` is complete: one line per problem, `file:line: section.field: problem`."""
+
+
+class Recipe(BaseModel):
+    """A resolved recipe. `name` is the stem of the file it was read from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    about: About
+    model: ModelConfig
+    method: SerializeAsAny[BaseModel]
+    data: DataConfig
+    optim: SerializeAsAny[OptimConfig]
+    train: TrainConfig
+    engine: EngineConfig
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _with_options_of_the_optimizer(cls, optim: Any) -> Any:
+        if not isinstance(optim, Mapping):
+            return optim
+        return _optim_config(optim.get("name", _ADAMW)).model_validate(optim)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _by_its_own_model(cls, method: Any) -> Any:
+        if not isinstance(method, Mapping):
+            return method
+        if not isinstance(method.get("use"), str):
+            raise ValueError("method.use must name a method")
+        return _method_config(method["use"]).model_validate(method)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Recipe":
+        found = [f"{'.'.join(path)} {problem}" for path, problem in _conflicts(dict(self))]
+        if found:
+            raise ValueError("; ".join(found))
+        return self
+
+
+# ---- public functions ------------------------------------------------------------------------------------------------
+
+
+def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The shipped recipe of that name, or the one in that file, with overrides `section.field=value` applied.
+
+    Raises RecipeError with every problem of the file, its base and the overrides.
+    """
+    problems = Problems()
+    path = _find(str(name_or_path), Path())
+    root = _with_base(path, problems)
+    changes = _parse_overrides(overrides, problems)
+    if root is None:
+        raise RecipeError(problems.text())
+    return _validated(path.stem, _merged(root, changes), problems)
+
+
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """`recipe` with overrides applied; raises RecipeError as `load` does."""
+    problems = Problems()
+    changes = _parse_overrides(overrides, problems)
+    root = as_item(recipe.model_dump(mode="json", exclude={"name"}), Place(f"recipe {recipe.name}"))
+    return _validated(recipe.name, _merged(root, changes), problems)
+
+
+def names() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def summaries() -> list[tuple[str, str]]:
+    """(name, `about.summary`) of the shipped recipes, without validating them."""
+    return [(name, _summary(name)) for name in names()]
+
+
+def text(name: str) -> str:
+    """YAML source of a shipped recipe, comments included. Raises RecipeError when there is none of that name."""
+    if name not in names():
+        raise RecipeError(_no_recipe(name))
+    return (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def dump(recipe: Recipe) -> str:
+    """`recipe` as YAML with every field written out; a file of that text and the same stem loads as an equal recipe."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer, yaml.default_flow_style, yaml.width = _Representer, False, 2**16
+    yaml.sort_base_mapping_type_on_output = False
+    stream = io.StringIO()
+    yaml.dump(recipe.model_dump(mode="json", exclude={"name"}), stream)
+    return stream.getvalue()
+
+
+def difference(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
+    """(dotted field, value in a, value in b) wherever a and b would train differently; an absent field counts as None.
+
+    Not compared: `about`, `name`, `engine`, and from where and by how many threads the data are read.
+    """
+    mine, theirs = (
+        dict(_flat(recipe.model_dump(include={"model", "method", "data", "optim", "train"}, exclude={"data": _PLACES})))
+        for recipe in (a, b)
+    )
+    fields = dict.fromkeys([*mine, *theirs])
+    return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
+
+
+# A packed copy of a folder is the same data. The fingerprints in a checkpoint say whether two sources hold the same.
+_PLACES = {"source", "root", "train", "val", "threads"}
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
+
+
+class _Representer(SafeRepresenter):
+    """Writes a list on one line."""
+
+    def represent_list(self, data: list[Any]) -> SequenceNode:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+
+_Representer.add_representer(list, _Representer.represent_list)
+
+
+def _summary(name: str) -> str:
+    # Lazily: the parser stops behind the header.
+    scalars = (event.value for event in YAML(typ="safe", pure=True).parse(text(name)) if isinstance(event, ScalarEvent))
+    return next(value for key, value in pairwise(scalars) if key == "summary")
+
+
+# ---- files, bases, overrides -----------------------------------------------------------------------------------------
+
+
+def _no_recipe(name: str) -> str:
+    return f"there is no recipe {name!r}{did_you_mean(name, names()) or '; there are ' + ', '.join(names())}"
+
+
+def _find(word: str, folder: Path) -> Path:
+    """File of the recipe `word`: a path, relative to `folder`, when it looks like one, else a shipped name."""
+    if "/" not in word and not word.endswith((".yaml", ".yml")):
+        if word not in names():
+            raise RecipeError(_no_recipe(word))
+        return SHIPPED / f"{word}.yaml"
+    path = folder / word
+    if not path.is_file():
+        why = "is not a file" if path.exists() else "does not exist"
+        raise RecipeError(f"{path} {why}{did_you_mean(path.stem, names(), cutoff=0.9)}")
+    return path
+
+
+def _read(path: Path, problems: Problems) -> Item | None:
+    """The file's top-level mapping, or None (recorded among the problems)."""
+    source = str(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        problems.add(Place(source), (), f"cannot be read: {error.strerror}")
+        return None
+    if len(data) > MAX_BYTES:
+        problems.add(Place(source), (), f"is larger than {MAX_BYTES // 1024} KiB, which no recipe needs")
+        return None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        problems.add(Place(source, line), (), f"is not UTF-8 text (byte 0x{data[error.start]:02x})")
+        return None
+    root = Reader(text, source, problems).document()
+    if root is None or isinstance(root.value, dict):
+        return root
+    got = "nothing" if root.value is None else root
+    problems.add(root.place, (), f"a recipe is a mapping of the sections {', '.join(_SECTIONS)}; this is {got}")
+    return None
+
+
+def _with_base(path: Path, problems: Problems) -> Item | None:
+    """The recipe in `path`, laid over its base if it names one."""
+    root = _read(path, problems)
+    if root is None or "base" not in root.value:
+        return root
+    named = root.value["base"]
+    base = _base(named, path, problems)
+    if base is None:
+        problems.incomplete = True
+        return root.without("base")
+    # What a recipe is measured to reach says nothing of one that changes it.
+    return _merged(base.without("about"), root.without("base"))
+
+
+def _base(named: Item, child: Path, problems: Problems) -> Item | None:
+    if not isinstance(named.value, str) or not named.value:
+        problems.add(named.place, ("base",), f"must be the name or path of a recipe, got {named}")
+        return None
+    try:
+        path = _find(named.value, child.parent)
+    except RecipeError as error:
+        problems.add(named.place, ("base",), str(error))
+        return None
+    if path.resolve() == child.resolve():
+        problems.add(named.place, ("base",), "a recipe cannot be its own base")
+        return None
+    base = _read(path, problems)
+    if base is not None and "base" in base.value:
+        problem = f"{path} has a base itself; only one level is allowed, so name {base.value['base']}"
+        problems.add(named.place, ("base",), problem)
+        return None
+    return base
+
+
+def _parse_overrides(overrides: Sequence[str], problems: Problems) -> Item:
+    """All overrides as one tree of the sections they name."""
+    root = Item({}, NOWHERE)
+    given: dict[FieldPath, str] = {}
+    for text in overrides:
+        place = Place(f"override {text!r}")
+        key, equals, value = text.partition("=")
+        path = tuple(key.split("."))
+        clash = next((other for old, other in given.items() if old[: len(path)] == path[: len(old)]), None)
+        if not equals or not all(path):
+            problems.add(place, (), "must look like section.field=value")
+        elif path[0] == "base":
+            problems.add(place, path, "cannot be overridden; name the recipe to start from instead")
+        elif clash is not None:
+            problems.add(place, path, f"is given twice, also by {clash!r}")
+        else:
+            given[path] = text
+            item = Reader(value, place.source, problems, line_numbers=False, path=path).document()
+            _insert(root, path, item)
+    return root
+
+
+def _insert(root: Item, path: FieldPath, item: Item | None) -> None:
+    for part in path[:-1]:
+        root = root.value.setdefault(part, Item({}, NOWHERE))
+    if item is not None:
+        root.value[path[-1]] = item
+
+
+class _Choice(NamedTuple):
+    """Fields that decide what a section is about, and those of a base that mean nothing once the decision changes."""
+
+    deciding: tuple[str, ...]
+    stale: tuple[str, ...] | None = None
+    """None: the whole section but for `shared`."""
+    shared: tuple[str, ...] = ()
+    default: Any = None
+
+
+_CHOICES: dict[FieldPath, _Choice] = {
+    ("model",): _Choice(("name", "timm"), stale=("name", "timm")),
+    ("method",): _Choice(("use",)),
+    ("method", "teacher"): _Choice(("recipe", "timm", "model")),
+    # Rates, decay and clipping of one optimizer say nothing of another's; the schedule and the average are for all.
+    ("optim",): _Choice(
+        ("name",),
+        shared=("schedule", "warmup_epochs", "warmup_lr", "min_lr", "ema_decay", "decay_dist_token"),
+        default=_ADAMW,
+    ),
+    ("data",): _Choice(
+        ("source",), stale=("root", "train", "val", "synthetic_samples", "synthetic_classes"), default="folder"
+    ),
+}
+
+
+def _merged(base: Item, child: Item, path: FieldPath = ()) -> Item:
+    """`child` laid over `base`: mappings field by field, anything else replaced."""
+    if not isinstance(base.value, dict) or not isinstance(child.value, dict):
+        return child
+    kept = dict(base.value)
+    if not path and "data" in kept and _changes_method(base, child):
+        kept["data"] = kept["data"].without("views")
+    choice = _CHOICES.get(path)
+    if choice is not None and _decides_anew(choice, base.value, child.value):
+        if choice.stale is None:
+            shared = {key: item for key, item in kept.items() if key in choice.shared}
+            return Item(shared | child.value, first_place(child))
+        kept = base.without(*choice.stale).value
+    for key, item in child.value.items():
+        kept[key] = _merged(kept[key], item, (*path, key)) if key in kept else item
+    return Item(kept, child.place if child.place != NOWHERE else base.place)
+
+
+def _changes_method(base: Item, child: Item) -> bool:
+    """Whether the views of `base` belong to a method that is not trained."""
+    old, new = (root.value["method"].value if "method" in root.value else None for root in (base, child))
+    return isinstance(old, dict) and isinstance(new, dict) and _decides_anew(_CHOICES["method",], old, new)
+
+
+def _decides_anew(choice: _Choice, base: Mapping[str, Item], child: Mapping[str, Item]) -> bool:
+    return any(
+        key in child and child[key].value not in (None, base[key].value if key in base else choice.default)
+        for key in choice.deciding
+    )
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+def _validated(name: str, root: Item, problems: Problems) -> Recipe:
+    """The recipe that the tree describes; raises everything that is wrong with it and that `problems` already holds."""
+    models = {**_SECTIONS, "method": _method_model(root, problems), "optim": _optim_model(root, problems)}
+    for key, item in root.value.items():
+        if key not in models:
+            problems.add(place_of(root, (key,)), (key,), unknown_field(plain(item), models, (key,)))
+    parts: dict[str, Any] = {}
+    for section, model in models.items():
+        if model is not None and not problems.is_unreadable((section,)):
+            part = validate_section(section, root, models, problems)
+            if part is not None:
+                parts[section] = part
+    if not problems.incomplete:
+        for path, problem in _conflicts(parts):
+            problems.add(place_of(root, path), path, problem)
+    if problems.found:
+        raise RecipeError(problems.text())
+    return Recipe(name=name, **parts)
+
+
+def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
+    """What valid sections have against each other; of sections that are missing in `parts` nothing is said."""
+    model, method, data, optim, train = (parts.get(name) for name in ("model", "method", "data", "optim", "train"))
+    if method and data:
+        yield from _view_conflicts(method, data, model.image_size if model else None)
+    if data and train:
+        groups, rest = divmod(train.batch_size, data.group_size)
+        if rest:
+            yield (
+                ("train", "batch_size"),
+                f"must be a multiple of data.group_size ({data.group_size}), got {train.batch_size}",
+            )
+        elif groups % train.accumulate:
+            yield (
+                ("train", "accumulate"),
+                f"must divide train.batch_size / data.group_size ({groups} groups), got {train.accumulate}",
+            )
+    if optim and train and optim.warmup_epochs >= train.epochs:
+        yield (
+            ("optim", "warmup_epochs"),
+            f"must be less than train.epochs ({train.epochs}), got {format_value(optim.warmup_epochs)}",
+        )
+
+
+def _view_conflicts(
+    method: Any, data: DataConfig, image_size: int | tuple[int, int] | None
+) -> Iterator[tuple[FieldPath, str]]:
+    """What is wrong with the views that the method asks for, and with what the recipe makes of them."""
+    # Methods import torch.
+    from fastdeit import methods
+
+    try:
+        own = methods.find(method.use).views(method)
+    except ValueError as error:
+        yield ("method",), f"asks for a view that cannot be: {in_words(error)}"
+        return
+    found = [f"view {name!r} of method {method.use}: {field} {problem}" for name, field, problem in view_problems(own)]
+    if found:
+        yield from ((("method",), problem) for problem in found)
+        return
+    known = [view.name for view in own]
+    for name in data.views:
+        if name not in known:
+            problem = f"is no view of method {method.use}, which has {', '.join(known)}{did_you_mean(name, known)}"
+            yield ("data", "views", name), problem
+    views = overridden(own, data.views)
+    problems = list(view_problems(views))
+    if not problems and image_size is not None:
+        problems = list(resolution_problems(views, data, image_size))
+    for name, field, problem in problems:
+        yield ("data", "views", name, field), problem
+
+
+def _method_config(use: str) -> type[BaseModel]:
+    """Model of the `method:` section; raises ValueError for a method that does not exist."""
+    # Methods import torch. Reading, listing and showing recipes does without.
+    from fastdeit import methods
+    from fastdeit.methods.base import Method
+
+    kind = methods.find(use)
+    config = getattr(kind, "Config", None)
+    if not (_is_class(kind, Method) and _is_class(config, BaseModel)):
+        raise ValueError(
+            f"{use!r} is not a method: that is a subclass of fastdeit.methods.base.Method with a pydantic model named "
+            "Config"
+        )
+    return config
+
+
+def _is_class(value: Any, base: type) -> bool:
+    return isinstance(value, type) and issubclass(value, base)
+
+
+@cache  # recipes are equal only where their sections have one type
+def _optim_config(name: str) -> type[OptimConfig]:
+    """Model of the `optim:` section; raises ValueError for an optimizer that does not exist."""
+    # Optimizers import torch, as methods do.
+    from fastdeit.engine import optimizers
+
+    return create_model(OptimConfig.__name__, __base__=(optimizers.find(name).Options, OptimConfig))
+
+
+def _optim_model(root: Item, problems: Problems) -> type[OptimConfig] | None:
+    """Model of the `optim:` section; None, with the problem recorded, where its name is that of no optimizer."""
+    section = root.value.get("optim", Item({}, root.place))
+    path: FieldPath = ("optim", "name")
+    if not isinstance(section.value, dict) or problems.is_unreadable(path):
+        return OptimConfig  # what is wrong with it is said elsewhere
+    name = section.value["name"].value if "name" in section.value else _ADAMW
+    if not isinstance(name, str):
+        problems.add(place_of(root, path), path, f"must be the name of an optimizer, got {section.value['name']}")
+        return None
+    try:
+        return _optim_config(name)
+    except ValueError as error:
+        from fastdeit.engine.optimizers import OPTIMIZERS
+
+        problems.add(place_of(root, path), path, f"{error}{did_you_mean(name, OPTIMIZERS)}")
+        return None
+
+
+def _method_model(root: Item, problems: Problems) -> type[BaseModel] | None:
+    section = root.value.get("method", Item({}, root.place))
+    path: FieldPath = ("method", "use")
+    if not isinstance(section.value, dict):
+        problems.add(place_of(root, ("method",)), ("method",), f"must be a mapping, got {section}")
+    elif problems.is_unreadable(path) or ("use" not in section.value and problems.incomplete):
+        return None
+    elif "use" not in section.value:
+        problems.add(place_of(root, path), path, "is required; it names the training method, as in use: supervised")
+    elif not isinstance(use := section.value["use"].value, str):
+        problems.add(place_of(root, path), path, f"must be the name of a method, got {section.value['use']}")
+    else:
+        try:
+            return _method_config(use)
+        except ValueError as error:
+            from fastdeit import methods
+
+            problems.add(place_of(root, path), path, f"{error}{did_you_mean(use, methods.METHODS)}")
+    return None

@@ -1,0 +1,294 @@
+"""From a recipe to the parts of a run: sources, loaders, model, method, teacher."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from fastdeit import methods, models, rng
+from fastdeit.data.loader import EvalLoader, TrainLoader
+from fastdeit.data.plan import order
+from fastdeit.data.plan.plan import Augment, Mixing
+from fastdeit.data.sources import digits
+from fastdeit.data.sources.datasets import kinds_at, layout, open_pair
+from fastdeit.data.sources.source import DataError, Source
+from fastdeit.data.sources.synthetic import SyntheticSource
+from fastdeit.engine import checkpoint
+from fastdeit.engine.dist import World
+from fastdeit.engine.ema import EmaTeacher
+from fastdeit.engine.step import DTYPES
+from fastdeit.errors import UsageError
+from fastdeit.fields import size_pair
+from fastdeit.methods.base import Context, Method, Momentum
+from fastdeit.methods.frozen import freeze
+from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.models.weights import LoadReport, load_weights
+from fastdeit.views import View, overridden, parse_policy, resolved
+
+if TYPE_CHECKING:
+    from fastdeit.recipe.resolve import Recipe
+
+Report = Callable[[str], None]
+
+
+def sources(recipe: "Recipe") -> tuple[Source, Source]:
+    """(training, held-out) samples. Raises DataError or UsageError with the field, the path and the way out."""
+    data = recipe.data
+    if data.source == "synthetic":
+        shape = {"classes": data.synthetic_classes, "size": image_size(recipe)}
+        train = SyntheticSource(data.synthetic_samples, seed=recipe.train.seed, **shape)
+        held_out = max(data.synthetic_samples // 10, 1)
+        return train, SyntheticSource(held_out, seed=recipe.train.seed + 1, **shape)
+    if data.source == "digits":
+        return open_pair("folder", digits.prepare())
+    splits = data.train, data.val
+    if data.root is None:
+        raise UsageError(
+            f"recipe {recipe.name} needs images: add --data ROOT, which sets data.root; data.source is {data.source}, "
+            f"expected are {layout(data.source, *splits)}"
+        )
+    try:
+        return open_pair(data.source, data.root, *splits)
+    except DataError as error:
+        raise DataError(
+            f"data.source {data.source}: {error}{_expected(error, data.source, data.root, *splits)}"
+        ) from error
+
+
+def _expected(error: DataError, kind: str, root: str, train: str, val: str) -> str:
+    """What to add to `error`, the reason why `root` is no data set of that kind."""
+    found = kinds_at(root, train, val)
+    if kind in found:
+        return ""
+    if found:
+        return f"; it looks like {' or '.join(found)}: add data.source={found[0]}"
+    expected = layout(kind, train, val)
+    return "" if expected in str(error) else f"; expected are {expected}"
+
+
+def image_size(recipe: "Recipe") -> tuple[int, int]:
+    """(height, width) in pixels of the model's input."""
+    return size_pair(recipe.model.image_size, "model.image_size")
+
+
+def loader_device(device: torch.device) -> str | int:
+    """The device as the loaders name it: "cpu" or the index of a GPU."""
+    return "cpu" if device.type == "cpu" else device.index or 0
+
+
+def augmentations(recipe: "Recipe") -> tuple[Augment, ...]:
+    """What the plan of a training sample is drawn from: one for each view that the method wants."""
+    made: dict[str, Augment] = {}
+    for view in _views(recipe):
+        stream = view.name if made else ""
+        made[view.name] = Augment(
+            size=view.size,
+            crop=view.crop,
+            crop_scale=view.crop_scale,
+            crop_ratio=view.crop_ratio,
+            flip=view.flip,
+            policy=parse_policy(view.augment, view.size, view.color_jitter),
+            erase=view.erase,
+            stream=stream,
+            crop_stream=stream if view.crop_of is None else made[view.crop_of].crop_stream,
+        )
+    return tuple(made.values())
+
+
+def _views(recipe: "Recipe") -> tuple[View, ...]:
+    own = methods.find(recipe.method.use).views(recipe.method)
+    return resolved(overridden(own, recipe.data.views), recipe.data, recipe.model.image_size)
+
+
+def mixing(recipe: "Recipe") -> Mixing:
+    """How the recipe mixes samples."""
+    return Mixing(**{field.name: getattr(recipe.data, field.name) for field in fields(Mixing)})
+
+
+def train_loader(
+    recipe: "Recipe", source: Source, world: World, noise: Mapping[str, int], on_bad: Callable[[str, str], None]
+) -> TrainLoader:
+    """The stream of training batches that this process works on; `noise` is what `Method.noise` says."""
+    data, train = recipe.data, recipe.train
+    try:
+        order.groups_per_batch(train.batch_size, data.group_size, train.accumulate, world.size)
+    except ValueError as error:
+        raise UsageError(f"recipe {recipe.name}: {error}") from error
+    return TrainLoader(
+        source,
+        augmentations(recipe),
+        mixing(recipe),
+        seed=recipe.train.seed,
+        batch_size=recipe.train.batch_size,
+        accumulate=recipe.train.accumulate,
+        repeats=data.repeats,
+        rank=world.rank,
+        world=world.size,
+        threads=data.threads,
+        device=loader_device(world.device),
+        noise=noise,
+        stores=methods.find(recipe.method.use).needs(recipe.method),
+        mean=data.mean,
+        std=data.std,
+        total_steps=train.epochs * order.steps_per_epoch(len(source), train.batch_size),
+        max_bad_fraction=data.max_bad_fraction,
+        on_bad=on_bad,
+    )
+
+
+def eval_loader(
+    recipe: "Recipe", source: Source, world: World, noise: Mapping[str, int], on_bad: Callable[[str, str], None]
+) -> EvalLoader:
+    """Images of `source` as evaluation sees them, each exactly once over all processes."""
+    data = recipe.data
+    per_process = recipe.train.batch_size // (recipe.train.accumulate * world.size)
+    return EvalLoader(
+        source,
+        size=image_size(recipe),
+        crop_ratio=data.eval_crop_ratio,
+        rank=world.rank,
+        world=world.size,
+        batch_size=max(per_process, 1),
+        threads=data.threads,
+        device=loader_device(world.device),
+        noise=noise,
+        mean=data.mean,
+        std=data.std,
+        max_bad_fraction=data.max_bad_fraction,
+        on_bad=on_bad,
+    )
+
+
+def model(recipe: "Recipe", num_classes: int, say: Report) -> nn.Module:
+    """The student, initialised from the seed alone and, if the recipe says so, from weights."""
+    config = recipe.model
+    if config.num_classes is not None and config.num_classes != num_classes:
+        raise UsageError(f"model.num_classes is {config.num_classes}, but the data set has {num_classes} classes")
+    torch.manual_seed(rng.key(recipe.train.seed, "init") >> 1)
+    options = {"image_size": image_size(recipe), "num_classes": num_classes, "drop_path": config.drop_path}
+    try:
+        built = _network(config.name, config.timm, **options)
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from error
+    if config.weights is not None:
+        say(f"weights of {config.weights}: {_load(built, config.weights, 'model.weights')}")
+    return built
+
+
+def _network(name: str | None, timm: str | None, **options: Any) -> nn.Module:
+    return models.build(name, **options) if timm is None else models.build_timm(timm, **options)
+
+
+def _load(network: nn.Module, weights: str, field: str) -> LoadReport:
+    try:
+        return load_weights(network, read_weights(Path(weights)))
+    except (ValueError, OSError, SafetensorError) as error:
+        raise UsageError(f"{field} {weights}: {error}") from error
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """State dict of a safetensors file, of a checkpoint, or of the newest checkpoint of a run."""
+    if path.is_file():
+        return load_file(path)
+    tensors = open_checkpoint(path, _warn_of_damage).tensors
+    return tensors["model"]
+
+
+def _warn_of_damage(path: Path, why: str) -> None:
+    warnings.warn(f"checkpoint {path} is damaged ({why}); an earlier one is used", stacklevel=2)
+
+
+def open_checkpoint(path: Path, on_damaged: Callable[[Path, str], None]) -> checkpoint.Checkpoint:
+    """The checkpoint at `path`, or the newest that verifies of the run at `path`."""
+    if (path / "manifest.json").exists():
+        return checkpoint.load(path)
+    found = checkpoint.newest(path / "checkpoints", on_damaged) if path.is_dir() else None
+    if found is None:
+        raise UsageError(f"{path} is neither a run with checkpoints nor a checkpoint directory (step_00001250)")
+    return found
+
+
+def method(
+    recipe: "Recipe", student: nn.Module, num_classes: int, steps: int, teacher: Callable[[TeacherConfig], Teacher]
+) -> Method:
+    """The training method around the student.
+
+    Raises UsageError if it keeps an averaged teacher where the engine does not find it, such as in a list.
+    """
+    kind = methods.find(recipe.method.use)
+    averaged: list[EmaTeacher] = []
+
+    def ema_teacher(module: nn.Module, momentum: Momentum) -> EmaTeacher:
+        averaged.append(EmaTeacher(module, momentum))
+        return averaged[-1]
+
+    made = kind(student, recipe.method, Context(num_classes, recipe.train.epochs, steps, teacher, ema_teacher))
+    if not set(averaged) <= set(made.modules()):
+        raise UsageError(
+            f"method {recipe.method.use}: what ema_teacher() returns must be an attribute of the method, or in an "
+            "nn.ModuleList or nn.ModuleDict of it; the engine does not find it in a list or dict, and would never "
+            "move it"
+        )
+    return made
+
+
+def teacher(
+    config: TeacherConfig, size: tuple[int, int], num_classes: int, trained: Path, precision: str = "fp32"
+) -> Teacher:
+    """The teacher that `config` describes, ready to be asked in `precision` (of the recipe's engine).
+
+    `trained` is the run of a teacher that has a recipe of its own.
+    """
+    options = {"image_size": config.image_size or size, "num_classes": num_classes, "drop_path": 0.0}
+    mean, std, side = config.mean, config.std, config.image_size
+    if config.timm is not None:
+        pretrained = config.weights is None
+        if pretrained:
+            # Asked for another number of classes, timm would give the network a head that has learned nothing.
+            options["num_classes"] = None
+        network = _timm_teacher(config.timm, pretrained, options)
+        known = network.inner.num_classes
+        if config.classifies and known != num_classes:
+            raise UsageError(
+                f"method.teacher.timm {config.timm} knows {known} classes, but the data set has {num_classes}; "
+                "give method.teacher.weights trained on this data set"
+            )
+        if mean is None:
+            mean, std = network.mean, network.std
+    elif config.model is not None:
+        network = models.build(config.model, **options)
+    else:
+        restored = open_checkpoint(trained, _warn_of_damage)
+        own = restored.state["recipe"]
+        # It sees what it was trained on, whatever the student's resolution and normalisation are.
+        side = config.image_size or own["model"]["image_size"]
+        mean, std = (mean, std) if mean is not None else (own["data"]["mean"], own["data"]["std"])
+        network = _network(own["model"]["name"], own["model"]["timm"], **options | {"image_size": side})
+        network.load_state_dict(restored.tensors["model"])
+    if config.weights is not None:
+        report = _load(network, config.weights, "method.teacher.weights")
+        # The head of a network that is asked for features alone is not used.
+        unused = () if config.classifies else tuple(f"{head}." for head in network.head_names)
+        missing = [name for name in report.missing if not name.startswith(unused)]
+        if missing or (config.classifies and report.reinitialised_heads):
+            raise UsageError(f"method.teacher.weights {config.weights} do not fit the teacher: {report}")
+    frozen = freeze(network, size_pair(side or size, "method.teacher.image_size"), DTYPES[precision])
+    return Teacher(frozen, image_size=side, mean=mean, std=std)
+
+
+def _timm_teacher(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    try:
+        return models.build_timm(name, pretrained=pretrained, **options)
+    except ValueError as error:
+        raise UsageError(f"method.teacher: {error}") from error
+    except (OSError, RuntimeError) as error:
+        raise UsageError(
+            f"the weights of timm's {name} cannot be loaded ({error}); with no network, give their file as "
+            "method.teacher.weights=PATH.safetensors"
+        ) from error

@@ -1,0 +1,181 @@
+"""`fastdeit data check` and `fastdeit data pack`, and what `--data` means where it is no folder of images.
+
+A data set is named by its path. Its kind is read from the layout (`data/datasets.py`) as long as only one kind
+fits; where several do, or none, the user is asked.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastdeit.data.sources import kinds, packed, tools
+from fastdeit.data.sources.datasets import kinds_at, open_pair, open_source
+from fastdeit.data.sources.source import DataError, NamedSource
+from fastdeit.errors import UsageError
+from fastdeit.recipe import resolve as recipes
+
+_SPLITS = "train", "val"
+_WILDCARD = re.compile(r"[-_.]*[{*?\[]")
+
+Named = list[tuple[str, NamedSource]]
+
+
+def check(args: argparse.Namespace) -> int:
+    """`fastdeit data check PATH`: a report of every split; 1 if a sample of any cannot be used."""
+    sound = True
+    for split, source in _open(args, _each):
+        with _progress(f"checking {split}") as progress:
+            report = tools.check(source, args.processes, progress)
+        print(f"{split}: {report}", flush=True)
+        sound &= report.ok
+    return 0 if sound else 1
+
+
+def pack(args: argparse.Namespace) -> None:
+    """`fastdeit data pack PATH OUT`: every split as OUT/SPLIT.pack."""
+    out = Path(args.out)
+    sources = _open(args, _matched)
+    names = [_stem(Path(split).name) for split, _ in sources]
+    if len(set(names)) < len(names) or "" in names:
+        raise UsageError(
+            f"the splits {', '.join(split for split, _ in sources)} would become the files {', '.join(names)}; give "
+            "splits whose names, up to the first wildcard, differ"
+        )
+    targets = [out / (name + packed.SUFFIX) for name in names]
+    present = [str(target) for target in targets if target.exists()]
+    if present and not args.force:
+        raise UsageError(f"{', '.join(present)}: already there; --force replaces it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out}: the folder for the packed files cannot be made: {error.strerror}") from error
+    for (split, source), target in zip(sources, targets, strict=True):
+        began = time.monotonic()
+        with _progress(f"packing {split}") as progress:
+            packed.pack(source, target, progress)
+        seconds = max(time.monotonic() - began, 1e-3)
+        size = target.stat().st_size / 2**20
+        print(
+            f"{target}: {len(source):,} images, {size:,.1f} MiB in {seconds:,.1f} s "
+            f"({len(source) / seconds:,.0f} images/s, {size / seconds:,.0f} MiB/s)",
+            flush=True,
+        )
+
+
+def implied(recipe: str, overrides: Sequence[str], root: str | None) -> list[str]:
+    """The override data.source=KIND where `--data root` is unmistakably of another kind than the class folders that a
+    recipe without a source of its own expects; said in a line by the first process.
+
+    Raises UsageError where several kinds fit, and for a file, which can only be one split of two.
+    """
+    if root is None or any(override.startswith("data.source=") for override in overrides):
+        return []
+    path = Path(root)
+    if path.is_file():
+        raise UsageError(f"--data {root} is a file; give the folder that holds both splits: --data {path.parent}")
+    if not path.is_dir():
+        return []
+    data = recipes.load(recipe, overrides).data
+    found = kinds_at(path, data.train, data.val)
+    if data.source != "folder" or "folder" in found or not found:
+        return []
+    kind = _only(found, root, "data.source=KIND")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{root} holds data of kind {kind}: reading it with data.source={kind}", flush=True)
+    return [f"data.source={kind}"]
+
+
+def _only(found: list[str], path: str, option: str) -> str:
+    if len(found) == 1:
+        return found[0]
+    what = f"holds {' and '.join(found)}" if found else "is none of the data sets that are recognised by their layout"
+    raise UsageError(f"{path} {what}; say how to read it with {option}: {', '.join(found or kinds.READERS)}")
+
+
+def _open(args: argparse.Namespace, opened: Callable[[str, Path, Sequence[str]], Named]) -> Named:
+    """(name, samples) of the splits that the arguments ask for."""
+    path = Path(args.path)
+    if args.source is not None:
+        _require_reader(args.source)
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or directory")
+    if path.is_file():
+        if args.split:
+            raise UsageError(f"--split has no place beside {path}, which is a file")
+        return opened(args.source or _kind_of_file(path), path.parent, [path.name])
+    splits = args.split or _SPLITS
+    kind = args.source or _only(kinds_at(path, splits[0], splits[-1]), str(path), "--source")
+    try:
+        return opened(kind, path, splits)
+    except DataError as error:
+        alone = kind not in kinds_at(path, splits[-1], splits[-1])
+        advice = "; if there is only one split, or others, name them: --split NAME" if alone else ""
+        raise DataError(f"{error}{advice}") from error
+
+
+def _require_reader(use: str) -> None:
+    try:
+        kinds.find(use)
+    except ValueError as error:
+        raise UsageError(f"--source {use}: {error}") from error
+
+
+def _kind_of_file(path: Path) -> str:
+    """The kind of one file by its name; UsageError if it is of none."""
+    for kind in kinds.shipped():
+        if kind.has_file(path.name):
+            return kind.name
+    known = ", ".join(suffix for kind in kinds.shipped() for suffix in kind.suffixes)
+    raise UsageError(f"{path}: a file of no known kind ({known}); give the data set's folder")
+
+
+def _stem(name: str) -> str:
+    """What names the packed split: a file's name, or a pattern, up to its numbers, wildcards and suffix."""
+    stem = _WILDCARD.split(name)[0]
+    for kind in kinds.shipped():
+        for suffix in kind.suffixes:
+            stem = stem.removesuffix(suffix)
+    return stem
+
+
+def _each(kind: str, root: Path, splits: Sequence[str]) -> Named:
+    return [(split, open_source(kind, root, split)) for split in splits]
+
+
+def _matched(kind: str, root: Path, splits: Sequence[str]) -> Named:
+    """As `_each`, but two splits are a training and a held-out split and have to have the same classes."""
+    if len(splits) == 2:
+        return list(zip(splits, open_pair(kind, root, *splits), strict=True))
+    return _each(kind, root, splits)
+
+
+@contextmanager
+def _progress(what: str) -> Generator[Callable[[int, int], None], None, None]:
+    """progress(done, total) as a bar on a terminal, else a line for every tenth; on stderr, apart from the result."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield _lines(what)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _lines(what: str) -> Callable[[int, int], None]:
+    printed = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal printed
+        if 10 * done // total > printed:
+            printed = 10 * done // total
+            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    return progress
