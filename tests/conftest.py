@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from process_of_ranks import be_rank
+
+from tests.process_of_ranks import be_rank
 
 torch.set_num_threads(1)
 TIMEOUT_S = 120

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from toys import toy_batch
 
 from fastdeit.batch import Step, map_tensors, renormalised, tensors_of
+from tests.toys import toy_batch
 
 B, SIDE = 4, 8
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)

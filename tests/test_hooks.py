@@ -8,9 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_runs import StopAt
 from torch import nn
-from toys import toy_batch
 
 from fastdeit import kernels, models
 from fastdeit.engine import checkpoint
@@ -24,10 +22,12 @@ from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.train import decay_groups, train
+from tests.small_runs import StopAt
+from tests.toys import toy_batch
 
 RECIPE = """\
 model: {name: deit_digits_distilled_patch8_32, image_size: 32}
-method: {use: "test_hooks:Spy"}
+method: {use: "tests.test_hooks:Spy"}
 data:
   {source: synthetic, synthetic_samples: 32, synthetic_classes: 4, flip: 0, mixup: 0, cutmix: 0, group_size: 4,
    repeats: 1, mean: [0.3, 0.4, 0.5], std: [0.2, 0.25, 0.3]}

@@ -426,7 +426,7 @@ class Shifted(Supervised):
 
 def test_state_of_a_method_is_evaluated_with_it_and_the_best_is_on_disk(load, tmp_path, capsys):
     run = tmp_path / "run"
-    shifted = load("method.use=test_train:Shifted", "engine.checkpoint_every=2", "optim.ema_decay=null")
+    shifted = load("method.use=tests.test_train:Shifted", "engine.checkpoint_every=2", "optim.ema_decay=null")
     summary = train(shifted, run, World(torch.device("cpu")), resume=False)
     # Always the same answer: a tenth is right, from the first evaluation on, which therefore stays the best.
     assert (summary["top1_class"], summary["best_step"]) == (10.0, STEPS_PER_EPOCH)

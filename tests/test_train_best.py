@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small_runs import StopAt
 
 from fastdeit.cli import main as cli
 from fastdeit.engine import checkpoint
@@ -13,10 +12,11 @@ from fastdeit.methods.evaluators import HeldOutLoss
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.train import train
+from tests.small_runs import StopAt
 
 RECIPE = """\
 model: {name: deit_digits_patch8_32, image_size: 32}
-method: {use: "test_train_best:Scripted"}
+method: {use: "tests.test_train_best:Scripted"}
 data: {source: synthetic, synthetic_samples: 32, synthetic_classes: 4, group_size: 4, repeats: 1, threads: 1}
 optim: {lr: 1e-3, warmup_epochs: 0, ema_decay: null}
 train: {epochs: 4, batch_size: 16}
@@ -136,18 +136,18 @@ def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path, method, ha
 
 
 def test_a_method_that_logs_no_loss_is_told_so(tmp_path):
-    with pytest.raises(UsageError, match=r"test_train_best:Silent: its step has logged no loss; call engine.run"):
-        run(tmp_path, "method.use=test_train_best:Silent", "engine.log_every=1")
+    with pytest.raises(UsageError, match=r"tests.test_train_best:Silent: its step has logged no loss; call engine.run"):
+        run(tmp_path, "method.use=tests.test_train_best:Silent", "engine.log_every=1")
 
 
 def test_a_method_without_metrics_has_no_best_step(tmp_path):
-    summary = run(tmp_path, "method.use=test_train_best:Unjudged", "train.epochs=1")
+    summary = run(tmp_path, "method.use=tests.test_train_best:Unjudged", "train.epochs=1")
     assert (summary["best_by"], summary["best"], summary["best_step"]) == (None, None, 0)
 
 
 @pytest.mark.parametrize("ema", ["null", "0.5"])
 def test_eval_judges_in_the_phase_of_the_checkpoint(tmp_path, capsys, ema):
-    summary = run(tmp_path, "method.use=test_train_best:InTwoPhases", "train.epochs=2", f"optim.ema_decay={ema}")
+    summary = run(tmp_path, "method.use=tests.test_train_best:InTwoPhases", "train.epochs=2", f"optim.ema_decay={ema}")
     capsys.readouterr()
     assert cli(["eval", str(tmp_path / "run")]) == 0
     printed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
@@ -10,10 +9,11 @@ from fastdeit.methods.base import Phase
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.train import train
+from tests.small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 
 RECIPE = """\
 model: {name: convnet_digits, image_size: 32}
-method: {use: "test_train_boundaries:Thaws"}
+method: {use: "tests.test_train_boundaries:Thaws"}
 data: {source: synthetic, synthetic_samples: 48, synthetic_classes: 4, group_size: 4, repeats: 1, threads: 1}
 optim: {lr: 1e-2, warmup_epochs: 0, ema_decay: 0.5}
 train: {epochs: 3, batch_size: 16, accumulate: 2}

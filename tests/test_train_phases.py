@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
@@ -11,10 +10,11 @@ from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.train import train
+from tests.small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 
 RECIPE = """\
 model: {name: deit_digits_patch8_32, image_size: 32}
-method: {use: "test_train_phases:HeadFirst"}
+method: {use: "tests.test_train_phases:HeadFirst"}
 data:
   {source: folder, flip: 0.0, group_size: 16, repeats: 1, eval_crop_ratio: 1.0, threads: 1,
    mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
@@ -95,4 +95,9 @@ def test_two_processes_reach_the_result_of_one(path, whole, ranks, tmp_path):
 
 def test_phases_that_do_not_fit_the_run_are_refused(load, tmp_path):
     with pytest.raises(UsageError, match=r"TooLong: phase 'head' ends at epoch 2, but must end .* before the end"):
-        train(load("method.use=test_train_phases:TooLong"), tmp_path / "run", World(torch.device("cpu")), resume=False)
+        train(
+            load("method.use=tests.test_train_phases:TooLong"),
+            tmp_path / "run",
+            World(torch.device("cpu")),
+            resume=False,
+        )

@@ -1,20 +1,20 @@
 """How far the executors are from Pillow and timm, operation by operation.
 
-`python tests/data/parity.py` prints the table of docs/augmentation.md.
+`python -m tests.data.parity` prints the table of docs/augmentation.md.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from conftest import encoded, picture
-from oracle import execute
 
 from fastdeit.data.execute.dali import Executor, Work
 from fastdeit.data.pixel_ops import KINDS
 from fastdeit.data.plan import plan, policy
 from fastdeit.data.plan.policy import Ops
 from fastdeit.data.sources.source import header
+from tests.data.conftest import encoded, picture
+from tests.data.oracle import execute
 
 SIZE = (112, 128)
 SIGNED = (-1.0, -0.9, -0.31, 0.08, 0.31, 0.9, 1.0)

@@ -1,7 +1,8 @@
 import shutil
 
 import pytest
-from faulty import save
+
+from tests.faults.faulty import save
 
 
 @pytest.fixture(scope="module")

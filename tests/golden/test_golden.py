@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.golden.golden_losses import FOLDER, PORTABLE, RUNS, STEPS
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-from golden_losses import FOLDER, PORTABLE, RUNS, STEPS  # noqa: E402
 
 
 @pytest.fixture(scope="module")

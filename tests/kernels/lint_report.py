@@ -6,7 +6,6 @@ import sys
 import tempfile
 from typing import Any
 
-import bad_kernels
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +14,7 @@ from triton.runtime.jit import MockTensor
 from fastdeit.kernels._triton import Launch
 from fastdeit.kernels.lint import lint
 from fastdeit.kernels.lint.lint import Row
+from tests.kernels import bad_kernels
 
 VALUES = -16, -1, 0, 1, 2, 16, 17, 48, 2**31 - 1, 2**31, 2**31 + 1, 2**40, 1.0, 2.5, True, False
 

@@ -5,10 +5,10 @@ from unittest import mock
 
 import timm
 import torch
-from proof import assert_as_good, normal
 
 from fastdeit.kernels import accelerate
 from fastdeit.kernels.accelerate import modules as patch_modules
+from tests.kernels.proof import assert_as_good, normal
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
-from toys import toy_batch, toy_context
 
 from fastdeit import methods
 from fastdeit.methods.base import scores
 from fastdeit.methods.teacher import Teacher, TeacherConfig
+from tests.toys import toy_batch, toy_context
 
 B, K, SIDE = 6, 5, 8
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)

@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from plugins import adversarial, cached
 from safetensors.torch import save_file
-from small_runs import StopAt, assert_same_weights, logged, stored, train_rank
-from toys import toy_batch, toy_context
 
 from fastdeit import models
 from fastdeit.cli import main as cli
@@ -24,6 +21,9 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.run.evaluate import metric_rows
 from fastdeit.train import train
+from tests.plugins import adversarial, cached
+from tests.small_runs import StopAt, assert_same_weights, logged, stored, train_rank
+from tests.toys import toy_batch, toy_context
 
 RECIPE = """\
 model: {name: MODEL, image_size: 32}
@@ -38,14 +38,19 @@ engine: {device: cpu, log_every: 2}
 STEPS_PER_EPOCH = 6
 VIT = "deit_digits_patch8_32"
 METHODS = {
-    "mae": (VIT, 'use: "plugins.mae:MaskedAutoencoder"', 4),
-    "adversarial": ("convnet_digits", 'use: "plugins.adversarial:Adversarial", eps: 0.05, eta: 0.02', 3),
-    "cached": (VIT, 'use: "plugins.cached:CachedLogits", store: "STORE"', 3),
-    "dino": (VIT, 'use: "plugins.dino:Dino", crops: 2, teacher_temperature: [0.04, 0.04], momentum: [0.95, 0.95]', 3),
-    "incubation": (VIT, 'use: "plugins.incubation:Incubation", depths: [3, 1], meta_epochs: 2', 9),
+    "mae": (VIT, 'use: "tests.plugins.mae:MaskedAutoencoder"', 4),
+    "adversarial": ("convnet_digits", 'use: "tests.plugins.adversarial:Adversarial", eps: 0.05, eta: 0.02', 3),
+    "cached": (VIT, 'use: "tests.plugins.cached:CachedLogits", store: "STORE"', 3),
+    "dino": (
+        VIT,
+        'use: "tests.plugins.dino:Dino", crops: 2, teacher_temperature: [0.04, 0.04], momentum: [0.95, 0.95]',
+        3,
+    ),
+    "incubation": (VIT, 'use: "tests.plugins.incubation:Incubation", depths: [3, 1], meta_epochs: 2', 9),
     "relations": (
         VIT,
-        f'use: "plugins.relations:Relations", block: 2, teacher_block: 1, teacher: {{model: {VIT}, weights: WEIGHTS}}',
+        'use: "tests.plugins.relations:Relations", block: 2, teacher_block: 1, '
+        f"teacher: {{model: {VIT}, weights: WEIGHTS}}",
         3,
     ),
 }
@@ -148,7 +153,7 @@ def test_eval_finds_again_what_the_run_found(case, capsys):
 
 def test_stored_logits_are_those_of_a_teacher_that_runs_along(few_digits, store, tmp_path):
     """Because the student meets the images that the teacher judged."""
-    recipe = written(tmp_path, VIT, f'use: "plugins.cached:CachedLogits", store: "{store}"', 3, few_digits)
+    recipe = written(tmp_path, VIT, f'use: "tests.plugins.cached:CachedLogits", store: "{store}"', 3, few_digits)
     source, _ = build.sources(recipe)
     judge = teacher()
     loader = build.train_loader(recipe, source, CPU, {}, print)
@@ -239,7 +244,7 @@ def test_rounds_of_an_inner_loop_add_up_to_the_gradient_of_their_losses(ranks, p
 
 def test_what_is_masked_does_not_reach_the_encoder():
     """Other pixels under the mask leave the prediction as it was."""
-    from plugins.mae import MaskedAutoencoder
+    from tests.plugins.mae import MaskedAutoencoder
 
     torch.manual_seed(0)
     model = models.build("deit_digits_patch8_32", num_classes=10)

@@ -1,0 +1,347 @@
+"""`fastdeit bench step` and `bench forward`: both sides do the same work, and what cannot run is told."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.attention import SDPBackend
+
+from fastdeit import cli, methods, models
+from fastdeit.bench import (
+    cells as bench_cells,
+)
+from fastdeit.bench import (
+    kernels as bench_kernels,
+)
+from fastdeit.bench import (
+    measure as bench_measure,
+)
+from fastdeit.bench import (
+    peers as bench_peers,
+)
+from fastdeit.bench import (
+    step as bench_step,
+)
+from fastdeit.bench.step import Cell
+from fastdeit.errors import UsageError
+from fastdeit.methods.teacher import Teacher
+from tests.toys import toy_context
+
+CPU = torch.device("cpu")
+PLAIN, DISTILLED, TEACHER = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "test_resnet"
+TINY = ["--image-size", "32", "--batch", "2", "--rounds", "2", "--device", "cpu"]
+
+
+def tiny(what="step", model=DISTILLED, **changes):
+    return Cell(**{"what": what, "model": model, "batch": 2, "image_size": 32, "precision": "fp32"} | changes)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_a_step_has_all_that_is_needed_to_read_it(tmp_path, capsys):
+    out = tmp_path / "new" / "rows.jsonl"
+    flags = f"--model {DISTILLED} --teacher {TEACHER} --ema --peer timm --peer accelerate"
+    flags += " --peer timm_compile_cudnn --peer timm_compile_graph"
+    assert cli.main(["bench", "step", *TINY, *flags.split(), "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    sides = ["fastdeit", "timm", "accelerate"]
+    for field in ("seconds", "cpu_seconds", "flops", "peak_bytes"):
+        assert list(row[field]) == sides
+    assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in row["seconds"].values())
+    assert (row["what"], row["model"], row["batch"], row["images"]) == ("step", DISTILLED, 2, 2)
+    assert (row["image_size"], row["precision"], row["teacher"], row["ema"]) == (32, "fp32", TEACHER, True)
+    assert (row["drop_path"], row["capture"], row["threads"]) == (0.1, {"fastdeit": "none"}, torch.get_num_threads())
+    graph = "a CUDA graph needs a CUDA device"
+    assert row["failed"] == {
+        "timm_compile_cudnn": "cuDNN's attention needs a CUDA device",
+        "timm_compile_graph": graph,
+    }
+    assert list(row["ratio"]) == ["timm", "accelerate"]
+    assert row["matrix_flops_per_s"] > 0
+    assert row["copy_bytes_per_s"] > 0
+    assert set(row["peak_bytes"].values()) == {None}
+    assert row["kernels"]["attention"] == "reference"
+    printed = capsys.readouterr().out
+    assert "timm_compile_cudnn  cannot run: cuDNN's attention needs a CUDA device" in printed
+    assert "of the matrix rate" in printed
+    assert bench_cells.CPU_NOTE in printed
+
+
+def test_a_row_of_a_forward(capsys):
+    argv = ["bench", "forward", *TINY, "--precision", "bf16", "--peer", "all", "--peer", "timm", "--capture", "graph"]
+    peers = {name: build for name, build in bench_peers.PEERS.items() if "compile" not in name}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_peers, "PEERS", peers | dict.fromkeys(bench_peers.PEERS.keys() - peers.keys(), broken))
+        assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "forward of deit_tiny_patch16_224 on cpu, batch 2, 32 px, bf16, 2 interleaved rounds" in printed
+    assert "fastdeit_graph      cannot run: a CUDA graph needs a CUDA device" in printed
+    assert "timm_compile        cannot run: RuntimeError: it broke" in printed
+    assert "times as fast" not in printed  # none of ours ran
+
+
+def broken(wanted, device):
+    raise RuntimeError("it broke\nin two lines")
+
+
+def test_a_side_that_breaks_in_a_round_is_taken_out_and_the_others_go_on(monkeypatch):
+    calls = []
+
+    def breaks(wanted, device):
+        def run():
+            calls.append("breaks")
+            if len(calls) > 2:
+                raise torch.OutOfMemoryError("no room")
+
+        return bench_step.Side(run, 1.0)
+
+    good = bench_step.Side(lambda: None, 1.0)
+    builders = {"fastdeit": lambda wanted, device: good, "timm": breaks, "accelerate": broken}
+    row = bench_step.measure(tiny(), builders, 3, CPU)
+    assert row["failed"] == {"timm": "OutOfMemoryError: no room", "accelerate": "RuntimeError: it broke"}
+    assert list(row["seconds"]) == list(row["cpu_seconds"]) == list(row["flops"]) == ["fastdeit"]
+    assert len(row["seconds"]["fastdeit"]) == len(row["matrix_seconds"]) == 3
+    bench_cells.finish(row, None)
+    assert row["ratio"] == {}
+
+
+def test_rounds_alternate_and_the_first_may_be_thrown_away():
+    order = []
+
+    def side(name):
+        return lambda: (order.append(name), (float(len(order)), 0.5))[1]
+
+    found = bench_measure.interleave({"a": side("a"), "b": side("b")}, 2, CPU, discard=1)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert found["seconds"] == {"a": [4.0, 5.0], "b": [3.0, 6.0]}
+    with pytest.raises(ZeroDivisionError):
+        bench_measure.interleave({"a": lambda: 1 / 0}, 1, CPU)
+
+
+def test_flops_are_those_of_each_side_and_mfu_is_their_share_of_the_matrix_rate():
+    ours, theirs = (models.build(PLAIN, image_size=32), models.build_timm(PLAIN, image_size=32))
+    judge = models.build_timm(TEACHER)
+    assert theirs.flops() > ours.flops()
+    assert bench_step.step_flops(ours, None, tiny("forward")) == 2 * ours.flops()
+    assert bench_step.step_flops(ours, None, tiny()) == 6 * ours.flops()
+    assert bench_step.step_flops(ours, judge, tiny()) == 6 * ours.flops() + 2 * judge.flops(32)
+    row = {"flops": {"a": 6e9}, "seconds": {"a": [1.0, 2.0, 9.0]}, "matrix_flops_per_s": 10e9}
+    assert bench_cells.mfu(row, "a") == pytest.approx(0.3)
+    assert bench_cells.mfu(row | {"matrix_flops_per_s": None}, "a") is None
+    rows = 2 * (4 + 2)
+    shapes = [(rows, 576, 192), (rows, 192, 192), (rows, 768, 192), (rows, 192, 768)]
+    assert bench_step.products(tiny()) == shapes
+    assert bench_measure.flops_of_products(shapes) == 2 * rows * 192 * (576 + 192 + 768 + 768)
+
+
+# ---- the same work ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "taught"), [(PLAIN, False), (DISTILLED, False), (DISTILLED, True), (PLAIN, True)])
+def test_both_sides_minimise_the_same_loss(model, taught):
+    torch.manual_seed(0)
+    theirs, ours = models.build_timm(model, image_size=32), models.build(model, image_size=32)
+    ours.load_state_dict(theirs.state_dict())
+    judge = models.build_timm(TEACHER).eval().requires_grad_(False) if taught else None
+    batch = bench_step.batch(tiny(model=model, batch=4), {}, CPU)
+    if taught:
+        frozen = Teacher(judge, mean=bench_measure.MEAN, std=bench_measure.STD)
+        use, config = "distill", {"teacher": {"timm": TEACHER}}
+    else:
+        use, config, frozen = "supervised", {}, None
+    context = toy_context(1000, frozen)
+    method = methods.find(use)(ours, methods.config(use)(**config), context)
+    images = batch.pixels()
+    one_hot = nn.functional.one_hot(torch.stack([*batch.targets[:2]]), 1000) * 0.9 + 0.1 / 1000
+    lam = batch.targets.lam[:, None]
+    targets = lam * one_hot[0] + (1 - lam) * one_hot[1]
+    judged = judge(images) if taught else None
+    theirs.inner.train()
+    expected = bench_peers._loss(theirs.inner, images, targets, judged)
+    torch.testing.assert_close(method(batch).loss, expected)
+
+
+def test_both_averages_are_the_same_and_move():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    averages = [bench_peers._average(model, compiled) for compiled in (False, True)]
+    before = model.weight.detach().clone()
+    kept = [cell.cell_contents for average in averages for cell in average.__closure__]
+    emas = next(item for item in kept if hasattr(item, "module"))
+    (lists,) = (item for item in kept if isinstance(item, list) and item[0].data_ptr() != model.weight.data_ptr())
+    with torch.no_grad():
+        model.weight += 1
+    for average in averages:
+        average()
+    expected = before + (1 - bench_step.EMA_DECAY)
+    torch.testing.assert_close(emas.module.weight.detach(), expected)
+    torch.testing.assert_close(lists[0], expected)
+
+
+@pytest.mark.parametrize("name", ["fastdeit", "timm", "accelerate"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_of_every_side_moves_the_weights_and_the_average(name, precision, monkeypatch):
+    built = []
+
+    def keep(build):
+        return lambda *args, **options: built.append(build(*args, **options)) or built[-1]
+
+    monkeypatch.setattr(models, "build", keep(models.build))
+    monkeypatch.setattr(models, "build_timm", keep(models.build_timm))
+    wanted = tiny(precision=precision, teacher=TEACHER, ema=True)
+    side = (bench_step.OURS | bench_peers.PEERS)[name](wanted, CPU)
+    student = next(model for model in built if model.distilled)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    for _ in range(8):  # fp16's first loss scales may be too high
+        side.run()
+        after = student.state_dict()
+        if not torch.equal(before["head.weight"], after["head.weight"]):
+            break
+    assert all(not torch.equal(before[key], after[key]) for key in before if "weight" in key)
+    assert all(value.isfinite().all() for value in after.values())
+    (judge,) = (model for model in built if not model.distilled)
+    assert not judge.training
+    assert not any(parameter.requires_grad for parameter in judge.parameters())
+
+
+def test_random_teacher_unless_its_weights_are_on_disk(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: None)
+    assert not bench_step.on_disk("regnety_160")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: "/cache/model.safetensors")
+    assert bench_step.on_disk("regnety_160")
+    assert not bench_step.on_disk("vit_base_patch16_224.augreg_in21k")  # of other classes
+    assert bench_step.teacher(tiny()) is None
+
+
+@pytest.fixture
+def one_block(monkeypatch):
+    """timm's transformers have one block: compiling takes time for each."""
+
+    def build(name, **options):
+        built = whole(name, **options)
+        if hasattr(built.inner, "blocks"):
+            built.inner.blocks = built.inner.blocks[:1]
+        return built
+
+    whole = models.build_timm
+    monkeypatch.setattr(models, "build_timm", build)
+
+
+@pytest.mark.parametrize("what", ["step", "forward"])
+def test_the_compiled_peer(what, one_block, monkeypatch):
+    compiled = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: compiled(function, **options))
+    wanted = tiny(what, **({"teacher": TEACHER, "ema": True} if what == "step" else {}))
+    side = bench_peers.PEERS["timm_compile"](wanted, CPU)
+    side.run()
+    side.run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["step", "forward"])
+def test_the_peer_compiled_by_inductor(what, one_block):
+    side = bench_peers.PEERS["timm_compile"](tiny(what), CPU)
+    side.run()
+    side.run()
+
+
+@pytest.mark.parametrize("what", ["step", "forward"])
+def test_compiled_sides_in_one_process_have_the_attention_that_they_name(what, one_block, monkeypatch):
+    compiled = []
+
+    def keep(graph, inputs):
+        compiled.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=aot_autograd(fw_compiler=keep)))
+    torch.compiler.reset()
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        monkeypatch.setitem(bench_peers.VARIANTS, "pinned", bench_peers.Variant("default", backend))
+        bench_peers.side(tiny(what, PLAIN), CPU, name="pinned").run()
+    assert ["flash" in str(forward) for forward in compiled[:: 2 if what == "step" else 1]] == [True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["step", "forward"])
+def test_every_side_on_a_card(what):
+    device = torch.device("cuda", 0)
+    changes = {"teacher": TEACHER, "ema": True} if what == "step" else {}
+    wanted = replace(tiny(what, **changes), batch=16, precision=bench_step.default_precision(device))
+    row = bench_step.measure(wanted, bench_cells.builders(bench_step.CAPTURES, bench_cells.STEP_PEERS), 2, device)
+    assert {"fastdeit", "fastdeit_compile", "fastdeit_graph", "timm", "accelerate"} <= row["seconds"].keys()
+    if row["precision"] != "fp16":  # before sm_80 there is no FlashAttention
+        assert {"timm_compile", "timm_compile_graph"} <= row["seconds"].keys()
+    assert all(peak > 0 for peak in row["peak_bytes"].values())
+    assert row["clocks"] is None or row["clocks"]["sm_mhz"] > 0
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["step", "--model", "deit_tini_patch16_224"], "did you mean deit_tiny_patch16_224"),
+        (["step", "--model", "convnet_digits"], "convnet_digits is no vision transformer"),
+        (["step", "--batch", "0"], "0 is not a positive number"),
+        (["step", "--peer", "tim"], "invalid choice: 'tim'"),
+        (["step", "--peer", "dali"], "--peer dali: bench step has the peers timm, timm_compile, timm_compile_cudnn"),
+        (["forward", "--peer", "torchvision"], "--peer torchvision: bench forward has the peers timm,"),
+        (["step", "--precision", "fp8"], "invalid choice: 'fp8'"),
+        (["step", "--image-size", "100"], "not a multiple of the patch size 16"),
+        (["step", "--teacher", "regnety_16"], "did you mean regnety_160"),
+        (["forward", "--teacher", TEACHER], "bench forward is inference"),
+        (["forward", "--ema"], "bench forward is inference"),
+        (["data", "--peer", "accelerate"], "--peer accelerate: bench data has the peers timm, deit, torchvision, dali"),
+        (["data", "--peer", "timm", "--peer", "dali"], "bench data takes one peer, or all"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(bench_step, "measure", None)
+    assert cli.main(["bench", *argv, "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["", "file/rows.jsonl"])
+@pytest.mark.parametrize("verb", [["bench"], ["kernels", "bench"]])
+def test_rows_that_cannot_be_written_are_told_before_anything_is_measured(verb, place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(bench_step, "measure", None)
+    monkeypatch.setattr(bench_kernels, "measure", None)
+    assert cli.main([*verb, "--device", "cpu", "--out", str(tmp_path / place)]) == 2
+    assert f"--out {tmp_path / place} cannot be written: " in capsys.readouterr().err
+
+
+def test_looking_whether_rows_can_be_written_changes_nothing(tmp_path):
+    new, old = tmp_path / "new" / "rows.jsonl", tmp_path / "old.jsonl"
+    old.write_text("{}\n")
+    for path in (new, old):
+        bench_measure.check_out(str(path))
+    assert not new.exists()
+    assert old.read_text() == "{}\n"
+
+
+def test_a_precision_that_the_card_does_not_have(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    card = torch.device("cuda", 0)
+    with pytest.raises(UsageError, match="Tesla V100 has no bf16 products; use fp16"):
+        bench_step.cell("step", PLAIN, card, batch=2, precision="bf16")
+    assert bench_step.cell("step", PLAIN, card, batch=2).precision == "fp16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert bench_step.cell("step", PLAIN, card, batch=2).precision == "bf16"
+
+
+def test_a_model_that_timm_does_not_have_is_no_reason_to_stop():
+    row = bench_step.measure(
+        tiny("forward", "deit_digits_patch8_32"), bench_cells.builders(("none",), ("timm",)), 1, CPU
+    )
+    assert "has no model 'deit_digits_patch8_32'" in row["failed"]["timm"]
+    assert list(row["seconds"]) == ["fastdeit"]

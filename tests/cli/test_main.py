@@ -1,0 +1,286 @@
+"""The command line: what is parsed, what is refused and how, and the exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import fastdeit
+from fastdeit import bench, cli, run, verbs
+from fastdeit import recipe as recipes
+from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.recipe import resolve as recipe
+
+ROOT = Path(fastdeit.__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_rank(monkeypatch):
+    for name in ("RANK", "SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the verbs hand to the modules behind them; `calls.error` is raised by train."""
+    seen = SimpleNamespace(args=None, loaded=[], error=None)
+
+    def main(args):
+        seen.args = args
+        if seen.error is not None:
+            raise seen.error
+
+    for package, name in ((fastdeit, "train"), (run, "evaluate"), (bench, "command"), (verbs, "doctor")):
+        monkeypatch.setattr(package, name, SimpleNamespace(main=main), raising=False)
+    load = SimpleNamespace(load=lambda name, overrides: seen.loaded.append((name, overrides)))
+    monkeypatch.setattr(recipes, "resolve", load, raising=False)
+    return seen
+
+
+def fails(capsys, *argv):
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastdeit: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_flags_are_pinned():
+    """A flag is a promise: adding or dropping one is a decision, made here too."""
+    assert {name: verb.parser.flags for name, verb in cli.VERBS.items()} == {
+        "train": ["-h", "--help", "--data", "--nproc", "--run-dir", "--resume"],
+        "eval": ["-h", "--help", "--data"],
+        "bench": [
+            *("-h", "--help", "--peer", "--device", "--model", "--batch", "--image-size", "--precision", "--capture"),
+            *("--teacher", "--ema", "--recipe", "--eval", "--threads", "--rounds", "--time-limit", "--out", "--report"),
+            "--results",
+        ],
+        "data check": ["-h", "--help", "--source", "--split", "--processes"],
+        "data pack": ["-h", "--help", "--source", "--split", "--force"],
+        "data show": ["-h", "--help", "--data", "--sample", "--epoch", "--copy", "--out"],
+        "data preview": ["-h", "--help", "--data", "--rows", "--columns", "--out"],
+        "recipes": ["-h", "--help"],
+        "doctor": ["-h", "--help"],
+        "kernels": ["-h", "--help", "--arch", "--op", "--json", "--update-golden"],
+        "kernels bench": [
+            *("-h", "--help", "--op", "--model", "--batch", "--dtype", "--device", "--rounds", "--out"),
+            *("--update-choices", "--predict"),
+        ],
+        "plan": ["-h", "--help", "--gpu", "--count", "--nodes", "--price", "--sharding", "--images", "--json"],
+    }
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_usage_line_names_every_flag(verb):
+    parser = cli.VERBS[verb].parser
+    assert [flag for flag in parser.flags if flag not in parser.usage] == ["-h", "--help"]
+
+
+def test_train_in_any_order(calls):
+    argv = ["train", "optim.lr=1e-3", "--nproc", "1", "mine.yaml", "--data", "/images", "train.epochs=2", "--resume"]
+    assert cli.main(argv) == 0
+    args = calls.args
+    assert (args.recipe, args.nproc, args.run_dir, args.resume) == ("mine.yaml", 1, None, True)
+    assert args.overrides == ["optim.lr=1e-3", "train.epochs=2", 'data.root="/images"']
+    assert calls.loaded == [("mine.yaml", args.overrides)]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a #b", "12", "null", "a: b", "[x]", "%x", " x ", "ü", 'a"b'])
+def test_a_data_folder_may_have_any_name(calls, name):
+    assert cli.main(["train", "deit_tiny", "--data", name]) == 0
+    assert recipe.load("deit_tiny", calls.args.overrides).data.root == name
+
+
+def test_train_without_a_recipe_says_what_it_does(calls, capsys):
+    assert cli.main(["train", "train.epochs=1"]) == 0
+    assert (calls.args.recipe, calls.args.overrides) == ("digits", ["train.epochs=1"])
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert "'digits'" in out
+    assert "fastdeit train deit_small_distilled --data /path/to/imagenet --nproc 8" in out
+    assert cli.main(["train", "digits"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_worker_neither_repeats_the_line_nor_the_check(calls, capsys, monkeypatch):
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train"]) == 0
+    assert (calls.args.recipe, calls.loaded, capsys.readouterr().out) == ("digits", [], "")
+
+
+def test_eval_and_bench(calls):
+    assert cli.main(["eval", "runs/a", "--data=/images", "data.val=test"]) == 0
+    assert (calls.args.path, calls.args.overrides) == ("runs/a", ["data.val=test", 'data.root="/images"'])
+    assert cli.main(["bench"]) == 0
+    args = vars(calls.args)
+    assert args == {
+        "what": "step",
+        "overrides": [],
+        "peer": None,
+        "device": "auto",
+        "model": "deit_tiny_patch16_224",
+        "batch": None,
+        "image_size": None,
+        "precision": None,
+        "capture": None,
+        "teacher": "none",
+        "ema": False,
+        "recipe": "deit_small",
+        "eval": False,
+        "threads": None,
+        "rounds": 5,
+        "time_limit": None,
+        "out": None,
+        "report": None,
+        "results": None,
+    }
+    assert cli.main(["bench", "--batch", "4", "data", "--peer", "none"]) == 0
+    assert (calls.args.what, calls.args.batch, calls.args.peer) == ("data", 4, ["none"])
+    assert cli.main(["bench", "data", "--eval", "data.flip=0", "--recipe", "deit_tiny", "data.erase=0"]) == 0
+    assert (calls.args.eval, calls.args.overrides) == (True, ["data.flip=0", "data.erase=0"])
+    assert cli.main(["bench", "--report", "--results", "a.jsonl"]) == 0
+    assert (calls.args.report, calls.args.results) == (".", ["a.jsonl"])
+    assert cli.main(["bench", "suite", "--report", "out", "--capture", "none", "--capture", "graph"]) == 0
+    assert (calls.args.report, calls.args.capture) == ("out", ["none", "graph"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["--versoin"], "did you mean '--version'?"),
+        (["xyzzy"], "verbs: train, eval, bench, data check, data pack, data show, data preview, recipes, doctor"),
+        (["data"], "there is no verb 'data' (verbs: data check, data pack, data show, data preview)"),
+        (["data", "chek"], "there is no verb 'data chek'"),
+        (["data", "chek", "x"], "did you mean 'data check'?"),
+        (["train", "--resme"], "did you mean '--resume'?"),
+        (["train", "--rundir=x"], "did you mean '--run-dir'?"),
+        (["train", "digits", "imagenet"], "expected one recipe"),
+        (["train", "--nproc", "0"], "0 is not a positive number"),
+        (["train", "--nproc", "two"], "invalid int value: 'two'"),
+        (["train", "--data"], "--data: expected one argument"),
+        (["train", "--res"], "no flag --res"),
+        (["eval"], "name a run or a checkpoint"),
+        (["bench", "stp"], "invalid choice: 'stp'"),
+        (["kernels", "--op", "mlp"], "only lint takes flags"),
+        (["kernels", "lint", "--arch"], "--arch: expected at least one argument"),
+        (["doctor", "now"], "unexpected argument 'now' (see fastdeit doctor --help)"),
+    ],
+)
+def test_bad_usage_is_2_in_one_line(calls, capsys, argv, message):
+    assert message in fails(capsys, *argv)
+    assert calls.args is None
+
+
+def test_no_verb_is_bad_usage_with_help(capsys):
+    assert cli.main([]) == 2
+    assert "verbs:" in capsys.readouterr().err
+
+
+def foreign(module, name, base=Exception):
+    return type(name, (base,), {"__module__": module})
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FastdeitError("x"), 1),
+        (UsageError("x"), 2),
+        (NonFiniteError("x"), 3),
+        (Interrupted("x"), 75),
+        (foreign("fastdeit.recipe.resolve", "RecipeError")("x"), 2),
+        (foreign("fastdeit.data.sources.source", "DataError", ValueError)("x"), 2),
+        (foreign("elsewhere", "Sub", foreign("fastdeit.engine.checkpoint", "CheckpointError"))("x"), 2),
+    ],
+)
+def test_errors_for_people(calls, capsys, error, code):
+    calls.error = error
+    assert cli.main(["train", "digits"]) == code
+    assert capsys.readouterr().err == "fastdeit: x\n"
+
+
+def test_the_foreign_errors_exist():
+    """The table names them as text."""
+    for module, name in cli._EXIT_CODES:
+        source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+        assert f"\nclass {name}(" in source
+
+
+def test_every_line_says_who_speaks(calls, capsys):
+    calls.error = foreign("fastdeit.recipe.resolve", "RecipeError")("a.yaml:1: one\na.yaml:2: two")
+    assert cli.main(["train", "digits"]) == 2
+    assert capsys.readouterr().err == "fastdeit: a.yaml:1: one\nfastdeit: a.yaml:2: two\n"
+
+
+def test_recipes(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(recipe, "SHIPPED", tmp_path)
+    (tmp_path / "small.yaml").write_text("about: {summary: a small one}\n")
+    (tmp_path / "larger.yaml").write_text("# why\nabout: {summary: a larger one}\n")
+    assert cli.main(["recipes"]) == 0
+    assert capsys.readouterr().out == "larger  a larger one\nsmall   a small one\n"
+    assert cli.main(["recipes", "show", "larger"]) == 0
+    assert capsys.readouterr().out == "# why\nabout: {summary: a larger one}\n"
+    assert "did you mean small?" in fails(capsys, "recipes", "show", "smal")
+    assert "recipes show NAME" in fails(capsys, "recipes", "show")
+    assert "'list'" in fails(capsys, "recipes", "list")
+
+
+def test_any_other_error_keeps_its_traceback(calls, capsys):
+    calls.error = ValueError("elsewhere's DataError is not ours")
+    assert cli.main(["train", "digits"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("fastdeit: failed with ValueError, see above\n")
+
+
+def test_ctrl_c_is_1_without_traceback(calls, capsys):
+    calls.error = KeyboardInterrupt()
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == "fastdeit: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "err"),
+    [
+        (UsageError("x"), ""),
+        (Interrupted("x"), ""),
+        (NonFiniteError("x"), ""),
+        (FastdeitError("x"), "fastdeit: rank 3: x\n"),
+    ],
+)
+def test_what_all_ranks_find_is_said_by_rank_0(calls, capsys, monkeypatch, error, err):
+    ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    calls.error = error
+    assert cli.main(["train", "digits"]) == error.exit_code
+    assert capsys.readouterr().err == err
+
+
+HELP = """
+import sys
+from fastdeit import bench, cli, run, verbs
+from fastdeit import recipe as recipes
+for argv in (["--help"], ["train", "--help"], ["bench", "--help"], ["--version"]):
+    assert cli.main(argv) == 0
+print(*sys.modules)
+"""
+
+
+def test_help_and_version_load_nothing_that_takes_long():
+    """Measured: 3.6 times an interpreter that does nothing; with numpy it would be 12 times, with torch 160."""
+    done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=True)
+    *_, version, modules = done.stdout.splitlines()
+    assert version == f"fastdeit {fastdeit.__version__}"
+    assert "fastdeit.cli" in modules.split()
+    heavy = {"torch", "numpy", "scipy", "PIL", "pydantic", "ruamel.yaml", "rich", "matplotlib", "timm", "triton"}
+    assert not heavy & set(modules.split())

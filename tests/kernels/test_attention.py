@@ -1,0 +1,269 @@
+"""Attention in Triton: every number of tokens and width of heads in use, packed or with queries of its own."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdeit import kernels
+from fastdeit.kernels import _op
+from fastdeit.kernels._triton import INTERPRETED
+from fastdeit.kernels.attention import backward as attention_backward
+from fastdeit.kernels.attention import tiles as attention_tiles
+from fastdeit.kernels.attention.op import OP
+from fastdeit.kernels.attention.tiles import chunks
+from tests.kernels.proof import TOKENS, few, layouts, normal, prove, repeated
+
+
+def packed(device, dtype, batch, tokens, heads, width, scale=1.0, seed=0, parts=3):
+    values = normal(batch, tokens, parts * heads * width, dtype=torch.float32, device=device, seed=seed)
+    return (values * scale).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(n, marks=pytest.mark.slow) if n > 500 else n for n in TOKENS])
+def test_as_good_as_pytorch(device, tokens):
+    heads = 2 if tokens < 200 else 1
+    bias = normal(3 * heads * 32, dtype=torch.float32, device=device, seed=1).requires_grad_()
+    qkv = packed(device, torch.float16, 1, tokens, heads, 32)
+    prove(kernels.attention, {"qkv": qkv, "num_heads": heads, "bias": bias})
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens"),
+    [
+        *((width, tokens) for width in (32, 48, 64, 80, 96, 128) for tokens in (65, 198, 300)),
+        (64, 17),
+        (64, 208),
+        pytest.param(64, 1025, marks=pytest.mark.slow),
+    ],
+)
+def test_every_width_of_heads(device, width, tokens):
+    prove(kernels.attention, {"qkv": packed(device, torch.float16, 1, tokens, 1, width), "num_heads": 1})
+
+
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 100),
+    heads=st.integers(1, 3),
+    width=st.sampled_from([8, 16, 32, 48, 64, 80, 96, 128]),
+    scale=st.sampled_from([None, 0.3, 2.0]),
+    layout=layouts,
+)
+@settings(few, max_examples=5)
+def test_any_shape(device, product_dtype, batch, tokens, heads, width, scale, layout):
+    qkv = packed(device, product_dtype, batch, tokens, heads, width)
+    prove(kernels.attention, {"qkv": qkv, "num_heads": heads, "scale": scale}, layout)
+
+
+@given(
+    queries=st.sampled_from([1, 2, 65, 80]),
+    tokens=st.sampled_from([1, 50, 198, 300]),
+    heads=st.integers(1, 2),
+    layout=layouts,
+)
+@settings(few, max_examples=5)
+def test_queries_of_their_own(device, product_dtype, queries, tokens, heads, layout):
+    q = packed(device, product_dtype, 2, queries, heads, 32, parts=1)
+    kv = packed(device, product_dtype, 2, tokens, heads, 32, seed=1, parts=2)
+    prove(kernels.query_attention, {"q": q, "kv": kv, "num_heads": heads}, layout)
+
+
+def test_query_attention_is_the_first_rows_of_attention(device):
+    qkv = packed(device, torch.float64, 2, 10, 2, 8).detach()
+    q, kv = qkv[:, :3, :16], qkv[:, :, 16:]
+    torch.testing.assert_close(kernels.query_attention(q, kv, 2), kernels.attention(qkv, 2)[:, :3])
+
+
+@pytest.mark.parametrize("how", ["auto", "reference", "compiled"])
+def test_gradient_of_the_bias_is_that_of_the_linear_layer(how):
+    torch.compiler.reset()
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 5, 8), (24, 8), (24,)))
+    weight.requires_grad_()
+    bias.requires_grad_()
+
+    def ours():
+        qkv = torch.nn.functional.linear(x, weight, bias.detach())
+        return kernels.attention(qkv, 2, bias=bias)
+
+    run = torch.compile(ours, fullgraph=True, backend="aot_eager") if how == "compiled" else ours
+    theirs = kernels.attention(torch.nn.functional.linear(x, weight, bias), 2)
+    with kernels.use("reference" if how == "reference" else "auto"):
+        mine = run()
+        assert torch.equal(mine, theirs)
+        gradients = torch.autograd.grad(mine.square().sum(), (weight, bias))
+    torch.testing.assert_close(gradients, torch.autograd.grad(theirs.square().sum(), (weight, bias)))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+@pytest.mark.parametrize("tokens", [70, 300])
+def test_huge_and_tiny_logits(device, scale, tokens):
+    prove(kernels.attention, {"qkv": packed(device, torch.float16, 1, tokens, 1, 32, scale), "num_heads": 1})
+
+
+@pytest.mark.filterwarnings("error", "ignore:Conversion of an array")  # by the interpreter of Triton 3.4
+@pytest.mark.parametrize("sign", [1, -1])
+def test_logits_far_from_zero_do_not_reach_the_padding(device, sign):
+    """All logits near +-4,500: the exponential of a missing key, whose logit is 0, would be 0 or infinite."""
+    x = packed(device, torch.float32, 1, 70, 1, 32, 0.1).detach()
+    x[..., :32] += 20.0
+    x[..., 32:64] += sign * 40.0
+    prove(kernels.attention, {"qkv": x.half().requires_grad_(), "num_heads": 1})
+
+
+@pytest.mark.filterwarnings("error", "ignore:Conversion of an array")  # by the interpreter of Triton 3.4
+@pytest.mark.parametrize("backend", ["triton", "fused_backward"])
+def test_survives_logits_that_overflow_the_naive_form(device, backend):
+    """q k^T before scaling is near 102,400, beyond fp16's 65,504: a softmax of fp16 products is NaN."""
+    noise = packed(device, torch.float32, 1, 70, 1, 64, 0.1).detach()
+    noise[..., :128] += 40.0
+    qkv = noise.half().requires_grad_()
+    q, k, v = qkv.detach().chunk(3, -1)
+    assert (q.float() @ k.float().mT).min() > torch.finfo(torch.float16).max
+    assert (torch.softmax((q @ k.mT) * 64**-0.5, -1) @ v).isnan().all()
+    prove(kernels.attention, {"qkv": qkv, "num_heads": 1}, mine=kernels.use(attention=backend))
+    with kernels.use(attention=backend):
+        out = kernels.attention(qkv, 1)
+        (grad,) = torch.autograd.grad(out.float().sum(), qkv)
+    assert out.isfinite().all()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
+def test_not_finite_where_pytorch_is_not(device, part):
+    qkv = packed(device, torch.float32, 2, 20, 2, 16).detach()
+    qkv[1, 7, part * 32 + 3] = float("nan")
+    with kernels.use("triton"):
+        mine = kernels.attention(qkv, 2)
+    assert torch.equal(mine.isnan(), kernels.attention(qkv, 2).isnan())
+
+
+def test_chunks_cover_with_little_padding():
+    for tokens in range(1, 258):
+        cover = chunks(tokens)
+        assert sum(cover) >= tokens
+        assert sum(cover) - tokens < max(16, tokens / 6 + 16)
+        assert all(size & (size - 1) == 0 for size in cover)
+    assert [sum(chunks(tokens)) for tokens in (65, 145, 197, 198, 257)] == [80, 160, 208, 208, 272]
+
+
+def test_what_triton_does_not_take_is_the_references(device):
+    for qkv, reason in (
+        (torch.zeros(1, 2, 6, dtype=torch.float64, device=device), "it does not compute in torch.float64"),
+        (torch.zeros(1, 2, 3 * 136, device=device), "heads are 136 wide, at most 128 fit"),
+        (torch.zeros(1, 0, 6, device=device), "are empty"),
+    ):
+        with kernels.use("triton"), pytest.raises(RuntimeError, match=reason):
+            kernels.attention(qkv, 1)
+
+
+def test_more_heads_than_a_grid_holds_are_the_references(device, monkeypatch):
+    assert attention_tiles.MOST_HEADS == 2**16 - 1
+    monkeypatch.setattr(attention_tiles, "MOST_HEADS", 6)
+    for op, inputs in (
+        (kernels.attention, lambda batch: [torch.zeros(batch, 1, 18, device=device)]),
+        (kernels.query_attention, lambda batch: [torch.zeros(batch, 1, size, device=device) for size in (6, 12)]),
+    ):
+        with kernels.use("triton"):
+            op(*inputs(2), 3)
+            with pytest.raises(RuntimeError, match="9 heads in the batch, at most 6 fit a launch"):
+                op(*inputs(3), 3)
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 3), (2, 0)])
+def test_nothing_has_no_attention_and_a_gradient(batch, tokens):
+    qkv, bias = torch.zeros(batch, tokens, 24, requires_grad=True), torch.zeros(24, requires_grad=True)
+    for how in ("auto", "reference"):
+        with kernels.use(how):
+            out = kernels.attention(qkv, 2, bias=bias)
+            grads = torch.autograd.grad(out.sum(), (qkv, bias))
+        assert out.shape == (batch, tokens, 8)
+        assert [grad.shape for grad in grads] == [qkv.shape, bias.shape]
+        assert not grads[1].any()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the interpreter")
+@pytest.mark.parametrize("op", ["attention=triton", "attention=fused_backward", "mlp=epilogue"])
+def test_products_that_the_interpreter_gets_wrong_are_refused(op):
+    name, backend = op.split("=")
+    x, weight = (torch.zeros(*shape, 48, dtype=torch.bfloat16) for shape in ((1, 3), (48,)))
+    args = [x, 1] if name == "attention" else [x, weight, weight[0], weight, weight[0]]
+    with kernels.use(**{name: backend}), pytest.raises(RuntimeError, match="products of bfloat16 wrongly"):
+        getattr(kernels, name)(*args)
+
+
+@pytest.fixture
+def unforced(monkeypatch):
+    """The kernels as candidates that nobody asked for by name, as on a card; warnings are given anew."""
+    able = [b._replace(capability=lambda device, forced: (True, "a test says so")) for b in OP.backends]
+    monkeypatch.setattr(OP, "backends", tuple(able))
+    _op._warn_once.cache_clear()
+    yield
+    _op._warn_once.cache_clear()
+
+
+class _Made(TorchDispatchMode):
+    """Names of the operators that made a tensor of `numel` elements, views not among them."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.names = numel, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() == self.numel and not function.is_view:
+            self.names.append(function.name())
+        return result
+
+
+@pytest.mark.parametrize("width", [160, 256])
+def test_heads_too_wide_are_pytorchs(device, unforced, width):
+    """Under native autograd, whose backward packs the three gradients by one copy; and a warning says what is wide."""
+    qkv = packed(device, torch.float16, 2, 9, 2, width)
+    with pytest.warns(RuntimeWarning) as said:
+        out = kernels.attention(qkv, 2)
+    assert [str(one.message) for one in said] == [
+        f"attention does not run on triton: heads are {width} wide, at most 128 fit, "
+        f"nor on fused_backward: heads are {width} wide, at most 64 fit one program"
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.attention(qkv, 2)  # it is said once
+    with _Made(qkv.numel()) as made:
+        out.backward(torch.ones_like(out))
+    assert made.names == ["aten::stack"]
+    prove(kernels.attention, {"qkv": qkv, "num_heads": 2}, mine=contextlib.nullcontext())
+
+
+def test_two_kernels_take_what_does_not_fit_one_program(device, unforced, monkeypatch):
+    """Where measurement put the one program first, they are next."""
+    row = {"backend": "fused_backward", "because": "measured", "widths": {}}
+    monkeypatch.setattr(_op, "_measured", lambda: {_op.card(torch.device(device)): {"attention": row}})
+    calls, original = [], attention_backward.backward
+    monkeypatch.setattr(attention_backward, "backward", lambda *a, **k: calls.append(1) or original(*a, **k))
+    fits, does_not = (packed(device, torch.float16, 1, tokens, 1, 16) for tokens in (208, 209))
+    kernels.attention(fits, 1).float().sum().backward()
+    assert calls == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # both are Triton's: nothing is lost
+        warnings.filterwarnings("ignore", "Conversion of an array")
+        kernels.attention(does_not, 1).float().sum().backward()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.gpu)])
+def test_every_run_has_the_same_bits(device, times):
+    batch, tokens, heads = (64, 198, 12) if device == "cuda" else (1, 70, 1)
+    qkv = packed(device, torch.float16, batch, tokens, heads, 64)
+    bias = torch.zeros(3 * heads * 64, device=device, requires_grad=True)
+
+    def run():
+        with kernels.use("triton"):
+            out = kernels.attention(qkv, heads, bias=bias)
+            return out, *torch.autograd.grad(out.float().square().sum(), (qkv, bias))
+
+    repeated(run, times)

@@ -1,0 +1,59 @@
+"""What every Triton backend asks of a card that is not there, at the sizes of DeiT: sound launches, and no wait."""
+
+import pytest
+import torch
+
+from fastdeit.bench import kernels as bench_kernels
+from fastdeit.bench.kernels import Work
+from fastdeit.bench.measure import CannotRun
+from fastdeit.kernels import _triton
+from fastdeit.kernels._example import Maker
+from fastdeit.kernels.optimizer.norm import _root_kernel
+from tests.kernels.examples import dry_calls
+from tests.pretended_card import pretended_card
+
+CARD = torch.device("cuda", 0)
+CALLS = dry_calls()
+
+
+@pytest.mark.parametrize("capturing", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_example_runs_forward_and_backward(name, capturing):
+    op, backend, example, sizes, dtype = CALLS[name]
+    with pretended_card(capturing) as card:
+        work = Work(op.name, example.build(Maker(sizes, dtype, CARD)), 0)
+        with card.never_waited_for():
+            results = bench_kernels._chosen(op, backend.name, work)
+        assert card.launched
+        for result in results if isinstance(results, tuple) else [results]:
+            assert result is None or result.device == CARD
+
+
+def test_the_sides_of_a_card_are_all_backends_of_triton_and_the_others_say_why():
+    with pretended_card():
+        found = dict(bench_kernels._sides("mlp", CARD))
+        assert list(found) == ["triton", "epilogue", "quack", "reference", "compiled"]
+        with pytest.raises(CannotRun, match="QuACK"):
+            found["quack"](None)
+
+
+# ---- what this would find --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grid", "changes", "message"),
+    [
+        ((1, 65_536), {}, "_root_kernel"),
+        ((-1,), {}, "_root_kernel"),
+        ((1.0,), {}, "_root_kernel"),
+        ((1,), {"partial": torch.zeros(4)}, "partial is on cpu"),
+        ((1,), {"count": torch.int32}, "count is torch.int32"),
+        ((1,), {"BLOCK": 16.0}, "BLOCK is a constant, but 16.0"),
+    ],
+)
+def test_a_launch_that_no_card_takes_is_found(grid, changes, message):
+    with pretended_card():
+        arguments = {name: torch.zeros(4, device=CARD) for name in ("partial", "norm")} | {"count": 4, "BLOCK": 16}
+        _triton.launch(_root_kernel, grid[:1] if changes else (1,), **arguments, warps=8)
+        with pytest.raises(AssertionError, match=message):
+            _triton.launch(_root_kernel, grid, **arguments | changes, warps=8)

@@ -1,0 +1,270 @@
+"""The lint of kernels: it sees every kernel, and what is wrong with bad ones; and the kernels of the package are good.
+
+Each run compiles the kernels of one small op, slow runs a sample of all (`lint_report.py`), and `fastdeit kernels lint`
+everything. Instruction mixes are compared where tests/golden/kernels has a file for the installed version of Triton.
+`fastdeit kernels lint --update-golden` writes it: for a new version, and after a change that is meant.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdeit import cli
+from fastdeit.kernels import _op, _triton
+from fastdeit.kernels.lint import cases as lint_cases
+from fastdeit.kernels.lint import lint
+from fastdeit.kernels.lint.cases import Case
+from fastdeit.kernels.lint.lint import Facts, Job, Row
+
+ROOT = Path(lint.__file__).parents[2]
+
+PTX = """
+\t@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+\t@%p1 ld.global.L1::evict_last.v2.b64 { %rd2, %rd3 }, [ %rd1 + 0 ];
+\tld.global.b16 { %rs1 }, [ %rd1 + 2 ];
+\t@%p2 st.global.v2.b32 [ %rd4 + 0 ], { %r1, %r2 };
+\tld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [%r9];
+\tcp.async.cg.shared.global [ %r10 + 0 ], [ %rd5 + 0 ], 0x10, %r11;
+\tcp.async.ca.shared.global [ %r10 + 0 ], [ %rd5 + 0 ], 0x4, %r11;
+"""
+SASS = """
+.text._kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/             @!UPT UIADD3 URZ, UPT, UPT, URZ, URZ, URZ ;
+        /*0030*/                   LDG.E.U16 R8, desc[UR4][R2.64+0x10] ;
+        /*0040*/                   EXIT ;
+.L_x_0:
+        /*0050*/                   BRA `(.L_x_0);
+        /*0060*/                   NOP;
+"""
+
+
+def compiling(*command):
+    """What a Python process says in which Triton compiles instead of interpreting."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def report():
+    return json.loads(compiling("-m", "tests.kernels.lint_report"))
+
+
+def test_every_backend_of_ours_has_a_case():
+    """Reference, host, aten, apex and QuACK bring no Triton kernels of ours."""
+    cased = {(case.op, case.backend) for found in lint_cases.cases().values() for case in found}
+    assert cased == {
+        (op.name, backend.name)
+        for op in _op.OPS.values()
+        for backend in op.backends
+        if backend.name not in ("reference", "host", "aten", "apex", "quack")
+    }
+
+
+def test_the_kernels_of_an_op_are_compiled_and_within_limits():
+    """And have the golden instructions, where this version of Triton has any."""
+    out = compiling("-m", "fastdeit", "kernels", "lint", "--arch", "90", "--op", "global_norm")
+    assert out.endswith("\n4 rows, all within limits\n")
+    assert "norm._root_kernel" in out
+
+
+@pytest.mark.slow
+def test_kernels_are_within_limits(report):
+    assert sorted(report["ops"]) == sorted({op for op, _ in lint_cases.backends()})
+    assert report["broken"] == []
+
+
+@pytest.mark.slow
+def test_instructions_are_the_golden_ones(report):
+    if not report["golden"]:
+        pytest.skip(
+            f"tests/golden/kernels has no {lint.golden_file().name}; `fastdeit kernels lint --update-golden` writes it"
+        )
+    assert report["differences"] + report["gone"] + report["missing"] == [], (
+        "if that is meant: fastdeit kernels lint --update-golden"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "limits"),
+    [
+        ("error", ["does not compile: ValueError: arange's range must be a power of 2"]),
+        ("narrow", ["widest loads have 16 bits, less than 128", "widest stores have 16 bits, less than 128"]),
+        ("spills", ["bytes spilled, more than 64"]),
+        ("shared", ["294912 bytes of shared memory, more than 232448"]),
+        ("no wgmma", ["no HGMMA"]),
+    ],
+)
+def test_bad_kernels_are_named(report, case, limits):
+    found = report["bad"][case]
+    assert len(found) == len(limits)
+    assert all(limit in text for limit, text in zip(limits, found, strict=True))
+
+
+@pytest.mark.slow
+def test_arguments_are_one_job_where_triton_makes_one_program_of_them(report):
+    assert report["disagreements"] == []
+
+
+def row(kernel="f", arch=90, place=1, **facts):
+    return Row(Case("op", "triton", "case", lambda: None, 70, **facts), Job("a.b", kernel, (), 4, 1, arch), place)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The kernel of `row` multiplies matrices."""
+    monkeypatch.setitem(_triton.EXPECTED, ("a.b", "f"), _triton.Expected(products=True))
+
+
+GOOD = {"registers": 64, "loads": {128: 4}, "stores": {128: 2}, "mix": {"all": 10, "HGMMA": 2}}
+
+
+@pytest.mark.parametrize(
+    ("facts", "limits"),
+    [
+        ({}, []),
+        ({"spill_loads": 64}, []),
+        ({"spill_stores": 68}, ["68 bytes spilled, more than 64"]),
+        ({"registers": 32}, []),
+        ({"registers": 32, "spill_loads": 8}, ["register allocation gave up: 8 bytes spilled at 32 registers"]),
+        ({"shared": 232_448}, []),
+        ({"shared": 232_449}, ["232449 bytes of shared memory, more than 232448"]),
+        ({"loads": {64: 1, 16: 3}}, ["widest loads have 64 bits, less than 128"]),
+        ({"stores": {}}, ["widest stores have 0 bits, less than 128"]),
+        ({"mix": {"all": 1}}, ["no HGMMA: it does not use the tensor cores of sm_90 by their own instructions"]),
+        ({"serialised": True}, ["ptxas serialises its wgmma instructions"]),
+        ({"error": "E: x"}, ["does not compile: E: x"]),
+    ],
+)
+def test_limits(facts, limits, products):
+    assert lint.broken(row(), Facts(**GOOD | facts)) == limits
+
+
+def test_what_is_not_expected_is_not_asked_for(products):
+    without = Facts(**GOOD | {"mix": {"all": 1}})
+    assert lint.broken(row("no product"), without) == []
+    assert lint.broken(row(half=False), without) == []
+    assert lint.broken(row(arch=80), without) == []
+    assert lint.broken(row(odd=True), Facts(**GOOD | {"loads": {16: 1}})) == []
+    assert lint.broken(row(arch=89), Facts(**GOOD | {"shared": 101_377})) != []
+
+
+def test_a_kernel_states_narrower_accesses(monkeypatch):
+    narrow = Facts(**GOOD | {"loads": {64: 1}, "stores": {32: 1}})
+    assert len(lint.broken(row(), narrow)) == 2
+    monkeypatch.setitem(_triton.EXPECTED, ("a.b", "f"), _triton.Expected(loads=64, stores=32))
+    assert lint.broken(row(), narrow) == []
+
+
+def test_widths_of_global_accesses():
+    assert lint.widths(PTX, "ld") == {128: 3, 32: 1, 16: 1}
+    assert lint.widths(PTX, "st") == {64: 1}
+
+
+def test_mix_counts_opcodes_under_any_predicate():
+    assert lint.mix(SASS) == {"all": 6, "BRA": 1, "EXIT": 1, "LDG": 2, "MOV": 1, "UIADD3": 1}
+
+
+def test_differences_say_old_and_new():
+    golden = {"a": {"all": 10, "LDG": 2}, "b": {"all": 1}}
+    measured = {"a": {"all": 12, "LDG": 2, "STL": 1}, "b": {"all": 1}, "c": {"all": 1}}
+    assert lint.differences(golden, measured) == ["a: all 10 -> 12, STL 0 -> 1", "c: not in the golden file"]
+
+
+def test_an_update_replaces_what_was_measured_and_keeps_the_rest(monkeypatch, tmp_path):
+    monkeypatch.setattr(lint, "GOLDEN", tmp_path / "kernels")
+    rows = [row(), row(place=2)]
+    old = {"op | old | b.f | sm_90": {}, "op | case | b.f | sm_80": {"all": 3}, "other | x | y | sm_90": {}}
+    lint.update_golden(old, [])
+    assert lint.gone(lint.read_golden(), rows) == ["op | old | b.f | sm_90: no such kernel any more"]
+    lint.update_golden({rows[0].key: {"all": 1}, rows[1].key: {"all": 2}}, rows)
+    assert lint.read_golden() == {
+        "op | case | b.f | sm_80": {"all": 3},
+        "op | case | b.f | sm_90": {"all": 1},
+        "op | case | b.f#2 | sm_90": {"all": 2},
+        "other | x | y | sm_90": {},
+    }
+
+
+def test_an_update_outside_a_checkout_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(lint, "GOLDEN", tmp_path / "none" / "kernels")
+    with pytest.raises(lint.LintError, match="this is no checkout"):
+        lint.update_golden({}, [])
+
+
+def test_table_is_aligned():
+    rows = [row(), row("longer", 80)]
+    text = lint.table(rows, {rows[0].job: Facts(**GOOD), rows[1].job: Facts(error="E")})
+    head, first, second = text.splitlines()
+    assert [head.index("sm"), head.index("regs")] == [first.index("90"), first.index("64")]
+    assert second.endswith("does not compile")
+    assert first.endswith("128x4  128x2   2 HGMMA")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "TRITON_INTERPRET is set"),
+        (["--op", "nothing"], "the op 'nothing' has no Triton kernels; those that have: "),
+        (["--arch", "80", "81"], "architecture 81 is not one of: 70, 80, 89, 90, 100"),
+    ],
+)
+def test_what_the_command_cannot_do(capsys, monkeypatch, argv, message):
+    monkeypatch.setattr(lint._triton, "INTERPRETED", not argv)
+    assert cli.main(["kernels", "lint", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """`compiled(**facts)`: from now on the command finds one kernel, with these facts."""
+    monkeypatch.setattr(lint, "GOLDEN", tmp_path / "kernels")
+    monkeypatch.setattr(lint, "plan", lambda archs, ops: [row()])
+
+    def set_facts(**facts):
+        monkeypatch.setattr(lint, "compile_all", lambda rows: {row.job: Facts(**GOOD | facts) for row in rows})
+
+    return set_facts
+
+
+def test_the_command_prints_and_writes(capsys, compiled, tmp_path):
+    compiled()
+    assert cli.main(["kernels", "lint", "--json", str(tmp_path / "facts.json")]) == 0
+    out = capsys.readouterr().out
+    assert "facts of the compiler, not speeds" in out
+    assert "instruction mixes are not compared" in out
+    assert out.endswith("1 rows, all within limits\n")
+    written = json.loads((tmp_path / "facts.json").read_text())["rows"]
+    assert [(found["kernel"], found["registers"], found["broken"]) for found in written] == [("b.f", 64, [])]
+
+
+def test_the_command_fails_on_a_broken_limit(capsys, compiled):
+    compiled(spill_loads=100)
+    assert cli.main(["kernels", "lint"]) == 1
+    assert capsys.readouterr().out.endswith("\nop | case | b.f | sm_90: 100 bytes spilled, more than 64\n")
+
+
+def test_the_command_fails_on_other_instructions(capsys, compiled):
+    compiled()
+    assert cli.main(["kernels", "lint", "--update-golden"]) == 0
+    assert cli.main(["kernels", "lint"]) == 0
+    compiled(mix={"all": 11, "HGMMA": 2})
+    capsys.readouterr()
+    assert cli.main(["kernels", "lint"]) == 1
+    out = capsys.readouterr().out
+    assert out.endswith("\nop | case | b.f | sm_90: all 10 -> 11\n")
+    assert "if that is meant: fastdeit kernels lint --update-golden" in out
+
+
+def test_info_is_the_default(capsys):
+    assert cli.main(["kernels"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == set(_op.OPS)

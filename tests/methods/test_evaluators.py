@@ -1,0 +1,109 @@
+"""Evaluators on features and losses that are known, on one process and on several."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastdeit.engine.dist import World
+from fastdeit.methods.base import Out
+from fastdeit.methods.evaluators import Evaluation, HeldOutLoss, Knn, LinearProbe
+from fastdeit.run.evaluate import evaluate
+from tests.toys import toy_batch
+
+CLASSES = 4
+
+
+class Stream:
+    """Images of one grey value each, 25 times their label plus `shift`; a process has every `size`-th."""
+
+    def __init__(self, labels, rank=0, size=1, shift=0):
+        self.labels, self.shift = labels[rank::size], shift
+        self.bad, self.share = SimpleNamespace(reasons={}), len(self.labels)
+
+    def batches(self):
+        for labels in torch.tensor(self.labels, dtype=torch.int64).split(3) if self.labels else ():
+            images = (25 * labels + self.shift).to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 2, 2, 3)
+            yield toy_batch(images, labels, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+class Features:
+    """An angle for every grey value, so that equal labels are near each other; `blind` sees none of it."""
+
+    def __init__(self, blind=False):
+        self.blind = blind
+
+    def features(self, x):
+        angle = x[:, 0, 0, 0] * (0.0 if self.blind else 5.0)
+        return torch.stack((angle.cos(), angle.sin()), 1)
+
+
+def found(rank, size, evaluator, method, training, held_out):
+    world = World(torch.device("cpu"), rank, size)
+    result = evaluate(
+        method, {"it": evaluator}, Stream(held_out, rank, size, 3), lambda: Stream(training, rank, size), world, "fp32"
+    )
+    return result.images, result.metrics
+
+
+TRAINING, HELD_OUT = [0, 1, 2, 3] * 5, [0, 1, 2, 3, 3, 2, 1]
+
+
+@pytest.mark.parametrize("evaluator", [Knn(neighbours=3), LinearProbe()], ids=["knn", "linear"])
+def test_features_that_tell_labels_apart_are_told_from_those_that_do_not(evaluator):
+    name = "knn_top1" if isinstance(evaluator, Knn) else "linear_top1"
+    assert found(0, 1, evaluator, Features(), TRAINING, HELD_OUT) == (7, {name: 100.0})
+    _, metrics = found(0, 1, evaluator, Features(blind=True), TRAINING, HELD_OUT)
+    assert metrics[name] < 50
+
+
+def both(rank, size, training, held_out):
+    return [found(rank, size, each, Features(), training, held_out) for each in (Knn(3), LinearProbe())]
+
+
+@pytest.mark.parametrize("held_out", [HELD_OUT, [2]], ids=["shared", "fewer images than processes"])
+def test_several_processes_find_the_same(ranks, held_out):
+    expected = both(0, 1, TRAINING, held_out)
+    assert ranks(2, both, TRAINING, held_out) == [expected] * 2
+
+
+@pytest.mark.parametrize("known", [1.0, 100.0])
+@pytest.mark.parametrize("asked", [1e-3, 1.0])
+def test_votes_are_weighted_by_nearness_in_angle(known, asked):
+    """Two far neighbours of one label lose against a near one of another, however long the features are."""
+    training = torch.tensor([[1.0, 0.0], [-0.2 * known, known], [-0.2 * known, known]])
+    method = SimpleNamespace(features=lambda x: training if len(x) == 3 else asked * torch.tensor([[1.0, 0.1]]))
+    batches = {
+        "training": lambda: iter([toy_batch(torch.zeros(3, 2, 2, 3, dtype=torch.uint8), torch.tensor([1, 0, 0]))]),
+        "held_out": lambda: iter([toy_batch(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), torch.tensor([1]))]),
+    }
+    evaluation = Evaluation(method, **batches, autocast=nullcontext, processes=World(torch.device("cpu")))
+    assert Knn(3, temperature=0.07)(evaluation) == {"knn_top1": 100.0}
+    assert Knn(3, temperature=1e6)(evaluation) == {"knn_top1": 0.0}
+
+
+def mean_label(batch):
+    loss = batch.targets.y1.float().mean()
+    return Out(loss, parts={"twice": 2 * loss})
+
+
+def held_out_loss(rank, size, labels):
+    return found(rank, size, HeldOutLoss(), mean_label, [], labels)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3, 3], [2]])
+def test_the_held_out_loss_is_the_mean_over_images(ranks, labels):
+    mean = sum(labels) / len(labels)
+    expected = len(labels), {"held_out_loss": pytest.approx(mean), "held_out_twice": pytest.approx(2 * mean)}
+    assert held_out_loss(0, 1, labels) == expected
+    assert ranks(2, held_out_loss, labels) == [expected] * 2
+
+
+def test_two_evaluators_with_one_metric_are_refused():
+    class Other(Knn):
+        pass
+
+    world = World(torch.device("cpu"))
+    with pytest.raises(ValueError, match="evaluator 'b' returns the metric 'knn_top1', which an earlier one has"):
+        evaluate(Features(), {"a": Knn(3), "b": Other(3)}, Stream(HELD_OUT), lambda: Stream(TRAINING), world, "fp32")
