@@ -1,9 +1,12 @@
 """Dependencies point down only: every import of the package is read and held against docs/architecture.md."""
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,46 +14,100 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastdeit"
 
-# What each part may import of fastdeit, besides itself. A module that is not named here stands beside train: it may
-# import anything but what is above train. `fastdeit` is the package's own __init__ (the version).
+# What each room of the package may import of fastdeit besides itself, lowest floor first: a row names earlier rows
+# alone. A room is a package or a module. "data" stands for every room below it as well, and a file belongs to the
+# longest name that fits. `fastdeit` is the package's own __init__, with the version.
+_OPS = {"kernels._example", "kernels._op", "kernels._triton"}
 LAYERS: dict[str, set[str]] = {
+    # ---- they import nothing of fastdeit
     "fastdeit": set(),
     "errors": set(),
     "rng": set(),
     "text": set(),
     "plugins": set(),
     "fields": set(),
-    "views": {"fields", "data"},
-    "kernels": set(),
+    # ---- fused ops: they import nothing outside kernels
+    "kernels._example": set(),
+    "kernels._op": {"kernels._example"},
+    "kernels._triton": {"kernels._op"},
+    "kernels._loss": {"kernels._op", "kernels._triton"},
+    "kernels.noise": set(),
+    "kernels.input": _OPS | {"kernels.noise"},
+    "kernels.layer_norm": _OPS,
+    "kernels.attention": _OPS,
+    "kernels.mlp": _OPS | {"kernels.layer_norm"},
+    "kernels.losses": _OPS | {"kernels._loss"},
+    "kernels.cosub": _OPS | {"kernels._loss"},
+    "kernels.optimizer": _OPS,
+    "kernels.lint": _OPS,
+    "kernels.nn": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp"},
+    "kernels.accelerate": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp", "kernels.nn"},
+    "kernels": {
+        *("kernels._op", "kernels.accelerate", "kernels.attention", "kernels.cosub", "kernels.input"),
+        *("kernels.layer_norm", "kernels.losses", "kernels.mlp", "kernels.nn", "kernels.optimizer"),
+    },
+    # ---- what a batch is, and where it comes from
     "batch": {"kernels"},
+    "data.nodes": set(),
+    "data.pixel_ops": {"data.nodes"},
+    "data.plan": {"rng", "data.pixel_ops"},
+    "data.sources": {"rng", "plugins"},
+    "data.execute": {"data.plan", "data.sources", "data.nodes", "data.pixel_ops"},
+    "data.loader": {"batch", "data.plan", "data.sources", "data.execute"},
+    "data": set(),
+    "views": {"fields", "data.plan"},
+    # ---- networks, losses, steps; none of them knows a data set
     "models": {"kernels", "fields", "plugins", "text"},
-    "methods": {"models", "kernels", "plugins", "fields", "views", "batch"},
-    "data": {"rng", "batch", "plugins"},
-    "engine": {"rng", "kernels", "batch", "plugins"},
-    "agent": {"errors"},
-    "launch": {"errors", "agent", "train"},
+    "methods": {"models", "kernels", "batch", "views", "fields", "plugins"},
+    "engine": {"kernels", "batch", "plugins"},
+    # ---- a run
+    "recipe": {"methods", "engine", "data.sources", "views", "fields", "text"},
+    "run": {
+        *("fastdeit", "errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe"),
+        *("data.plan", "data.sources", "data.loader"),
+    },
+    "train": {
+        *("errors", "rng", "kernels", "methods", "engine", "recipe", "run"),
+        *("data.plan", "data.sources", "data.loader"),
+    },
+    # ---- what the command line calls
+    "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe"},
+    "bench": {
+        *("errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe", "run"),
+        *("estimate", "data.pixel_ops", "data.plan", "data.sources"),
+    },
+    "verbs": {"errors", "kernels", "batch", "engine", "recipe", "run", "data.pixel_ops", "data.plan", "data.sources"},
+    "launch": {"errors", "train"},
+    "cli": {"fastdeit", "errors", "kernels", "recipe", "run", "estimate", "bench", "verbs", "launch"},
     "__main__": {"cli"},
 }
-LOWEST_FLOOR = {"rng", "text", "plugins", "fields", "views", "batch"}
-NOT_FOR_CLI = LOWEST_FLOOR | {"models", "methods", "data", "engine", "agent", "__main__"}
-ABOVE_TRAIN = {"cli", "launch", "agent", "__main__"}
-# numpy only: they run where no torch is wanted, and their arrays are the contract with any executor.
-_DATA = ("arrow", "cifar", "datasets", "folder", "hugging_face", "index", "kinds", "order", "packed", "parquet", "plan")
-_DATA += ("pixel_ops", "policy", "public", "scan", "shards", "source", "synthetic", "tar", "tfrecord", "tools")
-_TOP = ("data_verbs", "errors", "rng", "fields", "views", "cli", "launch")
-WITHOUT_TORCH = [f"{name}.py" for name in (*(f"data/{name}" for name in _DATA), *_TOP)]
+# They run where no torch is wanted, and the arrays of the plan are the contract with any executor.
+WITHOUT_TORCH = [
+    *("errors.py", "rng.py", "text.py", "plugins.py", "fields.py", "views.py", "cli.py", "launch/launch.py"),
+    *("data/nodes.py", "data/pixel_ops.py", "verbs/data.py"),
+    *(
+        str(path.relative_to(PACKAGE))
+        for room in ("data/plan", "data/sources", "recipe")
+        for path in sorted((PACKAGE / room).glob("*.py"))
+    ),
+]
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-
-
-def layer(module: str) -> str:
-    """`fastdeit.engine.dist` -> `engine`, `fastdeit` -> `fastdeit`."""
-    return module.split(".")[1] if "." in module else module
 
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def below(name: str, room: str) -> bool:
+    return name == room or name.startswith(f"{room}.")
+
+
+def room_of(module: str) -> str | None:
+    """`fastdeit.data.plan.order` -> `data.plan`, `fastdeit` -> `fastdeit`; None for a module in no row of the table."""
+    name = module.removeprefix("fastdeit.")
+    return max((room for room in LAYERS if below(name, room)), key=len, default=None)
 
 
 def exists(module: str) -> bool:
@@ -69,39 +126,108 @@ def imports(tree: ast.AST, path: Path) -> Iterator[tuple[int, str]]:
             base = ".".join([*up, *filter(None, [node.module])]) if node.level else node.module
             for alias in node.names:
                 whole = f"{base}.{alias.name}"
-                # `from fastdeit.recipe import resolve as recipe` names a module whether its file is written yet or not.
-                yield node.lineno, whole if exists(whole) or (base == "fastdeit" and alias.name.islower()) else base
+                yield node.lineno, whole if exists(whole) else base
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
                 yield node.lineno, node.args[0].value
 
 
+@cache
+def own_imports(path: Path, source: str) -> tuple[tuple[int, str], ...]:
+    """Those of `imports` that name fastdeit."""
+    return tuple((line, module) for line, module in imports(ast.parse(source), path) if below(module, "fastdeit"))
+
+
 def violations(path: Path, source: str) -> list[str]:
-    me = layer(module_name(path))
-    found = []
-    for line, module in imports(ast.parse(source), path):
-        if module.split(".")[0] != "fastdeit":
-            continue
-        target = layer(module)
-        if me == "cli":
-            fine = target not in NOT_FOR_CLI
-        elif me in LAYERS:
-            fine = target == me or target in LAYERS[me]
-        else:
-            fine = target not in ABOVE_TRAIN
-        if not fine:
-            found.append(f"{path.relative_to(ROOT)}:{line}: {me} imports {target}")
+    me = room_of(module_name(path))
+    found = [] if me else [f"{path.relative_to(ROOT)} is in no row of LAYERS"]
+    for line, module in own_imports(path, source):
+        target = room_of(module)
+        if target != me and not any(below(target or module, allowed) for allowed in LAYERS.get(me, ())):
+            found.append(f"{path.relative_to(ROOT)}:{line}: {me} imports {target or module}")
     return found
 
 
+def circle(sources: Mapping[Path, str]) -> list[str] | None:
+    """Names of modules of which each imports the next, the last being the first; None if no file is in a circle."""
+    files = {module_name(path) for path in sources}
+    graph: dict[str, set[str]] = {}
+    for path, source in sources.items():
+        me = module_name(path)
+        graph[me] = {module for _, module in own_imports(path, source) if module in files and module != me}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return None
+
+
 def test_there_is_something_to_check():
-    assert {"cli", "launch", "train"} <= {layer(module_name(path)) for path in FILES}
+    assert {"cli", "launch", "train"} <= {room_of(module_name(path)) for path in FILES}
+
+
+def test_a_floor_stands_on_lower_floors_alone():
+    rooms = list(LAYERS)
+    for place, (room, allowed) in enumerate(LAYERS.items()):
+        for name in allowed:
+            covered = [other for other in rooms if below(other, name)]
+            assert covered, f"{room} may import {name}, which is no room"
+            assert all(rooms.index(other) < place for other in covered), f"{room} stands below {name}"
+
+
+def test_the_picture_in_the_documentation_has_the_same_floors():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    floors: dict[str, int] = {}
+    for number, line in re.findall(r"^ {0,2}(\d+)  (\S.*)$", page, re.MULTILINE):
+        for name in re.findall(r"[a-z_/]+(?:/|\.py)(?= |$)", line):
+            floors[name.removesuffix(".py").strip("/").replace("/", ".")] = int(number)
+    assert {room.partition(".")[0] for room in LAYERS} - {"fastdeit"} == {name.partition(".")[0] for name in floors}
+
+    def floor(room: str) -> int:
+        return floors[max((name for name in floors if below(room, name)), key=len)]
+
+    for room, allowed in LAYERS.items():
+        for other in allowed - {"fastdeit"}:
+            inside = below(room, "kernels") and below(other, "kernels")
+            assert inside or floor(other) < floor(room), f"{room} imports {other}, which the picture has above it"
+
+
+def test_every_row_is_used():
+    """A row, or a name in one, that no file needs would allow what nobody decided."""
+    used: dict[str, set[str]] = {}
+    for path in FILES:
+        me = room_of(module_name(path))
+        used.setdefault(me, set()).update(room_of(module) for _, module in own_imports(path, path.read_text()))
+    assert used.keys() == LAYERS.keys()
+    for room, allowed in LAYERS.items():
+        idle = {name for name in allowed if not any(below(target, name) for target in used[room])}
+        assert not idle, f"{room} imports nothing of {', '.join(sorted(idle))}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_dependencies_point_down(path):
     assert violations(path, path.read_text()) == []
+
+
+def test_no_file_is_in_a_circle():
+    assert circle({path: path.read_text() for path in FILES}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "back"),
+    [
+        ("methods/evaluators.py", "from fastdeit.methods.base import Method", "fastdeit.methods.base"),
+        ("rng.py", "def f():\n    from fastdeit.data.plan import order", "fastdeit.data.plan.order"),
+        ("kernels/attention/tiles.py", "from .op import attention", "fastdeit.kernels.attention.op"),
+        ("engine/guard.py", "if TYPE_CHECKING:\n    from fastdeit.engine.step import Engine", "fastdeit.engine.step"),
+    ],
+)
+def test_a_circle_is_seen(name, source, back):
+    sources = {path: path.read_text() for path in FILES}
+    found = circle(sources | {PACKAGE / name: source})
+    assert found[0] == found[-1]
+    assert {module_name(PACKAGE / name), back} <= set(found)
 
 
 @pytest.mark.parametrize(
@@ -110,18 +236,27 @@ def test_dependencies_point_down(path):
         ("engine/x.py", "def f():\n    from fastdeit.models import deit"),
         ("engine/x.py", "from fastdeit import methods"),
         ("engine/x.py", "from .. import errors"),
-        ("data/x.py", "from fastdeit.engine.dist import World"),
-        ("data/x.py", "import fastdeit.kernels as k"),
+        ("data/loader.py", "from fastdeit.engine.dist import World"),
+        ("data/loader.py", "import fastdeit.kernels as k"),
+        ("data/plan/x.py", "from fastdeit.data.execute import dali"),
+        ("data/plan/x.py", "from fastdeit.data.sources.source import Source"),
+        ("data/sources/x.py", "from ..plan import order"),
+        ("data/execute/x.py", "from fastdeit.data.loader import TrainLoader"),
         ("methods/x.py", "if TYPE_CHECKING:\n    from fastdeit.data.sources import source"),
         ("models/x.py", "from ..methods.base import Method"),
         ("models/__init__.py", "from ..methods.base import Method"),
-        ("kernels/x.py", "from importlib import import_module\nimport_module('fastdeit.rng')"),
-        ("kernels/x.py", "from fastdeit import __version__"),
-        ("train.py", "from fastdeit.launch import launch"),
-        ("recipe.py", "from fastdeit.cli import main"),
-        ("launch.py", "from fastdeit.engine import dist"),
+        ("kernels/attention/x.py", "from importlib import import_module\nimport_module('fastdeit.rng')"),
+        ("kernels/attention/x.py", "from fastdeit import kernels"),
+        ("kernels/nn.py", "from fastdeit.kernels.accelerate import patch"),
+        ("kernels/_op.py", "from fastdeit import __version__"),
+        ("recipe/x.py", "from fastdeit.run import build"),
+        ("run/x.py", "from fastdeit import train"),
+        ("train.py", "from fastdeit import launch"),
+        ("recipe/x.py", "from fastdeit.cli import main"),
+        ("launch/x.py", "from fastdeit.engine import dist"),
         ("cli.py", "from fastdeit.data.sources.source import DataError"),
         ("rng.py", "from fastdeit.data.plan import order"),
+        ("x.py", ""),
     ],
 )
 def test_an_upward_import_is_seen(name, source):
@@ -134,15 +269,13 @@ def test_an_upward_import_is_seen(name, source):
     [
         (
             "train.py",
-            "from fastdeit.run import build; from fastdeit.recipe import resolve as recipes; from fastdeit import rng\nfrom fastdeit.errors import UsageError",
+            "from fastdeit import rng\nfrom fastdeit.run import build\nfrom fastdeit.errors import UsageError",
         ),
-        ("kernels/x.py", "from fastdeit.kernels import _op\nfrom . import attention\nfrom .loss import f"),
-        (
-            "cli.py",
-            "from fastdeit import __version__; from fastdeit.verbs import doctor; from fastdeit.recipe import resolve as recipe; from fastdeit.launch import launch",
-        ),
-        ("engine/x.py", "from fastdeit import kernels, rng\nimport torch"),
+        ("kernels/attention/x.py", "from fastdeit.kernels import _op\nfrom . import tiles\nfrom .._triton import f"),
+        ("cli.py", "from fastdeit import __version__, kernels\nfrom fastdeit.verbs import doctor"),
+        ("engine/x.py", "from fastdeit import kernels\nimport torch"),
         ("models/x.py", "from ..kernels import attention"),
+        ("data/loader.py", "from fastdeit.data.execute import dali"),
     ],
 )
 def test_a_downward_import_is_not(name, source):
@@ -159,7 +292,7 @@ def test_no_torch(name):
 
 
 def test_data_knows_no_torch_module():
-    for path in (PACKAGE / "data").glob("*.py"):
+    for path in (PACKAGE / "data").rglob("*.py"):
         assert not {module for module in imported_by(path) if module.startswith("torch.nn")}, path
 
 
@@ -174,12 +307,11 @@ def test_importing_the_package_and_the_command_line_imports_no_torch():
     assert not {"torch", "numpy", "pydantic", "rich"} & loaded
 
 
-def test_the_data_verbs_that_need_no_model_load_no_torch():
-    assert "torch" not in loaded_after("import fastdeit.verbs.data")
+def test_the_data_verbs_and_recipes_load_no_torch():
+    assert "torch" not in loaded_after("import fastdeit.verbs.data, fastdeit.recipe.resolve")
 
 
 def test_kernels_stand_alone():
-    loaded = loaded_after("import fastdeit.kernels")
-    others = {name for name in loaded if name.startswith("fastdeit.") and layer(name) != "kernels"}
+    loaded = {name for name in loaded_after("import fastdeit.kernels") if below(name, "fastdeit")}
     assert "fastdeit.kernels" in loaded
-    assert others == set()
+    assert {name for name in loaded if not below(name, "fastdeit.kernels")} == {"fastdeit"}
