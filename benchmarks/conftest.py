@@ -4,15 +4,14 @@ from functools import cache
 
 import pytest
 
-from fastdeit.bench import cells as bench_cells
-from fastdeit.bench import measure as bench_measure
+from fastdeit.bench import cells, measure
 from fastdeit.engine.dist import pick_device
 
 DEVICE = pick_device("auto")
 
 
 def pytest_report_header() -> str:
-    return f"benchmarks on {DEVICE}" + (f": {bench_cells.CPU_NOTE}" if DEVICE.type == "cpu" else "")
+    return f"benchmarks on {DEVICE}" + (f": {cells.CPU_NOTE}" if DEVICE.type == "cpu" else "")
 
 
 @pytest.fixture
@@ -23,4 +22,4 @@ def environment():
 
 @cache
 def _environment():
-    return bench_measure.environment()
+    return measure.environment()

@@ -10,20 +10,19 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fastdeit.bench import cells as bench_cells
-from fastdeit.bench import suite as bench_suite
+from fastdeit.bench import cells, suite
 from fastdeit.bench.measure import CannotRun, reason
 
 ROUNDS = {"cpu": 3, "cuda": 20}
-CELLS = list(bench_suite.grid(DEVICE))
+CELLS = list(suite.grid(DEVICE))
 ON_CPU = {"timm_compile": "torch.compile takes a minute a cell on a CPU; `fastdeit bench suite` has it"}
 
 
 def sides():
     """(cell, name of the side, its builder)."""
     for cell in CELLS:
-        peers = bench_suite.peers(cell, bench_cells.STEP_PEERS)
-        for name, build in bench_cells.builders(bench_suite.captures(cell, DEVICE), peers).items():
+        peers = suite.peers(cell, cells.STEP_PEERS)
+        for name, build in cells.builders(suite.captures(cell, DEVICE), peers).items():
             yield pytest.param(cell, name, build, id=f"{cell}-{name}".replace(" ", "_"))
 
 
@@ -54,4 +53,4 @@ def test_speed(benchmark, environment, cell, name, build):
 @pytest.fixture(autouse=True)
 def _clean():
     yield
-    bench_suite.forget(DEVICE)
+    suite.forget(DEVICE)

@@ -225,9 +225,9 @@ def _data_picture(args: argparse.Namespace, argv: list[str]) -> None:
     args.recipe = _one(args.words, "recipe")
     if args.recipe is None:
         raise UsageError(f"name a recipe: fastdeit data {argv[1]} RECIPE --out FILE.png")
-    from fastdeit.verbs import pictures as data_pictures
+    from fastdeit.verbs import pictures
 
-    getattr(data_pictures, argv[1])(args)
+    getattr(pictures, argv[1])(args)
 
 
 def _recipes(args: argparse.Namespace, argv: list[str]) -> None:
@@ -273,9 +273,9 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
     args.recipe = _one(args.words, "recipe")
     if args.recipe is None:
         raise UsageError("name a recipe: fastdeit plan RECIPE")
-    from fastdeit.estimate import report as estimate_report
+    from fastdeit.estimate import report
 
-    estimate_report.main(args)
+    report.main(args)
 
 
 def _add_source(verb: Verb) -> None:

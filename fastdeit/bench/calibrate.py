@@ -1,4 +1,4 @@
-"""`fastdeit bench calibrate`: the rates that `estimate_gpus.GPUS` judges, measured, and that the design rests on.
+"""`fastdeit bench calibrate`: the rates that `estimate.gpus.GPUS` judges, measured, and that the design rests on.
 
 gemm        the library's products of a block's four linear layers: forward, and the two of backward
 attention   forward and backward from packed queries, keys and values: the library's kernels by name, and ours
@@ -21,16 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdeit import models
 from fastdeit.bench import (
-    kernels as bench_kernels,
-)
-from fastdeit.bench import (
-    measure as bench_measure,
-)
-from fastdeit.bench import (
-    step as bench_step,
-)
-from fastdeit.bench import (
-    suite as bench_suite,
+    kernels,
+    measure,
+    step,
+    suite,
 )
 from fastdeit.bench.measure import CLASSES, CannotRun, Timer, interleave, median, reason, repeated, timed
 
@@ -55,7 +49,7 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     """Print a table for each part and append its row to `--out`."""
     name, batch = _SHAPES[device.type]
     batch = args.batch or batch
-    config, precision = models.build(name, num_classes=CLASSES).config, bench_step.default_precision(device)
+    config, precision = models.build(name, num_classes=CLASSES).config, step.default_precision(device)
     parts = {
         "gemm": _products,
         "attention": _attention,
@@ -65,11 +59,11 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     }
     for part, sides in parts.items():
         row = {"what": "calibrate", "part": part, "model": name, "batch": batch, "precision": precision}
-        row |= _measure(sides(config, batch, bench_step.DTYPES[precision], device), args.rounds, device)
-        row["environment"] = bench_measure.environment()
+        row |= _measure(sides(config, batch, step.DTYPES[precision], device), args.rounds, device)
+        row["environment"] = measure.environment()
         print(sentence(row), flush=True)
-        bench_measure.append(row, args.out)
-        bench_suite.forget(device)
+        measure.append(row, args.out)
+        suite.forget(device)
 
 
 def _measure(sides: Iterator[tuple[str, Callable[[], Side]]], rounds: int, device: torch.device) -> dict[str, Any]:
@@ -83,13 +77,13 @@ def _measure(sides: Iterator[tuple[str, Callable[[], Side]]], rounds: int, devic
             work[name] = side
         except Exception as error:  # told in the row; the others go on
             failed[name] = reason(error)
-    timers["copy"], copied = bench_measure.copy_timer(device)
+    timers["copy"], copied = measure.copy_timer(device)
     found = interleave(timers, rounds, device, failed, discard=int(device.type == "cuda"))
     return found | {
         "flops": {name: side.flops for name, side in work.items() if name in found["seconds"]},
         "bytes": {name: side.bytes for name, side in work.items() if name in found["seconds"]} | {"copy": copied},
         "failed": failed,
-        "clocks": bench_measure.clocks(device),
+        "clocks": measure.clocks(device),
     }
 
 
@@ -116,7 +110,7 @@ def _product(direction: str, m: int, n: int, k: int, dtype: torch.dtype, device:
 def _attention(
     config: Any, batch: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Callable[[], Side]]]:
-    work = bench_kernels.work_of("attention", config, batch, dtype, device)
+    work = kernels.work_of("attention", config, batch, dtype, device)
     qkv, heads = work.args[0], config.heads
     tokens, width = qkv.shape[1], config.dim // heads
     flops = 7 * 2.0 * batch * heads * tokens * tokens * width  # two products forward, five backward
@@ -129,7 +123,7 @@ def _attention(
     for name, backend in _LIBRARY.items():
         yield name, partial(library, backend)
     yield "library", lambda: Side(lambda: _trained(qkv, heads, None), flops, work.bytes)
-    for name, call in bench_kernels._sides("attention", device):
+    for name, call in kernels._sides("attention", device):
         yield name, lambda call=call: Side(lambda: call(work), flops, work.bytes)
 
 
@@ -150,19 +144,19 @@ def _op_sides(
     op: str, config: Any, batch: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Callable[[], Side]]]:
     """Every backend of an op of ours, the reference, and that compiled."""
-    work = bench_kernels.work_of(op, config, batch, dtype, device)
+    work = kernels.work_of(op, config, batch, dtype, device)
     flops = None
     if op == "mlp":
         x, weight = work.args[0], work.args[1]
         flops = 6 * 2.0 * x.numel() * len(weight)
-    for name, call in bench_kernels._sides(op, device):
+    for name, call in kernels._sides(op, device):
         yield name, lambda call=call: Side(lambda: call(work), flops, work.bytes)
 
 
 def _teacher(
     config: Any, batch: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Callable[[], Side]]]:
-    name, size = bench_suite.TEACHERS[device.type], config.image_size
+    name, size = suite.TEACHERS[device.type], config.image_size
 
     def side(layout: torch.memory_format, compiled: bool) -> Side:
         network = models.build_timm(name, num_classes=CLASSES).eval().requires_grad_(False)

@@ -11,16 +11,10 @@ from typing import Any
 import torch
 
 from fastdeit.bench import (
-    data as bench_data,
-)
-from fastdeit.bench import (
-    measure as bench_measure,
-)
-from fastdeit.bench import (
-    step as bench_step,
-)
-from fastdeit.bench import (
-    train as bench_train,
+    data,
+    measure,
+    step,
+    train,
 )
 from fastdeit.bench.measure import median
 from fastdeit.errors import UsageError
@@ -33,15 +27,15 @@ CPU_NOTE = "These are figures of a CPU: they say nothing of a GPU."
 
 def builders(
     captures: Sequence[str], peers: Sequence[str]
-) -> dict[str, Callable[[bench_step.Cell, torch.device], bench_step.Side]]:
+) -> dict[str, Callable[[step.Cell, torch.device], step.Side]]:
     """Sides by name: ours in these ways of capturing a step, then the peers. Recorded graphs keep their memory, and
     therefore come last."""
     from fastdeit.bench.peers import PEERS  # imports timm, which takes a second
 
-    ours = {bench_step.name_of(capture): capture for capture in captures}
+    ours = {step.name_of(capture): capture for capture in captures}
     direct = [name for name, capture in ours.items() if capture != "graph"]
     recorded = [name for name, capture in ours.items() if capture == "graph"]
-    return {name: (bench_step.OURS | PEERS)[name] for name in [*direct, *peers, *recorded]}
+    return {name: (step.OURS | PEERS)[name] for name in [*direct, *peers, *recorded]}
 
 
 def peers(args: argparse.Namespace, known: Sequence[str]) -> list[str]:
@@ -61,16 +55,16 @@ def finish(row: dict[str, Any], out: str | None) -> None:
     for ratio, of in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
         peers = [name for name in row[of] if not name.startswith("fastdeit") and compared_to(name, row)]
         row[ratio] = {name: median(row, name, of) / median(row, compared_to(name, row), of) for name in peers}
-    row["environment"] = bench_measure.environment()
+    row["environment"] = measure.environment()
     print(sentence(row), flush=True)
-    bench_measure.append(row, out)
+    measure.append(row, out)
 
 
 def compared_to(peer: str, row: dict[str, Any]) -> str | None:
     """Our side that a peer of the row is compared with: in `data` the one that ends at the same place, else the first
     that ran; None where there is none."""
     if row["what"] == "data":
-        return bench_data.compared_to(peer, row["seconds"])
+        return data.compared_to(peer, row["seconds"])
     return next((name for name in row["seconds"] if name.startswith("fastdeit")), None)
 
 
@@ -88,19 +82,19 @@ def sentence(row: dict[str, Any]) -> str:
 
 def _title(row: dict[str, Any]) -> str:
     if row["what"] == "data":
-        return f"data of {bench_data.input_of(row)} on {row['device']}, batch {row['batch']}"
+        return f"data of {data.input_of(row)} on {row['device']}, batch {row['batch']}"
     text = f"{row['what']} of {row['model']} on {row['device']}, batch {row['batch']}, {row['image_size']} px, "
     text += row["precision"]
     text += f", teacher {row['teacher']}" if row["teacher"] else ""
     text += ", EMA" if row["ema"] else ""
-    return text + (f", input of {bench_data.input_of(row)}" if row["what"] == "train" else "")
+    return text + (f", input of {data.input_of(row)}" if row["what"] == "train" else "")
 
 
 def _speed(row: dict[str, Any], name: str) -> str:
     text = f"{row['images'] / median(row, name):10.2f} images/s"
     if row["what"] == "data":
         text += f" ({row['images'] / median(row, name, 'cpu_seconds'):.2f} per CPU-second)"
-    if (still := bench_train.resident_of(name, row)) is not None:
+    if (still := train.resident_of(name, row)) is not None:
         share, (low, high) = median(row, still) / median(row, name), by_round(row, still, name)
         text += f", {share:.1%} of its speed without input (by round {low:.1%} to {high:.1%})"
     if (share := mfu(row, name)) is not None:

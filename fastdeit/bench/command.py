@@ -10,13 +10,9 @@ from typing import Any
 import torch
 
 from fastdeit.bench import (
-    cells as bench_cells,
-)
-from fastdeit.bench import (
-    data_peers as bench_data_peers,
-)
-from fastdeit.bench import (
-    measure as bench_measure,
+    cells,
+    data_peers,
+    measure,
 )
 from fastdeit.bench import (
     step as bench_step,
@@ -36,21 +32,20 @@ DATA_PEERS = ("timm", "deit", "torchvision", "dali")
 def main(args: argparse.Namespace) -> None:
     """Print one comparison, or all of the suite's, or the report of what was measured; rows are appended to `--out`."""
     if args.report is not None:
-        from fastdeit.bench import report as bench_report
+        from fastdeit.bench import report
 
-        bench_report.main(args.results, args.report)
+        report.main(args.results, args.report)
         return
     if args.overrides and args.what not in ("data", "train"):
         raise UsageError(f"bench {args.what} takes no section.field=value; bench data and bench train do")
     if args.eval and args.what != "data":
         raise UsageError(f"--eval belongs to bench data, not bench {args.what}")
-    bench_measure.check_out(args.out)
+    measure.check_out(args.out)
     device = pick_device(args.device)
     if args.what in ("suite", "calibrate"):
-        from fastdeit.bench import calibrate as bench_calibrate
-        from fastdeit.bench import suite as bench_suite
+        from fastdeit.bench import calibrate, suite
 
-        {"suite": bench_suite.main, "calibrate": bench_calibrate.main}[args.what](args, device)
+        {"suite": suite.main, "calibrate": calibrate.main}[args.what](args, device)
     elif args.what == "data":
         finish({"what": "data", **data(args, device)}, args.out)
     elif args.what == "train":
@@ -58,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         finish(step(args, device), args.out)
     if device.type == "cpu":
-        print(bench_cells.CPU_NOTE)
+        print(cells.CPU_NOTE)
 
 
 # ---- step and forward ------------------------------------------------------------------------------------------------
@@ -101,5 +96,5 @@ def data(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     if len(asked) > 1:
         raise UsageError(f"--peer {' --peer '.join(asked)}: bench data takes one peer, or all")
     args = argparse.Namespace(**vars(args) | {"peer": asked[0]})
-    with bench_data_peers.sides(args, device) as (sides, facts):
+    with data_peers.sides(args, device) as (sides, facts):
         return interleave(sides, args.rounds, device, facts["failed"]) | facts

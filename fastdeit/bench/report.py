@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastdeit.bench import cells as bench_cells
-from fastdeit.bench import data as bench_data
-from fastdeit.bench import train as bench_train
+from fastdeit.bench import data, train
 from fastdeit.bench.measure import median
 from fastdeit.errors import UsageError
 from fastdeit.estimate import rows as estimate_rows
@@ -115,13 +114,13 @@ def cell(row: Row) -> str:
     if row["what"] == "kernel":
         return f"{row['op']}, {row['model']}, batch {row['batch']}, {row['dtype']}"
     if row["what"] == "data":
-        return f"{bench_data.input_of(row)}, batch {row['batch']}, {row.get('threads', '?')} threads"
+        return f"{data.input_of(row)}, batch {row['batch']}, {row.get('threads', '?')} threads"
     words = [row["model"], f"batch {row['batch']}"]
     words += [f"{row['image_size']} px"] if "image_size" in row else []
     words += [row.get("precision", "fp32")]
     words += [f"teacher {row['teacher']}"] if row.get("teacher") else []
     words += ["EMA"] if row.get("ema") else []
-    words += [f"input of {bench_data.input_of(row)}"] if row["what"] == "train" else []
+    words += [f"input of {data.input_of(row)}"] if row["what"] == "train" else []
     if row["device"] == "cpu" and "threads" in row:
         words.append("1 thread" if row["threads"] == 1 else f"{row['threads']} threads")
     return ", ".join(words)
@@ -129,7 +128,7 @@ def cell(row: Row) -> str:
 
 def comparisons(row: Row, of: str = "seconds") -> list[Comparison]:
     """Every side of ours against every peer that did the same, by the clock or by `cpu_seconds`."""
-    sides = [name for name in row["seconds"] if row["what"] != "train" or not name.endswith(bench_train.RESIDENT)]
+    sides = [name for name in row["seconds"] if row["what"] != "train" or not name.endswith(train.RESIDENT)]
     ours = [name for name in sides if name.startswith("fastdeit")]
     found = []
     for peer in (name for name in sides if name not in ours):
@@ -186,7 +185,7 @@ def _share(row: Row, name: str) -> str:
 
 
 def _without_input(row: Row, name: str) -> str:
-    still = bench_train.resident_of(name, row)
+    still = train.resident_of(name, row)
     return "" if still is None else f"{median(row, still) / median(row, name):.1%}"
 
 

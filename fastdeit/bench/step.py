@@ -1,7 +1,7 @@
 """`fastdeit bench step` and `bench forward`: one cell of the grid, ours and the peers in turn, as one row.
 
 A cell says what is computed: model, batch, resolution, precision, online teacher, average of weights. A side says who
-computes it; ours are here, the peers in `bench_peers.py`. A side that cannot be built or run is noted in the row with
+computes it; ours are here, the peers in `peers.py`. A side that cannot be built or run is noted in the row with
 its reason, and the others are measured.
 
 step     forward, loss, backward, AdamW, and the average of the weights where it is asked for, with DeiT's drop-path.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fastdeit.bench import cells as bench_cells
-from fastdeit.bench import step as bench_step
+from fastdeit.bench import step
 from fastdeit.bench.step import Cell
 
 TEACHERS = {"cpu": "regnety_002", "cuda": "regnety_160"}
@@ -27,7 +27,7 @@ def grid(device: torch.device) -> Iterator[Cell]:
                 for size in ("tiny",) if on_cpu else _SIZES:
                     for middle in ("", "distilled_"):
                         training = {"teacher": TEACHERS[device.type] if middle else None, "ema": True}
-                        yield bench_step.cell(
+                        yield step.cell(
                             what,
                             f"deit_{size}_{middle}patch16_224",
                             device,
@@ -58,11 +58,11 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
             print("\n".join(f"  {left}" for left in cells[number:]))
             return
         sides = bench_cells.builders(args.capture or captures(cell, device), peers(cell, asked))
-        bench_cells.finish(bench_step.measure(cell, sides, args.rounds, device), args.out)
+        bench_cells.finish(step.measure(cell, sides, args.rounds, device), args.out)
         forget(device)
 
 
 def forget(device: torch.device) -> None:
     """Free all that a cell has left; the compiler gives up on code that it has compiled for too many models."""
     torch.compiler.reset()
-    bench_step.release(device)
+    step.release(device)

@@ -2,10 +2,10 @@
 
 fastdeit           our step, fed by the recipe's input pipeline
 fastdeit_resident  our step on one batch that stays on the device: what it would reach if input cost nothing
-timm, ...          a peer's step (`bench_peers`), fed by timm's loader with the recipe's augmentation
+timm, ...          a peer's step (`peers.py`), fed by timm's loader with the recipe's augmentation
 
-Steps are those of `bench_step`, input that of `bench_data`. A side is built and warmed on its first batch; each
-measurement then opens its stream anew, and counts once `bench_data.WARM_BATCHES` were trained on.
+Steps are those of `step.py`, input that of `data.py`. A side is built and warmed on its first batch; each
+measurement then opens its stream anew, and counts once `data.WARM_BATCHES` were trained on.
 """
 
 import argparse
@@ -19,8 +19,7 @@ import torch
 
 from fastdeit import kernels
 from fastdeit.batch import map_tensors
-from fastdeit.bench import data as bench_data
-from fastdeit.bench import data_peers as bench_data_peers
+from fastdeit.bench import data, data_peers
 from fastdeit.bench import step as bench_step
 from fastdeit.bench.data import Setting
 from fastdeit.bench.measure import WARM_CALLS, Timer, clocks, interleave, reason
@@ -39,13 +38,13 @@ def measure(
     args: argparse.Namespace, wanted: Cell, captures: Sequence[str], peers: Sequence[str], device: torch.device
 ) -> dict[str, Any]:
     """The row of a cell, without its environment. On a GPU the first round warms it up and is thrown away."""
-    with bench_data.opened(args, device, {"model.image_size": wanted.image_size}) as setting:
-        bench_data.write_images(setting)
+    with data.opened(args, device, {"model.image_size": wanted.image_size}) as setting:
+        data.write_images(setting)
         timers, failed, work = _sides(wanted, setting, captures, peers)
         found = interleave(timers, args.rounds, device, failed, discard=int(device.type == "cuda"))
         return {
             **asdict(wanted),
-            **bench_data.told(setting, args.overrides),
+            **data.told(setting, args.overrides),
             **found,
             "what": "train",
             "drop_path": wanted.drop_path,
@@ -79,10 +78,10 @@ def _sides(
             for _ in range(max(warm, WARM_CALLS[setting.device.type])):
                 step(kept)
             World(setting.device).synchronize()
-            timers[name], work[name] = bench_data.timer(partial(_trained, step, stream), setting), told
+            timers[name], work[name] = data.timer(partial(_trained, step, stream), setting), told
             if name not in peers:
                 still = partial(_trained, step, partial(_repeated, kept))
-                timers[name + RESIDENT], work[name + RESIDENT] = bench_data.timer(still, setting), "none"
+                timers[name + RESIDENT], work[name + RESIDENT] = data.timer(still, setting), "none"
         except Exception as error:  # told in the row; the others go on
             failed[name] = reason(error)
         bench_step.release(setting.device)
@@ -92,15 +91,15 @@ def _sides(
 def _ours(wanted: Cell, setting: Setting, *, capture: str) -> tuple[Step, int, Open, str]:
     """(step, calls before the first that is like all others, its input, what that does)"""
     engine, _, warm = bench_step.engine(wanted, setting.device, capture)
-    stream = partial(bench_data.batches, setting, engine.method.noise())
-    return lambda batch: engine.step([batch], LR), warm, stream, bench_data.OURS
+    stream = partial(data.batches, setting, engine.method.noise())
+    return lambda batch: engine.step([batch], LR), warm, stream, data.OURS
 
 
 def _peer(wanted: Cell, setting: Setting, *, name: str) -> tuple[Step, int, Open, str]:
     from fastdeit.bench import peers as bench_peers  # imports timm, which takes a second
 
     step, _ = bench_peers.fed(name, wanted, setting.device)
-    loader = bench_data_peers.timm(setting)
+    loader = data_peers.timm(setting)
     return step, 0, loader.stream, loader.work
 
 

@@ -1,2 +1,2 @@
-"""Data: which samples (`order`), what happens to them (`plan`), where they come from (`source`), who does the work
-(`dali`, `loader`). Only the last two import torch and DALI."""
+"""Data: what happens to which sample (`plan`), where samples come from (`sources`), who does the work (`execute`), and
+the stream of batches (`loader`). Torch and DALI are needed for the last two alone."""

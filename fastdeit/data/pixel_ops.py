@@ -15,10 +15,10 @@ the cubic with coefficient -1; Pillow's resize has -1/2):
 
 and FILL where the position lies outside the image. The differences are integers and exact, so that flat areas stay.
 
-On the GPU an operation adds nodes to DALI's graph (`dali_graph.py`): either an expression of its own, or a `Warp`,
+On the GPU an operation adds nodes to DALI's graph (`execute/graph.py`): either an expression of its own, or a `Warp`,
 which is a matrix for the one bicubic warp that all geometry shares. The formulas are those of the CPU in float32;
 `equalize`, the warp and the blur are DALI's operators, and differ from Pillow by what docs/augmentation.md says. This
-module imports no DALI: the graph hands in what an operation needs of it (`dali_nodes.Nodes`).
+module imports no DALI: the graph hands in what an operation needs of it (`nodes.Nodes`).
 """
 
 import math

@@ -6,8 +6,8 @@ at best, and the kernels it launches. An operation takes
     max(FLOPs / (share * peak), bytes / (share * bandwidth)) + launches * gap
 
 with peaks and bandwidths of the makers' datasheets, and shares that kernels of its kind are expected to reach. Shares
-and gaps are the only judgements; they stand in `estimate_gpus.GPUS`. A step takes the sum, or the host's time to launch
-it all where that is longer. Of communication counts what no computation hides. `estimate_rows` tells how far this is
+and gaps are the only judgements; they stand in `gpus.GPUS`. A step takes the sum, or the host's time to launch
+it all where that is longer. Of communication counts what no computation hides. `rows.py` tells how far this is
 from measurements.
 
 Implementations of a step (`Design`) differ in three tables only: the backend of attention, the bytes and launches
@@ -281,7 +281,7 @@ def designs(gpu: GPU, precision: str, network: Network) -> list[Design]:
 
 
 _FUSED_BACKWARD_TOKENS, _FUSED_BACKWARD_WIDTH = 208, 64
-"""The largest that `kernels.attention_fused_backward` takes: more tokens or wider heads go to the split backward."""
+"""The largest that attention's fused backward takes: more tokens or wider heads go to the split backward."""
 
 
 def selected(design: Design, vit: ViT, work: Work, gpu: GPU) -> Design:

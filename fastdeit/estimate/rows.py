@@ -1,7 +1,7 @@
 """How far the estimate is from what was measured: published rows of others, and this project's own rows.
 
-A published row is a training speed that somebody else reports; `errors` is what `estimate.py` makes of it. The shares
-in `estimate_gpus.GPUS` were judged with the first three rows of the RTX 3090 in view, so their errors are no proof;
+A published row is a training speed that somebody else reports; `errors` is what `model.py` makes of it. The shares
+in `gpus.GPUS` were judged with the first three rows of the RTX 3090 in view, so their errors are no proof;
 those of other models and cards are.
 
 Rows of `fastdeit bench` (benchmarks/README.md) on a known GPU calibrate: measured / modelled seconds of a step, the

@@ -1,7 +1,7 @@
 """The typed sections of a recipe, except `method:`, whose model belongs to the method (`fastdeit.methods`).
 
-Every section is frozen and refuses unknown keys. A section checks here what it can check alone. `recipe.py` reads the
-YAML and checks sections against each other; `recipe_errors.py` makes pydantic's errors sentences with file and line.
+Every section is frozen and refuses unknown keys. A section checks here what it can check alone. `resolve.py` reads the
+YAML and checks sections against each other; `errors.py` makes pydantic's errors sentences with file and line.
 """
 
 from typing import Annotated, Any, Literal

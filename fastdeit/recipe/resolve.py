@@ -2,7 +2,7 @@
 
 A recipe file has the sections of `Recipe` and optionally `base:`, the name or path of one other recipe whose fields it
 starts from. Overrides `section.field=value` come last. Every value keeps its file and line through merging
-(`recipe_yaml.py`), so that each error of validation (`config.py`) names them (`recipe_errors.py`).
+(`yaml.py`), so that each error of validation (`config.py`) names them (`errors.py`).
 
 The `method:` section is validated by the method's own model, and `optim:` by one that has the options of the optimizer;
 both are looked up when a recipe is validated. Importing this module imports no torch.

@@ -1,1 +1,1 @@
-"""What the smaller verbs of the command line do."""
+"""What verbs of the command line do that have no room of their own: `data`, `doctor`."""

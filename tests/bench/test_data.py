@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from fastdeit import cli
-from fastdeit.bench import data as bench_data
-from fastdeit.bench import data_peers as bench_data_peers
-from fastdeit.bench import report as bench_report
+from fastdeit.bench import data, data_peers, report
 from fastdeit.bench.data import Side
 from fastdeit.data.plan.plan import Augment
 from fastdeit.recipe import resolve as recipes
@@ -31,10 +29,10 @@ def test_cpu_time_of_worker_processes_counts():
     context = get_context("fork")
     done, stop = context.Event(), context.Event()
     worker = context.Process(target=burn, args=(done, stop), daemon=True)
-    own, all_of_us = time.process_time(), bench_data.cpu_seconds()
+    own, all_of_us = time.process_time(), data.cpu_seconds()
     worker.start()
     assert done.wait(60)
-    all_of_us, own = bench_data.cpu_seconds() - all_of_us, time.process_time() - own
+    all_of_us, own = data.cpu_seconds() - all_of_us, time.process_time() - own
     stop.set()
     worker.join()
     assert all_of_us > own + BURNT / 2
@@ -42,9 +40,9 @@ def test_cpu_time_of_worker_processes_counts():
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(bench_data, "WARM_BATCHES", 1)
-    monkeypatch.setattr(bench_data, "TIMED_BATCHES", 1)
-    monkeypatch.setattr(bench_data, "IMAGES", 8)
+    monkeypatch.setattr(data, "WARM_BATCHES", 1)
+    monkeypatch.setattr(data, "TIMED_BATCHES", 1)
+    monkeypatch.setattr(data, "IMAGES", 8)
 
 
 def test_a_row_has_all_that_is_needed_to_read_it(short, tmp_path, capsys):
@@ -84,7 +82,7 @@ def test_a_row_says_which_input_it_is(short, tmp_path, capsys, flags, facts, sai
     assert list(row["seconds"]) == ["fastdeit", "fastdeit_uint8"]
     assert ("crop" in row) != row["evaluation"]
     assert said in capsys.readouterr().out
-    assert bench_report.cell(row) == said.removeprefix("data of ").replace(" on cpu", "") + ", 1 threads"
+    assert report.cell(row) == said.removeprefix("data of ").replace(" on cpu", "") + ", 1 threads"
 
 
 def test_a_peer_that_cannot_run_says_why_and_the_others_go_on(short, tmp_path, capsys, monkeypatch):
@@ -92,8 +90,8 @@ def test_a_peer_that_cannot_run_says_why_and_the_others_go_on(short, tmp_path, c
         raise OSError("no such codec")
         yield
 
-    monkeypatch.setitem(bench_data_peers._SIDES, "dali", lambda setting: Side("nothing", broken))
-    monkeypatch.setitem(bench_data_peers._PEERS, "dali", ["deit", "dali", "torchvision"])
+    monkeypatch.setitem(data_peers._SIDES, "dali", lambda setting: Side("nothing", broken))
+    monkeypatch.setitem(data_peers._PEERS, "dali", ["deit", "dali", "torchvision"])
     out = tmp_path / "rows.jsonl"
     flags = f"--peer dali data.crop=simple data.augment=none --batch 4 --rounds 2 --threads 1 --device cpu --out {out}"
     assert cli.main(["bench", "data", *flags.split()]) == 0
@@ -115,7 +113,7 @@ def test_without_ours_nothing_is_compared(monkeypatch, tmp_path):
 
     sides = {"fastdeit": broken, "timm": lambda: (1.0, 1.0)}
     facts = {"recipe": "r", "images": 8, "batch": 4, "failed": {}}
-    monkeypatch.setattr(bench_data_peers, "sides", lambda args, device: nullcontext((sides, facts)))
+    monkeypatch.setattr(data_peers, "sides", lambda args, device: nullcontext((sides, facts)))
     out = tmp_path / "rows.jsonl"
     assert cli.main(["bench", "data", "--device", "cpu", "--rounds", "1", "--out", str(out)]) == 0
     row = json.loads(out.read_text())
@@ -126,7 +124,7 @@ def test_a_side_is_compared_with_ours_that_ends_at_the_same_place(monkeypatch, t
     seconds = {"fastdeit": 2.0, "fastdeit_uint8": 1.0, "timm": 6.0, "timm_uint8": 4.0}
     sides = {name: lambda value=value: (value, value / 2) for name, value in seconds.items()}
     facts = {"recipe": "r", "images": 8, "batch": 4, "failed": {}}
-    monkeypatch.setattr(bench_data_peers, "sides", lambda args, device: nullcontext((sides, facts)))
+    monkeypatch.setattr(data_peers, "sides", lambda args, device: nullcontext((sides, facts)))
     out = tmp_path / "rows.jsonl"
     assert cli.main(["bench", "data", "--device", "cpu", "--rounds", "2", "--out", str(out)]) == 0
     row = json.loads(out.read_text())
@@ -135,20 +133,20 @@ def test_a_side_is_compared_with_ours_that_ends_at_the_same_place(monkeypatch, t
 
 def test_the_stream_goes_on_beyond_what_is_timed(short, tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(bench_data, "TIMED_BATCHES", 3)
+    monkeypatch.setattr(data, "TIMED_BATCHES", 3)
     counted = Side("counted", lambda: (taken.append(i) for i in range(99)))
-    monkeypatch.setitem(bench_data_peers._SIDES, "fastdeit", lambda setting: counted)
+    monkeypatch.setitem(data_peers._SIDES, "fastdeit", lambda setting: counted)
     args = SimpleNamespace(threads=3, batch=4, peer="none", recipe="deit_tiny", overrides=[], eval=False)
-    with bench_data_peers.sides(args, torch.device("cpu")) as (sides, facts):
+    with data_peers.sides(args, torch.device("cpu")) as (sides, facts):
         sides["fastdeit"]()
-    assert len(taken) == bench_data.WARM_BATCHES + bench_data.TIMED_BATCHES
-    assert facts["images"] == bench_data.TIMED_BATCHES * 4
-    setting = bench_data.Setting(recipes.load("deit_tiny", ["data.threads=3"]), torch.device("cpu"))
+    assert len(taken) == data.WARM_BATCHES + data.TIMED_BATCHES
+    assert facts["images"] == data.TIMED_BATCHES * 4
+    setting = data.Setting(recipes.load("deit_tiny", ["data.threads=3"]), torch.device("cpu"))
     assert setting.steps >= len(taken) + 2 * 3
 
 
 def test_repeated_files_are_those_of_their_class(short, tmp_path):
-    bench_data._write(tmp_path, 20)
+    data._write(tmp_path, 20)
     files = sorted(tmp_path.rglob("*.jpg"), key=lambda path: path.name)
     assert len(files) == 20
     assert files[3].read_bytes() == files[11].read_bytes() != files[4].read_bytes()
@@ -173,7 +171,7 @@ def test_what_cannot_be_compared(short, capsys, argv, message):
 
 
 def test_several_views_of_a_sample_are_nobodys(short, capsys, monkeypatch):
-    monkeypatch.setattr(bench_data.build, "augmentations", lambda recipe: (Augment(), Augment(stream="second")))
+    monkeypatch.setattr(data.build, "augmentations", lambda recipe: (Augment(), Augment(stream="second")))
     assert cli.main(["bench", "data", "--peer", "none"]) == 2
     assert "recipe deit_small: its method wants several views of a sample" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastdeit.bench import data as bench_data
-from fastdeit.bench import data_peers as bench_data_peers
+from fastdeit.bench import data_peers
 from fastdeit.bench.measure import CannotRun
 from fastdeit.data.plan.plan import PAD
 from fastdeit.recipe import resolve as recipes
@@ -60,7 +60,7 @@ def taken(name: str, setting: bench_data.Setting, batches: int = 1) -> torch.Ten
         setting = replace(setting, recipe=setting.recipe.model_copy(update={"data": data}))
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
-    stream = bench_data_peers._SIDES[name](setting).stream()
+    stream = data_peers._SIDES[name](setting).stream()
     found = torch.cat([next(stream) for _ in range(batches)])
     stream.close()
     return found
@@ -220,13 +220,13 @@ def test_colour_jitter_moves_colours(setting, name):
     ],
 )
 def test_a_side_says_what_it_does_otherwise(setting, name, kind, said):
-    assert said in bench_data_peers._SIDES[name](setting(*KINDS[kind])).work
+    assert said in data_peers._SIDES[name](setting(*KINDS[kind])).work
 
 
-@pytest.mark.parametrize("name", bench_data_peers._SIDES)
+@pytest.mark.parametrize("name", data_peers._SIDES)
 def test_nothing_random_is_said_of_what_is_not(setting, name):
     for made in (setting(evaluation=True), setting(*PLAIN)):
-        work = bench_data_peers._SIDES[name](made).work
+        work = data_peers._SIDES[name](made).work
         assert not [word for word in ("eras", "mix", "Mix", "RandAugment", "Posterize", "jitter") if word in work]
 
 
@@ -245,17 +245,17 @@ def test_nothing_random_is_said_of_what_is_not(setting, name):
 )
 def test_a_peer_that_has_nothing_like_it_says_so(setting, name, overrides, reason):
     with pytest.raises(CannotRun, match=reason.replace("(", r"\(")):
-        bench_data_peers._SIDES[name](setting(*overrides))
+        data_peers._SIDES[name](setting(*overrides))
 
 
 @pytest.mark.parametrize(("name", "evaluation"), [("torchvision", False), ("torchvision", True), ("deit", True)])
 def test_torchvision_resizes_to_squares_only(setting, name, evaluation):
     with pytest.raises(CannotRun, match="an input that is not square"):
-        bench_data_peers._SIDES[name](setting("data.crop=simple", evaluation=evaluation, size="[64,80]"))
+        data_peers._SIDES[name](setting("data.crop=simple", evaluation=evaluation, size="[64,80]"))
 
 
 def test_the_others_go_on(setting):
-    built, failed = bench_data_peers._built(setting("data.augment=v0"), bench_data_peers._PEERS["all"])
+    built, failed = data_peers._built(setting("data.augment=v0"), data_peers._PEERS["all"])
     assert list(built) == ["fastdeit", "fastdeit_uint8", "timm", "timm_uint8", "deit"]
     assert failed["torchvision"] == failed["torchvision_uint8"] == "torchvision has no augment v0"
 
@@ -268,7 +268,7 @@ def test_the_others_go_on(setting):
     [(0.0, 1.0, (True, False)), (1.0, 1.0, (False, True)), (1.0, 0.05, (False, False)), (1.0, 0.0, (False, False))],
 )
 def test_torchvision_mixes_as_the_recipe_says(setting, switch, probability, usually):
-    mix = bench_data_peers._torchvision_mixing(
+    mix = data_peers._torchvision_mixing(
         setting(f"data.mix_switch={switch}", f"data.mix_probability={probability}"), []
     )
     images = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, SIZE, SIZE)
@@ -286,7 +286,7 @@ def test_posterize_of_timm_keeps_a_bit_and_is_left_as_it_was():
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     before = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
-    with bench_data_peers._posterize_keeps_a_bit():
+    with data_peers._posterize_keeps_a_bit():
         kept = auto_augment.NAME_TO_OP["PosterizeIncreasing"](image, 0)
     assert set(np.unique(np.asarray(kept))) <= {0, 128}
     assert auto_augment.NAME_TO_OP["PosterizeIncreasing"] is before

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdeit import models
-from fastdeit.bench import kernels as bench_kernels
+from fastdeit.bench import kernels
 from fastdeit.errors import UsageError
 from fastdeit.kernels._op import OPS
 
@@ -25,9 +25,9 @@ def test_every_op_has_work_that_it_can_do():
     with torch.device("meta"):
         config = models.build("deit_tiny_distilled_patch16_224", **TINY).config
     for name in OPS:
-        work = bench_kernels.work_of(name, config, 2, torch.float32, CPU)
+        work = kernels.work_of(name, config, 2, torch.float32, CPU)
         assert work.bytes > 0
-        bench_kernels._trained(OPS[name].native, work.args)
+        kernels._trained(OPS[name].native, work.args)
 
 
 def test_a_row_holds_every_side_and_says_what_cannot_run(tmp_path, capsys, monkeypatch):
@@ -35,8 +35,8 @@ def test_a_row_holds_every_side_and_says_what_cannot_run(tmp_path, capsys, monke
         yield "reference", lambda work: OPS[name].native(*work.args)
         yield "broken", lambda work: 1 / 0
 
-    monkeypatch.setattr(bench_kernels, "_sides", sides)
-    bench_kernels.main(arguments(out=str(tmp_path / "rows.jsonl")))
+    monkeypatch.setattr(kernels, "_sides", sides)
+    kernels.main(arguments(out=str(tmp_path / "rows.jsonl")))
     (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
     assert {name: len(seconds) for name, seconds in row["seconds"].items()} == {"reference": 2, "copy": 2}
     assert row["failed"] == {"broken": "ZeroDivisionError: division by zero"}
@@ -54,22 +54,20 @@ def test_a_row_is_appended_as_soon_as_it_is_measured(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     out = tmp_path / "new" / "rows.jsonl"
-    monkeypatch.setattr(bench_kernels, "measure", interrupted)
-    monkeypatch.setattr(bench_kernels, "_lines", str)
+    monkeypatch.setattr(kernels, "measure", interrupted)
+    monkeypatch.setattr(kernels, "_lines", str)
     with pytest.raises(KeyboardInterrupt):
-        bench_kernels.main(arguments(out=str(out), op=None))
+        kernels.main(arguments(out=str(out), op=None))
     assert json.loads(out.read_text()) == {"op": "attention"}
 
 
 def test_sides_are_the_backends_the_reference_and_the_compiled_reference():
-    assert [name for name, _ in bench_kernels._sides("fused_adamw", CPU)] == ["aten", "reference", "compiled"]
+    assert [name for name, _ in kernels._sides("fused_adamw", CPU)] == ["aten", "reference", "compiled"]
 
 
 def test_prediction_is_bytes_over_bandwidth_and_runs_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(bench_kernels, "measure", None)
-    bench_kernels.main(
-        arguments(predict=True, batch=256, op=None, dtype="bf16", model="deit_base_distilled_patch16_224")
-    )
+    monkeypatch.setattr(kernels, "measure", None)
+    kernels.main(arguments(predict=True, batch=256, op=None, dtype="bf16", model="deit_base_distilled_patch16_224"))
     title, head, *lines = capsys.readouterr().out.splitlines()
     assert "predictions, not measurements" in title
     assert head.split()[-2:] == ["H200", "us"]
@@ -94,7 +92,7 @@ def test_choices_are_the_fastest_at_each_width_and_over_all_models(tmp_path):
         row("mlp", "deit_base", 768, triton=1.0, epilogue=2.0, reference=4.0, compiled=0.1, quack=0.1),
         row("cosub_loss", "deit_tiny", 1000, reference=1.0),
     ]
-    bench_kernels.update_choices(rows, table)
+    kernels.update_choices(rows, table)
     choices = json.loads(table.read_text())
     assert choices["sm_80"]["mlp"] == earlier
     assert choices["sm_90"]["mlp"] == {
@@ -117,13 +115,11 @@ def test_choices_are_the_fastest_at_each_width_and_over_all_models(tmp_path):
 
 
 def test_a_row_knows_the_width_that_an_eager_call_is_looked_up_by(monkeypatch):
-    monkeypatch.setattr(bench_kernels, "_sides", lambda name, device: [("reference", lambda work: None)])
+    monkeypatch.setattr(kernels, "_sides", lambda name, device: [("reference", lambda work: None)])
     with torch.device("meta"):
         config = models.build("deit_tiny_patch16_224", **TINY).config
     rows = {
-        name: bench_kernels.measure(
-            name, partial(bench_kernels.work_of, name, config, 1, torch.float32, CPU), arguments(), CPU
-        )
+        name: kernels.measure(name, partial(kernels.work_of, name, config, 1, torch.float32, CPU), arguments(), CPU)
         for name in OPS
     }
     dim, classes = config.dim, 1000
@@ -150,4 +146,4 @@ def test_a_row_knows_the_width_that_an_eager_call_is_looked_up_by(monkeypatch):
 )
 def test_mistakes_are_told(changes, words):
     with pytest.raises(UsageError, match=words):
-        bench_kernels.main(arguments(**changes))
+        kernels.main(arguments(**changes))

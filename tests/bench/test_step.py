@@ -12,19 +12,13 @@ from torch.nn.attention import SDPBackend
 
 from fastdeit import cli, methods, models
 from fastdeit.bench import (
-    cells as bench_cells,
-)
-from fastdeit.bench import (
-    kernels as bench_kernels,
-)
-from fastdeit.bench import (
-    measure as bench_measure,
+    cells,
+    kernels,
+    measure,
+    step,
 )
 from fastdeit.bench import (
     peers as bench_peers,
-)
-from fastdeit.bench import (
-    step as bench_step,
 )
 from fastdeit.bench.step import Cell
 from fastdeit.errors import UsageError
@@ -69,7 +63,7 @@ def test_a_row_of_a_step_has_all_that_is_needed_to_read_it(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "timm_compile_cudnn  cannot run: cuDNN's attention needs a CUDA device" in printed
     assert "of the matrix rate" in printed
-    assert bench_cells.CPU_NOTE in printed
+    assert cells.CPU_NOTE in printed
 
 
 def test_a_row_of_a_forward(capsys):
@@ -98,15 +92,15 @@ def test_a_side_that_breaks_in_a_round_is_taken_out_and_the_others_go_on(monkeyp
             if len(calls) > 2:
                 raise torch.OutOfMemoryError("no room")
 
-        return bench_step.Side(run, 1.0)
+        return step.Side(run, 1.0)
 
-    good = bench_step.Side(lambda: None, 1.0)
+    good = step.Side(lambda: None, 1.0)
     builders = {"fastdeit": lambda wanted, device: good, "timm": breaks, "accelerate": broken}
-    row = bench_step.measure(tiny(), builders, 3, CPU)
+    row = step.measure(tiny(), builders, 3, CPU)
     assert row["failed"] == {"timm": "OutOfMemoryError: no room", "accelerate": "RuntimeError: it broke"}
     assert list(row["seconds"]) == list(row["cpu_seconds"]) == list(row["flops"]) == ["fastdeit"]
     assert len(row["seconds"]["fastdeit"]) == len(row["matrix_seconds"]) == 3
-    bench_cells.finish(row, None)
+    cells.finish(row, None)
     assert row["ratio"] == {}
 
 
@@ -116,27 +110,27 @@ def test_rounds_alternate_and_the_first_may_be_thrown_away():
     def side(name):
         return lambda: (order.append(name), (float(len(order)), 0.5))[1]
 
-    found = bench_measure.interleave({"a": side("a"), "b": side("b")}, 2, CPU, discard=1)
+    found = measure.interleave({"a": side("a"), "b": side("b")}, 2, CPU, discard=1)
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert found["seconds"] == {"a": [4.0, 5.0], "b": [3.0, 6.0]}
     with pytest.raises(ZeroDivisionError):
-        bench_measure.interleave({"a": lambda: 1 / 0}, 1, CPU)
+        measure.interleave({"a": lambda: 1 / 0}, 1, CPU)
 
 
 def test_flops_are_those_of_each_side_and_mfu_is_their_share_of_the_matrix_rate():
     ours, theirs = (models.build(PLAIN, image_size=32), models.build_timm(PLAIN, image_size=32))
     judge = models.build_timm(TEACHER)
     assert theirs.flops() > ours.flops()
-    assert bench_step.step_flops(ours, None, tiny("forward")) == 2 * ours.flops()
-    assert bench_step.step_flops(ours, None, tiny()) == 6 * ours.flops()
-    assert bench_step.step_flops(ours, judge, tiny()) == 6 * ours.flops() + 2 * judge.flops(32)
+    assert step.step_flops(ours, None, tiny("forward")) == 2 * ours.flops()
+    assert step.step_flops(ours, None, tiny()) == 6 * ours.flops()
+    assert step.step_flops(ours, judge, tiny()) == 6 * ours.flops() + 2 * judge.flops(32)
     row = {"flops": {"a": 6e9}, "seconds": {"a": [1.0, 2.0, 9.0]}, "matrix_flops_per_s": 10e9}
-    assert bench_cells.mfu(row, "a") == pytest.approx(0.3)
-    assert bench_cells.mfu(row | {"matrix_flops_per_s": None}, "a") is None
+    assert cells.mfu(row, "a") == pytest.approx(0.3)
+    assert cells.mfu(row | {"matrix_flops_per_s": None}, "a") is None
     rows = 2 * (4 + 2)
     shapes = [(rows, 576, 192), (rows, 192, 192), (rows, 768, 192), (rows, 192, 768)]
-    assert bench_step.products(tiny()) == shapes
-    assert bench_measure.flops_of_products(shapes) == 2 * rows * 192 * (576 + 192 + 768 + 768)
+    assert step.products(tiny()) == shapes
+    assert measure.flops_of_products(shapes) == 2 * rows * 192 * (576 + 192 + 768 + 768)
 
 
 # ---- the same work ---------------------------------------------------------------------------------------------------
@@ -148,9 +142,9 @@ def test_both_sides_minimise_the_same_loss(model, taught):
     theirs, ours = models.build_timm(model, image_size=32), models.build(model, image_size=32)
     ours.load_state_dict(theirs.state_dict())
     judge = models.build_timm(TEACHER).eval().requires_grad_(False) if taught else None
-    batch = bench_step.batch(tiny(model=model, batch=4), {}, CPU)
+    batch = step.batch(tiny(model=model, batch=4), {}, CPU)
     if taught:
-        frozen = Teacher(judge, mean=bench_measure.MEAN, std=bench_measure.STD)
+        frozen = Teacher(judge, mean=measure.MEAN, std=measure.STD)
         use, config = "distill", {"teacher": {"timm": TEACHER}}
     else:
         use, config, frozen = "supervised", {}, None
@@ -178,7 +172,7 @@ def test_both_averages_are_the_same_and_move():
         model.weight += 1
     for average in averages:
         average()
-    expected = before + (1 - bench_step.EMA_DECAY)
+    expected = before + (1 - step.EMA_DECAY)
     torch.testing.assert_close(emas.module.weight.detach(), expected)
     torch.testing.assert_close(lists[0], expected)
 
@@ -194,7 +188,7 @@ def test_a_step_of_every_side_moves_the_weights_and_the_average(name, precision,
     monkeypatch.setattr(models, "build", keep(models.build))
     monkeypatch.setattr(models, "build_timm", keep(models.build_timm))
     wanted = tiny(precision=precision, teacher=TEACHER, ema=True)
-    side = (bench_step.OURS | bench_peers.PEERS)[name](wanted, CPU)
+    side = (step.OURS | bench_peers.PEERS)[name](wanted, CPU)
     student = next(model for model in built if model.distilled)
     before = {key: value.clone() for key, value in student.state_dict().items()}
     for _ in range(8):  # fp16's first loss scales may be too high
@@ -213,11 +207,11 @@ def test_random_teacher_unless_its_weights_are_on_disk(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: None)
-    assert not bench_step.on_disk("regnety_160")
+    assert not step.on_disk("regnety_160")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: "/cache/model.safetensors")
-    assert bench_step.on_disk("regnety_160")
-    assert not bench_step.on_disk("vit_base_patch16_224.augreg_in21k")  # of other classes
-    assert bench_step.teacher(tiny()) is None
+    assert step.on_disk("regnety_160")
+    assert not step.on_disk("vit_base_patch16_224.augreg_in21k")  # of other classes
+    assert step.teacher(tiny()) is None
 
 
 @pytest.fixture
@@ -273,8 +267,8 @@ def test_compiled_sides_in_one_process_have_the_attention_that_they_name(what, o
 def test_every_side_on_a_card(what):
     device = torch.device("cuda", 0)
     changes = {"teacher": TEACHER, "ema": True} if what == "step" else {}
-    wanted = replace(tiny(what, **changes), batch=16, precision=bench_step.default_precision(device))
-    row = bench_step.measure(wanted, bench_cells.builders(bench_step.CAPTURES, bench_cells.STEP_PEERS), 2, device)
+    wanted = replace(tiny(what, **changes), batch=16, precision=step.default_precision(device))
+    row = step.measure(wanted, cells.builders(step.CAPTURES, cells.STEP_PEERS), 2, device)
     assert {"fastdeit", "fastdeit_compile", "fastdeit_graph", "timm", "accelerate"} <= row["seconds"].keys()
     if row["precision"] != "fp16":  # before sm_80 there is no FlashAttention
         assert {"timm_compile", "timm_compile_graph"} <= row["seconds"].keys()
@@ -304,7 +298,7 @@ def test_every_side_on_a_card(what):
     ],
 )
 def test_mistakes_are_told_before_anything_runs(argv, message, capsys, monkeypatch):
-    monkeypatch.setattr(bench_step, "measure", None)
+    monkeypatch.setattr(step, "measure", None)
     assert cli.main(["bench", *argv, "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
 
@@ -313,8 +307,8 @@ def test_mistakes_are_told_before_anything_runs(argv, message, capsys, monkeypat
 @pytest.mark.parametrize("verb", [["bench"], ["kernels", "bench"]])
 def test_rows_that_cannot_be_written_are_told_before_anything_is_measured(verb, place, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(bench_step, "measure", None)
-    monkeypatch.setattr(bench_kernels, "measure", None)
+    monkeypatch.setattr(step, "measure", None)
+    monkeypatch.setattr(kernels, "measure", None)
     assert cli.main([*verb, "--device", "cpu", "--out", str(tmp_path / place)]) == 2
     assert f"--out {tmp_path / place} cannot be written: " in capsys.readouterr().err
 
@@ -323,7 +317,7 @@ def test_looking_whether_rows_can_be_written_changes_nothing(tmp_path):
     new, old = tmp_path / "new" / "rows.jsonl", tmp_path / "old.jsonl"
     old.write_text("{}\n")
     for path in (new, old):
-        bench_measure.check_out(str(path))
+        measure.check_out(str(path))
     assert not new.exists()
     assert old.read_text() == "{}\n"
 
@@ -333,15 +327,13 @@ def test_a_precision_that_the_card_does_not_have(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     card = torch.device("cuda", 0)
     with pytest.raises(UsageError, match="Tesla V100 has no bf16 products; use fp16"):
-        bench_step.cell("step", PLAIN, card, batch=2, precision="bf16")
-    assert bench_step.cell("step", PLAIN, card, batch=2).precision == "fp16"
+        step.cell("step", PLAIN, card, batch=2, precision="bf16")
+    assert step.cell("step", PLAIN, card, batch=2).precision == "fp16"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert bench_step.cell("step", PLAIN, card, batch=2).precision == "bf16"
+    assert step.cell("step", PLAIN, card, batch=2).precision == "bf16"
 
 
 def test_a_model_that_timm_does_not_have_is_no_reason_to_stop():
-    row = bench_step.measure(
-        tiny("forward", "deit_digits_patch8_32"), bench_cells.builders(("none",), ("timm",)), 1, CPU
-    )
+    row = step.measure(tiny("forward", "deit_digits_patch8_32"), cells.builders(("none",), ("timm",)), 1, CPU)
     assert "has no model 'deit_digits_patch8_32'" in row["failed"]["timm"]
     assert list(row["seconds"]) == ["fastdeit"]

@@ -11,22 +11,14 @@ import torch
 
 from fastdeit import cli
 from fastdeit.bench import (
-    calibrate as bench_calibrate,
+    calibrate,
+    kernels,
+    peers,
+    step,
+    suite,
 )
 from fastdeit.bench import (
     cells as bench_cells,
-)
-from fastdeit.bench import (
-    kernels as bench_kernels,
-)
-from fastdeit.bench import (
-    peers as bench_peers,
-)
-from fastdeit.bench import (
-    step as bench_step,
-)
-from fastdeit.bench import (
-    suite as bench_suite,
 )
 from fastdeit.bench.step import Cell
 from fastdeit.kernels import _op, _triton
@@ -42,20 +34,20 @@ def cells(*models):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_suite, "grid", lambda device: iter(cells("tiny", "tiny_distilled")))
+    monkeypatch.setattr(suite, "grid", lambda device: iter(cells("tiny", "tiny_distilled")))
     return str(tmp_path / "rows.jsonl")
 
 
 def test_a_cell_without_room_is_recorded_and_the_suite_goes_on(small, monkeypatch, capsys):
     def full(wanted, device):
         if "distilled" in wanted.model:
-            return bench_peers.side(wanted, device, name="timm")
+            return peers.side(wanted, device, name="timm")
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(bench_peers.PEERS, "timm", full)
-    monkeypatch.setitem(bench_step.OURS, "fastdeit", full)
+    monkeypatch.setitem(peers.PEERS, "timm", full)
+    monkeypatch.setitem(step.OURS, "fastdeit", full)
     forgotten = []
-    monkeypatch.setattr(bench_suite, "forget", forgotten.append)
+    monkeypatch.setattr(suite, "forget", forgotten.append)
     argv = ["bench", "suite", "--device", "cpu", "--rounds", "1", "--peer", "timm", "--out", small]
     assert cli.main(argv) == 0
     first, second = map(json.loads, Path(small).read_text().splitlines())
@@ -68,7 +60,7 @@ def test_a_cell_without_room_is_recorded_and_the_suite_goes_on(small, monkeypatc
 
 def test_no_cell_begins_after_the_time_limit(small, monkeypatch, capsys):
     clock = iter([0.0, 1.0, 61.0])
-    monkeypatch.setattr(bench_suite.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(suite.time, "monotonic", lambda: next(clock))
     argv = ["bench", "suite", "--device", "cpu", "--rounds", "1", "--peer", "none", "--time-limit", "1", "--out", small]
     assert cli.main(argv) == 0
     assert len(Path(small).read_text().splitlines()) == 1
@@ -77,31 +69,31 @@ def test_no_cell_begins_after_the_time_limit(small, monkeypatch, capsys):
 
 def test_the_grid_on_a_card_begins_with_what_tells_most(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    grid = list(bench_suite.grid(CUDA))
+    grid = list(suite.grid(CUDA))
     assert len(set(grid)) == len(grid) == 3 * 2 * 2 * 2 * 2
     assert grid[0] == Cell("step", "deit_base_patch16_224", 256, 224, "bf16", None, True)
     assert grid[1] == Cell("step", "deit_base_distilled_patch16_224", 256, 224, "bf16", "regnety_160", True)
     assert [cell.model for cell in grid[2:6:2]] == ["deit_small_patch16_224", "deit_tiny_patch16_224"]
     assert {(cell.batch, cell.image_size) for cell in grid} == {(256, 224), (64, 224), (256, 384), (64, 384)}
-    assert bench_suite.captures(grid[0], CUDA) == ("none", "graph")
-    assert bench_suite.captures(grid[-1], CUDA) == ("none",)
-    assert bench_suite.peers(grid[0], bench_cells.STEP_PEERS) == [*bench_cells.STEP_PEERS]
-    assert bench_suite.peers(grid[-1], bench_cells.STEP_PEERS) == [*bench_cells.STEP_PEERS[:-1]]
+    assert suite.captures(grid[0], CUDA) == ("none", "graph")
+    assert suite.captures(grid[-1], CUDA) == ("none",)
+    assert suite.peers(grid[0], bench_cells.STEP_PEERS) == [*bench_cells.STEP_PEERS]
+    assert suite.peers(grid[-1], bench_cells.STEP_PEERS) == [*bench_cells.STEP_PEERS[:-1]]
     sides = list(bench_cells.builders(("none", "graph"), bench_cells.STEP_PEERS))
     assert sides == ["fastdeit", *bench_cells.STEP_PEERS, "fastdeit_graph"]
 
 
 def test_the_grid_on_a_cpu_is_small():
-    grid = list(bench_suite.grid(CPU))
+    grid = list(suite.grid(CPU))
     assert {(cell.batch, cell.image_size, cell.precision) for cell in grid} == {(8, 224, "fp32")}
     assert {cell.what for cell in grid} == {"step", "forward"}
     assert {cell.teacher for cell in grid} == {None, "regnety_002"}
-    assert bench_suite.captures(grid[0], CPU) == ("none",)
+    assert suite.captures(grid[0], CPU) == ("none",)
 
 
 def test_calibration_is_a_row_a_part(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setitem(bench_suite.TEACHERS, "cpu", "test_resnet")
+    monkeypatch.setitem(suite.TEACHERS, "cpu", "test_resnet")
     out = tmp_path / "rows.jsonl"
     argv = ["bench", "calibrate", "--device", "cpu", "--batch", "1", "--rounds", "2", "--out", str(out)]
     assert cli.main(argv) == 0
@@ -126,8 +118,8 @@ def test_attention_of_the_library_is_that_of_ours():
     torch.manual_seed(0)
     qkv = torch.randn(2, 5, 3 * 128, requires_grad=True)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        expected = bench_calibrate._trained(qkv, 2, None)
-    ours = torch.autograd.grad(out := bench_calibrate.bench_kernels.kernels.attention(qkv, 2), qkv, out.detach())[0]
+        expected = calibrate._trained(qkv, 2, None)
+    ours = torch.autograd.grad(out := calibrate.bench_kernels.kernels.attention(qkv, 2), qkv, out.detach())[0]
     torch.testing.assert_close(ours, expected)
 
 
@@ -135,7 +127,7 @@ def test_attention_of_the_library_is_that_of_ours():
 def test_products_have_the_flops_they_claim(direction):
     from torch.utils.flop_counter import FlopCounterMode
 
-    side = bench_calibrate._product(direction, 6, 4, 2, torch.float32, CPU)
+    side = calibrate._product(direction, 6, 4, 2, torch.float32, CPU)
     with FlopCounterMode(display=False) as counter:
         side.call()
     assert counter.get_total_flops() == side.flops
@@ -144,15 +136,15 @@ def test_products_have_the_flops_they_claim(direction):
 def test_apex_is_measured_on_a_card_and_told_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(_triton, "_arch_of", lambda device: 90)
     monkeypatch.setattr(apex, "_kernels", lambda: None)
-    sides = dict(bench_kernels._sides("fused_adamw", CUDA))
-    with pytest.raises(bench_kernels.bench_measure.CannotRun, match="NVIDIA apex with its CUDA extensions"):
+    sides = dict(kernels._sides("fused_adamw", CUDA))
+    with pytest.raises(kernels.bench_measure.CannotRun, match="NVIDIA apex with its CUDA extensions"):
         sides["apex"](None)
     monkeypatch.setattr(apex, "_kernels", lambda: object())
     called = []
-    monkeypatch.setattr(bench_kernels, "_chosen", lambda op, chosen, work: called.append((op.name, chosen)))
-    dict(bench_kernels._sides("fused_adamw", CUDA))["apex"](None)
+    monkeypatch.setattr(kernels, "_chosen", lambda op, chosen, work: called.append((op.name, chosen)))
+    dict(kernels._sides("fused_adamw", CUDA))["apex"](None)
     assert called == [("fused_adamw", "apex")]
-    assert "apex" not in dict(bench_kernels._sides("fused_adamw", CPU))
+    assert "apex" not in dict(kernels._sides("fused_adamw", CPU))
     assert "apex" in {backend.name for backend in _op.OPS["fused_adamw"].backends}
 
 

@@ -7,31 +7,17 @@ import torch
 
 from fastdeit import cli
 from fastdeit.bench import (
-    cells as bench_cells,
+    cells,
+    data,
+    data_peers,
+    measure,
+    peers,
+    report,
+    step,
+    train,
 )
 from fastdeit.bench import (
     command as bench,
-)
-from fastdeit.bench import (
-    data as bench_data,
-)
-from fastdeit.bench import (
-    data_peers as bench_data_peers,
-)
-from fastdeit.bench import (
-    measure as bench_measure,
-)
-from fastdeit.bench import (
-    peers as bench_peers,
-)
-from fastdeit.bench import (
-    report as bench_report,
-)
-from fastdeit.bench import (
-    step as bench_step,
-)
-from fastdeit.bench import (
-    train as bench_train,
 )
 from fastdeit.bench.step import LR
 from fastdeit.engine.step import Engine
@@ -41,9 +27,9 @@ TINY = "--image-size 32 --batch 4 --rounds 2 --threads 1 --device cpu"
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(bench_data, "WARM_BATCHES", 1)
-    monkeypatch.setattr(bench_data, "TIMED_BATCHES", 2)
-    monkeypatch.setattr(bench_data, "IMAGES", 8)
+    monkeypatch.setattr(data, "WARM_BATCHES", 1)
+    monkeypatch.setattr(data, "TIMED_BATCHES", 2)
+    monkeypatch.setattr(data, "IMAGES", 8)
 
 
 def test_a_row_has_all_that_is_needed_to_read_it(short, tmp_path, capsys):
@@ -59,35 +45,35 @@ def test_a_row_has_all_that_is_needed_to_read_it(short, tmp_path, capsys):
     assert (row["recipe"], row["overrides"], row["erase"]) == ("deit_small", ["data.erase=0"], 0.0)
     assert row["failed"] == {"timm_compile_graph": "a CUDA graph needs a CUDA device"}
     assert list(row["ratio"]) == ["timm"]
-    share = bench_measure.median(row, "fastdeit_resident") / bench_measure.median(row, "fastdeit")
+    share = measure.median(row, "fastdeit_resident") / measure.median(row, "fastdeit")
     printed = capsys.readouterr().out
     assert f"{share:.1%} of its speed without input" in printed
     assert printed.count("without input") == 1
     assert "32 px, fp32, EMA, input of deit_small, data.erase=0, 2 interleaved rounds" in printed
-    assert bench_cells.CPU_NOTE in printed
+    assert cells.CPU_NOTE in printed
 
-    table = "\n".join(bench_report.tables([row]))
+    table = "\n".join(report.tables([row]))
     assert f"| {share:.1%} |" in table
     assert "EMA, input of deit_small, data.erase=0, 1 thread | timm |" in table
-    assert [(item.ours, item.peer) for item in bench_report.comparisons(row)] == [("fastdeit", "timm")]
+    assert [(item.ours, item.peer) for item in report.comparisons(row)] == [("fastdeit", "timm")]
 
 
 def test_every_batch_of_a_stream_is_trained_on_and_the_resident_side_repeats_one(short, monkeypatch):
     ours, theirs, streamed = [], [], []
     monkeypatch.setattr(Engine, "step", lambda engine, batches, lr: ours.append((batches[0].index.tolist(), lr)))
-    monkeypatch.setattr(bench_peers, "fed", lambda *args: (lambda images: theirs.append(images.sum().item()), 1.0))
+    monkeypatch.setattr(peers, "fed", lambda *args: (lambda images: theirs.append(images.sum().item()), 1.0))
 
     def stream():
         for number in range(9):
             streamed.append(number)
             yield torch.full((4, 3, 32, 32), float(number))
 
-    side = bench_data.Side("counts", stream)
-    monkeypatch.setattr(bench_data_peers, "timm", lambda setting: side)
+    side = data.Side("counts", stream)
+    monkeypatch.setattr(data_peers, "timm", lambda setting: side)
     args = cli._bench_verb().parser.parse_args(["train", *TINY.split(), "--rounds", "1"])
     device = torch.device("cpu")
-    row = bench_train.measure(args, bench.cell(args, device), ["none"], ["timm"], device)
-    assert row["work"] == {"fastdeit": bench_data.OURS, "fastdeit_resident": "none", "timm": "counts"}
+    row = train.measure(args, bench.cell(args, device), ["none"], ["timm"], device)
+    assert row["work"] == {"fastdeit": data.OURS, "fastdeit_resident": "none", "timm": "counts"}
 
     # Built: one step on the first batch. Then in each measurement 1 that warms, 2 that count, in the stream's order.
     ones = 3.0 * 4 * 32 * 32
@@ -103,14 +89,14 @@ def test_every_batch_of_a_stream_is_trained_on_and_the_resident_side_repeats_one
 
 
 def test_a_measurement_gives_every_worker_its_share(monkeypatch):
-    monkeypatch.setattr(bench_data, "TIMED_BATCHES", 16)
+    monkeypatch.setattr(data, "TIMED_BATCHES", 16)
     args = cli._bench_verb().parser.parse_args(["data", "--batch", "4"])
     for threads, timed in ((1, 16), (2, 16), (12, 24), (16, 16), (64, 64)):
         args.threads = threads
-        with bench_data.opened(args, torch.device("cpu")) as setting:
+        with data.opened(args, torch.device("cpu")) as setting:
             assert setting.timed == timed
-            assert setting.steps >= timed + bench_data.WARM_BATCHES + 2 * threads
-            assert bench_data.told(setting, [])["images"] == 4 * timed
+            assert setting.steps >= timed + data.WARM_BATCHES + 2 * threads
+            assert data.told(setting, [])["images"] == 4 * timed
 
 
 @pytest.mark.parametrize(
@@ -133,7 +119,7 @@ def test_mistakes(argv, message, capsys):
 def test_every_side_on_a_card(short):
     device = torch.device("cuda", 0)
     args = cli._bench_verb().parser.parse_args(["train", "--image-size", "32", "--batch", "16", "--rounds", "2"])
-    row = bench_train.measure(args, bench.cell(args, device), bench_step.CAPTURES, ["timm", "timm_compile"], device)
-    ours = {bench_step.name_of(capture) for capture in bench_step.CAPTURES}
+    row = train.measure(args, bench.cell(args, device), step.CAPTURES, ["timm", "timm_compile"], device)
+    ours = {step.name_of(capture) for capture in step.CAPTURES}
     assert row["failed"] == {}
-    assert row["seconds"].keys() == ours | {name + bench_train.RESIDENT for name in ours} | {"timm", "timm_compile"}
+    assert row["seconds"].keys() == ours | {name + train.RESIDENT for name in ours} | {"timm", "timm_compile"}

@@ -15,7 +15,7 @@ from fastdeit.engine.dist import World
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.verbs import data as data_verbs
-from fastdeit.verbs import pictures as data_pictures
+from fastdeit.verbs import pictures
 
 SMALL = ["model.image_size=32", "train.batch_size=16", "data.group_size=4", "data.repeats=2", "train.epochs=6"]
 SYNTHETIC = ["deit_tiny", *SMALL, "data.source=synthetic", "data.synthetic_samples=50", "data.synthetic_classes=5"]
@@ -201,7 +201,7 @@ def test_show_finds_every_sample_where_the_loader_has_it():
         stream = order.epoch(0, 1, 50, 16, 2)
         copies = order.groups(stream, step - steps, 16, 4).copy.reshape(-1)
         for row, (sample, copy) in enumerate(zip(samples.index.tolist(), copies.tolist(), strict=True)):
-            assert data_pictures.locate(recipe, 50, sample, 1, copy) == data_pictures.Place(step, *divmod(row, 4))
+            assert pictures.locate(recipe, 50, sample, 1, copy) == pictures.Place(step, *divmod(row, 4))
 
 
 def test_a_group_alone_is_that_of_the_whole_batch():
@@ -209,7 +209,7 @@ def test_a_group_alone_is_that_of_the_whole_batch():
     source, _ = build.sources(recipe)
     whole = build.train_loader(recipe, source, World(torch.device("cpu")), {}, print)
     ((first, second),) = whole.batches(5, 6)
-    alone = data_pictures._group(recipe, source, 5, 2)
+    alone = pictures._group(recipe, source, 5, 2)
     assert torch.equal(alone.index, second.index[:4])
     assert torch.equal(alone.pixels(), second.pixels()[:4])
     assert not torch.equal(alone.index, first.index[:4])
@@ -250,8 +250,8 @@ def test_show_draws_a_picture_and_says_the_plan(run, tmp_path):
 def test_the_words_of_a_mixed_sample_are_its_own():
     recipe = recipes.load(SYNTHETIC[0], [*SYNTHETIC[1:], "data.mixup=0", "data.mix_mode=element"])
     source, _ = build.sources(recipe)
-    batch = data_pictures._group(recipe, source, 0, 1)
-    said = [data_pictures._mixed(batch, slot) for slot in range(4)]
+    batch = pictures._group(recipe, source, 0, 1)
+    said = [pictures._mixed(batch, slot) for slot in range(4)]
     for slot, (y0, x0, y1, x1) in enumerate(batch.box[0].tolist()):
         partner = batch.index[batch.partner[slot]]
         words = f"cutmix: {x1 - x0} x {y1 - y0} pixels from ({x0}, {y0}) are those of sample {partner}"
@@ -289,7 +289,7 @@ def test_a_preview_of_a_batch_smaller_than_the_grid_draws_all_of_it(run, tmp_pat
     def block(part, title, images, columns):
         shapes.append((-(-len(images) // columns), columns, len(images)))
 
-    monkeypatch.setattr(data_pictures, "_block", block)
+    monkeypatch.setattr(pictures, "_block", block)
     out = tmp_path / "b.png"
     words = [word.replace("samples=50", "samples=400") for word in SYNTHETIC]
     done = run("data", "preview", *words, *grid, "--out", out)
@@ -312,7 +312,7 @@ def test_evaluation_crops_are_spread_over_the_classes():
     recipe = recipes.load(SYNTHETIC[0], SYNTHETIC[1:])
     _, held_out = build.sources(recipe)
     assert len(held_out) == 5
-    labels = [label for _, label in data_pictures._evaluation(recipe, held_out, 2)]
+    labels = [label for _, label in pictures._evaluation(recipe, held_out, 2)]
     assert labels == ["'class_0000'", "'class_0002'"]
 
 

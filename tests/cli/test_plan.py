@@ -9,7 +9,7 @@ from fastdeit import cli
 from fastdeit.data.sources import digits, kinds
 from fastdeit.data.sources.datasets import open_pair
 from fastdeit.estimate import model as estimate
-from fastdeit.estimate import report as estimate_report
+from fastdeit.estimate import report
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import DEFAULT_GPUS, GPUS
 from fastdeit.estimate.model import FUSED, Work
@@ -228,15 +228,15 @@ def test_images_can_be_given(plan):
 
 def test_own_rows_are_used_and_named(tmp_path):
     found = recipe.load("deit_tiny", ["engine.precision=fp32", "data.source=synthetic"])
-    machine = estimate_report.Machine(GPUS["A100"], 1, 1)
-    student = estimate_report.subject(found).student
+    machine = report.Machine(GPUS["A100"], 1, 1)
+    student = report.subject(found).student
     slow = 3 * sum(estimate.step(student, Work(64, "fp32", drop_path=False), FUSED, GPUS["A100"]))
     row = {"what": "step", "device": "cuda", "model": "deit_tiny_patch16_224", "batch": 64}
     row |= {"seconds": {"fastdeit": [slow]}, "environment": {"gpus": [{"name": "NVIDIA A100-SXM4-80GB"}]}}
     (tmp_path / "a100.jsonl").write_text(json.dumps(row) + "\n")
 
     (tmp_path / "empty").mkdir()
-    before, after = (estimate_report.report(found, [machine], results=path) for path in (tmp_path / "empty", tmp_path))
+    before, after = (report.report(found, [machine], results=path) for path in (tmp_path / "empty", tmp_path))
     assert fused(after)["step"]["seconds"] == pytest.approx(3 * fused(before)["step"]["seconds"])
     assert fused(after)["basis"]["speed"] == "measured x3.00 (1 rows)"
     assert after["plans"][0] == before["plans"][0]
@@ -268,19 +268,19 @@ def test_other_timm_models_follow_their_flops(plan):
 
 def test_activations_of_other_networks_are_those_that_torch_keeps():
     layer = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU()).to("meta")
-    counted = estimate_report._activations(layer, (16, 16))
+    counted = report._activations(layer, (16, 16))
     pixels = 16 * 16 * 4
     assert counted == {"saved": (3 + 8) * pixels, "widest": (8 + 8) * pixels, "layers": 2}
 
 
 def test_sizes_of_data_sets():
     of_one_size = {kind.name for kind in kinds.shipped() if not kind.named_splits}
-    assert set(estimate_report.SIZES) == {*of_one_size, "imagenet", "digits"}
+    assert set(report.SIZES) == {*of_one_size, "imagenet", "digits"}
 
 
 def test_size_of_the_digits(tmp_path):
     train, held_out = open_pair("folder", digits.prepare(tmp_path))
-    assert estimate_report.SIZES["digits"] == (len(train), len(held_out), len(train.classes))
+    assert report.SIZES["digits"] == (len(train), len(held_out), len(train.classes))
 
 
 def test_size_of_synthetic_data(plan):

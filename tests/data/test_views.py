@@ -117,7 +117,7 @@ def test_views_are_the_planned_pixels(varied):
 
 def test_the_graph_of_the_gpu_renders_each_view_as_alone(varied):
     from fastdeit.data.execute import (
-        graph as dali_graph,  # needs DALI, without which tests of other things are collected, too
+        graph,  # needs DALI, without which tests of other things are collected, too
     )
 
     views = GLOBAL, LOCAL, SIMPLE
@@ -127,9 +127,9 @@ def test_the_graph_of_the_gpu_renders_each_view_as_alone(varied):
 
     def run(views, planned):
         sizes = [view.size for view in views]
-        pipe = dali_graph.whole(dali_graph.forms(sizes, planned), False, batch_size=16, num_threads=2, device_id=None)
+        pipe = graph.whole(graph.forms(sizes, planned), False, batch_size=16, num_threads=2, device_id=None)
         pipe.build()
-        for name, value in (dali_graph.inputs(sizes, planned) | {"encoded": encoded}).items():
+        for name, value in (graph.inputs(sizes, planned) | {"encoded": encoded}).items():
             pipe.feed_input(name, value)
         return [np.asarray(images.as_tensor()) for images in pipe.run()]
 

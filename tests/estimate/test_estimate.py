@@ -16,14 +16,13 @@ from fastdeit import kernels, models
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.optim import default_groups
 from fastdeit.engine.optimizers import AdamW
-from fastdeit.estimate import gpus as estimate_gpus
+from fastdeit.estimate import gpus
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.model import COMPILE, DESIGNS, EAGER, EPILOGUE, FUSED, GIB, TIMM, Network, ViT, Work
 from fastdeit.kernels import _op
-from fastdeit.kernels.attention import fused_backward as attention_fused_backward
-from fastdeit.kernels.attention import tiles as attention_tiles
+from fastdeit.kernels.attention import fused_backward, tiles
 
 NAMES = [name for name in models.MODELS if name.startswith("deit_")]
 
@@ -165,7 +164,7 @@ def choose(monkeypatch):
     """`choose(attention={...}, mlp={...})` is the table of choices for sm_80."""
 
     def use(**rows):
-        monkeypatch.setattr(estimate_gpus, "_choices", lambda: {"sm_80": rows})
+        monkeypatch.setattr(gpus, "_choices", lambda: {"sm_80": rows})
 
     return use
 
@@ -206,9 +205,9 @@ def test_what_the_fused_backward_does_not_take_goes_to_the_split_one(choose, opt
 
 def test_limits_and_padding_of_the_fused_backward_are_the_kernel_s():
     limits = estimate._FUSED_BACKWARD_TOKENS, estimate._FUSED_BACKWARD_WIDTH
-    assert limits == (attention_fused_backward.MOST_TOKENS, attention_fused_backward.WIDEST_HEAD)
+    assert limits == (fused_backward.MOST_TOKENS, fused_backward.WIDEST_HEAD)
     for tokens in range(1, limits[0] + 1):
-        assert sum(attention_tiles.chunks(tokens)) == estimate._padded(tokens, 16)
+        assert sum(tiles.chunks(tokens)) == estimate._padded(tokens, 16)
 
 
 def test_the_last_block_s_queries_have_the_split_backward(choose):
@@ -236,8 +235,8 @@ def test_the_table_of_choices_is_read_as_the_kernels_read_it():
         for name, row in rows.items():
             for width in [*map(int, row.get("widths", {})), 12345]:
                 wanted = _op._at_width(row, [torch.empty(1, width, device="meta")])["backend"]
-                assert estimate_gpus.backend(replace(GPUS["A100"], arch=card), name, width) == wanted
-    assert estimate_gpus.backend(replace(GPUS["A100"], arch="sm_1"), "attention", 2304) == "triton"
+                assert gpus.backend(replace(GPUS["A100"], arch=card), name, width) == wanted
+    assert gpus.backend(replace(GPUS["A100"], arch="sm_1"), "attention", 2304) == "triton"
 
 
 def test_gelu_is_made_again_as_the_mlp_does_by_default():

@@ -7,7 +7,7 @@ import pytest
 
 from fastdeit.errors import UsageError
 from fastdeit.estimate import model as estimate
-from fastdeit.estimate import rows as estimate_rows
+from fastdeit.estimate import rows
 from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.model import COMPILE, FUSED, TIMM, Network, ViT, Work
 
@@ -25,7 +25,7 @@ def calibrated(tmp_path, row, asked=None):
             asked.append((name, size))
         return OURS
 
-    return estimate_rows.calibrations([path], network)
+    return rows.calibrations([path], network)
 
 
 def row(**changes):
@@ -80,7 +80,7 @@ def test_a_file_that_holds_no_rows_is_told_with_its_place(tmp_path):
     path = tmp_path / "h200.jsonl"
     path.write_text(json.dumps(row(seconds={})) + "\n{")
     with pytest.raises(UsageError, match=r"h200\.jsonl:2 is no JSON"):
-        estimate_rows.calibrations([path], lambda name, size: OURS)
+        rows.calibrations([path], lambda name, size: OURS)
 
 
 def test_a_row_in_which_nothing_ran_does_not_calibrate(tmp_path):

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdeit import kernels
 from fastdeit.kernels import _op
 from fastdeit.kernels._triton import INTERPRETED
-from fastdeit.kernels.attention import backward as attention_backward
-from fastdeit.kernels.attention import tiles as attention_tiles
+from fastdeit.kernels.attention import backward, tiles
 from fastdeit.kernels.attention.op import OP
 from fastdeit.kernels.attention.tiles import chunks
 from tests.kernels.proof import TOKENS, few, layouts, normal, prove, repeated
@@ -162,8 +161,8 @@ def test_what_triton_does_not_take_is_the_references(device):
 
 
 def test_more_heads_than_a_grid_holds_are_the_references(device, monkeypatch):
-    assert attention_tiles.MOST_HEADS == 2**16 - 1
-    monkeypatch.setattr(attention_tiles, "MOST_HEADS", 6)
+    assert tiles.MOST_HEADS == 2**16 - 1
+    monkeypatch.setattr(tiles, "MOST_HEADS", 6)
     for op, inputs in (
         (kernels.attention, lambda batch: [torch.zeros(batch, 1, 18, device=device)]),
         (kernels.query_attention, lambda batch: [torch.zeros(batch, 1, size, device=device) for size in (6, 12)]),
@@ -243,8 +242,8 @@ def test_two_kernels_take_what_does_not_fit_one_program(device, unforced, monkey
     """Where measurement put the one program first, they are next."""
     row = {"backend": "fused_backward", "because": "measured", "widths": {}}
     monkeypatch.setattr(_op, "_measured", lambda: {_op.card(torch.device(device)): {"attention": row}})
-    calls, original = [], attention_backward.backward
-    monkeypatch.setattr(attention_backward, "backward", lambda *a, **k: calls.append(1) or original(*a, **k))
+    calls, original = [], backward.backward
+    monkeypatch.setattr(backward, "backward", lambda *a, **k: calls.append(1) or original(*a, **k))
     fits, does_not = (packed(device, torch.float16, 1, tokens, 1, 16) for tokens in (208, 209))
     kernels.attention(fits, 1).float().sum().backward()
     assert calls == []

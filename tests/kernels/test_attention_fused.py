@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fastdeit import kernels
 from fastdeit.kernels import _op, _triton
 from fastdeit.kernels._triton import INTERPRETED
-from fastdeit.kernels.attention import fused_backward as attention_fused_backward
+from fastdeit.kernels.attention import fused_backward
 from tests.kernels.proof import few, layouts, prove, repeated
 from tests.kernels.test_attention import packed
 
@@ -115,7 +115,7 @@ def test_loads_are_ahead_where_that_does_not_spill(monkeypatch, version, arch, s
     monkeypatch.setattr(_triton, "VERSION", version)
     qkv, out = (torch.empty(2, 198, size, dtype=torch.float16, device="meta") for size in (192, 64))
     with _triton.recording(arch) as recorded:
-        attention_fused_backward.backward(out, qkv, out, torch.empty(2, 1, 198, device="meta"), 1, 0.125, sums=False)
+        fused_backward.backward(out, qkv, out, torch.empty(2, 1, 198, device="meta"), 1, 0.125, sums=False)
     assert [launch.stages for launch in recorded.launches] == [stages]
 
 

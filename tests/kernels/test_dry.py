@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdeit.bench import kernels as bench_kernels
+from fastdeit.bench import kernels
 from fastdeit.bench.kernels import Work
 from fastdeit.bench.measure import CannotRun
 from fastdeit.kernels import _triton
@@ -23,7 +23,7 @@ def test_every_example_runs_forward_and_backward(name, capturing):
     with pretended_card(capturing) as card:
         work = Work(op.name, example.build(Maker(sizes, dtype, CARD)), 0)
         with card.never_waited_for():
-            results = bench_kernels._chosen(op, backend.name, work)
+            results = kernels._chosen(op, backend.name, work)
         assert card.launched
         for result in results if isinstance(results, tuple) else [results]:
             assert result is None or result.device == CARD
@@ -31,7 +31,7 @@ def test_every_example_runs_forward_and_backward(name, capturing):
 
 def test_the_sides_of_a_card_are_all_backends_of_triton_and_the_others_say_why():
     with pretended_card():
-        found = dict(bench_kernels._sides("mlp", CARD))
+        found = dict(kernels._sides("mlp", CARD))
         assert list(found) == ["triton", "epilogue", "quack", "reference", "compiled"]
         with pytest.raises(CannotRun, match="QuACK"):
             found["quack"](None)

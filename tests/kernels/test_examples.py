@@ -7,11 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeit.bench import kernels as bench_kernels
+from fastdeit.bench import kernels
 from fastdeit.kernels import _op, _triton
 from fastdeit.kernels._example import FEW, Example, Maker
-from fastdeit.kernels.lint import cases as lint_cases
-from fastdeit.kernels.lint import lint
+from fastdeit.kernels.lint import cases, lint
 from tests.kernels.examples import dry_calls, every_example
 from tests.pretended_card import pretended_card
 
@@ -71,12 +70,12 @@ def test_the_lint_and_its_golden_mixes_have_a_new_op(new_op, monkeypatch):
         "double | deit_base fp16 | m._double_kernel | sm_80",
         "double | deit_base fp16 | m._double_kernel | sm_90",
     ]
-    assert ("double", "triton") in {(case.op, case.backend) for case in lint_cases.cases()["double"]}
+    assert ("double", "triton") in {(case.op, case.backend) for case in cases.cases()["double"]}
 
 
 def test_the_benchmark_has_a_new_op(new_op, capsys):
     args = {"device": "cpu", "op": ["double"], "model": "deit_tiny_patch16_224", "batch": 1, "dtype": "fp32"}
-    bench_kernels.main(argparse.Namespace(**args, predict=True))
+    kernels.main(argparse.Namespace(**args, predict=True))
     assert capsys.readouterr().out.splitlines()[-1].startswith("double ")
 
 

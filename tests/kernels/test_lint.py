@@ -15,8 +15,7 @@ import pytest
 
 from fastdeit import cli
 from fastdeit.kernels import _op, _triton
-from fastdeit.kernels.lint import cases as lint_cases
-from fastdeit.kernels.lint import lint
+from fastdeit.kernels.lint import cases, lint
 from fastdeit.kernels.lint.cases import Case
 from fastdeit.kernels.lint.lint import Facts, Job, Row
 
@@ -60,7 +59,7 @@ def report():
 
 def test_every_backend_of_ours_has_a_case():
     """Reference, host, aten, apex and QuACK bring no Triton kernels of ours."""
-    cased = {(case.op, case.backend) for found in lint_cases.cases().values() for case in found}
+    cased = {(case.op, case.backend) for found in cases.cases().values() for case in found}
     assert cased == {
         (op.name, backend.name)
         for op in _op.OPS.values()
@@ -78,7 +77,7 @@ def test_the_kernels_of_an_op_are_compiled_and_within_limits():
 
 @pytest.mark.slow
 def test_kernels_are_within_limits(report):
-    assert sorted(report["ops"]) == sorted({op for op, _ in lint_cases.backends()})
+    assert sorted(report["ops"]) == sorted({op for op, _ in cases.backends()})
     assert report["broken"] == []
 
 

@@ -14,8 +14,7 @@ from torch import nn
 
 from fastdeit import kernels
 from fastdeit.kernels import accelerate, restore
-from fastdeit.kernels.accelerate import modules as patch_modules
-from fastdeit.kernels.accelerate import patch
+from fastdeit.kernels.accelerate import modules, patch
 from tests.kernels.proof import normal
 from tests.kernels.timm_models import (
     TINY,
@@ -143,7 +142,7 @@ def test_drop_path_keeps_the_share_it_should(dtype):
     block = Block(48, 3, drop_path=0.25).train()
     accelerate(block, strict=True)
     tokens = torch.zeros(20_000, 1, 48, dtype=dtype)
-    keep = patch_modules.sum_of(block, tokens, tokens, "2").keep
+    keep = modules.sum_of(block, tokens, tokens, "2").keep
     assert keep.dtype == torch.float32
     assert set(keep.tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert abs(keep.mean().item() - 1) < 5 * (0.25 / 0.75 / 20_000) ** 0.5
@@ -408,7 +407,7 @@ class DetachedAttention(Attention):
 def test_a_familiar_structure_that_computes_something_else(module):
     kept = [row for row in accelerate(module).kept if row.path == ""]
     assert [row.reason for row in kept] == ["computes something else than its structure suggests"]
-    assert not isinstance(module, patch_modules.Accelerated)
+    assert not isinstance(module, modules.Accelerated)
 
 
 def test_a_forward_that_needs_more_than_tokens():

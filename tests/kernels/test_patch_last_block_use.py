@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdeit import models
 from fastdeit.kernels import accelerate, restore, use
-from fastdeit.kernels.accelerate import modules as patch_modules
+from fastdeit.kernels.accelerate import modules
 from tests.kernels.proof import normal
 from tests.kernels.timm_models import (
     TINY,
@@ -129,8 +129,8 @@ def test_a_familiar_structure_that_reads_more(cls, reason):
 
 
 def test_a_block_that_computes_something_else_for_its_first_tokens(monkeypatch):
-    real = patch_modules.query_attention
-    monkeypatch.setattr(patch_modules, "query_attention", lambda *arguments: 1.001 * real(*arguments))
+    real = modules.query_attention
+    monkeypatch.setattr(modules, "query_attention", lambda *arguments: 1.001 * real(*arguments))
     reason = last_block_row(accelerate(model_of())).reason
     assert reason == "blocks.1 computes something else for its first tokens"
 
@@ -244,7 +244,7 @@ def test_the_switch(pair):
 def test_copies_and_pickles(pair):
     model, timms = pair
     data = pickle.dumps(model)
-    patch_modules.accelerated.cache_clear()
+    modules.accelerated.cache_clear()
     for copy in (deepcopy(model), pickle.loads(data)):
         assert isinstance(copy, VisionTransformer)
         assert list(copy.state_dict()) == list(timms.state_dict())

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from fastdeit.kernels import accelerate, restore
-from fastdeit.kernels.accelerate import modules as patch_modules
+from fastdeit.kernels.accelerate import modules
 from tests.kernels.timm_models import (
     accelerated_pair,
     assert_close,
@@ -81,9 +81,9 @@ def test_copies_are_accelerated_and_independent(pair):
 def test_pickles_are_accelerated_where_nothing_was_accelerated_before(pair):
     model, timms = pair
     data = pickle.dumps(model)
-    patch_modules.accelerated.cache_clear()
+    modules.accelerated.cache_clear()
     loaded = pickle.loads(data)
-    assert isinstance(loaded.blocks[0], patch_modules.Accelerated)
+    assert isinstance(loaded.blocks[0], modules.Accelerated)
     assert_same_as_timm(loaded.eval(), timms.eval(), images_for(loaded))
 
 

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from fastdeit.kernels import accelerate
-from fastdeit.kernels.accelerate import modules as patch_modules
+from fastdeit.kernels.accelerate import modules
 from tests.kernels.proof import assert_as_good, normal
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
@@ -77,7 +77,7 @@ def fell_back(module, call):
             return super().forward(*args, **kwargs)
 
     accelerated = type(module)
-    module.__class__ = patch_modules.accelerated(module.mixin, Spy)
+    module.__class__ = modules.accelerated(module.mixin, Spy)
     call()
     module.__class__ = accelerated
     return bool(reached)
@@ -85,7 +85,7 @@ def fell_back(module, call):
 
 def queries(call):
     """Tokens of which `call` computes attention on keys and values of more: one number for each time."""
-    with mock.patch.object(patch_modules, "query_attention", wraps=patch_modules.query_attention) as spy:
+    with mock.patch.object(modules, "query_attention", wraps=modules.query_attention) as spy:
         call()
     return [used.args[0].shape[1] for used in spy.call_args_list]
 

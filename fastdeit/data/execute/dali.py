@@ -5,7 +5,7 @@ cut out where the plan says so, flipped, and the pixel operations applied.
 
 On the CPU, DALI decodes the box, which is what it is fastest at, and `render` does the rest while the next batch is
 being decoded: less than half the CPU time of the DALI graph, and nearer to PIL. On the GPU all of it is that graph
-(`dali_graph`).
+(`graph.py`).
 
 A sample is decoded once for all of its views: on the CPU the smallest rectangle that holds the source
 regions of all. DALI decodes the same pixels of a box whether it decodes more around it or not, so that no view depends

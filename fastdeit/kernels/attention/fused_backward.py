@@ -4,7 +4,7 @@
     dq = ds k                   dk += ds^T q                      dv += p^T dout
 
 for 32 queries at a time. All keys and values stay in shared memory, dk and dv in registers: two float32 tiles of 208 x
-64 are 104 registers of 256 threads, hence the limits. Compared with the two kernels of `attention_backward.py`, there
+64 are 104 registers of 256 threads, hence the limits. Compared with the two kernels of `backward.py`, there
 are five products instead of seven, and everything is read once: 10 bytes an element of out, with 6 written. But all
 warps of an SM belong to one program, and wait for one another. The gradient of qkv's bias is summed in registers.
 

@@ -14,13 +14,13 @@ heads of a ViT read of its last block.
 Logits are float32 and scaled there: q k^T in fp16 overflows beyond 65,504, the source of DeiT's NaN under AMP.
 
 Bytes moved at best per element of out in 16 bit: forward reads 6 and writes 2; backward reads 8 and writes 6, since the
-gradient is written packed, as the qkv projection's backward wants it. Forward (`attention_forward.py`): up to 257 keys
+gradient is written packed, as the qkv projection's backward wants it. Forward (`forward.py`): up to 257 keys
 are a few static chunks of powers of two, hence one pass without rescaling and little padding (198 keys are 128 + 64 +
 16); more keys are a loop of online softmax (Milakov & Gimelshein, 2018).
 
 Two backends in Triton, which differ in the backward. "triton" has one kernel for dq and one for dk and dv, for any
-number of tokens (`attention_backward.py`); they read queries, keys and values again for each 64 of the others, mostly
-from cache. "fused_backward" has one program for each head, for up to 208 tokens (`attention_fused_backward.py`); it is
+number of tokens (`backward.py`); they read queries, keys and values again for each 64 of the others, mostly
+from cache. "fused_backward" has one program for each head, for up to 208 tokens (`fused_backward.py`); it is
 taken where it was measured to be faster, or asked for. In both, each result is added up by one program, so there are no
 atomics, and every run has the same bits.
 """
@@ -36,15 +36,8 @@ from torch import Tensor
 
 from fastdeit.kernels import _op, _triton
 from fastdeit.kernels._example import BASE, DEITS, Example, Maker
-from fastdeit.kernels.attention import (
-    backward as attention_backward,
-)
-from fastdeit.kernels.attention import (
-    forward as attention_forward,
-)
-from fastdeit.kernels.attention import (
-    fused_backward as attention_fused_backward,
-)
+from fastdeit.kernels.attention import backward, forward
+from fastdeit.kernels.attention import fused_backward as one_program_a_head
 from fastdeit.kernels.attention.tiles import Operands
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -126,7 +119,7 @@ def _operands(qkv: Tensor, num_heads: int, scale: float) -> Operands:
 
 def triton_forward(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """`reference` in one launch."""
-    return attention_forward.forward(_operands(qkv.contiguous(), num_heads, scale))
+    return forward.forward(_operands(qkv.contiguous(), num_heads, scale))
 
 
 def triton_backward(
@@ -136,13 +129,13 @@ def triton_backward(
     qkv = qkv.contiguous()
     dqkv = torch.empty_like(qkv)
     operands, gradients = (_operands(packed, num_heads, scale) for packed in (qkv, dqkv))
-    sums = attention_backward.backward(grad, operands, out, lse, gradients, sums=with_bias)
+    sums = backward.backward(grad, operands, out, lse, gradients, sums=with_bias)
     return dqkv, torch.cat(sums) if sums else lse.new_empty(0)
 
 
 def fused_forward(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """`triton_forward`, of what `fused_backward` takes: refusing there would be too late."""
-    attention_fused_backward.check(qkv, num_heads)
+    one_program_a_head.check(qkv, num_heads)
     return triton_forward(qkv, num_heads, scale, bias)
 
 
@@ -150,13 +143,13 @@ def fused_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """`reference_backward` in one launch, and a small sum for the bias."""
-    dqkv, sums = attention_fused_backward.backward(grad, qkv, out, lse, num_heads, scale, sums=with_bias)
+    dqkv, sums = one_program_a_head.backward(grad, qkv, out, lse, num_heads, scale, sums=with_bias)
     return dqkv, lse.new_empty(0) if sums is None else sums
 
 
 def query_triton_forward(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     """`query_reference` in one launch."""
-    return attention_forward.forward(Operands.of(q.contiguous(), kv.contiguous(), num_heads, scale))
+    return forward.forward(Operands.of(q.contiguous(), kv.contiguous(), num_heads, scale))
 
 
 def query_triton_backward(
@@ -166,7 +159,7 @@ def query_triton_backward(
     q, kv = q.contiguous(), kv.contiguous()
     dq, dkv = torch.empty_like(q), torch.empty_like(kv)
     operands, gradients = (Operands.of(a, b, num_heads, scale) for a, b in ((q, kv), (dq, dkv)))
-    attention_backward.backward(grad, operands, out, lse, gradients, sums=False)
+    backward.backward(grad, operands, out, lse, gradients, sums=False)
     return dq, dkv
 
 
@@ -209,7 +202,7 @@ _EXAMPLES = [
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 _capability = partial(_triton.capability, needs=80)
-_fused_capability = partial(_triton.capability, needs=80, compiler=attention_fused_backward.COMPILER)
+_fused_capability = partial(_triton.capability, needs=80, compiler=one_program_a_head.COMPILER)
 OP = _op.Op(
     "attention",
     reference,

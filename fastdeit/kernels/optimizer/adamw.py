@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _op, _triton
-from fastdeit.kernels.optimizer import _examples as _update_examples
-from fastdeit.kernels.optimizer import _multi_tensor, _update, apex
+from fastdeit.kernels.optimizer import _examples, _multi_tensor, _update, apex
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -209,7 +208,7 @@ def triton_adamw(
 OP = _op.Op(
     "fused_adamw",
     reference,
-    examples=_update_examples.updates(_update_examples.adam_numbers, states=2, bytes_of_a_parameter=36),
+    examples=_examples.updates(_examples.adam_numbers, states=2, bytes_of_a_parameter=36),
     others=[
         _op.Backend("triton", _triton.capability, triton_adamw),
         _op.Backend("aten", _aten_capability, aten),

@@ -20,8 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _op, _triton
-from fastdeit.kernels.optimizer import _examples as _update_examples
-from fastdeit.kernels.optimizer import _multi_tensor, _update, adamw, apex
+from fastdeit.kernels.optimizer import _examples, _multi_tensor, _update, adamw, apex
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -247,7 +246,7 @@ def triton_lamb(
 OP = _op.Op(
     "fused_lamb",
     reference,
-    examples=_update_examples.updates(_update_examples.adam_numbers, states=2, bytes_of_a_parameter=52),
+    examples=_examples.updates(_examples.adam_numbers, states=2, bytes_of_a_parameter=52),
     others=[
         _op.Backend("triton", _triton.capability, triton_lamb),
         _op.Backend("apex", apex.capability, apex.lamb),

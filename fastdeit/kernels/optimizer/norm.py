@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _op, _triton
-from fastdeit.kernels.optimizer import _examples as _update_examples
-from fastdeit.kernels.optimizer import _multi_tensor
+from fastdeit.kernels.optimizer import _examples, _multi_tensor
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -85,7 +84,7 @@ def triton_norm(tensors: Sequence[Tensor]) -> Tensor:
 OP = _op.Op(
     "global_norm",
     reference,
-    examples=_update_examples.NORM,
+    examples=_examples.NORM,
     others=[_op.Backend("triton", _triton.capability, triton_norm)],
 )
 _triton.expect(_squares_kernel, stores=32)  # one sum

@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _op, _triton
-from fastdeit.kernels.optimizer import _examples as _update_examples
-from fastdeit.kernels.optimizer import _multi_tensor, _update
+from fastdeit.kernels.optimizer import _examples, _multi_tensor, _update
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -149,13 +148,13 @@ def triton_sgd(
 
 # ---- registration ----------------------------------------------------------------------------------------------------
 
-_PLAIN = _update_examples.updates(_update_examples.decoupled_sgd_numbers, states=1, bytes_of_a_parameter=28)[0]
+_PLAIN = _examples.updates(_examples.decoupled_sgd_numbers, states=1, bytes_of_a_parameter=28)[0]
 
 OP = _op.Op(
     "fused_sgd",
     reference,
     examples=[
-        *_update_examples.updates(_update_examples.sgd_numbers, states=1, bytes_of_a_parameter=28),
+        *_examples.updates(_examples.sgd_numbers, states=1, bytes_of_a_parameter=28),
         replace(_PLAIN, name="weights, decoupled decay, not Nesterov's", bytes=None),
     ],
     others=[_op.Backend("triton", _triton.capability, triton_sgd)],
