@@ -279,6 +279,7 @@ def test_ctrl_c_then_resume_on_the_command_line(recipe_file, data, whole, tmp_pa
     assert_same_weights(whole[0], run)
 
 
+@pytest.mark.slow
 def test_two_processes_reach_the_result_of_one(recipe_file, data, whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole[0] / "teacher", run / "teacher")

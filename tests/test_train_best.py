@@ -131,7 +131,7 @@ def test_an_average_may_be_what_the_best_is_chosen_by(tmp_path, ema):
 def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path, method, has):
     Scripted.steps = 0
     with pytest.raises(UsageError, match=f"train.best_by top1_class is no metric of this run, which has {has}"):
-        run(tmp_path, "train.best_by=top1_class", f"method.use=test_train_best:{method}")
+        run(tmp_path, "train.best_by=top1_class", f"method.use=tests.test_train_best:{method}")
     assert Scripted.steps == 0
 
 

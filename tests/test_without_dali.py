@@ -23,9 +23,10 @@ def without_dali(code):
 
 
 def test_everything_but_reading_images_works(tmp_path):
-    names = "bench", "bench_calibrate", "bench_kernels", "bench_peers", "bench_report", "bench_step", "bench_suite"
+    names = "command", "calibrate", "kernels", "peers", "report", "step", "suite"
     arguments = ["train", "digits", "--run-dir", str(tmp_path / "run")]
-    code = f"from fastdeit import {', '.join(names)}, cli, evaluate, train\nprint('imported')\n"
+    code = f"from fastdeit.bench import {', '.join(names)}\nfrom fastdeit.run import evaluate\n"
+    code += "from fastdeit import cli, train\nprint('imported')\n"
     done = without_dali(f"{code}sys.exit(cli.main({arguments}))")
     assert done.stdout.startswith("imported\n"), done.stderr
     assert done.returncode == 1

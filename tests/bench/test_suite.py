@@ -119,7 +119,7 @@ def test_attention_of_the_library_is_that_of_ours():
     qkv = torch.randn(2, 5, 3 * 128, requires_grad=True)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = calibrate._trained(qkv, 2, None)
-    ours = torch.autograd.grad(out := calibrate.bench_kernels.kernels.attention(qkv, 2), qkv, out.detach())[0]
+    ours = torch.autograd.grad(out := calibrate.kernels.kernels.attention(qkv, 2), qkv, out.detach())[0]
     torch.testing.assert_close(ours, expected)
 
 

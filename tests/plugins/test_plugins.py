@@ -80,7 +80,13 @@ def teacher():
     return Teacher(models.build("convnet_digits", num_classes=10))
 
 
-@pytest.fixture(scope="module", params=METHODS)
+LONG = {"dino"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in METHODS],
+)
 def case(request, few_digits, store, tmp_path_factory):
     """(recipe, steps of the run, the run that was never interrupted)"""
     model, method, epochs = METHODS[request.param]

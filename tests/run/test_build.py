@@ -236,7 +236,7 @@ class Kept(Averages):
 
 def test_an_averaged_teacher_that_the_engine_would_not_find_is_refused(path):
     def made(name):
-        recipe = recipes.load(path, [f"method.use=test_build:{name}"])
+        recipe = recipes.load(path, [f"method.use=tests.run.test_build:{name}"])
         return build.method(recipe, build.model(recipe, 4, print), 4, 1, None)
 
     with pytest.raises(
