@@ -12,6 +12,8 @@ import torch
 from tests.process_of_ranks import be_rank
 
 torch.set_num_threads(1)
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"  # for the processes that tests start, and so that `fastdeit train` in this one takes no more
 TIMEOUT_S = 120
 WORKERS = 2
 PRELOADED = "torch", "torch.distributed", "torch._dynamo", "fastdeit.kernels", "fastdeit.train"
