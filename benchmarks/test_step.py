@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import DEVICE
 
+from benchmarks.conftest import DEVICE
 from fastdeit.bench import cells, suite
 from fastdeit.bench.measure import CannotRun, reason
 

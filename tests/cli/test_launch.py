@@ -70,7 +70,7 @@ def worker(tmp_path):
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
     """Workers started anywhere find the package under test."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(launch.__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
 def run(worker: Path, mode: str, *more: str, grace_s: float = 20.0) -> int:

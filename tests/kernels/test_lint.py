@@ -19,7 +19,7 @@ from fastdeit.kernels.lint import cases, lint
 from fastdeit.kernels.lint.cases import Case
 from fastdeit.kernels.lint.lint import Facts, Job, Row
 
-ROOT = Path(lint.__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 
 PTX = """
 \t@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
