@@ -35,7 +35,7 @@ def test_speed(benchmark, environment, cell, name, build):
     try:
         side = build(cell, DEVICE)
         side.run()
-    except Exception as error:  # a peer that cannot run is told, and the others go on
+    except Exception as error:  # skipped with its reason; the others go on
         if name.startswith("fastdeit") and not isinstance(error, CannotRun):
             raise
         pytest.skip(reason(error))

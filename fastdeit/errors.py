@@ -6,7 +6,7 @@ because dependencies point down; `cli.exit_code` knows what those mean.
 
 
 class FastdeitError(Exception):
-    """A failure with a message meant for the person at the terminal; shown without a traceback."""
+    """A failure with a message for the person at the terminal; shown without a traceback."""
 
     exit_code = 1
 

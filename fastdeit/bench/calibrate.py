@@ -75,7 +75,7 @@ def _measure(sides: Iterator[tuple[str, Callable[[], Side]]], rounds: int, devic
             side = build()
             timers[name] = timed(side.call, device) if side.whole else repeated([side.call], device)
             work[name] = side
-        except Exception as error:  # told in the row; the others go on
+        except Exception as error:  # recorded in the row; the others go on
             failed[name] = reason(error)
     timers["copy"], copied = measure.copy_timer(device)
     found = interleave(timers, rounds, device, failed, discard=int(device.type == "cuda"))

@@ -1,7 +1,7 @@
 """A row of a comparison: who takes part in it, how the sides compare, and what it says in words.
 
-What the commands of `fastdeit bench` share, the single comparison, the suite and the report. What a row means is told
-in benchmarks/README.md.
+The single comparison, the suite and the report of `fastdeit bench` share this. benchmarks/README.md says what a row
+means.
 """
 
 import argparse

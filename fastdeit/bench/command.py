@@ -1,7 +1,7 @@
 """`fastdeit bench`: ours and the peers in turn, in one process, medians and ratios.
 
 What is printed and appended to a results file is the ratio of medians and the spread of the ratio over rounds, never a
-single time. What a row means is told in benchmarks/README.md.
+single time. The meaning of a row stands in benchmarks/README.md.
 """
 
 import argparse

@@ -50,7 +50,7 @@ WARM_BATCHES, TIMED_BATCHES = 8, 16
 BATCH = 64
 OURS = "all of the recipe, replayable: TrainLoader (box decoded by DALI, rendered in threads)"
 _CLASSES = 8
-_TOLD = {
+_FACTS = {
     "train": ("crop", "augment", "color_jitter", "erase", "mixup", "cutmix", "mix_probability"),
     "val": ("eval_crop_ratio",),
 }
@@ -150,13 +150,13 @@ def opened(args: argparse.Namespace, device: torch.device, fixed: dict[str, Any]
         yield Setting(_recipe(args, root, fixed or {}), device, getattr(args, "eval", False))
 
 
-def told(setting: Setting, overrides: list[str]) -> dict[str, Any]:
+def facts(setting: Setting, overrides: list[str]) -> dict[str, Any]:
     """What a row repeats of its input."""
     return {
         "recipe": setting.recipe.name,
         "overrides": overrides,
         "evaluation": setting.evaluation,
-        **{field: getattr(setting.data, field) for field in _TOLD[setting.split]},
+        **{field: getattr(setting.data, field) for field in _FACTS[setting.split]},
         "batch": setting.batch,
         "images": setting.timed * setting.batch,
         "threads": setting.data.threads,

@@ -523,7 +523,7 @@ def sides(args: argparse.Namespace, device: torch.device) -> Generator[tuple[dic
     """
     with bench_data.opened(args, device) as setting:
         built, failed = _built(setting, _PEERS[args.peer])
-        facts = bench_data.told(setting, args.overrides)
+        facts = bench_data.facts(setting, args.overrides)
         facts |= {"work": {name: side.work for name, side in built.items()}, "failed": failed}
         bench_data.write_images(setting)
         yield {name: bench_data.timer(side.stream, setting) for name, side in built.items()}, facts

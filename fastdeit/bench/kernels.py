@@ -110,7 +110,7 @@ def measure(name: str, build: Callable[[], Work], args: argparse.Namespace, devi
         try:
             calls = [lambda call=call, work=work: call(work) for work in works]
             sides[side] = bench_measure.repeated(calls, device)
-        except Exception as error:  # a side that cannot run is told, and the others are measured
+        except Exception as error:  # recorded in the row; the others are measured
             failed[side] = bench_measure.reason(error)
     sides["copy"], copied = bench_measure.copy_timer(device)
     row = {"what": "kernel", "op": name, "model": args.model, "batch": args.batch, "dtype": args.dtype}

@@ -1,7 +1,7 @@
 """What all benchmarks share: interleaved rounds, timers, the rates of the machine, and the environment of a row.
 
 A round times every side once, the order alternating, so that a machine whose speed drifts slows all of them. The
-protocol is told in benchmarks/README.md.
+protocol stands in benchmarks/README.md.
 """
 
 import json

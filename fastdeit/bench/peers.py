@@ -48,12 +48,12 @@ VARIANTS = {
 
 def side(wanted: Cell, device: torch.device, *, name: str) -> Side:
     """The peer on one batch of random floats."""
-    run, flops = fed(name, wanted, device)
+    run, flops = step_of(name, wanted, device)
     images = floats(wanted, device)
     return Side(lambda: run(images), flops)
 
 
-def fed(name: str, wanted: Cell, device: torch.device) -> tuple[Callable[[Tensor], None], float]:
+def step_of(name: str, wanted: Cell, device: torch.device) -> tuple[Callable[[Tensor], None], float]:
     """(a step, or a forward, of the images `[B, 3, H, W]` it is given, its FLOPs). Targets are random and stay."""
     variant = VARIANTS[name]
     if device.type == "cpu":

@@ -160,8 +160,8 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
                 cells = [cell(row), name, *(tell(row, name) for tell in columns.values())]
                 cells += [f"{max(seconds) / min(seconds):.2f}", row["environment"]["fastdeit"]["code"] or "?"]
                 yield f"| {' | '.join(cells)} |"
-        told = Counter((name, why) for row in group for name, why in row.get("failed", {}).items())
-        yield from (f"\n{name} cannot run in {count} of these cells: {why}" for (name, why), count in told.items())
+        reasons = Counter((name, why) for row in group for name, why in row.get("failed", {}).items())
+        yield from (f"\n{name} cannot run in {count} of these cells: {why}" for (name, why), count in reasons.items())
 
 
 def _images(row: Row, name: str, of: str = "seconds") -> str:

@@ -153,7 +153,7 @@ def measure(
     for name, build in builders.items():
         try:
             timers[name], flops[name], peaks[name] = ready(build, wanted, device)
-        except Exception as error:  # told in the row; the others go on
+        except Exception as error:  # recorded in the row; the others go on
             failed[name] = reason(error)
         release(device)
     shapes = products(wanted)

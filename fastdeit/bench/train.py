@@ -44,7 +44,7 @@ def measure(
         found = interleave(timers, args.rounds, device, failed, discard=int(device.type == "cuda"))
         return {
             **asdict(wanted),
-            **data.told(setting, args.overrides),
+            **data.facts(setting, args.overrides),
             **found,
             "what": "train",
             "drop_path": wanted.drop_path,
@@ -72,17 +72,17 @@ def _sides(
     makers |= {name: partial(_peer, name=name) for name in peers}
     for name, make in makers.items():
         try:
-            step, warm, stream, told = make(wanted, setting)
+            step, warm, stream, kind_of_work = make(wanted, setting)
             with closing(stream()) as batches:
                 kept = map_tensors(torch.clone, next(batches))
             for _ in range(max(warm, WARM_CALLS[setting.device.type])):
                 step(kept)
             World(setting.device).synchronize()
-            timers[name], work[name] = data.timer(partial(_trained, step, stream), setting), told
+            timers[name], work[name] = data.timer(partial(_trained, step, stream), setting), kind_of_work
             if name not in peers:
                 still = partial(_trained, step, partial(_repeated, kept))
                 timers[name + RESIDENT], work[name + RESIDENT] = data.timer(still, setting), "none"
-        except Exception as error:  # told in the row; the others go on
+        except Exception as error:  # recorded in the row; the others go on
             failed[name] = reason(error)
         bench_step.release(setting.device)
     return timers, failed, work
@@ -98,7 +98,7 @@ def _ours(wanted: Cell, setting: Setting, *, capture: str) -> tuple[Step, int, O
 def _peer(wanted: Cell, setting: Setting, *, name: str) -> tuple[Step, int, Open, str]:
     from fastdeit.bench import peers as bench_peers  # imports timm, which takes a second
 
-    step, _ = bench_peers.fed(name, wanted, setting.device)
+    step, _ = bench_peers.step_of(name, wanted, setting.device)
     loader = data_peers.timm(setting)
     return step, 0, loader.stream, loader.work
 

@@ -327,7 +327,7 @@ def _is_sound(directory: Path) -> bool:
 
 
 def _is_whole(directory: Path) -> bool:
-    """Whether the manifest is intact and every file has its size: all that can be told without reading the files."""
+    """Whether the manifest is intact and every file has its size: all that can be known without reading the files."""
     try:
         for name, entry in _read_manifest(directory)["files"].items():
             _check_size(directory / name, entry)

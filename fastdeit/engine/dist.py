@@ -67,8 +67,8 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self._control)
         if any(other != values[0] for other in values):
-            told = "; ".join(f"process {rank}: {other}" for rank, other in enumerate(values))
-            raise RuntimeError(f"the processes differ in {what}, and so would their results: {told}")
+            listed = "; ".join(f"process {rank}: {other}" for rank, other in enumerate(values))
+            raise RuntimeError(f"the processes differ in {what}, and so would their results: {listed}")
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next to it is honest."""

@@ -163,12 +163,12 @@ def calibrations(
 def _modelled(row: dict, side: str, network: Callable[[str, Size], Network]) -> tuple[Design, Work, Network] | None:
     """What the estimate has for a side of a row; None for a side that is no design of its."""
     # Rows that say nothing of it are older: float32, without drop-path and average of weights, and peers not tuned.
-    told = "drop_path" in row
-    design = DESIGNS.get("fused" if side == "fastdeit" else side) or (_PEERS.get(side) if told else None)
+    complete = "drop_path" in row
+    design = DESIGNS.get("fused" if side == "fastdeit" else side) or (_PEERS.get(side) if complete else None)
     if design is None:
         return None
     work = Work(row["batch"], row.get("precision", "fp32"), bool(row.get("drop_path")), bool(row.get("ema")))
-    student = network(row["model"], (row["image_size"],) * 2 if told else None)
+    student = network(row["model"], (row["image_size"],) * 2 if complete else None)
     if side in _PEERS:
         student = replace(student, own=False, vit=replace(student.vit, pruned=False))
     return design, work, student

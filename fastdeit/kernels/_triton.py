@@ -40,7 +40,7 @@ class Launch:
 
 @dataclass
 class Recording:
-    """Launches meant for architecture `arch`."""
+    """Launches for architecture `arch`."""
 
     arch: int
     launches: list[Launch] = field(default_factory=list)

@@ -139,7 +139,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def student(self, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
-        """The student's logits of the first view, fed patches where the model takes them and images otherwise."""
+        """The student's logits of the first view. A model with a `patch_size` gets patches, another images."""
         patch_size = getattr(self.model, "patch_size", None)
         x = batch.pixels() if patch_size is None else batch.patches(patch_size)
         return self.model(x, noise=batch.noise.get("drop_path"))

@@ -61,7 +61,7 @@ def test_a_row_has_all_that_is_needed_to_read_it(short, tmp_path, capsys):
 def test_every_batch_of_a_stream_is_trained_on_and_the_resident_side_repeats_one(short, monkeypatch):
     ours, theirs, streamed = [], [], []
     monkeypatch.setattr(Engine, "step", lambda engine, batches, lr: ours.append((batches[0].index.tolist(), lr)))
-    monkeypatch.setattr(peers, "fed", lambda *args: (lambda images: theirs.append(images.sum().item()), 1.0))
+    monkeypatch.setattr(peers, "step_of", lambda *args: (lambda images: theirs.append(images.sum().item()), 1.0))
 
     def stream():
         for number in range(9):
@@ -96,7 +96,7 @@ def test_a_measurement_gives_every_worker_its_share(monkeypatch):
         with data.opened(args, torch.device("cpu")) as setting:
             assert setting.timed == timed
             assert setting.steps >= timed + data.WARM_BATCHES + 2 * threads
-            assert data.told(setting, [])["images"] == 4 * timed
+            assert data.facts(setting, [])["images"] == 4 * timed
 
 
 @pytest.mark.parametrize(
