@@ -31,11 +31,14 @@ class Engine:
     capture: "none" runs a step kernel by kernel, "compile" compiles the method's forward and its gradient with
     torch.compile, "graph" records the whole step as a CUDA graph.
 
-    A method uses `run`, `backward`, `micro` and `input_gradient` in its `step`, and `now` there and in `after_step`.
+    A method uses `run`, `backward`, `micro` and `input_gradient` in its `step`, and `now` there and in `after_step`,
+    where `skipped` says what became of the update.
     """
 
     now: Step | None = None
     """Where the current batch stands in the run, on the device."""
+    skipped: Tensor | None = None
+    """Bool scalar on the device: whether the last update was skipped, because a gradient was not finite."""
 
     def __init__(
         self,
@@ -153,6 +156,7 @@ class Engine:
             self._end_micro()
         verdict = self.guard.judge(self.optimizer.gradients())
         average, decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
+        self.skipped = verdict.skip
         self.optimizer.step(lr, verdict, average, decay)
         self.optimizer.zero_grad()
         for teacher in self._averages:

@@ -150,7 +150,11 @@ class Method(nn.Module):
             engine.backward(engine.run(batch).loss)
 
     def after_step(self, engine: Any) -> None:
-        """After the optimizer's update, for the method's own buffers; `engine.now` is the `Step` that was made."""
+        """After the optimizer's update, for the method's own buffers; `engine.now` is the `Step` that was made.
+
+        It is called for a skipped update as well. `engine.skipped`, a bool scalar on the device, is then true, and what
+        the forward returned may not be finite: `buffer.copy_(torch.where(engine.skipped, buffer, new))`.
+        """
 
     def on_epoch(self, epoch: int, engine: Any) -> None:
         """Before the first step of an epoch; also when a run is resumed inside it, with `epoch` as before."""

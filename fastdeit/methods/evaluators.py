@@ -62,6 +62,10 @@ class Evaluator(Protocol):
     def __call__(self, evaluation: Evaluation) -> dict[str, float]: ...
 
 
+_ROWS = 4096
+"""Images whose features are in float64 at a time."""
+
+
 def images(batch: Batch) -> Tensor:
     """Normalised float32 `[B, 3, H, W]` of a batch of evaluation, whatever the precision."""
     return kernels.pixels(batch.images[0], mean=batch.mean, std=batch.std)
@@ -166,7 +170,8 @@ class LinearProbe:
     """`linear_top1`, in per cent, of a linear layer fitted to the training images' features by least squares.
 
     The fit is ridge regression on one-hot labels, W = (X'X + ridge n I)^-1 X'Y with standardised features and a column
-    of ones, in float64 from sums over all images: exact, with nothing to tune or to draw, on any number of processes.
+    of ones, in float64 from sums over all images: exact, with nothing to draw. A process keeps the features of its own
+    share of the images, `[n, D]` in float32, and sums `[D + 1, D + 1]` and `[D + 1, classes]`.
     """
 
     lower_is_better = False
@@ -176,15 +181,26 @@ class LinearProbe:
 
     def __call__(self, evaluation: Evaluation) -> dict[str, float]:
         processes = evaluation.processes
-        known, labels = (processes.gather(rows) for rows in _features(evaluation, evaluation.training()))
-        mean, std = known.double().mean(0), known.double().std(0, correction=0).clamp(min=1e-12)
+        known, labels = _features(evaluation, evaluation.training())
+        width = processes.gather(known[:1]).shape[1]  # a process without images does not know it
+        known = known.reshape(-1, width)
+        all_labels = processes.gather(labels)
+        count, classes = len(all_labels), int(all_labels.max()) + 1
+        mean = processes.sum(known.sum(0, dtype=torch.float64)) / count
+        squares = sum(((x.double() - mean).square().sum(0) for x in known.split(_ROWS)), torch.zeros_like(mean))
+        std = (processes.sum(squares) / count).sqrt().clamp(min=1e-12)
 
         def standardised(x: Tensor) -> Tensor:
             return F.pad((x.double() - mean) / std, (0, 1), value=1.0)
 
-        x, y = standardised(known), F.one_hot(labels).double()
-        damping = self.ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        weight = torch.linalg.solve(x.t() @ x + damping, x.t() @ y)
+        gram = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=known.device)
+        by_class = gram.new_zeros(classes, width + 1)
+        for some, truth in zip(known.split(_ROWS), labels.split(_ROWS), strict=True):
+            x = standardised(some)
+            gram += x.t() @ x
+            by_class.index_add_(0, truth, x)
+        damping = self.ridge * count * torch.eye(width + 1, dtype=gram.dtype, device=gram.device)
+        weight = torch.linalg.solve(processes.sum(gram) + damping, processes.sum(by_class).t())
         features, wanted = _features(evaluation, evaluation.held_out())
         right = torch.zeros((), device=processes.device)
         if len(wanted):

@@ -404,6 +404,15 @@ def test_a_skipped_step_leaves_the_teacher():
     assert not torch.equal(method.teacher.module[0].weight, before)
 
 
+def test_after_step_sees_what_became_of_the_update(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Toy, "after_step", lambda method, engine: seen.append(engine.skipped.item()))
+    engine = make()
+    for x in (X, X * float("nan"), X):
+        engine.step([x], 1e-3)
+    assert seen == [False, True, False]
+
+
 def test_a_teacher_of_a_frozen_half_precision_source_goes_on_in_float32_with_its_buffers():
     source = nn.BatchNorm1d(3).bfloat16().requires_grad_(False)
     teacher = EmaTeacher(source, 0.5)

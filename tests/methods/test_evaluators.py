@@ -3,10 +3,12 @@
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from fastdeit.engine.dist import World
+from fastdeit.methods import evaluators
 from fastdeit.methods.base import Out
 from fastdeit.methods.evaluators import Evaluation, HeldOutLoss, Knn, LinearProbe
 from fastdeit.run.evaluate import evaluate
@@ -62,10 +64,37 @@ def both(rank, size, training, held_out):
     return [found(rank, size, each, Features(), training, held_out) for each in (Knn(3), LinearProbe())]
 
 
-@pytest.mark.parametrize("held_out", [HELD_OUT, [2]], ids=["shared", "fewer images than processes"])
-def test_several_processes_find_the_same(ranks, held_out):
-    expected = both(0, 1, TRAINING, held_out)
-    assert ranks(2, both, TRAINING, held_out) == [expected] * 2
+@pytest.mark.parametrize(
+    ("training", "held_out"),
+    [(TRAINING, HELD_OUT), (TRAINING, [2]), ([2], HELD_OUT)],
+    ids=["shared", "fewer images than processes", "fewer training images than processes"],
+)
+def test_several_processes_find_the_same(ranks, training, held_out):
+    expected = both(0, 1, training, held_out)
+    assert ranks(2, both, training, held_out) == [expected] * 2
+
+
+def test_a_linear_probe_is_the_least_squares_fit_and_gathers_no_features(monkeypatch):
+    """Against numpy's solution of the same ridge regression, in several blocks of rows."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 6, generator=generator) * torch.logspace(-1, 1, 6) + 3
+    labels = torch.randint(4, (2000,), generator=generator)
+    x[:, 1] += 0.2 * labels  # a little of what a fit can find
+    wide = (x - x.mean(0)).double() / x.double().std(0, correction=0)
+    wide = torch.cat([wide, torch.ones(2000, 1, dtype=torch.float64)], 1).numpy()
+    damped = wide.T @ wide + 2000 * np.eye(7)
+    scores = wide @ np.linalg.solve(damped, wide.T @ np.eye(4)[labels])
+    expected = 100.0 * (scores.argmax(1) == labels.numpy()).mean()
+    assert 30 < expected < 90  # many images lie near a border, where another fit decides otherwise
+
+    rows = []
+    monkeypatch.setattr(evaluators, "_ROWS", 300)
+    monkeypatch.setattr(evaluators, "_features", lambda evaluation, batches: (x, labels))
+    world = World(torch.device("cpu"))
+    monkeypatch.setattr(world, "gather", lambda tensor: rows.append(tensor.shape) or tensor)
+    evaluation = Evaluation(None, lambda: None, lambda: None, nullcontext, world)
+    assert LinearProbe(1.0)(evaluation) == {"linear_top1": pytest.approx(expected)}
+    assert rows == [(1, 6), (2000,)]
 
 
 @pytest.mark.parametrize("known", [1.0, 100.0])

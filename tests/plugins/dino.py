@@ -107,9 +107,11 @@ class Dino(Method):
 
     def after_step(self, engine: Any) -> None:
         mean = engine.world.sum(torch.stack(self._seen).mean(0)) / engine.world.size
-        self.updates += 1
+        updates = self.updates + 1
         # The mean of what has been seen until that is ten batches: from zero, the first targets would all be alike.
-        self.centre.lerp_(mean, (1 / self.updates).clamp(min=0.1))
+        centre = self.centre.lerp(mean, (1 / updates).clamp(min=0.1))
+        for buffer, new in ((self.updates, updates), (self.centre, centre)):
+            buffer.copy_(torch.where(engine.skipped, buffer, new))
         self._seen.clear()
 
     def evaluators(self):
