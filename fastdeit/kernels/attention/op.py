@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdeit.kernels import _op, _triton
+from fastdeit.kernels import _derivatives, _op, _triton
 from fastdeit.kernels._example import BASE, DEITS, Example, Maker
 from fastdeit.kernels.attention import backward, forward
 from fastdeit.kernels.attention import fused_backward as one_program_a_head
@@ -57,7 +57,7 @@ def _packed(*parts: Tensor) -> Tensor:
 
 def native(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> Tensor:
     """out `[B, N, H*d]` of qkv `[B, N, 3*H*d]`, in qkv's dtype, or the autocast dtype under autocast."""
-    qkv = _op.with_bias_gradient(qkv, bias)
+    qkv = _derivatives.with_bias_gradient(qkv, bias)
     return _packed(F.scaled_dot_product_attention(*_heads(qkv, 3, num_heads), scale=scale))
 
 
