@@ -29,32 +29,15 @@ def function(name: str, save: Callable, differentiate: Callable) -> type[torch.a
     return type(f"fastdeit_{name}", (torch.autograd.Function,), body)
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    """Gradients themselves; to differentiate them raises."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, *grads: Tensor) -> tuple[Tensor, ...]:
-        ctx.name = name
-        return tuple(grad.view_as(grad) for grad in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple:
+def check_first_order(name: str) -> None:
+    """RuntimeError in a backward of which a graph is being made (`create_graph=True`), for what has no second
+    derivative. To raise later, as `once_differentiable` does, is not safe: a gradient whose incoming gradient is a
+    constant would be a constant, too, and so would one of which autograd is asked for the gradient of chosen inputs."""
+    if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{ctx.name} has no second derivative, but create_graph=True asks for one. Inside torch.func, as in "
+            f"{name} has no second derivative, but create_graph=True asks for one. Inside torch.func, as in "
             "grad(grad(f)), the op runs on PyTorch's own operations, unless it is forced; they may have one"
         )
-
-
-def differentiable_no_more(name: str, result: Tensor | tuple[Tensor | None, ...]) -> Any:
-    """The result of a backward, in a graph that raises where one is being made (`create_graph=True`). What
-    `once_differentiable` does is not enough: it makes constants of them where the incoming gradient is one."""
-    if not torch.is_grad_enabled():
-        return result
-    grads = result if isinstance(result, tuple) else (result,)
-    given = [grad.detach().requires_grad_() for grad in grads if isinstance(grad, Tensor)]
-    guarded = iter(_NoSecondDerivative.apply(name, *given))
-    grads = tuple(next(guarded) if isinstance(grad, Tensor) else grad for grad in grads)
-    return grads if isinstance(result, tuple) else grads[0]
 
 
 def transformed() -> bool:

@@ -130,7 +130,8 @@ class Op:
             save(ctx, inputs, output)
 
         def differentiate_once(ctx: Any, *grads: Tensor) -> Any:
-            return _derivatives.differentiable_no_more(self.name, differentiate(ctx, *grads))
+            _derivatives.check_first_order(self.name)
+            return differentiate(ctx, *grads)
 
         self.registered.register_autograd(differentiate_once, setup_context=save_choices)
         self._function = _derivatives.function(self.name, save, differentiate_once)
