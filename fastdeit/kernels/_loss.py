@@ -8,8 +8,6 @@ gradient, loss scale included, before they are rounded to the dtype of the logit
 Targets are (y1, y2, lam): lam * onehot(y1) + (1 - lam) * onehot(y2), of which nothing `[B, K]` ever exists.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -122,22 +120,10 @@ def sum_of_rows(parts, rows, ROWS: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@cache
-def _ticket_of(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
 def ticket(device: torch.device) -> Tensor:
-    """An int32 0 on `device` that no launch at work uses, for `is_last`.
-
-    One is kept for every stream, whose launches follow one another, and each leaves 0 behind. A CUDA graph may be
-    replayed on any stream, next to others that were captured on the same one: there, every launch has a ticket of its
-    own, set to 0 by the graph itself.
-    """
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            if not torch.cuda.is_current_stream_capturing():
-                return _ticket_of(device, torch.cuda.current_stream().cuda_stream)
+    """An int32 0 on `device` for one launch, for `is_last`. It is made anew each time, a launch of a microsecond or
+    two: one that was kept could be allocated in the memory pool of a CUDA graph, where others would write to it, or be
+    used by two streams, or by two graphs, at once."""
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
