@@ -19,6 +19,7 @@ second derivative: differentiating a gradient of one raises.
 """
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -522,6 +523,15 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """ValueError unless `value` is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, but must be one of: {', '.join(allowed)}")
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf, *, below: bool = False) -> None:
+    """ValueError unless `value` is finite, at least `low`, and at most `high`, or with `below` less than `high`. NaN is
+    neither."""
+    if not (low <= value <= high and abs(value) < math.inf) or (below and value == high):
+        end = "finite" if high == math.inf else f"in [{low:g}, {high:g}{')' if below else ']'}"
+        least = f"at least {low:g} and " if high == math.inf and low > -math.inf else ""
+        raise ValueError(f"{name} is {value}, but must be {least}{end}")
 
 
 def check_index(name: str, index: Tensor, size: int) -> None:
