@@ -534,6 +534,12 @@ def check_number(name: str, value: float, low: float, high: float = math.inf, *,
         raise ValueError(f"{name} is {value}, but must be {least}{end}")
 
 
+def check_positive(name: str, value: float) -> None:
+    """ValueError unless `value` is above 0 and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}, but must be positive and finite")
+
+
 def check_index(name: str, index: Tensor, size: int) -> None:
     """IndexError when an index that can be looked at is outside [0, size)."""
     if not can_look_at(index) or index.numel() == 0:

@@ -574,7 +574,7 @@ def add_layer_norm(
     residual      floating `[B, ..., C]`
     branch        like residual in shape, of any floating dtype; None adds nothing: plain LayerNorm
     weight, bias  `[C]`
-    eps           added to the variance
+    eps           added to the variance, at least 0
     gamma         LayerScale `[C]`; None is 1
     keep          drop-path factor of each sample of the branch, float32 `[B]`: 0 or 1 / (1 - p); None is 1
     out_dtype     of the normalised tokens; default the autocast dtype under autocast, else residual's dtype
@@ -591,6 +591,7 @@ def add_layer_norm(
     outside [0, B) raise IndexError on the CPU, RuntimeError in a compiled graph there; on a GPU the indexing asserts on
     the device.
     """
+    _op.check_number("eps", eps, 0)
     _check(residual, branch, weight, bias, gamma, keep, branch_bias, branch_samples, norm_samples)
     if out_dtype is None:
         out_dtype = _op.autocast_dtype(residual) or residual.dtype

@@ -25,6 +25,7 @@ taken where it was measured to be faster, or asked for. In both, each result is 
 atomics, and every run has the same bits.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -298,6 +299,7 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None, *, bias: 
         _op.check_device("bias", bias, qkv, "qkv")
     if scale is None:
         scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
+    _op.check_number("scale", scale, -math.inf)
     return _first(OP(qkv, num_heads, scale, bias))
 
 
@@ -317,6 +319,7 @@ def query_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float | None =
     _op.check_device("kv", kv, q, "q")
     if scale is None:
         scale = (q.shape[2] // num_heads) ** -0.5
+    _op.check_number("scale", scale, -math.inf)
     return _first(QUERY(q, kv, num_heads, scale))
 
 
