@@ -74,6 +74,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
         return made.to(world.device)
 
     method = build.method(recipe, student, classes, total, make_teacher).to(world.device)
+    tuning = build.tuning(recipe, world, log.say)
     schedule = PhaseSchedule(method, recipe)
     ema = Ema(schedule.trainable, recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None
     engine = Engine(
@@ -85,6 +86,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
         clip_grad=recipe.optim.clip_grad,
         ema=ema,
         capture=recipe.engine.capture,
+        tuning=tuning,
     )
     loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image)
     val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image)
@@ -93,6 +95,8 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": train_source.classes}
     saved = Saver(run_dir, recipe, identity, engine, world, schedule, total)
     start, record = saved.restore(log.say) if resume else (0, Record())
+    if start:
+        tuning.resume(record.kernels)
     log.begin(start, record, describe(recipe, method, train_source, val_source, world, steps_per_epoch, run_dir))
 
     # ---- go --------------------------------------------------------------------------------------------------------
@@ -142,6 +146,8 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
             lr = learning_rate(step, steps_per_epoch=steps_per_epoch, epochs=recipe.train.epochs, **schedule_of(recipe))
             engine.step(micro_batches, lr)
             step += 1
+            if tuning.changed:
+                log.environment()
 
             finished = step == total
             stop = world.stop_requested() and not finished
@@ -157,6 +163,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
             if evaluates:
                 evaluate_now()
             if saves or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
+                record.kernels = tuning.state()
                 saved.save(step, record)
             if stop:
                 raise Interrupted(f"interrupted at step {step} of {total}; saved in {run_dir}, go on with --resume")
@@ -168,6 +175,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
         raise FastdeitError(f"{error}\nstopped at step {step}; once that is mended, go on with --resume") from error
     finally:
         batches.close()
+        tuning.close()
         log.close()
 
 

@@ -215,6 +215,8 @@ class EngineConfig(Section):
     """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss."""
     capture: Literal["none", "compile", "graph"] = "none"
     """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph."""
+    autotune: Literal["auto", "on", "off"] = "auto"
+    """auto: the first steps on a GPU without measurements try the kernels out and keep the fastest that is right."""
     log_every: Count = 50
     """Steps between two lines of metrics."""
     checkpoint_every: Positive = 1.0

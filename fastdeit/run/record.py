@@ -72,6 +72,8 @@ class Record:
     images: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    kernels: list[list[Any]] | None = None
+    """What trials have chosen (`Tuning.state`), so that a resumed run has the same kernels."""
 
     def add(self, images: int, seconds: float, waited: float) -> None:
         """Account for one step: images of the global batch, its wall time, and how much of it was waiting for data."""
@@ -218,7 +220,7 @@ class RunLog:
         if not self.world.main:
             return
         (self.run_dir / "recipe.yaml").write_text(recipes.dump(self.recipe))
-        (self.run_dir / "environment.json").write_text(json.dumps(environment.report(), indent=2) + "\n")
+        self.environment()
         config = self.recipe.model_dump(mode="json")
         self.sinks = open_sinks(self.recipe.engine.sinks, self.run_dir, config, start)
         self.metrics = MetricsLog(self.run_dir / "metrics.jsonl")
@@ -228,6 +230,11 @@ class RunLog:
         if start:
             self.say(f"resumed at step {start} of {self.steps}")
         self.progress = Progress(self.steps, self.steps_per_epoch, start=start)
+
+    def environment(self) -> None:
+        """Write down what the run runs on, its kernels included."""
+        if self.world.main:
+            (self.run_dir / "environment.json").write_text(json.dumps(environment.report(), indent=2) + "\n")
 
     def step(self, step: int) -> None:
         """Move the bar."""
