@@ -241,7 +241,7 @@ class Op:
         tried = _tried.current()
         if tried is None:
             return _fastest_first(self.name, device, able, args)
-        found = tried.choice(self, args, trained and trained(args), [backend for backend, _ in able])
+        found = tried.choice(self, args, trained and trained(args))
         able = [pair for pair in able if (self.name, pair[0].name) not in tried.wrong]
         if found is not None and found.backend == INDUCTOR:
             return [(Backend(INDUCTOR, _reference_capability, self.inductor), found.reason), *able]

@@ -87,8 +87,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-Meet = Callable[[Any, Sequence[Any], Shape, Sequence[Any]], Choice | None]
-"""Called with (op, arguments, their shape, the backends that are able) at the first call of a shape."""
+Meet = Callable[[Any, Sequence[Any], Shape], Choice | None]
+"""Called with (op, arguments, their shape) at the first call of a shape."""
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Tried:
         """From now on ask `meet` at the first call of each shape in this thread; None: no longer."""
         self._meet, self._thread = meet, get_ident()
 
-    def choice(self, op: Any, args: Sequence[Any], trained: bool | None, able: Sequence[Any]) -> Choice | None:
+    def choice(self, op: Any, args: Sequence[Any], trained: bool | None) -> Choice | None:
         """The choice for a call, tried out now if need be. One that was not tried goes by what was chosen first at its
         width. None where nothing is known of it.
 
@@ -120,7 +120,7 @@ class Tried:
         shape = shape_of(args, bool(trained))
         found = own.get(shape) if trained is not None else None
         if found is None and trained is not None and self._meet is not None and self._thread == get_ident():
-            found = self._meet(op, args, shape, able)
+            found = self._meet(op, args, shape)
         return found or next((choice for other, choice in own.items() if other.width == shape.width), None)
 
 

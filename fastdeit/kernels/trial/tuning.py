@@ -115,9 +115,13 @@ class Tuning:
                 self._say(self.summary())
 
     def left_to_compiler(self) -> bool:
-        """Whether any op runs on PyTorch's own operations now, so that `torch.compile` may see through it."""
+        """Whether `torch.compile` may now see through an op that was opaque to it before it was tried."""
         chosen = self._tried.chosen if self._tried is not None else {}
-        return any(choice.backend in (REFERENCE, INDUCTOR) for own in chosen.values() for choice in own.values())
+        return any(
+            all(choice.backend in (REFERENCE, INDUCTOR) for choice in own.values())
+            for name, own in chosen.items()
+            if not _op.OPS[name].mutated and self._usable(_op.OPS[name])
+        )
 
     def state(self) -> State | None:
         """The choices of the run, for its checkpoint; None where it makes none."""
@@ -156,13 +160,12 @@ class Tuning:
             ops.setdefault(row.op, []).append(row)
         parts = [_of_op(op, rows) for op, rows in ops.items()]
         late = [
-            (self._untried, "runs on PyTorch's own operations"),
-            (self._unfinished, "was not tried in all ways, and will be in the next run"),
+            (self._untried, "left no time, hence PyTorch's own operations, for"),
+            (self._unfinished, "left the next run to try more candidates of"),
         ]
         for names, what in late:
             if names:
-                listed = ", ".join(dict.fromkeys(names))
-                parts.append(f"the budget of {self._budget:g} s is spent: {listed} {what}")
+                parts.append(f"the budget of {self._budget:g} s {what} {', '.join(dict.fromkeys(names))}")
         if self._kept:
             parts.append(f"stored in {self._store.path}")
         elif self.rows and self._stored:
@@ -187,14 +190,14 @@ class Tuning:
             _tried.install(self._tried)
         return self._tried
 
-    def _meet(self, op: Op, args: Sequence[Any], shape: Shape, able: Sequence[Backend]) -> Choice | None:
+    def _meet(self, op: Op, args: Sequence[Any], shape: Shape) -> Choice | None:
         """Called at the first call of a shape, on every process."""
         device = _op.tensors_in(args)[0].device
         if device.type != self._device.type or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
         if not self._everything and _op.measured(op.name, device, args):
             return None
-        choice, wrong = self._share(self._decide(op, args, shape, able) if self._main else None)
+        choice, wrong = self._share(self._decide(op, args, shape) if self._main else None)
         self._tried.wrong.update({(op.name, backend): why for backend, why in wrong.items()})
         if choice is None and self._steps < STEPS:
             self._deferred = True
@@ -204,9 +207,7 @@ class Tuning:
         self._news = True
         return choice
 
-    def _decide(
-        self, op: Op, args: Sequence[Any], shape: Shape, able: Sequence[Backend]
-    ) -> tuple[Choice | None, dict[str, str]]:
+    def _decide(self, op: Op, args: Sequence[Any], shape: Shape) -> tuple[Choice | None, dict[str, str]]:
         """(the choice, None if the call proves nothing; backends that are wrong and why)"""
         row = self._stored.get((op.name, shape))
         if row is not None:
@@ -219,7 +220,7 @@ class Tuning:
             self._untried.append(op.name)
             return Choice(REFERENCE, f"not tried: the budget of {self._budget:g} s was spent"), {}
         began = monotonic()
-        usable = [backend for backend in able if (op.name, backend.name) not in self._tried.wrong]
+        usable = self._usable(op)
         cast = op.cast(args)
         compiler = self._left - self._budget / 2
         try:
@@ -230,7 +231,9 @@ class Tuning:
         except NothingToSee:
             return None, {}
         except torch.OutOfMemoryError:
-            return Choice(able[0].name, "not tried: memory does not suffice to compare it"), {}
+            return Choice(
+                next(iter(usable), op.backends[-1]).name, "not tried: memory does not suffice to compare it"
+            ), {}
         except BrokenDevice as error:
             self._report(op, args, shape, Findings(wrong={error.backend: str(error)}))
             raise
@@ -257,6 +260,11 @@ class Tuning:
             sending = f" Please send {path} with a bug report: it has sizes and errors, and no data." if path else ""
             self._say(f"kernels: WRONG ON THIS CARD and not used: {op.name} on {backend}: {why}.{sending}")
         self._speak()
+
+    def _usable(self, op: Op) -> list[Backend]:
+        """What may run the op here besides the reference."""
+        able = [backend for backend in op.backends if backend.capability(self._device, False)[0]]
+        return [b for b in able if b.name != REFERENCE and (op.name, b.name) not in self._tried.wrong]
 
     def _problem(self, op: str, backend: str) -> str | None:
         """Why a choice made elsewhere cannot be followed."""
