@@ -38,6 +38,7 @@ _EXIT_CODES = {
     ("fastdeit.kernels.lint.lint", "LintError"): UsageError.exit_code,
     ("fastdeit.kernels._op", "ChoiceError"): UsageError.exit_code,
     ("fastdeit.kernels._op", "UnknownOpError"): UsageError.exit_code,
+    ("fastdeit.kernels.trial.candidates", "BrokenDevice"): FastdeitError.exit_code,
 }
 # Every rank comes to these together, so that rank 0 can speak for all.
 _COMMON_CODES = {UsageError.exit_code, NonFiniteError.exit_code, Interrupted.exit_code}

@@ -109,7 +109,7 @@ class Tried:
 
     def choice(self, op: Any, args: Sequence[Any], trained: bool | None) -> Choice | None:
         """The choice for a call, tried out now if need be. One that was not tried goes by what was chosen first at its
-        width. None where nothing is known of it.
+        width, with the backward if it is trained. None where nothing is known of it.
 
         args     those of the call; none for what holds in general
         trained  as of `Shape`; None for a backward, which has other arguments and goes by its width
@@ -121,7 +121,8 @@ class Tried:
         found = own.get(shape) if trained is not None else None
         if found is None and trained is not None and self._meet is not None and self._thread == get_ident():
             found = self._meet(op, args, shape)
-        return found or next((choice for other, choice in own.items() if other.width == shape.width), None)
+        alike = (other for other in own if other.width == shape.width and (other.trained or trained is False))
+        return found or next(map(own.__getitem__, alike), None)
 
 
 _current: Tried | None = None

@@ -1,4 +1,4 @@
-"""Trials of kernels on the CPU: candidates that are fast, slow, wrong, picky or broken, and cards that are not there."""
+"""Trials of kernels on the CPU: candidates that are fast, slow, wrong, picky or broken; cards that are not there."""
 
 import itertools
 import json
@@ -238,6 +238,18 @@ def test_a_forward_alone_is_tried_as_such(make, begin):
     assert "gradient_off" in tuner.state()[0]
 
 
+def test_where_nothing_else_can_run_that_is_known_next_time(make, begin):
+    op = make("picky")
+    op.inductor = raises(RuntimeError("no compiler"))
+    step(first := begin(), op)
+    assert first.said[0].startswith(f"kernels: {op.name} reference; stored in")
+    assert first.rows[0].failed == {"picky": "x is not to its taste", INDUCTOR: "it raised RuntimeError: no compiler"}
+    first.close()
+    op.calls.clear()
+    step(begin(), op)
+    assert op.calls == []
+
+
 def test_forced_choices_are_not_tried(make, begin):
     op, tuner = make("slow", "quick"), begin()
     with kernels.use(**{op.name: "slow"}):
@@ -299,6 +311,16 @@ def test_other_shapes_go_by_what_was_chosen_at_their_width(make, begin):
     op(x(1000, 4), 2.0)
     op(x(6, 5), 2.0)
     assert op.calls == ["quick", "slow"]
+
+
+def test_what_was_tried_without_its_backward_is_not_trained_with(make, begin):
+    op, tuner = make("slow", "quick"), begin()
+    with tuner.trying(), torch.no_grad():
+        op(x(), 2.0)
+    op.calls.clear()
+    op(x(), 2.0)
+    op(x(grad=False), 2.0)
+    assert op.calls == ["slow", "quick"]
 
 
 def test_a_phase_may_bring_new_shapes(make, begin):

@@ -51,7 +51,7 @@ class NothingToSee(Exception):
 class Findings:
     """What became of each candidate of a call.
 
-    backend   the fastest that is right; the reference where time was up before anything was found
+    backend   the fastest that is right
     seconds   median of a call, of those that are right
     failed    why others cannot run it
     wrong     why others must not
@@ -303,14 +303,13 @@ def _time(
     """Medians of interleaved rounds, at least one of them, and with them the fastest."""
     calls = {name: partial(call.copied().outcome, run, seeds) for name, run in runs.items()}
     measured: dict[str, list[float]] = {name: [] for name in calls}
-    if len(calls) > 1:
-        for number in range(ROUNDS):
-            if number and monotonic() >= deadline:
-                break
-            for name in list(calls) if number % 2 == 0 else list(reversed(calls)):
-                measured[name].append(clock(name, calls[name]))
-    found.seconds = {name: statistics.median(times) for name, times in measured.items() if times}
-    found.backend = min(found.seconds, key=found.seconds.__getitem__, default=REFERENCE)
+    for number in range(ROUNDS):
+        if number and monotonic() >= deadline:
+            break
+        for name in list(calls) if number % 2 == 0 else list(reversed(calls)):
+            measured[name].append(clock(name, calls[name]))
+    found.seconds = {name: statistics.median(times) for name, times in measured.items()}
+    found.backend = min(found.seconds, key=found.seconds.__getitem__)
 
 
 def with_launches(device: torch.device) -> Clock:

@@ -231,17 +231,14 @@ class Tuning:
         except NothingToSee:
             return None, {}
         except torch.OutOfMemoryError:
-            return Choice(
-                next(iter(usable), op.backends[-1]).name, "not tried: memory does not suffice to compare it"
-            ), {}
+            first = next(iter(usable), op.backends[-1])
+            return Choice(first.name, "not tried: memory does not suffice to compare it"), {}
         except BrokenDevice as error:
             self._report(op, args, shape, Findings(wrong={error.backend: str(error)}))
             raise
         finally:
             self._left -= monotonic() - began
         self._report(op, args, shape, found)
-        if len(found.seconds) == 0:
-            return Choice(REFERENCE, "nothing else can run it"), found.wrong
         row = Row(op.name, shape, found.backend, found.seconds, found.failed)
         self.rows.append(row)
         if found.complete:
