@@ -68,6 +68,7 @@ def test_flags_are_pinned():
             *("-h", "--help", "--op", "--model", "--batch", "--dtype", "--device", "--rounds", "--out"),
             *("--update-choices", "--predict"),
         ],
+        "kernels tune": ["-h", "--help", "--model", "--batch", "--dtype", "--device", "--graph", "--budget"],
         "plan": ["-h", "--help", "--gpu", "--count", "--nodes", "--price", "--sharding", "--images", "--json"],
     }
 

@@ -226,6 +226,23 @@ def test_a_broken_device_is_noted_before_all_ends(make, begin, cache, monkeypatc
     assert "broken" not in op.calls
 
 
+def test_what_turns_out_wrong_at_a_later_shape_is_given_up_at_the_earlier_ones(make, begin, monkeypatch):
+    """Such as offsets that overflow in large tensors."""
+    monkeypatch.setitem(SPEED, "large_off", 0.1)
+    monkeypatch.setitem(
+        KINDS, "large_off", (lambda x, factor: forward(x, factor) * (1.001 if len(x) > 6 else 1), backward)
+    )
+    op, tuner = make("large_off", "slow", "quick"), begin()
+    with tuner.trying():
+        op(x(), 2.0)
+        assert op.calls[-1] == "large_off"
+        op(x(50, 4), 2.0)
+        op(x(), 2.0)
+        assert op.calls[-1] == "quick"
+    assert [row.backend for row in tuner.rows] == ["quick", "quick"]
+    assert {backend for *_, backend in tuner.state()} == {"quick"}
+
+
 def test_a_forward_alone_is_tried_as_such(make, begin):
     op, tuner = make("gradient_off", "quick"), begin()
     SPEED["gradient_off"] = 0.1
@@ -574,6 +591,8 @@ def test_a_choice_of_a_checkpoint_that_does_not_hold_here_is_told(make, begin):
     tuner.resume([[op.name, shape, "marvel"], ["no_op", shape, "quick"]])
     assert "choice of marvel for" in tuner.said[0]
     assert "there is no op no_op" in tuner.said[1]
+    tuner.resume([["mlp", shape, "triton"]])
+    assert "choice of triton for mlp does not hold here: no CUDA device" in tuner.said[2]
     step(tuner, op)
     assert chosen(tuner) == {op.name: "quick"}
 
@@ -716,6 +735,14 @@ def test_an_op_in_a_compiled_graph_is_tried_with_its_gradient(make, begin, monke
     assert chosen(tuner) == {op.name: "quick"}
     assert name in tuner.said[0]
     assert not tuner.left_to_compiler()
+
+
+def test_a_registered_op_is_tried_with_its_gradient_though_no_argument_asks_for_one(make, begin, monkeypatch):
+    monkeypatch.setitem(SPEED, "gradient_off", 0.1)
+    op, tuner = make("gradient_off", "quick"), begin()
+    with tuner.trying(), torch.no_grad():
+        op.registered(x(grad=False), 2.0)
+    assert [(row.backend, row.shape.trained) for row in tuner.rows] == [("quick", True)]
 
 
 def test_the_compiler_sees_through_what_runs_on_pytorch(make, begin, monkeypatch):

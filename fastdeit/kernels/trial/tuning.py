@@ -198,7 +198,7 @@ class Tuning:
         if not self._everything and _op.measured(op.name, device, args):
             return None
         choice, wrong = self._share(self._decide(op, args, shape) if self._main else None)
-        self._tried.wrong.update({(op.name, backend): why for backend, why in wrong.items()})
+        self._disable(op.name, wrong)
         if choice is None and self._steps < STEPS:
             self._deferred = True
             return Choice(REFERENCE, "to be tried at the first update that is not skipped")
@@ -206,6 +206,14 @@ class Tuning:
         self._tried.chosen.setdefault(op.name, {})[shape] = choice
         self._news = True
         return choice
+
+    def _disable(self, op: str, wrong: dict[str, str]) -> None:
+        """Use these backends no more. Where they were right at another shape, that is tried again without them."""
+        self._tried.wrong.update({(op, backend): why for backend, why in wrong.items()})
+        chosen = self._tried.chosen.get(op, {})
+        for shape in [shape for shape, choice in chosen.items() if choice.backend in wrong]:
+            del chosen[shape]
+        self.rows = [row for row in self.rows if row.op != op or row.backend not in wrong]
 
     def _decide(self, op: Op, args: Sequence[Any], shape: Shape) -> tuple[Choice | None, dict[str, str]]:
         """(the choice, None if the call proves nothing; backends that are wrong and why)"""
