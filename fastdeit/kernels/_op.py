@@ -345,15 +345,10 @@ def _warn_once(message: str) -> None:
 _used: ContextVar[dict[str, str] | None] = ContextVar("_used", default=None)
 
 
-class _Traced(local):
-    """What Dynamo reads of `_used` and guards, since that of torch 2.8 cannot read a context variable: the choices of
-    the context that last entered or left `use()` in this thread. It decides only whether an op is traced through; the
-    registered op itself reads `_used`."""
-
-    choices: dict[str, str] | None = None
-
-
-_traced = _Traced()
+_traced = local()
+"""What Dynamo reads of `_used` and guards, since that of torch 2.8 cannot read a context variable: `choices` of the
+context that last entered or left `use()` in this thread, missing where none has. It decides only whether an op is
+traced through; the registered op itself reads `_used`."""
 
 
 @contextmanager
@@ -377,12 +372,19 @@ def use(backend: str | None = None, **ops: str) -> Iterator[None]:
 def _choices(choices: dict[str, str] | None) -> Iterator[None]:
     """Inside, `use()` has made these choices; None for none."""
     token = _used.set(choices)
-    _traced.choices = choices
+    _let_dynamo_see(choices)
     try:
         yield
     finally:
         _used.reset(token)
-        _traced.choices = _used.get()
+        _let_dynamo_see(_used.get())
+
+
+def _let_dynamo_see(choices: dict[str, str] | None) -> None:
+    if choices is None:
+        vars(_traced).pop("choices", None)
+    else:
+        _traced.choices = choices
 
 
 @cache
@@ -408,7 +410,7 @@ def _source() -> str:
 
 def choice(name: str) -> str:
     """What `use()` or `FASTDEIT_KERNELS` asks for op `name`: a backend's name or "auto"."""
-    choices = _traced.choices if torch.compiler.is_compiling() else _used.get()
+    choices = getattr(_traced, "choices", None) if torch.compiler.is_compiling() else _used.get()
     return _of_environment(name) if choices is None else _of(choices, name)
 
 

@@ -147,14 +147,13 @@ def _lists(
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"params are {dtype}, but must be float32 or float64; keep 16-bit weights in `copies`")
     own = {"params": params, **states, "ema": ema or params}  # in the parameters' dtype
-    places = list(map(_PLACE, params))
+    compiling = torch.compiler.is_compiling()
+    places = [] if compiling else list(map(_PLACE, params))
     for name, tensors in {**own, "grads": grads, "copies": copies or params}.items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} has {len(tensors)} tensors, but params has {len(params)}")
         # There are hundreds of tensors a step: whole lists first, through C, tensor by tensor where anything differs.
-        dtypes = set(map(_DTYPE, tensors))
-        sound = dtypes == {dtype} if name in own else all(kind.is_floating_point for kind in dtypes)
-        if torch.compiler.is_compiling() or not sound or list(map(_PLACE, tensors)) != places:
+        if compiling or list(map(_PLACE, tensors)) != places or not _of_sound_dtypes(tensors, dtype, name in own):
             for i, (p, tensor) in enumerate(zip(params, tensors, strict=True)):
                 _op.check_shape(f"{name}[{i}]", tensor, p.shape, f"like params[{i}]")
                 if name in own:
@@ -167,6 +166,11 @@ def _lists(
 
 
 _PLACE, _DTYPE, _ITEMSIZE = attrgetter("shape", "layout", "device"), attrgetter("dtype"), attrgetter("itemsize")
+
+
+def _of_sound_dtypes(tensors: Sequence[Tensor], dtype: torch.dtype, own: bool) -> bool:
+    dtypes = set(map(_DTYPE, tensors))
+    return dtypes == {dtype} if own else all(kind.is_floating_point for kind in dtypes)
 
 
 def _check_kind(name: str, tensor: Tensor, first: Tensor) -> None:
