@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastdeit import kernels
+from fastdeit.engine.dist import World
 from fastdeit.kernels import Tuning, _op, _tried
 from fastdeit.kernels._example import FEW, Maker
 from fastdeit.kernels._op import OPS, REFERENCE, Backend, Op, Unsupported
@@ -556,6 +558,33 @@ def test_all_processes_take_what_the_main_one_found(make, begin, monkeypatch):
     assert other.state() == state
     assert next(answers, None) is None
     assert "off" not in [backend.name for backend, _ in op.able_unforced(CPU)]
+
+
+def trial_of_a_rank(rank, size, cache):
+    """(state, what this rank ran, what it timed) of a trial in which every rank would choose something else."""
+    os.environ["FASTDEIT_CACHE"] = cache  # the server that ranks are forked from may have another
+    torch.manual_seed(0)
+    timed = []
+
+    def own_clock(name, call):
+        timed.append(name)
+        call()
+        return {REFERENCE: 2.0, "aten": 1.0}[name] if rank == 0 else {REFERENCE: 1.0, "aten": 2.0}[name]
+
+    world = World(CPU, rank, size)
+    tuner = Tuning("on", CPU, share=world.same, main=world.main, clock=own_clock, say=str)
+    args = OPS["fused_adamw"].examples[0].build(Maker(FEW, torch.float32, CPU))
+    with tuner.trying():
+        OPS["fused_adamw"](*args)
+    return tuner.state(), OPS["fused_adamw"].select(CPU)[0].name, len(timed), args[0][0].sum().item()
+
+
+def test_two_processes_choose_alike(ranks, cache):
+    main, other = ranks(2, trial_of_a_rank, str(cache.parent))
+    assert main[0] == other[0] != []
+    assert main[1] == other[1] == "aten"
+    assert main[2] > other[2] == 0
+    assert main[3] == other[3]
 
 
 def test_a_resumed_run_has_the_choices_of_its_checkpoint(make, begin, monkeypatch):
