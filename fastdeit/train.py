@@ -95,8 +95,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": train_source.classes}
     saved = Saver(run_dir, recipe, identity, engine, world, schedule, total)
     start, record = saved.restore(log.say) if resume else (0, Record())
-    if start:
-        tuning.resume(record.kernels)
+    tuning.begin(start, record.kernels)
     log.begin(start, record, describe(recipe, method, train_source, val_source, world, steps_per_epoch, run_dir))
 
     # ---- go --------------------------------------------------------------------------------------------------------

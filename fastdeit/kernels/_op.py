@@ -170,7 +170,7 @@ class Op:
     def _differentiated(self, args: Sequence[Any]) -> bool:
         """Whether autograd will differentiate an eager call."""
         wanted = self._function is not None and torch.is_grad_enabled()
-        return wanted and any(tensor.requires_grad for tensor in tensors_in(args))
+        return wanted and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
     def cast(self, args: Sequence[Any]) -> Sequence[Any]:
         """The arguments as a backend gets them: those that take the autocast dtype have it where autocast is on."""

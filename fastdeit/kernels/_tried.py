@@ -6,11 +6,12 @@ call pays one look at a variable for it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 INDUCTOR = "inductor"
 """The name under which a trial knows the reference compiled by `torch.compile`."""
@@ -67,39 +68,43 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
     return x.numel() // max(width, 1), x.shape[-2] if x.dim() > 1 else 1, width
 
 
+_MARKS = {Tensor: "tensor", nn.Parameter: "tensor", type(None): "-", float: ""}
+"""What most arguments are, by their type: this is asked at every call."""
+
+
 def _mark(value: Any) -> str:
-    match value:
-        case None:
-            return "-"
-        case Tensor():
-            return "tensor"
-        case list() | tuple():
-            return "list" if len(value) else "-"
-        case float():
-            return ""
-        case torch.dtype():
-            return _name(value)
-        case _:
-            return str(value)
+    mark = _MARKS.get(type(value))
+    if mark is not None:
+        return mark
+    if isinstance(value, Tensor):
+        return "tensor"
+    if isinstance(value, list | tuple):
+        return "list" if value else "-"
+    return _name(value) if isinstance(value, torch.dtype) else str(value)
 
 
+@cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 Meet = Callable[[Any, Sequence[Any], Shape], Choice | None]
 """Called with (op, arguments, their shape) at the first call of a shape."""
+Untried = Callable[[Any, Sequence[Any]], Choice | None]
+"""Called with (op, arguments) where nothing was tried."""
 
 
 @dataclass
 class Tried:
     """Choices by op and shape, and what is out of use.
 
-    wrong  {(op, backend): why} of backends that computed something wrong, or raised: they are not used any more
+    wrong    {(op, backend): why} of backends that computed something wrong, or raised: they are not used any more
+    untried  what runs a call of which nothing is known; None: as if there were no trials
     """
 
     chosen: dict[str, dict[Shape, Choice]] = field(default_factory=dict)
     wrong: dict[tuple[str, str], str] = field(default_factory=dict)
+    untried: Untried = lambda op, args: None
     _meet: Meet | None = None
     _thread: int = 0
 
@@ -109,7 +114,7 @@ class Tried:
 
     def choice(self, op: Any, args: Sequence[Any], trained: bool | None) -> Choice | None:
         """The choice for a call, tried out now if need be. One that was not tried goes by what was chosen first at its
-        width, with the backward if it is trained. None where nothing is known of it.
+        width, with the backward if it is trained, else by `untried`.
 
         args     those of the call; none for what holds in general
         trained  as of `Shape`; None for a backward, which has other arguments and goes by its width
@@ -121,8 +126,10 @@ class Tried:
         found = own.get(shape) if trained is not None else None
         if found is None and trained is not None and self._meet is not None and self._thread == get_ident():
             found = self._meet(op, args, shape)
-        alike = (other for other in own if other.width == shape.width and (other.trained or trained is False))
-        return found or next(map(own.__getitem__, alike), None)
+        if found is None:
+            alike = (other for other in own if other.width == shape.width and (other.trained or trained is False))
+            found = next(map(own.__getitem__, alike), None)
+        return found or self.untried(op, args)
 
 
 _current: Tried | None = None

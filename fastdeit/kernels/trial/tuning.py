@@ -130,16 +130,21 @@ class Tuning:
         chosen = self._tried.chosen.items()
         return [[op, list(shape), choice.backend] for op, own in chosen for shape, choice in own.items()]
 
-    def resume(self, state: State | None) -> None:
-        """Go on with the choices of a checkpoint, whatever the cache has, so that the run keeps its bits. None: the run
-        was begun without trials, and makes none now."""
-        if state is None:
+    def begin(self, step: int, state: State | None) -> None:
+        """Before anything runs. From now on, what was not tried runs on PyTorch's own operations.
+
+        step   number of the next step. From 1 on it is that of a checkpoint with `state`, whose choices hold whatever
+               the cache has, so that the run keeps its bits. None there: the run was begun without trials, and makes
+               none now
+        """
+        if step and state is None:
             if self.active:
                 self._say("kernels: the run was begun without trials of them, and goes on as it was begun")
             self.active = self._open = False
+        if state is None and not self.active:
             return
         tried = self._install()
-        for op, shape, backend in state:
+        for op, shape, backend in state or ():
             problem = self._problem(op, backend)
             if problem:
                 self._say(f"kernels: the checkpoint's choice of {backend} for {op} does not hold here: {problem}")
@@ -176,7 +181,7 @@ class Tuning:
 
     def _install(self) -> Tried:
         if self._tried is None:
-            self._outer, self._tried = _tried.current(), Tried()
+            self._outer, self._tried = _tried.current(), Tried(untried=self._untried_choice)
             wrong = {}
             if self._main:
                 self._store = Store(place(self._device, self._timed))
@@ -192,10 +197,8 @@ class Tuning:
 
     def _meet(self, op: Op, args: Sequence[Any], shape: Shape) -> Choice | None:
         """Called at the first call of a shape, on every process."""
-        device = _op.tensors_in(args)[0].device
-        if device.type != self._device.type or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            return None
-        if not self._everything and _op.measured(op.name, device, args):
+        recording = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if recording or self._left_alone(op, args):
             return None
         choice, wrong = self._share(self._decide(op, args, shape) if self._main else None)
         self._disable(op.name, wrong)
@@ -206,6 +209,15 @@ class Tuning:
         self._tried.chosen.setdefault(op.name, {})[shape] = choice
         self._news = True
         return choice
+
+    def _left_alone(self, op: Op, args: Sequence[Any]) -> bool:
+        """Whether a call is none of ours: on another device, or of a shape that was measured."""
+        device = _op.tensors_in(args)[0].device
+        measured = not self._everything and _op.measured(op.name, device, args)
+        return measured or device.type != self._device.type
+
+    def _untried_choice(self, op: Op, args: Sequence[Any]) -> Choice | None:
+        return None if self._left_alone(op, args) else Choice(REFERENCE, "not tried on this card")
 
     def _disable(self, op: str, wrong: dict[str, str]) -> None:
         """Use these backends no more. Where they were right at another shape, that is tried again without them."""
