@@ -216,7 +216,8 @@ class EngineConfig(Section):
     capture: Literal["none", "compile", "graph"] = "none"
     """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph."""
     autotune: Literal["auto", "on", "off"] = "auto"
-    """auto: the first steps on a GPU without measurements try the kernels out and keep the fastest that is right."""
+    """auto: the first steps on a GPU without measurements try kernels out, and keep the fastest that is right; on: on
+    any device, whatever was measured."""
     log_every: Count = 50
     """Steps between two lines of metrics."""
     checkpoint_every: Positive = 1.0

@@ -10,7 +10,7 @@ import torch
 
 from fastdeit import kernels
 from fastdeit.engine.dist import World
-from fastdeit.kernels import Tuning, _op, _tried
+from fastdeit.kernels import Tuning, _op, _tried, _triton
 from fastdeit.kernels._example import FEW, Maker
 from fastdeit.kernels._op import OPS, REFERENCE, Backend, Op, Unsupported
 from fastdeit.kernels._tried import INDUCTOR, shape_of
@@ -803,6 +803,52 @@ def test_of_few_calls_the_time_is_that_of_one():
     seconds = candidates.with_launches(CPU)("any", lambda: calls.append(1))
     assert seconds > 0
     assert len(calls) == 1 + candidates._MOST_CALLS
+
+
+def test_the_time_of_a_device_begins_when_it_has_all_calls(monkeypatch):
+    """The host queues them while the device sleeps; launches do not count."""
+    asked = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            asked.append("event")
+            self.calls = asked.count("call")
+
+        def synchronize(self):
+            asked.append("wait")
+
+        def elapsed_time(self, end):
+            return 0.5 * (end.calls - self.calls)  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: asked.append("sleep"), raising=False)
+    seconds = candidates.of_the_device(CPU)("any", lambda: asked.append("call"))
+    once = ["sleep", "event", "call", "event", "wait"]
+    assert asked == [*once, "sleep", "event", *["call"] * 4, "event", "wait"]
+    assert seconds == pytest.approx(0.5e-3)
+
+
+INTERPRETED = [
+    pytest.param(op, backend, example, id=f"{op.name}-{backend.name}-{example.name}".rstrip("-"))
+    for op, example in CALLS.values()
+    for backend in op.backends
+    if backend.name in ("triton", "epilogue", "fused_backward")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="the interpreter is off")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("op", "backend", "example"), INTERPRETED)
+def test_no_kernel_of_ours_is_taken_for_wrong(op, backend, example, dtype, monkeypatch):
+    monkeypatch.setattr(candidates, "ROUNDS", 1)
+    torch.manual_seed(0)
+    found = tried(op, few(example, dtype), backend)
+    assert found.wrong == {}
+    assert backend.name in found.seconds | found.failed
 
 
 @pytest.mark.slow

@@ -92,8 +92,6 @@ class Call:
             results = tensors_in([op.run_on(op.backends[-1], *args)])
             ends = tuple(place for place, result in enumerate(results) if result.requires_grad)
             chosen, seeds = [results[end] for end in ends], [torch.ones_like(results[end]) for end in ends]
-        if not ends:
-            return cls(op, [_detached(arg, False) for arg in args])
         found = torch.autograd.grad(chosen, [args[place] for place in asking], seeds, allow_unused=True)
         wanted = tuple(place for place, grad in zip(asking, found, strict=True) if grad is not None)
         return cls(op, [_detached(arg, place in wanted) for place, arg in enumerate(args)], wanted, ends)
