@@ -46,6 +46,8 @@ def test_a_table_of_all_ops_of_a_step(cache, capsys):
     assert out.count("  reference ") == len(rows)
     assert "only with engine.autotune=on" in out
     assert _tried.current() is None
+    assert cli.main([*COMMAND, "--budget", "1e9"]) == 0  # again, whatever is known
+    assert f"; stored in {file}" in capsys.readouterr().out
 
 
 def test_a_budget_of_zero_says_what_that_means(cache, capsys):
