@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastdeit.cli.parser import Verb, one
+from fastdeit.cli.parser import Verb, one, path
 from fastdeit.errors import UsageError
 
 
@@ -20,9 +20,10 @@ EVAL = Verb(
     "accuracy of a run or a checkpoint on the held-out images",
     "RUN_OR_CHECKPOINT [section.field=value ...] [--data DIR]",
     _eval,
+    examples=["fastdeit eval runs/RUN --data /path/to/imagenet"],
 )
 _add = EVAL.parser.add_argument
 _add("words", nargs="*", metavar="RUN_OR_CHECKPOINT", help="run directory or checkpoint directory, and overrides")
-_add("--data", metavar="DIR", help="the data set's folder; short for data.root=DIR")
+_add("--data", type=path, metavar="DIR", help="the data set's folder; short for data.root=DIR")
 
 VERBS = {"eval": EVAL}

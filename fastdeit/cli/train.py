@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from fastdeit.cli.parser import Verb, one, positive
+from fastdeit.cli.parser import Verb, one, path, positive
 
 DEFAULT_RECIPE = "digits"
 IMAGENET_EXAMPLE = "fastdeit train deit_small_distilled --data /path/to/imagenet --nproc 8"
@@ -36,6 +36,11 @@ TRAIN = Verb(
     "train a model by a recipe",
     "[RECIPE] [section.field=value ...] [--data DIR] [--nproc N] [--run-dir DIR] [--resume]",
     _train,
+    examples=[
+        "fastdeit train  # the quick start: handwritten digits, no data and no GPU needed",
+        "fastdeit train deit_small --data /path/to/imagenet --nproc 8 train.epochs=100",
+        "fastdeit train mine.yaml --run-dir runs/mine --resume  # go on after an interruption",
+    ],
 )
 _add = TRAIN.parser.add_argument
 _add(
@@ -44,9 +49,9 @@ _add(
     metavar="RECIPE",
     help=f"name of a recipe or a YAML file (default: {DEFAULT_RECIPE}), and overrides",
 )
-_add("--data", metavar="DIR", help="the data set's folder, whose kind is detected; short for data.root=DIR")
+_add("--data", type=path, metavar="DIR", help="the data set's folder, whose kind is detected; short for data.root=DIR")
 _add("--nproc", type=positive, metavar="N", help="processes on this machine, one per GPU (default: 1)")
-_add("--run-dir", metavar="DIR", help="where the run is kept (default: a new dated directory in runs/)")
+_add("--run-dir", type=path, metavar="DIR", help="where the run is kept (default: a new dated directory in runs/)")
 _add("--resume", action="store_true", help="continue the run from its newest intact checkpoint")
 
 VERBS = {"train": TRAIN}

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from pydantic_core import PydanticKnownError
 
 from fastdeit.data.sources import kinds
-from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, Positive, Range, Section, Text
+from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, PathText, Positive, Range, Section, Text
 from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, ViewSettings
 
 Classes = Annotated[int, Field(ge=1, le=100_000_000)]
@@ -63,7 +63,7 @@ class ModelConfig(Section):
     """null: as many as the data set has."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth: drop rate of the last block; the rates of the blocks before rise linearly from 0."""
-    weights: Text | None = None
+    weights: PathText | None = None
     """Initial weights: a safetensors file, a checkpoint or a run directory. null: random."""
 
     @field_validator("timm")
@@ -85,7 +85,7 @@ class DataSplits(Section):
     WebDataset layout; tfrecord: TensorFlow's; parquet: files of the Hugging Face hub; arrow: what its `save_to_disk`
     writes; imagenet, cifar10, ... as their authors distribute them; synthetic: noise made on the fly; digits:
     scikit-learn's handwritten digits; package.module:KIND: a reader of your own. See docs/data.md."""
-    root: Text | None = None
+    root: PathText | None = None
     """Directory of the data set; synthetic and digits have none."""
     train: Text = "train"
     """Name of the training split under `root`: a folder, or files as docs/data.md says. Public data sets that come
@@ -165,7 +165,7 @@ class OptimConfig(Section):
     lr: Positive
     """Peak learning rate of the global batch."""
     weight_decay: NonNegative = 0.05
-    """Of sgd 1e-4 by default."""
+    """Share of the weights that an update takes away, times the learning rate. Of sgd 1e-4 by default."""
     clip_grad: Positive | None = None
     """Largest norm of the gradient of all parameters; null: no clipping. Of lamb 1.0 by default."""
     schedule: Literal["cosine", "deit-exact"] = "cosine"

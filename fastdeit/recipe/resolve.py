@@ -9,6 +9,7 @@ both are looked up when a recipe is validated. Importing this module imports no 
 """
 
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -201,6 +202,7 @@ def _no_recipe(name: str) -> str:
 
 def _find(word: str, folder: Path) -> Path:
     """File of the recipe `word`: a path, relative to `folder`, when it looks like one, else a shipped name."""
+    word = os.path.expanduser(word)
     if "/" not in word and not word.endswith((".yaml", ".yml")):
         if word not in names():
             raise RecipeError(_no_recipe(word))
