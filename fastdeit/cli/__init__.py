@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 
 from fastdeit import __version__
-from fastdeit.cli import bench, data, doctor, evaluate, explain, kernels, plan, recipes, train
+from fastdeit.cli import bench, completion, data, doctor, evaluate, explain, kernels, models, plan, recipes, runs, train
 from fastdeit.cli.parser import Parser, Verb
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.text import did_you_mean
@@ -19,9 +19,10 @@ from fastdeit.text import did_you_mean
 # As `fastdeit --help` lists them.
 GROUPS: dict[str, dict[str, Verb]] = {
     "train and judge": {**train.VERBS, **evaluate.VERBS},
-    "find out before": {**recipes.VERBS, **explain.VERBS, **plan.VERBS},
+    "find out before": {**recipes.VERBS, **explain.VERBS, **models.VERBS, **plan.VERBS},
+    "look at runs": runs.VERBS,
     "data": data.VERBS,
-    "this machine": {**doctor.VERBS, **kernels.VERBS, **bench.VERBS},
+    "this machine": {**doctor.VERBS, **kernels.VERBS, **bench.VERBS, "completion": completion.verb(lambda: VERBS)},
 }
 VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()}
 

@@ -27,18 +27,25 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
             from fastdeit.recipe import resolve as recipe
 
             # Before any worker exists, so that a mistake is reported at once, and once.
-            recipe.load(args.recipe, args.overrides)
+            loaded = recipe.load(args.recipe, args.overrides)
+            if args.dry_run:
+                from fastdeit.verbs import dry_run
+
+                dry_run.show(loaded, args.nproc or 1)
+                return 0
+            recipe.check_complete(loaded)
         return launch.run(args, argv)
 
 
 TRAIN = Verb(
     "train",
     "train a model by a recipe",
-    "[RECIPE] [section.field=value ...] [--data DIR] [--nproc N] [--run-dir DIR] [--resume]",
+    "[RECIPE] [section.field=value ...] [--data DIR] [--nproc N] [--run-dir DIR] [--resume] [--dry-run]",
     _train,
     examples=[
         "fastdeit train  # the quick start: handwritten digits, no data and no GPU needed",
         "fastdeit train deit_small --data /path/to/imagenet --nproc 8 train.epochs=100",
+        "fastdeit train deit_small --data /path/to/imagenet --nproc 8 --dry-run  # what that would be",
         "fastdeit train mine.yaml --run-dir runs/mine --resume  # go on after an interruption",
     ],
 )
@@ -53,5 +60,6 @@ _add("--data", type=path, metavar="DIR", help="the data set's folder, whose kind
 _add("--nproc", type=positive, metavar="N", help="processes on this machine, one per GPU (default: 1)")
 _add("--run-dir", type=path, metavar="DIR", help="where the run is kept (default: a new dated directory in runs/)")
 _add("--resume", action="store_true", help="continue the run from its newest intact checkpoint")
+_add("--dry-run", action="store_true", help="train nothing: say what would run, and check what can be checked")
 
 VERBS = {"train": TRAIN}

@@ -65,6 +65,8 @@ class ModelConfig(Section):
     """Stochastic depth: drop rate of the last block; the rates of the blocks before rise linearly from 0."""
     weights: PathText | None = None
     """Initial weights: a safetensors file, a checkpoint or a run directory. null: random."""
+    needs_weights: bool = False
+    """The recipe goes on from trained weights: a run of it is refused where `weights` are missing."""
 
     @field_validator("timm")
     @classmethod

@@ -125,6 +125,18 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return _validated(recipe.name, _merged(root, changes), problems)
 
 
+def check_complete(recipe: Recipe) -> None:
+    """Raise RecipeError where a run lacks what the recipe leaves to its user: trained weights to go on from.
+
+    A recipe without them can still be shown and planned.
+    """
+    if recipe.model.needs_weights and recipe.model.weights is None:
+        raise RecipeError(
+            f"recipe {recipe.name}: model.weights: is required, because it goes on from a trained network: give "
+            "model.weights=RUN or model.weights=FILE (model.needs_weights=false trains from nothing)"
+        )
+
+
 def names() -> list[str]:
     """Names of the shipped recipes, sorted."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))

@@ -34,7 +34,9 @@ def calls(monkeypatch):
 
     for package, name in ((fastdeit, "train"), (run, "evaluate"), (bench, "command"), (verbs, "doctor")):
         monkeypatch.setattr(package, name, SimpleNamespace(main=main), raising=False)
-    load = SimpleNamespace(load=lambda name, overrides: seen.loaded.append((name, overrides)))
+    load = SimpleNamespace(
+        load=lambda name, overrides: seen.loaded.append((name, overrides)), check_complete=lambda recipe: None
+    )
     monkeypatch.setattr(recipes, "resolve", load, raising=False)
     return seen
 
@@ -54,12 +56,16 @@ MEASURING = "--device", "--rounds", "--out"
 def test_flags_are_pinned():
     """A flag is a promise: adding or dropping one is a decision, made here too."""
     assert {name: verb.parser.flags[2:] for name, verb in cli.VERBS.items()} == {
-        "train": ["--data", "--nproc", "--run-dir", "--resume"],
+        "train": ["--data", "--nproc", "--run-dir", "--resume", "--dry-run"],
         "eval": ["--data"],
         "recipes": [],
         "recipes show": ["--resolved"],
         "explain": [],
+        "models": [],
         "plan": ["--gpu", "--count", "--nodes", "--price", "--sharding", "--images", "--json"],
+        "runs list": [],
+        "runs diff": [],
+        "runs curves": ["--out"],
         "data check": ["--source", "--split", "--processes"],
         "data pack": ["--source", "--split", "--force"],
         "data show": ["--data", "--sample", "--epoch", "--copy", "--out"],
@@ -78,6 +84,7 @@ def test_flags_are_pinned():
         "bench suite": ["--time-limit", "--capture", "--peer", *MEASURING],
         "bench calibrate": ["--batch", *MEASURING],
         "bench report": ["--results"],
+        "completion": [],
     }
 
 
@@ -159,7 +166,7 @@ def test_eval_and_bench(calls):
     [
         (["trian"], "did you mean train"),
         (["--versoin"], "did you mean --version"),
-        (["xyzzy"], "verbs: train, eval, recipes, recipes show, explain, plan, data check, data pack, data show,"),
+        (["xyzzy"], "verbs: train, eval, recipes, recipes show, explain, models, plan, runs list, runs diff,"),
         (["data"], "there is no verb 'data' (verbs: data check, data pack, data show, data preview)"),
         (["data", "chek"], "there is no verb 'data chek'"),
         (["data", "chek", "x"], "did you mean data check"),
