@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from fastdeit.errors import UsageError
@@ -28,6 +29,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """The arguments in `argv`. Raises UsageError for a flag or a word that the verb does not know."""
+        # Before argparse, which would rather name an argument that is missing.
+        for word in takewhile(lambda word: word != "--", argv):
+            if word.startswith("--") and word.partition("=")[0] not in self.flags:
+                raise UsageError(self._no_flag(word, argv))
         # Intermixed: recipe, overrides and flags come in any order.
         args, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
@@ -100,8 +105,17 @@ def one(words: list[str], what: str) -> str | None:
 
 
 def path(text: str) -> str:
-    """A path with `~` for the home folder, which shells leave alone in `--flag=~/x`; a `type` of argparse."""
+    """A path with `~` for the home folder, which shells leave alone in `--flag=~/x`; a `type` of argparse.
+
+    Raises UsageError for what no file system has.
+    """
+    if not text or "\0" in text or any(len(os.fsencode(part)) > _LONGEST_NAME for part in text.split("/")):
+        shown = text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+        raise UsageError(f"{shown!r} cannot be the name of a file or folder")
     return os.path.expanduser(text)
+
+
+_LONGEST_NAME = 255  # bytes, on Linux
 
 
 def positive(text: str) -> int:
