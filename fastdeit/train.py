@@ -5,7 +5,6 @@ method, how a step is made to the engine, what a sample looks like to the data p
 """
 
 import argparse
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from fastdeit.methods.base import Method, Phase
 from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import build
+from fastdeit.run import build, threads
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.record import Record, RunLog, Saver, choose_directory, describe, prepare_directory
 
@@ -41,13 +40,13 @@ if TYPE_CHECKING:
 def main(args: argparse.Namespace) -> None:
     """Worker of `fastdeit train`: one process of the run."""
     recipe = recipes.load(args.recipe, args.overrides)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("WORLD_SIZE", 1))))
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     with join_world(recipe.engine.device) as world, world.stop_on_signals():
         run_dir = Path(world.same(str(choose_directory(args.run_dir, recipe.name, args.resume))))
-        train(recipe, run_dir, world, resume=args.resume)
+        recipe = threads.fixed(recipe, world)
+        with threads.computing(recipe.engine.threads):
+            train(recipe, run_dir, world, resume=args.resume)
 
 
 def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dict[str, Any]:

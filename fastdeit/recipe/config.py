@@ -213,6 +213,9 @@ class EngineConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is a GPU."""
+    threads: Count | None = None
+    """Threads of a process that compute on the CPU. With another number sums round differently. null: the process's
+    share of the processors; the run keeps that number. OMP_NUM_THREADS wins."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss."""
     capture: Literal["none", "compile", "graph"] = "none"
