@@ -10,11 +10,11 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 
-from fastdeit import __version__
 from fastdeit.cli import bench, completion, data, doctor, evaluate, explain, kernels, models, plan, recipes, runs, train
 from fastdeit.cli.parser import Parser, Verb
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.text import did_you_mean
+from fastdeit.version import __version__
 
 # As `fastdeit --help` lists them.
 GROUPS: dict[str, dict[str, Verb]] = {
