@@ -40,10 +40,6 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             grace_s=grace_seconds(os.environ),
             env=worker_environment(),
         )
-    # Of OpenMP, which reads it when torch is loaded. A thread that has come to the end of an operation sleeps until the
-    # others have, too. By default it keeps its processor busy meanwhile, which on a machine with other work is the one
-    # that the others wait for: measured (docs/log.md), steps take 20 times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from fastdeit import train
 
     train.main(args)
@@ -52,12 +48,17 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
 
 @contextmanager
 def process_of_a_run() -> Iterator[None]:
-    """What a process of a training run does first: make sure it ends with its launcher, and cleanly while it starts.
+    """What a process of a training run does first, before torch is loaded: make sure that it ends with its launcher,
+    that it ends cleanly while it starts, and that threads without work sleep.
 
     `fastdeit.train` has signal handlers of its own for as long as there is something to save.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))
+    # Of OpenMP, which reads it when torch is loaded. A thread that has come to the end of an operation sleeps until the
+    # others have, too. By default it keeps its processor busy meanwhile, which on a machine with other work is the one
+    # that the others wait for: measured (docs/log.md), steps take 20 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     before = {number: signal.signal(number, _exit_idle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

@@ -293,3 +293,23 @@ def test_help_and_version_load_nothing_that_takes_long():
     assert "fastdeit.cli" in modules.split()
     heavy = {"torch", "numpy", "scipy", "PIL", "pydantic", "ruamel.yaml", "rich", "matplotlib", "timm", "triton"}
     assert not heavy & set(modules.split())
+
+
+LOOK = """
+import sys
+from fastdeit import cli
+for argv, code in (
+    (["recipes"], 0), (["recipes", "show", "digits"], 0), (["explain", "data.crop"], 0), (["explain", "drop-path"], 0),
+    (["completion", "bash"], 0), (["runs", "list", "."], 0),
+    (["train", "digit"], 2), (["train", "digits", "--epochs", "3"], 2), (["trian"], 2), (["train", "no.yaml"], 2),
+):
+    assert cli.main(argv) == code, argv
+print(*sys.modules)
+"""
+
+
+def test_looking_around_and_plain_mistakes_load_no_torch():
+    """Seconds of a start are torch's; without it there are tenths, most of them pydantic's."""
+    done = subprocess.run([sys.executable, "-c", LOOK], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"torch", "scipy", "matplotlib", "timm", "triton", "nvidia.dali", "sklearn", "safetensors"}
+    assert not heavy & set(done.stdout.splitlines()[-1].split())
