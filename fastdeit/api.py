@@ -25,7 +25,7 @@ from fastdeit.engine.dist import world as join_world
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import overview, threads
-from fastdeit.train import train as train_by
+from fastdeit.training import train as train_by
 
 Overrides = Mapping[str, Any] | Sequence[str]
 """Fields that a recipe is changed by: {"train.epochs": 3, "data.augment": None}, or ["train.epochs=3"]."""

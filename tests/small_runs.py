@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from fastdeit.engine.dist import World
 from fastdeit.recipe import resolve as recipes
-from fastdeit.train import train
+from fastdeit.training import train
 
 
 class StopAt(World):

@@ -124,7 +124,7 @@ def test_a_run_gives_its_network_and_evaluates_it(run):
 
 def test_the_front_of_the_package_is_imported_when_it_is_asked_for():
     assert {"train", "load", "Run", "__version__"} <= set(dir(fastdeit))
-    assert fastdeit.Run is api.Run
+    assert (fastdeit.train, fastdeit.load, fastdeit.Run) == (api.train, api.load, api.Run)
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         fastdeit.trian  # noqa: B018
 

@@ -21,7 +21,7 @@ from fastdeit.methods.supervised import Supervised
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
-from fastdeit.train import decay_groups, train
+from fastdeit.training import decay_groups, train
 from tests.small_runs import StopAt
 from tests.toys import toy_batch
 

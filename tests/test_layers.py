@@ -67,7 +67,7 @@ LAYERS: dict[str, set[str]] = {
         *("version", "cores", "errors", "rng", "text", "fields", "kernels", "batch", "views", "models", "methods"),
         *("engine", "recipe", "data.plan", "data.sources", "data.loader"),
     },
-    "train": {
+    "training": {
         *("errors", "rng", "kernels", "methods", "engine", "recipe", "run"),
         *("data.plan", "data.sources", "data.loader"),
     },
@@ -81,8 +81,8 @@ LAYERS: dict[str, set[str]] = {
         *("cores", "errors", "text", "kernels", "batch", "models", "engine", "recipe", "run", "estimate"),
         *("data.pixel_ops", "data.plan", "data.sources"),
     },
-    "launch": {"errors", "train"},
-    "api": {"engine", "recipe", "run", "train", "verbs"},
+    "launch": {"errors", "training"},
+    "api": {"engine", "recipe", "run", "training", "verbs"},
     "cli": {"version", "errors", "text", "kernels", "recipe", "run", "estimate", "bench", "verbs", "launch"},
     "fastdeit": {"version", "api"},
     "__main__": {"cli"},
@@ -180,7 +180,7 @@ def circle(sources: Mapping[Path, str]) -> list[str] | None:
 
 
 def test_there_is_something_to_check():
-    assert {"cli", "launch", "train"} <= {room_of(module_name(path)) for path in FILES}
+    assert {"cli", "launch", "training"} <= {room_of(module_name(path)) for path in FILES}
 
 
 def test_a_floor_stands_on_lower_floors_alone():
@@ -266,8 +266,8 @@ def test_a_circle_is_seen(name, source, back):
         ("kernels/nn.py", "from fastdeit.kernels.accelerate import patch"),
         ("kernels/_op.py", "from fastdeit import __version__"),
         ("recipe/x.py", "from fastdeit.run import build"),
-        ("run/x.py", "from fastdeit import train"),
-        ("train.py", "from fastdeit import launch"),
+        ("run/x.py", "from fastdeit import training"),
+        ("training.py", "from fastdeit import launch"),
         ("recipe/x.py", "from fastdeit.cli import main"),
         ("launch/x.py", "from fastdeit.engine import dist"),
         ("cli/train.py", "from fastdeit.data.sources.source import DataError"),
@@ -284,7 +284,7 @@ def test_an_upward_import_is_seen(name, source):
     ("name", "source"),
     [
         (
-            "train.py",
+            "training.py",
             "from fastdeit import rng\nfrom fastdeit.run import build\nfrom fastdeit.errors import UsageError",
         ),
         ("kernels/attention/x.py", "from fastdeit.kernels import _op\nfrom . import tiles\nfrom .._triton import f"),

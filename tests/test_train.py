@@ -23,7 +23,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.run.evaluate import evaluate
 from fastdeit.run.record import prepare_directory
-from fastdeit.train import train, train_teacher
+from fastdeit.training import train, train_teacher
 
 RECIPE = """\
 model: {name: deit_digits_distilled_patch8_32, image_size: 32, drop_path: 0.1}
@@ -364,7 +364,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(load, tmp_path):
 
 def test_a_teacher_trained_here_reads_the_students_data(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("fastdeit.train.train", lambda recipe, path, world, resume: seen.append(recipe.data))
+    monkeypatch.setattr("fastdeit.training.train", lambda recipe, path, world, resume: seen.append(recipe.data))
     own = recipes.load("digits_teacher").data
     packed = ["data.source=packed", "data.root=/b", "data.train=a.pack", "data.val=b.pack", "data.flip=0.3"]
     for overrides in (packed, ["data.source=synthetic", "data.synthetic_classes=7", "data.synthetic_samples=70"]):

@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Train as `args` says, in this process or in `args.nproc` new ones running `fastdeit argv`; return the exit code.
 
-    In this process the errors of `fastdeit.train.main` come through as exceptions.
+    In this process the errors of `fastdeit.training.main` come through as exceptions.
     """
     ranks = rank_environment(os.environ)
     if ranks is not None:
@@ -40,9 +40,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             grace_s=grace_seconds(os.environ),
             env=worker_environment(),
         )
-    from fastdeit import train
+    from fastdeit import training
 
-    train.main(args)
+    training.main(args)
     return 0
 
 
@@ -51,7 +51,7 @@ def process_of_a_run() -> Iterator[None]:
     """What a process of a training run does first, before torch is loaded: make sure that it ends with its launcher,
     that it ends cleanly while it starts, and that threads without work sleep.
 
-    `fastdeit.train` has signal handlers of its own for as long as there is something to save.
+    `fastdeit.training` has signal handlers of its own for as long as there is something to save.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))

@@ -32,7 +32,7 @@ def calls(monkeypatch):
         if seen.error is not None:
             raise seen.error
 
-    for package, name in ((fastdeit, "train"), (run, "evaluate"), (bench, "command"), (verbs, "doctor")):
+    for package, name in ((fastdeit, "training"), (run, "evaluate"), (bench, "command"), (verbs, "doctor")):
         monkeypatch.setattr(package, name, SimpleNamespace(main=main), raising=False)
     load = SimpleNamespace(
         load=lambda name, overrides: seen.loaded.append((name, overrides)), check_complete=lambda recipe: None

@@ -16,7 +16,7 @@ from fastdeit.models.contract import Model, Tokens, missing
 from fastdeit.models.timm_model import TimmVisionTransformer
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
-from fastdeit.train import train
+from fastdeit.training import train
 
 K, B = 5, 2
 SMALL = {name: {"depth": 2} if name.startswith("deit") else {} for name in models.MODELS}
