@@ -109,3 +109,11 @@ def test_two_processes_resume_with_the_same_statistics(ranks, recipe_file, few_d
     whole, parts = ([record for record in logged(run) if record["kind"] == "eval"] for run in runs)
     assert whole == parts
     assert evaluated(runs[1], capsys) == printed(json.loads((runs[0] / "summary.json").read_text()))
+
+
+@pytest.mark.slow
+def test_a_model_without_batchnorm_says_so_and_trains(ranks, recipe_file, few_digits, tmp_path, capfd):
+    overrides = [f"data.root={few_digits}", "model.name=convnet_digits", "engine.sync_batchnorm=true", "train.epochs=1"]
+    ranks(2, train_rank, str(recipe_file), overrides, tmp_path / "run")
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert capfd.readouterr().out.count("engine.sync_batchnorm changes nothing: this model has no BatchNorm") == 1

@@ -14,8 +14,9 @@ from fastdeit.engine.dist import DeviceError
 def measure(layers: Iterable[_BatchNorm], passes: Iterable[Callable[[], Any]]) -> list[_BatchNorm]:
     """Set the running statistics of BatchNorm `layers` to their means over `passes`, calls of a network in training.
 
+    Returns the layers that were measured: those in training mode. A layer in eval mode is frozen, and left alone.
     This is "precise BatchNorm" (Wu & Johnson, arXiv:2105.07576), as in `torch.optim.swa_utils.update_bn`,
-    which would take the layers of averaged teachers and frozen layers as well. A layer in eval mode is left alone. Returns the measured layers.
+    which would take the layers of averaged teachers and frozen layers as well.
     """
     momenta = {layer: layer.momentum for layer in layers if layer.training}
     for layer in momenta:

@@ -25,13 +25,14 @@ class Ema:
     stale    whether there are statistics, and they are of earlier averages
     """
 
-    def __init__(self, params: dict[str, Tensor], decay: float, method: nn.Module | None = None) -> None:
+    def __init__(self, params: dict[str, Tensor], decay: float, method: nn.Module) -> None:
         self.decay = decay
         self.params = params
         self.stale = False
-        found = [] if method is None else networks(method)
         self.norms = {
-            name: module for name, module in found if isinstance(module, _BatchNorm) and module.track_running_stats
+            name: module
+            for name, module in networks(method)
+            if isinstance(module, _BatchNorm) and module.track_running_stats
         }
         self.average = {name: p.detach().float().clone() for name, p in params.items()}
         self.average |= {name: buffer.clone() for name, buffer in self._statistics()}
