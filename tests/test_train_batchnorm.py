@@ -8,13 +8,15 @@ import torch
 from fastdeit.cli import main as cli
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted
+from fastdeit.methods.evaluators import Classify, HeldOutLoss
+from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.train import train
 from tests.small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 
 RECIPE = """\
 model: {name: "tests.toys:batch_norm_convnet", image_size: 32}
-method: {use: supervised}
+method: {use: "tests.test_train_batchnorm:Judged"}
 data:
   {source: folder, flip: 0.0, mixup: 0, cutmix: 0, group_size: 16, repeats: 1, eval_crop_ratio: 1.0,
    mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
@@ -23,6 +25,13 @@ train: {epochs: 2, batch_size: 128}
 engine: {device: cpu, precision: fp32, log_every: 3}
 """
 STEPS_PER_EPOCH, TOTAL = 3, 6
+
+
+class Judged(Supervised):
+    """Is judged by its loss as well, which shows differences of the statistics that change no answer."""
+
+    def evaluators(self):
+        return {"classify": Classify(), "loss": HeldOutLoss()}
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +53,20 @@ def whole(load, tmp_path_factory):
 
 
 def evaluated(run, capsys, *overrides):
-    """What `fastdeit eval` prints of the weights and of their average, in per cent."""
+    """Accuracy and loss of the weights and of their average, as `fastdeit eval` prints them."""
     capsys.readouterr()
     assert cli(["eval", str(run), *overrides]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if "top-1 class head" in line]
-    return [row.split()[-2] for row in rows]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("top-1 class", "held out loss"))]
+    return [row.removesuffix(" %").split()[-1] for row in rows]
 
 
 def printed(summary):
-    return [f"{summary[name]:.2f}" for name in ("top1_class", "top1_class_ema")]
+    kinds = "", "_ema"
+    return [text for kind in kinds for text in _texts(summary[f"top1_class{kind}"], summary[f"held_out_loss{kind}"])]
+
+
+def _texts(top1, loss):
+    return f"{top1:.2f}", f"{loss:.4g}"
 
 
 def test_the_number_of_the_run_is_the_number_of_its_checkpoint(whole, capsys):
