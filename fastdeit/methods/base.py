@@ -153,7 +153,8 @@ class Method(nn.Module):
         """After the optimizer's update, for the method's own buffers; `engine.now` is the `Step` that was made.
 
         It is called for a skipped update as well. `engine.skipped`, a bool scalar on the device, is then true, and what
-        the forward returned may not be finite: `buffer.copy_(torch.where(engine.skipped, buffer, new))`.
+        the forward returned may not be finite: `buffer.copy_(torch.where(engine.skipped, buffer, new))`. Afterwards
+        every process has the main one's buffers.
         """
 
     def on_epoch(self, epoch: int, engine: Any) -> None:

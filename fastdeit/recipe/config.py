@@ -215,6 +215,9 @@ class EngineConfig(Section):
     """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss."""
     capture: Literal["none", "compile", "graph"] = "none"
     """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph."""
+    sync_batchnorm: bool = False
+    """Normalise over the batches of all processes (SyncBatchNorm), so that several learn what one does; false: each
+    process normalises its own, which is quicker."""
     log_every: Count = 50
     """Steps between two lines of metrics."""
     checkpoint_every: Positive = 1.0
