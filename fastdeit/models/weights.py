@@ -18,7 +18,7 @@ HEADS = ("head", "head_dist")
 """Heads of the DeiT family, which weights may have where a network has none."""
 
 
-_SAY_GRID = "say how they lie with model.weights_grid: [height, width]"
+_SAY_GRID = "a run tells how they lie; of a file, say it with model.weights_grid=[height, width]"
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def load_weights(
     missing = tuple(name for name in own if name not in tensors)
     unexpected = tuple(name for name in tensors if name not in own)
     heads = _foreign_heads(model, own, tensors)
-    _refuse("the model needs {}, which the weights do not have", missing, free)
-    _refuse("the weights have {}, for which the model has no place", unexpected, free)
+    _refuse("it needs {}, which they do not have", missing, free)
+    _refuse("they have {}, for which it has no place", unexpected, free)
     for head in heads:
         if head not in free:
             theirs, ours = (len(side[f"{head}.weight"]) for side in (tensors, own))
@@ -114,7 +114,7 @@ def some(names: Collection[str]) -> str:
 def _refuse(sentence: str, names: Collection[str], free: Collection[str]) -> None:
     bound = [name for name in names if not any(name == one or name.startswith(f"{one}.") for one in free)]
     if bound:
-        raise ValueError(f"the weights are of another model: {sentence.format(some(bound))}")
+        raise ValueError(f"the weights do not fit the model: {sentence.format(some(bound))}")
 
 
 def _refuse_other_shapes(taken: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

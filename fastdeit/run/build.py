@@ -239,7 +239,7 @@ def teacher(
     """
     name = config.model if config.timm is None else f"timm:{config.timm}"
     address = config.weights or (str(trained) if config.recipe is not None else name)
-    with _naming("method.teacher" if config.weights is None else f"method.teacher.weights {config.weights}"):
+    with _naming("method.teacher" if config.weights is None else "method.teacher.weights"):
         found = open_weights(address)
         known = found.known
         if config.classifies and known.num_classes not in (None, num_classes):
