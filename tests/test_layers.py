@@ -85,6 +85,7 @@ LAYERS: dict[str, set[str]] = {
 WITHOUT_TORCH = [
     *("errors.py", "rng.py", "text.py", "plugins.py", "fields.py", "views.py", "cli.py", "launch/launch.py"),
     *("data/nodes.py", "data/pixel_ops.py", "verbs/data.py"),
+    *("run/address.py", "run/classes.py"),
     *(
         str(path.relative_to(PACKAGE))
         for room in ("data/plan", "data/sources", "recipe")

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 # DDP and DataParallel write the first before every name; torch.compile the second where the compiled module stands.
-_WRAPPER = re.compile(r"^(?:module\.)+|(?:^|(?<=\.))_orig_mod\.")
+_WRAPPER = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)(?:_orig_mod\.)+")
 _PARTS = ("teacher.backbone.", "backbone.", "model.")
 """Names of the network inside a larger module, the one to be taken first: DINOv2's teacher, then any backbone, then
 Lightning's `model`."""
@@ -32,8 +32,8 @@ def bare(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, .
     while True:
         stripped = _renamed(named, {name: _WRAPPER.sub("", name) for name in named})
         if stripped.keys() != named.keys():
-            wrappers = {f"{match.group().split('.')[0]}." for name in named for match in _WRAPPER.finditer(name)}
-            notes.append(f"stripped {' and '.join(sorted(wrappers))} from the names")
+            wrappers = {word for name in named for match in _WRAPPER.findall(name) for word in match.split(".") if word}
+            notes.append(f"stripped {' and '.join(f'{word}.' for word in sorted(wrappers))} from the names")
             named = stripped
         part = next((part for part in _PARTS if any(name.startswith(part) for name in named)), None)
         if part is None:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -72,11 +72,16 @@ def read(path: Path, entry: str | None = None) -> Pickled:
 
 
 def _load(path: Path) -> Any:
+    with path.open("rb") as file:
+        return _parsed(file)
+
+
+def _parsed(file: BinaryIO) -> Any:
     try:
         # Legacy files warn about their age, TorchScript archives that they are dispatched; neither helps anybody here.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         foreign = _GLOBAL.search(str(error))
         if foreign is None:
@@ -86,8 +91,6 @@ def _load(path: Path) -> Any:
             "anything. If you trust its author, save the weights alone where it can be read: "
             "torch.save(model.state_dict(), 'weights.pth')"
         ) from error
-    except OSError:
-        raise
     except Exception as error:  # a damaged file can fail in any part of the parser
         if "TorchScript" in str(error):
             raise ValueError(

@@ -95,7 +95,7 @@ def _nothing_there(path: Path) -> str:
     folder = path.parent
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     there = "" if folder.is_dir() else f"; there is no {folder} either"
-    return f"there is no {path}{did_you_mean(path.name, names) or there}; weights are addressed as {FORMS}"
+    return f"there is no {path}{did_you_mean(path.name, names) or f'{there}; weights are addressed as {FORMS}'}"
 
 
 def _directory(text: str, path: Path, selector: str | None) -> Address:

@@ -520,7 +520,9 @@ def test_a_teacher_of_features_needs_no_head_for_the_data_set(origin, classes, t
         read, expected = teacher.taps(x, blocks=(1,), qkv=(2,)), network.eval().tokens(x, stop=2)
     assert next(iter(teacher.model.blocks)).attn.qkv.weight.dtype == torch.bfloat16
     torch.testing.assert_close(read.tokens[1].float(), expected.float(), rtol=0.05, atol=0.05)
-    with pytest.raises(UsageError, match="head of the weights knows 7" if classes else "it needs head.weight, head.bias"):
+    with pytest.raises(
+        UsageError, match="head of the weights knows 7" if classes else "it needs head.weight, head.bias"
+    ):
         build.teacher(TeacherConfig(**options), (32, 32), 10, tmp_path, "bf16")
 
 

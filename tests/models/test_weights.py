@@ -57,7 +57,9 @@ def test_positions_of_a_grid_that_is_no_square():
 
 def test_positions_of_which_two_grids_have_as_many():
     vit, source = build(image_size=(16, 64)), weights(image_size=32)
-    with pytest.raises(ValueError, match=r"16 patches, which can be 4x4 or 2x8; .*model\.weights_grid=\[height, width\]"):
+    with pytest.raises(
+        ValueError, match=r"16 patches, which can be 4x4 or 2x8; .*model\.weights_grid=\[height, width\]"
+    ):
         load_weights(vit, source)
     load_weights(vit, source, grid=(4, 4))
     torch.testing.assert_close(vit.pos_embed.detach(), timms(source["pos_embed"], (2, 8), (4, 4)), rtol=1e-5, atol=1e-5)
