@@ -195,18 +195,30 @@ class TimmVisionTransformer(TimmModel):
         return block_stages(self, depths)
 
 
+def published(name: str) -> PretrainedCfg | None:
+    """What timm knows of the weights that it publishes for its model `name`; None where it has no entry for them.
+
+    Raises ValueError for a name, or a tag behind its dot, that timm does not know.
+    """
+    base, _, tag = name.partition(".")
+    if not timm.is_model(name):
+        hint = did_you_mean(base, timm.list_models())
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint or '; see timm.list_models()'}")
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{base}.*"))
+        raise ValueError(f"timm {timm.__version__} has no weights {tag!r} of {base}; there are {tags}") from error
+
+
 def _create(
     name: str, image_size: ImageSize | None, num_classes: int | None, drop_path: float, pretrained: bool
 ) -> nn.Module:
-    if not timm.is_model(name):
-        hint = did_you_mean(name.split(".")[0], timm.list_models())
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint or '; see timm.list_models()'}")
-    options = {}
+    config, options = published(name), {}
     if num_classes is not None:
         options["num_classes"] = num_classes
     if drop_path:
         options["drop_path_rate"] = drop_path
-    config = timm.get_pretrained_cfg(name)
     if image_size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size_pair(image_size, "image_size")
     if pretrained and (file := _cached(config)) is not None:

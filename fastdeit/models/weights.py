@@ -81,7 +81,7 @@ def load_weights(
         )
     free = (*model.head_names, *HEADS, "dist_token") if may_differ is None else tuple(may_differ)
     missing = tuple(name for name in own if name not in tensors)
-    unexpected = tuple(name for name in tensors if name not in own)
+    unexpected = tuple(sorted(name for name in tensors if name not in own))  # safetensors has no order
     heads = _foreign_heads(model, own, tensors)
     _refuse("it needs {}, which they do not have", missing, free)
     _refuse("they have {}, for which it has no place", unexpected, free)

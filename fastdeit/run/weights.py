@@ -122,7 +122,7 @@ def _run(address: Address) -> Weights:
         else:
             found = checkpoint.newest(root, lambda path, why: notes.append(f"skipped {path}, which is damaged: {why}"))
             if address.best:
-                step, note = _best(address, _state(found, "record"))
+                step, note = _best(address, _state(address, found, "record"))
                 notes += note
                 found = found if found.step == step else _of_step(address, root, step, steps)
     except CheckpointError as error:
@@ -155,7 +155,7 @@ def _checkpoint(address: Address) -> Weights:
 
 
 def _of_checkpoint(address: Address, found: Checkpoint, notes: list[str]) -> Weights:
-    recipe, identity = _state(found, "recipe"), _state(found, "identity")
+    recipe, identity = _state(address, found, "recipe"), _state(address, found, "identity")
     tensors = dict(found.tensors.get("model", {}))
     if not tensors:
         raise UsageError(f"{address}: {found.path} is a checkpoint without a model")
@@ -178,10 +178,10 @@ def _place(address: Address, found: Checkpoint) -> str:
     return str(address.path if address.kind == "run" else found.path.parent.parent)
 
 
-def _state(found: Checkpoint, part: str) -> dict[str, Any]:
+def _state(address: Address, found: Checkpoint, part: str) -> dict[str, Any]:
     state = found.state.get(part)
     if not isinstance(state, dict):
-        raise UsageError(f"{found.path} is no checkpoint of `fastdeit train`: its manifest has no {part}")
+        raise UsageError(f"{address}: {found.path} is no checkpoint of `fastdeit train`: its manifest has no {part}")
     return state
 
 
@@ -232,15 +232,9 @@ def _of_file(address: Address, tensors: dict[str, Tensor], notes: list[str]) -> 
 
 
 def _timm(address: Address) -> Weights:
-    # timm takes a second to import, and only its own weights need it.
-    import timm
-
-    if not timm.is_model(address.name):
-        _built(address.text, lambda: models.build_timm(address.name))  # says which name was meant
-    config = timm.get_pretrained_cfg(address.name)
+    config = _published(address.text, address.name)
     if config is None or not config.has_weights:
-        tags = ", ".join(f"timm:{name}" for name in timm.list_pretrained(f"{address.name.partition('.')[0]}*")[:4])
-        raise UsageError(f"{address}: timm publishes no weights for it{f'; there are {tags}' if tags else ''}")
+        raise UsageError(f"{address}: timm publishes no weights for it")
     try:
         built = models.build_timm(address.name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
@@ -261,6 +255,16 @@ def _timm(address: Address) -> Weights:
         crop_ratio=config.crop_pct,
     )
     return Weights(f"timm's {address.name}", dict(built.state_dict()), known)
+
+
+def _published(origin: str, name: str) -> Any:
+    # timm takes a second to import, and only its own weights need it.
+    from fastdeit.models import timm_model
+
+    try:
+        return timm_model.published(name)
+    except ValueError as error:
+        raise UsageError(f"{origin}: {error}") from error
 
 
 def _imagenet_classes(config: Any) -> tuple[str, ...] | None:
@@ -392,9 +396,7 @@ def _rows_of_head(weights: Weights, known: Known) -> int | None:
     """Classes of the head, where a file has it under the name that its network gives it."""
     names = ["head"]
     if known.timm is not None:
-        import timm
-
-        config = timm.get_pretrained_cfg(known.timm)
+        config = _published(weights.origin, known.timm)
         classifier = None if config is None else config.classifier
         names = [classifier] if isinstance(classifier, str) else list(classifier or ())
     head = next((weights.tensors[f"{name}.weight"] for name in names if f"{name}.weight" in weights.tensors), None)

@@ -150,7 +150,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch, name, kind):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what a user may have set to read other files
-    with pytest.raises(ValueError, match="it holds a |it is damaged|it holds no weights"):
+    with pytest.raises(ValueError, match=r"it holds a |it is damaged|it holds no weights"):
         pickled.read(path)
     assert not canary.exists()
 
@@ -172,7 +172,7 @@ def test_a_namespace_is_a_plain_object_and_stays_allowed_only_while_a_file_is_re
 
 
 def test_a_namespace_cannot_be_given_methods_that_run(tmp_path):
-    """A state with the names of special methods becomes attributes of the object, which Python does not look up there."""
+    """A state with the names of special methods becomes attributes of the object, where Python does not look."""
     canary = tmp_path / "canary"
     state = {"__setstate__": 1, "__reduce__": 2, "__class__": "os.system", "__call__": str(canary)}
     torch.save({"model": WEIGHTS, "args": Calls(argparse.Namespace, state=state)}, tmp_path / "w.pth")
@@ -294,5 +294,5 @@ def test_every_truncation_is_refused(tmp_path):
         whole, path = buffer.getvalue(), tmp_path / "w.pth"
         for cut in range(0, len(whole), 37):
             path.write_bytes(whole[:cut])
-            with pytest.raises(ValueError, match="it is damaged|it holds a "):
+            with pytest.raises(ValueError, match=r"it is damaged|it holds a "):
                 pickled.read(path)

@@ -3,8 +3,8 @@
 import argparse
 import json
 import shutil
-import warnings
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import timm
@@ -32,11 +32,18 @@ train: {epochs: 1, batch_size: 16}
 """
 
 
-def tensors(value, name=NAME, **options):
+def tensors(value, name=NAME, image_size=32, num_classes=4):
     """Of a model, each filled with noise around `value`."""
+    size = tuple(image_size) if isinstance(image_size, list) else image_size
+    return {key: value + tensor for key, tensor in noise(name, size, num_classes).items()}
+
+
+@cache
+def noise(name, image_size, num_classes):
     generator = torch.Generator().manual_seed(0)
-    state = models.build(name, **({"image_size": 32, "num_classes": 4} | options)).state_dict()
-    return {key: value + 0.05 * torch.randn(tensor.shape, generator=generator) for key, tensor in state.items()}
+    with torch.device("meta"):
+        state = models.build(name, image_size=image_size, num_classes=num_classes).state_dict()
+    return {key: 0.05 * torch.randn(tensor.shape, generator=generator, device="cpu") for key, tensor in state.items()}
 
 
 def is_around(value, some):
@@ -290,23 +297,26 @@ def test_an_average_of_buffers_lies_over_the_models(here, write):
 # ---- the network -----------------------------------------------------------------------------------------------------
 
 
+OTHERS = ("deit_tiny_patch16_224", "convnet_digits", "timm:test_resnet", DISTILLED, "timm:test_vit")
+
+
 def test_another_model_is_refused_in_a_sentence(here):
     for address in ("run", "run@best,ema", "w.safetensors", "w.pth", "ddp.pth"):
         found = open_weights(address)
-        for name in ("deit_tiny_patch16_224", "convnet_digits", "timm:resnet18", DISTILLED, "timm:test_vit"):
+        for name in OTHERS if address in ("run", "ddp.pth") else (DISTILLED,):
             with pytest.raises(UsageError, match=r": (no tensor name|the weights|pos_embed)") as caught:
                 network(found, name=name)
             assert str(caught.value).startswith(found.origin)
         with pytest.raises(UsageError, match="there is no model 'deit_digits_patch8_23'; did you mean deit_digits_"):
             network(found, name="deit_digits_patch8_23")
-        with pytest.raises(UsageError, match="timm .* has no model 'resnet1'; did you mean resnet18"):
+        with pytest.raises(UsageError, match=r"timm .* has no model 'resnet1'; did you mean resnet18"):
             network(found, name="timm:resnet1")
 
 
 def test_a_bare_file_asks_which_model_it_is(here):
     with pytest.raises(UsageError, match=rf"w\.pth: nothing tells which model .* they can be of {NAME}$"):
         network(open_weights("w.pth"))
-    with pytest.raises(UsageError, match="a model of fastdeit or timm:NAME; they have a$"):
+    with pytest.raises(UsageError, match=r"a model of fastdeit or timm:NAME; they have a$"):
         network(Weights("x", {"a": torch.ones(1)}))
 
 
@@ -402,8 +412,10 @@ def test_classes_by_what_the_network_is_for(here, purpose, classes, refused, sai
             load(built, found, purpose=purpose, classes=classes)
         return
     notes = load(built, found, purpose=purpose, classes=classes)
-    assert len(notes) == (said is not None and (purpose == "student" or len(classes) != 4))
-    assert purpose == "features" or all(said in note for note in notes)
+    if purpose == "features" and len(classes) == 4:
+        said = None  # nobody reads its head
+    assert len(notes) == (said is not None)
+    assert all(said in note for note in notes)
 
 
 # ---- in a recipe -----------------------------------------------------------------------------------------------------
@@ -450,7 +462,9 @@ def test_weights_of_a_student_that_do_not_fit_name_the_field(student):
     }.items():
         with pytest.raises(UsageError, match=f"^model.weights: {address}: .*{message}"):
             student(f"model.weights={address}")
-    with pytest.raises(UsageError, match=r"^model\.weights: run, step 4: no tensor name"):
+    with pytest.raises(UsageError, match=r"^model\.weights: run, step 4: .* do not fit the model: it needs convs"):
+        UsageError, match=r"^model\.weights: run, step 4: the weights do not fit the model: it needs convs"
+    ):
         student("model.weights=run", "model.name=convnet_digits")
 
 
@@ -466,10 +480,8 @@ def test_a_teacher_by_an_address_sees_its_own_size_and_normalisation(here, write
     assert (made.size, made.mean, made.std) == ((16, 16), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert made.logits(torch.randn(2, 3, 48, 48)).shape == (2, 4)
     assert said == []
-    (own, _), (trained, _) = (
-        teacher(TeacherConfig(weights="small")),
-        teacher(TeacherConfig(recipe="x"), trained="small"),
-    )
+    own, _ = teacher(TeacherConfig(weights="small"))
+    trained, _ = teacher(TeacherConfig(recipe="x"), trained="small")
     assert all(torch.equal(a, b) for a, b in zip(own.model.parameters(), trained.model.parameters(), strict=True))
     made, _ = teacher(TeacherConfig(weights="small", image_size=24, mean=(0,) * 3, std=(1,) * 3))
     assert (made.size, made.mean) == ((24, 24), (0,) * 3)
@@ -485,7 +497,7 @@ def test_a_teacher_by_an_address_sees_its_own_size_and_normalisation(here, write
         ({"weights": "run"}, ("cat", "dog"), "knows 4 classes, but the data set has 2"),
         ({"weights": "run"}, ("cat", "dog", "eel", "owl"), "the classes of the data are not those of the weights"),
         ({"model": DISTILLED, "weights": "run"}, CLASSES, "it needs dist_token"),
-        ({"model": NAME, "weights": "double"}, CLASSES, "they have dist_token, head_dist.weight"),
+        ({"model": NAME, "weights": "double"}, CLASSES, "they have dist_token, head_dist"),
         ({"model": NAME, "weights": "more.safetensors"}, CLASSES, "they have extra.weight, for which it has no place"),
         ({"timm": "resnet1"}, CLASSES, r"^method\.teacher: timm:resnet1: timm .* has no model 'resnet1'; did you mean"),
     ],
@@ -558,18 +570,15 @@ def test_a_teacher_of_timm(cached):
     flipped, said = teacher(TeacherConfig(timm="test_vit"), synsets[::-1])
     assert torch.equal(flipped.logits(x), made.logits(x).flip(1))
     assert "another order" in said[0]
-    with pytest.raises(UsageError, match="know 1000 classes, but the data set has 4|knows 1000 classes, but"):
+    with pytest.raises(UsageError, match="knows 1000 classes, but the data set has 4"):
         teacher(TeacherConfig(timm="test_vit"))
 
 
 def test_without_a_network_the_way_out_is_told(cached):
-    with warnings.catch_warnings(), pytest.raises(UsageError) as caught:
-        warnings.simplefilter("ignore")
+    with pytest.raises(UsageError) as caught:
         open_weights("timm:test_vit2")
     message = str(caught.value)
-    assert message.startswith(
-        "timm:test_vit2: timm's weights are not on this machine and cannot be downloaded (Name or"
-    )
+    assert message.startswith("timm:test_vit2: timm's weights are not on this machine and cannot be downloaded (")
     assert "give its path instead, as in PATH.safetensors" in message
     assert "timm.create_model('test_vit2', pretrained=True)" in message
 
@@ -577,8 +586,8 @@ def test_without_a_network_the_way_out_is_told(cached):
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("timm:test_vi", "timm .* has no model 'test_vi'; did you mean test_vit"),
-        ("timm:vit_tiny_r_s16_p8_224.nobody", "timm "),
+        ("timm:test_vi", r"timm .* has no model 'test_vi'; did you mean test_vit"),
+        ("timm:test_vit.nobody", r"timm .* has no weights 'nobody' of test_vit; there are test_vit\.r160_in1k"),
         ("timm:vit_small_patch16_18x2_224", "timm publishes no weights for it"),
     ],
 )
