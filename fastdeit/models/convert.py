@@ -97,6 +97,52 @@ def _fold(tensors: dict[str, Tensor], layer: str, gamma: Tensor, name: str) -> N
         tensors[f"{layer}.bias"] = (gamma.double() * bias.double()).to(bias.dtype)
 
 
+def levit(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """(the tensors of a file of LeViT's authors under timm's names, what was done in sentences); others as they are.
+
+    Their network is one list of blocks: attention and MLP in turn, and a subsampling attention between two stages. timm
+    has stages, and each begins with what subsamples for it. `attention_bias_idxs` is not a weight but a table that the
+    network computes from its size, and is left out.
+    """
+    if "patch_embed.0.c.weight" not in tensors:
+        return dict(tensors), ()
+    places: dict[str, str] = {}
+    stage, block, unit = 0, 0, ""
+    for number in sorted({int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}):
+        if f"blocks.{number}.m.qkv.c.weight" in tensors:
+            unit = f"stages.{stage}.blocks.{block}."
+            places[f"blocks.{number}.m"], block = f"{unit}attn", block + 1
+        elif f"blocks.{number}.kv.c.weight" in tensors:
+            stage, block = stage + 1, 0
+            unit = f"stages.{stage}.downsample."
+            places[f"blocks.{number}"] = f"{unit}attn_downsample"
+        else:
+            places[f"blocks.{number}.m"] = f"{unit}mlp"
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name.endswith("attention_bias_idxs"):
+            named[_of_timms_levit(name, places)] = tensor
+    return named, ("renamed from LeViT's names to timm's",)
+
+
+_LEVIT_PARTS = (
+    (re.compile(r"^patch_embed\.(\d+)\."), lambda match: f"stem.conv{int(match[1]) // 2 + 1}."),
+    (re.compile(r"(\.mlp)\.([02])\."), lambda match: f"{match[1]}.ln{int(match[2]) // 2 + 1}."),
+    (re.compile(r"\.(proj|q)\.1\."), r".\1.ln."),
+    (re.compile(r"\.[cl]\.(?=weight$|bias$)"), ".linear."),
+)
+
+
+def _of_timms_levit(name: str, places: Mapping[str, str]) -> str:
+    parts = name.split(".")
+    block = ".".join(parts[:3]) if parts[2:3] == ["m"] else ".".join(parts[:2])
+    if block in places:
+        name = places[block] + name.removeprefix(block)
+    for pattern, replacement in _LEVIT_PARTS:
+        name = pattern.sub(replacement, name)
+    return name
+
+
 def _some(names: Collection[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -30,7 +30,7 @@ class LoadReport:
     unexpected          names of the weights' tensors that were left out: the model has no place for them
     resized             what became of the positional embedding, in words; empty if it fitted
     reinitialised_heads names of the heads whose number of classes differs: initialised anew
-    converted           what was renamed or folded, in words (`convert.layer_scale`)
+    converted           what was renamed or folded, in words (`convert`)
     """
 
     missing: tuple[str, ...] = ()
@@ -68,12 +68,13 @@ def load_weights(
                 of classes: what only the model has, and such a head, is initialised anew; what only the weights have is
                 left out. None: the heads, and the distillation token. Everything else must be there on both sides
 
-    A positional embedding for another image size is resized (`resize_pos_embed`), and LayerScale is renamed or folded
-    (`convert.layer_scale`). Raises ValueError, before anything is changed, where something is missing, left over, or of
-    another shape or kind of number.
+    A positional embedding for another image size is resized (`resize_pos_embed`). The names of LeViT's files are
+    mapped, and LayerScale is renamed or folded (`convert`). Raises ValueError, before anything is changed, where
+    something is missing, left over, or of another shape or kind of number.
     """
     own = model.state_dict()
-    tensors, converted = convert.layer_scale(own, state_dict)
+    tensors, renamed = convert.levit(state_dict)
+    tensors, scaled = convert.layer_scale(own, tensors)
     if not own.keys() & tensors.keys():
         raise ValueError(
             f"no tensor name of the weights ({some(state_dict)}) is one of the model's ({some(own)}); they are of "
@@ -102,7 +103,7 @@ def load_weights(
     model.load_state_dict(taken, strict=False)
     for head in heads:
         init_linear(model.get_submodule(head))
-    return LoadReport(missing, unexpected, resized, heads, converted)
+    return LoadReport(missing, unexpected, resized, heads, (*renamed, *scaled))
 
 
 def some(names: Collection[str]) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastdeit import models
-from fastdeit.models.convert import bare, layer_scale
+from fastdeit.models.convert import bare, layer_scale, levit
 from fastdeit.models.timm_model import TimmModel
 from fastdeit.models.weights import load_weights
 
@@ -182,3 +182,42 @@ def test_cait_has_a_class_token_and_no_position_for_it():
     assert torch.equal(same(x), theirs(x))
     report = load_weights(peer(64), source, may_differ=())
     assert report.resized == ("pos_embed 0+2x2 -> 0+4x4",)
+
+
+def levit_names(depths=(2, 3, 4)):
+    """Names of the tensors in LeViT's own files, in their order, without those of BatchNorm but `bn.weight`."""
+    layer = ("c.weight", "bn.weight")
+    names = [f"patch_embed.{place}.{one}" for place in (0, 2, 4, 6) for one in layer]
+    biases, number = ("attention_biases", "attention_bias_idxs"), 0
+
+    def add(parts, layers):
+        nonlocal number
+        names.extend(f"blocks.{number}.{part}" for part in (*parts, *(f"{at}.{one}" for at in layers for one in layer)))
+        number += 1
+
+    for stage, depth in enumerate(depths):
+        for _ in range(depth):
+            add([f"m.{bias}" for bias in biases], ("m.qkv", "m.proj.1"))
+            add([], ("m.0", "m.2"))
+        if stage < len(depths) - 1:
+            add(biases, ("kv", "q.1", "proj.1"))
+            add([], ("m.0", "m.2"))
+    return [*names, *(f"{head}.{one}" for head in ("head", "head_dist") for one in ("bn.weight", "l.weight", "l.bias"))]
+
+
+def test_levit_has_other_names_for_the_same_network():
+    """timm converted the published files by the order of their tensors; by name each goes to the same place."""
+    with torch.device("meta"):
+        theirs = timm.create_model("levit_128s")
+    counted = ("bn.bias", "running_mean", "running_var", "num_batches_tracked")
+    expected = [name for name in theirs.state_dict() if not name.endswith(counted)]
+    source = {name: torch.tensor(place) for place, name in enumerate(levit_names())}
+    named, notes = levit(source)
+    assert list(named) == expected
+    kept = [tensor for name, tensor in source.items() if not name.endswith("attention_bias_idxs")]
+    assert all(one is other for one, other in zip(named.values(), kept, strict=True))
+    assert notes == ("renamed from LeViT's names to timm's",)
+    assert levit(named) == (named, ())
+    others = {"patch_embed.4.bn.running_var": "stem.conv3.bn.running_var", "head.l.bias": "head.linear.bias"}
+    for name, place in others.items():
+        assert place in levit({"patch_embed.0.c.weight": torch.ones(1), name: torch.ones(1)})[0]
