@@ -104,7 +104,10 @@ def open_weights(address: str) -> Weights:
     where the address does not say which.
     """
     parsed = parse(address)
-    found = _OPENERS[parsed.kind](parsed)
+    try:
+        found = _OPENERS[parsed.kind](parsed)
+    except OSError as error:
+        raise UsageError(f"{address}: it cannot be read: {error.strerror or error}") from error
     if not found.tensors:
         raise UsageError(f"{address}: there is no tensor in it")
     return found
@@ -159,12 +162,13 @@ def _of_checkpoint(address: Address, found: Checkpoint, notes: list[str]) -> Wei
     tensors = dict(found.tensors.get("model", {}))
     if not tensors:
         raise UsageError(f"{address}: {found.path} is a checkpoint without a model")
-    origin = f"{_place(address, found)}, step {found.step}"
+    origin = f"{_place(found)}, step {found.step}"
     if address.ema:
         if "ema" not in found.tensors:
             raise UsageError(f"{address}: the run keeps no average of its weights (optim.ema_decay); leave out the ema")
-        averages = {name.removeprefix("model."): tensor for name, tensor in found.tensors["ema"].items()}
-        tensors |= {name: averages[name] for name in tensors if name in averages}
+        averages = found.tensors["ema"]
+        # Under the names of the method, of which the student is the part `model`.
+        tensors = {name: averages.get(f"model.{name}", tensor) for name, tensor in tensors.items()}
         origin += ", averaged weights"
     try:
         known = _known_of_run(recipe, identity)
@@ -174,8 +178,9 @@ def _of_checkpoint(address: Address, found: Checkpoint, notes: list[str]) -> Wei
     return Weights(origin, tensors, known, tuple(notes), found)
 
 
-def _place(address: Address, found: Checkpoint) -> str:
-    return str(address.path if address.kind == "run" else found.path.parent.parent)
+def _place(found: Checkpoint) -> Path:
+    """The run that the checkpoint lies in, or itself where it was taken out of one."""
+    return found.path.parent.parent if found.path.parent.name == "checkpoints" else found.path
 
 
 def _state(address: Address, found: Checkpoint, part: str) -> dict[str, Any]:
@@ -204,8 +209,6 @@ def _known_of_run(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> Kno
 def _safetensors(address: Address) -> Weights:
     try:
         tensors = safetensors.torch.load_file(address.path)
-    except OSError as error:
-        raise UsageError(f"{address}: it cannot be read: {error.strerror or error}") from error
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{address}: it is damaged, or no safetensors file ({reason})") from error
@@ -215,8 +218,6 @@ def _safetensors(address: Address) -> Weights:
 def _pickle(address: Address) -> Weights:
     try:
         found = pickled.read(address.path, address.entry)
-    except OSError as error:
-        raise UsageError(f"{address}: it cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise UsageError(f"{address}: {error}") from error
     return _of_file(address, found.tensors, list(found.notes))
@@ -316,6 +317,10 @@ def load(
         report = load_weights(network, tensors, weights.grid or grid, may_differ)
     except ValueError as error:
         raise UsageError(f"{weights.origin}: {error}") from error
+    if rounded := {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()} - {
+        "float32"
+    }:
+        notes.append(f"converted from {' and '.join(sorted(rounded))} to float32")
     return (*notes, *([] if report.exact else [str(report)]))
 
 

@@ -16,7 +16,15 @@ def here(tmp_path, monkeypatch):
     (step / "manifest.json").touch()
     (tmp_path / "runs" / "no_run").mkdir()
     (tmp_path / "a@b" / "checkpoints" / "step_00000001").mkdir(parents=True)
-    for name in ("w.safetensors", "w.npz", "w", "me@home.pth", *(f"w{ending}" for ending in PICKLES)):
+    (tmp_path / "hub").mkdir()
+    for name in (
+        "hub/model.safetensors",
+        "w.safetensors",
+        "w.npz",
+        "w",
+        "me@home.pth",
+        *(f"w{ending}" for ending in PICKLES),
+    ):
         (tmp_path / name).touch()
     return tmp_path
 
@@ -67,6 +75,10 @@ def test_a_model_of_timm(here):
         ("nowhere/y", r"there is no nowhere/y; there is no nowhere either"),
         ("w.pt_", r"there is no w\.pt_; did you mean w\.pt"),
         ("runs", r"the directory runs is neither a run \(it has no checkpoints/\) nor a checkpoint"),
+        ("hub", r"is neither a run .* nor a checkpoint; its file hub/model\.safetensors can be addressed"),
+        ("x" * 300, "it cannot be looked for: File name too long"),
+        ("~nobody_of_that_name/x", "it cannot be looked for: Could not determine home directory"),
+        ("a\0b", "there is no a"),
         ("runs/no_run@best", r"the directory runs/no_run is neither a run"),
         ("a@b/checkpoints/step_00000001", "has no manifest.json, so it is no whole checkpoint"),
         ("runs/x@bset", "@bset says nothing of a run; did you mean best"),

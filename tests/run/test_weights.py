@@ -281,12 +281,14 @@ def test_a_manifest_that_was_changed_is_refused(here):
 
 
 def test_an_average_of_buffers_lies_over_the_models(here, write):
-    """The average may hold float buffers by their names, and need not hold everything."""
+    """It may hold buffers by their names, need not hold everything, and what is not the student's is not taken."""
     run = make_run(here / "partly", write)
     path = run / "checkpoints/step_00000004"
     found = checkpoint.load(path)
     shutil.rmtree(path)
-    files = found.tensors | {"ema": {"model.norm.weight": torch.full((96,), 50.0), "loss.center": torch.ones(3)}}
+    files = found.tensors | {
+        "ema": {"model.norm.weight": torch.full((96,), 50.0), "norm.bias": torch.full((96,), 60.0)}
+    }
     checkpoint.save(run / "checkpoints", 4, files, found.state)
     averaged, plain = open_weights("partly@ema").tensors, open_weights("partly").tensors
     assert averaged["norm.weight"].eq(50).all()
@@ -360,6 +362,16 @@ def test_a_file_of_an_ambiguous_grid_asks_for_it(here, write):
     assert not torch.equal(square.pos_embed, wide.pos_embed)
     with pytest.raises(UsageError, match="neither grid 3x5 nor that plus 1 prefix"):
         student("32", "model.weights_grid=[3, 5]")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_are_converted_and_said(here, dtype):
+    save_file({name: tensor.to(dtype) for name, tensor in tensors(1).items()}, "w.safetensors")
+    said = []
+    built = network(open_weights("w.safetensors"), name=NAME, say=said.append)
+    assert said == [f"w.safetensors: converted from {str(dtype)[6:]} to float32"]
+    assert built.norm.bias.dtype == torch.float32
+    assert torch.equal(built.norm.bias, tensors(1)["norm.bias"].to(dtype).float())
 
 
 def test_names_that_are_the_networks_own_are_not_stripped():
