@@ -317,10 +317,9 @@ def load(
         report = load_weights(network, tensors, weights.grid or grid, may_differ)
     except ValueError as error:
         raise UsageError(f"{weights.origin}: {error}") from error
-    if rounded := {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()} - {
-        "float32"
-    }:
-        notes.append(f"converted from {' and '.join(sorted(rounded))} to float32")
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    if others := sorted(dtypes - {"float32"}):
+        notes.append(f"converted from {' and '.join(others)} to float32")
     return (*notes, *([] if report.exact else [str(report)]))
 
 

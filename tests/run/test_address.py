@@ -17,15 +17,10 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "runs" / "no_run").mkdir()
     (tmp_path / "a@b" / "checkpoints" / "step_00000001").mkdir(parents=True)
     (tmp_path / "hub").mkdir()
-    for name in (
-        "hub/model.safetensors",
-        "w.safetensors",
-        "w.npz",
-        "w",
-        "me@home.pth",
-        *(f"w{ending}" for ending in PICKLES),
-    ):
+    for name in ("hub/model.safetensors", "w.safetensors", "w.npz", "w", "me@home.pth"):
         (tmp_path / name).touch()
+    for ending in PICKLES:
+        (tmp_path / f"w{ending}").touch()
     return tmp_path
 
 

@@ -286,10 +286,8 @@ def test_an_average_of_buffers_lies_over_the_models(here, write):
     path = run / "checkpoints/step_00000004"
     found = checkpoint.load(path)
     shutil.rmtree(path)
-    files = found.tensors | {
-        "ema": {"model.norm.weight": torch.full((96,), 50.0), "norm.bias": torch.full((96,), 60.0)}
-    }
-    checkpoint.save(run / "checkpoints", 4, files, found.state)
+    average = {"model.norm.weight": torch.full((96,), 50.0), "norm.bias": torch.full((96,), 60.0)}
+    checkpoint.save(run / "checkpoints", 4, found.tensors | {"ema": average}, found.state)
     averaged, plain = open_weights("partly@ema").tensors, open_weights("partly").tensors
     assert averaged["norm.weight"].eq(50).all()
     assert averaged.keys() == plain.keys()
