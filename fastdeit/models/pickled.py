@@ -87,7 +87,7 @@ def _parsed(file: BinaryIO) -> Any:
         if foreign is None:
             raise ValueError(f"it is damaged, or no file of torch.save ({_first_sentence(error)})") from error
         raise ValueError(
-            f"it holds a {foreign[1]}, and nothing but tensors and plain data is read, because a pickle can execute "
+            f"it uses {foreign[1]}, and nothing but tensors and plain data is read, because a pickle can execute "
             "anything. If you trust its author, save the weights alone where it can be read: "
             "torch.save(model.state_dict(), 'weights.pth')"
         ) from error

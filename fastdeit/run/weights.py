@@ -25,6 +25,7 @@ from fastdeit.models import convert, pickled
 from fastdeit.models.contract import ImageSize
 from fastdeit.models.weights import load_weights, some
 from fastdeit.run import classes as class_lists
+from fastdeit.run import hub
 from fastdeit.run.address import Address, parse
 
 Purpose = Literal["student", "teacher", "features"]
@@ -226,10 +227,16 @@ def _pickle(address: Address) -> Weights:
 def _of_file(address: Address, tensors: dict[str, Tensor], notes: list[str]) -> Weights:
     try:
         named, stripped = convert.bare(tensors)
+        told = hub.described(address.path)
     except ValueError as error:
         raise UsageError(f"{address}: {error}") from error
+    known = Known()
+    if told:
+        architecture = told.pop("architecture")
+        known = Known(**{"name" if architecture in models.MODELS else "timm": architecture}, **told)
+        notes.append(f"{architecture}, as config.json beside it says")
     as_named = tensors if named.keys() != tensors.keys() else {}
-    return Weights(str(address), named, notes=(*notes, *stripped), as_named=as_named)
+    return Weights(str(address), named, known, (*notes, *stripped), as_named=as_named)
 
 
 def _timm(address: Address) -> Weights:

@@ -48,6 +48,7 @@ LAYOUTS = {
     "dino": ({"student": WEIGHTS, "teacher": AVERAGE, "args": ARGS}, "teacher", AVERAGE),
     "nested": ({"checkpoint": {"model": WEIGHTS}, "epoch": 1}, "checkpoint.model", WEIGHTS),
     "of some other name": ({"ema_weights": AVERAGE, "optimizer": OPTIMIZER}, "ema_weights", AVERAGE),
+    "an optimizer with names beside": ({"net": AVERAGE, "optimizer": {"exp_avg": WEIGHTS}}, "net", AVERAGE),
     "an optimizer with names": ({"model": WEIGHTS, "optimizer": {"exp_avg": WEIGHTS}}, "model", WEIGHTS),
 }
 
@@ -150,9 +151,60 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch, name, kind):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what a user may have set to read other files
-    with pytest.raises(ValueError, match=r"it holds a |it is damaged|it holds no weights"):
+    with pytest.raises(ValueError, match=r"it uses |it is damaged|it holds no weights"):
         pickled.read(path)
     assert not canary.exists()
+
+
+GLOBALS = """\
+argparse FileType
+argparse ArgumentParser
+argparse Namespace.__init__
+argparse Namespace.__init__.__globals__
+argparse _sys.modules
+os system
+posix system
+subprocess Popen
+builtins eval
+builtins exec
+builtins getattr
+builtins __import__
+__builtin__ eval
+importlib import_module
+runpy run_path
+functools partial
+operator attrgetter
+copyreg _reconstructor
+pickle loads
+_pickle loads
+shutil rmtree
+pathlib Path
+pathlib PosixPath
+torch load
+torch.hub load
+torch.storage _load_from_bytes
+torch.utils.cpp_extension load
+torch.jit load
+numpy.core.multiarray _reconstruct
+fastdeit.models.pickled read
+"""
+
+
+@pytest.mark.parametrize("line", GLOBALS.splitlines())
+def test_no_name_but_that_of_a_namespace_is_allowed(tmp_path, line):
+    """Each as the first thing that a pickle names and calls, on its own and inside the archive that torch writes."""
+    module, name = line.split()
+    program = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b")R."
+    bare, archive = tmp_path / "bare.pth", tmp_path / "archive.pth"
+    bare.write_bytes(program)
+    buffer = io.BytesIO()
+    torch.save({"model": WEIGHTS}, buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(archive, "w") as new:
+        for part in old.namelist():
+            new.writestr(part, program if part.endswith("data.pkl") else old.read(part))
+    for path in (bare, archive):
+        with pytest.raises(ValueError, match=r"it uses "):
+            pickled.read(path)
 
 
 @pytest.mark.parametrize("name", ["a function", "a command", "built-in open", "an object with a state", "eval"])
@@ -222,13 +274,13 @@ BAD = {
         lambda path: truncated(path, _use_new_zipfile_serialization=False),
         "it is damaged, or no file of torch.save",
     ),
-    "other bytes in the pickle": (flipped, "it is damaged, or no file|it holds a "),
-    "a whole model": (module_file, r"it holds a torch\.nn\.modules\.linear\.Linear, and nothing but tensors"),
+    "other bytes in the pickle": (flipped, "it is damaged, or no file|it uses "),
+    "a whole model": (module_file, r"it uses torch\.nn\.modules\.linear\.Linear, and nothing but tensors"),
     "TorchScript": (script_file, "it is a TorchScript archive"),
-    "numpy": (lambda path: torch.save({"a": np.ones(2)}, path), "it holds a numpy"),
+    "numpy": (lambda path: torch.save({"a": np.ones(2)}, path), "it uses numpy"),
     "a best accuracy of numpy": (
         lambda path: torch.save({"model": WEIGHTS, "best": np.float64(1)}, path),
-        r"it holds a numpy.*torch\.save\(model\.state_dict\(\)",
+        r"it uses numpy.*torch\.save\(model\.state_dict\(\)",
     ),
     "an optimizer alone": (
         lambda path: torch.save(OPTIMIZER, path),
@@ -294,5 +346,5 @@ def test_every_truncation_is_refused(tmp_path):
         whole, path = buffer.getvalue(), tmp_path / "w.pth"
         for cut in range(0, len(whole), 37):
             path.write_bytes(whole[:cut])
-            with pytest.raises(ValueError, match=r"it is damaged|it holds a "):
+            with pytest.raises(ValueError, match=r"it is damaged|it uses "):
                 pickled.read(path)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from fastdeit import models
 from fastdeit.engine import checkpoint
 from fastdeit.errors import UsageError
+from fastdeit.estimate.report import subject
 from fastdeit.methods.teacher import FeatureTeacherConfig, TeacherConfig
 from fastdeit.models import timm_model
 from fastdeit.recipe import resolve as recipes
@@ -383,6 +384,65 @@ def test_names_that_are_the_networks_own_are_not_stripped():
     assert all(torch.equal(tensor, state[name]) for name, tensor in wrapped.state_dict().items())
 
 
+# ---- a folder of the hub ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(here):
+    """timm's test_vit of four classes, as timm saves it for the hub."""
+    torch.manual_seed(2)
+    made = timm.create_model("test_vit", num_classes=4)
+    made.pretrained_cfg = dict(made.pretrained_cfg, mean=(0.1, 0.2, 0.3), crop_pct=0.9, input_size=(3, 96, 64))
+    timm.models.save_for_hf(made, "folder", {"label_names": list(CLASSES)}, safe_serialization="both")
+    return here / "folder"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_config_beside_the_weights_tells_whose_they_are(folder, name):
+    found = open_weights(f"folder/{name}")
+    assert found.known == Known(
+        timm="test_vit",
+        image_size=(96, 64),
+        num_classes=4,
+        classes=CLASSES,
+        mean=(0.1, 0.2, 0.3),
+        std=(0.5, 0.5, 0.5),
+        crop_ratio=0.9,
+    )
+    assert found.notes == ("test_vit, as config.json beside it says",)
+
+
+def test_a_config_may_name_a_model_of_fastdeits(folder):
+    save_file(tensors(5), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": NAME}))
+    assert is_around(5, network(open_weights("folder/model.safetensors")).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("{", True),
+        ("\udcff", True),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"input_size": 3}}', True),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, -1, 2]}}', True),
+        ('{"architecture": "test_vit", "pretrained_cfg": [1]}', True),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"mean": ["x"]}}', True),
+        ('{"architecture": "test_vit", "num_classes": 3, "label_names": ["a"]}', True),
+        ('{"architecture": "test_vit", "label_names": 3}', True),
+        ('{"architecture": "test_vit"}', False),
+        ('{"architectures": ["ViTForImageClassification"]}', False),
+        ("[]", False),
+    ],
+)
+def test_a_config_that_is_damaged_is_named_and_one_of_others_left_alone(folder, text, refused):
+    (folder / "config.json").write_text(text, errors="surrogateescape")
+    if refused:
+        with pytest.raises(UsageError, match=r"^folder/model\.safetensors: folder/config\.json is damaged \("):
+            open_weights("folder/model.safetensors")
+    else:
+        assert open_weights("folder/model.safetensors").known in (Known(), Known(timm="test_vit"))
+
+
 # ---- classes ---------------------------------------------------------------------------------------------------------
 
 
@@ -529,6 +589,18 @@ def test_a_run_with_the_classes_in_another_order_teaches_the_same(here):
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(one.logits(x), other.logits(x).flip(1))
     assert "the classes are in another order" in said[0]
+
+
+def test_a_plan_knows_the_teacher_of_an_address(here, write):
+    text = (
+        RECIPE.replace("NAME", DISTILLED).replace("SIZE", "32").replace("use: supervised", "use: distill, teacher: run")
+    )
+    path = write(text)
+    expected = subject(recipes.load(path, [f"method.teacher={{model: {NAME}, weights: run}}"])).teacher
+    assert subject(recipes.load(path)).teacher == expected
+    assert subject(recipes.load(path, ["method.teacher=timm:test_vit"])).teacher.name == "test_vit"
+    with pytest.raises(UsageError, match=r"w\.pth does not tell which network it is of; add method\.teacher\.model"):
+        subject(recipes.load(path, ["method.teacher=w.pth"]))
 
 
 # ---- timm ------------------------------------------------------------------------------------------------------------
