@@ -75,6 +75,13 @@ def test_what_is_beside_a_chosen_part_is_said(plain):
     )
 
 
+def test_the_teachers_part_is_taken_first():
+    both = {"backbone.a": torch.zeros(1), "teacher.backbone.a": torch.ones(1), "model.a": torch.zeros(1)}
+    named, notes = bare(both)
+    assert named == {"a": both["teacher.backbone.a"]}
+    assert notes == ("took what is under teacher.backbone., and left out backbone.a, model.a",)
+
+
 @pytest.mark.parametrize(
     "names",
     [("module.a", "a"), ("blocks.0._orig_mod.a", "blocks.0.a"), ("backbone.a", "a"), ("module.module.a", "module.a")],
