@@ -93,7 +93,7 @@ def test_plain_weights_in_a_distilled_model():
 def test_distilled_weights_in_a_plain_model():
     vit, source = build(PLAIN), weights(DISTILLED)
     report = load_weights(vit, source)
-    assert report.unexpected == ("dist_token", "head_dist.weight", "head_dist.bias")
+    assert report.unexpected == ("dist_token", "head_dist.bias", "head_dist.weight")
     assert report.resized == ("pos_embed 2+4x4 -> 1+4x4",)
     assert torch.equal(vit.pos_embed, torch.cat((source["pos_embed"][:, :1], source["pos_embed"][:, 2:]), 1))
 
@@ -161,8 +161,8 @@ HEADS = ("head.weight", "head.bias")
         (None, without(weights(), *HEADS), LoadReport(missing=HEADS)),
         ((), without(weights(), *HEADS), "it needs head.weight, head.bias"),
         (("head",), without(weights(), *HEADS), LoadReport(missing=HEADS)),
-        ((), weights(DISTILLED), "they have dist_token, head_dist.weight, head_dist.bias, for which"),
-        (("head",), weights(DISTILLED), "they have dist_token, head_dist.weight"),
+        ((), weights(DISTILLED), "they have dist_token, head_dist.bias, head_dist.weight, for which"),
+        (("head",), weights(DISTILLED), "they have dist_token, head_dist.bias"),
         (None, weights(num_classes=3), LoadReport(reinitialised_heads=("head",))),
         ((), weights(num_classes=3), "head of the weights knows 3 classes, and that of the model 10"),
         # A name that only begins like a head is none.

@@ -40,11 +40,8 @@ train: {epochs: 1, batch_size: 16}
 
 def small(image_size=32, num_classes=4, drop_path=0.0, distilled=False):
     """A model that costs nothing, under its import path."""
-    return VisionTransformer(
-        ViTConfig(
-            image_size, 8, 16, depth=2, heads=2, num_classes=num_classes, drop_path=drop_path, distilled=distilled
-        )
-    )
+    shape = ViTConfig(image_size, patch_size=8, dim=16, depth=2, heads=2, num_classes=num_classes, distilled=distilled)
+    return VisionTransformer(replace(shape, drop_path=drop_path))
 
 
 def small_distilled(**options):
