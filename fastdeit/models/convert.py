@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
+from fastdeit.text import some
+
 # DDP and DataParallel write the first before every name; torch.compile the second where the compiled module stands.
 _WRAPPER = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)(?:_orig_mod\.)+")
 _PARTS = ("teacher.backbone.", "backbone.", "model.")
@@ -42,7 +44,7 @@ def bare(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, .
         outside = [name for name in named if name not in inside]
         if twice := set(inside.values()) & set(outside):
             raise ValueError(f"{min(twice)} and {part}{min(twice)} are two tensors of one name; keep one of them")
-        beside = f", and left out {_some(outside)}" if outside else ""
+        beside = f", and left out {some(outside)}" if outside else ""
         notes.append(f"took what is under {part}{beside}")
         named = {short: named[name] for name, short in inside.items()}
 
@@ -91,24 +93,27 @@ def _fold(tensors: dict[str, Tensor], layer: str, gamma: Tensor, name: str) -> N
     weight = tensors.get(f"{layer}.weight")
     if weight is None or gamma.shape != weight.shape[:1] or weight.ndim != 2:
         raise ValueError(f"{name} cannot be folded into {layer}.weight, which is missing or of another width")
+    if not (gamma.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"{name} is {gamma.dtype} and {layer}.weight {weight.dtype}, which cannot be folded")
     tensors[f"{layer}.weight"] = (gamma.double()[:, None] * weight.double()).to(weight.dtype)
     bias = tensors.get(f"{layer}.bias")
     if bias is not None:
         tensors[f"{layer}.bias"] = (gamma.double() * bias.double()).to(bias.dtype)
 
 
-def levit(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """(the tensors of a file of LeViT's authors under timm's names, what was done in sentences); others as they are.
+def levit(own: Collection[str], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """(the tensors of a file of LeViT's authors under timm's names, what was done in sentences). Others come back as they
+    are, and so do these for a network whose names `own` are the authors'.
 
     Their network is one list of blocks: attention and MLP in turn, and a subsampling attention between two stages. timm
     has stages, and each begins with what subsamples for it. `attention_bias_idxs` is not a weight but a table that the
     network computes from its size, and is left out.
     """
-    if "patch_embed.0.c.weight" not in tensors:
+    if _LEVIT not in tensors or _LEVIT in own:
         return dict(tensors), ()
     places: dict[str, str] = {}
     stage, block, unit = 0, 0, ""
-    for number in sorted({int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}):
+    for number in sorted({int(match[1]) for name in tensors if (match := _BLOCK.match(name))}):
         if f"blocks.{number}.m.qkv.c.weight" in tensors:
             unit = f"stages.{stage}.blocks.{block}."
             places[f"blocks.{number}.m"], block = f"{unit}attn", block + 1
@@ -122,9 +127,12 @@ def levit(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, 
     for name, tensor in tensors.items():
         if not name.endswith("attention_bias_idxs"):
             named[_of_timms_levit(name, places)] = tensor
-    return named, ("renamed from LeViT's names to timm's",)
+    return named, ("renamed from LeViT's names to timm's, and left out attention_bias_idxs",)
 
 
+_LEVIT = "patch_embed.0.c.weight"
+"""A name that is in LeViT's own files alone."""
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 _LEVIT_PARTS = (
     (re.compile(r"^patch_embed\.(\d+)\."), lambda match: f"stem.conv{int(match[1]) // 2 + 1}."),
     (re.compile(r"(\.mlp)\.([02])\."), lambda match: f"{match[1]}.ln{int(match[2]) // 2 + 1}."),
@@ -141,8 +149,3 @@ def _of_timms_levit(name: str, places: Mapping[str, str]) -> str:
     for pattern, replacement in _LEVIT_PARTS:
         name = pattern.sub(replacement, name)
     return name
-
-
-def _some(names: Collection[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -27,6 +27,7 @@ ENTRIES = ("model", "state_dict", "model_state_dict", "module", "teacher", "stud
 """Names of entries in the order in which they are preferred."""
 
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+_REASON = re.compile(r"WeightsUnpickler error: ([^\n]{,200})")
 _DEPTH = 3
 _NO_WEIGHTS = ("optimizer", "optimizer_states", "optim", "lr_scheduler", "scaler")
 """Entries that are not searched: the state of an optimizer maps names to tensors, too."""
@@ -85,7 +86,9 @@ def _parsed(file: BinaryIO) -> Any:
     except pickle.UnpicklingError as error:
         foreign = _GLOBAL.search(str(error))
         if foreign is None:
-            raise ValueError(f"it is damaged, or no file of torch.save ({_first_sentence(error)})") from error
+            reason = _REASON.search(str(error))
+            why = reason[1] if reason else _first_sentence(error)
+            raise ValueError(f"it is damaged, or no file of torch.save ({why})") from error
         raise ValueError(
             f"it uses {foreign[1]}, and nothing but tensors and plain data is read, because a pickle can execute "
             "anything. If you trust its author, save the weights alone where it can be read: "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastdeit.models import convert
 from fastdeit.models.positions import interpolated
 from fastdeit.models.vit import init_linear
+from fastdeit.text import some
 
 HEADS = ("head", "head_dist")
 """Heads of the DeiT family, which weights may have where a network has none."""
@@ -73,7 +74,9 @@ def load_weights(
     something is missing, left over, or of another shape or kind of number.
     """
     own = model.state_dict()
-    tensors, renamed = convert.levit(state_dict)
+    if odd := [name for name, tensor in state_dict.items() if tensor.layout != torch.strided or tensor.is_meta]:
+        raise ValueError(f"{some(odd)} of the weights are sparse or without data")
+    tensors, renamed = convert.levit(own, state_dict)
     tensors, scaled = convert.layer_scale(own, tensors)
     if not own.keys() & tensors.keys():
         raise ValueError(
@@ -95,6 +98,7 @@ def load_weights(
         for name, tensor in tensors.items()
         if name in own and not any(name.startswith(f"{head}.") for head in heads)
     }
+    _refuse_other_numbers(taken, own)
     resized = ()
     if "pos_embed" in taken and taken["pos_embed"].ndim == 3 and getattr(model, "grid", None) is not None:
         taken["pos_embed"], note = resize_pos_embed(tensors, model, grid)
@@ -104,12 +108,6 @@ def load_weights(
     for head in heads:
         init_linear(model.get_submodule(head))
     return LoadReport(missing, unexpected, resized, heads, (*renamed, *scaled))
-
-
-def some(names: Collection[str]) -> str:
-    """The first of some names, for a message."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(list(names)[:3]) + more
 
 
 def _refuse(sentence: str, names: Collection[str], free: Collection[str]) -> None:
@@ -124,6 +122,9 @@ def _refuse_other_shapes(taken: Mapping[str, Tensor], own: Mapping[str, Tensor])
         shapes = (f"{name} is {tuple(taken[name].shape)}, not {tuple(own[name].shape)}" for name in wrong[:4])
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(f"the weights are of another model: {'; '.join(shapes)}{more}")
+
+
+def _refuse_other_numbers(taken: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     for name, tensor in taken.items():
         if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
             raise ValueError(f"{name} of the weights is {tensor.dtype}, and that of the model {own[name].dtype}")

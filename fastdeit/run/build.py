@@ -244,9 +244,10 @@ def teacher(
         known = found.known
         if config.classifies and known.num_classes not in (None, num_classes):
             raise UsageError(
-                f"{found.origin} knows {known.num_classes} classes, but the data set has {num_classes}; give a teacher "
-                "that was trained on this data set"
+                f"{found.origin}: the weights know {known.num_classes} classes, but the data set has {num_classes}; give "
+                "a teacher that was trained on this data set"
             )
+        told = [f"{found.origin}: {note}" for note in found.notes]
         of_a_run = found.checkpoint is not None
         side = config.image_size or (known.image_size if of_a_run else None)
         built = network(
@@ -256,10 +257,10 @@ def teacher(
             image_size=side or size,
             classes=classes,
             purpose="teacher" if config.classifies else "features",
-            say=say,
+            say=told.append,
         )
-    for note in found.notes if say is not None else ():
-        say(f"teacher {found.origin}: {note}")
+    for note in told if say is not None else ():
+        say(f"teacher: {note}")
     mean, std = (config.mean, config.std) if config.mean is not None else (known.mean, known.std)
     if mean is None and config.timm is not None:
         mean, std = built.mean, built.std

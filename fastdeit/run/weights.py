@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -23,10 +24,11 @@ from fastdeit.errors import UsageError
 from fastdeit.fields import size_pair
 from fastdeit.models import convert, pickled
 from fastdeit.models.contract import ImageSize
-from fastdeit.models.weights import load_weights, some
+from fastdeit.models.weights import load_weights
 from fastdeit.run import classes as class_lists
 from fastdeit.run import hub
 from fastdeit.run.address import Address, parse
+from fastdeit.text import some
 
 Purpose = Literal["student", "teacher", "features"]
 """What a network is loaded for.
@@ -316,41 +318,46 @@ def load(
     tensors = weights.tensors
     if len(own.keys() & weights.as_named.keys()) > len(own.keys() & tensors.keys()):
         tensors = dict(weights.as_named)  # the network itself has the names that were stripped
-    notes = []
+    notes, rows = [], None
     if classes is not None and purpose != "features":
-        tensors, notes = _for_classes(tensors, network.head_names, weights, classes, purpose)
+        notes, rows = _compared(weights, classes, purpose)
     may_differ = {"student": None, "teacher": (), "features": (*network.head_names, "head", "head_dist")}[purpose]
     try:
         report = load_weights(network, tensors, weights.grid or grid, may_differ)
     except ValueError as error:
         raise UsageError(f"{weights.origin}: {error}") from error
+    if rows is not None and not report.reinitialised_heads:
+        _permute_heads(network, rows)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
     if others := sorted(dtypes - {"float32"}):
         notes.append(f"converted from {' and '.join(others)} to float32")
     return (*notes, *([] if report.exact else [str(report)]))
 
 
-def _for_classes(
-    tensors: dict[str, Tensor], heads: Sequence[str], weights: Weights, ours: Sequence[str], purpose: Purpose
-) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors with the rows of `heads` in the order of the classes `ours`, what is to be said)."""
+def _compared(weights: Weights, ours: Sequence[str], purpose: Purpose) -> tuple[list[str], list[int] | None]:
+    """(what is to be said of the classes `ours`, the order of the heads' rows that they need; None: as they are)."""
     theirs = weights.known.classes
     if theirs is None or not class_lists.comparable(theirs, ours):
-        return tensors, []
+        return [], None
     match = class_lists.match(theirs, ours)
     if match.kind == "permuted":
-        rows = list(match.permutation)
-        permuted = {f"{head}.{part}" for head in heads for part in ("weight", "bias")} & tensors.keys()
-        moved = {name: tensors[name][rows] for name in permuted if len(tensors[name]) == len(rows)}
-        return tensors | moved, ["the classes are in another order: put the rows of the heads into that of the data"]
+        told = "the classes are in another order: put the rows of the heads into that of the data"
+        return [told], list(match.permutation)
     if match.kind == "other_names":
         why = class_lists.difference(theirs, ours)
         if purpose == "teacher":
             raise UsageError(f"{weights.origin}: the classes of the data are not those of the weights: {why}")
-        return tensors, [f"the heads are of other classes, and have them to learn: {why}"]
+        return [f"the heads are of other classes, and have them to learn: {why}"], None
     if match.kind == "other_count" and purpose == "teacher":
-        raise UsageError(f"{weights.origin} know {len(theirs)} classes, and the data have {len(ours)}")
-    return tensors, []
+        raise UsageError(f"{weights.origin}: the weights know {len(theirs)} classes, and the data have {len(ours)}")
+    return [], None
+
+
+@torch.no_grad()
+def _permute_heads(network: nn.Module, rows: list[int]) -> None:
+    for name in network.head_names:
+        for parameter in network.get_submodule(name).parameters():
+            parameter.copy_(parameter[rows])
 
 
 def network(

@@ -147,6 +147,8 @@ def test_layer_scale_that_cannot_be_placed_is_refused():
         layer_scale({}, lonely)
     with pytest.raises(ValueError, match=r"blocks\.0\.ls1\.gamma cannot be folded"):
         layer_scale({}, source | {"blocks.0.ls1.gamma": torch.ones(5)})
+    with pytest.raises(ValueError, match=r"blocks\.0\.ls1\.gamma is torch\.complex64 and .* cannot be folded"):
+        layer_scale({}, source | {"blocks.0.ls1.gamma": torch.ones(96, dtype=torch.complex64)})
     with pytest.raises(ValueError, match=r"blocks\.0\.gamma_1 and blocks\.0\.ls1\.gamma are two tensors of one name"):
         layer_scale(source, source | {"blocks.0.gamma_1": torch.ones(96)})
 
@@ -219,12 +221,13 @@ def test_levit_has_other_names_for_the_same_network():
     counted = ("bn.bias", "running_mean", "running_var", "num_batches_tracked")
     expected = [name for name in theirs.state_dict() if not name.endswith(counted)]
     source = {name: torch.tensor(place) for place, name in enumerate(levit_names())}
-    named, notes = levit(source)
+    named, notes = levit((), source)
     assert list(named) == expected
     kept = [tensor for name, tensor in source.items() if not name.endswith("attention_bias_idxs")]
     assert all(one is other for one, other in zip(named.values(), kept, strict=True))
-    assert notes == ("renamed from LeViT's names to timm's",)
-    assert levit(named) == (named, ())
+    assert notes == ("renamed from LeViT's names to timm's, and left out attention_bias_idxs",)
+    assert levit((), named) == (named, ())
+    assert levit(source, source) == (source, ())  # a network that has the authors' names
     others = {"patch_embed.4.bn.running_var": "stem.conv3.bn.running_var", "head.l.bias": "head.linear.bias"}
     for name, place in others.items():
-        assert place in levit({"patch_embed.0.c.weight": torch.ones(1), name: torch.ones(1)})[0]
+        assert place in levit((), {"patch_embed.0.c.weight": torch.ones(1), name: torch.ones(1)})[0]

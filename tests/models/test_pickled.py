@@ -282,6 +282,7 @@ BAD = {
         lambda path: torch.save({"model": WEIGHTS, "best": np.float64(1)}, path),
         r"it uses numpy.*torch\.save\(model\.state_dict\(\)",
     ),
+    "a pickle of numbers": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "it is damaged, or no file"),
     "an optimizer alone": (
         lambda path: torch.save(OPTIMIZER, path),
         "it holds no weights; its entries are state, para",

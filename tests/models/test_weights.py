@@ -182,6 +182,9 @@ def test_numbers_of_another_kind_are_refused_and_other_floats_are_converted():
     for dtype, message in ((torch.int8, "int8"), (torch.complex64, "complex64")):
         with pytest.raises(ValueError, match=rf"norm\.bias of the weights is torch\.{message}, and that of the model"):
             load_weights(build(), source | {"norm.bias": source["norm.bias"].to(dtype)})
+    for odd in (source["norm.bias"].to_sparse(), source["norm.bias"].to("meta")):
+        with pytest.raises(ValueError, match=r"norm\.bias of the weights are sparse or without data"):
+            load_weights(build(), source | {"norm.bias": odd})
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         vit = build()
         assert load_weights(vit, {name: tensor.to(dtype) for name, tensor in source.items()}).exact

@@ -22,11 +22,8 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.run.weights import Known, Weights, load, network, open_weights
 
-NAME, DISTILLED, DIGITS = (
-    "tests.run.test_weights:small",
-    "tests.run.test_weights:small_distilled",
-    "deit_digits_patch8_32",
-)
+NAME, DISTILLED = "tests.run.test_weights:small", "tests.run.test_weights:small_distilled"
+DIGITS = "deit_digits_patch8_32"
 CLASSES = ("cat", "dog", "eel", "fox")
 RECIPE = """\
 model: {name: "NAME", image_size: SIZE}
@@ -580,7 +577,7 @@ def test_a_teacher_by_an_address_sees_its_own_size_and_normalisation(here, write
     [
         ({"weights": "w.pth"}, CLASSES, r"^method\.teacher\.weights: w\.pth: nothing tells which model"),
         ({"weights": "gone"}, CLASSES, r"^method\.teacher\.weights: gone: there is no gone"),
-        ({"weights": "run"}, ("cat", "dog"), "knows 4 classes, but the data set has 2"),
+        ({"weights": "run"}, ("cat", "dog"), "the weights know 4 classes, but the data set has 2"),
         ({"weights": "run"}, ("cat", "dog", "eel", "owl"), "the classes of the data are not those of the weights"),
         ({"model": DISTILLED, "weights": "run"}, CLASSES, "it needs dist_token"),
         ({"model": NAME, "weights": "double"}, CLASSES, "they have dist_token, head_dist"),
@@ -665,7 +662,7 @@ def test_a_teacher_of_timm(cached):
     flipped, said = teacher(TeacherConfig(weights="timm:test_vit"), synsets[::-1])
     assert torch.equal(flipped.logits(x), made.logits(x).flip(1))
     assert "another order" in said[0]
-    with pytest.raises(UsageError, match="knows 1000 classes, but the data set has 4"):
+    with pytest.raises(UsageError, match="the weights know 1000 classes, but the data set has 4"):
         teacher(TeacherConfig(timm="test_vit"))
 
 
