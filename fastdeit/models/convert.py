@@ -102,8 +102,8 @@ def _fold(tensors: dict[str, Tensor], layer: str, gamma: Tensor, name: str) -> N
 
 
 def levit(own: Collection[str], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """(the tensors of a file of LeViT's authors under timm's names, what was done in sentences). Others come back as they
-    are, and so do these for a network whose names `own` are the authors'.
+    """(the tensors of a file of LeViT's authors under timm's names, what was done in sentences). Others come back as
+    they are, and so do these for a network whose names `own` are the authors'.
 
     Their network is one list of blocks: attention and MLP in turn, and a subsampling attention between two stages. timm
     has stages, and each begins with what subsamples for it. `attention_bias_idxs` is not a weight but a table that the

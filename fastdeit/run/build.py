@@ -244,8 +244,8 @@ def teacher(
         known = found.known
         if config.classifies and known.num_classes not in (None, num_classes):
             raise UsageError(
-                f"{found.origin}: the weights know {known.num_classes} classes, but the data set has {num_classes}; give "
-                "a teacher that was trained on this data set"
+                f"{found.origin}: the weights know {known.num_classes} classes, but the data set has {num_classes}; "
+                "give a teacher that was trained on this data set"
             )
         told = [f"{found.origin}: {note}" for note in found.notes]
         of_a_run = found.checkpoint is not None
