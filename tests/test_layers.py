@@ -76,9 +76,12 @@ LAYERS: dict[str, set[str]] = {
         *("errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe", "run"),
         *("estimate", "data.pixel_ops", "data.plan", "data.sources"),
     },
-    "verbs": {"errors", "kernels", "batch", "engine", "recipe", "run", "data.pixel_ops", "data.plan", "data.sources"},
-    "launch": {"errors", "train"},
-    "cli": {"fastdeit", "errors", "text", "kernels", "recipe", "run", "estimate", "bench", "verbs", "launch"},
+    "verbs": {
+        *("errors", "kernels", "batch", "models", "methods", "engine", "recipe", "run"),
+        *("data.pixel_ops", "data.plan", "data.sources", "data.loader"),
+    },
+    "launch": {"errors"},
+    "cli": {"fastdeit", "errors", "text", "kernels", "recipe", "train", "estimate", "bench", "verbs", "launch"},
     "__main__": {"cli"},
 }
 # They run where no torch is wanted, and the arrays of the plan are the contract with any executor.

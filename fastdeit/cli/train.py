@@ -28,7 +28,13 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
 
             # Before any worker exists, so that a mistake is reported at once, and once.
             recipe.load(args.recipe, args.overrides)
-        return launch.run(args, argv)
+        return launch.run(args, argv, _work)
+
+
+def _work(args: argparse.Namespace) -> None:
+    from fastdeit import train
+
+    train.main(args)
 
 
 TRAIN = Verb(

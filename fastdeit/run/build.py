@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +14,8 @@ from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import order
 from fastdeit.data.plan.plan import Augment, Mixing
 from fastdeit.data.sources import digits
-from fastdeit.data.sources.datasets import kinds_at, layout, open_pair
+from fastdeit.data.sources.datasets import kinds_at, layout, open_held_out, open_pair
+from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.data.sources.source import DataError, Source
 from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.engine.dist import World
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
 
 Report = Callable[[str], None]
+Opened = TypeVar("Opened")
 
 
 def sources(recipe: "Recipe") -> tuple[Source, Source]:
@@ -44,6 +46,19 @@ def sources(recipe: "Recipe") -> tuple[Source, Source]:
         return train, SyntheticSource(held_out, seed=recipe.train.seed + 1, **shape)
     if data.source == "digits":
         return open_pair("folder", digits.prepare())
+    return _opened(recipe, open_pair)
+
+
+def held_out(recipe: "Recipe") -> Source:
+    """The held-out samples alone, where the training split need not be there. Raises as `sources`."""
+    if recipe.data.source in GENERATED:
+        return sources(recipe)[1]
+    return _opened(recipe, open_held_out)
+
+
+def _opened(recipe: "Recipe", opened: Callable[[str, str, str, str], Opened]) -> Opened:
+    """What `opened` makes of the recipe's kind, root and splits, with errors that say what to do."""
+    data = recipe.data
     splits = data.train, data.val
     if data.root is None:
         raise UsageError(
@@ -51,7 +66,7 @@ def sources(recipe: "Recipe") -> tuple[Source, Source]:
             f"expected are {layout(data.source, *splits)}"
         )
     try:
-        return open_pair(data.source, data.root, *splits)
+        return opened(data.source, data.root, *splits)
     except DataError as error:
         raise DataError(
             f"data.source {data.source}: {error}{_expected(error, data.source, data.root, *splits)}"

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ from fastdeit.run import hub
 from fastdeit.run.address import Address, parse
 from fastdeit.text import some
 
+KNOWN = "fastdeit"
+"""Key of the JSON of `Known` in the header of a safetensors file that `fastdeit export` wrote."""
 Purpose = Literal["student", "teacher", "features"]
 """What a network is loaded for.
 
@@ -73,6 +76,7 @@ class Weights:
     known       what is known of their network
     notes       what was chosen, stripped or skipped, one sentence each, to be said to the user
     checkpoint  where the address is of a run or checkpoint: state of method and engine, and the recipe
+    averaged    whether they are the average of a run's weights
     as_named    the tensors as the file names them, where `tensors` has other names
     """
 
@@ -81,6 +85,7 @@ class Weights:
     known: Known = Known()
     notes: tuple[str, ...] = ()
     checkpoint: Checkpoint | None = None
+    averaged: bool = False
     as_named: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -92,6 +97,25 @@ class Weights:
             return None
         grid = size[0] // patch.shape[2], size[1] // patch.shape[3]
         return grid if 0 <= positions.shape[1] - grid[0] * grid[1] < _MOST_PREFIX_TOKENS else None
+
+    @property
+    def square(self) -> int | None:
+        """Pixels per side that the positional embedding is for, if it is that of a square."""
+        patch, positions = self.tensors.get("patch_embed.proj.weight"), self.tensors.get("pos_embed")
+        if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
+            return None
+        counts = [positions.shape[1] - prefix for prefix in range(3)]
+        side = next((isqrt(count) for count in counts if count > 0 and isqrt(count) ** 2 == count), None)
+        return None if side is None else side * patch.shape[2]
+
+    @property
+    def method(self) -> dict[str, Tensor]:
+        """What a checkpoint has of the method besides the student, as its `state_dict` names it; averaged as these."""
+        if self.checkpoint is None:
+            return {}
+        files = self.checkpoint.tensors
+        own = dict(files["method"])
+        return own | {name: files["ema"][name] for name in own.keys() & files["ema"].keys()} if self.averaged else own
 
 
 _MOST_PREFIX_TOKENS = 32
@@ -166,19 +190,27 @@ def _of_checkpoint(address: Address, found: Checkpoint, notes: list[str]) -> Wei
     if not tensors:
         raise UsageError(f"{address}: {found.path} is a checkpoint without a model")
     origin = f"{_place(found)}, step {found.step}"
-    if address.ema:
-        if "ema" not in found.tensors:
-            raise UsageError(f"{address}: the run keeps no average of its weights (optim.ema_decay); leave out the ema")
-        averages = found.tensors["ema"]
-        # Under the names of the method, of which the student is the part `model`.
-        tensors = {name: averages.get(f"model.{name}", tensor) for name, tensor in tensors.items()}
-        origin += ", averaged weights"
     try:
         known = _known_of_run(recipe, identity)
     except (KeyError, TypeError, ValueError) as error:
         why = f"{found.path} is no checkpoint of `fastdeit train`: its recipe has no {error}"
         raise UsageError(f"{address}: {why}") from error
-    return Weights(origin, tensors, known, tuple(notes), found)
+    weights = Weights(origin, tensors, known, tuple(notes), found)
+    if not address.ema:
+        return weights
+    if (average := average_of(weights)) is None:
+        raise UsageError(f"{address}: the run keeps no average of its weights (optim.ema_decay); leave out the ema")
+    return average
+
+
+def average_of(weights: Weights) -> Weights | None:
+    """The average of these weights, where their checkpoint has one; what it does not average stays as it is."""
+    if weights.averaged or weights.checkpoint is None or "ema" not in weights.checkpoint.tensors:
+        return None
+    averages = weights.checkpoint.tensors["ema"]
+    # Under the names of the method, of which the student is the part `model`.
+    tensors = {name: averages.get(f"model.{name}", tensor) for name, tensor in weights.tensors.items()}
+    return replace(weights, origin=f"{weights.origin}, averaged weights", tensors=tensors, averaged=True)
 
 
 def _place(found: Checkpoint) -> Path:
@@ -212,10 +244,22 @@ def _known_of_run(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> Kno
 def _safetensors(address: Address) -> Weights:
     try:
         tensors = safetensors.torch.load_file(address.path)
+        with safetensors.safe_open(address.path, "pt") as file:
+            header = file.metadata() or {}
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{address}: it is damaged, or no safetensors file ({reason})") from error
-    return _of_file(address, tensors, [])
+    found = _of_file(address, tensors, [])
+    return found if KNOWN not in header else replace(found, known=_known_of_header(address, header[KNOWN]))
+
+
+def _known_of_header(address: Address, text: str) -> Known:
+    """What `fastdeit export` wrote into a file about its network."""
+    try:
+        return TypeAdapter(Known).validate_json(text)
+    except ValidationError as error:
+        what = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors()) or "the JSON"
+        raise UsageError(f"{address}: what its header says of the model is damaged: {what}") from error
 
 
 def _pickle(address: Address) -> Weights:
@@ -383,7 +427,7 @@ def network(
     known = _named(weights.known, name)
     if known.name is None and known.timm is None:
         raise UsageError(f"{weights.origin}: nothing tells which model these weights are of; name it{_guess(weights)}")
-    size = image_size or known.image_size or _square(weights)
+    size = image_size or known.image_size or weights.square
     options: dict[str, Any] = {} if size is None else {"image_size": size}
     count = num_classes or known.num_classes or _rows_of_head(weights, known)
     if count is not None:
@@ -419,16 +463,6 @@ def _rows_of_head(weights: Weights, known: Known) -> int | None:
         names = [classifier] if isinstance(classifier, str) else list(classifier or ())
     head = next((weights.tensors[f"{name}.weight"] for name in names if f"{name}.weight" in weights.tensors), None)
     return None if head is None else len(head)
-
-
-def _square(weights: Weights) -> int | None:
-    """Pixels per side that the positional embedding is for, if it is that of a square."""
-    patch, positions = weights.tensors.get("patch_embed.proj.weight"), weights.tensors.get("pos_embed")
-    if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
-        return None
-    counts = [positions.shape[1] - prefix for prefix in range(3)]
-    side = next((isqrt(count) for count in counts if count > 0 and isqrt(count) ** 2 == count), None)
-    return None if side is None else side * patch.shape[2]
 
 
 def _guess(weights: Weights) -> str:
