@@ -1,6 +1,5 @@
 """fastdeit in Python: a run from start to table, what is refused, and what an import costs."""
 
-import importlib
 from pathlib import Path
 
 import pytest
@@ -109,7 +108,6 @@ def test_overrides_are_written_as_yaml():
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(importlib.util.find_spec("fastdeit.run.weights") is None, reason="needs fastdeit.run.weights")
 def test_a_run_gives_its_network_and_evaluates_it(run):
     images = torch.zeros(2, 3, 32, 32)
     network = run.model("best")

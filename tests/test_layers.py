@@ -72,18 +72,18 @@ LAYERS: dict[str, set[str]] = {
         *("data.plan", "data.sources", "data.loader"),
     },
     # ---- what the command line calls
-    "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe"},
+    "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "bench": {
         *("errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe", "run"),
         *("estimate", "data.pixel_ops", "data.plan", "data.sources"),
     },
     "verbs": {
-        *("cores", "errors", "text", "kernels", "batch", "models", "engine", "recipe", "run", "estimate"),
-        *("data.pixel_ops", "data.plan", "data.sources"),
+        *("cores", "errors", "text", "kernels", "batch", "models", "methods", "engine", "recipe", "run", "estimate"),
+        *("data.pixel_ops", "data.plan", "data.sources", "data.loader"),
     },
-    "launch": {"errors", "training"},
+    "launch": {"errors"},
     "api": {"engine", "recipe", "run", "training", "verbs"},
-    "cli": {"version", "errors", "text", "kernels", "recipe", "run", "estimate", "bench", "verbs", "launch"},
+    "cli": {"version", "errors", "text", "kernels", "recipe", "training", "estimate", "bench", "verbs", "launch"},
     "fastdeit": {"version", "api"},
     "__main__": {"cli"},
 }
@@ -101,6 +101,7 @@ WITHOUT_TORCH = [
         "launch/launch.py",
     ),
     *("data/nodes.py", "data/pixel_ops.py", "verbs/data.py"),
+    *("run/address.py", "run/classes.py"),
     *(
         str(path.relative_to(PACKAGE))
         for room in ("data/plan", "data/sources", "recipe", "cli")

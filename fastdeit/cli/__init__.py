@@ -10,7 +10,21 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 
-from fastdeit.cli import bench, completion, data, doctor, evaluate, explain, kernels, models, plan, recipes, runs, train
+from fastdeit.cli import (
+    bench,
+    completion,
+    data,
+    doctor,
+    evaluate,
+    explain,
+    export,
+    kernels,
+    models,
+    plan,
+    recipes,
+    runs,
+    train,
+)
 from fastdeit.cli.parser import Parser, Verb
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.text import did_you_mean
@@ -18,7 +32,7 @@ from fastdeit.version import __version__
 
 # As `fastdeit --help` lists them.
 GROUPS: dict[str, dict[str, Verb]] = {
-    "train and judge": {**train.VERBS, **evaluate.VERBS},
+    "train and judge": {**train.VERBS, **evaluate.VERBS, **export.VERBS},
     "find out before": {**recipes.VERBS, **explain.VERBS, **models.VERBS, **plan.VERBS},
     "look at runs": runs.VERBS,
     "data": data.VERBS,

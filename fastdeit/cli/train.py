@@ -34,7 +34,13 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
                 dry_run.show(loaded, args.nproc or 1)
                 return 0
             recipe.check_complete(loaded)
-        return launch.run(args, argv)
+        return launch.run(args, argv, _work)
+
+
+def _work(args: argparse.Namespace) -> None:
+    from fastdeit import training
+
+    training.main(args)
 
 
 TRAIN = Verb(

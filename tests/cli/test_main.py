@@ -1,5 +1,6 @@
 """The command line: what is parsed, what is refused and how, and the exit codes."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 import fastdeit
-from fastdeit import bench, cli, run, verbs
+from fastdeit import bench, cli, verbs
 from fastdeit import recipe as recipes
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.recipe import resolve as recipe
 
+importlib.import_module("fastdeit.verbs.data")  # it keeps the `resolve` that `calls` replaces for a test
 ROOT = Path(fastdeit.__file__).parent.parent
 
 
@@ -32,7 +34,13 @@ def calls(monkeypatch):
         if seen.error is not None:
             raise seen.error
 
-    for package, name in ((fastdeit, "training"), (run, "evaluate"), (bench, "command"), (verbs, "doctor")):
+    for package, name in (
+        (fastdeit, "training"),
+        (verbs, "evaluate"),
+        (verbs, "predict"),
+        (bench, "command"),
+        (verbs, "doctor"),
+    ):
         monkeypatch.setattr(package, name, SimpleNamespace(main=main), raising=False)
     load = SimpleNamespace(
         load=lambda name, overrides: seen.loaded.append((name, overrides)), check_complete=lambda recipe: None
@@ -57,7 +65,10 @@ def test_flags_are_pinned():
     """A flag is a promise: adding or dropping one is a decision, made here too."""
     assert {name: verb.parser.flags[2:] for name, verb in cli.VERBS.items()} == {
         "train": ["--data", "--nproc", "--run-dir", "--resume", "--dry-run"],
-        "eval": ["--data"],
+        "eval": ["--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--images"],
+        "predict": ["--model", "--top", "--json"],
+        "show attention": ["--model", "--block", "--out"],
+        "export": ["--format", "--model", "--fuse"],
         "recipes": [],
         "recipes show": ["--resolved"],
         "explain": [],
@@ -134,8 +145,10 @@ def test_a_worker_neither_repeats_the_line_nor_the_check(calls, capsys, monkeypa
 
 
 def test_eval_and_bench(calls):
+    assert cli.main(["eval", "a.pth", "--images", "1.png", "2.png"]) == 0
+    assert (calls.args.address, calls.args.images, calls.args.top) == ("a.pth", ["1.png", "2.png"], 5)
     assert cli.main(["eval", "runs/a", "--data=/images", "data.val=test"]) == 0
-    assert (calls.args.path, calls.args.overrides) == ("runs/a", ["data.val=test", 'data.root="/images"'])
+    assert (calls.args.address, calls.args.overrides) == ("runs/a", ["data.val=test", 'data.root="/images"'])
     assert cli.main(["bench", "forward"]) == 0
     assert vars(calls.args) == {
         "what": "forward",
@@ -166,7 +179,7 @@ def test_eval_and_bench(calls):
     [
         (["trian"], "did you mean train"),
         (["--versoin"], "did you mean --version"),
-        (["xyzzy"], "verbs: train, eval, recipes, recipes show, explain, models, plan, runs list, runs diff,"),
+        (["xyzzy"], "verbs: train, eval, predict, show attention, export, recipes, recipes show, explain, models,"),
         (["data"], "there is no verb 'data' (verbs: data check, data pack, data show, data preview)"),
         (["data", "chek"], "there is no verb 'data chek'"),
         (["data", "chek", "x"], "did you mean data check"),
@@ -177,7 +190,7 @@ def test_eval_and_bench(calls):
         (["train", "--nproc", "two"], "invalid int value: 'two'"),
         (["train", "--data"], "--data: expected one argument"),
         (["train", "--res"], "no flag --res"),
-        (["eval"], "name a run or a checkpoint"),
+        (["eval"], "name the weights: fastdeit eval"),
         (["bench"], "there is no verb 'bench' (verbs: bench step, bench forward, bench train, bench data,"),
         (["bench", "stp"], "did you mean bench step"),
         (["kernels", "--op", "mlp"], "fastdeit kernels has no flag --op"),

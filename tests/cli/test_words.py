@@ -64,7 +64,10 @@ def test_the_command_line_has_the_peers_that_there_are():
 
 PATHS = {
     "train": {"words": "~/r.yaml", "--data": "~/d", "--run-dir": "~/run"},
-    "eval": {"words": "~/run", "--data": "~/d"},
+    "eval": {"words": "~/run", "--data": "~/d", "--classes": "~/c", "--confusion": "~/c", "--images": "~/i"},
+    "predict": {"words": "~/run"},
+    "show attention": {"words": "~/run", "--out": "~/a.png"},
+    "export": {"words": "~/run"},
     "plan": {"words": "~/r.yaml"},
     "recipes show": {"words": "~/r.yaml"},
     "data check": {"path": "~/d"},
@@ -95,7 +98,7 @@ def test_every_argument_that_names_a_file_or_folder_is_a_path():
     """`words` and the address of weights are expanded by the verb."""
     for name, verb in cli.VERBS.items():
         for action in verb.parser._actions:
-            if action.metavar in ("DIR", "FILE", "PATH", "OUT"):
+            if action.metavar in ("DIR", "FILE", "PATH", "OUT", "PICTURE"):
                 assert action.type is cli.parser.path, f"{name} {action.dest}"
 
 
