@@ -66,11 +66,12 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     steps_per_epoch = order.steps_per_epoch(len(train_source), recipe.train.batch_size)
     total = steps_per_epoch * recipe.train.epochs
     log = RunLog(run_dir, recipe, world, total, steps_per_epoch)
-    student = build.model(recipe, classes, log.say)
+    student = build.model(recipe, classes, log.say, train_source.classes)
 
     def make_teacher(config: TeacherConfig) -> Teacher:
         with world.main_first():  # timm may have to download; the others then find the files
-            made = build.teacher(config, size, classes, trained_teacher, recipe.engine.precision)
+            options = {"classes": train_source.classes, "say": log.say}
+            made = build.teacher(config, size, classes, trained_teacher, recipe.engine.precision, **options)
         return made.to(world.device)
 
     method = build.method(recipe, student, classes, total, make_teacher).to(world.device)

@@ -63,15 +63,15 @@ LAYERS: dict[str, set[str]] = {
     # ---- a run
     "recipe": {"methods", "engine", "data.sources", "views", "fields", "text"},
     "run": {
-        *("fastdeit", "errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe"),
-        *("data.plan", "data.sources", "data.loader"),
+        *("fastdeit", "errors", "rng", "text", "fields", "kernels", "batch", "views", "models", "methods", "engine"),
+        *("recipe", "data.plan", "data.sources", "data.loader"),
     },
     "train": {
         *("errors", "rng", "kernels", "methods", "engine", "recipe", "run"),
         *("data.plan", "data.sources", "data.loader"),
     },
     # ---- what the command line calls
-    "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe"},
+    "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "bench": {
         *("errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe", "run"),
         *("estimate", "data.pixel_ops", "data.plan", "data.sources"),

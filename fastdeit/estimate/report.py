@@ -28,6 +28,7 @@ from fastdeit.estimate.model import DESIGNS, GIB, Design, Network, ViT, Work
 from fastdeit.estimate.rows import MODELLED
 from fastdeit.fields import size_pair
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run.weights import open_weights
 from fastdeit.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -162,7 +163,11 @@ def subject(recipe: "Recipe", images: int | None = None) -> Subject:
         teacher = own.student
     elif config is not None:
         size = size_pair(config.image_size or model.image_size, "method.teacher.image_size")
-        teacher = _network(config.model, config.timm, size, classes)
+        name, timm = config.model, config.timm
+        if name is None and timm is None:
+            known = open_weights(config.weights).known
+            name, timm = known.name, known.timm
+        teacher = _network(name, timm, size, classes)
     return Subject(recipe, student, teacher, train, held_out, assumed, own)
 
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from pydantic_core import PydanticKnownError
 
 from fastdeit.data.sources import kinds
-from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, Positive, Range, Section, Text
+from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, Positive, Range, Section, Side, Text
 from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, ViewSettings
 
 Classes = Annotated[int, Field(ge=1, le=100_000_000)]
@@ -64,7 +64,11 @@ class ModelConfig(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth: drop rate of the last block; the rates of the blocks before rise linearly from 0."""
     weights: Text | None = None
-    """Initial weights: a safetensors file, a checkpoint or a run directory. null: random."""
+    """Address of the initial weights: a run (RUN, RUN@best, RUN@ema), a checkpoint, a safetensors or .pth file, or
+    timm:NAME. null: random. See docs/weights.md."""
+    weights_grid: tuple[Side, Side] | None = None
+    """[height, width] in patches of the positional embedding of `weights`, needed of a file whose grid is no square;
+    null: what the run says, or a square."""
 
     @field_validator("timm")
     @classmethod

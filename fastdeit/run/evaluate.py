@@ -16,10 +16,12 @@ from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.progress import table
 from fastdeit.engine.step import autocast
+from fastdeit.errors import UsageError
 from fastdeit.methods.evaluators import Evaluation, Evaluator
 from fastdeit.methods.teacher import DeferredTeacher, TeacherConfig
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
+from fastdeit.run.weights import open_weights
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,12 @@ def main(args: argparse.Namespace) -> None:
     def report(path: str | Path, reason: str) -> None:
         print(f"{path}: {reason}", file=sys.stderr)
 
-    restored = build.open_checkpoint(Path(args.path), report)
+    opened = open_weights(args.path)
+    restored = opened.checkpoint
+    if restored is None:
+        raise UsageError(f"{args.path} is neither a run nor a checkpoint")
+    for note in opened.notes:
+        print(note, file=sys.stderr)
     recipe = recipes.override(recipes.Recipe.model_validate(restored.state["recipe"]), args.overrides)
     # The checkpoint holds the weights; the file that training started from need not exist any more.
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
@@ -96,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
 
         def teacher(config: TeacherConfig) -> DeferredTeacher:
             options = build.image_size(recipe), classes, trained, recipe.engine.precision
-            return DeferredTeacher(lambda: build.teacher(config, *options).to(world.device))
+            return DeferredTeacher(lambda: build.teacher(config, *options, classes=source.classes).to(world.device))
 
         method = build.method(recipe, student, classes, restored.state["steps"], teacher).to(world.device)
         known = {phase.name: phase for phase in method.phases()}
