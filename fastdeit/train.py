@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     with join_world(asked.recipe.engine.device) as world, world.stop_on_signals():
-        world.agree("the run that they go on with", (asked.run_dir, asked.origin and asked.origin.found.path))
+        world.agree("the run that they go on with", (asked.run_dir, asked.origin and asked.origin.path))
         train(asked.recipe, asked.run_dir, world, resume=asked.resume, origin=asked.origin)
 
 
@@ -98,6 +98,8 @@ def train(
     with directory.claim(run_dir, recipe.name, world, parts.log.say, resume=resume) as run_dir:
         again = partial(directory.command, student or run_dir, world=world)
         parts.log.say(f"recipe {recipe.name}, run directory {run_dir}")
+        if origin is not None:
+            parts.log.say(f"a fork of {origin.run} at step {origin.step}, with its weights and its optimizer")
         if student is None:
             parts.log.say(f"if it is interrupted, go on with {again()}")
         # ---- teacher -----------------------------------------------------------------------------------------------

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a fork begins: a checkpoint, the run that it is of, and that run's recipe."""
+    """Where a fork begins: the checkpoint at `path`, with its JSON `state`, of the `run`, and that run's recipe."""
 
     run: Path
-    found: Checkpoint
+    path: Path
+    step: int
+    state: dict[str, Any]
     recipe: "Recipe"
 
     def start(self, recipe: "Recipe", steps_per_epoch: int) -> int:
@@ -39,17 +41,17 @@ class Origin:
         It is the parent's, or that of the same epoch where the epochs have another number of steps. Raises UsageError
         where there is none, and where nothing is left to train.
         """
-        step, before = self.found.step, self.found.state["steps"] // self.recipe.train.epochs
+        step, before = self.step, self.state["steps"] // self.recipe.train.epochs
         if before != steps_per_epoch:
             if step % before:
                 raise UsageError(
-                    f"{self.found.path} is in the middle of an epoch, and the fork's epochs have {steps_per_epoch} "
+                    f"{self.path} is in the middle of an epoch, and the fork's epochs have {steps_per_epoch} "
                     f"steps instead of {before}; fork at the end of an epoch, or keep train.batch_size and the data"
                 )
             step = step // before * steps_per_epoch
         if step >= steps_per_epoch * recipe.train.epochs:
             raise UsageError(
-                f"{self.found.path} stands at epoch {step / steps_per_epoch:g}, and the fork has "
+                f"{self.path} stands at epoch {step / steps_per_epoch:g}, and the fork has "
                 f"{recipe.train.epochs}: nothing is left to train; give it more with train.epochs=N"
             )
         return step
@@ -57,15 +59,15 @@ class Origin:
     def lineage(self, recipe: "Recipe") -> list[dict[str, Any]]:
         """What a fork by `recipe` is a fork of, the oldest first: {run, step, differences: {field: [old, new]}}."""
         changed = {field: [old, new] for field, old, new in recipes.changes(self.recipe, recipe)}
-        entry = {"run": str(self.run), "step": self.found.step, "differences": changed}
-        return [*self.found.state["lineage"], entry]
+        entry = {"run": str(self.run), "step": self.step, "differences": changed}
+        return [*self.state["lineage"], entry]
 
     def load(self, saver: Saver, say: Report) -> Record:
         """Put the checkpoint into the parts of the fork; returns the fork's record, which is empty but for the phase.
 
         Raises UsageError, with what to do instead, for what cannot be carried over.
         """
-        recipe, theirs, ours = saver.recipe, self.found.state["identity"]["classes"], saver.identity["classes"]
+        recipe, theirs, ours = saver.recipe, self.state["identity"]["classes"], saver.identity["classes"]
         if recipe.optim.name != self.recipe.optim.name:
             raise self._refusal(
                 f"optim.name is {self.recipe.optim.name} there and {recipe.optim.name} here, and one optimizer cannot "
@@ -75,7 +77,7 @@ class Origin:
             raise UsageError(f"model.weights says what a run begins with; a fork begins with the weights of {self.run}")
         if theirs != ours:
             raise self._refusal(f"the data there has {len(theirs)} classes, and other ones than the {len(ours)} here")
-        found, ema = self.found, saver.engine.ema
+        found, ema = checkpoint.load(self.path), saver.engine.ema
         if ema is None and "ema" in found.tensors:
             say(f"the average of the weights stays with {self.run}: optim.ema_decay is null now")
         elif ema is not None and "ema" not in found.tensors:
@@ -86,7 +88,7 @@ class Origin:
             saver.load(found)
         except UsageError as error:
             changed = ", ".join(field for field, _, _ in recipes.difference(self.recipe, recipe))
-            raise self._refusal(f"its tensors do not fit ({changed} changed): {error.__cause__ or error}") from error
+            raise self._refusal(f"{error} (changed: {changed or 'nothing'})") from error
         saver.lineage = self.lineage(recipe)
         return Record(phase=found.state["record"]["phase"])
 
@@ -128,4 +130,4 @@ def opened(text: str, say: Report) -> Origin:
         say(note)
     found = weights.checkpoint
     recipe = directory.checked_recipe(found.state["recipe"], found.path)
-    return Origin(found.path.parent.parent, found, recipe)
+    return Origin(found.path.parent.parent, found.path, found.step, found.state, recipe)

@@ -1,10 +1,12 @@
 """The checkpoints of a run: what is in them, and how a run goes on from one."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
 
 from fastdeit.engine import checkpoint
 from fastdeit.engine.checkpoint import Checkpoint
@@ -62,7 +64,7 @@ class Saver:
         self.overrides = []
         self.world.barrier()
 
-    def tensors(self) -> dict[str, dict[str, Any]]:
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds besides the engine's state, by the names of its files."""
         method, ema = self.engine.method, self.engine.ema
         own = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("model.")}
@@ -86,7 +88,12 @@ class Saver:
             return 0, Record()
         before = recipes.Recipe.model_validate(found.state["recipe"])
         refuse_other_run(run_dir, recipes.difference(before, self.recipe), self._other_data(found))
-        self.load(found)
+        try:
+            self.load(found)
+        except UsageError as error:
+            raise UsageError(
+                f"{error}\nResume with the code that the run was started with, or start anew with another --run-dir"
+            ) from error
         self.lineage = found.state["lineage"]
         self.overrides = as_overrides(recipes.changes(before, self.recipe))
         return found.step, Record(**found.state["record"])
@@ -94,23 +101,19 @@ class Saver:
     def load(self, found: Checkpoint) -> None:
         """Put everything of a checkpoint into method, optimizer, guard and average.
 
-        Raises UsageError where the tensors are not exactly those of this run.
+        Raises UsageError where names or shapes are not exactly those of this run.
         """
         engine, tensors, phase = self.engine, found.tensors, found.state["record"]["phase"]
         self.phases.resume(phase, engine)
+        misfit = first_misfit(tensors, self.tensors())
+        if misfit is not None:
+            raise UsageError(f"{found.path} does not fit, in phase {phase!r}: {misfit}")
         student = {f"model.{name}": tensor for name, tensor in tensors["model"].items()}
-        try:
-            engine.method.load_state_dict(student | tensors["method"])
-            engine.optimizer.load_state_dict(tensors["optim"])
-            engine.load_state_dict(tensors["engine"])
-            if engine.ema is not None:
-                engine.ema.load(tensors["ema"])
-        except (KeyError, RuntimeError) as error:
-            reason = error.args[0] if error.args else error
-            raise UsageError(
-                f"{found.path} does not fit the method as its code is now, in phase {phase!r}: {reason}\n"
-                "Resume with the code that the run was started with, or start anew with another --run-dir"
-            ) from error
+        engine.method.load_state_dict(student | tensors["method"])
+        engine.optimizer.load_state_dict(tensors["optim"])
+        engine.load_state_dict(tensors["engine"])
+        if engine.ema is not None:
+            engine.ema.load(tensors["ema"])
 
     def _other_data(self, found: Checkpoint) -> list[tuple[str, Any, Any]]:
         named = {"train": "data (training images)", "val": "data (held-out images)", "classes": "data (classes)"}
@@ -118,6 +121,22 @@ class Saver:
         return [
             (name, theirs[key], self.identity[key]) for key, name in named.items() if theirs[key] != self.identity[key]
         ]
+
+
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by file and name."""
+
+
+def first_misfit(theirs: Tensors, ours: Tensors) -> str | None:
+    """What is wrong with the first tensor of a checkpoint that is not as it is here; None if all are."""
+    for file, mine in ours.items():
+        found = theirs.get(file, {})
+        for name in dict.fromkeys([*mine, *found]):
+            shapes = [list(group[name].shape) if name in group else None for group in (found, mine)]
+            if shapes[0] != shapes[1]:
+                there, here = ("there is none" if shape is None else f"it has the shape {shape}" for shape in shapes)
+                return f"of {file}, {name}: in the checkpoint {there}, here {here}"
+    return None
 
 
 def refuse_other_run(
