@@ -290,7 +290,8 @@ def gave_up(
     """The error after `limit` steps in a row up to step `last` whose gradients were not finite, and what helps."""
     first = last - limit + 1
     text = f"stopped: the gradients of the steps {first} to {last} are not finite, and nothing of these steps is saved"
-    settings = f"optim.lr={recipe.optim.lr / 2:g}", "optim.clip_grad=1.0"
+    lr, clip = max(recipe.optim.lr / 2, recipe.optim.min_lr), recipe.optim.clip_grad
+    settings = [f"optim.lr={lr:g}", *(["optim.clip_grad=1.0"] if clip is None or clip > 1 else [])]
     precision = {"fp16": "engine.precision=bf16", "bf16": "engine.precision=fp32"}.get(recipe.engine.precision)
     kept = [step for step in checkpoint.steps(run_dir / directory.CHECKPOINTS) if step < first]
     if not kept:
@@ -305,7 +306,7 @@ def gave_up(
     lines = [f"{text}. Go on from the checkpoint of step {kept[-1]}, before the trouble:"]
     if precision:
         lines.append(f"  the same run in another precision: {again(precision)}")
-    lines.append(f"  a new run with a lower learning rate and clipping, or one of the two: {fork(kept[-1])}")
+    lines.append(f"  a new run with a lower learning rate, and clipping: {fork(kept[-1])}")
     if kept[-1] == first - 1 and len(kept) > 1:
         lines.append(f"  if these weights are bad already, as the next step failed: {fork(kept[-2])}")
     return NonFiniteError("\n".join(lines))
