@@ -96,6 +96,8 @@ def test_what_may_differ_and_what_is_carried_over(parent, tmp_path, change):
         assert first.tensors["engine"]["scale"].item() == 2.0**16
     assert not same(second.tensors["model"], loaded(parent, 3).tensors["model"])
     assert second.state["lineage"] == [{"run": str(parent), "step": 3, "differences": CARRIED[change]}]
+    assert logged(run)[0] | {"kind": "eval", "step": 3} == logged(run)[0], "its first best is where it begins"
+    assert second.state["record"]["images"] == 8, "what the parent did counts there"
     key = change.partition("=")[0]
     section, field = key.split(".")
     assert second.state["recipe"][section][field] == CARRIED[change][key][1]
