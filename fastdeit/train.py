@@ -87,12 +87,14 @@ def train(
     world.agree("the kernels that they choose", {row.name: row.backend for row in kernels.info()})
     check_sinks(recipe.engine.sinks)
     begins = origin is None and not (resume and run_dir is not None and directory.has_checkpoint(run_dir))
-    parts = Parts.of(recipe, world, begins)
+    begun = run_dir / directory.TEACHER if resume and run_dir is not None else None
+    teacher = directory.finished(begun) if origin is None else origin.teacher(recipe)
+    own = None if teacher is not None else teacher_recipe(recipe, begun)
+    parts = Parts.of(recipe, world, begins, teacher or own)
     start = 0 if origin is None else origin.start(recipe, parts.steps_per_epoch)
     record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
-    own = teacher_recipe(recipe)
     if own is not None:
-        Parts.of(own, world, begins=True)
+        Parts.of(own, world, True, teacher_recipe(own))
     directory.check_space(run_dir, parts.saver.size(), world, checkpoints=2 if begins else 1)
 
     with directory.claim(run_dir, recipe.name, world, parts.log.say, resume=resume) as run_dir:
@@ -103,15 +105,14 @@ def train(
         if student is None:
             parts.log.say(f"if it is interrupted, go on with {again()}")
         # ---- teacher -----------------------------------------------------------------------------------------------
+        if origin is not None and teacher is not None and world.main:
+            origin.copy_teacher(run_dir, print)
         if own is not None:
             trained = run_dir / directory.TEACHER
             del parts  # its memory is the teacher's now
             if world.main:
                 directory.write_recipe(run_dir, recipe)  # what to go on by, until the student has a checkpoint
-                if origin is not None:
-                    origin.take_teacher(own, run_dir, print)
-            world.barrier()
-            train(own, trained, world, resume=directory.has_checkpoint(trained), student=run_dir)
+            train(own, trained, world, resume=trained.exists(), student=run_dir)
             parts = Parts.of(recipe, world, begins, trained)
             record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
 
@@ -149,12 +150,12 @@ class Parts:
     saver: Saver
 
     @classmethod
-    def of(cls, recipe: "Recipe", world: World, begins: bool, trained: Path | None = None) -> "Parts":
+    def of(cls, recipe: "Recipe", world: World, begins: bool, teacher: "Path | Recipe | None") -> "Parts":
         """Everything that the recipe asks for, in its initial state.
 
         begins   whether the student begins with `model.weights`; else a checkpoint gives it its weights, and the file
                  need not exist any more
-        trained  the run of a teacher that has a recipe of its own; None while it is not trained yet
+        teacher  of a teacher with a recipe of its own: its run, or that recipe while it is not trained yet
         """
         sources = train_source, val_source = build.sources(recipe)
         names, size = train_source.classes, build.image_size(recipe)
@@ -164,11 +165,11 @@ class Parts:
         student = build.model(recipe if begins else without_weights(recipe), len(names), log.say, names)
 
         def make_teacher(config: TeacherConfig) -> Teacher:
-            if config.recipe is not None and trained is None:
-                return untrained_teacher(recipe, len(names)).to(world.device)
+            if config.recipe is not None and not isinstance(teacher, Path):
+                return untrained_teacher(teacher, len(names)).to(world.device)
             with world.main_first():  # timm may have to download; the others then find the files
                 options = {"classes": names, "say": log.say}
-                made = build.teacher(config, size, len(names), trained, recipe.engine.precision, **options)
+                made = build.teacher(config, size, len(names), teacher, recipe.engine.precision, **options)
             return made.to(world.device)
 
         method = build.method(recipe, student, len(names), steps, make_teacher).to(world.device)
@@ -312,12 +313,16 @@ def gave_up(
     return NonFiniteError("\n".join(lines))
 
 
-def teacher_recipe(recipe: "Recipe") -> "Recipe | None":
-    """The recipe by which the teacher is to be trained, on the student's data; None if it has no recipe of its own."""
+def teacher_recipe(recipe: "Recipe", begun: Path | None = None) -> "Recipe | None":
+    """The recipe by which the teacher is to be trained, on the student's data; None if it has no recipe of its own.
+
+    A teacher that was begun in the run `begun` goes on by the recipe there.
+    """
     config = getattr(recipe.method, "teacher", None)
     if config is None or config.recipe is None:
         return None
-    own = recipes.load(config.recipe)
+    has_begun = begun is not None and directory.has_checkpoint(begun)
+    own = directory.recipe_of(begun) if has_begun else recipes.load(config.recipe)
     data = own.data.model_copy(update={name: getattr(recipe.data, name) for name in _WHICH_DATA})
     return own.model_copy(update={"data": data, "engine": recipe.engine})
 
@@ -325,9 +330,8 @@ def teacher_recipe(recipe: "Recipe") -> "Recipe | None":
 _WHICH_DATA = "source", "root", "train", "val", "synthetic_samples", "synthetic_classes"
 
 
-def untrained_teacher(recipe: "Recipe", classes: int) -> Teacher:
+def untrained_teacher(own: "Recipe", classes: int) -> Teacher:
     """The teacher as it will be but for its weights: what is built around it can be checked before it is trained."""
-    own = teacher_recipe(recipe)
     frozen = freeze(build.model(own, classes, lambda text: None), build.image_size(own))
     return Teacher(frozen, image_size=build.image_size(own), mean=own.data.mean, std=own.data.std)
 

@@ -175,6 +175,7 @@ def test_a_fork_takes_its_parents_teacher(parent, tmp_path, capsys):
     with pytest.raises(Interrupted):
         train(recipes.load(str(student), ["engine.checkpoint_every=9"]), tmp_path / "run", StopAt(STEPS_PER_EPOCH + 1))
     trained = shutil.copytree(tmp_path / "run" / "teacher", tmp_path / "kept")
+    teacher.unlink()
     capsys.readouterr()
     with pytest.raises(Interrupted):
         forked(tmp_path / "run", tmp_path / "fork", "optim.lr=5e-4", world=StopAt(1))
@@ -189,9 +190,10 @@ def test_a_fork_trains_a_teacher_of_its_own_where_its_recipe_is_another(tmp_path
     student.write_text(RECIPE.replace("{use: supervised}", f"{{use: distill, teacher: {{recipe: {teacher}}}}}"))
     with pytest.raises(Interrupted):
         train(recipes.load(str(student)), tmp_path / "run", StopAt(STEPS_PER_EPOCH + 1))
-    teacher.write_text(RECIPE.replace("epochs: 2", "epochs: 1").replace("lr: 1e-3", "lr: 2e-3"))
+    other = tmp_path / "other.yaml"
+    other.write_text(RECIPE.replace("epochs: 2", "epochs: 1").replace("lr: 1e-3", "lr: 2e-3"))
     with pytest.raises(Interrupted):
-        forked(tmp_path / "run", tmp_path / "fork", "optim.lr=5e-4", world=StopAt(STEPS_PER_EPOCH + 1))
+        forked(tmp_path / "run", tmp_path / "fork", f"method.teacher.recipe={other}", world=StopAt(STEPS_PER_EPOCH + 1))
     assert "the teacher is that of" not in capsys.readouterr().out
     with pytest.raises(AssertionError, match="safetensors model"):
         assert_same_weights(tmp_path / "run" / "teacher", tmp_path / "fork" / "teacher", STEPS_PER_EPOCH)
@@ -205,6 +207,7 @@ def test_a_run_whose_teacher_was_under_way_goes_on_by_its_name(tmp_path, capsys)
     with pytest.raises(Interrupted, match=f"go on with `fastdeit train --resume {run}`$"):
         train(recipes.load(str(student)), run, StopAt(2))
     student.unlink()
+    teacher.unlink()
     assert cli(["train", "--resume", str(run)]) == 0
     out = capsys.readouterr().out
     assert f"recipe student, run directory {run}" in out

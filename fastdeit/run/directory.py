@@ -50,6 +50,12 @@ def can_go_on(run: Path) -> bool:
     return has_checkpoint(run) or (has_checkpoint(run / TEACHER) and (run / RECIPE).is_file())
 
 
+def finished(run: Path | None) -> Path | None:
+    """`run`, if it has been trained to its end."""
+    state = None if run is None else checkpoint.newest_state(run / CHECKPOINTS)
+    return run if state is not None and state["steps"] == checkpoint.steps(run / CHECKPOINTS)[-1] else None
+
+
 def newest(name: str) -> Path:
     """The newest run of the recipe `name` under runs/ that has a checkpoint. Raises UsageError where there is none."""
     found = []

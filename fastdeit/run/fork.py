@@ -17,6 +17,7 @@ from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import address, directory
 from fastdeit.run.build import Report
+from fastdeit.run.lock import NAME as LOCK
 from fastdeit.run.record import Record
 from fastdeit.run.saver import Saver
 from fastdeit.run.weights import open_weights
@@ -92,18 +93,19 @@ class Origin:
         saver.lineage = self.lineage(recipe)
         return Record(phase=found.state["record"]["phase"])
 
-    def take_teacher(self, own: "Recipe", run_dir: Path, say: Report) -> None:
-        """Copy the parent's teacher into the fork `run_dir`, if it was trained there by a recipe like `own`.
+    def teacher(self, recipe: "Recipe") -> Path | None:
+        """The parent's teacher, trained there to its end, if a fork by `recipe` asks for the same; else None."""
+        wanted = [getattr(each.method, "teacher", None) for each in (self.recipe, recipe)]
+        same = wanted[0] is not None and wanted[0] == wanted[1]
+        return directory.finished(self.run / directory.TEACHER) if same else None
 
-        Call it on one process.
-        """
-        source, target = self.run / directory.TEACHER, run_dir / directory.TEACHER
-        state = checkpoint.newest_state(source / directory.CHECKPOINTS)
-        if state is None or recipes.difference(recipes.Recipe.model_validate(state["recipe"]), own):
-            return
+    def copy_teacher(self, run_dir: Path, say: Report) -> None:
+        """Copy the parent's teacher into the fork `run_dir`, in one step. Call it on one process."""
         say(f"the teacher is that of {self.run}")
+        target = run_dir / directory.TEACHER
         temporary = target.with_name(f".tmp-{target.name}")
-        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("lock.json", ".tmp-*"))
+        ignored = shutil.ignore_patterns(LOCK, ".tmp-*")
+        shutil.copytree(self.run / directory.TEACHER, temporary, ignore=ignored)
         os.rename(temporary, target)
 
     def _refusal(self, why: str) -> UsageError:
