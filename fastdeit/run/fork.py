@@ -83,7 +83,9 @@ class Origin:
             say(f"the average of the weights stays with {self.run}: optim.ema_decay is null now")
         elif ema is not None and "ema" not in found.tensors:
             say(f"the average of the weights begins with the weights: {self.run} has none")
-            averages = {name: found.tensors["model"][name.removeprefix("model.")] for name in ema.average}
+            held = {f"model.{name}": tensor for name, tensor in found.tensors["model"].items()}
+            held |= found.tensors["method"]
+            averages = {name: held[name] for name in ema.average if name in held}
             found = Checkpoint(found.path, found.step, found.tensors | {"ema": averages}, found.state)
         try:
             saver.load(found)
