@@ -183,7 +183,7 @@ def checked(order: str = "forward", seed: int = 0) -> Iterator[list[str]]:
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int = 1, **constants: Any) -> None:
         if 0 in grid:
             return
-        launched.append(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}")
+        launched.append(interpreter.title(kernel.fn))
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
         interpreter.run(kernel, grid, arguments, memory, programs(grid, order, seed))
 

@@ -7,6 +7,7 @@ Coverage is measured over these cases (`test_kernel_coverage.py`), and faults ar
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,8 @@ from tests.kernels.proof import assert_as_good
 
 Outcome = dict[str, Tensor]
 _KERNELS = "fastdeit.kernels"
+_SCALAR = 16
+"""Units in the last place of 1 that a loss or a norm may be off: it is a sum of numbers of either sign."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,32 @@ class CheckedCase:
             yield
 
     def judge(self, outcome: Outcome) -> None:
-        """AssertionError unless the outcome is as good as the reference's."""
+        """AssertionError unless the outcome is as good as the reference's: by the rule of `proof.py`, but for single
+        numbers, whose error is a matter of chance, and products, which are rounded once."""
         if not self.judged:
             return
         same, exact = self.reference(False), self.reference(True)
         assert outcome.keys() <= same.keys()
         for name, mine in outcome.items():
-            assert_as_good(mine, same[name], exact[name], f"{self.name}: {name}")
+            title = f"{self.name}: {name}"
+            if mine.dim() == 0:
+                bound = _SCALAR * torch.finfo(torch.float32).eps * (1 + exact[name].abs())
+                assert (mine - exact[name]).abs() <= bound, f"{title} is {mine:.9g}, but should be {exact[name]:.9g}"
+            elif mine.dtype == torch.float32 and self.dtype == torch.float16 and self.op.name == "attention":
+                # Sums over what the tensor cores take in 16 bits: as exact as these.
+                assert_as_good(mine.half(), same[name].half(), exact[name], title)
+            else:
+                assert_as_good(mine, same[name], exact[name], title)
+        if self.op.name == "mlp" and self.backend.name == "epilogue" and outcome:
+            _rounded_once(outcome["result 1"], exact["result 1"])
+
+
+def _rounded_once(product: Tensor, exact: Tensor) -> None:
+    """AssertionError unless every element of a float16 product of the size of 1 is the exact one, rounded: at most half
+    a unit in the last place off, and what sums in float32 lose. Sums in float16 lose fifty times that."""
+    unit = 2.0 ** (exact.abs().clamp(min=2.0**-14).log2().floor() - 10)
+    lost = ((product.double() - exact).abs() - 0.5 * unit).max()
+    assert lost <= 1e-5, f"an element of a product lost {lost:.3g} before it was rounded"
 
 
 def _as_double(value: Any) -> Any:
@@ -137,11 +159,6 @@ def _no_such_label(args: list[Any]) -> None:
     labels[0][1], labels[1][2] = -1, 1_000_000
 
 
-def _no_such_partner(args: list[Any]) -> None:
-    partner = next(arg for arg in args if isinstance(arg, Tensor) and arg.dtype == torch.int64)
-    partner[0], partner[1] = -1, 1_000_000
-
-
 def _no_gradients(args: list[Any]) -> None:
     """No backward will follow."""
     args[-1] = False
@@ -167,7 +184,7 @@ _DEEP = {
     depth: replace(FEW, name=f"depth {depth}", batch=1, tokens=130, dim=depth, hidden=136) for depth in (65, 72, 768)
 }
 _MANY_ROWS = replace(FEW, name="1160 rows", batch=8, tokens=145, dim=65, hidden=140)
-_CLASSES = replace(FEW, name="5000 classes", classes=5000)
+_CLASSES = replace(FEW, name="8200 classes", classes=8200)
 _MANY_SAMPLES = replace(FEW, name="11 samples", batch=11)
 _PICTURES = replace(FEW, name="32 x 48", image=(32, 48), patch=16)
 _TINY_PATCHES = replace(FEW, name="30 x 42", image=(30, 42), patch=6)
@@ -186,6 +203,7 @@ _MORE: tuple[tuple[str, Sizes, tuple[torch.dtype, ...], dict[str, Any]], ...] = 
     ("add_layer_norm", _LOOPS, _BOTH, {"small": (("layer_norm._PROGRAMS", 2),)}),
     ("layer_norm", _LOOPS, _BOTH, {"small": (("layer_norm._PROGRAMS", 2),)}),
     ("mlp", _LOOPS, _BOTH, {"small": (("mlp.gelu._PROGRAMS", 2),)}),
+    ("layer_norm_mlp/triton", _LOOPS, (_FP32,), {"small": (("layer_norm._PROGRAMS", 2),)}),
     *(("mlp/epilogue", sizes, (_FP16,), {}) for sizes in (*_DEEP.values(), _MANY_ROWS)),
     ("distillation_loss", _CLASSES, _BOTH, {}),
     ("distillation_loss", _MANY_SAMPLES, (_FP32,), {"small": (("_loss._ELEMENTS", 4),)}),
@@ -198,7 +216,6 @@ _MORE: tuple[tuple[str, Sizes, tuple[torch.dtype, ...], dict[str, Any]], ...] = 
     *((op, sizes, _BOTH, {}) for op in ("pixels", "patchify") for sizes in (_PICTURES, _TINY_PATCHES)),
     ("pixels", _PICTURES, (_FP16,), {"change": _boxes_across_tiles}),
     ("patchify", _PICTURES, (_FP16,), {"change": _boxes_across_tiles}),
-    ("pixels", FEW, (_FP32,), {"change": _no_such_partner, "judged": False}),
     *(
         (op, sizes, (_FP16,), {"small": (("optimizer.lamb._ADDED", 1),)})
         for op in ("fused_adamw", "fused_lamb", "fused_sgd")
@@ -214,14 +231,14 @@ _MORE: tuple[tuple[str, Sizes, tuple[torch.dtype, ...], dict[str, Any]], ...] = 
 
 
 def _applies(case: CheckedCase) -> bool:
-    args = case.arguments() if case.change is None else replace(case, change=None).arguments()
-    if case.change is _no_such_partner or case.change is _boxes_across_tiles:
-        return any(isinstance(arg, Tensor) and arg.dtype in (torch.int64, torch.int32) for arg in args[1:])
-    if case.change is _skipping:
-        return args[-4] is not None and case.example.name != "weights, nothing else"
-    return True
+    """Whether the example has what the case would change."""
+    args = replace(case, change=None).arguments()
+    if case.change is _boxes_across_tiles:
+        return any(isinstance(arg, Tensor) and arg.shape[1:] == (4,) for arg in args)
+    return case.change is not _skipping or args[-4] is not None  # found_inf
 
 
+@cache
 def every_case() -> dict[str, CheckedCase]:
     """All cases by name."""
     found = {}
@@ -242,6 +259,7 @@ def every_case() -> dict[str, CheckedCase]:
     return found
 
 
+@cache
 def quick_cases() -> dict[str, CheckedCase]:
     """The first example of every backend, at a few elements, in the first dtype that it takes."""
     chosen = {}

@@ -37,6 +37,7 @@ from triton.runtime import interpreter
 
 from fastdeit.kernels import _triton
 
+_PACKAGE = "fastdeit.kernels."
 _TRITON = Path(triton.__file__).parent
 _SLOT = 56
 """Bits of an offset. The bits above are the number of the tensor; 0 is that of addresses from tables."""
@@ -163,15 +164,17 @@ class Memory:
         extents, owner, offset = self._resolve(addresses.reshape(-1).astype(np.uint64), size, access)
         for number, extent in enumerate(extents):
             own = offset if len(extents) == 1 else offset[owner == number]
-            good = extent.holds(own, size)
-            if not good.all():
-                at = int(own[~good][0])
-                place = f"byte {at} of {extent.name}, which has {list(extent.shape)} elements of {extent.itemsize} bytes"
-                layout = "" if extent.end == extent.itemsize * np.prod(extent.shape) else f", strides {extent.strides}"
-                raise self.fault("out of bounds", f"{access} of {size} bytes at {place}{layout}")
             if (wrong := (extent.start + own) % size != 0).any():
                 at = int(own[wrong][0])
                 raise self.fault("misaligned", f"{access} of {size} bytes at byte {at} of {extent.name}")
+            good = extent.holds(own, size)
+            if not good.all():
+                at = int(own[~good][0])
+                place = (
+                    f"byte {at} of {extent.name}, which has {list(extent.shape)} elements of {extent.itemsize} bytes"
+                )
+                layout = "" if extent.end == extent.itemsize * np.prod(extent.shape) else f", strides {extent.strides}"
+                raise self.fault("out of bounds", f"{access} of {size} bytes at {place}{layout}")
         return Places(extents, owner, offset, size)
 
     def _resolve(self, addresses: NDArray, size: int, access: str) -> tuple[list[Extent], NDArray, NDArray]:
@@ -186,7 +189,9 @@ class Memory:
             # An address before its tensor lies behind another one: the nearer of both is meant.
             numbers, owner = np.unique(np.maximum(number, 0), return_inverse=True)
             return [self._known[n] for n in numbers], owner, offset - self._starts[numbers][owner]
-        raise self.fault("out of bounds", f"{access} of {size} bytes at address {int(addresses[0])}, which is of no tensor")
+        raise self.fault(
+            "out of bounds", f"{access} of {size} bytes at address {int(addresses[0])}, which is of no tensor"
+        )
 
 
 @dataclass(frozen=True)
@@ -207,18 +212,10 @@ class Places:
 
 def _line() -> str:
     """File and line of the innermost function of a kernel that is running: the device function, where it is in one."""
-    return "{}:{}".format(*lines()[-1])
-
-
-def lines() -> list[tuple[str, int]]:
-    """(file, line) of the functions of a kernel that are running, outermost first."""
-    found, frame = [], sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code in _CODES:
-            found.append((Path(code.co_filename).name, frame.f_lineno))
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code not in _CODES:
         frame = frame.f_back
-    return found[::-1] or [("?", 0)]
+    return "an unknown line" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 _CODES: set[Any] = set()
@@ -269,8 +266,7 @@ def run(
     """Run these programs of a launch, in this order. `Fault` for the first thing that is wrong."""
     global _memory
     sizes = (*grid, *(1,) * (3 - len(grid)))
-    label = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-    memory.begin(label, sizes, arguments)
+    memory.begin(title(kernel.fn), sizes, arguments)
     function = _rewritten(kernel)
     constants = {name for name, kind in inspect.get_annotations(kernel.fn).items() if "constexpr" in str(kind)}
     values = {
@@ -291,6 +287,16 @@ def run(
         raise error from None
     finally:
         _memory = None
+
+
+def title(function: Any) -> str:
+    """`module.function` of a function of a kernel, as messages call it: without the name of the package."""
+    return f"{function.__module__.removeprefix(_PACKAGE)}.{function.__name__}"
+
+
+def running() -> str:
+    """The `title` of the kernel that is running."""
+    return _memory.label
 
 
 def _argument(name: str, value: Any, memory: Memory) -> Any:
