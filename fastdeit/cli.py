@@ -257,11 +257,18 @@ def _kernels_bench(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _kernels(args: argparse.Namespace, argv: list[str]) -> int | None:
+    if args.action == "lint" and args.bounds:
+        if args.arch or args.json or args.update_golden:
+            raise UsageError("with --bounds nothing is compiled: it takes no flag but --op")
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+        from fastdeit.kernels.lint import bounds
+
+        return bounds.main(args)
     if args.action == "lint":
         from fastdeit.kernels.lint import lint
 
         return lint.main(args)
-    if args.arch or args.op or args.json or args.update_golden:
+    if args.arch or args.op or args.json or args.update_golden or args.bounds:
         raise UsageError("only lint takes flags: fastdeit kernels lint ...")
     from fastdeit import kernels
 
@@ -456,7 +463,7 @@ def _kernel_verbs() -> dict[str, Verb]:
     kernels = Verb(
         "kernels",
         "which kernels will be used and why, or what the compiler makes of them",
-        "[info|lint] [--arch N ...] [--op NAME] [--json FILE] [--update-golden]",
+        "[info|lint] [--arch N ...] [--op NAME] [--json FILE] [--update-golden] [--bounds]",
         _kernels,
     )
     add = kernels.parser.add_argument
@@ -467,6 +474,7 @@ def _kernel_verbs() -> dict[str, Verb]:
     add("--op", metavar="NAME", help="compile the kernels of this op (default: of all)")
     add("--json", metavar="FILE", help="write all facts to this file")
     add("--update-golden", action="store_true", help="keep the instruction mixes in tests/golden/kernels")
+    add("--bounds", action="store_true", help="check addresses instead of compiling, at huge sizes as well")
 
     timed = Verb(
         "kernels bench",

@@ -110,4 +110,4 @@ def one_round_and_one_side(x, y, count, N: tl.constexpr):
         tl.store(y + start + at, tl.load(x + start + at, mask=start + at < count))
     if count < 0:
         for start in range(count):
-            tl.store(y, 0.0)
+            tl.store(y + start, 0.0)

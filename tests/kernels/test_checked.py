@@ -12,34 +12,27 @@ from fastdeit.kernels.lint import interpreter
 from fastdeit.kernels.lint.interpreter import Fault
 from tests.kernels import faulty_kernels as faulty
 from tests.kernels.checked import ORDERS, checked, programs
-from tests.kernels.checked_cases import CheckedCase, Outcome, every_case, quick_cases
+from tests.kernels.checked_cases import CheckedCase, Outcome, every_case, quick_cases, same_bits
 from tests.kernels.kernel_coverage import jit_functions, measured, places_of
 
 pytestmark = pytest.mark.skipif(interpreter.unavailable() is not None, reason=str(interpreter.unavailable()))
 
+_PRODUCT, _PRODUCT_BACKWARD = (f"mlp.gelu_products._product_gelu_{name}kernel" for name in ("", "backward_"))
 ALLOWED = {
     "losses._forward_kernel: in _loss.binary_cross_entropy: branch `BINARY`": "called where BINARY; cosub's is not",
-    "attention.forward._online_kernel: in attention.tiles.logits: branch `RAGGED`": "any chunk may be the last",
-    "attention.backward._query_gradient_kernel: in attention.tiles.logits: branch `RAGGED`": "any chunk may be the last",
-    "mlp.gelu_products._product_gelu_kernel: in mlp.gelu.normal_distribution: branch `EXACT`": "16-bit results only",
-    "mlp.gelu_products._product_gelu_backward_kernel: in mlp.gelu.normal_distribution: branch `EXACT`": (
-        "16-bit results only"
-    ),
+    **{
+        f"attention.{kernel}: in attention.tiles.logits: branch `RAGGED`": "any chunk may be the last"
+        for kernel in ("forward._online_kernel", "backward._query_gradient_kernel")
+    },
+    **{
+        f"{kernel}: in mlp.gelu.normal_distribution: branch `EXACT`": "results of 16 bits only"
+        for kernel in (_PRODUCT, _PRODUCT_BACKWARD)
+    },
     "optimizer.norm._squares_kernel: in optimizer._multi_tensor.chunk: branch `found_inf is not None`": (
         "a norm is never skipped"
     ),
 }
 """What of device functions a kernel cannot reach, and why."""
-
-
-def same_bits(one: Outcome, other: Outcome) -> bool:
-    """Whether two outcomes are equal, NaN included."""
-    return one.keys() == other.keys() and all(
-        one[name].detach().numpy(force=True).tobytes() == other[name].detach().numpy(force=True).tobytes()
-        if one[name].dtype != torch.bfloat16
-        else torch.equal(one[name].view(torch.int16), other[name].view(torch.int16))
-        for name in one
-    )
 
 
 def prove_orders(case: CheckedCase, *orders: str) -> Outcome:
