@@ -111,3 +111,16 @@ def one_round_and_one_side(x, y, count, N: tl.constexpr):
     if count < 0:
         for start in range(count):
             tl.store(y + start, 0.0)
+
+
+@triton.jit
+def copy_far(x, y, count, N: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    tl.store(y + at, tl.load(x + at, mask=at < count, other=0.0), mask=at < count)
+
+
+@triton.jit
+def copy_in_a_loop(x, y, count, N: tl.constexpr):
+    for start in range(0, count, N):
+        at = start + tl.arange(0, N)
+        tl.store(y + at, tl.load(x + at, mask=at < count, other=0.0), mask=at < count + 1)

@@ -1,6 +1,6 @@
 """Plants each of the faults of `mutants.py` and sees which proof finds it.
 
-    python -m tests.kernels.mutant_hunt       hunts them all and writes docs/proofs.md
+    TRITON_INTERPRET=1 python -m tests.kernels.mutant_hunt       hunts them all and writes docs/proofs.md
 
 A fault is planted into the running process: the function that it changes is compiled anew from the changed file, and
 every kernel that calls it has the new one, until it is taken back.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastdeit import kernels
@@ -156,7 +157,7 @@ def _found_by_lint(mutant: Mutant) -> Finding | None:
 _INTRODUCTION = """# Proofs of the kernels
 
 Four proofs run without a card, and each planted fault below is found by one of them.
-`python -m tests.kernels.mutant_hunt` writes this page, and `pytest -m slow tests/kernels/test_mutants.py` compares.
+`TRITON_INTERPRET=1 python -m tests.kernels.mutant_hunt` writes this page, and `pytest -m slow tests/kernels/test_mutants.py` compares.
 
 **Checked interpreter** (`tests/kernels/test_checked.py`). No access leaves its tensor or is misaligned. No int32 wraps.
 What `tl.multiple_of` promises holds. No two programs touch one address where one of them writes, unless an acquire and
@@ -187,5 +188,6 @@ def row(mutant: Mutant, finding: Finding | None) -> str:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # as in tests: sums on the CPU depend on the number
     text = _INTRODUCTION + "\n".join(row(mutant, hunt(mutant)) for mutant in MUTANTS) + "\n"
     PAGE.write_text(text)

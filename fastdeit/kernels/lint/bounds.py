@@ -26,6 +26,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 from triton.runtime.interpreter import _interpreter, interpreter_builder
@@ -66,7 +67,8 @@ class Nothing(Memory):
 
 @dataclass(frozen=True)
 class Checked:
-    """A launch: its kernel, how many programs ran, elements of its largest tensor, and the fault, if there is one."""
+    """A launch: its kernel, how many programs ran, the elements from the first to the last of its largest tensor, and
+    the fault, if there is one."""
 
     op: str
     case: str
@@ -85,7 +87,7 @@ def check(case: Case, seen: set[Any] | None = None, arch: int = 90) -> list[Chec
     # Addresses do not depend on products, which take most of the time.
     no_products = mock.patch.object(interpreter_builder, "create_dot", lambda a, b, total, *_: total)
     found = []
-    with interpreter.session(), _short_loops(), no_products:
+    with interpreter.session(), no_products:
         for launch in recorded.launches:
             key = _addresses_of(launch)
             if key not in seen:
@@ -96,23 +98,25 @@ def check(case: Case, seen: set[Any] | None = None, arch: int = 90) -> list[Chec
 
 def _addresses_of(launch: _triton.Launch) -> Any:
     """What the addresses of a launch depend on: of tensors their layouts, not whether 16 bits are those of bfloat16."""
-    layouts = (
-        (name, (tuple(value.shape), value.stride(), value.element_size()) if isinstance(value, Tensor) else value)
-        for name, value in launch.arguments.items()
-    )
-    return launch.kernel.fn, launch.grid, tuple((name, str(value)) for name, value in layouts)
+
+    def layout(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return tuple(value.shape), value.stride(), value.element_size()
+        return value.primitive_bitwidth if isinstance(value, tl.dtype) else str(value)
+
+    return launch.kernel.fn, launch.grid, tuple((name, layout(value)) for name, value in launch.arguments.items())
 
 
 def _check(case: Case, launch: _triton.Launch, memory: Memory) -> Checked:
     programs, fault = corners(launch.grid), None
     try:
-        interpreter.run(launch.kernel, launch.grid, launch.arguments, memory, programs)
+        with _short_loops(launch.kernel.fn.__module__), np.errstate(all="ignore"):
+            interpreter.run(launch.kernel, launch.grid, launch.arguments, memory, programs)
     except Fault as found:
         fault = str(found)
-    tensors = [value.numel() for value in launch.arguments.values() if isinstance(value, Tensor)]
-    tensors += [int(np.prod(extent.shape)) for extent in memory.known]
-    name = interpreter.title(launch.kernel.fn)
-    return Checked(case.op, case.name, name, len(programs), max(tensors), fault)
+    extents = [Extent.of(name, value) for name, value in launch.arguments.items() if isinstance(value, Tensor)]
+    largest = max(extent.end // extent.itemsize for extent in (*extents, *memory.known))
+    return Checked(case.op, case.name, interpreter.title(launch.kernel.fn), len(programs), largest, fault)
 
 
 def corners(grid: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -125,24 +129,27 @@ def huge_cases() -> dict[str, list[Case]]:
     """`cases`, with so many samples that the largest argument has more than 2**31 elements; for optimizers, which know
     no samples, with so many classes. By op."""
 
-    def grown(make: Maker, build: Any) -> Maker:
-        args = [tensor for arg in build(make) for tensor in (arg if isinstance(arg, list) else [arg])]
-        largest = max(arg.numel() for arg in args if isinstance(arg, Tensor))
-        name = "classes" if any(isinstance(arg, list) for arg in build(make)) else "batch"
-        more = -(-_BEYOND // largest)
-        sizes = replace(make.sizes, **{name: getattr(make.sizes, name) * more})
-        return replace(make, sizes=sizes)
-
-    return {op: [_with(case, grown) for case in found] for op, found in cases().items()}
+    return {op: [_huge(case) for case in found] for op, found in cases().items()}
 
 
-def _with(case: Case, grown: Any) -> Case:
+def _huge(case: Case) -> Case:
     run, op, backend, example, make = case.run.func, *case.run.args
 
-    def huge() -> None:
-        run(op, backend, example, grown(make, example.build))
+    def sizes(times: int) -> Maker:
+        name = "classes" if isinstance(example.build(make)[0], list) else "batch"
+        return replace(make, sizes=replace(make.sizes, **{name: times * getattr(make.sizes, name)}))
 
-    return replace(case, run=huge, name=f"{case.name}, huge")
+    def run_huge() -> None:
+        once, twice = (_elements(example.build(sizes(times))) for times in (1, 2))
+        largest = max(one for one, two in zip(once, twice, strict=True) if two > one)
+        run(op, backend, example, sizes(-(-_BEYOND // largest)))
+
+    return replace(case, run=run_huge, name=f"{case.name}, huge")
+
+
+def _elements(args: Sequence[Any]) -> list[int]:
+    tensors = (tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg]))
+    return [tensor.numel() for tensor in tensors if isinstance(tensor, Tensor)]
 
 
 @contextmanager
@@ -167,15 +174,17 @@ def _addressed(memory: Memory) -> Iterator[None]:
 
 
 @contextmanager
-def _short_loops() -> Iterator[None]:
-    """Inside, loops of more than `LONG` rounds of kernels go through the first and the last three of them."""
+def _short_loops(kernel: str) -> Iterator[None]:
+    """Inside, loops of more than `LONG` rounds go through the first and the last three of them: those of functions in
+    the module of a kernel, and in the package."""
 
     def ends(*limits: Any) -> Sequence[int]:
         every = range(*map(int, limits))
         return every if len(every) <= LONG else [*every[:3], *every[-3:]]
 
     package = __package__.rpartition(".")[0]
-    modules = [module for name, module in sys.modules.items() if name.startswith(package) and name != __name__]
+    modules = [module for name, module in sys.modules.items() if name.startswith(package) or name == kernel]
+    modules.remove(sys.modules[__name__])
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "range", ends, create=True))
