@@ -188,8 +188,12 @@ def checked(order: str = "forward", seed: int = 0) -> Iterator[list[str]]:
         interpreter.run(kernel, grid, arguments, memory, programs(grid, order, seed))
 
     def split(*lists: Any) -> list[Any]:
-        for number, tensors in enumerate(lists):
-            memory.known += [Extent.of(f"tensor {i} of list {number}", t) for i, t in enumerate(tensors) if t.numel()]
+        memory.known = [
+            Extent.of(f"tensor {i} of list {number}", tensor)
+            for number, tensors in enumerate(lists)
+            for i, tensor in enumerate(tensors)
+            if tensor.numel()
+        ]
         return original(*lists)
 
     original = _multi_tensor.split

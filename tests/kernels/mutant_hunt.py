@@ -86,10 +86,12 @@ def _instead(old: Any, new: Any) -> Iterator[None]:
 
 
 def hunt(mutant: Mutant) -> Finding | None:
-    """The first proof that finds the mutant: the cases of its ops, of which those of its hint come first, then the
-    lint, or the lint of bounds alone for what shows only far away. None if it survives."""
+    """The first proof that finds the mutant, None if it survives: the cases of its ops in the checked interpreter, of
+    which those of its hint come first, or one of the lints where the hint says so."""
     wanted = mutant.cases.split("/")
-    if mutant.far:
+    if mutant.hint == "compiler":
+        return _found_by_lint(mutant)
+    if mutant.hint == "huge":
         with planted(mutant):
             return _found_far_away(mutant, *wanted)
     found = [case for case in every_case().values() if [case.op.name, case.backend.name][: len(wanted)] == wanted]
@@ -97,7 +99,7 @@ def hunt(mutant: Mutant) -> Finding | None:
         for case in sorted(found, key=lambda case: mutant.hint not in case.name):
             if by := _found_by(case):
                 return Finding(mutant, by, case.name)
-    return _found_by_lint(mutant)
+    return None
 
 
 def _found_by(case: CheckedCase) -> str | None:
@@ -157,7 +159,8 @@ def _found_by_lint(mutant: Mutant) -> Finding | None:
 _INTRODUCTION = """# Proofs of the kernels
 
 Four proofs run without a card, and each planted fault below is found by one of them.
-`TRITON_INTERPRET=1 python -m tests.kernels.mutant_hunt` writes this page, and `pytest -m slow tests/kernels/test_mutants.py` compares.
+`TRITON_INTERPRET=1 python -m tests.kernels.mutant_hunt` writes this page;
+`pytest -m slow tests/kernels/test_mutants.py` plants the faults again and compares.
 
 **Checked interpreter** (`tests/kernels/test_checked.py`). No access leaves its tensor or is misaligned. No int32 wraps.
 What `tl.multiple_of` promises holds. No two programs touch one address where one of them writes, unless an acquire and

@@ -8,8 +8,9 @@ They are in `mutants.diff`, a block for each:
     -the line that the fault takes away
     +the line that it puts there
 
-The kind is mask, bound, stride, offset, program, accumulator, order, loop, type or value. "huge" in place of a case:
-the fault shows only in tensors of more than 2**31 elements.
+The kind is mask, bound, stride, offset, program, accumulator, order, loop, type or value. In place of a case stands
+"huge" where the fault shows only in tensors of more than 2**31 elements, and "compiler" where the interpreter does not
+mind it.
 """
 
 from dataclasses import dataclass
@@ -29,11 +30,6 @@ class Mutant:
     hint: str
     old: str
     new: str
-
-    @property
-    def far(self) -> bool:
-        """Whether it shows only in tensors of more than 2**31 elements."""
-        return self.hint == "huge"
 
 
 def _parsed(block: str) -> Mutant:

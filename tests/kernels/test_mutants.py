@@ -8,6 +8,7 @@ from tests.kernels.kernel_coverage import jit_functions
 from tests.kernels.mutant_hunt import PAGE, hunt, planted, row
 from tests.kernels.mutants import MUTANTS
 
+pytestmark = pytest.mark.skipif(interpreter.unavailable() is not None, reason=str(interpreter.unavailable()))
 NAMES = {mutant.name: mutant for mutant in MUTANTS}
 
 
@@ -45,7 +46,6 @@ def test_the_page_has_every_fault_and_none_survives():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(interpreter.unavailable() is not None, reason=str(interpreter.unavailable()))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fault_is_found_by_the_proof_that_the_page_names(name):
     assert row(NAMES[name], hunt(NAMES[name])) in PAGE.read_text().splitlines()

@@ -6,10 +6,11 @@ the programs at the corners of the grid run in Triton's interpreter on memory th
 is written is dropped, and every access is checked against its tensor (`interpreter.py`).
 
 What this shows: offsets of the kernels are sums and products of program ids, loop variables and sizes, none of them
-negative, and so are largest and smallest at the corners. Therefore no program of these launches leaves its tensors, and
-no 32-bit offset wraps. What it does not show: other sizes, the values of results, and addresses that depend on data
-(labels, partners, boxes), which are taken where the data is 0. Loops of more than `LONG` rounds go through their first
-and last ones, so that a pointer that such a loop moves along is not followed; no kernel has one.
+negative, and so are largest and smallest at the corners. (Products number their blocks in groups; there, too, the last
+program has the last rows and columns.) Therefore no program of these launches, which are those for sm_90, leaves its
+tensors, and no 32-bit offset wraps. What it does not show: other sizes, the values of results, and addresses that
+depend on data (labels, partners, boxes), which are taken where the data is 0. Loops of more than `LONG` rounds go
+through their first and last ones, so that a pointer that such a loop moves along is not followed; no kernel has one.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def check(case: Case, seen: set[Any] | None = None, arch: int = 90) -> list[Chec
     with _addressed(memory), _triton.recording(arch) as recorded:
         case.run()
     # Addresses do not depend on products, which take most of the time.
-    no_products = mock.patch.object(interpreter_builder, "create_dot", lambda a, b, total, *_: total)
+    no_products = interpreter.replaced(interpreter_builder, "create_dot", lambda a, b, total, *_: total)
     found = []
     with interpreter.session(), no_products:
         for launch in recorded.launches:
@@ -128,7 +128,6 @@ def corners(grid: Sequence[int]) -> list[tuple[int, int, int]]:
 def huge_cases() -> dict[str, list[Case]]:
     """`cases`, with so many samples that the largest argument has more than 2**31 elements; for optimizers, which know
     no samples, with so many classes. By op."""
-
     return {op: [_huge(case) for case in found] for op, found in cases().items()}
 
 
@@ -169,7 +168,7 @@ def _addressed(memory: Memory) -> Iterator[None]:
                 rows[-1].append(start)
         return part(kind, [sizes, *rows], places, torch.device("cpu"))
 
-    with mock.patch.object(_multi_tensor, "_part", addressed):
+    with interpreter.replaced(_multi_tensor, "_part", addressed):
         yield
 
 
@@ -187,7 +186,7 @@ def _short_loops(kernel: str) -> Iterator[None]:
     modules.remove(sys.modules[__name__])
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(mock.patch.object(module, "range", ends, create=True))
+            stack.enter_context(interpreter.replaced(module, "range", ends))
         yield
 
 

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import triton
@@ -186,7 +185,7 @@ class Memory:
             return [self._extents[slot - 1]], np.zeros(len(offset), np.int64), offset
         if not slot and not slots.any() and self._known:
             number = np.searchsorted(self._starts, offset, side="right") - 1
-            # An address before its tensor lies behind another one: the nearer of both is meant.
+            # An address between two tensors counts as one behind the first of them.
             numbers, owner = np.unique(np.maximum(number, 0), return_inverse=True)
             return [self._known[n] for n in numbers], owner, offset - self._starts[numbers][owner]
         raise self.fault(
@@ -244,11 +243,25 @@ def session() -> Iterator[None]:
         # `tl.sum` and its like are functions of a kernel, too, whose names of the language are those of tl.core.
         for function in (tl.sum.fn, _triton_language):
             stack.callback(interpreter._patch_lang(function).restore)
-        stack.enter_context(mock.patch.object(tl, "multiple_of", _multiple_of))
-        stack.enter_context(mock.patch.object(interpreter.InterpretedFunction, "__call__", _call))
+        stack.enter_context(replaced(tl, "multiple_of", _multiple_of))
+        stack.enter_context(replaced(interpreter.InterpretedFunction, "__call__", _call))
         for name, value in checked.items():
-            stack.enter_context(mock.patch.object(builder, name, value))
+            stack.enter_context(replaced(builder, name, value))
         yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, the attribute of a module, class or object is `value`."""
+    own, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
 
 
 def _triton_language() -> Any:
