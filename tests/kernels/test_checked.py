@@ -4,12 +4,13 @@ order, the bits are the same: in Triton's interpreter, with every access checked
 Each run proves one example of every op; slow runs prove all examples and what those do not reach, and that what was
 proven covers all loops, branches and masks of all kernels."""
 
+import numpy as np
 import pytest
 import torch
 
 from fastdeit.kernels import _triton
 from fastdeit.kernels.lint import interpreter
-from fastdeit.kernels.lint.interpreter import Fault
+from fastdeit.kernels.lint.interpreter import Extent, Fault
 from tests.kernels import faulty_kernels as faulty
 from tests.kernels.checked import ORDERS, checked, programs
 from tests.kernels.checked_cases import CheckedCase, Outcome, every_case, quick_cases, same_bits
@@ -113,6 +114,32 @@ def test_a_view_is_not_the_tensor_that_it_is_a_part_of():
     assert launch(faulty.copy, x=packed[:, :5][0]).tolist() == [0] * 5
     with pytest.raises(Fault, match=r"byte 8 of x, which has \[3, 2\] elements of 4 bytes, strides \(8, 1\)"):
         launch(faulty.copy, x=packed[:, :2])
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x,
+        lambda x: x[1:, 2:5],
+        lambda x: x[:, ::3],
+        lambda x: x.transpose(0, 2),
+        lambda x: x[:, :1].expand(4, 6, 8),
+        lambda x: x[1, 2],
+        lambda x: x[:0],
+        lambda x: x[1, 2, 3],
+    ],
+    ids=["dense", "sliced", "strided", "transposed", "expanded", "row", "empty", "element"],
+)
+def test_an_extent_has_the_elements_of_its_tensor_and_no_other(view):
+    tensor = view(torch.arange(4 * 6 * 8).view(4, 6, 8))
+    extent = Extent.of("x", tensor)
+    own = {(n - tensor.storage_offset()) * 8 for n in tensor.flatten().tolist()}
+    offsets = np.arange(-80, 1600)
+    assert set(offsets[extent.holds(offsets, 8)].tolist()) == own
+    halves = {at + half for at in own for half in (0, 4)}
+    assert set(offsets[extent.holds(offsets, 4) & (offsets % 4 == 0)].tolist()) == halves
+    pairs = {at for at in own if at + 8 in own}
+    assert set(offsets[extent.holds(offsets, 16) & (offsets % 8 == 0)].tolist()) == pairs
 
 
 def test_only_the_last_program_may_read_what_others_wrote():
