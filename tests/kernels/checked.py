@@ -121,13 +121,12 @@ class Watched(Memory):
         count = int(np.prod(self._grid))
         released = self._released.setdefault(int(address), np.full(count, -1, np.int32))
         sees = self._sees.setdefault(own, np.full(count, -1, np.int32))
-        before = sees.copy()
         if semantic in ("ACQUIRE", "ACQUIRE_RELEASE"):
             np.maximum(sees, released, out=sees)
         if semantic in ("RELEASE", "ACQUIRE_RELEASE"):
-            np.maximum(released, np.maximum(before, sees), out=released)
+            np.maximum(released, sees, out=released)
             released[own] = max(released[own], self._at_barrier.get(own, -1))
-        word = (_ctypes(values.dtype)).from_address(int(address))
+        word = np.ctypeslib.as_ctypes_type(values.dtype).from_address(int(address))
         old = word.value
         word.value = old + int(values[0])
         return np.array([old])
@@ -154,10 +153,6 @@ class Watched(Memory):
         if touched is None:
             touched = self._bytes[start] = _Bytes(start, size, granule)
         return touched, touched.touched(places)
-
-
-def _ctypes(dtype: np.dtype) -> Any:
-    return np.ctypeslib.as_ctypes_type(dtype)
 
 
 def _split(places: Places) -> Iterator[Places]:
