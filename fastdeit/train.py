@@ -22,7 +22,7 @@ from fastdeit.engine.checkpoint import CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import ParamGroup, default_groups
+from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine
 from fastdeit.errors import FastdeitError, Interrupted, UsageError
@@ -32,6 +32,7 @@ from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.run.evaluate import Result, evaluate
+from fastdeit.run.groups import param_groups
 from fastdeit.run.record import Record, RunLog, Saver, choose_directory, describe, prepare_directory
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class PhaseSchedule:
         """What is trained in the phase that is under way, in the method's groups; nothing else asks for gradients."""
         phases.train_only(self._method, self.phase, self.trainable)
         self._method.on_phase(self.phase)
-        return self._method.param_groups(decay_groups(self._method, self._recipe))
+        return param_groups(self._method, self._recipe)
 
     def enter(self, epoch: int, engine: Engine) -> bool:
         """Make the phase of `epoch` that of the engine; whether it is another than before."""
@@ -227,12 +228,6 @@ class PhaseSchedule:
         self.phase = phase
         engine.enter(self.groups())
         return True
-
-
-def decay_groups(method: Method, recipe: "Recipe") -> list[ParamGroup]:
-    """Base optimizer groups of what is trained now: what the student exempts from weight decay, by its names there."""
-    _, exempt = method.model.decay_groups(decay_dist_token=recipe.optim.decay_dist_token)
-    return default_groups(method.named_parameters(), recipe.optim.weight_decay, {f"model.{name}" for name in exempt})
 
 
 def schedule_of(recipe: "Recipe") -> dict[str, Any]:

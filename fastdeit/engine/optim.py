@@ -2,11 +2,11 @@
 
 An optimizer is a subclass of `Optimizer` that says which tensors it keeps for a parameter and which op updates a list
 of them. Everything else is here: groups and their factors, the count of updates, phases of training in which other
-parameters are trained, and state for a checkpoint. `optimizers.py` has those that fastdeit brings.
+parameters are trained, and state for a checkpoint. `groups.py` says what a group is, `optimizers.py` has the optimizers
+that fastdeit brings.
 """
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,30 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fastdeit.engine.groups import ParamGroup, check
 from fastdeit.engine.guard import Verdict
-
-
-@dataclass(frozen=True)
-class ParamGroup:
-    """Parameters by name that share a weight decay and a factor on the learning rate."""
-
-    params: Mapping[str, Tensor]
-    weight_decay: float
-    lr_scale: float = 1.0
-
-
-def default_groups(
-    named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float, no_decay: Collection[str] = ()
-) -> list[ParamGroup]:
-    """Trainable parameters in two groups: decayed, and not (1-D tensors, biases and the names in `no_decay`)."""
-    decayed: dict[str, Tensor] = {}
-    undecayed: dict[str, Tensor] = {}
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            plain = parameter.ndim <= 1 or name.endswith(".bias") or name in no_decay
-            (undecayed if plain else decayed)[name] = parameter
-    groups = ParamGroup(decayed, weight_decay), ParamGroup(undecayed, 0.0)
-    return [group for group in groups if group.params]
 
 
 class OptimizerOptions(BaseModel):
@@ -92,7 +70,7 @@ class Optimizer:
     `params` are the trained parameters by name, `state` has a dict of tensors like them for each name of
     `state_names`, zeros before the first update.
 
-    Raises ValueError when there is nothing to train or a parameter is in two groups.
+    Raises GroupError for groups that make no sense (`groups.check`).
     """
 
     Options: ClassVar[type[OptimizerOptions]] = OptimizerOptions
@@ -120,11 +98,7 @@ class Optimizer:
         updates, in whatever group it is now. Any other starts with zero state and count zero. What is in no group any
         more is forgotten, and starts anew if it comes back. A recorded step must be recorded again.
         """
-        times = Counter(name for group in groups for name in group.params)
-        if not times:
-            raise ValueError("there is nothing to train: no group has a parameter")
-        if max(times.values()) > 1:
-            raise ValueError(f"{times.most_common(1)[0][0]!r} is in more than one group of parameters")
+        check(groups)
         self.groups = list(groups)
         before, self.params = self.params, {name: p for group in groups for name, p in group.params.items()}
         stays = {name for name, p in self.params.items() if before.get(name) is p}

@@ -14,8 +14,9 @@ from fastdeit.batch import Step
 from fastdeit.engine.capture import GraphedStep
 from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.ema import Ema, EmaTeacher
+from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.guard import Guard
-from fastdeit.engine.optim import Optimizer, ParamGroup
+from fastdeit.engine.optim import Optimizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -78,6 +79,8 @@ class Engine:
         self._wrap()
 
     def _wrap(self) -> None:
+        trained = {id(p) for p in self.optimizer.params.values()}
+        self._untrained = [(name, p) for name, p in self.method.named_parameters() if id(p) not in trained]
         self.module = torch.compile(self.method, dynamic=False) if self.capture == "compile" else self.method
         if self.world.size > 1:
             # For one-token parameters the stride of a dimension of size 1 differs, which costs nothing.
@@ -154,6 +157,7 @@ class Engine:
             self._last_micro = number == len(batches) - 1
             self.method.step(batch, self)
             self._end_micro()
+        self._refuse_stray_gradients()
         verdict = self.guard.judge(self.optimizer.gradients())
         average, decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
         self.skipped = verdict.skip
@@ -164,6 +168,16 @@ class Engine:
         self.method.after_step(self)
         self._add("grad_norm", verdict.norm.where(~verdict.skip, 0.0))
         self._add("steps", torch.ones_like(verdict.norm))
+
+    def _refuse_stray_gradients(self) -> None:
+        """Raise RuntimeError where a parameter has a gradient but no update: processes would not reduce it either."""
+        stray = next((name for name, p in self._untrained if p.grad is not None), None)
+        if stray is not None:
+            raise RuntimeError(
+                f"parameter {stray!r} has a gradient, but the optimizer does not train it: it was frozen when the "
+                "groups of parameters were made. requires_grad_(True) later does not train it; say in the method's "
+                "phases() when it is trained"
+            )
 
     def _end_micro(self) -> None:
         for name, total in self._micro_sums.items():

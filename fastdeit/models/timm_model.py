@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import timm
 import torch
+from timm.models import group_parameters
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -121,6 +122,19 @@ class TimmModel(nn.Module):
         """Logits, or (class, distillation) logits, of float images `[B, C, H, W]`; `noise` is accepted and unused."""
         refuse_patches(x, f"timm's {self.name}")
         return self.inner(x)
+
+    def layers(self) -> list[list[str]]:
+        """Names of the parameters by layer (`models.layers`), as timm's `group_matcher` orders them.
+
+        Raises ValueError for a model of timm that has none.
+        """
+        if not hasattr(self.inner, "group_matcher"):
+            raise ValueError(f"timm's {self.name} does not say how deep its parameters lie: it has no group_matcher")
+        depths = group_parameters(self.inner, self.inner.group_matcher(coarse=False), reverse=True)
+        found: list[list[str]] = [[] for _ in range(1 + max(depths.values()))]
+        for name, _ in self.named_parameters():
+            found[depths[name]].append(name)
+        return found
 
     def decay_groups(self, decay_dist_token: bool = False) -> tuple[list[str], list[str]]:
         """Names of the parameters `(with, without)` weight decay: without are 1-D, biases, and what timm lists.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastdeit import kernels
 from fastdeit.fields import size_pair
 from fastdeit.models.contract import ImageSize, Logits, Owner, TokenMaps, split_decay
+from fastdeit.models.layers import block_layers
 from fastdeit.models.positions import interpolated
 from fastdeit.models.tokens import QKV, block_stages, kept, last_block, mapped
 
@@ -370,6 +371,10 @@ class VisionTransformer(nn.Module):
     def stages(self, depths: Sequence[int]) -> list[list[Owner]]:
         """Owners of the parameters in the order of the computation (`contract.Tokens.stages`)."""
         return block_stages(self, depths)
+
+    def layers(self) -> list[list[str]]:
+        """Names of the parameters by layer, from the embedding to the heads (`models.layers`)."""
+        return block_layers(self)
 
     def decay_groups(self, decay_dist_token: bool = False) -> tuple[list[str], list[str]]:
         """Names of the parameters `(with, without)` weight decay.

@@ -178,6 +178,9 @@ class OptimConfig(Section):
     """Learning rate at the end of the schedule."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of the running average of the weights, which is evaluated besides them; null: no average."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor on the learning rate from each layer to the one before it: the heads have `lr`, the last block
+    layer_decay * lr, the embedding layer_decay ** (blocks + 1) * lr; null: one rate for all."""
     decay_dist_token: bool = False
     """Apply weight decay to the distillation token, as the public code does."""
 

@@ -318,7 +318,7 @@ _CHOICES: dict[FieldPath, _Choice] = {
     # Rates, decay and clipping of one optimizer say nothing of another's; the schedule and the average are for all.
     ("optim",): _Choice(
         ("name",),
-        shared=("schedule", "warmup_epochs", "warmup_lr", "min_lr", "ema_decay", "decay_dist_token"),
+        shared=("schedule", "warmup_epochs", "warmup_lr", "min_lr", "ema_decay", "layer_decay", "decay_dist_token"),
         default=_ADAMW,
     ),
     ("data",): _Choice(

@@ -11,7 +11,7 @@ from tests.recipe_texts import GOOD, edited, refusal
 
 FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     # unknown fields, and similar names
-    ("optim.weigth_decay", "0.1", "unknown field (0.1); did you mean weight_decay or ema_decay?"),
+    ("optim.weigth_decay", "0.1", "unknown field (0.1); did you mean weight_decay or ema_decay"),
     ("optim.batch_size", "2", "unknown field (2); did you mean train.batch_size?"),
     ("train.name", "x", "unknown field ('x'); did you mean model.name?"),
     # optimizers and their options
