@@ -66,6 +66,11 @@ class ModelConfig(Section):
     weights: Text | None = None
     """Initial weights: a safetensors file, a checkpoint or a run directory. null: random."""
 
+    freeze: tuple[Text, ...] = ()
+    """Parts that are not trained: names of parameters and modules, as in [patch_embed, blocks.0-5, blocks.*.mlp], and
+    the words embedding, attention, all_but_head (a linear probe) and all_but_attention (DeiT's attention-only
+    fine-tuning: heads and positions are trained, too). Frozen BatchNorm keeps its statistics. Default: none."""
+
     @field_validator("timm")
     @classmethod
     def _one_model(cls, timm: str | None, info: ValidationInfo) -> str | None:

@@ -28,6 +28,7 @@ from fastdeit.fields import size_pair
 from fastdeit.methods.base import Context, Method, Momentum
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.models.freeze import freeze_parts
 from fastdeit.models.weights import LoadReport, load_weights
 from fastdeit.views import View, overridden, parse_policy, resolved
 
@@ -178,6 +179,10 @@ def model(recipe: "Recipe", num_classes: int, say: Report) -> nn.Module:
         raise UsageError(f"model: {error}") from error
     if config.weights is not None:
         say(f"weights of {config.weights}: {_load(built, config.weights, 'model.weights')}")
+    try:
+        freeze_parts(built, config.freeze)
+    except ValueError as error:
+        raise UsageError(f"model.freeze: {error}") from error
     return built
 
 

@@ -15,6 +15,7 @@ from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.run.groups import param_groups
+from fastdeit.train import PhaseSchedule
 
 RECIPE = """\
 model: {name: deit_digits_patch8_32, image_size: 32}
@@ -133,3 +134,33 @@ def test_a_parameter_that_is_unfrozen_later_is_refused():
     engine.step([torch.ones(1, 2)], 0.1)
     with pytest.raises(RuntimeError, match=r"'first.weight' has a gradient, .*say in the method's phases\(\)"):
         engine.step([torch.ones(1, 2)], 0.1)
+
+
+# ---- model.freeze ----------------------------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_are_in_no_group_and_in_no_average(made):
+    """The phases of a run, and with them the EMA and DDP, know only what asks for gradients."""
+    method, recipe = made("model.freeze=[all_but_attention]")
+    schedule = PhaseSchedule(method, recipe)
+    names = {name for group in schedule.groups() for name in group.params}
+    assert names == schedule.trainable.keys() == {name for name, p in method.named_parameters() if p.requires_grad}
+    assert {name.split(".")[1] for name in names} == {"blocks", "head", "pos_embed"}
+    assert all(".attn." in name for name in names if "blocks" in name)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("[blokcs]", "model.freeze: 'blokcs': the model has no 'blokcs'; did you mean blocks"),
+        ("[blocks.2-4]", "model.freeze: 'blocks.2-4': blocks has no '2-4'; there are 0 to 3"),
+    ],
+)
+def test_words_that_name_nothing_are_refused(made, words, message):
+    with pytest.raises(UsageError, match=message):
+        made(f"model.freeze={words}")
+
+
+def test_all_frozen_is_refused(made):
+    with pytest.raises(UsageError, match=r"the method or model\.freeze has frozen all"):
+        PhaseSchedule(*made("model.freeze=[embedding, blocks, norm, head]"))
