@@ -83,7 +83,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
         world,
         precision=recipe.engine.precision,
         accumulate=recipe.train.accumulate,
-        clip_grad=recipe.optim.clip_grad,
+        **build.clipping(recipe, student),
         ema=ema,
         capture=recipe.engine.capture,
     )

@@ -33,11 +33,12 @@ class Update:
 
     params       float32 or float64 parameters, to be changed in place
     grads        their gradients, of any floating dtype, which are to be multiplied by `verdict.factor`
-    state        one list for each name in `Optimizer.state_names`, like params, to be changed in place
+    state        one list for each name that `Optimizer.states_of` has for them, like params, to be changed in place
     step         float32 scalar: updates of these parameters so far, to be incremented in place; None for an optimizer
                  that does not count
     lr           the learning rate of this list: a float, or a float64 scalar tensor
     weight_decay the weight decay of this list
+    matrix       whether the parameters are those of a `ParamGroup.matrix`
     verdict      factor on the gradients, skip flag (a bool scalar tensor: true means that nothing may change), and the
                  norm of the gradients of all parameters of the optimizer, float32 scalar, before clipping
     ema          running averages like params, to follow them in the same pass; None for no average
@@ -50,6 +51,7 @@ class Update:
     step: Tensor | None
     lr: float | Tensor
     weight_decay: float
+    matrix: bool
     verdict: Verdict
     ema: list[Tensor] | None
     ema_decay: float
@@ -68,7 +70,7 @@ class Optimizer:
     """Base class of optimizers. A subclass sets the three class attributes and overrides `update`.
 
     `params` are the trained parameters by name, `state` has a dict of tensors like them for each name of
-    `state_names`, zeros before the first update.
+    `state_names`, zeros before the first update; `states_of` may leave some out.
 
     Raises GroupError for groups that make no sense (`groups.check`).
     """
@@ -77,6 +79,8 @@ class Optimizer:
     state_names: ClassVar[tuple[str, ...]] = ()
     counts: ClassVar[bool] = True
     """Whether an update depends on the number of updates before it, as Adam's does through its bias corrections."""
+    tells_matrices: ClassVar[bool] = False
+    """Whether 2-D weights between embedding and head want a group of their own (`ParamGroup.matrix`)."""
 
     def __init__(self, groups: Sequence[ParamGroup], options: OptimizerOptions | None = None) -> None:
         self.options = self.Options() if options is None else options
@@ -88,6 +92,10 @@ class Optimizer:
     def update(self, lists: Update) -> None:
         """One update of some parameters by one fused op, without waiting for the device."""
         raise NotImplementedError
+
+    def states_of(self, group: ParamGroup) -> tuple[str, ...]:
+        """The names among `state_names` of which a parameter of this group has a tensor: by default all."""
+        return self.state_names
 
     # ---- groups ------------------------------------------------------------------------------------------------------
 
@@ -103,8 +111,9 @@ class Optimizer:
         before, self.params = self.params, {name: p for group in groups for name, p in group.params.items()}
         stays = {name for name, p in self.params.items() if before.get(name) is p}
         for kind, old in self.state.items():
+            owners = {name: p for group in groups if kind in self.states_of(group) for name, p in group.params.items()}
             self.state[kind] = {
-                name: old[name] if name in stays else torch.zeros_like(p) for name, p in self.params.items()
+                name: old[name] if name in stays and name in old else torch.zeros_like(p) for name, p in owners.items()
             }
         counts = {name: part.step for part in self._parts for name in part.names if name in stays}
         self._parts = self._split(counts)
@@ -153,10 +162,11 @@ class Optimizer:
             lists = Update(
                 params=params,
                 grads=[p.grad for p in params],
-                state=[[tensors[name] for name in part.names] for tensors in self.state.values()],
+                state=[[self.state[kind][name] for name in part.names] for kind in self.states_of(part.group)],
                 step=part.step,
                 lr=lr * part.group.lr_scale,
                 weight_decay=part.group.weight_decay,
+                matrix=part.group.matrix,
                 verdict=verdict,
                 ema=None if ema is None else [ema[name] for name in part.names],
                 ema_decay=ema_decay,

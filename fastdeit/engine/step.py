@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastdeit.batch import Step
 from fastdeit.engine.capture import GraphedStep
+from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.ema import Ema, EmaTeacher
 from fastdeit.engine.groups import ParamGroup
@@ -50,6 +51,7 @@ class Engine:
         precision: str,
         accumulate: int,
         clip_grad: float | None = None,
+        clip_units: UnitClipping | None = None,
         ema: Ema | None = None,
         capture: str = "none",
     ) -> None:
@@ -58,6 +60,7 @@ class Engine:
         self.method, self.optimizer, self.world, self.ema = method, optimizer, world, ema
         self.precision, self.accumulate, self.capture = precision, accumulate, capture
         self.guard = Guard(precision, clip_grad, world.device)
+        self.clip_units = clip_units
         self.sums: dict[str, Tensor] = {}
         self._averages = [module for module in method.modules() if isinstance(module, EmaTeacher)]
         self._micro_sums: dict[str, Tensor] = {}
@@ -159,6 +162,8 @@ class Engine:
             self._end_micro()
         self._refuse_stray_gradients()
         verdict = self.guard.judge(self.optimizer.gradients())
+        if self.clip_units is not None:
+            self.clip_units.apply(self.optimizer.params, verdict.factor)
         average, decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
         self.skipped = verdict.skip
         self.optimizer.step(lr, verdict, average, decay)

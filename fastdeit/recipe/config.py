@@ -162,17 +162,21 @@ class OptimConfig(Section):
     """What all optimizers have, and the schedule. Nothing here is scaled by the batch size or the number of processes.
 
     A recipe's section has its optimizer's own fields besides (`fastdeit.engine.optimizers`): adamw and lamb have betas
-    and eps; sgd has momentum, nesterov and decoupled_decay.
+    and eps, muon these and momentum; sgd has momentum, nesterov and decoupled_decay.
     """
 
     name: Text = "adamw"
-    """adamw, lamb, sgd, or an import path `package.module:Class`."""
+    """adamw, lamb, sgd, muon, or an import path `package.module:Class`."""
     lr: Positive
     """Peak learning rate of the global batch."""
     weight_decay: NonNegative = 0.05
     """Of sgd 1e-4 by default."""
     clip_grad: Positive | None = None
-    """Largest norm of the gradient of all parameters; null: no clipping. Of lamb 1.0 by default."""
+    """Limit of gradient clipping; null: no clipping. Of lamb 1.0 by default."""
+    clip_mode: Literal["norm", "agc"] = "norm"
+    """What clip_grad limits. norm: the norm of the gradient of all parameters; agc (adaptive gradient clipping): the
+    ratio of the norms of gradient and weights of each unit, such as a row of a matrix; 0.01 is usual, and the heads are
+    not clipped."""
     schedule: Literal["cosine", "deit-exact"] = "cosine"
     """cosine: per step, after a linear warm-up; deit-exact: the public code's, per epoch and one epoch late."""
     warmup_epochs: NonNegative = 5.0
@@ -188,6 +192,15 @@ class OptimConfig(Section):
     layer_decay * lr, the embedding layer_decay ** (blocks + 1) * lr; null: one rate for all."""
     decay_dist_token: bool = False
     """Apply weight decay to the distillation token, as the public code does."""
+
+    @field_validator("clip_mode")
+    @classmethod
+    def _limit_is_a_ratio(cls, clip_mode: str, info: ValidationInfo) -> str:
+        limit = info.data.get("clip_grad", 0)
+        if clip_mode == "agc" and (limit is None or limit >= 1):
+            known = "null" if limit is None else f"{limit:g}"
+            raise ValueError(f"agc needs an optim.clip_grad below 1, such as 0.01; it is {known}")
+        return clip_mode
 
     @field_validator("min_lr")
     @classmethod

@@ -20,6 +20,7 @@ from fastdeit.data.sources.datasets import kinds_at, layout, open_pair
 from fastdeit.data.sources.source import DataError, Source
 from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.engine import checkpoint
+from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import EmaTeacher
 from fastdeit.engine.step import DTYPES
@@ -241,6 +242,14 @@ def method(
             "move it"
         )
     return made
+
+
+def clipping(recipe: "Recipe", student: nn.Module) -> dict[str, Any]:
+    """The arguments of `Engine` for what the recipe says of gradient clipping."""
+    limit = recipe.optim.clip_grad
+    if recipe.optim.clip_mode == "norm":
+        return {"clip_grad": limit}
+    return {"clip_units": UnitClipping(limit, [f"model.{head}" for head in student.head_names])}
 
 
 def teacher(

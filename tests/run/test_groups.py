@@ -136,6 +136,21 @@ def test_a_parameter_that_is_unfrozen_later_is_refused():
         engine.step([torch.ones(1, 2)], 0.1)
 
 
+def test_muon_has_the_blocks_matrices_in_groups_of_their_own(made):
+    method, recipe = made("optim.name=muon", "optim.lr=1e-3", "optim.layer_decay=0.5")
+    groups = param_groups(method, recipe)
+    matrices = {name for group in groups if group.matrix for name in group.params}
+    ends = "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"
+    assert matrices == {f"model.blocks.{block}.{end}.weight" for block in range(4) for end in ends}
+    assert sorted(group.lr_scale for group in groups if group.matrix) == [0.5**power for power in (4, 3, 2, 1)]
+    assert not any(group.matrix for group in param_groups(*made()))
+
+
+def test_muon_without_matrices_is_refused(made):
+    with pytest.raises(UsageError, match=r"optim.name muon is for 2-D weights .* the model has none; use adamw"):
+        param_groups(*made("optim.name=muon", "optim.lr=1e-3", "model.name=convnet_digits"))
+
+
 # ---- model.freeze ----------------------------------------------------------------------------------------------------
 
 
