@@ -35,6 +35,7 @@ def build(
     image_size: ImageSize | None = None,
     num_classes: int | None = None,
     drop_path: float = 0.0,
+    dropout: float = 0.0,
     pretrained: bool = False,
 ) -> "TimmModel":
     """The timm model `name`.
@@ -42,12 +43,14 @@ def build(
     image_size   int or (height, width); None for the model's own. Models that work at any size ignore it
     num_classes  None for the model's own, 0 for none: no head, and pooled features `[B, dim]` in the place of logits
     drop_path    timm's `drop_path_rate`
+    dropout      timm's `drop_rate`
     pretrained   timm's weights, which timm downloads once
 
     timm's vision transformers (ViT, DeiT, DeiT III, DINOv2, CLIP, MAE, ...) come as a `TimmVisionTransformer`, which
     has tokens. Raises ValueError for a name that timm does not know, and for options that the model does not take.
     """
-    inner = _create(name, image_size, num_classes, drop_path, pretrained)
+    rates = {"drop_path_rate": drop_path, "drop_rate": dropout}
+    inner = _create(name, image_size, num_classes, {option: rate for option, rate in rates.items() if rate}, pretrained)
     size = size_pair(image_size or inner.pretrained_cfg["input_size"][1:], "image_size")
     return (TimmVisionTransformer if isinstance(inner, VisionTransformer) else TimmModel)(name, inner, size)
 
@@ -122,6 +125,13 @@ class TimmModel(nn.Module):
         """Logits, or (class, distillation) logits, of float images `[B, C, H, W]`; `noise` is accepted and unused."""
         refuse_patches(x, f"timm's {self.name}")
         return self.inner(x)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's own, for `forward`; `tokens` keeps all activations. Raises ValueError where the model has none."""
+        try:
+            self.inner.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(f"timm's {self.name} cannot compute its activations again: {error}") from error
 
     def layers(self) -> list[list[str]]:
         """Names of the parameters by layer (`models.layers`), as timm's `group_matcher` orders them.
@@ -204,16 +214,14 @@ class TimmVisionTransformer(TimmModel):
 
 
 def _create(
-    name: str, image_size: ImageSize | None, num_classes: int | None, drop_path: float, pretrained: bool
+    name: str, image_size: ImageSize | None, num_classes: int | None, rates: dict[str, float], pretrained: bool
 ) -> nn.Module:
     if not timm.is_model(name):
         hint = did_you_mean(name.split(".")[0], timm.list_models())
         raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint or '; see timm.list_models()'}")
-    options = {}
+    options = dict(rates)
     if num_classes is not None:
         options["num_classes"] = num_classes
-    if drop_path:
-        options["drop_path_rate"] = drop_path
     config = timm.get_pretrained_cfg(name)
     if image_size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size_pair(image_size, "image_size")

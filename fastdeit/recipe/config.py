@@ -62,7 +62,11 @@ class ModelConfig(Section):
     num_classes: Classes | None = None
     """null: as many as the data set has."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Stochastic depth: drop rate of the last block; the rates of the blocks before rise linearly from 0."""
+    """Stochastic depth: drop rate of the last block."""
+    drop_path_mode: Literal["linear", "constant"] = "linear"
+    """linear: the rates of the blocks rise from 0 to drop_path, as in DeiT; constant: all are drop_path (DeiT III)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Rate at which features in front of the heads are zeroed in training (timm: drop_rate)."""
     weights: Text | None = None
     """Initial weights: a safetensors file, a checkpoint or a run directory. null: random."""
 
@@ -80,6 +84,13 @@ class ModelConfig(Section):
         if timm is None and name is None and "name" in info.data:
             raise ValueError("is required where there is no model.name: one of them says which model to train")
         return timm
+
+    @field_validator("drop_path_mode")
+    @classmethod
+    def _ours_alone(cls, mode: str, info: ValidationInfo) -> str:
+        if mode == "constant" and info.data.get("timm") is not None:
+            raise ValueError("must be linear beside model.timm: timm's models have no other drop-path")
+        return mode
 
 
 class DataSplits(Section):
@@ -236,6 +247,8 @@ class EngineConfig(Section):
     """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss."""
     capture: Literal["none", "compile", "graph"] = "none"
     """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph."""
+    checkpoint_blocks: bool = False
+    """Compute the activations of each block again in backward instead of keeping them: less memory, more time."""
     log_every: Count = 50
     """Steps between two lines of metrics."""
     checkpoint_every: Positive = 1.0

@@ -25,7 +25,7 @@ from fastdeit.engine.dist import World
 from fastdeit.engine.ema import EmaTeacher
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
-from fastdeit.fields import size_pair
+from fastdeit.fields import Section, size_pair
 from fastdeit.methods.base import Context, Method, Momentum
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
@@ -174,10 +174,14 @@ def model(recipe: "Recipe", num_classes: int, say: Report) -> nn.Module:
         raise UsageError(f"model.num_classes is {config.num_classes}, but the data set has {num_classes} classes")
     torch.manual_seed(rng.key(recipe.train.seed, "init") >> 1)
     options = {"image_size": image_size(recipe), "num_classes": num_classes, "drop_path": config.drop_path}
+    # Models take these where they have them. A model of somebody else's need not know them until a recipe asks.
+    options |= {name: getattr(config, name) for name in ("drop_path_mode", "dropout") if _is_set(config, name)}
     try:
         built = _network(config.name, config.timm, **options)
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
+    if recipe.engine.checkpoint_blocks:
+        _checkpoint_blocks(built, recipe)
     if config.weights is not None:
         say(f"weights of {config.weights}: {_load(built, config.weights, 'model.weights')}")
     try:
@@ -185,6 +189,24 @@ def model(recipe: "Recipe", num_classes: int, say: Report) -> nn.Module:
     except ValueError as error:
         raise UsageError(f"model.freeze: {error}") from error
     return built
+
+
+def _is_set(section: Section, name: str) -> bool:
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
+def _checkpoint_blocks(network: nn.Module, recipe: "Recipe") -> None:
+    if recipe.model.timm is not None and recipe.engine.capture == "graph":
+        raise UsageError(
+            "engine.checkpoint_blocks: timm's models bring a generator back to draw the same numbers again, which "
+            "engine.capture graph cannot record; use none or compile"
+        )
+    if not hasattr(network, "set_grad_checkpointing"):
+        raise UsageError(f"engine.checkpoint_blocks: {type(network).__name__} has no set_grad_checkpointing(enable)")
+    try:
+        network.set_grad_checkpointing(True)
+    except ValueError as error:
+        raise UsageError(f"engine.checkpoint_blocks: {error}") from error
 
 
 def _network(name: str | None, timm: str | None, **options: Any) -> nn.Module:
