@@ -190,8 +190,9 @@ class OptimConfig(Section):
     not clipped."""
     schedule: Literal["cosine", "deit-exact"] = "cosine"
     """cosine: per step, after a linear warm-up; deit-exact: the public code's, per epoch and one epoch late."""
-    warmup_epochs: NonNegative = 5.0
-    """Epochs in which the learning rate rises from `warmup_lr` to `lr`; fractions are allowed."""
+    warmup_epochs: NonNegative | None = 5.0
+    """Epochs in which the learning rate rises from `warmup_lr` to `lr`; fractions are allowed; null: a twentieth of the
+    run."""
     warmup_lr: NonNegative = 1e-6
     """Learning rate at the first step of the warm-up."""
     min_lr: NonNegative = 1e-5
@@ -224,18 +225,33 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """Length of the run, batch size, seed, evaluation."""
 
-    epochs: Count
-    """Passes over the training set."""
+    epochs: Count | None = None
+    """Passes over the training set; either this or `steps`. A run that starts from model.weights may leave out both:
+    its epochs then follow the size of the data set (docs/finetune.md)."""
+    steps: Count | None = None
+    """Steps of the optimizer, in place of `epochs`."""
     batch_size: Count
     """Samples per optimizer step, over all processes and micro-batches."""
     accumulate: Count = 1
     """Micro-batches per optimizer step, to save memory; the result is that of one batch."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The only seed: of the initial weights, order, augmentation, mixing and drop-path."""
-    eval_every: Count = 1
-    """Epochs between evaluations."""
+    eval_every: Positive = 1.0
+    """Epochs between evaluations; fractions are allowed."""
+    eval_every_steps: Count | None = None
+    """Steps between evaluations, in place of `eval_every`."""
+    stop_after: Count | None = None
+    """Evaluations in a row without a new best after which the run ends early; null: never."""
     best_by: Text | None = None
     """Metric by which the best checkpoint is chosen; null: the first of the method's first evaluator."""
+
+    @field_validator("steps")
+    @classmethod
+    def _one_length(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        epochs = info.data.get("epochs")
+        if steps is not None and epochs is not None:
+            raise ValueError(f"is one length too many beside train.epochs {epochs}; remove one of the two")
+        return steps
 
 
 class EngineConfig(Section):

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.models.freeze import freeze_parts
 from fastdeit.models.weights import LoadReport, load_weights
+from fastdeit.recipe.length import Length, LengthError, length
 from fastdeit.views import View, overridden, parse_policy, resolved
 
 if TYPE_CHECKING:
@@ -113,6 +115,14 @@ def mixing(recipe: "Recipe") -> Mixing:
     return Mixing(**{field.name: getattr(recipe.data, field.name) for field in fields(Mixing)})
 
 
+def run_length(recipe: "Recipe", images: int) -> Length:
+    """The length of the recipe's run on so many training images. Raises UsageError where the warm-up does not fit."""
+    try:
+        return length(recipe, images, order.steps_per_epoch(images, recipe.train.batch_size))
+    except LengthError as error:
+        raise UsageError(f"recipe {recipe.name}: {error}") from error
+
+
 def train_loader(
     recipe: "Recipe", source: Source, world: World, noise: Mapping[str, int], on_bad: Callable[[str, str], None]
 ) -> TrainLoader:
@@ -138,7 +148,7 @@ def train_loader(
         stores=methods.find(recipe.method.use).needs(recipe.method),
         mean=data.mean,
         std=data.std,
-        total_steps=train.epochs * order.steps_per_epoch(len(source), train.batch_size),
+        total_steps=run_length(recipe, len(source)).total,
         max_bad_fraction=data.max_bad_fraction,
         on_bad=on_bad,
     )
@@ -243,11 +253,20 @@ def open_checkpoint(path: Path, on_damaged: Callable[[Path, str], None]) -> chec
 
 
 def method(
-    recipe: "Recipe", student: nn.Module, num_classes: int, steps: int, teacher: Callable[[TeacherConfig], Teacher]
+    recipe: "Recipe",
+    student: nn.Module,
+    num_classes: int,
+    steps: int,
+    teacher: Callable[[TeacherConfig], Teacher],
+    source: Source | None = None,
 ) -> Method:
-    """The training method around the student.
+    """The training method around the student, for a run of so many steps.
 
-    Raises UsageError if it keeps an averaged teacher where the engine does not find it, such as in a list.
+    source  the training images; None in an evaluation, where the epochs of a run of `train.steps` are not known and its
+            steps stand in for them
+
+    Raises UsageError if the method cannot be built, and if it keeps an averaged teacher where the engine does not find
+    it, such as in a list.
     """
     kind = methods.find(recipe.method.use)
     averaged: list[EmaTeacher] = []
@@ -256,7 +275,13 @@ def method(
         averaged.append(EmaTeacher(module, momentum))
         return averaged[-1]
 
-    made = kind(student, recipe.method, Context(num_classes, recipe.train.epochs, steps, teacher, ema_teacher))
+    epochs = recipe.train.epochs or (steps if source is None else run_length(recipe, len(source)).epochs_begun)
+    counts = None if source is None else partial(class_counts, source)
+    try:
+        context = Context(num_classes, epochs, steps, teacher, ema_teacher, counts)
+        made = kind(student, recipe.method, context)
+    except ValueError as error:
+        raise UsageError(f"method {recipe.method.use}: {error}") from error
     if not set(averaged) <= set(made.modules()):
         raise UsageError(
             f"method {recipe.method.use}: what ema_teacher() returns must be an attribute of the method, or in an "
@@ -264,6 +289,14 @@ def method(
             "move it"
         )
     return made
+
+
+def class_counts(source: Source) -> list[int]:
+    """How many images each class has."""
+    counts = [0] * len(source.classes)
+    for index in range(len(source)):
+        counts[source.label(index)] += 1
+    return counts
 
 
 def clipping(recipe: "Recipe", student: nn.Module) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_muon_without_matrices_is_refused(made):
 def test_frozen_parameters_are_in_no_group_and_in_no_average(made):
     """The phases of a run, and with them the EMA and DDP, know only what asks for gradients."""
     method, recipe = made("model.freeze=[all_but_attention]")
-    schedule = PhaseSchedule(method, recipe)
+    schedule = PhaseSchedule(method, recipe, 10)
     names = {name for group in schedule.groups() for name in group.params}
     assert names == schedule.trainable.keys() == {name for name, p in method.named_parameters() if p.requires_grad}
     assert {name.split(".")[1] for name in names} == {"blocks", "head", "pos_embed"}
@@ -178,4 +178,4 @@ def test_words_that_name_nothing_are_refused(made, words, message):
 
 def test_all_frozen_is_refused(made):
     with pytest.raises(UsageError, match=r"the method or model\.freeze has frozen all"):
-        PhaseSchedule(*made("model.freeze=[embedding, blocks, norm, head]"))
+        PhaseSchedule(*made("model.freeze=[embedding, blocks, norm, head]"), 10)
