@@ -1,15 +1,21 @@
 """Training on labels alone: cross-entropy with smoothing and mixed targets, or DeiT III's binary cross-entropy."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from fastdeit import kernels
 from fastdeit.batch import Batch, Labels
 from fastdeit.methods.base import Context, LabelConfig, Method, Out
+
+ClassWeights = Annotated[
+    Annotated[Literal["balanced"], Tag("word")] | Annotated[tuple[Annotated[float, Field(ge=0)], ...], Tag("list")],
+    Discriminator(lambda weights: "word" if isinstance(weights, str) else "list"),
+]
 
 
 class Supervised(Method):
@@ -19,28 +25,28 @@ class Supervised(Method):
         """The recipe's `method:` section."""
 
         use: str = "supervised"
-        class_weights: Literal["balanced"] | tuple[Annotated[float, Field(ge=0)], ...] | None = None
+        class_weights: ClassWeights | None = None
         """Weight of each class in the loss: a list in the order of the classes, or balanced: images / (classes * images
         of the class), so that all classes weigh the same; null: each image weighs the same."""
 
         @field_validator("class_weights")
         @classmethod
-        def _only_of_cross_entropy(cls, weights: object, info: object) -> object:
+        def _only_of_cross_entropy(cls, weights: Any, info: ValidationInfo) -> Any:
             if weights is not None and info.data.get("loss") == "bce":
                 raise ValueError("has no place beside method.loss bce, which has no term of one class alone")
             return weights
 
     def __init__(self, model: nn.Module, config: Config, context: Context) -> None:
         super().__init__(model, config, context)
-        if config.class_weights is not None:
-            # Part of the state: an evaluation has no training images to count.
-            self.register_buffer("class_weights", _class_weights(config, context))
+        given = getattr(config, "class_weights", None)  # a subclass may have a Config without them
+        # Part of the state: an evaluation has no training images to count.
+        self.register_buffer("class_weights", None if given is None else _class_weights(given, context))
 
     def forward(self, batch: Batch) -> Out:
         logits = self.student(batch)
         if isinstance(logits, tuple):
             logits = (logits[0] + logits[1]) / 2
-        if self.config.class_weights is not None:
+        if self.class_weights is not None:
             loss = weighted_cross_entropy(logits, batch.targets, self.class_weights, self.config.smoothing)
             return Out(loss, logits, {"base": loss.detach()})
         loss = kernels.distillation_loss(
@@ -65,9 +71,9 @@ def weighted_cross_entropy(logits: Tensor, labels: Labels, weights: Tensor, smoo
     return F.cross_entropy(logits.float(), (1 - smoothing) * mixed + smoothing / count, weight=weights)
 
 
-def _class_weights(config: Supervised.Config, context: Context) -> Tensor:
+def _class_weights(given: Literal["balanced"] | Sequence[float], context: Context) -> Tensor:
     """float32 `[K]`; ones where they are to be balanced but there are no training images, as in an evaluation."""
-    classes, given = context.num_classes, config.class_weights
+    classes = context.num_classes
     if given == "balanced":
         if context.class_counts is None:
             return torch.ones(classes)
