@@ -22,6 +22,10 @@ engine: {device: cpu, checkpoint_every: 10}
 """
 
 
+SCORES = {2: 1.0, 6: 2.0}
+"""By step; 0 after any other."""
+
+
 class Told:
     lower_is_better = False
 
@@ -29,13 +33,11 @@ class Told:
         self.method = method
 
     def __call__(self, evaluation):
-        return {"score": -abs(self.method.step_number.item() - self.method.peak)}
+        return {"score": SCORES.get(self.method.step_number.item(), 0.0)}
 
 
 class Scripted(Supervised):
-    """Its score is the best at the step `peak`."""
-
-    peak = 2
+    """Its scores are known beforehand."""
 
     def __init__(self, model, config, context):
         super().__init__(model, config, context)
@@ -76,27 +78,27 @@ def test_evaluations_of_a_run_in_steps(tmp_path, overrides, steps):
 
 
 def test_a_run_ends_early_without_a_new_best_and_stays_ended(tmp_path, capsys):
-    """The best is at step 2; 4 and 6 are no better."""
-    early = "train.eval_every_steps=2", "train.stop_after=2"
+    """The best is after step 6: one evaluation before it was no better, and then two."""
+    early = "train.steps=12", "train.eval_every_steps=2", "train.stop_after=2"
     summary = run(tmp_path, *early)
-    assert evaluated(tmp_path) == [2, 4, 6]
-    assert (summary["steps"], summary["best_step"]) == (6, 2)
-    assert "stopped at step 6: 2 evaluations in a row brought no new best" in capsys.readouterr().out
+    assert evaluated(tmp_path) == [2, 4, 6, 8, 10]
+    assert (summary["steps"], summary["best_step"]) == (10, 6)
+    assert "stopped at step 10: 2 evaluations in a row brought no new best" in capsys.readouterr().out
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step_00000002", "step_00000006"]
-    assert run(tmp_path, *early, resume=True)["steps"] == 6
-    assert evaluated(tmp_path) == [2, 4, 6]
+    assert kept == ["step_00000006", "step_00000010"]
+    assert run(tmp_path, *early, resume=True)["steps"] == 10
+    assert evaluated(tmp_path) == [2, 4, 6, 8, 10]
 
 
 @pytest.mark.slow
 def test_the_count_of_evaluations_outlives_an_interruption(tmp_path):
-    early = "train.eval_every_steps=2", "train.stop_after=2"
+    early = "train.steps=12", "train.eval_every_steps=2", "train.stop_after=2"
     run(tmp_path, *early, name="whole")
     with pytest.raises(Interrupted):
-        run(tmp_path, *early, world=StopAt(5))
+        run(tmp_path, *early, world=StopAt(9))
     run(tmp_path, *early, resume=True)
-    assert evaluated(tmp_path) == [2, 4, 6]
-    assert_same_weights(tmp_path / "run", tmp_path / "whole", 6)
+    assert evaluated(tmp_path) == [2, 4, 6, 8, 10]
+    assert_same_weights(tmp_path / "run", tmp_path / "whole", 10)
 
 
 def test_a_run_that_nothing_judges_cannot_end_early(tmp_path):

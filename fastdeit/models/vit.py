@@ -392,7 +392,7 @@ class VisionTransformer(nn.Module):
 
     def _through(self, block: Block, *tokens: Any) -> tuple[Tensor, Tensor]:
         """What the block returns, without keeping its activations where they are to be computed again."""
-        if self._checkpoints and torch.is_grad_enabled():
+        if self._checkpoints:
             # A block draws no random numbers, so there is no generator to bring back.
             return checkpoint(block, *tokens, use_reentrant=False, preserve_rng_state=False)
         return block(*tokens)

@@ -39,7 +39,7 @@ def test_gradients_are_clipped_as_by_timm():
     UnitClipping(0.01).apply(mine, ONE)
     adaptive_clip_grad(theirs.values(), 0.01)
     for name, p in mine.items():
-        torch.testing.assert_close(p.grad, theirs[name].grad, msg=name)
+        torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-5, atol=0, msg=name)
     rows = (mine["linear"].grad != before["linear"]).any(1)
     assert 0 < rows.sum() < 8  # some are clipped, and the others keep their bits
 

@@ -73,6 +73,8 @@ def test_matrices_are_updated_as_by_torchs_muon_and_the_rest_as_by_adamw():
     for name in SHAPES:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-6, atol=1e-6, msg=name)
     assert_same_bits({name: mine[name] for name in OTHERS}, {name: theirs[name] for name in OTHERS})
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert_same_bits(optimizer.state[moment], others.state[moment])
 
 
 def test_a_step_has_the_size_of_one_of_adamw():
