@@ -12,6 +12,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.train import train
 from tests.small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 
+pytestmark = pytest.mark.slow
 RECIPE = """\
 model:
   {name: deit_digits_distilled_patch8_32, image_size: 32, weights: WEIGHTS, drop_path: 0.2, drop_path_mode: constant,
@@ -59,7 +60,6 @@ def test_what_is_frozen_stands_still_and_the_rest_moves(path, whole):
     assert kept == averaged == {name for name in after if not is_frozen(name)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 3, 5])
 def test_an_interrupted_run_goes_on_bit_for_bit(path, whole, stop, tmp_path):
     with pytest.raises(Interrupted):
@@ -69,14 +69,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(path, whole, stop, tmp_path):
     assert logged(whole) == logged(tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_blocks_that_are_computed_again_give_the_same_run(path, whole, tmp_path):
     recipe = recipes.load(str(path), ["engine.checkpoint_blocks=false"])
     train(recipe, tmp_path / "run", World(torch.device("cpu")), resume=False)
     assert_same_weights(whole, tmp_path / "run", TOTAL)
 
 
-@pytest.mark.slow
 def test_two_processes_reach_the_result_of_one(path, whole, ranks, tmp_path):
     ranks(2, train_rank, path, [], tmp_path / "run")
     one, two = (stored(run, TOTAL)["model.safetensors"] for run in (whole, tmp_path / "run"))

@@ -9,6 +9,7 @@ from fastdeit.data.plan import plan
 from fastdeit.data.sources.packed import pack
 from fastdeit.data.sources.source import DataError
 from fastdeit.data.sources.synthetic import SyntheticSource
+from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.methods.supervised import Supervised
@@ -308,3 +309,14 @@ def test_a_model_without_checkpointing_in_timm_is_refused(student, monkeypatch):
 
 def _cannot(self, enable=True):
     assert not enable, "not supported"
+
+
+def test_clipping_is_by_norm_or_by_unit_without_the_heads(path, student):
+    def clipping(*overrides):
+        recipe = recipes.load(path, overrides)
+        return build.clipping(recipe, student("model.name=deit_tiny_distilled_patch16_224"))
+
+    assert clipping() == {"clip_grad": None}
+    assert clipping("optim.clip_grad=2.0") == {"clip_grad": 2.0}
+    agc = clipping("optim.clip_mode=agc", "optim.clip_grad=0.01")
+    assert agc == {"clip_units": UnitClipping(0.01, ["model.head", "model.head_dist"])}
