@@ -5,9 +5,11 @@ method, how a step is made to the engine, what a sample looks like to the data p
 """
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ import torch
 from fastdeit import kernels, rng
 from fastdeit.data.loader import EvalLoader
 from fastdeit.data.sources.source import DataError
-from fastdeit.engine import optimizers, phases
+from fastdeit.engine import batchnorm, optimizers, phases
 from fastdeit.engine.checkpoint import CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
@@ -37,6 +39,10 @@ from fastdeit.run.record import Record, RunLog, Saver, choose_directory, describ
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
+
+_MEASURED_IMAGES = 1024
+"""Images of the newest steps on which BatchNorm statistics of averaged weights are measured: a thousand are enough (Wu
+& Johnson, arXiv:2105.07576)."""
 
 
 def main(args: argparse.Namespace) -> None:
@@ -68,16 +74,19 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     steps_per_epoch, total = length.steps_per_epoch, length.total
     recipe = settled(recipe, length)
     log = RunLog(run_dir, recipe, world, total, steps_per_epoch)
-    student = build.model(recipe, classes, log.say)
+    student = build.model(recipe, classes, log.say, train_source.classes)
 
     def make_teacher(config: TeacherConfig) -> Teacher:
         with world.main_first():  # timm may have to download; the others then find the files
-            made = build.teacher(config, size, classes, trained_teacher, recipe.engine.precision)
+            options = {"classes": train_source.classes, "say": log.say}
+            made = build.teacher(config, size, classes, trained_teacher, recipe.engine.precision, **options)
         return made.to(world.device)
 
     method = build.method(recipe, student, classes, total, make_teacher, train_source).to(world.device)
+    if recipe.engine.sync_batchnorm and world.size > 1 and not batchnorm.synchronise(method, world.device):
+        log.say("engine.sync_batchnorm changes nothing: this model has no BatchNorm")
     schedule = PhaseSchedule(method, recipe, length.epochs_begun)
-    ema = Ema(schedule.trainable, recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None
+    ema = Ema(schedule.trainable, recipe.optim.ema_decay, method) if recipe.optim.ema_decay is not None else None
     engine = Engine(
         method,
         optimizers.find(recipe.optim.name)(schedule.groups(), recipe.optim),
@@ -102,6 +111,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     eval_every = length.eval_every
     save_every = max(1, round(steps_per_epoch * recipe.engine.checkpoint_every))
     rates = schedule_of(recipe, length)
+    measured_steps = math.ceil(_MEASURED_IMAGES / recipe.train.batch_size)
     step = start
 
     def held_out(evaluators: Mapping[str, Evaluator], batches: int | None = None) -> Result:
@@ -110,7 +120,14 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
 
         return evaluate(method, evaluators, val_loader, training, world, recipe.engine.precision, batches)
 
+    def measure_average() -> None:
+        if ema is not None and ema.stale:
+            seed_torch(recipe.train.seed, step, world.rank)
+            with closing(loader.batches(max(0, step - measured_steps), step)) as again:
+                engine.measure_average(again)
+
     def evaluate_now() -> None:
+        measure_average()
         method.eval()
         results = {"": held_out(method.evaluators())}
         if ema is not None:
@@ -165,6 +182,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
             if ends and not logs:
                 log.training(step, engine, record, lr)
             if saves or ends or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
+                measure_average()
                 saved.save(step, record)
             if stop:
                 raise Interrupted(f"interrupted at step {step} of {total}; saved in {run_dir}, go on with --resume")

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import timm
 import torch
-from timm.models import group_parameters
+from huggingface_hub import try_to_load_from_cache
+from timm.models import PretrainedCfg, group_parameters
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -111,7 +112,11 @@ class TimmModel(nn.Module):
     @property
     def prefix_tokens(self) -> int:
         """Slots of the positional embedding before those of the patches."""
-        return 0 if getattr(self.inner, "no_embed_class", False) else getattr(self.inner, "num_prefix_tokens", 0)
+        positions, grid = getattr(self.inner, "pos_embed", None), self.grid
+        if grid is None or not isinstance(positions, Tensor) or positions.ndim != 3:
+            return 0
+        # Not `num_prefix_tokens`: DeiT III and CaiT add their tokens behind the positions.
+        return positions.shape[1] - grid[0] * grid[1]
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -213,19 +218,48 @@ class TimmVisionTransformer(TimmModel):
         return block_stages(self, depths)
 
 
+def published(name: str) -> PretrainedCfg | None:
+    """What timm knows of the weights that it publishes for its model `name`; None where it has no entry for them.
+
+    Raises ValueError for a name, or a tag behind its dot, that timm does not know.
+    """
+    base, _, tag = name.partition(".")
+    if not timm.is_model(name):
+        hint = did_you_mean(base, timm.list_models())
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint or '; see timm.list_models()'}")
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{base}.*"))
+        raise ValueError(f"timm {timm.__version__} has no weights {tag!r} of {base}; there are {tags}") from error
+
+
 def _create(
     name: str, image_size: ImageSize | None, num_classes: int | None, rates: dict[str, float], pretrained: bool
 ) -> nn.Module:
-    if not timm.is_model(name):
-        hint = did_you_mean(name.split(".")[0], timm.list_models())
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint or '; see timm.list_models()'}")
-    options = dict(rates)
+    config, options = published(name), dict(rates)
     if num_classes is not None:
         options["num_classes"] = num_classes
-    config = timm.get_pretrained_cfg(name)
     if image_size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size_pair(image_size, "image_size")
+    if pretrained and (file := _cached(config)) is not None:
+        options["pretrained_cfg_overlay"] = {"file": file}
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
         raise ValueError(f"timm's {name} cannot be built with {options}: {error}") from error
+
+
+def _cached(config: PretrainedCfg | None) -> str | None:
+    """Path of the published weights in the hub's cache.
+
+    Given the path, timm asks no server. Otherwise it does even where it has the file, which without a network takes it
+    most of a minute.
+    """
+    if config is None or not isinstance(config.hf_hub_id, str) or config.custom_load:
+        return None
+    repository, _, revision = config.hf_hub_id.partition("@")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if isinstance(file := try_to_load_from_cache(repository, name, revision=revision or None), str):
+            return file
+    return None

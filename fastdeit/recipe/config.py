@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from pydantic_core import PydanticKnownError
 
 from fastdeit.data.sources import kinds
-from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, Positive, Range, Section, Text
+from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, Positive, Range, Section, Side, Text
 from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, ViewSettings
 
 Classes = Annotated[int, Field(ge=1, le=100_000_000)]
@@ -68,7 +68,11 @@ class ModelConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Rate at which features in front of the heads are zeroed in training (timm: drop_rate)."""
     weights: Text | None = None
-    """Initial weights: a safetensors file, a checkpoint or a run directory. null: random."""
+    """Address of the initial weights: a run (RUN, RUN@best, RUN@ema), a checkpoint, a safetensors or .pth file, or
+    timm:NAME. null: random. See docs/weights.md."""
+    weights_grid: tuple[Side, Side] | None = None
+    """[height, width] in patches of the positional embedding of `weights`, needed of a file whose grid is no square;
+    null: what the run says, or a square."""
 
     freeze: tuple[Text, ...] = ()
     """Parts that are not trained: names of parameters and modules, as in [patch_embed, blocks.0-5, blocks.*.mlp], and
@@ -265,6 +269,9 @@ class EngineConfig(Section):
     """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph."""
     checkpoint_blocks: bool = False
     """Compute the activations of each block again in backward instead of keeping them: less memory, more time."""
+    sync_batchnorm: bool = False
+    """Normalise over the batches of all processes (SyncBatchNorm), so that several learn what one does; false: each
+    process normalises its own, which is quicker."""
     log_every: Count = 50
     """Steps between two lines of metrics."""
     checkpoint_every: Positive = 1.0

@@ -286,8 +286,18 @@ def test_an_error_inside_a_teacher_names_the_nearest_field(write):
     assert refusal(path) == [
         f"{path}:9: method.teacher.wieghts: unknown field ('w.safetensors'); did you mean weights?"
     ]
-    (message,) = refusal(write(DISTILL.replace("timm: resnet18, ", "")))
-    assert message.endswith("r.yaml:9: method.teacher: a teacher is given by exactly one of recipe, timm and model")
+    (message,) = refusal(write(DISTILL.replace("timm: resnet18, weights: w.safetensors", "image_size: 96")))
+    assert message.endswith(
+        "r.yaml:9: method.teacher: a teacher is given by one of recipe, timm and model, or by weights alone"
+    )
+
+
+def test_a_teacher_is_given_by_an_address_alone(write):
+    path = write(DISTILL.replace("{timm: resnet18, weights: w.safetensors}", "runs/x@best"))
+    assert recipes.load(path).method.teacher.weights == "runs/x@best"
+    loaded = recipes.load(write(DISTILL), ["method.teacher=runs/x@best,ema"])
+    assert (loaded.method.teacher.timm, loaded.method.teacher.weights) == (None, "runs/x@best,ema")
+    assert recipes.override(loaded, []) == loaded
 
 
 def test_override_of_a_recipe_in_memory(write):
