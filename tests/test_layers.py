@@ -68,7 +68,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "train": {
         *("errors", "rng", "kernels", "methods", "engine", "recipe", "run"),
-        *("data.plan", "data.sources", "data.loader"),
+        *("data.sources", "data.loader"),
     },
     # ---- what the command line calls
     "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},

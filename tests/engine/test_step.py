@@ -12,8 +12,8 @@ from torch import nn
 from fastdeit.batch import Step, map_tensors
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema, EmaTeacher
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.guard import Guard
-from fastdeit.engine.optim import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 from tests.toys import toy_batch
