@@ -5,9 +5,11 @@ method, how a step is made to the engine, what a sample looks like to the data p
 """
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +17,13 @@ import torch
 
 from fastdeit import kernels, rng
 from fastdeit.data.loader import EvalLoader
-from fastdeit.data.plan import order
 from fastdeit.data.sources.source import DataError
-from fastdeit.engine import optimizers, phases
+from fastdeit.engine import batchnorm, optimizers, phases
 from fastdeit.engine.checkpoint import CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import ParamGroup, default_groups
+from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine
 from fastdeit.errors import FastdeitError, Interrupted, UsageError
@@ -30,12 +31,18 @@ from fastdeit.methods.base import Method, Phase
 from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.length import Length, settled
 from fastdeit.run import build
 from fastdeit.run.evaluate import Result, evaluate
+from fastdeit.run.groups import param_groups
 from fastdeit.run.record import Record, RunLog, Saver, choose_directory, describe, prepare_directory
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
+
+_MEASURED_IMAGES = 1024
+"""Images of the newest steps on which BatchNorm statistics of averaged weights are measured: a thousand are enough (Wu
+& Johnson, arXiv:2105.07576)."""
 
 
 def main(args: argparse.Namespace) -> None:
@@ -60,29 +67,33 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     world.agree("the kernels that they choose", {row.name: row.backend for row in kernels.info()})
     train_source, val_source = build.sources(recipe)
     classes, size = len(train_source.classes), build.image_size(recipe)
+    length = build.run_length(recipe, len(train_source))
     prepare_directory(run_dir, world, resume)
     trained_teacher = train_teacher(recipe, run_dir, world)
 
-    steps_per_epoch = order.steps_per_epoch(len(train_source), recipe.train.batch_size)
-    total = steps_per_epoch * recipe.train.epochs
+    steps_per_epoch, total = length.steps_per_epoch, length.total
+    recipe = settled(recipe, length)
     log = RunLog(run_dir, recipe, world, total, steps_per_epoch)
-    student = build.model(recipe, classes, log.say)
+    student = build.model(recipe, classes, log.say, train_source.classes)
 
     def make_teacher(config: TeacherConfig) -> Teacher:
         with world.main_first():  # timm may have to download; the others then find the files
-            made = build.teacher(config, size, classes, trained_teacher, recipe.engine.precision)
+            options = {"classes": train_source.classes, "say": log.say}
+            made = build.teacher(config, size, classes, trained_teacher, recipe.engine.precision, **options)
         return made.to(world.device)
 
-    method = build.method(recipe, student, classes, total, make_teacher).to(world.device)
-    schedule = PhaseSchedule(method, recipe)
-    ema = Ema(schedule.trainable, recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None
+    method = build.method(recipe, student, classes, total, make_teacher, train_source).to(world.device)
+    if recipe.engine.sync_batchnorm and world.size > 1 and not batchnorm.synchronise(method, world.device):
+        log.say("engine.sync_batchnorm changes nothing: this model has no BatchNorm")
+    schedule = PhaseSchedule(method, recipe, length.epochs_begun)
+    ema = Ema(schedule.trainable, recipe.optim.ema_decay, method) if recipe.optim.ema_decay is not None else None
     engine = Engine(
         method,
         optimizers.find(recipe.optim.name)(schedule.groups(), recipe.optim),
         world,
         precision=recipe.engine.precision,
         accumulate=recipe.train.accumulate,
-        clip_grad=recipe.optim.clip_grad,
+        **build.clipping(recipe, student),
         ema=ema,
         capture=recipe.engine.capture,
     )
@@ -93,12 +104,14 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
     identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": train_source.classes}
     saved = Saver(run_dir, recipe, identity, engine, world, schedule, total)
     start, record = saved.restore(log.say) if resume else (0, Record())
-    log.begin(start, record, describe(recipe, method, train_source, val_source, world, steps_per_epoch, run_dir))
+    log.begin(start, record, describe(recipe, method, train_source, val_source, world, length, run_dir))
 
     # ---- go --------------------------------------------------------------------------------------------------------
     log_every = recipe.engine.log_every
-    eval_every = steps_per_epoch * recipe.train.eval_every
+    eval_every = length.eval_every
     save_every = max(1, round(steps_per_epoch * recipe.engine.checkpoint_every))
+    rates = schedule_of(recipe, length)
+    measured_steps = math.ceil(_MEASURED_IMAGES / recipe.train.batch_size)
     step = start
 
     def held_out(evaluators: Mapping[str, Evaluator], batches: int | None = None) -> Result:
@@ -107,7 +120,14 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
 
         return evaluate(method, evaluators, val_loader, training, world, recipe.engine.precision, batches)
 
+    def measure_average() -> None:
+        if ema is not None and ema.stale:
+            seed_torch(recipe.train.seed, step, world.rank)
+            with closing(loader.batches(max(0, step - measured_steps), step)) as again:
+                engine.measure_average(again)
+
     def evaluate_now() -> None:
+        measure_average()
         method.eval()
         results = {"": held_out(method.evaluators())}
         if ema is not None:
@@ -121,6 +141,8 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
         if method.teacher is not None and recipe.method.teacher.classifies and record.teacher_top1 is None:
             # Before the first step: a teacher with the wrong classes or normalisation shows here, not after two days.
             log.teacher(held_out({"teacher": Classify(lambda batch: {"class": method.teacher(batch)})}), record)
+        if recipe.train.stop_after is not None and not method.evaluators():
+            raise UsageError(f"train.stop_after needs a metric, but method {recipe.method.use} has none")
         if recipe.train.best_by is not None:
             # Only an evaluation tells the names of the metrics. One batch is enough, and a wrong name shows now.
             method.eval()
@@ -129,7 +151,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
         method.train()
         if 0 < start != record.evaluated_step and (start % eval_every == 0 or start == total):
             evaluate_now()  # the run was stopped after the last step of an epoch, before its evaluation
-        while step < total:
+        while step < total and not log.ends_early(record):
             if step % steps_per_epoch == 0 or step == start:
                 epoch = step // steps_per_epoch
                 if schedule.enter(epoch, engine):
@@ -139,7 +161,7 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
             began = time.perf_counter()
             micro_batches = [batch.to(world.device) for batch in next(batches)]
             waited = time.perf_counter() - began
-            lr = learning_rate(step, steps_per_epoch=steps_per_epoch, epochs=recipe.train.epochs, **schedule_of(recipe))
+            lr = learning_rate(step, **rates)
             engine.step(micro_batches, lr)
             step += 1
 
@@ -156,11 +178,17 @@ def train(recipe: "Recipe", run_dir: Path, world: World, *, resume: bool) -> dic
                 log.training(step, engine, record, lr)
             if evaluates:
                 evaluate_now()
-            if saves or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
+            ends = evaluates and log.ends_early(record)
+            if ends and not logs:
+                log.training(step, engine, record, lr)
+            if saves or ends or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
+                measure_average()
                 saved.save(step, record)
             if stop:
                 raise Interrupted(f"interrupted at step {step} of {total}; saved in {run_dir}, go on with --resume")
 
+        if step < total:
+            log.say(f"stopped at step {step}: {recipe.train.stop_after} evaluations in a row brought no new best")
         # ---- done --------------------------------------------------------------------------------------------------
         bad_images = world.sum(torch.tensor(len(loader.bad.reasons), device=world.device)).item()
         return log.finish(record, bad_images)
@@ -189,17 +217,18 @@ class PhaseSchedule:
     """The phases of a method through a run, and which of them is under way.
 
     trainable  by name all parameters that the method has not frozen, whichever phase trains them
+    epochs     of the run
 
     Raises UsageError for phases that do not fit the run.
     """
 
-    def __init__(self, method: Method, recipe: "Recipe") -> None:
+    def __init__(self, method: Method, recipe: "Recipe", epochs: int) -> None:
         self._method, self._recipe = method, recipe
         self._phases: Sequence[Phase] = tuple(method.phases())
         self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
         names = [name for name, _ in method.named_parameters()]
         try:
-            phases.check(self._phases, recipe.train.epochs, names, self.trainable)
+            phases.check(self._phases, epochs, names, self.trainable)
         except phases.PhaseError as error:
             raise UsageError(f"method {recipe.method.use}: {error}") from error
         self.phase = self._phases[0]
@@ -208,7 +237,7 @@ class PhaseSchedule:
         """What is trained in the phase that is under way, in the method's groups; nothing else asks for gradients."""
         phases.train_only(self._method, self.phase, self.trainable)
         self._method.on_phase(self.phase)
-        return self._method.param_groups(decay_groups(self._method, self._recipe))
+        return param_groups(self._method, self._recipe)
 
     def enter(self, epoch: int, engine: Engine) -> bool:
         """Make the phase of `epoch` that of the engine; whether it is another than before."""
@@ -229,17 +258,11 @@ class PhaseSchedule:
         return True
 
 
-def decay_groups(method: Method, recipe: "Recipe") -> list[ParamGroup]:
-    """Base optimizer groups of what is trained now: what the student exempts from weight decay, by its names there."""
-    _, exempt = method.model.decay_groups(decay_dist_token=recipe.optim.decay_dist_token)
-    return default_groups(method.named_parameters(), recipe.optim.weight_decay, {f"model.{name}" for name in exempt})
-
-
-def schedule_of(recipe: "Recipe") -> dict[str, Any]:
-    """The recipe's arguments of `learning_rate`."""
-    optim = recipe.optim
-    names = "schedule", "lr", "warmup_epochs", "warmup_lr", "min_lr"
-    return {name: getattr(optim, name) for name in names}
+def schedule_of(recipe: "Recipe", length: Length) -> dict[str, Any]:
+    """The arguments of `learning_rate` for a run of the recipe."""
+    names = "schedule", "lr", "warmup_lr", "min_lr"
+    run = {"steps_per_epoch": length.steps_per_epoch, "epochs": length.epochs, "warmup_epochs": length.warmup_epochs}
+    return run | {name: getattr(recipe.optim, name) for name in names}
 
 
 def seed_torch(seed: int, step: int, rank: int) -> None:

@@ -18,6 +18,7 @@ from fastdeit.engine.step import Engine
 from fastdeit.errors import NonFiniteError, UsageError
 from fastdeit.methods.base import Method
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.length import Length
 from fastdeit.run import build, environment
 from fastdeit.run.evaluate import Result, metric_rows, named_metrics
 
@@ -65,6 +66,7 @@ class Record:
     best_step: int = 0
     best: float | None = None
     best_by: str | None = None
+    evaluations_since_best: int = 0
     phase: str = ""
     train_loss: float | None = None
     teacher_top1: float | None = None
@@ -276,9 +278,17 @@ class RunLog:
         comparable = name is not None and not isnan(value)  # nothing would ever be better than NaN
         if comparable and (record.best is None or better(value, record.best)):
             record.best, record.best_by, record.best_step = value, name, step
+            record.evaluations_since_best = 0
+        else:
+            record.evaluations_since_best += 1
         self._write("eval", step, images=results[""].images, bad_images=results[""].bad, **record.metrics)
         listed = [f"{name} {value:.4g}" for name, value in record.metrics.items() if not name.startswith("top5_")]
         self.say(f"epoch {step / self.steps_per_epoch:g}: held-out {', '.join(listed)}")
+
+    def ends_early(self, record: Record) -> bool:
+        """Whether the run is over because `train.stop_after` evaluations in a row brought no new best."""
+        limit = self.recipe.train.stop_after
+        return limit is not None and record.evaluations_since_best >= limit
 
     def check_best_by(self, names: Collection[str]) -> None:
         """Raise UsageError unless `train.best_by` is among `names`, the metrics of the run."""
@@ -326,8 +336,8 @@ class RunLog:
             "images_per_second": speed,
             "data_wait_percent": waiting,
             "bad_images": bad_images,
-            "epochs": self.recipe.train.epochs,
-            "steps": self.steps,
+            "epochs": record.evaluated_step / self.steps_per_epoch,
+            "steps": record.evaluated_step,
         }
         if self.progress is not None:
             (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -355,7 +365,7 @@ class RunLog:
 
 
 def describe(
-    recipe: "Recipe", method: Method, train: Source, val: Source, world: World, steps_per_epoch: int, run_dir: Path
+    recipe: "Recipe", method: Method, train: Source, val: Source, world: World, length: Length, run_dir: Path
 ) -> list[str]:
     """What is going to happen, in the few numbers that decide the result."""
     parameters = sum(p.numel() for p in method.model.parameters())
@@ -371,5 +381,5 @@ def describe(
         f"{data.eval_crop_ratio:g}",
         f"global batch {batch} = {groups} groups of {data.group_size}, over {world.size} processes x "
         f"{recipe.train.accumulate} micro-batches; learning rate {recipe.optim.lr:g}; "
-        f"{recipe.train.epochs} epochs x {steps_per_epoch} steps",
+        f"{length.total} steps, {length.epochs:g} epochs of {length.steps_per_epoch}",
     ]

@@ -1,0 +1,105 @@
+"""The command line: `fastdeit VERB ...`.
+
+Every verb has its parser in a file of this package and its work elsewhere, imported when the verb runs: `fastdeit
+--help` costs no torch. Whatever goes wrong ends in an exit code that scripts can rely on (`exit_code`) and, where a
+person can do something about it, in one message instead of a traceback.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from fastdeit import __version__
+from fastdeit.cli import bench, data, doctor, evaluate, export, kernels, plan, recipes, train
+from fastdeit.cli.parser import Parser
+from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.text import did_you_mean
+
+VERBS = {
+    **train.VERBS,
+    **evaluate.VERBS,
+    **export.VERBS,
+    **bench.VERBS,
+    **data.VERBS,
+    **recipes.VERBS,
+    **doctor.VERBS,
+    **plan.VERBS,
+    **kernels.VERBS,
+}
+
+# The layers below define their own exceptions; named here, not imported, because importing them would import torch.
+# They mean that something the user gave cannot be worked with; train turns those of a running loop into FastdeitError.
+_EXIT_CODES = {
+    ("fastdeit.recipe.resolve", "RecipeError"): UsageError.exit_code,
+    ("fastdeit.data.sources.source", "DataError"): UsageError.exit_code,
+    ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,
+    ("fastdeit.engine.capture", "CaptureError"): UsageError.exit_code,
+    ("fastdeit.engine.dist", "DeviceError"): UsageError.exit_code,
+    ("fastdeit.kernels.lint.lint", "LintError"): UsageError.exit_code,
+    ("fastdeit.kernels._op", "ChoiceError"): UsageError.exit_code,
+    ("fastdeit.kernels._op", "UnknownOpError"): UsageError.exit_code,
+}
+# Every rank comes to these together, so that rank 0 can speak for all.
+_COMMON_CODES = {UsageError.exit_code, NonFiniteError.exit_code, Interrupted.exit_code}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: that of the process) and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except SystemExit as stop:  # argparse, after --help or --version
+        return int(stop.code or 0)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FastdeitError.exit_code
+    except KeyboardInterrupt:
+        print("fastdeit: interrupted", file=sys.stderr)
+        return FastdeitError.exit_code
+    except Exception as error:
+        return _report(error)
+
+
+def exit_code(error: BaseException) -> int | None:
+    """Exit code of an error with a message for the user; None for any other, whose traceback is needed."""
+    if isinstance(error, FastdeitError):
+        return error.exit_code
+    return next(
+        (code for cls in type(error).__mro__ if (code := _EXIT_CODES.get((cls.__module__, cls.__qualname__)))), None
+    )
+
+
+def _report(error: Exception) -> int:
+    code = exit_code(error)
+    rank = os.environ.get("RANK", "0")
+    if code not in _COMMON_CODES or rank == "0":
+        who = "fastdeit" if rank == "0" else f"fastdeit: rank {rank}"
+        if code is None:
+            traceback.print_exception(error)
+        message = str(error) if code is not None else f"failed with {type(error).__name__}, see above"
+        print("\n".join(f"{who}: {line}" for line in message.splitlines() or [type(error).__name__]), file=sys.stderr)
+    return FastdeitError.exit_code if code is None else code
+
+
+def _dispatch(argv: list[str]) -> int:
+    top = Parser(
+        prog="fastdeit",
+        usage="fastdeit VERB ...",
+        description="Train DeiT-family vision transformers fast, and get the same result every time.",
+        epilog="verbs:\n" + "\n".join(f"  {name:13} {verb.help}" for name, verb in VERBS.items()) + "\n\n"
+        "`fastdeit VERB --help` explains a verb. Exit codes: 0 done, 1 failed, 2 bad usage or configuration,\n"
+        "3 stopped on non-finite losses, 75 interrupted and saved (run the same command with --resume).",
+    )
+    top.add_argument("--version", action="version", version=f"fastdeit {__version__}")
+    if not argv or argv[0].startswith("-"):
+        top.parse(argv)
+        top.print_help(sys.stderr)
+        return UsageError.exit_code
+    name = next((name for name in (" ".join(argv[:2]), argv[0]) if name in VERBS), None)
+    if name is None:
+        family = [name for name in VERBS if name.startswith(f"{argv[0]} ")]
+        known, word = family or list(VERBS), " ".join(argv[: 2 if family else 1])
+        raise UsageError(f"there is no verb {word!r} (verbs: {', '.join(known)}){did_you_mean(word, known)}")
+    verb = VERBS[name]
+    return verb.run(verb.parse(argv[len(name.split()) :]), argv) or 0

@@ -1,0 +1,84 @@
+"""`fastdeit data check`, `pack`, `show` and `preview`."""
+
+import argparse
+
+from fastdeit.cli.parser import Verb, add_recipe, one, positive
+from fastdeit.errors import UsageError
+
+
+def _data_check(args: argparse.Namespace, argv: list[str]) -> int:
+    from fastdeit.verbs import data as data_verbs
+
+    return data_verbs.check(args)
+
+
+def _data_pack(args: argparse.Namespace, argv: list[str]) -> None:
+    from fastdeit.verbs import data as data_verbs
+
+    data_verbs.pack(args)
+
+
+def _data_picture(args: argparse.Namespace, argv: list[str]) -> None:
+    args.recipe = one(args.words, "recipe")
+    if args.recipe is None:
+        raise UsageError(f"name a recipe: fastdeit data {argv[1]} RECIPE --out FILE.png")
+    from fastdeit.verbs import pictures
+
+    getattr(pictures, argv[1])(args)
+
+
+def _add_source(verb: Verb) -> None:
+    add = verb.parser.add_argument
+    add("--source", metavar="KIND", help="as data.source of a recipe (default: what the layout says)")
+    add("--split", action="append", metavar="NAME", help="one split; may be repeated (default: train and val)")
+
+
+CHECK = Verb(
+    "data check",
+    "decode every sample of a data set and list what is wrong",
+    "PATH [--source KIND] [--split NAME ...] [--processes N]",
+    _data_check,
+)
+_add = CHECK.parser.add_argument
+_add("path", metavar="PATH", help="the data set's folder, or one packed, tar, TFRecord, Parquet or Arrow file")
+_add_source(CHECK)
+_add("--processes", type=positive, metavar="N", help="processes that decode (default: one per core)")
+
+PACK = Verb(
+    "data pack",
+    "copy a data set into one verified file per split",
+    "PATH OUT [--source KIND] [--split NAME ...] [--force]",
+    _data_pack,
+)
+_add = PACK.parser.add_argument
+_add("path", metavar="PATH", help="the data set's folder")
+_add("out", metavar="OUT", help="folder for train.pack and val.pack, which --data then takes")
+_add_source(PACK)
+_add("--force", action="store_true", help="replace packed files that are there")
+
+SHOW = Verb(
+    "data show",
+    "picture of one sample on its way to the model",
+    "RECIPE [section.field=value ...] [--data DIR] --sample I [--epoch E] [--copy C] --out FILE.png",
+    _data_picture,
+)
+add_recipe(SHOW)
+_add = SHOW.parser.add_argument
+_add("--sample", type=int, required=True, metavar="I", help="number of the sample in the training split, from 0")
+_add("--epoch", type=int, default=0, metavar="E", help="epoch, from 0 (default: 0)")
+_add("--copy", type=int, default=0, metavar="C", help="which of its repeats in the epoch, from 0 (default: 0)")
+_add("--out", required=True, metavar="FILE", help="the picture")
+
+PREVIEW = Verb(
+    "data preview",
+    "picture of the first training batch and of evaluation crops",
+    "RECIPE [section.field=value ...] [--data DIR] [--rows R] [--columns C] --out FILE.png",
+    _data_picture,
+)
+add_recipe(PREVIEW)
+_add = PREVIEW.parser.add_argument
+_add("--rows", type=positive, default=4, metavar="R", help="rows of training images (default: 4)")
+_add("--columns", type=positive, default=8, metavar="C", help="default: 8")
+_add("--out", required=True, metavar="FILE", help="the picture")
+
+VERBS = {"data check": CHECK, "data pack": PACK, "data show": SHOW, "data preview": PREVIEW}

@@ -1,0 +1,35 @@
+"""`fastdeit plan`."""
+
+import argparse
+
+from fastdeit.cli.parser import Verb, one, positive
+from fastdeit.errors import UsageError
+
+
+def _plan(args: argparse.Namespace, argv: list[str]) -> None:
+    args.recipe = one(args.words, "recipe")
+    if args.recipe is None:
+        raise UsageError("name a recipe: fastdeit plan RECIPE")
+    from fastdeit.estimate import report
+
+    report.main(args)
+
+
+PLAN = Verb(
+    "plan",
+    "time, memory and cost of a recipe on GPUs that need not be there",
+    "RECIPE [section.field=value ...] [--gpu NAME ...] [--count N ...] [--nodes M] [--price USD ...]\n"
+    "       [--sharding ddp|fsdp] [--images N] [--json]",
+    _plan,
+)
+_add = PLAN.parser.add_argument
+_add("words", nargs="*", metavar="RECIPE", help="name of a recipe or a YAML file, and overrides")
+_add("--gpu", action="append", metavar="NAME", help="V100, A100, ...; may be repeated (default: V100 to H200)")
+_add("--count", type=positive, action="append", metavar="N", help="GPUs in all; may be repeated (default: 1 and 8)")
+_add("--nodes", type=positive, metavar="M", help="nodes that share them (default: as few as of 8 GPUs)")
+_add("--price", type=float, action="append", metavar="USD", help="of a GPU for an hour, one for each --gpu in order")
+_add("--sharding", choices=("ddp", "fsdp"), default="ddp", help="default: ddp, which is what train runs")
+_add("--images", type=positive, metavar="N", help="training images (default: what the data source tells)")
+_add("--json", action="store_true", help="print everything as JSON")
+
+VERBS = {"plan": PLAN}
