@@ -39,7 +39,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels.losses": _OPS | {"kernels._loss"},
     "kernels.cosub": _OPS | {"kernels._loss"},
     "kernels.optimizer": _OPS,
-    "kernels.lint": _OPS,
+    "kernels.lint": _OPS | {"kernels.optimizer"},
     "kernels.nn": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp"},
     "kernels.accelerate": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp", "kernels.nn"},
     "kernels": {

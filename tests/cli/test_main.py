@@ -76,7 +76,7 @@ def test_flags_are_pinned():
         "data preview": ["-h", "--help", "--data", "--rows", "--columns", "--out"],
         "recipes": ["-h", "--help"],
         "doctor": ["-h", "--help"],
-        "kernels": ["-h", "--help", "--arch", "--op", "--json", "--update-golden"],
+        "kernels": ["-h", "--help", "--arch", "--op", "--json", "--update-golden", "--bounds"],
         "kernels bench": [
             *("-h", "--help", "--op", "--model", "--batch", "--dtype", "--device", "--rounds", "--out"),
             *("--update-choices", "--predict"),
@@ -190,6 +190,8 @@ def test_eval_and_bench(calls):
         (["eval"], "name the weights: fastdeit eval"),
         (["bench", "stp"], "invalid choice: 'stp'"),
         (["kernels", "--op", "mlp"], "only lint takes flags"),
+        (["kernels", "--bounds"], "only lint takes flags"),
+        (["kernels", "lint", "--bounds", "--arch", "80"], "with --bounds nothing is compiled"),
         (["kernels", "lint", "--arch"], "--arch: expected at least one argument"),
         (["doctor", "now"], "unexpected argument 'now' (see fastdeit doctor --help)"),
     ],
