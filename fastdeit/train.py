@@ -6,9 +6,11 @@ the data package.
 """
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,15 +20,14 @@ import torch
 
 from fastdeit import kernels, rng
 from fastdeit.data.loader import EvalLoader, TrainLoader
-from fastdeit.data.plan import order
 from fastdeit.data.sources.source import DataError, Source
-from fastdeit.engine import checkpoint, optimizers, phases
+from fastdeit.engine import batchnorm, checkpoint, optimizers, phases
 from fastdeit.engine.checkpoint import CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.ema import Ema
+from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.metrics import check_sinks
-from fastdeit.engine.optim import ParamGroup, default_groups
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
@@ -35,14 +36,20 @@ from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.length import Length, settled
 from fastdeit.run import build, directory, request
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
+from fastdeit.run.groups import param_groups
 from fastdeit.run.record import Record, RunLog, describe
 from fastdeit.run.saver import Saver
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
+
+_MEASURED_IMAGES = 1024
+"""Images of the newest steps on which BatchNorm statistics of averaged weights are measured: a thousand are enough (Wu
+& Johnson, arXiv:2105.07576)."""
 
 
 def main(args: argparse.Namespace) -> None:
@@ -91,7 +98,8 @@ def train(
     teacher = directory.finished(begun) if origin is None else origin.teacher(recipe)
     own = None if teacher is not None else teacher_recipe(recipe, begun)
     parts = Parts.of(recipe, world, begins, teacher or own)
-    start = 0 if origin is None else origin.start(recipe, parts.steps_per_epoch)
+    recipe = parts.recipe
+    start = 0 if origin is None else origin.start(parts.length)
     record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
     if own is not None:
         Parts.of(own, world, True, teacher_recipe(own))
@@ -119,12 +127,12 @@ def train(
         # ---- go ----------------------------------------------------------------------------------------------------
         if resume:
             start, record = parts.saver.restore(run_dir, parts.log.say)
-        facts = describe(recipe, parts.method, *parts.sources, world, parts.steps_per_epoch)
+        facts = describe(recipe, parts.method, *parts.sources, world, parts.length)
         parts.log.begin(run_dir, start, record, parts.saver.lineage, facts)
         if origin is not None:
             parts.saver.save(run_dir, start, record)
         try:
-            return run_steps(recipe, parts, run_dir, start, record, again)
+            return run_steps(parts, run_dir, start, record, again)
         finally:
             parts.log.close()
 
@@ -133,14 +141,14 @@ def train(
 class Parts:
     """What a run is made of.
 
+    recipe   with the numbers written out that follow the size of the data set
     sources  training and held-out samples
-    steps    of the whole run
     """
 
+    recipe: "Recipe"
     world: World
     sources: tuple[Source, Source]
-    steps_per_epoch: int
-    steps: int
+    length: Length
     log: RunLog
     method: Method
     schedule: "PhaseSchedule"
@@ -159,9 +167,9 @@ class Parts:
         """
         sources = train_source, val_source = build.sources(recipe)
         names, size = train_source.classes, build.image_size(recipe)
-        steps_per_epoch = order.steps_per_epoch(len(train_source), recipe.train.batch_size)
-        steps = steps_per_epoch * recipe.train.epochs
-        log = RunLog(recipe, world, steps, steps_per_epoch)
+        length = build.run_length(recipe, len(train_source))
+        recipe = settled(recipe, length)
+        log = RunLog(recipe, world, length.total, length.steps_per_epoch)
         student = build.model(recipe if begins else without_weights(recipe), len(names), log.say, names)
 
         def make_teacher(config: TeacherConfig) -> Teacher:
@@ -172,31 +180,33 @@ class Parts:
                 made = build.teacher(config, size, len(names), teacher, recipe.engine.precision, **options)
             return made.to(world.device)
 
-        method = build.method(recipe, student, len(names), steps, make_teacher).to(world.device)
-        schedule = PhaseSchedule(method, recipe)
+        method = build.method(recipe, student, len(names), length.total, make_teacher, train_source).to(world.device)
+        if recipe.engine.sync_batchnorm and world.size > 1 and not batchnorm.synchronise(method, world.device):
+            log.say("engine.sync_batchnorm changes nothing: this model has no BatchNorm")
+        schedule, decay = PhaseSchedule(method, recipe, length.epochs_begun), recipe.optim.ema_decay
         engine = Engine(
             method,
             optimizers.find(recipe.optim.name)(schedule.groups(), recipe.optim),
             world,
             precision=recipe.engine.precision,
             accumulate=recipe.train.accumulate,
-            clip_grad=recipe.optim.clip_grad,
-            ema=None if recipe.optim.ema_decay is None else Ema(schedule.trainable, recipe.optim.ema_decay),
+            **build.clipping(recipe, student),
+            ema=None if decay is None else Ema(schedule.trainable, decay, method),
             capture=recipe.engine.capture,
         )
         loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image)
         val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image)
         identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": names}
-        saver = Saver(recipe, identity, engine, world, schedule, steps)
-        return cls(world, sources, steps_per_epoch, steps, log, method, schedule, engine, loader, val_loader, saver)
+        saver = Saver(recipe, identity, engine, world, schedule, length)
+        return cls(recipe, world, sources, length, log, method, schedule, engine, loader, val_loader, saver)
 
-    def held_out(self, evaluators: Mapping[str, Evaluator], recipe: "Recipe", batches: int | None = None) -> Result:
+    def held_out(self, evaluators: Mapping[str, Evaluator], batches: int | None = None) -> Result:
         """What the evaluators say of the held-out images, or of the first `batches` of them."""
 
         def training() -> EvalLoader:
-            return build.eval_loader(recipe, self.sources[0], self.world, {}, self.log.bad_image)
+            return build.eval_loader(self.recipe, self.sources[0], self.world, {}, self.log.bad_image)
 
-        precision = recipe.engine.precision
+        precision = self.recipe.engine.precision
         return evaluate(self.method, evaluators, self.val_loader, training, self.world, precision, batches)
 
     def bad_images(self) -> int:
@@ -204,23 +214,30 @@ class Parts:
         return int(self.world.sum(torch.tensor(len(self.loader.bad.reasons), device=self.world.device)).item())
 
 
-def run_steps(
-    recipe: "Recipe", parts: Parts, run_dir: Path, start: int, record: Record, again: Callable[..., str]
-) -> dict[str, Any]:
+def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Callable[..., str]) -> dict[str, Any]:
     """Train from step `start` to the end and return the summary; `again(*overrides)` is the command to go on with."""
-    world, log, method, engine, schedule = parts.world, parts.log, parts.method, parts.engine, parts.schedule
-    steps_per_epoch, total = parts.steps_per_epoch, parts.steps
+    recipe, world, log, method = parts.recipe, parts.world, parts.log, parts.method
+    engine, schedule, length = parts.engine, parts.schedule, parts.length
+    steps_per_epoch, total, eval_every = length.steps_per_epoch, length.total, length.eval_every
     log_every = recipe.engine.log_every
-    eval_every = steps_per_epoch * recipe.train.eval_every
     save_every = max(1, round(steps_per_epoch * recipe.engine.checkpoint_every))
+    measured_steps = math.ceil(_MEASURED_IMAGES / recipe.train.batch_size)
+    rates = schedule_of(recipe, length)
     step, save_is_due = start, False
 
+    def measure_average() -> None:
+        if engine.ema is not None and engine.ema.stale:
+            seed_torch(recipe.train.seed, step, world.rank)
+            with closing(parts.loader.batches(max(0, step - measured_steps), step)) as newest:
+                engine.measure_average(newest)
+
     def evaluate_now() -> None:
+        measure_average()
         method.eval()
-        results = {"": parts.held_out(method.evaluators(), recipe)}
+        results = {"": parts.held_out(method.evaluators())}
         if engine.ema is not None:
             with engine.ema.applied():
-                results["_ema"] = parts.held_out(method.evaluators(), recipe)
+                results["_ema"] = parts.held_out(method.evaluators())
         method.train()
         log.evaluation(step, results, record, parts.bad_images())
 
@@ -229,16 +246,18 @@ def run_steps(
         if method.teacher is not None and recipe.method.teacher.classifies and record.teacher_top1 is None:
             # Before the first step: a teacher with the wrong classes or normalisation shows here, not after two days.
             teacher = Classify(lambda batch: {"class": method.teacher(batch)})
-            log.teacher(start, parts.held_out({"teacher": teacher}, recipe), record)
+            log.teacher(start, parts.held_out({"teacher": teacher}), record)
+        if recipe.train.stop_after is not None and not method.evaluators():
+            raise UsageError(f"train.stop_after needs a metric, but method {recipe.method.use} has none")
         if recipe.train.best_by is not None:
             # Only an evaluation tells the names of the metrics. One batch is enough, and a wrong name shows now.
             method.eval()
-            names = parts.held_out(method.evaluators(), recipe, batches=1).metrics
+            names = parts.held_out(method.evaluators(), batches=1).metrics
             log.check_best_by([*names, *(f"{name}_ema" for name in names if engine.ema is not None)])
         method.train()
         if 0 < start != record.evaluated_step and (start % eval_every == 0 or start == total):
             evaluate_now()  # the run was stopped after the last step of an epoch, before its evaluation
-        while step < total:
+        while step < total and not log.ends_early(record):
             if step % steps_per_epoch == 0 or step == start:
                 epoch = step // steps_per_epoch
                 if schedule.enter(epoch, engine):
@@ -248,7 +267,7 @@ def run_steps(
             began = time.perf_counter()
             micro_batches = [batch.to(world.device) for batch in next(batches)]
             waited = time.perf_counter() - began
-            lr = learning_rate(step, steps_per_epoch=steps_per_epoch, epochs=recipe.train.epochs, **schedule_of(recipe))
+            lr = learning_rate(step, **rates)
             engine.step(micro_batches, lr)
             step += 1
 
@@ -269,11 +288,17 @@ def run_steps(
                 raise gave_up(recipe, run_dir, start + tripped, engine.guard.limit, world, again)
             if evaluates:
                 evaluate_now()
-            if saves or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
+            ends = evaluates and log.ends_early(record)
+            if ends and not logs:
+                log.training(step, engine, record, lr)
+            if saves or ends or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
+                measure_average()
                 parts.saver.save(run_dir, step, record)
                 save_is_due = False
             if stop:
                 raise Interrupted(f"interrupted at step {step} of {total}; everything is saved, go on with {again()}")
+        if step < total:
+            log.say(f"stopped at step {step}: {recipe.train.stop_after} evaluations in a row brought no new best")
         return log.finish(record, parts.bad_images())
     except (DataError, CheckpointError) as error:
         go_on = again(*parts.saver.overrides)
@@ -345,17 +370,18 @@ class PhaseSchedule:
     """The phases of a method through a run, and which of them is under way.
 
     trainable  by name all parameters that the method has not frozen, whichever phase trains them
+    epochs     of the run
 
     Raises UsageError for phases that do not fit the run.
     """
 
-    def __init__(self, method: Method, recipe: "Recipe") -> None:
+    def __init__(self, method: Method, recipe: "Recipe", epochs: int) -> None:
         self._method, self._recipe = method, recipe
         self._phases: Sequence[Phase] = tuple(method.phases())
         self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
         names = [name for name, _ in method.named_parameters()]
         try:
-            phases.check(self._phases, recipe.train.epochs, names, self.trainable)
+            phases.check(self._phases, epochs, names, self.trainable)
         except phases.PhaseError as error:
             raise UsageError(f"method {recipe.method.use}: {error}") from error
         self.phase = self._phases[0]
@@ -364,7 +390,7 @@ class PhaseSchedule:
         """What is trained in the phase that is under way, in the method's groups; nothing else asks for gradients."""
         phases.train_only(self._method, self.phase, self.trainable)
         self._method.on_phase(self.phase)
-        return self._method.param_groups(decay_groups(self._method, self._recipe))
+        return param_groups(self._method, self._recipe)
 
     def enter(self, epoch: int, engine: Engine) -> bool:
         """Make the phase of `epoch` that of the engine; whether it is another than before."""
@@ -385,17 +411,11 @@ class PhaseSchedule:
         return True
 
 
-def decay_groups(method: Method, recipe: "Recipe") -> list[ParamGroup]:
-    """Base optimizer groups of what is trained now: what the student exempts from weight decay, by its names there."""
-    _, exempt = method.model.decay_groups(decay_dist_token=recipe.optim.decay_dist_token)
-    return default_groups(method.named_parameters(), recipe.optim.weight_decay, {f"model.{name}" for name in exempt})
-
-
-def schedule_of(recipe: "Recipe") -> dict[str, Any]:
-    """The recipe's arguments of `learning_rate`."""
-    optim = recipe.optim
-    names = "schedule", "lr", "warmup_epochs", "warmup_lr", "min_lr"
-    return {name: getattr(optim, name) for name in names}
+def schedule_of(recipe: "Recipe", length: Length) -> dict[str, Any]:
+    """The arguments of `learning_rate` for a run of the recipe."""
+    names = "schedule", "lr", "warmup_lr", "min_lr"
+    run = {"steps_per_epoch": length.steps_per_epoch, "epochs": length.epochs, "warmup_epochs": length.warmup_epochs}
+    return run | {name: getattr(recipe.optim, name) for name in names}
 
 
 def seed_torch(seed: int, step: int, rank: int) -> None:

@@ -39,7 +39,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels.losses": _OPS | {"kernels._loss"},
     "kernels.cosub": _OPS | {"kernels._loss"},
     "kernels.optimizer": _OPS,
-    "kernels.lint": _OPS,
+    "kernels.lint": _OPS | {"kernels.optimizer"},
     "kernels.nn": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp"},
     "kernels.accelerate": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp", "kernels.nn"},
     "kernels": {
@@ -68,7 +68,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "train": {
         *("errors", "rng", "kernels", "methods", "engine", "recipe", "run"),
-        *("data.plan", "data.sources", "data.loader"),
+        *("data.sources", "data.loader"),
     },
     # ---- what the command line calls
     "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
@@ -76,15 +76,19 @@ LAYERS: dict[str, set[str]] = {
         *("errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe", "run"),
         *("estimate", "data.pixel_ops", "data.plan", "data.sources"),
     },
-    "verbs": {"errors", "kernels", "batch", "engine", "recipe", "run", "data.pixel_ops", "data.plan", "data.sources"},
-    "launch": {"errors", "train"},
-    "cli": {"fastdeit", "errors", "text", "kernels", "recipe", "run", "estimate", "bench", "verbs", "launch"},
+    "verbs": {
+        *("errors", "kernels", "batch", "models", "methods", "engine", "recipe", "run"),
+        *("data.pixel_ops", "data.plan", "data.sources", "data.loader"),
+    },
+    "launch": {"errors"},
+    "cli": {"fastdeit", "errors", "text", "kernels", "recipe", "train", "estimate", "bench", "verbs", "launch"},
     "__main__": {"cli"},
 }
 # They run where no torch is wanted, and the arrays of the plan are the contract with any executor.
 WITHOUT_TORCH = [
     *("errors.py", "rng.py", "text.py", "plugins.py", "fields.py", "views.py", "launch/launch.py"),
     *("data/nodes.py", "data/pixel_ops.py", "verbs/data.py"),
+    *("run/address.py", "run/classes.py"),
     *(
         str(path.relative_to(PACKAGE))
         for room in ("data/plan", "data/sources", "recipe", "cli")

@@ -376,7 +376,7 @@ def test_a_teacher_trained_here_reads_the_students_data():
 def test_a_teacher_sees_the_resolution_and_normalisation_it_was_trained_at(load, whole):
     recipe = load("model.image_size=64", "data.mean=[0.4, 0.4, 0.4]")
     teacher = build.teacher(recipe.method.teacher, (64, 64), 10, whole[0] / "teacher")
-    assert (teacher.size, teacher.mean, teacher.std) == ((32, 32), [0.5] * 3, [0.5] * 3)
+    assert (teacher.size, teacher.mean, teacher.std) == ((32, 32), (0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.mark.parametrize("weights", ["teacher", "metrics.jsonl", "nothing/there"])

@@ -40,7 +40,7 @@ from fastdeit.bench.measure import (
 from fastdeit.engine.capture import WARM_STEPS, GraphedStep
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema, EmaTeacher
-from fastdeit.engine.optim import default_groups
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import DTYPES, Engine, autocast
 from fastdeit.errors import UsageError
@@ -315,7 +315,7 @@ def engine(wanted: Cell, device: torch.device, capture: str) -> tuple[Engine, fl
     _, exempt = model.decay_groups()
     groups = default_groups(method.named_parameters(), WEIGHT_DECAY, {f"model.{name}" for name in exempt})
     optimizer = AdamW(groups)
-    average = Ema(optimizer.params, EMA_DECAY) if wanted.ema else None
+    average = Ema(optimizer.params, EMA_DECAY, method) if wanted.ema else None
     options = {"precision": wanted.precision, "accumulate": 1, "ema": average, "capture": capture}
     made = Engine(method, optimizer, World(device), **options)
     # A recorded step is like all others only when it is replayed.

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from fastdeit import __version__
-from fastdeit.cli import bench, data, doctor, evaluate, kernels, plan, recipes, train
+from fastdeit.cli import bench, data, doctor, evaluate, export, kernels, plan, recipes, train
 from fastdeit.cli.parser import Parser
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.text import did_you_mean
@@ -19,6 +19,7 @@ from fastdeit.text import did_you_mean
 VERBS = {
     **train.VERBS,
     **evaluate.VERBS,
+    **export.VERBS,
     **bench.VERBS,
     **data.VERBS,
     **recipes.VERBS,

@@ -1,6 +1,7 @@
 """`fastdeit kernels` and `fastdeit kernels bench`."""
 
 import argparse
+import os
 
 from fastdeit.cli.parser import Verb, positive
 from fastdeit.errors import UsageError
@@ -13,11 +14,18 @@ def _kernels_bench(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _kernels(args: argparse.Namespace, argv: list[str]) -> int | None:
+    if args.action == "lint" and args.bounds:
+        if args.arch or args.json or args.update_golden:
+            raise UsageError("with --bounds nothing is compiled: it takes no flag but --op")
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+        from fastdeit.kernels.lint import bounds
+
+        return bounds.main(args)
     if args.action == "lint":
         from fastdeit.kernels.lint import lint
 
         return lint.main(args)
-    if args.arch or args.op or args.json or args.update_golden:
+    if args.arch or args.op or args.json or args.update_golden or args.bounds:
         raise UsageError("only lint takes flags: fastdeit kernels lint ...")
     from fastdeit import kernels
 
@@ -28,7 +36,7 @@ def _kernels(args: argparse.Namespace, argv: list[str]) -> int | None:
 KERNELS = Verb(
     "kernels",
     "which kernels will be used and why, or what the compiler makes of them",
-    "[info|lint] [--arch N ...] [--op NAME] [--json FILE] [--update-golden]",
+    "[info|lint] [--arch N ...] [--op NAME] [--json FILE] [--update-golden] [--bounds]",
     _kernels,
 )
 _add = KERNELS.parser.add_argument
@@ -37,6 +45,7 @@ _add("--arch", type=positive, nargs="+", metavar="N", help="compile for these: 9
 _add("--op", metavar="NAME", help="compile the kernels of this op (default: of all)")
 _add("--json", metavar="FILE", help="write all facts to this file")
 _add("--update-golden", action="store_true", help="keep the instruction mixes in tests/golden/kernels")
+_add("--bounds", action="store_true", help="check addresses instead of compiling, at huge sizes as well")
 
 BENCH = Verb(
     "kernels bench",

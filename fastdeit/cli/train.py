@@ -41,7 +41,13 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
                 from fastdeit.run import request
 
                 request.read(args, lambda text: None)
-        return launch.run(args, argv)
+        return launch.run(args, argv, _work)
+
+
+def _work(args: argparse.Namespace) -> None:
+    from fastdeit import train
+
+    train.main(args)
 
 
 def _read_resume(args: argparse.Namespace) -> None:

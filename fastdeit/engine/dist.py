@@ -39,6 +39,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The main process's values, in place; `tensor` is contiguous and of any dtype."""
+        if self.size > 1:
+            dist.broadcast(tensor.view(torch.uint8), src=0)
+        return tensor
+
     def gather(self, rows: Tensor) -> Tensor:
         """The rows `[n, ...]` of all processes, in the order of the processes; n may differ, and be zero."""
         if self.size == 1:

@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from fastdeit.errors import Interrupted, UsageError
@@ -22,10 +22,10 @@ LAUNCHER_VARIABLE = "FASTDEIT_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def run(args: argparse.Namespace, argv: list[str]) -> int:
-    """Train as `args` says, in this process or in `args.nproc` new ones running `fastdeit argv`; return the exit code.
+def run(args: argparse.Namespace, argv: list[str], work: Callable[[argparse.Namespace], None]) -> int:
+    """Do `work(args)` in this process, or `fastdeit argv` in `args.nproc` new ones; return the exit code.
 
-    In this process the errors of `fastdeit.train.main` come through as exceptions.
+    In this process the errors of `work` come through as exceptions.
     """
     ranks = rank_environment(os.environ)
     if ranks is not None:
@@ -40,9 +40,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             grace_s=grace_seconds(os.environ),
             env=worker_environment(args.nproc, os.environ),
         )
-    from fastdeit import train
-
-    train.main(args)
+    work(args)
     return 0
 
 

@@ -9,8 +9,10 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
+from fastdeit.text import some
+
 # DDP and DataParallel write the first before every name; torch.compile the second where the compiled module stands.
-_WRAPPER = re.compile(r"^(?:module\.)+|(?:^|(?<=\.))_orig_mod\.")
+_WRAPPER = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)(?:_orig_mod\.)+")
 _PARTS = ("teacher.backbone.", "backbone.", "model.")
 """Names of the network inside a larger module, the one to be taken first: DINOv2's teacher, then any backbone, then
 Lightning's `model`."""
@@ -32,8 +34,8 @@ def bare(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, .
     while True:
         stripped = _renamed(named, {name: _WRAPPER.sub("", name) for name in named})
         if stripped.keys() != named.keys():
-            wrappers = {f"{match.group().split('.')[0]}." for name in named for match in _WRAPPER.finditer(name)}
-            notes.append(f"stripped {' and '.join(sorted(wrappers))} from the names")
+            wrappers = {word for name in named for match in _WRAPPER.findall(name) for word in match.split(".") if word}
+            notes.append(f"stripped {' and '.join(f'{word}.' for word in sorted(wrappers))} from the names")
             named = stripped
         part = next((part for part in _PARTS if any(name.startswith(part) for name in named)), None)
         if part is None:
@@ -42,7 +44,7 @@ def bare(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, .
         outside = [name for name in named if name not in inside]
         if twice := set(inside.values()) & set(outside):
             raise ValueError(f"{min(twice)} and {part}{min(twice)} are two tensors of one name; keep one of them")
-        beside = f", and left out {_some(outside)}" if outside else ""
+        beside = f", and left out {some(outside)}" if outside else ""
         notes.append(f"took what is under {part}{beside}")
         named = {short: named[name] for name, short in inside.items()}
 
@@ -91,12 +93,59 @@ def _fold(tensors: dict[str, Tensor], layer: str, gamma: Tensor, name: str) -> N
     weight = tensors.get(f"{layer}.weight")
     if weight is None or gamma.shape != weight.shape[:1] or weight.ndim != 2:
         raise ValueError(f"{name} cannot be folded into {layer}.weight, which is missing or of another width")
+    if not (gamma.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"{name} is {gamma.dtype} and {layer}.weight {weight.dtype}, which cannot be folded")
     tensors[f"{layer}.weight"] = (gamma.double()[:, None] * weight.double()).to(weight.dtype)
     bias = tensors.get(f"{layer}.bias")
     if bias is not None:
         tensors[f"{layer}.bias"] = (gamma.double() * bias.double()).to(bias.dtype)
 
 
-def _some(names: Collection[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def levit(own: Collection[str], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """(the tensors of a file of LeViT's authors under timm's names, what was done in sentences). Others come back as
+    they are, and so do these for a network whose names `own` are the authors'.
+
+    Their network is one list of blocks: attention and MLP in turn, and a subsampling attention between two stages. timm
+    has stages, and each begins with what subsamples for it. `attention_bias_idxs` is not a weight but a table that the
+    network computes from its size, and is left out.
+    """
+    if _LEVIT not in tensors or _LEVIT in own:
+        return dict(tensors), ()
+    places: dict[str, str] = {}
+    stage, block, unit = 0, 0, ""
+    for number in sorted({int(match[1]) for name in tensors if (match := _BLOCK.match(name))}):
+        if f"blocks.{number}.m.qkv.c.weight" in tensors:
+            unit = f"stages.{stage}.blocks.{block}."
+            places[f"blocks.{number}.m"], block = f"{unit}attn", block + 1
+        elif f"blocks.{number}.kv.c.weight" in tensors:
+            stage, block = stage + 1, 0
+            unit = f"stages.{stage}.downsample."
+            places[f"blocks.{number}"] = f"{unit}attn_downsample"
+        else:
+            places[f"blocks.{number}.m"] = f"{unit}mlp"
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name.endswith("attention_bias_idxs"):
+            named[_of_timms_levit(name, places)] = tensor
+    return named, ("renamed from LeViT's names to timm's, and left out attention_bias_idxs",)
+
+
+_LEVIT = "patch_embed.0.c.weight"
+"""A name that is in LeViT's own files alone."""
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_LEVIT_PARTS = (
+    (re.compile(r"^patch_embed\.(\d+)\."), lambda match: f"stem.conv{int(match[1]) // 2 + 1}."),
+    (re.compile(r"(\.mlp)\.([02])\."), lambda match: f"{match[1]}.ln{int(match[2]) // 2 + 1}."),
+    (re.compile(r"\.(proj|q)\.1\."), r".\1.ln."),
+    (re.compile(r"\.[cl]\.(?=weight$|bias$)"), ".linear."),
+)
+
+
+def _of_timms_levit(name: str, places: Mapping[str, str]) -> str:
+    parts = name.split(".")
+    block = ".".join(parts[:3]) if parts[2:3] == ["m"] else ".".join(parts[:2])
+    if block in places:
+        name = places[block] + name.removeprefix(block)
+    for pattern, replacement in _LEVIT_PARTS:
+        name = pattern.sub(replacement, name)
+    return name

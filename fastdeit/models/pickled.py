@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ ENTRIES = ("model", "state_dict", "model_state_dict", "module", "teacher", "stud
 """Names of entries in the order in which they are preferred."""
 
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+_REASON = re.compile(r"WeightsUnpickler error: ([^\n]{,200})")
 _DEPTH = 3
 _NO_WEIGHTS = ("optimizer", "optimizer_states", "optim", "lr_scheduler", "scaler")
 """Entries that are not searched: the state of an optimizer maps names to tensors, too."""
@@ -72,22 +73,27 @@ def read(path: Path, entry: str | None = None) -> Pickled:
 
 
 def _load(path: Path) -> Any:
+    with path.open("rb") as file:
+        return _parsed(file)
+
+
+def _parsed(file: BinaryIO) -> Any:
     try:
         # Legacy files warn about their age, TorchScript archives that they are dispatched; neither helps anybody here.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         foreign = _GLOBAL.search(str(error))
         if foreign is None:
-            raise ValueError(f"it is damaged, or no file of torch.save ({_first_sentence(error)})") from error
+            reason = _REASON.search(str(error))
+            why = reason[1] if reason else _first_sentence(error)
+            raise ValueError(f"it is damaged, or no file of torch.save ({why})") from error
         raise ValueError(
-            f"it holds a {foreign[1]}, and nothing but tensors and plain data is read, because a pickle can execute "
+            f"it uses {foreign[1]}, and nothing but tensors and plain data is read, because a pickle can execute "
             "anything. If you trust its author, save the weights alone where it can be read: "
             "torch.save(model.state_dict(), 'weights.pth')"
         ) from error
-    except OSError:
-        raise
     except Exception as error:  # a damaged file can fail in any part of the parser
         if "TorchScript" in str(error):
             raise ValueError(

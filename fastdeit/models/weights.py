@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from fastdeit.models import convert
 from fastdeit.models.positions import interpolated
 from fastdeit.models.vit import init_linear
+from fastdeit.text import some
 
 HEADS = ("head", "head_dist")
 """Heads of the DeiT family, which weights may have where a network has none."""
 
 
-_SAY_GRID = "say how they lie with model.weights_grid: [height, width]"
+_SAY_GRID = "a run tells how they lie; of a file, say it with model.weights_grid=[height, width]"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class LoadReport:
     unexpected          names of the weights' tensors that were left out: the model has no place for them
     resized             what became of the positional embedding, in words; empty if it fitted
     reinitialised_heads names of the heads whose number of classes differs: initialised anew
-    converted           what was renamed or folded, in words (`convert.layer_scale`)
+    converted           what was renamed or folded, in words (`convert`)
     """
 
     missing: tuple[str, ...] = ()
@@ -68,12 +69,15 @@ def load_weights(
                 of classes: what only the model has, and such a head, is initialised anew; what only the weights have is
                 left out. None: the heads, and the distillation token. Everything else must be there on both sides
 
-    A positional embedding for another image size is resized (`resize_pos_embed`), and LayerScale is renamed or folded
-    (`convert.layer_scale`). Raises ValueError, before anything is changed, where something is missing, left over, or of
-    another shape or kind of number.
+    A positional embedding for another image size is resized (`resize_pos_embed`). The names of LeViT's files are
+    mapped, and LayerScale is renamed or folded (`convert`). Raises ValueError, before anything is changed, where
+    something is missing, left over, or of another shape or kind of number.
     """
     own = model.state_dict()
-    tensors, converted = convert.layer_scale(own, state_dict)
+    if odd := [name for name, tensor in state_dict.items() if tensor.layout != torch.strided or tensor.is_meta]:
+        raise ValueError(f"{some(odd)} of the weights are sparse or without data")
+    tensors, renamed = convert.levit(own, state_dict)
+    tensors, scaled = convert.layer_scale(own, tensors)
     if not own.keys() & tensors.keys():
         raise ValueError(
             f"no tensor name of the weights ({some(state_dict)}) is one of the model's ({some(own)}); they are of "
@@ -81,10 +85,10 @@ def load_weights(
         )
     free = (*model.head_names, *HEADS, "dist_token") if may_differ is None else tuple(may_differ)
     missing = tuple(name for name in own if name not in tensors)
-    unexpected = tuple(name for name in tensors if name not in own)
+    unexpected = tuple(sorted(name for name in tensors if name not in own))  # safetensors has no order
     heads = _foreign_heads(model, own, tensors)
-    _refuse("the model needs {}, which the weights do not have", missing, free)
-    _refuse("the weights have {}, for which the model has no place", unexpected, free)
+    _refuse("it needs {}, which they do not have", missing, free)
+    _refuse("they have {}, for which it has no place", unexpected, free)
     for head in heads:
         if head not in free:
             theirs, ours = (len(side[f"{head}.weight"]) for side in (tensors, own))
@@ -94,6 +98,7 @@ def load_weights(
         for name, tensor in tensors.items()
         if name in own and not any(name.startswith(f"{head}.") for head in heads)
     }
+    _refuse_other_numbers(taken, own)
     resized = ()
     if "pos_embed" in taken and taken["pos_embed"].ndim == 3 and getattr(model, "grid", None) is not None:
         taken["pos_embed"], note = resize_pos_embed(tensors, model, grid)
@@ -102,19 +107,13 @@ def load_weights(
     model.load_state_dict(taken, strict=False)
     for head in heads:
         init_linear(model.get_submodule(head))
-    return LoadReport(missing, unexpected, resized, heads, converted)
-
-
-def some(names: Collection[str]) -> str:
-    """The first of some names, for a message."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(list(names)[:3]) + more
+    return LoadReport(missing, unexpected, resized, heads, (*renamed, *scaled))
 
 
 def _refuse(sentence: str, names: Collection[str], free: Collection[str]) -> None:
     bound = [name for name in names if not any(name == one or name.startswith(f"{one}.") for one in free)]
     if bound:
-        raise ValueError(f"the weights are of another model: {sentence.format(some(bound))}")
+        raise ValueError(f"the weights do not fit the model: {sentence.format(some(bound))}")
 
 
 def _refuse_other_shapes(taken: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -123,6 +122,9 @@ def _refuse_other_shapes(taken: Mapping[str, Tensor], own: Mapping[str, Tensor])
         shapes = (f"{name} is {tuple(taken[name].shape)}, not {tuple(own[name].shape)}" for name in wrong[:4])
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(f"the weights are of another model: {'; '.join(shapes)}{more}")
+
+
+def _refuse_other_numbers(taken: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     for name, tensor in taken.items():
         if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
             raise ValueError(f"{name} of the weights is {tensor.dtype}, and that of the model {own[name].dtype}")

@@ -65,12 +65,13 @@ def parse(text: str) -> Address:
     """
     if text.startswith("timm:"):
         return _timm(text)
-    path, selector = _split(text)
-    if not path.exists():
-        raise UsageError(f"{text}: {_nothing_there(path)}")
-    if path.is_dir():
-        return _directory(text, path, selector)
-    return _file(text, path, selector)
+    try:
+        path, selector = _split(text)
+        if not path.exists():
+            raise UsageError(f"{text}: {_nothing_there(path)}")
+        return (_directory if path.is_dir() else _file)(text, path, selector)
+    except (OSError, RuntimeError) as error:  # no permission, too long a name; a home directory that nobody has
+        raise UsageError(f"{text}: it cannot be looked for: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _timm(text: str) -> Address:
@@ -95,7 +96,7 @@ def _nothing_there(path: Path) -> str:
     folder = path.parent
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     there = "" if folder.is_dir() else f"; there is no {folder} either"
-    return f"there is no {path}{did_you_mean(path.name, names) or there}; weights are addressed as {FORMS}"
+    return f"there is no {path}{did_you_mean(path.name, names) or f'{there}; weights are addressed as {FORMS}'}"
 
 
 def _directory(text: str, path: Path, selector: str | None) -> Address:
@@ -104,11 +105,12 @@ def _directory(text: str, path: Path, selector: str | None) -> Address:
             raise UsageError(f"{text}: a checkpoint knows @ema alone, not @{selector}; @best and @step= are of a run")
         return Address(text, "checkpoint", path, ema=selector == "ema")
     if not (path / "checkpoints").is_dir():
-        why = "has no manifest.json, so it is no whole checkpoint" if path.name.startswith("step_") else ""
-        raise UsageError(
-            f"{text}: the directory {path} {why or 'is neither a run (it has no checkpoints/) nor a checkpoint'}; "
-            f"weights are addressed as {FORMS}"
-        )
+        why = "is neither a run (it has no checkpoints/) nor a checkpoint"
+        if path.name.startswith("step_"):
+            why = "has no manifest.json, so it is no whole checkpoint"
+        files = sorted(entry.name for entry in path.iterdir() if entry.name.endswith((".safetensors", *PICKLES)))
+        way_out = f"its file {path / files[0]} can be addressed" if files else f"weights are addressed as {FORMS}"
+        raise UsageError(f"{text}: the directory {path} {why}; {way_out}")
     return Address(text, "run", path, **_of_run(text, selector))
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,17 +15,21 @@ from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import order
 from fastdeit.data.plan.plan import Augment, Mixing
 from fastdeit.data.sources import digits
-from fastdeit.data.sources.datasets import kinds_at, layout, open_pair
+from fastdeit.data.sources.datasets import kinds_at, layout, open_held_out, open_pair
+from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.data.sources.source import DataError, Source
 from fastdeit.data.sources.synthetic import SyntheticSource
+from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import EmaTeacher
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
-from fastdeit.fields import size_pair
+from fastdeit.fields import Section, size_pair
 from fastdeit.methods.base import Context, Method, Momentum
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.models.freeze import freeze_parts
+from fastdeit.recipe.length import Length, LengthError, length
 from fastdeit.run.weights import load, network, open_weights
 from fastdeit.views import View, overridden, parse_policy, resolved
 
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
 
 Report = Callable[[str], None]
+Opened = TypeVar("Opened")
 
 
 def sources(recipe: "Recipe") -> tuple[Source, Source]:
@@ -44,6 +50,19 @@ def sources(recipe: "Recipe") -> tuple[Source, Source]:
         return train, SyntheticSource(held_out, seed=recipe.train.seed + 1, **shape)
     if data.source == "digits":
         return open_pair("folder", digits.prepare())
+    return _opened(recipe, open_pair)
+
+
+def held_out(recipe: "Recipe") -> Source:
+    """The held-out samples alone, where the training split need not be there. Raises as `sources`."""
+    if recipe.data.source in GENERATED:
+        return sources(recipe)[1]
+    return _opened(recipe, open_held_out)
+
+
+def _opened(recipe: "Recipe", opened: Callable[[str, str, str, str], Opened]) -> Opened:
+    """What `opened` makes of the recipe's kind, root and splits, with errors that say what to do."""
+    data = recipe.data
     splits = data.train, data.val
     if data.root is None:
         raise UsageError(
@@ -51,7 +70,7 @@ def sources(recipe: "Recipe") -> tuple[Source, Source]:
             f"expected are {layout(data.source, *splits)}"
         )
     try:
-        return open_pair(data.source, data.root, *splits)
+        return opened(data.source, data.root, *splits)
     except DataError as error:
         raise DataError(
             f"data.source {data.source}: {error}{_expected(error, data.source, data.root, *splits)}"
@@ -108,6 +127,14 @@ def mixing(recipe: "Recipe") -> Mixing:
     return Mixing(**{field.name: getattr(recipe.data, field.name) for field in fields(Mixing)})
 
 
+def run_length(recipe: "Recipe", images: int) -> Length:
+    """The length of the recipe's run on so many training images. Raises UsageError where the warm-up does not fit."""
+    try:
+        return length(recipe, images, order.steps_per_epoch(images, recipe.train.batch_size))
+    except LengthError as error:
+        raise UsageError(f"recipe {recipe.name}: {error}") from error
+
+
 def train_loader(
     recipe: "Recipe", source: Source, world: World, noise: Mapping[str, int], on_bad: Callable[[str, str], None]
 ) -> TrainLoader:
@@ -133,7 +160,7 @@ def train_loader(
         stores=methods.find(recipe.method.use).needs(recipe.method),
         mean=data.mean,
         std=data.std,
-        total_steps=train.epochs * order.steps_per_epoch(len(source), train.batch_size),
+        total_steps=run_length(recipe, len(source)).total,
         max_bad_fraction=data.max_bad_fraction,
         on_bad=on_bad,
     )
@@ -172,17 +199,43 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
         raise UsageError(f"model.num_classes is {config.num_classes}, but the data set has {num_classes} classes")
     torch.manual_seed(rng.key(recipe.train.seed, "init") >> 1)
     options = {"image_size": image_size(recipe), "num_classes": num_classes, "drop_path": config.drop_path}
+    # Models take these where they have them. A model of somebody else's need not know them until a recipe asks.
+    options |= {name: getattr(config, name) for name in ("drop_path_mode", "dropout") if _is_set(config, name)}
     try:
         built = models.of(config.name, config.timm, **options)
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
+    if recipe.engine.checkpoint_blocks:
+        _checkpoint_blocks(built, recipe)
     if config.weights is not None:
         with _naming("model.weights"):
             found = open_weights(config.weights)
             notes = load(built, found, purpose="student", classes=classes, grid=config.weights_grid)
         for note in (*found.notes, *notes) or ("all tensors fit",):
             say(f"weights of {found.origin}: {note}")
+    try:
+        freeze_parts(built, config.freeze)
+    except ValueError as error:
+        raise UsageError(f"model.freeze: {error}") from error
     return built
+
+
+def _is_set(section: Section, name: str) -> bool:
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
+def _checkpoint_blocks(network: nn.Module, recipe: "Recipe") -> None:
+    if recipe.model.timm is not None and recipe.engine.capture == "graph":
+        raise UsageError(
+            "engine.checkpoint_blocks: timm's models bring a generator back to draw the same numbers again, which "
+            "engine.capture graph cannot record; use none or compile"
+        )
+    if not hasattr(network, "set_grad_checkpointing"):
+        raise UsageError(f"engine.checkpoint_blocks: {type(network).__name__} has no set_grad_checkpointing(enable)")
+    try:
+        network.set_grad_checkpointing(True)
+    except ValueError as error:
+        raise UsageError(f"engine.checkpoint_blocks: {error}") from error
 
 
 @contextmanager
@@ -195,11 +248,20 @@ def _naming(field: str) -> Iterator[None]:
 
 
 def method(
-    recipe: "Recipe", student: nn.Module, num_classes: int, steps: int, teacher: Callable[[TeacherConfig], Teacher]
+    recipe: "Recipe",
+    student: nn.Module,
+    num_classes: int,
+    steps: int,
+    teacher: Callable[[TeacherConfig], Teacher],
+    source: Source | None = None,
 ) -> Method:
-    """The training method around the student.
+    """The training method around the student, for a run of so many steps.
 
-    Raises UsageError if it keeps an averaged teacher where the engine does not find it, such as in a list.
+    source  the training images; None in an evaluation, where the epochs of a run of `train.steps` are not known and its
+            steps stand in for them
+
+    Raises UsageError if the method cannot be built, and if it keeps an averaged teacher where the engine does not find
+    it, such as in a list.
     """
     kind = methods.find(recipe.method.use)
     averaged: list[EmaTeacher] = []
@@ -208,7 +270,13 @@ def method(
         averaged.append(EmaTeacher(module, momentum))
         return averaged[-1]
 
-    made = kind(student, recipe.method, Context(num_classes, recipe.train.epochs, steps, teacher, ema_teacher))
+    epochs = recipe.train.epochs or (steps if source is None else run_length(recipe, len(source)).epochs_begun)
+    counts = None if source is None else partial(class_counts, source)
+    try:
+        context = Context(num_classes, epochs, steps, teacher, ema_teacher, counts)
+        made = kind(student, recipe.method, context)
+    except ValueError as error:
+        raise UsageError(f"method {recipe.method.use}: {error}") from error
     if not set(averaged) <= set(made.modules()):
         raise UsageError(
             f"method {recipe.method.use}: what ema_teacher() returns must be an attribute of the method, or in an "
@@ -216,6 +284,22 @@ def method(
             "move it"
         )
     return made
+
+
+def class_counts(source: Source) -> list[int]:
+    """How many images each class has."""
+    counts = [0] * len(source.classes)
+    for index in range(len(source)):
+        counts[source.label(index)] += 1
+    return counts
+
+
+def clipping(recipe: "Recipe", student: nn.Module) -> dict[str, Any]:
+    """The arguments of `Engine` for what the recipe says of gradient clipping."""
+    limit = recipe.optim.clip_grad
+    if recipe.optim.clip_mode == "norm":
+        return {"clip_grad": limit}
+    return {"clip_units": UnitClipping(limit, [f"model.{head}" for head in student.head_names])}
 
 
 def teacher(
@@ -239,14 +323,15 @@ def teacher(
     """
     name = config.model if config.timm is None else f"timm:{config.timm}"
     address = config.weights or (str(trained) if config.recipe is not None else name)
-    with _naming("method.teacher" if config.weights is None else f"method.teacher.weights {config.weights}"):
+    with _naming("method.teacher" if config.weights is None else "method.teacher.weights"):
         found = open_weights(address)
         known = found.known
         if config.classifies and known.num_classes not in (None, num_classes):
             raise UsageError(
-                f"{found.origin} knows {known.num_classes} classes, but the data set has {num_classes}; give a teacher "
-                "that was trained on this data set"
+                f"{found.origin}: the weights know {known.num_classes} classes, but the data set has {num_classes}; "
+                "give a teacher that was trained on this data set"
             )
+        told = [f"{found.origin}: {note}" for note in found.notes]
         of_a_run = found.checkpoint is not None
         side = config.image_size or (known.image_size if of_a_run else None)
         built = network(
@@ -256,10 +341,10 @@ def teacher(
             image_size=side or size,
             classes=classes,
             purpose="teacher" if config.classifies else "features",
-            say=say,
+            say=told.append,
         )
-    for note in found.notes if say is not None else ():
-        say(f"teacher {found.origin}: {note}")
+    for note in told if say is not None else ():
+        say(f"teacher: {note}")
     mean, std = (config.mean, config.std) if config.mean is not None else (known.mean, known.std)
     if mean is None and config.timm is not None:
         mean, std = built.mean, built.std

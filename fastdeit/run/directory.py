@@ -53,7 +53,11 @@ def can_go_on(run: Path) -> bool:
 def finished(run: Path | None) -> Path | None:
     """`run`, if it has been trained to its end."""
     state = None if run is None else checkpoint.newest_state(run / CHECKPOINTS)
-    return run if state is not None and state["steps"] == checkpoint.steps(run / CHECKPOINTS)[-1] else None
+    if state is None:
+        return None
+    limit = state["recipe"]["train"]["stop_after"]
+    early = limit is not None and state["record"]["evaluations_since_best"] >= limit
+    return run if early or state["steps"] == checkpoint.steps(run / CHECKPOINTS)[-1] else None
 
 
 def newest(name: str) -> Path:

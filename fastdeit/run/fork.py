@@ -15,6 +15,7 @@ from fastdeit.engine import checkpoint
 from fastdeit.engine.checkpoint import Checkpoint
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.length import Length
 from fastdeit.run import address, directory
 from fastdeit.run.build import Report
 from fastdeit.run.lock import NAME as LOCK
@@ -36,24 +37,24 @@ class Origin:
     state: dict[str, Any]
     recipe: "Recipe"
 
-    def start(self, recipe: "Recipe", steps_per_epoch: int) -> int:
-        """The step at which a fork by `recipe` begins, with `steps_per_epoch` of its own.
+    def start(self, length: Length) -> int:
+        """The step at which a fork of this length begins.
 
         It is the parent's, or that of the same epoch where the epochs have another number of steps. Raises UsageError
         where there is none, and where nothing is left to train.
         """
-        step, before = self.step, self.state["steps"] // self.recipe.train.epochs
-        if before != steps_per_epoch:
+        step, before, now = self.step, self.state["steps_per_epoch"], length.steps_per_epoch
+        if before != now:
             if step % before:
                 raise UsageError(
-                    f"{self.path} is in the middle of an epoch, and the fork's epochs have {steps_per_epoch} "
-                    f"steps instead of {before}; fork at the end of an epoch, or keep train.batch_size and the data"
+                    f"{self.path} is in the middle of an epoch, and the fork's epochs have {now} steps instead of "
+                    f"{before}; fork at the end of an epoch, or keep train.batch_size and the data"
                 )
-            step = step // before * steps_per_epoch
-        if step >= steps_per_epoch * recipe.train.epochs:
+            step = step // before * now
+        if step >= length.total:
             raise UsageError(
-                f"{self.path} stands at epoch {step / steps_per_epoch:g}, and the fork has "
-                f"{recipe.train.epochs}: nothing is left to train; give it more with train.epochs=N"
+                f"{self.path} stands at epoch {step / now:g}, and the fork has {length.epochs:g}: nothing is left to "
+                "train; give it more with train.epochs=N"
             )
         return step
 

@@ -17,6 +17,7 @@ from fastdeit.engine.progress import Progress, table
 from fastdeit.engine.step import Engine
 from fastdeit.errors import UsageError
 from fastdeit.methods.base import Method
+from fastdeit.recipe.length import Length
 from fastdeit.run import build, directory, environment
 from fastdeit.run.evaluate import Result, metric_rows, named_metrics
 
@@ -35,6 +36,7 @@ class Record:
     best_step: int = 0
     best: float | None = None
     best_by: str | None = None
+    evaluations_since_best: int = 0
     phase: str = ""
     train_loss: float | None = None
     teacher_top1: float | None = None
@@ -153,11 +155,19 @@ class RunLog:
         comparable = name is not None and not isnan(value)  # nothing would ever be better than NaN
         if comparable and (record.best is None or better(value, record.best)):
             record.best, record.best_by, record.best_step = value, name, step
+            record.evaluations_since_best = 0
+        else:
+            record.evaluations_since_best += 1
         self._write("eval", step, images=results[""].images, bad_images=results[""].bad, **record.metrics)
         listed = [f"{name} {value:.4g}" for name, value in record.metrics.items() if not name.startswith("top5_")]
         self.say(f"epoch {step / self.steps_per_epoch:g}: held-out {', '.join(listed)}")
         if step < self.steps:
             self.summarise(step, record, bad_images)
+
+    def ends_early(self, record: Record) -> bool:
+        """Whether the run is over because `train.stop_after` evaluations in a row brought no new best."""
+        limit = self.recipe.train.stop_after
+        return limit is not None and record.evaluations_since_best >= limit
 
     def check_best_by(self, names: Collection[str]) -> None:
         """Raise UsageError unless `train.best_by` is among `names`, the metrics of the run."""
@@ -191,8 +201,8 @@ class RunLog:
         for sink in self.sinks:
             sink.write(step, **values)
 
-    def summarise(self, step: int, record: Record, bad_images: int) -> dict[str, Any]:
-        """Write summary.json and, unless they are new, curves.png as of `step`, and return the summary."""
+    def summarise(self, step: int, record: Record, bad_images: int, *, last: bool = False) -> dict[str, Any]:
+        """Write summary.json as of `step`, and return it. Write curves.png, too, if it is the last or they are old."""
         speed, waiting = record.speed_since(0, 0.0, 0.0)
         summary = {
             "recipe": self.recipe.name,
@@ -205,21 +215,21 @@ class RunLog:
             "images_per_second": speed,
             "data_wait_percent": waiting,
             "bad_images": bad_images,
-            "epochs": self.recipe.train.epochs,
+            "epochs": step / self.steps_per_epoch,
             "steps": self.steps,
             "step": step,
             "lineage": self.lineage,
         }
         if self.progress is not None:
             directory.replace_text(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-            if step == self.steps or time.monotonic() > self.drawn + CURVES_EVERY_S:
+            if last or time.monotonic() > self.drawn + CURVES_EVERY_S:
                 report.curves(self.run_dir / directory.METRICS, self.run_dir / "curves.png")
                 self.drawn = time.monotonic()
         return summary
 
     def finish(self, record: Record, bad_images: int) -> dict[str, Any]:
         """Write the last summary, print the final table, and return the summary."""
-        summary = self.summarise(self.steps, record, bad_images)
+        summary = self.summarise(record.evaluated_step, record, bad_images, last=True)
         if self.progress is not None:
             self.progress.close()
             table(self._rows(record))
@@ -244,9 +254,7 @@ class RunLog:
             self.metrics.close()
 
 
-def describe(
-    recipe: "Recipe", method: Method, train: Source, val: Source, world: World, steps_per_epoch: int
-) -> list[str]:
+def describe(recipe: "Recipe", method: Method, train: Source, val: Source, world: World, length: Length) -> list[str]:
     """What is going to happen, in the few numbers that decide the result."""
     parameters = sum(p.numel() for p in method.model.parameters())
     height, width = build.image_size(recipe)
@@ -260,5 +268,5 @@ def describe(
         f"{data.eval_crop_ratio:g}",
         f"global batch {batch} = {groups} groups of {data.group_size}, over {world.size} processes x "
         f"{recipe.train.accumulate} micro-batches; learning rate {recipe.optim.lr:g}; "
-        f"{recipe.train.epochs} epochs x {steps_per_epoch} steps",
+        f"{length.total} steps, {length.epochs:g} epochs of {length.steps_per_epoch}",
     ]

@@ -14,6 +14,7 @@ from fastdeit.engine.dist import World
 from fastdeit.engine.step import Engine
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.length import Length
 from fastdeit.run import directory
 from fastdeit.run.build import Report
 from fastdeit.run.record import Record
@@ -36,17 +37,17 @@ class Saver:
 
     identity  fingerprints of the data, and the names of its classes
     phases    what the run's training is in (`PhaseSchedule`)
-    steps     of the whole run
+    length    of the whole run
     lineage   the runs that this one is a fork of, the oldest first (`fork.Origin.lineage`)
     overrides settings of `engine:` and places of the data that the newest checkpoint does not have yet, as on a command
               line: a run that goes on from it needs to be given them again
     """
 
     def __init__(
-        self, recipe: "Recipe", identity: dict[str, Any], engine: Engine, world: World, phases: Phases, steps: int
+        self, recipe: "Recipe", identity: dict[str, Any], engine: Engine, world: World, phases: Phases, length: Length
     ) -> None:
         self.recipe, self.identity, self.engine, self.world, self.phases = recipe, identity, engine, world, phases
-        self.steps = steps
+        self.length = length
         self.lineage: list[dict[str, Any]] = []
         self.overrides: list[str] = []
 
@@ -58,7 +59,8 @@ class Saver:
             root = run_dir / directory.CHECKPOINTS
             tensors = self.tensors() | {"engine": engine_state}
             state = {"recipe": self.recipe.model_dump(mode="json"), "identity": self.identity, "record": asdict(record)}
-            checkpoint.save(root, step, tensors, state | {"steps": self.steps, "lineage": self.lineage})
+            state |= {"steps": self.length.total, "steps_per_epoch": self.length.steps_per_epoch}
+            checkpoint.save(root, step, tensors, state | {"lineage": self.lineage})
             keep = [record.best_step] if record.best_step else []
             checkpoint.prune(root, self.recipe.engine.keep_checkpoints, keep)
         self.overrides = []

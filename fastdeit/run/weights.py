@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
+import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -23,10 +25,14 @@ from fastdeit.errors import UsageError
 from fastdeit.fields import size_pair
 from fastdeit.models import convert, pickled
 from fastdeit.models.contract import ImageSize
-from fastdeit.models.weights import load_weights, some
+from fastdeit.models.weights import load_weights
 from fastdeit.run import classes as class_lists
+from fastdeit.run import hub
 from fastdeit.run.address import Address, parse
+from fastdeit.text import some
 
+KNOWN = "fastdeit"
+"""Key of the JSON of `Known` in the header of a safetensors file that `fastdeit export` wrote."""
 Purpose = Literal["student", "teacher", "features"]
 """What a network is loaded for.
 
@@ -70,6 +76,7 @@ class Weights:
     known       what is known of their network
     notes       what was chosen, stripped or skipped, one sentence each, to be said to the user
     checkpoint  where the address is of a run or checkpoint: state of method and engine, and the recipe
+    averaged    whether they are the average of a run's weights
     as_named    the tensors as the file names them, where `tensors` has other names
     """
 
@@ -78,6 +85,7 @@ class Weights:
     known: Known = Known()
     notes: tuple[str, ...] = ()
     checkpoint: Checkpoint | None = None
+    averaged: bool = False
     as_named: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -89,6 +97,25 @@ class Weights:
             return None
         grid = size[0] // patch.shape[2], size[1] // patch.shape[3]
         return grid if 0 <= positions.shape[1] - grid[0] * grid[1] < _MOST_PREFIX_TOKENS else None
+
+    @property
+    def square(self) -> int | None:
+        """Pixels per side that the positional embedding is for, if it is that of a square."""
+        patch, positions = self.tensors.get("patch_embed.proj.weight"), self.tensors.get("pos_embed")
+        if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
+            return None
+        counts = [positions.shape[1] - prefix for prefix in range(3)]
+        side = next((isqrt(count) for count in counts if count > 0 and isqrt(count) ** 2 == count), None)
+        return None if side is None else side * patch.shape[2]
+
+    @property
+    def method(self) -> dict[str, Tensor]:
+        """What a checkpoint has of the method besides the student, as its `state_dict` names it; averaged as these."""
+        if self.checkpoint is None:
+            return {}
+        files = self.checkpoint.tensors
+        own = dict(files["method"])
+        return own | {name: files["ema"][name] for name in own.keys() & files["ema"].keys()} if self.averaged else own
 
 
 _MOST_PREFIX_TOKENS = 32
@@ -104,7 +131,10 @@ def open_weights(address: str) -> Weights:
     where the address does not say which.
     """
     parsed = parse(address)
-    found = _OPENERS[parsed.kind](parsed)
+    try:
+        found = _OPENERS[parsed.kind](parsed)
+    except OSError as error:
+        raise UsageError(f"{address}: it cannot be read: {error.strerror or error}") from error
     if not found.tensors:
         raise UsageError(f"{address}: there is no tensor in it")
     return found
@@ -122,7 +152,7 @@ def _run(address: Address) -> Weights:
         else:
             found = checkpoint.newest(root, lambda path, why: notes.append(f"skipped {path}, which is damaged: {why}"))
             if address.best:
-                step, note = _best(address, _state(found, "record"))
+                step, note = _best(address, _state(address, found, "record"))
                 notes += note
                 found = found if found.step == step else _of_step(address, root, step, steps)
     except CheckpointError as error:
@@ -155,33 +185,43 @@ def _checkpoint(address: Address) -> Weights:
 
 
 def _of_checkpoint(address: Address, found: Checkpoint, notes: list[str]) -> Weights:
-    recipe, identity = _state(found, "recipe"), _state(found, "identity")
+    recipe, identity = _state(address, found, "recipe"), _state(address, found, "identity")
     tensors = dict(found.tensors.get("model", {}))
     if not tensors:
         raise UsageError(f"{address}: {found.path} is a checkpoint without a model")
-    origin = f"{_place(address, found)}, step {found.step}"
-    if address.ema:
-        if "ema" not in found.tensors:
-            raise UsageError(f"{address}: the run keeps no average of its weights (optim.ema_decay); leave out the ema")
-        averages = {name.removeprefix("model."): tensor for name, tensor in found.tensors["ema"].items()}
-        tensors |= {name: averages[name] for name in tensors if name in averages}
-        origin += ", averaged weights"
+    origin = f"{_place(found)}, step {found.step}"
     try:
         known = _known_of_run(recipe, identity)
     except (KeyError, TypeError, ValueError) as error:
         why = f"{found.path} is no checkpoint of `fastdeit train`: its recipe has no {error}"
         raise UsageError(f"{address}: {why}") from error
-    return Weights(origin, tensors, known, tuple(notes), found)
+    weights = Weights(origin, tensors, known, tuple(notes), found)
+    if not address.ema:
+        return weights
+    if (average := average_of(weights)) is None:
+        raise UsageError(f"{address}: the run keeps no average of its weights (optim.ema_decay); leave out the ema")
+    return average
 
 
-def _place(address: Address, found: Checkpoint) -> str:
-    return str(address.path if address.kind == "run" else found.path.parent.parent)
+def average_of(weights: Weights) -> Weights | None:
+    """The average of these weights, where their checkpoint has one; what it does not average stays as it is."""
+    if weights.averaged or weights.checkpoint is None or "ema" not in weights.checkpoint.tensors:
+        return None
+    averages = weights.checkpoint.tensors["ema"]
+    # Under the names of the method, of which the student is the part `model`.
+    tensors = {name: averages.get(f"model.{name}", tensor) for name, tensor in weights.tensors.items()}
+    return replace(weights, origin=f"{weights.origin}, averaged weights", tensors=tensors, averaged=True)
 
 
-def _state(found: Checkpoint, part: str) -> dict[str, Any]:
+def _place(found: Checkpoint) -> Path:
+    """The run that the checkpoint lies in, or itself where it was taken out of one."""
+    return found.path.parent.parent if found.path.parent.name == "checkpoints" else found.path
+
+
+def _state(address: Address, found: Checkpoint, part: str) -> dict[str, Any]:
     state = found.state.get(part)
     if not isinstance(state, dict):
-        raise UsageError(f"{found.path} is no checkpoint of `fastdeit train`: its manifest has no {part}")
+        raise UsageError(f"{address}: {found.path} is no checkpoint of `fastdeit train`: its manifest has no {part}")
     return state
 
 
@@ -204,19 +244,27 @@ def _known_of_run(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> Kno
 def _safetensors(address: Address) -> Weights:
     try:
         tensors = safetensors.torch.load_file(address.path)
-    except OSError as error:
-        raise UsageError(f"{address}: it cannot be read: {error.strerror or error}") from error
+        with safetensors.safe_open(address.path, "pt") as file:
+            header = file.metadata() or {}
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{address}: it is damaged, or no safetensors file ({reason})") from error
-    return _of_file(address, tensors, [])
+    found = _of_file(address, tensors, [])
+    return found if KNOWN not in header else replace(found, known=_known_of_header(address, header[KNOWN]))
+
+
+def _known_of_header(address: Address, text: str) -> Known:
+    """What `fastdeit export` wrote into a file about its network."""
+    try:
+        return TypeAdapter(Known).validate_json(text)
+    except ValidationError as error:
+        what = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors()) or "the JSON"
+        raise UsageError(f"{address}: what its header says of the model is damaged: {what}") from error
 
 
 def _pickle(address: Address) -> Weights:
     try:
         found = pickled.read(address.path, address.entry)
-    except OSError as error:
-        raise UsageError(f"{address}: it cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise UsageError(f"{address}: {error}") from error
     return _of_file(address, found.tensors, list(found.notes))
@@ -225,22 +273,22 @@ def _pickle(address: Address) -> Weights:
 def _of_file(address: Address, tensors: dict[str, Tensor], notes: list[str]) -> Weights:
     try:
         named, stripped = convert.bare(tensors)
+        told = hub.described(address.path)
     except ValueError as error:
         raise UsageError(f"{address}: {error}") from error
+    known = Known()
+    if told:
+        architecture = told.pop("architecture")
+        known = Known(**{"name" if architecture in models.MODELS else "timm": architecture}, **told)
+        notes.append(f"{architecture}, as config.json beside it says")
     as_named = tensors if named.keys() != tensors.keys() else {}
-    return Weights(str(address), named, notes=(*notes, *stripped), as_named=as_named)
+    return Weights(str(address), named, known, (*notes, *stripped), as_named=as_named)
 
 
 def _timm(address: Address) -> Weights:
-    # timm takes a second to import, and only its own weights need it.
-    import timm
-
-    if not timm.is_model(address.name):
-        _built(address.text, lambda: models.build_timm(address.name))  # says which name was meant
-    config = timm.get_pretrained_cfg(address.name)
+    config = _published(address.text, address.name)
     if config is None or not config.has_weights:
-        tags = ", ".join(f"timm:{name}" for name in timm.list_pretrained(f"{address.name.partition('.')[0]}*")[:4])
-        raise UsageError(f"{address}: timm publishes no weights for it{f'; there are {tags}' if tags else ''}")
+        raise UsageError(f"{address}: timm publishes no weights for it")
     try:
         built = models.build_timm(address.name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
@@ -261,6 +309,16 @@ def _timm(address: Address) -> Weights:
         crop_ratio=config.crop_pct,
     )
     return Weights(f"timm's {address.name}", dict(built.state_dict()), known)
+
+
+def _published(origin: str, name: str) -> Any:
+    # timm takes a second to import, and only its own weights need it.
+    from fastdeit.models import timm_model
+
+    try:
+        return timm_model.published(name)
+    except ValueError as error:
+        raise UsageError(f"{origin}: {error}") from error
 
 
 def _imagenet_classes(config: Any) -> tuple[str, ...] | None:
@@ -304,38 +362,46 @@ def load(
     tensors = weights.tensors
     if len(own.keys() & weights.as_named.keys()) > len(own.keys() & tensors.keys()):
         tensors = dict(weights.as_named)  # the network itself has the names that were stripped
-    notes = []
+    notes, rows = [], None
     if classes is not None and purpose != "features":
-        tensors, notes = _for_classes(tensors, network.head_names, weights, classes, purpose)
+        notes, rows = _compared(weights, classes, purpose)
     may_differ = {"student": None, "teacher": (), "features": (*network.head_names, "head", "head_dist")}[purpose]
     try:
         report = load_weights(network, tensors, weights.grid or grid, may_differ)
     except ValueError as error:
         raise UsageError(f"{weights.origin}: {error}") from error
+    if rows is not None and not report.reinitialised_heads:
+        _permute_heads(network, rows)
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    if others := sorted(dtypes - {"float32"}):
+        notes.append(f"converted from {' and '.join(others)} to float32")
     return (*notes, *([] if report.exact else [str(report)]))
 
 
-def _for_classes(
-    tensors: dict[str, Tensor], heads: Sequence[str], weights: Weights, ours: Sequence[str], purpose: Purpose
-) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors with the rows of `heads` in the order of the classes `ours`, what is to be said)."""
+def _compared(weights: Weights, ours: Sequence[str], purpose: Purpose) -> tuple[list[str], list[int] | None]:
+    """(what is to be said of the classes `ours`, the order of the heads' rows that they need; None: as they are)."""
     theirs = weights.known.classes
     if theirs is None or not class_lists.comparable(theirs, ours):
-        return tensors, []
+        return [], None
     match = class_lists.match(theirs, ours)
     if match.kind == "permuted":
-        rows = list(match.permutation)
-        permuted = {f"{head}.{part}" for head in heads for part in ("weight", "bias")} & tensors.keys()
-        moved = {name: tensors[name][rows] for name in permuted if len(tensors[name]) == len(rows)}
-        return tensors | moved, ["the classes are in another order: put the rows of the heads into that of the data"]
+        told = "the classes are in another order: put the rows of the heads into that of the data"
+        return [told], list(match.permutation)
     if match.kind == "other_names":
         why = class_lists.difference(theirs, ours)
         if purpose == "teacher":
             raise UsageError(f"{weights.origin}: the classes of the data are not those of the weights: {why}")
-        return tensors, [f"the heads are of other classes, and have them to learn: {why}"]
+        return [f"the heads are of other classes, and have them to learn: {why}"], None
     if match.kind == "other_count" and purpose == "teacher":
-        raise UsageError(f"{weights.origin} know {len(theirs)} classes, and the data have {len(ours)}")
-    return tensors, []
+        raise UsageError(f"{weights.origin}: the weights know {len(theirs)} classes, and the data have {len(ours)}")
+    return [], None
+
+
+@torch.no_grad()
+def _permute_heads(network: nn.Module, rows: list[int]) -> None:
+    for name in network.head_names:
+        for parameter in network.get_submodule(name).parameters():
+            parameter.copy_(parameter[rows])
 
 
 def network(
@@ -361,7 +427,7 @@ def network(
     known = _named(weights.known, name)
     if known.name is None and known.timm is None:
         raise UsageError(f"{weights.origin}: nothing tells which model these weights are of; name it{_guess(weights)}")
-    size = image_size or known.image_size or _square(weights)
+    size = image_size or known.image_size or weights.square
     options: dict[str, Any] = {} if size is None else {"image_size": size}
     count = num_classes or known.num_classes or _rows_of_head(weights, known)
     if count is not None:
@@ -392,23 +458,11 @@ def _rows_of_head(weights: Weights, known: Known) -> int | None:
     """Classes of the head, where a file has it under the name that its network gives it."""
     names = ["head"]
     if known.timm is not None:
-        import timm
-
-        config = timm.get_pretrained_cfg(known.timm)
+        config = _published(weights.origin, known.timm)
         classifier = None if config is None else config.classifier
         names = [classifier] if isinstance(classifier, str) else list(classifier or ())
     head = next((weights.tensors[f"{name}.weight"] for name in names if f"{name}.weight" in weights.tensors), None)
     return None if head is None else len(head)
-
-
-def _square(weights: Weights) -> int | None:
-    """Pixels per side that the positional embedding is for, if it is that of a square."""
-    patch, positions = weights.tensors.get("patch_embed.proj.weight"), weights.tensors.get("pos_embed")
-    if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
-        return None
-    counts = [positions.shape[1] - prefix for prefix in range(3)]
-    side = next((isqrt(count) for count in counts if count > 0 and isqrt(count) ** 2 == count), None)
-    return None if side is None else side * patch.shape[2]
 
 
 def _guess(weights: Weights) -> str:

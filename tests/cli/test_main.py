@@ -1,5 +1,6 @@
 """The command line: what is parsed, what is refused and how, and the exit codes."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 import fastdeit
-from fastdeit import bench, cli, run, verbs
+from fastdeit import bench, cli, verbs
 from fastdeit import recipe as recipes
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.recipe import resolve as recipe
 
+importlib.import_module("fastdeit.verbs.data")  # it keeps the `resolve` that `calls` replaces for a test
 ROOT = Path(fastdeit.__file__).parent.parent
 
 
@@ -32,7 +34,13 @@ def calls(monkeypatch):
         if seen.error is not None:
             raise seen.error
 
-    for package, name in ((fastdeit, "train"), (run, "evaluate"), (bench, "command"), (verbs, "doctor")):
+    for package, name in (
+        (fastdeit, "train"),
+        (verbs, "evaluate"),
+        (verbs, "predict"),
+        (bench, "command"),
+        (verbs, "doctor"),
+    ):
         monkeypatch.setattr(package, name, SimpleNamespace(main=main), raising=False)
     load = SimpleNamespace(load=lambda name, overrides: seen.loaded.append((name, overrides)))
     monkeypatch.setattr(recipes, "resolve", load, raising=False)
@@ -51,7 +59,12 @@ def test_flags_are_pinned():
     """A flag is a promise: adding or dropping one is a decision, made here too."""
     assert {name: verb.parser.flags for name, verb in cli.VERBS.items()} == {
         "train": ["-h", "--help", "--data", "--nproc", "--run-dir", "--resume", "--from"],
-        "eval": ["-h", "--help", "--data"],
+        "eval": [
+            *("-h", "--help", "--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--images"),
+        ],
+        "predict": ["-h", "--help", "--model", "--top", "--json"],
+        "export": ["-h", "--help", "--format", "--model", "--fuse"],
+        "show attention": ["-h", "--help", "--model", "--block", "--out"],
         "bench": [
             *("-h", "--help", "--peer", "--device", "--model", "--batch", "--image-size", "--precision", "--capture"),
             *("--teacher", "--ema", "--recipe", "--eval", "--threads", "--rounds", "--time-limit", "--out", "--report"),
@@ -63,7 +76,7 @@ def test_flags_are_pinned():
         "data preview": ["-h", "--help", "--data", "--rows", "--columns", "--out"],
         "recipes": ["-h", "--help"],
         "doctor": ["-h", "--help"],
-        "kernels": ["-h", "--help", "--arch", "--op", "--json", "--update-golden"],
+        "kernels": ["-h", "--help", "--arch", "--op", "--json", "--update-golden", "--bounds"],
         "kernels bench": [
             *("-h", "--help", "--op", "--model", "--batch", "--dtype", "--device", "--rounds", "--out"),
             *("--update-choices", "--predict"),
@@ -118,8 +131,10 @@ def test_a_worker_neither_repeats_the_line_nor_the_check(calls, capsys, monkeypa
 
 
 def test_eval_and_bench(calls):
+    assert cli.main(["eval", "a.pth", "--images", "1.png", "2.png"]) == 0
+    assert (calls.args.address, calls.args.images, calls.args.top) == ("a.pth", ["1.png", "2.png"], 5)
     assert cli.main(["eval", "runs/a", "--data=/images", "data.val=test"]) == 0
-    assert (calls.args.path, calls.args.overrides) == ("runs/a", ["data.val=test", 'data.root="/images"'])
+    assert (calls.args.address, calls.args.overrides) == ("runs/a", ["data.val=test", 'data.root="/images"'])
     assert cli.main(["bench"]) == 0
     args = vars(calls.args)
     assert args == {
@@ -158,7 +173,10 @@ def test_eval_and_bench(calls):
     [
         (["trian"], "did you mean train"),
         (["--versoin"], "did you mean --version"),
-        (["xyzzy"], "verbs: train, eval, bench, data check, data pack, data show, data preview, recipes, doctor"),
+        (
+            ["xyzzy"],
+            "verbs: train, eval, predict, show attention, export, bench, data check, data pack",
+        ),
         (["data"], "there is no verb 'data' (verbs: data check, data pack, data show, data preview)"),
         (["data", "chek"], "there is no verb 'data chek'"),
         (["data", "chek", "x"], "did you mean data check"),
@@ -169,9 +187,11 @@ def test_eval_and_bench(calls):
         (["train", "--nproc", "two"], "invalid int value: 'two'"),
         (["train", "--data"], "--data: expected one argument"),
         (["train", "--res"], "no flag --res"),
-        (["eval"], "name a run or a checkpoint"),
+        (["eval"], "name the weights: fastdeit eval"),
         (["bench", "stp"], "invalid choice: 'stp'"),
         (["kernels", "--op", "mlp"], "only lint takes flags"),
+        (["kernels", "--bounds"], "only lint takes flags"),
+        (["kernels", "lint", "--bounds", "--arch", "80"], "with --bounds nothing is compiled"),
         (["kernels", "lint", "--arch"], "--arch: expected at least one argument"),
         (["doctor", "now"], "unexpected argument 'now' (see fastdeit doctor --help)"),
     ],

@@ -12,8 +12,8 @@ from torch import nn
 from fastdeit.batch import Step, map_tensors
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema, EmaTeacher
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.guard import Guard
-from fastdeit.engine.optim import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 from tests.toys import toy_batch
@@ -45,7 +45,7 @@ class Toy(nn.Module):
 def make(precision="fp32", accumulate=1, clip_grad=None, ema_decay=None, world=None, capture="none"):
     toy = Toy()
     optimizer = AdamW(default_groups(toy.named_parameters(), 0.05))
-    ema = Ema(optimizer.params, ema_decay) if ema_decay is not None else None
+    ema = Ema(optimizer.params, ema_decay, toy) if ema_decay is not None else None
     options = {"precision": precision, "accumulate": accumulate, "clip_grad": clip_grad, "ema": ema}
     return Engine(toy, optimizer, world or World(CPU), capture=capture, **options)
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from fastdeit import models
 from fastdeit.cli import main as cli
 from fastdeit.engine.dist import World
-from fastdeit.engine.optim import default_groups
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 from fastdeit.errors import Interrupted
