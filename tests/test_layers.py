@@ -81,7 +81,7 @@ LAYERS: dict[str, set[str]] = {
         *("data.pixel_ops", "data.plan", "data.sources", "data.loader"),
     },
     "launch": {"errors"},
-    "cli": {"fastdeit", "errors", "text", "kernels", "recipe", "train", "estimate", "bench", "verbs", "launch"},
+    "cli": {"fastdeit", "errors", "text", "kernels", "recipe", "run", "train", "estimate", "bench", "verbs", "launch"},
     "__main__": {"cli"},
 }
 # They run where no torch is wanted, and the arrays of the plan are the contract with any executor.

@@ -72,7 +72,7 @@ def evaluated(folder, name="run"):
 def test_evaluations_of_a_run_in_steps(tmp_path, overrides, steps):
     summary = run(tmp_path, *overrides)
     assert evaluated(tmp_path) == steps
-    assert (summary["steps"], summary["epochs"]) == (steps[-1], steps[-1] / 4)
+    assert (summary["step"], summary["epochs"]) == (steps[-1], steps[-1] / 4)
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert checkpoints[-1] == f"step_{steps[-1]:08d}"
 
@@ -82,11 +82,11 @@ def test_a_run_ends_early_without_a_new_best_and_stays_ended(tmp_path, capsys):
     early = "train.steps=12", "train.eval_every_steps=2", "train.stop_after=2"
     summary = run(tmp_path, *early)
     assert evaluated(tmp_path) == [2, 4, 6, 8, 10]
-    assert (summary["steps"], summary["best_step"]) == (10, 6)
+    assert (summary["step"], summary["best_step"]) == (10, 6)
     assert "stopped at step 10: 2 evaluations in a row brought no new best" in capsys.readouterr().out
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step_00000006", "step_00000010"]
-    assert run(tmp_path, *early, resume=True)["steps"] == 10
+    assert run(tmp_path, *early, resume=True)["step"] == 10
     assert evaluated(tmp_path) == [2, 4, 6, 8, 10]
 
 

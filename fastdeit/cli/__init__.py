@@ -34,6 +34,7 @@ _EXIT_CODES = {
     ("fastdeit.recipe.resolve", "RecipeError"): UsageError.exit_code,
     ("fastdeit.data.sources.source", "DataError"): UsageError.exit_code,
     ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,
+    ("fastdeit.engine.metrics", "MetricsError"): UsageError.exit_code,
     ("fastdeit.engine.capture", "CaptureError"): UsageError.exit_code,
     ("fastdeit.engine.dist", "DeviceError"): UsageError.exit_code,
     ("fastdeit.kernels.lint.lint", "LintError"): UsageError.exit_code,
@@ -89,7 +90,7 @@ def _dispatch(argv: list[str]) -> int:
         description="Train DeiT-family vision transformers fast, and get the same result every time.",
         epilog="verbs:\n" + "\n".join(f"  {name:13} {verb.help}" for name, verb in VERBS.items()) + "\n\n"
         "`fastdeit VERB --help` explains a verb. Exit codes: 0 done, 1 failed, 2 bad usage or configuration,\n"
-        "3 stopped on non-finite losses, 75 interrupted and saved (run the same command with --resume).",
+        "3 stopped on non-finite losses, 75 interrupted and saved (go on with `fastdeit train --resume RUN`).",
     )
     top.add_argument("--version", action="version", version=f"fastdeit {__version__}")
     if not argv or argv[0].startswith("-"):

@@ -241,7 +241,7 @@ class Engine:
         return {name: total / steps for name, total in totals.items()} if steps else {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Guard counters and the sums since the last log line, so that a resumed run logs what the whole run would.
+        """The guard's state and the sums since the last log line, so that a resumed run logs what the whole run would.
 
         A collective: call it on every process.
         """

@@ -164,6 +164,13 @@ def difference(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
 
 
+def changes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
+    """(dotted field, value in a, value in b) of all fields but `about` and `name` that differ, as JSON has them."""
+    mine, theirs = (dict(_flat(recipe.model_dump(mode="json", exclude={"about", "name"}))) for recipe in (a, b))
+    fields = dict.fromkeys([*mine, *theirs])
+    return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
+
+
 # A packed copy of a folder is the same data. The fingerprints in a checkpoint say whether two sources hold the same.
 _PLACES = {"source", "root", "train", "val", "threads"}
 

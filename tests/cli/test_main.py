@@ -58,7 +58,7 @@ def fails(capsys, *argv):
 def test_flags_are_pinned():
     """A flag is a promise: adding or dropping one is a decision, made here too."""
     assert {name: verb.parser.flags for name, verb in cli.VERBS.items()} == {
-        "train": ["-h", "--help", "--data", "--nproc", "--run-dir", "--resume"],
+        "train": ["-h", "--help", "--data", "--nproc", "--run-dir", "--resume", "--from"],
         "eval": [
             *("-h", "--help", "--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--images"),
         ],
@@ -95,7 +95,7 @@ def test_train_in_any_order(calls):
     argv = ["train", "optim.lr=1e-3", "--nproc", "1", "mine.yaml", "--data", "/images", "train.epochs=2", "--resume"]
     assert cli.main(argv) == 0
     args = calls.args
-    assert (args.recipe, args.nproc, args.run_dir, args.resume) == ("mine.yaml", 1, None, True)
+    assert (args.recipe, args.nproc, args.run_dir, args.resume) == ("mine.yaml", 1, None, "")
     assert args.overrides == ["optim.lr=1e-3", "train.epochs=2", 'data.root="/images"']
     assert calls.loaded == [("mine.yaml", args.overrides)]
 
@@ -114,7 +114,7 @@ def test_train_without_a_recipe_says_what_it_does(calls, capsys):
     assert "'digits'" in out
     assert "fastdeit train deit_small_distilled --data /path/to/imagenet --nproc 8" in out
     assert cli.main(["train", "digits"]) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "starting: digits\n"
 
 
 def test_a_worker_neither_repeats_the_line_nor_the_check(calls, capsys, monkeypatch):
