@@ -5,14 +5,16 @@ tokens, must be as close to those of the original in float64 as those of the ori
 is left alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdeit.kernels.accelerate.modules import BlockMixin, Kind, MlpMixin, accelerated, given, hooks
+from fastdeit.kernels.accelerate.identity import Remembered, difference, hooks
+from fastdeit.kernels.accelerate.modules import BlockMixin, Kind, MlpMixin, accelerated, given, put_back
 
 
 class _StandIn(nn.Linear):
@@ -75,24 +77,34 @@ def results(forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -
     return out, *torch.autograd.grad(out, free, normal(*out.shape, like=out, seed=1), materialize_grads=True)
 
 
-def disagreement(kind: Kind, module: nn.Module) -> str | None:
+def disagreement(kind: Kind, module: nn.Module, remembered: Remembered) -> str | None:
     """Why the op cannot stand for the module's own forward, by what both compute."""
     width = _width_of(kind, module)
     if width is None:
         return "cannot be tried out: nothing says how wide its tokens are"
-    try:
-        copy = random_copy(module, _stand_ins(kind, module, width))
-        double = deepcopy(copy).double()
-        x = normal(2, 5, width, like=next(copy.parameters()), seed=0).requires_grad_()
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with gradients_in_float(module):
+        try:
+            copy = random_copy(module, _stand_ins(kind, module, width))
+            put_back(copy)
+            double = deepcopy(copy).double()
+            x = normal(2, 5, width, like=next(copy.parameters()), seed=0).requires_grad_()
             theirs = results(copy.forward, copy, x)
             exact = results(double.forward, double, x.detach().double().requires_grad_())
-    except Exception as error:  # whatever an unknown forward may raise is the reason
-        return f"cannot be tried out on tokens alone: {first_line(error)}"
-    copy.__class__ = accelerated(kind.mixin, type(copy))
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        except Exception as error:  # whatever an unknown forward may raise is the reason
+            return f"cannot be tried out on tokens alone: {first_line(error)}"
+        copy.__class__ = accelerated(kind.mixin, type(copy), remembered)
+        if reason := difference(copy):
+            return f"cannot be tried out on a copy, which {reason}"
         mine = results(copy.forward, copy, x)
-    return None if all_close(mine, theirs, exact) else "computes something else than its structure suggests"
+        return None if all_close(mine, theirs, exact) else "computes something else than its structure suggests"
+
+
+@contextmanager
+def gradients_in_float(module: nn.Module) -> Iterator[None]:
+    """Whatever surrounds a trial, there are gradients in it, and no autocast."""
+    device = next((parameter.device.type for parameter in module.parameters() if not parameter.is_meta), "cpu")
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        yield
 
 
 def first_line(error: Exception) -> str:
