@@ -92,9 +92,13 @@ def remember(
     """
     own = _Code(original)
     code, seen = dict.fromkeys(own.references), []
+    if not calls_module and (reason := _patched(original)):
+        raise Unknown(reason)
     for name in leaves:
         child = module._modules[name]
         of_child = _Code(type(child))
+        if not calls_module and (reason := _patched(type(child))):
+            raise Unknown(f"{name} is a {type(child).__name__}, and {reason}")
         code.update(dict.fromkeys(of_child.references))
         seen.append(_leaf(name, child, type(child), None if name in called else of_child))
     return Remembered(
@@ -111,7 +115,7 @@ def _leaf(name: str, module: nn.Module, cls: type[nn.Module], code: "_Code | Non
         return Leaf(name, cls, (("forward", _ABSENT),), ())
     state, prefix = vars(module), f"{name} " if name else ""
     if replaced := sorted(state.keys() & code.methods.keys()):
-        raise Unknown(f"{prefix}has a {replaced[0]} of its own, which would not run")
+        raise Unknown(f"{prefix}{replaced[0]} has been replaced")
     settings = {method: _ABSENT for method in code.methods if name or method != "forward"}
     for key in sorted(code.names & state.keys() - _SWITCHED):
         if not _constant(state[key]):
@@ -137,9 +141,6 @@ class _Code:
         self.methods: dict[str, Any] = {}
         self.names: set[str] = set()
         self.references: list[Reference] = [Reference(cls, "__call__", cls.__call__)]
-        own = next(base for base in cls.__mro__ if "forward" in vars(base))
-        if reason := _patched(own, vars(own)["forward"]):
-            raise Unknown(reason)
         waiting = ["forward"]
         while waiting:
             name = waiting.pop()
@@ -165,8 +166,11 @@ class _Code:
         return found
 
 
-def _patched(cls: type, forward: Any) -> str | None:
-    """Why a forward is not the code that its class was written with. It may do more than compute tokens."""
+def _patched(cls: type[nn.Module]) -> str | None:
+    """Why the forward of a class is not the code that it was written with. It may do more than compute tokens, such as
+    keep them for later."""
+    cls = next(base for base in cls.__mro__ if "forward" in vars(base))
+    forward = vars(cls)["forward"]
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
         return f"{cls.__name__}.forward is wrapped, and the wrapper would not run"
     if (forward.__module__, forward.__qualname__) != (cls.__module__, f"{cls.__qualname__}.forward"):

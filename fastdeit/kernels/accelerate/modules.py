@@ -198,10 +198,10 @@ class Accelerated:
         wanted = _op.choice(self.op)
         if wanted not in (_op.AUTO, _op.REFERENCE):
             raise _op.ChoiceError(
-                f"{self.op}={wanted} is asked for, which cannot run in this {self.original.__name__}: it {reason}"
+                f"{self.op}={wanted} is asked for, which cannot run in this {self.original.__name__}: {reason}"
             )
         if not refused and not torch.compiler.is_compiling():
-            _warn_once(f"{self.original.__name__} runs its own code from now on, not {self.op}: it {reason}")
+            _warn_once(f"a {self.original.__name__} runs its own code instead of {self.op}: {reason}")
         return True
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -96,7 +96,22 @@ def disagreement(kind: Kind, module: nn.Module, remembered: Remembered) -> str |
         if reason := difference(copy):
             return f"cannot be tried out on a copy, which {reason}"
         mine = results(copy.forward, copy, x)
+        if odd := [name for name in copy._modules if "drop_path" in name and not _drops_samples(copy._modules[name])]:
+            return f"{odd[0]} does more than drop samples"
         return None if all_close(mine, theirs, exact) else "computes something else than its structure suggests"
+
+
+def _drops_samples(drop: nn.Module) -> bool:
+    """Whether a drop-path, in training, multiplies whole samples by what it makes of ones: so the op uses it."""
+    x, ones = normal(64, 3, 2, like=torch.empty(0), seed=0), torch.ones(64, 1, 1)
+    if hasattr(drop, "drop_prob"):
+        drop.drop_prob = 0.5
+    drawn = []
+    for tokens in (x, ones):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            drawn.append(drop.train()(tokens))
+    return torch.equal(drawn[0], x * drawn[1])
 
 
 @contextmanager
