@@ -1,7 +1,6 @@
 """Whatever is done to a module before or after `accelerate`, it computes what timm's code would: every part, every
 kind of change. Where the op can stand for that no more, timm's code runs, and says so."""
 
-import inspect
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -9,19 +8,15 @@ from functools import cache
 
 import pytest
 import torch
-import torch.nn.functional as F
-from timm.layers import Attention, DropPath, Mlp
 from timm.models.eva import EvaAttention
-from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastdeit.kernels import accelerate, use
-from fastdeit.kernels._op import ChoiceError
+from fastdeit.kernels import accelerate
 from fastdeit.kernels.accelerate import modules
 from fastdeit.kernels.accelerate.identity import difference
 from tests.kernels.proof import normal
-from tests.kernels.timm_models import assert_close, fell_back, last_block_row, queries
 
 DIM = 24
 SUBJECTS = {
@@ -39,9 +34,16 @@ PATHS = {
     "model": ["", "patch_embed", "norm_pre", "blocks", "blocks.0", "blocks.1", "norm", "fc_norm", "head"],
 }
 SIBLINGS = {
-    **{"norm1": "norm2", "ls2": "ls1", "drop_path1": "drop_path2", "attn.q_norm": "attn.attn_drop"},
-    **{"mlp.drop1": "attn.attn_drop", "mlp.fc1": "attn.qkv", "blocks.0": "blocks.1", "blocks.1": "blocks.0"},
-    **{"norm": "blocks.1.norm1", "fc_norm": "norm"},
+    "norm1": "norm2",
+    "ls2": "ls1",
+    "drop_path1": "drop_path2",
+    "attn.q_norm": "attn.attn_drop",
+    "mlp.drop1": "attn.attn_drop",
+    "mlp.fc1": "attn.qkv",
+    "blocks.0": "blocks.1",
+    "blocks.1": "blocks.0",
+    "norm": "blocks.1.norm1",
+    "fc_norm": "norm",
 }
 
 
@@ -265,13 +267,18 @@ def test_without_a_change_the_ops_run(name):
     assert_equal(outcome(accelerated, input_of(name)), outcome(timms, input_of(name)))
 
 
-@pytest.mark.parametrize(("name", "path", "change"), CASES)
+def shortened(cases, kept):
+    """All cases, of which `pytest` without an option runs those with the last argument in `kept`."""
+    return [pytest.param(*case, marks=() if case[-1] in kept else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(("name", "path", "change"), shortened(CASES, {"class patch", "same_name", "hook", "shared"}))
 def test_changes_after_accelerating(name, path, change):
     accelerated, timms = pair_of(name)
     assert_alike(accelerated, timms, name, CHANGES[change], path)
 
 
-@pytest.mark.parametrize(("name", "path", "key"), SETTINGS)
+@pytest.mark.parametrize(("name", "path", "key"), shortened(SETTINGS, {"scale", "fused_attn", "p", "global_pool"}))
 def test_attributes_that_change_after_accelerating(name, path, key):
     accelerated, timms = pair_of(name)
     assert_alike(accelerated, timms, name, each(attribute(key)), path)
