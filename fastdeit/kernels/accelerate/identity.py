@@ -48,24 +48,28 @@ class Reference(NamedTuple):
 class Leaf(NamedTuple):
     """A module that an op stands for, or the module itself.
 
-    settings  (attribute, value) of the instance; absent where the value is that of the class
+    settings  (attribute, value) of the instance
+    methods   what the instance has of its class, and could have of its own
     tensors   (name, whether there is one) of its parameters and buffers
     """
 
     name: str
     cls: type[nn.Module]
     settings: tuple[tuple[str, Any], ...]
+    methods: tuple[str, ...]
     tensors: tuple[tuple[str, bool], ...]
 
 
 class Remembered(NamedTuple):
     """A module and its leaves as they were tried out. Equal for modules that are alike.
 
+    forward   that of the module's own class
     code      of the classes of the leaves and of the module
     methods   (name, function) of the module's own class, but for its forward, which the op takes the place of
     children  names of all its children; None where it does not matter which there are
     """
 
+    forward: Any
     code: tuple[Reference, ...]
     methods: tuple[tuple[str, Any], ...]
     own: Leaf
@@ -102,6 +106,7 @@ def remember(
         code.update(dict.fromkeys(of_child.references))
         seen.append(_leaf(name, child, type(child), None if name in called else of_child))
     return Remembered(
+        forward=original.forward,
         code=tuple(code),
         methods=tuple((name, value) for name, value in own.methods.items() if name != "forward"),
         own=_leaf("", module, original, own)._replace(**{"tensors": ()} if calls_module else {}),
@@ -112,17 +117,19 @@ def remember(
 
 def _leaf(name: str, module: nn.Module, cls: type[nn.Module], code: "_Code | None") -> Leaf:
     if code is None:
-        return Leaf(name, cls, (("forward", _ABSENT),), ())
+        return Leaf(name, cls, settings=(), methods=("forward",), tensors=())
     state, prefix = vars(module), f"{name} " if name else ""
     if replaced := sorted(state.keys() & code.methods.keys()):
         raise Unknown(f"{prefix}{replaced[0]} has been replaced")
-    settings = {method: _ABSENT for method in code.methods if name or method != "forward"}
+    settings = {}
     for key in sorted(code.names & state.keys() - _SWITCHED):
         if not _constant(state[key]):
             raise Unknown(f"{prefix}reads {key}, a {type(state[key]).__name__}, which may change unnoticed")
         settings[key] = state[key]
-    tensors = {**module._parameters, **module._buffers}
-    return Leaf(name, cls, tuple(settings.items()), tuple((key, tensors[key] is not None) for key in tensors))
+    # The op is called by the module's own forward, whatever stands in front of it.
+    methods = [method for method in code.methods if name or method != "forward"]
+    tensors = [(key, value is not None) for own in (module._parameters, module._buffers) for key, value in own.items()]
+    return Leaf(name, cls, tuple(settings.items()), tuple(methods), tuple(tensors))
 
 
 def _constant(value: Any) -> bool:
@@ -234,9 +241,11 @@ rewritten._dynamo_marked_constant = True
 
 def difference(module: nn.Module) -> str | None:
     """In what an accelerated module is not what it was when it was tried out, or None."""
+    forward, _, _, own, leaves, names = module.remembered
+    if module.original.forward is not forward:
+        return "its forward has been replaced"
     if reason := rewritten(type(module)):
         return reason
-    _, _, own, leaves, names = module.remembered
     children = module._modules
     if names is not None and tuple(children) != names:
         return f"has the children {', '.join(children)}, not {', '.join(names)}"
@@ -258,6 +267,9 @@ def _differs(module: nn.Module, leaf: Leaf) -> str | None:
     for name, value in leaf.settings:
         if state.get(name, _ABSENT) != value:
             return f"has another {name} than when it was tried out"
+    for name in leaf.methods:
+        if name in state:
+            return f"has a {name} of its own, which would not run"
     # Not by `getattr`, which finds parameters last and costs more than all the rest.
     parameters, buffers = state["_parameters"], state["_buffers"]
     for name, there in leaf.tensors:
