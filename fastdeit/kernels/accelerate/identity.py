@@ -49,7 +49,8 @@ class Leaf(NamedTuple):
     """A module that an op stands for, or the module itself.
 
     settings  (attribute, value) of the instance
-    methods   what the instance has of its class, and could have of its own
+    methods   functions that the instance has of its class, and could have of its own
+    inherited other attributes of that kind
     tensors   (name, whether there is one) of its parameters and buffers
     """
 
@@ -57,6 +58,7 @@ class Leaf(NamedTuple):
     cls: type[nn.Module]
     settings: tuple[tuple[str, Any], ...]
     methods: tuple[str, ...]
+    inherited: tuple[str, ...]
     tensors: tuple[tuple[str, bool], ...]
 
 
@@ -117,7 +119,7 @@ def remember(
 
 def _leaf(name: str, module: nn.Module, cls: type[nn.Module], code: "_Code | None") -> Leaf:
     if code is None:
-        return Leaf(name, cls, settings=(), methods=("forward",), tensors=())
+        return Leaf(name, cls, settings=(), methods=("forward",), inherited=(), tensors=())
     state, prefix = vars(module), f"{name} " if name else ""
     if replaced := sorted(state.keys() & code.methods.keys()):
         raise Unknown(f"{prefix}{replaced[0]} has been replaced")
@@ -127,9 +129,11 @@ def _leaf(name: str, module: nn.Module, cls: type[nn.Module], code: "_Code | Non
             raise Unknown(f"{prefix}reads {key}, a {type(state[key]).__name__}, which may change unnoticed")
         settings[key] = state[key]
     # The op is called by the module's own forward, whatever stands in front of it.
-    methods = [method for method in code.methods if name or method != "forward"]
+    inherited = [key for key in code.methods if name or key != "forward"]
+    methods = [key for key in inherited if isinstance(inspect.getattr_static(cls, key), FunctionType)]
     tensors = [(key, value is not None) for own in (module._parameters, module._buffers) for key, value in own.items()]
-    return Leaf(name, cls, tuple(settings.items()), tuple(methods), tuple(tensors))
+    others = [key for key in inherited if key not in methods]
+    return Leaf(name, cls, tuple(settings.items()), tuple(methods), tuple(others), tuple(tensors))
 
 
 def _constant(value: Any) -> bool:
@@ -268,8 +272,12 @@ def _differs(module: nn.Module, leaf: Leaf) -> str | None:
         if state.get(name, _ABSENT) != value:
             return f"has another {name} than when it was tried out"
     for name in leaf.methods:
-        if name in state:
+        # Not by looking into `vars`, which Dynamo does not guard.
+        if getattr(getattr(module, name), "__func__", None) is not getattr(type(module), name):
             return f"has a {name} of its own, which would not run"
+    for name in leaf.inherited:
+        if name in state:
+            return f"has a {name} of its own"
     # Not by `getattr`, which finds parameters last and costs more than all the rest.
     parameters, buffers = state["_parameters"], state["_buffers"]
     for name, there in leaf.tensors:
