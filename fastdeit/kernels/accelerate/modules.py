@@ -201,12 +201,19 @@ class Accelerated:
                 f"{self.op}={wanted} is asked for, which cannot run in this {self.original.__name__}: {reason}"
             )
         if not refused and not torch.compiler.is_compiling():
-            _warn_once(f"a {self.original.__name__} runs its own code instead of {self.op}: {reason}")
+            _warn_once(f"{self.original.__name__} runs its own code instead of {self.op}: {reason}")
         return True
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` takes: the module with all classes put back, on the same parameters."""
-        return _own_code(self, {})
+        """What `torch.jit.script` takes: the module with all classes put back, on the same parameters. Where the module
+        around it is not accelerated, it puts this into that one, too."""
+        warnings.warn(
+            f"torch.jit.script takes the own code of {self.original.__name__}, and may leave it in the model it is "
+            "given: accelerate(model) once more to go on with that",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return own_code(self, {})
 
 
 def traced(x: Any) -> bool:
@@ -223,12 +230,18 @@ class AcceleratedClass(type):
     """The type of classes of accelerated modules, by which `pickle` knows them: they are in no Python module."""
 
 
-def _own_code(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+def own_code(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """A module on the same parameters and with equal settings, all of whose modules have their own classes.
+
+    made  what stands for which module, by id, so that what is shared stays shared
+    """
     if id(module) not in made:
         cls = module.original if isinstance(module, Accelerated) else type(module)
         made[id(module)] = copy = cls.__new__(cls)
         copy.__dict__.update(vars(module))
-        copy._modules = {name: child and _own_code(child, made) for name, child in module._modules.items()}
+        copy._modules = {
+            name: None if child is None else own_code(child, made) for name, child in module._modules.items()
+        }
     return made[id(module)]
 
 

@@ -191,7 +191,7 @@ def _not_tried_out(mixin: type[Accelerated], original: type[nn.Module]) -> type[
         kind = next((kind for kind in KINDS if kind.mixin is mixin), None)
         cls = _asking(self) if kind is None else kind.misfit(self) or _swapped(kind, self, _TRIED)
         if isinstance(cls, str):
-            warnings.warn(f"a {original.__name__} was accelerated, but runs its own code here: {cls}", stacklevel=2)
+            warnings.warn(f"{original.__name__} was accelerated, but runs its own code here: {cls}", stacklevel=2)
         else:
             self.__class__ = cls
 

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.kernels.accelerate.identity import Remembered, difference, hooks
-from fastdeit.kernels.accelerate.modules import BlockMixin, Kind, MlpMixin, accelerated, given, put_back
+from fastdeit.kernels.accelerate.modules import (
+    AttentionMixin,
+    BlockMixin,
+    Kind,
+    MlpMixin,
+    accelerated,
+    given,
+    linear,
+    put_back,
+)
 
 
 class _StandIn(nn.Linear):
@@ -35,10 +44,26 @@ def _width_of(kind: Kind, module: nn.Module) -> int | None:
 
 
 def _stand_ins(kind: Kind, module: nn.Module, width: int) -> dict[int, nn.Module]:
-    if kind.mixin is not BlockMixin:
-        return {}
-    device = module.norm1.weight.device
-    return {id(child): nn.utils.skip_init(_StandIn, width, width, device=device) for child in (module.attn, module.mlp)}
+    """What a copy has in the place of children that are called, whatever they are."""
+    if kind.mixin is BlockMixin:
+        return {id(child): _plain(width, width, module.norm1.weight.device) for child in (module.attn, module.mlp)}
+    if kind.mixin is AttentionMixin:
+        # Quantised weights have no values that could be made random.
+        layers = [layer for layer in (module.qkv, module.proj) if hasattr(layer, "out_features")]
+        return {
+            id(layer): _plain(layer.in_features, layer.out_features, _device(module))
+            for layer in layers
+            if linear(layer, "weight") is not None and type(getattr(layer, "weight", None)) is not nn.Parameter
+        }
+    return {}
+
+
+def _plain(made_of: int, makes: int, device: torch.device) -> nn.Module:
+    return nn.utils.skip_init(_StandIn, made_of, makes, device=device)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def random_copy(module: nn.Module, stand_ins: dict[int, nn.Module]) -> nn.Module:
@@ -117,7 +142,9 @@ def _drops_samples(drop: nn.Module) -> bool:
 @contextmanager
 def gradients_in_float(module: nn.Module) -> Iterator[None]:
     """Whatever surrounds a trial, there are gradients in it, and no autocast."""
-    device = next((parameter.device.type for parameter in module.parameters() if not parameter.is_meta), "cpu")
+    # There is no autocast for the meta device, from which copies come to the CPU.
+    kind = _device(module).type
+    device = "cpu" if kind == "meta" else kind
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
         yield
 
