@@ -35,7 +35,6 @@ from fastdeit.kernels.accelerate.modules import (
     asking,
     given,
     needs_all,
-    own_code,
     put_back,
     traced,
     watched,
@@ -54,10 +53,6 @@ class LastBlockMixin(Accelerated):
             return super().forward(x, *args, **kwargs)
         with asking(self.blocks[-1], _rows(self)):
             return super().forward(x, *args, **kwargs)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` takes: the model with all classes put back, on the same parameters."""
-        return own_code(self, {})
 
 
 def found(module: nn.Module) -> bool:

@@ -205,15 +205,15 @@ class Accelerated:
         return True
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` takes: the module with all classes put back, on the same parameters. Where the module
-        around it is not accelerated, it puts this into that one, too."""
+        """What `torch.jit.script` takes: this module, with all classes put back. It would leave a copy in the model,
+        and take one module for another by the ids of those that are gone."""
         warnings.warn(
-            f"torch.jit.script takes the own code of {self.original.__name__}, and may leave it in the model it is "
-            "given: accelerate(model) once more to go on with that",
+            f"torch.jit.script has put {self.original.__name__} back on its own code: call accelerate(model) once more",
             RuntimeWarning,
             stacklevel=2,
         )
-        return own_code(self, {})
+        put_back(self)
+        return self
 
 
 def traced(x: Any) -> bool:
@@ -228,21 +228,6 @@ def _warn_once(message: str) -> None:
 
 class AcceleratedClass(type):
     """The type of classes of accelerated modules, by which `pickle` knows them: they are in no Python module."""
-
-
-def own_code(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """A module on the same parameters and with equal settings, all of whose modules have their own classes.
-
-    made  what stands for which module, by id, so that what is shared stays shared
-    """
-    if id(module) not in made:
-        cls = module.original if isinstance(module, Accelerated) else type(module)
-        made[id(module)] = copy = cls.__new__(cls)
-        copy.__dict__.update(vars(module))
-        copy._modules = {
-            name: None if child is None else own_code(child, made) for name, child in module._modules.items()
-        }
-    return made[id(module)]
 
 
 @cache
