@@ -11,13 +11,13 @@ while the forward of its attention had six versions. Three kinds are swapped, ea
     mlp        fc1, act, fc2                `mlp`, on the weights of fc1 and fc2
 
 A fourth is the model around them: where its heads read the class token alone, its last block computes no more than
-that (`patch_last_block`).
+that (`last_block`).
 
 A swap changes a module's class to a subclass of its class, and nothing else: children, parameters, state dict, the
-module's own hooks and isinstance stay, and copies and pickles are accelerated too. Every call looks at the structure
-again (`patch_modules`). Where it fits no more (a LoRA layer, a parametrisation, a hook on a child that an op would pass
-by), or an argument is given that the op has no place for, the original forward runs. And every swap is tried out first,
-once for all modules that are alike (`patch_trial`).
+module's own hooks and isinstance stay, and copies and pickles are accelerated too. Every swap is tried out first, once
+for all modules that are alike (`trial`). What was tried out is remembered by the class, and every call compares
+(`identity`): after any change of code, settings or leaves, or where an argument is given that the op has no place for,
+the original forward runs.
 """
 
 import copyreg
@@ -92,8 +92,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, last_block: bool = Tru
 
     Changes the model in place, and of it only the classes of modules; parameters, their names and the state dict stay.
     Calling it again is harmless. Drop-path draws from torch's generator what the model's own code would have drawn.
-    Gradients cannot be differentiated again, and `torch.jit.script` needs `restore` first. Call it before
-    `torch.compile` and before `fully_shard`; RuntimeError after the latter.
+    Modules that have changed since an earlier call are tried out again. Gradients cannot be differentiated again. Call
+    it before `torch.compile` and before `fully_shard`; RuntimeError after the latter.
     """
     _refuse_sharded(model, "accelerate")
     rows, swaps = _parts(model)
