@@ -266,14 +266,18 @@ def difference(module: nn.Module) -> str | None:
     return None
 
 
+def _code_of(owner: Any, name: str) -> CodeType | None:
+    return getattr(getattr(owner, name), "__code__", None)
+
+
 def _differs(module: nn.Module, leaf: Leaf) -> str | None:
     state = vars(module)
     for name, value in leaf.settings:
         if state.get(name, _ABSENT) != value:
             return f"has another {name} than when it was tried out"
     for name in leaf.methods:
-        # Not by looking into `vars`, which Dynamo does not guard.
-        if getattr(getattr(module, name), "__func__", None) is not getattr(type(module), name):
+        # Dynamo does not guard what is in `vars`; it guards the second comparison.
+        if name in state or _code_of(module, name) is not _code_of(type(module), name):
             return f"has a {name} of its own, which would not run"
     for name in leaf.inherited:
         if name in state:
