@@ -81,7 +81,30 @@ def test_torchscript_puts_timms_code_back_and_says_so(name):
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def no_compiled_code():
+    """Dynamo compiles a function eight times at the most, and all models share theirs."""
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_compiled_code")
+def test_blocks_that_are_alike_are_compiled_once():
+    graphs = {}
+    for accelerated in (False, True):
+        made = graphs[accelerated] = []
+        model = model_of(depth=10).eval()
+        if accelerated:
+            accelerate(model)
+        for number, block in enumerate(model.blocks):
+            model.blocks[number] = torch.compile(block, backend=lambda graph, _, made=made: made.append(1) or graph)
+        model(images_for(model))
+        torch._dynamo.reset()
+    assert len(graphs[True]) <= len(graphs[False]) + 1  # the last block has a class of its own
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_compiled_code")
 @pytest.mark.parametrize("which", [[-1], [0], [0, 1]])
 @pytest.mark.parametrize("first", ["accelerate", "compile"])
 def test_blocks_that_are_compiled_one_by_one(which, first):
@@ -103,6 +126,7 @@ def scaled(forward):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_compiled_code")
 @pytest.mark.parametrize(
     "change",
     [

@@ -34,6 +34,7 @@ from fastdeit.kernels.accelerate.modules import (
     asked,
     asking,
     given,
+    make_last,
     needs_all,
     put_back,
     traced,
@@ -151,6 +152,7 @@ def _difference_between(model: nn.Module, rows: int, last: str) -> str | None:
 def _block_agrees(block: nn.Module, rows: int) -> bool:
     """Whether the block, asked for its first tokens, computes what its own code computes for them."""
     copy = random_copy(block, {})
+    make_last(copy)
     theirs = deepcopy(copy)
     put_back(theirs)
     exact = deepcopy(theirs).double()
@@ -173,6 +175,8 @@ class _Mix(nn.Module):
     So it shows if the first are mixed once more, and, by what autograd saves, if they are computed again by nobody who
     asks.
     """
+
+    last = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         first = x[:, : asked(self)]

@@ -181,12 +181,14 @@ class Accelerated:
     op          the op whose backend may be forced, and then has to run
     original    the class that the module had
     remembered  what was tried out
+    last        whether it is the last block of a model, which can be asked for less
     """
 
     mixin: type["Accelerated"]
     op: str
     original: type[nn.Module]
     remembered: Remembered
+    last: bool
 
     def steps_aside(self, refused: str | None) -> bool:
         """Whether the module's own code has to run: because of `refused`, which is about the arguments of this call, or
@@ -231,7 +233,9 @@ class AcceleratedClass(type):
 
 
 @cache
-def accelerated(mixin: type[Accelerated], original: type[nn.Module], remembered: Remembered) -> type[Accelerated]:
+def accelerated(
+    mixin: type[Accelerated], original: type[nn.Module], remembered: Remembered, last: bool = False
+) -> type[Accelerated]:
     """The class of a module of class `original` that has been swapped. Its forward has the original's signature."""
     forward = mixin.forward
     own = FunctionType(forward.__code__, forward.__globals__, "forward", forward.__defaults__, forward.__closure__)
@@ -239,6 +243,7 @@ def accelerated(mixin: type[Accelerated], original: type[nn.Module], remembered:
         "mixin": mixin,
         "original": original,
         "remembered": remembered,
+        "last": last,
         "forward": functools.wraps(original.forward)(own),
         "__doc__": original.__doc__,
         "__module__": __name__,
@@ -249,6 +254,11 @@ def accelerated(mixin: type[Accelerated], original: type[nn.Module], remembered:
 def runs(module: nn.Module | None, mixin: type[Accelerated]) -> bool:
     """Whether `module` is called by the forward of `mixin`, and not by that of a subclass."""
     return isinstance(module, mixin) and type(module).forward.__code__ is mixin.forward.__code__
+
+
+def make_last(block: nn.Module) -> None:
+    """Let an accelerated block be asked for its first tokens alone."""
+    block.__class__ = accelerated(block.mixin, block.original, block.remembered, last=True)
 
 
 def put_back(module: nn.Module) -> None:
@@ -295,7 +305,8 @@ def asking(block: nn.Module, rows: int | None) -> Iterator[None]:
 
 def asked(block: nn.Module) -> int | None:
     """How many of its first tokens `block` is asked for; None is all."""
-    return _ASKED.rows if _ASKED.block == id(block) else None
+    # Of last blocks alone, for Dynamo guards the number: each other block would be compiled on its own.
+    return _ASKED.rows if type(block).last and _ASKED.block == id(block) else None
 
 
 def needs_all(block: nn.Module) -> str | None:

@@ -41,6 +41,7 @@ from fastdeit.kernels.accelerate.modules import (
     AttentionMixin,
     Kind,
     accelerated,
+    make_last,
     put_back,
 )
 from fastdeit.kernels.accelerate.trial import disagreement, signature
@@ -161,6 +162,7 @@ def _last_blocks(model: nn.Module, wanted: bool) -> list[Row]:
         reason = cls if isinstance(cls, str) else ""
         if not reason:
             module.__class__ = cls
+            make_last(module.blocks[-1])
         rows.append(Row(path, "last block", None if reason else LastBlockMixin.op, reason))
     return rows
 
@@ -194,6 +196,8 @@ def _not_tried_out(mixin: type[Accelerated], original: type[nn.Module]) -> type[
             warnings.warn(f"{original.__name__} was accelerated, but runs its own code here: {cls}", stacklevel=2)
         else:
             self.__class__ = cls
+            if kind is None:
+                make_last(self.blocks[-1])
 
     return type(original.__name__, (original,), {"__setstate__": setstate, "__module__": __name__})
 
