@@ -293,3 +293,10 @@ def test_a_subclass_of_the_accelerated_class(pair):
     images, timms = images_for(pair[0]), pair[1]
     assert_close(pair[0](images), timms.head(timms.forward_features(images).mean(1)))
     assert issubclass(Averaging, VisionTransformer)
+
+
+def test_a_last_block_inside_an_earlier_one(pair):
+    for m in pair:
+        m.blocks[0] = nn.Sequential(m.blocks[1])
+    assert queries(lambda: assert_close(*(m(images_for(m)) for m in pair))) == []
+    assert last_block_row(accelerate(pair[0])).reason == "blocks.0 is the last block as well"

@@ -101,9 +101,10 @@ def _reads_more(model: nn.Module) -> str | None:
     blocks, norm = model._modules.get("blocks"), model._modules.get("norm")
     if type(blocks) not in (nn.Sequential, nn.ModuleList) or len(blocks) == 0:
         return f"blocks is a {type(blocks).__name__}"
-    for number, block in enumerate(blocks[:-1]):
+    *earlier, last = blocks  # a slice would be a new module
+    for number, block in enumerate(earlier):
         # A block that is not accelerated may be anything, such as a wrapper.
-        if block is blocks[-1] or (not isinstance(block, BlockMixin) and blocks[-1] in block.modules()):
+        if block is last or (not isinstance(block, BlockMixin) and last in block.modules()):
             return f"blocks.{number} is the last block as well"
     if type(norm).__name__ not in ("LayerNorm", "Identity"):
         return f"norm is a {type(norm).__name__}, not a LayerNorm"
