@@ -18,8 +18,6 @@ from tests.kernels.mutants import MUTANTS
 
 pytestmark = pytest.mark.skipif(interpreter.unavailable() is not None, reason=str(interpreter.unavailable()))
 BEYOND = 2**31 + 5
-LIMITED = {"query_attention"}
-"""Ops that refuse such sizes: a launch has at most 65,535 heads."""
 
 
 def faults(kernel, count, grid, N=1024):
@@ -111,7 +109,7 @@ def test_what_cannot_be_done_is_said(capsys, monkeypatch):
 def test_no_kernel_leaves_its_tensors_at_any_size(op):
     found = bounds.check_op(op)
     assert [checked for checked in found if checked.fault] == []
-    assert op in LIMITED or max(checked.elements for checked in found) > 2**31
+    assert max(checked.elements for checked in found) > 2**31
 
 
 @pytest.mark.slow
