@@ -121,7 +121,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The results of a finished run, as summary.json has them; else empty."""
+        """The results as of the last evaluation, as summary.json has them; empty before the first."""
         return dict(self._read().summary)
 
     @property

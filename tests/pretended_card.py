@@ -5,12 +5,13 @@ So a mistake of the host shows: operands on two devices, dtypes that do not go t
 for the card, since a value that is read has to be there. Launches of Triton kernels are checked and noted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -19,14 +20,15 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from fastdeit.kernels import _loss, _op, _triton
+from fastdeit.kernels import _op, _triton
 from fastdeit.kernels.optimizer import _multi_tensor
 
 ARCH = 9, 0
 _SEEN_BY_CPP = torch.device("meta")
 _MOST_PROGRAMS = 2**31 - 1, 65_535, 65_535
-_CACHES = _triton._arch_of, _op.card, _multi_tensor._kept, _loss._ticket_of
+_CACHES = _triton._arch_of, _op.card, _multi_tensor._reserve
 _COPIES = {
     torch.ops.aten._to_copy.default: lambda result, x, **options: (x, result, options.get("non_blocking")),
     torch.ops.aten.copy_.default: lambda _, target, source, non_blocking=False: (source, target, non_blocking),
@@ -39,10 +41,28 @@ class Waits(AssertionError):
     """The host reads what the card has to compute first."""
 
 
+class WeakTensors:
+    """Tensors by identity, as long as anything else refers to them."""
+
+    def __init__(self) -> None:
+        self._alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+    def update(self, tensors: Iterable[Tensor]) -> None:
+        self._alive.update((id(tensor), tensor) for tensor in tensors)
+
+    def __len__(self) -> int:
+        return len(self._alive)
+
+
 @dataclass
 class Card:
-    """What the host asked of the card: kernels, grids and arguments by name, in the order of their launches."""
+    """What the host asked of the card: kernels, grids and arguments by name, in the order of their launches; the
+    names of PyTorch's operations that made tensors on it, and those of these tensors that are still referred to.
+    capturing: whether its stream is being captured into a CUDA graph."""
 
+    capturing: bool = False
+    operations: list[str] = field(default_factory=list)
+    memory: WeakTensors = field(default_factory=WeakTensors)
     launches: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = field(default_factory=list)
     _waiting_forbidden: bool = False
 
@@ -79,6 +99,10 @@ class _Fakes(FakeTensorMode):
         if kwargs and kwargs.get("device") == _SEEN_BY_CPP:
             kwargs = {**kwargs, "device": torch.device("cuda", 0)}
         result = super().dispatch(func, types, args, kwargs)
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.device.type == "cuda"]
+        if made:
+            self._card.operations.append(func.overloadpacket._qualified_op_name.removeprefix("aten::"))
+            self._card.memory.update(made)
         if func in _COPIES:
             self._check_copy(*_COPIES[func](result, *args, **(kwargs or {})))
         return result
@@ -106,17 +130,18 @@ class _Functions(TorchFunctionMode):
 
 @contextmanager
 def pretended_card(capturing: bool = False) -> Iterator[Card]:
-    """Inside, there is a card of sm_90. capturing: whether its stream is being captured into a CUDA graph."""
-    card = Card()
+    """Inside, there is a card of sm_90."""
+    card = Card(capturing)
+    addresses: dict[int, int] = {}
     stream = SimpleNamespace(cuda_stream=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, "to", _moved)
-        patch.setattr(Tensor, "data_ptr", lambda self: 4096 * id(self))
+        patch.setattr(Tensor, "data_ptr", lambda self: addresses.setdefault(id(self), (len(addresses) + 1) << 30))
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: ARCH)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(_triton, "INTERPRETED", False)
         patch.setattr(_triton, "launch", lambda *args, **options: _check_launch(card, *args, **options))

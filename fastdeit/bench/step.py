@@ -40,7 +40,7 @@ from fastdeit.bench.measure import (
 from fastdeit.engine.capture import WARM_STEPS, GraphedStep
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema, EmaTeacher
-from fastdeit.engine.optim import default_groups
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import DTYPES, Engine, autocast
 from fastdeit.errors import UsageError

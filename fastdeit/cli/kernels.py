@@ -1,8 +1,10 @@
 """`fastdeit kernels`, `kernels lint` and `kernels bench`."""
 
 import argparse
+import os
 
 from fastdeit.cli.parser import Verb, path, positive
+from fastdeit.errors import UsageError
 
 
 def _kernels_bench(args: argparse.Namespace, argv: list[str]) -> None:
@@ -18,6 +20,13 @@ def _kernels(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _kernels_lint(args: argparse.Namespace, argv: list[str]) -> int:
+    if args.bounds:
+        if args.arch or args.json or args.update_golden:
+            raise UsageError("with --bounds nothing is compiled: it takes no flag but --op")
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+        from fastdeit.kernels.lint import bounds
+
+        return bounds.main(args)
     from fastdeit.kernels.lint import lint
 
     return lint.main(args)
@@ -34,7 +43,7 @@ KERNELS = Verb(
 LINT = Verb(
     "kernels lint",
     "what the compiler makes of every Triton kernel, for cards that need not be there",
-    "[--arch N ...] [--op NAME] [--json FILE] [--update-golden]",
+    "[--arch N ...] [--op NAME] [--json FILE] [--update-golden] [--bounds]",
     _kernels_lint,
     examples=["fastdeit kernels lint --arch 80 90 --op attention  # one op, compiled for A100 and H100"],
 )
@@ -43,6 +52,7 @@ _add("--arch", type=positive, nargs="+", metavar="N", help="compile for these: 9
 _add("--op", metavar="NAME", help="compile the kernels of this op (default: of all)")
 _add("--json", type=path, metavar="FILE", help="write all facts to this file")
 _add("--update-golden", action="store_true", help="keep the instruction mixes in tests/golden/kernels")
+_add("--bounds", action="store_true", help="check addresses instead of compiling, at huge sizes as well")
 
 BENCH = Verb(
     "kernels bench",

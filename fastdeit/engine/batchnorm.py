@@ -34,33 +34,37 @@ def measure(layers: Iterable[_BatchNorm], passes: Iterable[Callable[[], Any]]) -
 def synchronise(method: nn.Module, device: torch.device) -> bool:
     """Give BatchNorm below `method` the statistics of the batches of all processes; whether there is any BatchNorm.
 
-    Parameters and buffers stay the same tensors under the same names, but the layers are other objects: call it before
-    anything keeps a layer. On a GPU the layers are PyTorch's `SyncBatchNorm` (timm's subclass for its layers with an
-    activation). PyTorch's refuses a CPU, so there they are `CpuSyncBatchNorm`.
+    Layers in eval mode are those of teachers, and frozen ones: they are left alone. Parameters and buffers stay the
+    same tensors under the same names, but the layers are other objects: call it before anything keeps a layer. On a GPU
+    the layers are PyTorch's `SyncBatchNorm` (timm's subclass for its layers with an activation). PyTorch's refuses a
+    CPU, so there they are `CpuSyncBatchNorm`.
 
     Raises DeviceError on a CPU for a subclass of BatchNorm that computes more than BatchNorm.
     """
-    if not any(isinstance(module, _BatchNorm) for module in method.modules()):
-        return False
-    if device.type == "cpu":
-        _synchronise_on_cpu(method)
-    else:
-        from timm.layers import convert_sync_batchnorm  # a second of imports, which few runs need
+    places = [
+        (path, parent, name, layer)
+        for path, parent in list(method.named_modules())
+        for name, layer in list(parent.named_children())
+        if isinstance(layer, _BatchNorm) and layer.training
+    ]
+    for path, parent, name, layer in places:
+        setattr(parent, name, _on_cpu(f"{path}.{name}", layer) if device.type == "cpu" else _on_gpu(layer))
+    return bool(places)
 
-        convert_sync_batchnorm(method)
-    return True
+
+def _on_cpu(path: str, layer: _BatchNorm) -> _BatchNorm:
+    if type(layer).forward is not _BatchNorm.forward:
+        raise DeviceError(
+            f"engine.sync_batchnorm: {path} is a {type(layer).__name__}, which can be synchronised on GPUs only; on a "
+            "CPU use one process, or leave engine.sync_batchnorm false"
+        )
+    return CpuSyncBatchNorm.like(layer)
 
 
-def _synchronise_on_cpu(method: nn.Module) -> None:
-    for path, parent in list(method.named_modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, _BatchNorm) and not isinstance(layer, CpuSyncBatchNorm):
-                if type(layer).forward is not _BatchNorm.forward:
-                    raise DeviceError(
-                        f"engine.sync_batchnorm: {path}.{name} is a {type(layer).__name__}, which can be synchronised "
-                        "on GPUs only; on a CPU use one process, or leave engine.sync_batchnorm false"
-                    )
-                setattr(parent, name, CpuSyncBatchNorm.like(layer))
+def _on_gpu(layer: _BatchNorm) -> nn.Module:
+    from timm.layers import convert_sync_batchnorm  # a second of imports, which few runs need
+
+    return convert_sync_batchnorm(layer)
 
 
 class CpuSyncBatchNorm(_BatchNorm):

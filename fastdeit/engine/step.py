@@ -16,10 +16,12 @@ from fastdeit.batch import Step
 from fastdeit.engine import batchnorm
 from fastdeit.engine.buffers import Buffers
 from fastdeit.engine.capture import GraphedStep
+from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.ema import Ema, EmaTeacher
+from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.guard import Guard
-from fastdeit.engine.optim import Optimizer, ParamGroup
+from fastdeit.engine.optim import Optimizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -53,6 +55,7 @@ class Engine:
         precision: str,
         accumulate: int,
         clip_grad: float | None = None,
+        clip_units: UnitClipping | None = None,
         ema: Ema | None = None,
         capture: str = "none",
     ) -> None:
@@ -61,6 +64,7 @@ class Engine:
         self.method, self.optimizer, self.world, self.ema = method, optimizer, world, ema
         self.precision, self.accumulate, self.capture = precision, accumulate, capture
         self.guard = Guard(precision, clip_grad, world.device)
+        self.clip_units = clip_units
         self.sums: dict[str, Tensor] = {}
         self._buffers = Buffers(method, world)
         self._averages = [module for module in method.modules() if isinstance(module, EmaTeacher)]
@@ -83,6 +87,8 @@ class Engine:
         self._wrap()
 
     def _wrap(self) -> None:
+        trained = {id(p) for p in self.optimizer.params.values()}
+        self._untrained = [(name, p) for name, p in self.method.named_parameters() if id(p) not in trained]
         self.module = torch.compile(self.method, dynamic=False) if self.capture == "compile" else self.method
         if self.world.size > 1:
             # For one-token parameters the stride of a dimension of size 1 differs, which costs nothing.
@@ -167,7 +173,10 @@ class Engine:
             self._last_micro = number == len(batches) - 1
             self.method.step(batch, self)
             self._end_micro()
+        self._refuse_stray_gradients()
         verdict = self.guard.judge(self.optimizer.gradients())
+        if self.clip_units is not None:
+            self.clip_units.apply(self.optimizer.params, verdict.factor)
         average, decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
         self.skipped = verdict.skip
         self._buffers.settle(buffers, verdict.skip)
@@ -179,6 +188,16 @@ class Engine:
         self._buffers.share()
         self._add("grad_norm", verdict.norm.where(~verdict.skip, 0.0))
         self._add("steps", torch.ones_like(verdict.norm))
+
+    def _refuse_stray_gradients(self) -> None:
+        """Raise RuntimeError where a parameter has a gradient but no update: processes would not reduce it either."""
+        stray = next((name for name, p in self._untrained if p.grad is not None), None)
+        if stray is not None:
+            raise RuntimeError(
+                f"parameter {stray!r} has a gradient, but the optimizer does not train it: it was frozen when the "
+                "groups of parameters were made. requires_grad_(True) later does not train it; say in the method's "
+                "phases() when it is trained"
+            )
 
     @torch.no_grad()
     def measure_average(self, steps: Iterable[Sequence[Any]]) -> None:
@@ -222,7 +241,7 @@ class Engine:
         return {name: total / steps for name, total in totals.items()} if steps else {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Guard counters and the sums since the last log line, so that a resumed run logs what the whole run would.
+        """The guard's state and the sums since the last log line, so that a resumed run logs what the whole run would.
 
         A collective: call it on every process.
         """

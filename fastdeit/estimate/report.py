@@ -28,6 +28,7 @@ from fastdeit.estimate.model import DESIGNS, GIB, Design, Network, ViT, Work
 from fastdeit.estimate.rows import MODELLED
 from fastdeit.fields import size_pair
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.length import Length, LengthError, length
 from fastdeit.run.address import parse
 from fastdeit.run.weights import open_weights
 from fastdeit.text import did_you_mean
@@ -137,16 +138,22 @@ class Subject:
     teacher_run: "Subject | None" = None
 
     @property
+    def length(self) -> Length:
+        """Steps and evaluations of the run. Raises UsageError where the warm-up does not fit."""
+        try:
+            return length(self.recipe, self.images, order.steps_per_epoch(self.images, self.recipe.train.batch_size))
+        except LengthError as error:
+            raise UsageError(f"recipe {self.recipe.name}: {error}") from error
+
+    @property
     def steps(self) -> int:
         """Steps of the run."""
-        train = self.recipe.train
-        return order.steps_per_epoch(self.images, train.batch_size) * train.epochs
+        return self.length.total
 
     @property
     def evaluations(self) -> int:
-        """How often the run is evaluated: every `train.eval_every` epochs, and after the last."""
-        train = self.recipe.train
-        return -(-train.epochs // train.eval_every)
+        """How often the run is evaluated."""
+        return self.length.evaluations
 
 
 def subject(recipe: "Recipe", images: int | None = None) -> Subject:
@@ -296,7 +303,7 @@ def report(
         "teacher": trained.teacher and _described(trained.teacher),
         "data": {"images": trained.images, "held_out": trained.held_out, "assumed": trained.assumed},
         "run": {
-            "epochs": train.epochs,
+            "epochs": trained.length.epochs,
             "steps": trained.steps,
             "batch_size": train.batch_size,
             "accumulate": train.accumulate,

@@ -8,8 +8,6 @@ gradient, loss scale included, before they are rounded to the dtype of the logit
 Targets are (y1, y2, lam): lam * onehot(y1) + (1 - lam) * onehot(y2), of which nothing `[B, K]` ever exists.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +34,12 @@ def positives(y1: Tensor, y2: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     return first, (lam < 1) & ~(first & (y1 == y2))
 
 
+def soundness(lam: Tensor) -> Tensor:
+    """1 where every share is in [0, 1], else NaN, a scalar of lam's dtype: the factor of a loss. A share that is NaN
+    counts for no label where targets are binary, so that the loss would be finite, and wrong."""
+    return torch.where((lam >= 0) & (lam <= 1), 1.0, torch.nan).to(lam.dtype).mean()
+
+
 def check_labels(y1: Tensor, y2: Tensor, classes: int) -> None:
     """IndexError for CPU labels outside [0, classes)."""
     for name, labels in (("y1", y1), ("y2", y2)):
@@ -54,11 +58,13 @@ _ELEMENTS = 1024
 
 @triton.jit
 def load_targets(y1, y2, lam, row, K: tl.constexpr):
-    """(y1, y2, lam, inside, sound) of a row: whether both labels are in [0, K), and 1 if they are, else NaN."""
+    """(y1, y2, lam, inside, sound) of a row: whether both labels are in [0, K), and 1 if they are and lam is in [0, 1],
+    else NaN."""
     first, second = tl.load(y1 + row), tl.load(y2 + row)
     inside = (first >= 0) & (first < K) & (second >= 0) & (second < K)
-    sound = tl.where(inside, 1.0, float("nan"))
-    return first.to(tl.int32), second.to(tl.int32), tl.load(lam + row).to(tl.float32), inside, sound
+    share = tl.load(lam + row).to(tl.float32)
+    sound = tl.where(inside & (share >= 0.0) & (share <= 1.0), 1.0, float("nan"))
+    return first.to(tl.int32), second.to(tl.int32), share, inside, sound
 
 
 @triton.jit
@@ -122,22 +128,10 @@ def sum_of_rows(parts, rows, ROWS: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@cache
-def _ticket_of(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
 def ticket(device: torch.device) -> Tensor:
-    """An int32 0 on `device` that no launch at work uses, for `is_last`.
-
-    One is kept for every stream, whose launches follow one another, and each leaves 0 behind. A CUDA graph may be
-    replayed on any stream, next to others that were captured on the same one: there, every launch has a ticket of its
-    own, set to 0 by the graph itself.
-    """
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            if not torch.cuda.is_current_stream_capturing():
-                return _ticket_of(device, torch.cuda.current_stream().cuda_stream)
+    """An int32 0 on `device` for one launch, for `is_last`. It is made anew each time, a launch of a microsecond or
+    two: one that was kept could be allocated in the memory pool of a CUDA graph, where others would write to it, or be
+    used by two streams, or by two graphs, at once."""
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
@@ -200,9 +194,15 @@ def check_logits(name: str, logits: Tensor, shape: str) -> None:
 
 
 def check_targets(targets: tuple[Tensor, Tensor, Tensor], batch: int, meaning: str, logits: Tensor, name: str) -> None:
-    """Shapes, dtypes and device of (y1, y2, lam) for the `logits` of that name; `meaning` says what `[B]` is."""
+    """Shapes, dtypes and device of (y1, y2, lam) for the `logits` of that name, and whether lam is in [0, 1] where that
+    can be looked at; `meaning` says what `[B]` is."""
     for target, tensor in zip(("y1", "y2", "lam"), targets, strict=True):
         _op.check_shape(f"targets: {target}", tensor, (batch,), meaning)
         _op.check_device(f"targets: {target}", tensor, logits, name)
         if target != "lam":
             _op.check_dtype(f"targets: {target}", tensor, torch.int64)
+    lam = targets[2]
+    _op.check_floating("targets: lam", lam)
+    if _op.can_look_at(lam):
+        for value in lam.aminmax():  # both are NaN where any is
+            _op.check_number("targets: lam", value.item(), 0, 1)

@@ -12,20 +12,28 @@ In eager mode the reference runs under native autograd and any other backend und
 registered op costs ten to twenty microseconds a call. `torch.compile` sees the registered op, which is opaque to it;
 where nothing would run but the reference, it sees that function under native autograd instead, and can fuse it with
 what surrounds it. When the reference is forced, the registered op runs, in eager mode and compiled.
+
+Only PyTorch's own operations follow `torch.func` (vmap, grad, jvp and their compositions) and forward-mode AD. There an
+op that is not forced runs under native autograd, whatever its backends, and one that is forced raises. No backend has a
+second derivative: differentiating a gradient of one raises.
 """
 
 import json
+import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from threading import local
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdeit.kernels import _derivatives
 from fastdeit.kernels._example import Example
 
 NAMESPACE = "fastdeit"
@@ -104,6 +112,7 @@ class Op:
         self._function: type[torch.autograd.Function] | None = None
         self.registered = self._register(name, reference, "forward", mutates)
         arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
+        self._mutated = [place for place, argument in enumerate(arguments) if argument.name in mutates]
         self._cast = [argument.name in cast for argument in arguments]
         _autocast(name, self._cast)
         if backward is not None:
@@ -113,12 +122,25 @@ class Op:
 
     def differentiable(self, save: Callable, differentiate: Callable) -> None:
         """The derivative, for the registered op and for eager mode: `save(ctx, inputs, output)` and
-        `differentiate(ctx, *grads)`, which calls `run_backward`, as of `torch.library.register_autograd`."""
-        self.registered.register_autograd(differentiate, setup_context=save)
-        self._function = _function(self.name, save, differentiate)
+        `differentiate(ctx, *grads)`, which calls `run_backward`, as of `torch.library.register_autograd`. It reads
+        `ctx.saved_tensors` once: hooks on saved tensors, such as those of activation checkpointing, may unpack each
+        tensor a single time."""
+
+        def save_choices(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.choices = _used.get()
+            save(ctx, inputs, output)
+
+        def differentiate_once(ctx: Any, *grads: Tensor) -> Any:
+            _derivatives.check_first_order(self.name)
+            return differentiate(ctx, *grads)
+
+        self.registered.register_autograd(differentiate_once, setup_context=save_choices)
+        self._function = _derivatives.function(self.name, save, differentiate_once)
 
     def __call__(self, *args: Any) -> Any:
         """Run on the arguments of the reference: directly in eager mode, else as the module's docstring says."""
+        if _derivatives.transformed():
+            return self._run_transformed(args)
         if torch.compiler.is_compiling():
             return (self.native if self._left_to_compiler(_device(args)) else self.registered)(*args)
         if choice(self.name) == REFERENCE:
@@ -138,11 +160,30 @@ class Op:
         # The choice last: Dynamo guards what it reads, so that another one compiles anew, but only where it matters.
         return self._pure and _left_to_reference(self.name, device) and choice(self.name) == AUTO
 
+    def _run_transformed(self, args: Sequence[Any]) -> Any:
+        """Run inside `torch.func` or forward-mode AD."""
+        if choice(self.name) != AUTO:
+            raise ChoiceError(
+                f"{_source()} asks for {self.name}={choice(self.name)}, which cannot run inside torch.func or "
+                f"forward-mode AD: only PyTorch's own operations can. Leave {self.name} unforced there"
+            )
+        if not torch.compiler.is_compiling():
+            able = [backend.name for backend, _ in self.able_unforced(_device(args)) if backend.name != REFERENCE]
+            self._warn_of([f"{name}: it cannot run inside torch.func or forward-mode AD" for name in able])
+        return self.native(*args)
+
     def run_backward(self, ctx: Any, *args: Any) -> Any:
-        """The backward of the backend whose forward made `ctx`, on the arguments of the reference's backward."""
+        """The backward of the backend whose forward made `ctx`, on the arguments of the reference's backward. The
+        registered op chooses as its forward did, even in a thread of autograd's own."""
         backend = getattr(ctx, "backend", None)
         if backend is None:
-            return self.registered_backward(*args)
+            with _choices(ctx.choices):
+                return self.registered_backward(*args)
+        if _derivatives.transformed():
+            raise RuntimeError(
+                f"the backward of {self.name} on {backend.name} cannot run inside torch.func: call the whole function "
+                "inside it, forward included, which then runs on PyTorch's own operations"
+            )
         with _no_autocast(_device(args)):
             return backend.backward(*args)
 
@@ -194,7 +235,10 @@ class Op:
         gradients are enabled, the result can be differentiated. `Unsupported` is passed on."""
         if self._function is not None and torch.is_grad_enabled():
             return self._function.apply(backend, *args)
-        return backend.forward(*args)
+        result = backend.forward(*args)
+        if self._mutated:
+            torch.autograd.graph.increment_version(_tensors(args[place] for place in self._mutated))
+        return result
 
     def _register(self, name: str, like: Callable, role: str, mutates: Collection[str] = ()) -> Callable:
         after_gradient = int(role == "backward")  # the width is that of forward's first argument or result
@@ -214,26 +258,10 @@ class Op:
         return torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=mutates, schema=schema)
 
 
-def _function(name: str, save: Callable, differentiate: Callable) -> type[torch.autograd.Function]:
-    """The `autograd.Function` of (backend, *arguments). Differentiating its gradient raises: it would be wrong."""
-
-    def forward(backend: Backend, *args: Any) -> Any:
-        return backend.forward(*args)
-
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.backend = inputs[0]
-        save(ctx, inputs[1:], output)
-
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        result = differentiate(ctx, *grads)
-        return None, *(result if isinstance(result, tuple) else (result,))
-
-    body = {
-        "forward": staticmethod(forward),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
-    }
-    return type(f"fastdeit_{name}", (torch.autograd.Function,), body)
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the values and in their lists."""
+    lists = (value if isinstance(value, list | tuple) else [value] for value in values)
+    return [tensor for tensors in lists for tensor in tensors if isinstance(tensor, Tensor)]
 
 
 def _first(args: Sequence[Any]) -> Tensor:
@@ -271,24 +299,49 @@ def _warn_once(message: str) -> None:
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
 
-_used: list[dict[str, str]] = []
+_used: ContextVar[dict[str, str] | None] = ContextVar("_used", default=None)
+
+
+_traced = local()
+"""What Dynamo reads of `_used` and guards, since that of torch 2.8 cannot read a context variable: `choices` of the
+context that last entered or left `use()` in this thread, missing where none has. It decides only whether an op is
+traced through; the registered op itself reads `_used`."""
 
 
 @contextmanager
 def use(backend: str | None = None, **ops: str) -> Iterator[None]:
     """Inside, run every op on `backend`, or single ones on theirs: `with use("reference", attention="auto")`.
 
-    It outranks `FASTDEIT_KERNELS`. The backward of an eager call runs where its forward ran. Of a compiled function the
-    registered ops look at every run, and it is compiled once more where the reference is chosen that it had traced
-    through. ValueError for an op that does not exist; a backend that cannot run raises RuntimeError at the call.
+    It outranks `FASTDEIT_KERNELS`, and holds for this thread and this asyncio task alone, like any context variable.
+    The backward of an eager call runs where its forward ran. Activation checkpointing runs the forward once more in
+    the backward, so there `use()` has to enclose both. Of a compiled function the registered ops look at every run, and
+    it is compiled once more where the reference is chosen that it had traced through. ValueError for an op that does
+    not exist; a backend that cannot run raises RuntimeError at the call.
     """
     _check_names("use()", ops)
-    outer = _used[-1] if _used else _environment()
-    _used.append({**({} if backend else outer), **({"": backend} if backend else {}), **ops})
+    outer = _used.get()
+    outer = _environment() if outer is None else outer
+    with _choices({**({} if backend else outer), **({"": backend} if backend else {}), **ops}):
+        yield
+
+
+@contextmanager
+def _choices(choices: dict[str, str] | None) -> Iterator[None]:
+    """Inside, `use()` has made these choices; None for none."""
+    token = _used.set(choices)
+    _let_dynamo_see(choices)
     try:
         yield
     finally:
-        _used.pop()
+        _used.reset(token)
+        _let_dynamo_see(_used.get())
+
+
+def _let_dynamo_see(choices: dict[str, str] | None) -> None:
+    if choices is None:
+        vars(_traced).pop("choices", None)
+    else:
+        _traced.choices = choices
 
 
 @cache
@@ -309,12 +362,13 @@ def _check_names(origin: str, names: Collection[str]) -> None:
 
 
 def _source() -> str:
-    return "use()" if _used else VARIABLE
+    return VARIABLE if _used.get() is None else "use()"
 
 
 def choice(name: str) -> str:
     """What `use()` or `FASTDEIT_KERNELS` asks for op `name`: a backend's name or "auto"."""
-    return _of(_used[-1], name) if _used else _of_environment(name)
+    choices = getattr(_traced, "choices", None) if torch.compiler.is_compiling() else _used.get()
+    return _of_environment(name) if choices is None else _of(choices, name)
 
 
 def _of(choices: dict[str, str], name: str) -> str:
@@ -446,28 +500,6 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# ---- by-products -----------------------------------------------------------------------------------------------------
-
-
-class _BiasGradient(torch.autograd.Function):
-    """x itself, and to the bias that it contains the gradient of x summed over all rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
-        ctx.dtype = bias.dtype
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        return grad, grad.flatten(0, -2).sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
-
-
-def with_bias_gradient(x: Tensor, bias: Tensor | None) -> Tensor:
-    """`x [..., C]`, made with `bias.detach()`, now with a gradient for `bias [C]`: what some kernels have for nothing,
-    as native autograd has it at the usual price."""
-    return x if bias is None else _BiasGradient.apply(x, bias)
-
-
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
@@ -493,6 +525,21 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """ValueError unless `value` is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, but must be one of: {', '.join(allowed)}")
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf, *, below: bool = False) -> None:
+    """ValueError unless `value` is finite, at least `low`, and at most `high`, or with `below` less than `high`. NaN is
+    neither."""
+    if not (low <= value <= high and abs(value) < math.inf) or (below and value == high):
+        end = "finite" if high == math.inf else f"in [{low:g}, {high:g}{')' if below else ']'}"
+        least = f"at least {low:g} and " if high == math.inf and low > -math.inf else ""
+        raise ValueError(f"{name} is {value}, but must be {least}{end}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """ValueError unless `value` is above 0 and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}, but must be positive and finite")
 
 
 def check_index(name: str, index: Tensor, size: int) -> None:

@@ -54,7 +54,8 @@ def native(
     compute = _op.statistics_dtype(logits.dtype)
     a, b = logits.to(compute).chunk(2)
     targets = y1, y2, lam.to(compute), smoothing, binarise
-    return ((_half(a, b, *targets) + _half(b, a, *targets)) / (2 * logits.numel()),)
+    loss = (_half(a, b, *targets) + _half(b, a, *targets)) / (2 * logits.numel())
+    return (loss * _loss.soundness(targets[2]),)
 
 
 def reference(
@@ -73,7 +74,7 @@ def reference(
     for labels, share in zip((y1, y2), shares, strict=True):
         _loss.scatter_subtract_(from_label, labels.repeat(2), share.repeat(2))
     # The second term is exactly 0 where the halves are equal.
-    return loss, (from_label + (p - other)) / (2 * logits.numel())
+    return loss, (from_label + (p - other)) / (2 * logits.numel()) * _loss.soundness(lam)
 
 
 def reference_backward(grad: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
@@ -220,13 +221,15 @@ def cosub_loss(
     """Co-training loss of two submodels (Touvron et al. 2022), as facebookresearch/deit computes it for `--cosub`.
 
     logits     floating `[2B, K]`: those of the batch by one submodel, then those of the same batch by the other
-    targets    (y1, y2, lam): int64 `[B]` twice and float32 `[B]`, for lam * onehot(y1) + (1 - lam) * onehot(y2)
+    targets    (y1, y2, lam): int64 `[B]` twice and floating `[B]` in [0, 1], for
+               lam * onehot(y1) + (1 - lam) * onehot(y2)
     smoothing  label smoothing in [0, 1)
     binarise   whether labels with any share count in full, as with `--bce-loss` there
 
     Returns L, a float32 scalar (float64 for float64). Labels outside [0, K) raise IndexError on the CPU, RuntimeError
     in a compiled graph there. On a GPU nothing is read out of bounds: the loss is NaN, and so are the gradients of that
-    sample; the reference's gather asserts on the device instead.
+    sample; the reference's gather asserts on the device instead. So it is for a lam outside [0, 1], which raises
+    ValueError on the CPU, except that the reference's loss and gradients are NaN.
     """
     _loss.check_smoothing(smoothing, binarise, "binarise")
     _loss.check_logits("logits", logits, "[2B, K]")

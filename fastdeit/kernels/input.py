@@ -109,7 +109,8 @@ def to_patches(x: Tensor, patch_size: int) -> Tensor:
     batch, channels, height, width = x.shape
     p = patch_size
     cells = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-    return cells.reshape(batch, -1, channels * p * p)
+    # Contiguous by name: a reshape copies unless p is 1. And -1 would be any number for an empty batch.
+    return cells.reshape(batch, (height // p) * (width // p), channels * p * p).contiguous()
 
 
 # ---- host ------------------------------------------------------------------------------------------------------------
@@ -582,8 +583,9 @@ def _check(
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != 3:
             raise ValueError(f"{name} has {len(values)} values, but must have one for each of 3 channels")
-    if min(std) <= 0:
-        raise ValueError(f"std is {list(std)}, but must be positive")
+    for c in range(3):
+        _op.check_number(f"mean[{c}]", mean[c], -math.inf)
+        _op.check_positive(f"std[{c}]", std[c])
     if not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}, but must be a floating-point type")
     if partner is None and not (lam is None and box is None):

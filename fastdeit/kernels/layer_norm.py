@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _op, _triton
+from fastdeit.kernels import _derivatives, _op, _triton
 from fastdeit.kernels._example import BASE, BASE_FP16, DEITS, Example, Maker
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def native(
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference` with a gradient for branch_bias."""
-    branch = _op.with_bias_gradient(branch, branch_bias)
+    branch = _derivatives.with_bias_gradient(branch, branch_bias)
     return reference(residual, branch, weight, bias, eps, gamma, keep, None, *others)
 
 
@@ -519,15 +519,19 @@ def _save(ctx, inputs, output):
     _, branch, weight, _, _, *optional, _ = inputs
     new_residual, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    if optional[0] is None:
-        # Without LayerScale only the shape and dtype of the branch are wanted: no memory is kept for them.
-        branch = branch.new_empty(()).expand(branch.shape)
-    ctx.save_for_backward(new_residual, branch, weight, mean, rstd, *optional)
+    ctx.branch = branch.shape, branch.dtype
+    # Without LayerScale only the shape and dtype of the branch are wanted: no memory is kept for it.
+    kept = None if optional[0] is None else branch
+    ctx.save_for_backward(new_residual, kept, weight, mean, rstd, *optional)
 
 
 def _differentiate(ctx, dresidual, dnormed, *_):
-    *_, gamma, _, branch_bias, _, _ = ctx.saved_tensors
-    *grads, dgamma, dbranch_bias = OP.run_backward(ctx, dresidual, dnormed, *ctx.saved_tensors)
+    new_residual, branch, *saved = ctx.saved_tensors
+    *_, gamma, _, branch_bias, _, _ = saved
+    if branch is None:
+        shape, dtype = ctx.branch
+        branch = new_residual.new_empty((), dtype=dtype).expand(shape)
+    *grads, dgamma, dbranch_bias = OP.run_backward(ctx, dresidual, dnormed, new_residual, branch, *saved)
     dgamma = None if gamma is None else dgamma
     dbranch_bias = None if branch_bias is None else dbranch_bias
     return *grads, None, dgamma, None, dbranch_bias, None, None, None
@@ -570,7 +574,7 @@ def add_layer_norm(
     residual      floating `[B, ..., C]`
     branch        like residual in shape, of any floating dtype; None adds nothing: plain LayerNorm
     weight, bias  `[C]`
-    eps           added to the variance
+    eps           added to the variance, at least 0
     gamma         LayerScale `[C]`; None is 1
     keep          drop-path factor of each sample of the branch, float32 `[B]`: 0 or 1 / (1 - p); None is 1
     out_dtype     of the normalised tokens; default the autocast dtype under autocast, else residual's dtype
@@ -587,6 +591,7 @@ def add_layer_norm(
     outside [0, B) raise IndexError on the CPU, RuntimeError in a compiled graph there; on a GPU the indexing asserts on
     the device.
     """
+    _op.check_number("eps", eps, 0)
     _check(residual, branch, weight, bias, gamma, keep, branch_bias, branch_samples, norm_samples)
     if out_dtype is None:
         out_dtype = _op.autocast_dtype(residual) or residual.dtype

@@ -92,6 +92,7 @@ def native(
     compute = _op.statistics_dtype(cls.dtype)
     cls, lam = cls.to(compute), lam.to(compute)
     label = _cross_entropy(cls, y1, y2, lam, smoothing) if base == "ce" else _binary_cross_entropy(cls, y1, y2, lam)
+    label = label * _loss.soundness(lam)
     if distillation == "none":
         return label, label.clone(), torch.zeros_like(label)
     taught = _distill(dist.to(compute), teacher.detach(), distillation, tau, reduction)
@@ -120,7 +121,8 @@ def reference(
     if not gradients:
         return *losses, nothing, nothing.clone()
     compute = _op.statistics_dtype(cls.dtype)
-    dcls = _label_gradient(cls.detach().to(compute), y1, y2, lam.to(compute), smoothing, base)
+    lam = lam.to(compute)
+    dcls = _label_gradient(cls.detach().to(compute), y1, y2, lam, smoothing, base) * _loss.soundness(lam)
     if distillation == "none":
         return *losses, dcls, nothing
     ddist = _distill_gradient(dist.detach().to(compute), teacher, distillation, tau, reduction)
@@ -466,33 +468,35 @@ def distillation_loss(
 
     cls, dist     floating logits `[B, K]` of the class and the distillation head. Without a distillation head ("usual
                   distillation") pass `dist=cls`; without distillation, `dist=None`
-    targets       (y1, y2, lam): int64 `[B]` twice and float32 `[B]`, for lam * onehot(y1) + (1 - lam) * onehot(y2)
+    targets       (y1, y2, lam): int64 `[B]` twice and floating `[B]` in [0, 1], for
+                  lam * onehot(y1) + (1 - lam) * onehot(y2)
     teacher       logits `[B, K]`, of which no gradient is taken; None without distillation
     smoothing     label smoothing in [0, 1), of "ce" only
     base          "ce", or "bce" against binarised targets (DeiT III)
     distillation  "none", "hard" (unsmoothed cross-entropy with the teacher's argmax) or "soft" (tau**2 * KL)
-    alpha         weight of distillation: total = (1 - alpha) * base + alpha * distill
-    tau           temperature of "soft"
+    alpha         weight of distillation, in [0, 1]: total = (1 - alpha) * base + alpha * distill
+    tau           temperature of "soft", above 0
     reduction     of "soft": "numel" divides by B*K, as the public DeiT code does; "batchmean" by B
 
     Labels outside [0, K) raise IndexError on the CPU, RuntimeError in a compiled graph there. On a GPU nothing is read
     out of bounds: the loss is NaN, and so are the gradients of that row; the reference's gather asserts on the device
-    instead.
+    instead. So it is for a lam outside [0, 1], which raises ValueError on the CPU, except that the reference's loss and
+    gradients are NaN.
     """
-    _check_settings(smoothing, base, distillation, tau, reduction)
+    _check_settings(smoothing, base, distillation, alpha, tau, reduction)
     _check_tensors(cls, dist, targets, teacher, distillation)
     settings = smoothing, base, distillation, alpha, tau, reduction
     total, label, taught, *_ = OP(cls, dist, *targets, teacher, *settings, _loss.wants_gradients(cls, dist))
     return DistillationLoss(total, label.detach(), taught.detach())
 
 
-def _check_settings(smoothing: float, base: str, distillation: str, tau: float, reduction: str) -> None:
+def _check_settings(smoothing: float, base: str, distillation: str, alpha: float, tau: float, reduction: str) -> None:
     _op.check_choice("base", base, _BASES)
     _op.check_choice("distillation", distillation, _DISTILLATIONS)
     _op.check_choice("reduction", reduction, _REDUCTIONS)
     _loss.check_smoothing(smoothing, base == "bce", "base 'bce'")
-    if tau <= 0:
-        raise ValueError(f"tau is {tau}, but must be positive")
+    _op.check_number("alpha", alpha, 0, 1)
+    _op.check_positive("tau", tau)
 
 
 def _check_tensors(

@@ -79,13 +79,14 @@ class Phase:
 class Context:
     """What a method may know of the run it is built for.
 
-    num_classes, epochs, steps  of the data set; of the run
+    num_classes, epochs, steps  of the data set; of the run, whose last epoch may end early
     teacher      makes the frozen network that a `TeacherConfig` describes
     ema_teacher  `ema_teacher(module, momentum)` is a module that answers as a running average of `module` does:
                  float32, in eval mode, without gradients, part of the method's state. The engine moves it after every
                  update, unless the update was skipped: average = m * average + (1 - m) * module, m = momentum or
                  momentum(step). Keep it where the method's `modules()` has it: as an attribute, or in an
                  nn.ModuleList or nn.ModuleDict
+    class_counts  how many training images each class has; None where there are none, as in an evaluation
     """
 
     num_classes: int
@@ -93,6 +94,7 @@ class Context:
     steps: int
     teacher: "Callable[[Any], Teacher]"
     ema_teacher: Callable[[nn.Module, Momentum], nn.Module]
+    class_counts: Callable[[], Sequence[int]] | None = None
 
 
 class Method(nn.Module):

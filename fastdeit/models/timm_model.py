@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, group_parameters
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -36,6 +36,7 @@ def build(
     image_size: ImageSize | None = None,
     num_classes: int | None = None,
     drop_path: float = 0.0,
+    dropout: float = 0.0,
     pretrained: bool = False,
 ) -> "TimmModel":
     """The timm model `name`.
@@ -43,12 +44,14 @@ def build(
     image_size   int or (height, width); None for the model's own. Models that work at any size ignore it
     num_classes  None for the model's own, 0 for none: no head, and pooled features `[B, dim]` in the place of logits
     drop_path    timm's `drop_path_rate`
+    dropout      timm's `drop_rate`
     pretrained   timm's weights, which timm downloads once
 
     timm's vision transformers (ViT, DeiT, DeiT III, DINOv2, CLIP, MAE, ...) come as a `TimmVisionTransformer`, which
     has tokens. Raises ValueError for a name that timm does not know, and for options that the model does not take.
     """
-    inner = _create(name, image_size, num_classes, drop_path, pretrained)
+    rates = {"drop_path_rate": drop_path, "drop_rate": dropout}
+    inner = _create(name, image_size, num_classes, {option: rate for option, rate in rates.items() if rate}, pretrained)
     size = size_pair(image_size or inner.pretrained_cfg["input_size"][1:], "image_size")
     return (TimmVisionTransformer if isinstance(inner, VisionTransformer) else TimmModel)(name, inner, size)
 
@@ -127,6 +130,26 @@ class TimmModel(nn.Module):
         """Logits, or (class, distillation) logits, of float images `[B, C, H, W]`; `noise` is accepted and unused."""
         refuse_patches(x, f"timm's {self.name}")
         return self.inner(x)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's own, for `forward`; `tokens` keeps all activations. Raises ValueError where the model has none."""
+        try:
+            self.inner.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(f"timm's {self.name} cannot compute its activations again: {error}") from error
+
+    def layers(self) -> list[list[str]]:
+        """Names of the parameters by layer (`models.layers`), as timm's `group_matcher` orders them.
+
+        Raises ValueError for a model of timm that has none.
+        """
+        if not hasattr(self.inner, "group_matcher"):
+            raise ValueError(f"timm's {self.name} does not say how deep its parameters lie: it has no group_matcher")
+        depths = group_parameters(self.inner, self.inner.group_matcher(coarse=False), reverse=True)
+        found: list[list[str]] = [[] for _ in range(1 + max(depths.values()))]
+        for name, _ in self.named_parameters():
+            found[depths[name]].append(name)
+        return found
 
     def decay_groups(self, decay_dist_token: bool = False) -> tuple[list[str], list[str]]:
         """Names of the parameters `(with, without)` weight decay: without are 1-D, biases, and what timm lists.
@@ -212,13 +235,11 @@ def published(name: str) -> PretrainedCfg | None:
 
 
 def _create(
-    name: str, image_size: ImageSize | None, num_classes: int | None, drop_path: float, pretrained: bool
+    name: str, image_size: ImageSize | None, num_classes: int | None, rates: dict[str, float], pretrained: bool
 ) -> nn.Module:
-    config, options = published(name), {}
+    config, options = published(name), dict(rates)
     if num_classes is not None:
         options["num_classes"] = num_classes
-    if drop_path:
-        options["drop_path_rate"] = drop_path
     if image_size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size_pair(image_size, "image_size")
     if pretrained and (file := _cached(config)) is not None:

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,14 +19,17 @@ from fastdeit.data.sources.datasets import kinds_at, layout, open_held_out, open
 from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.data.sources.source import DataError, Source
 from fastdeit.data.sources.synthetic import SyntheticSource
+from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import EmaTeacher
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
-from fastdeit.fields import size_pair
+from fastdeit.fields import Section, size_pair
 from fastdeit.methods.base import Context, Method, Momentum
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.models.freeze import freeze_parts
+from fastdeit.recipe.length import Length, LengthError, length
 from fastdeit.run.weights import load, network, open_weights
 from fastdeit.views import View, overridden, parse_policy, resolved
 
@@ -123,6 +127,14 @@ def mixing(recipe: "Recipe") -> Mixing:
     return Mixing(**{field.name: getattr(recipe.data, field.name) for field in fields(Mixing)})
 
 
+def run_length(recipe: "Recipe", images: int) -> Length:
+    """The length of the recipe's run on so many training images. Raises UsageError where the warm-up does not fit."""
+    try:
+        return length(recipe, images, order.steps_per_epoch(images, recipe.train.batch_size))
+    except LengthError as error:
+        raise UsageError(f"recipe {recipe.name}: {error}") from error
+
+
 def train_loader(
     recipe: "Recipe", source: Source, world: World, noise: Mapping[str, int], on_bad: Callable[[str, str], None]
 ) -> TrainLoader:
@@ -148,7 +160,7 @@ def train_loader(
         stores=methods.find(recipe.method.use).needs(recipe.method),
         mean=data.mean,
         std=data.std,
-        total_steps=train.epochs * order.steps_per_epoch(len(source), train.batch_size),
+        total_steps=run_length(recipe, len(source)).total,
         max_bad_fraction=data.max_bad_fraction,
         on_bad=on_bad,
     )
@@ -187,17 +199,43 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
         raise UsageError(f"model.num_classes is {config.num_classes}, but the data set has {num_classes} classes")
     torch.manual_seed(rng.key(recipe.train.seed, "init") >> 1)
     options = {"image_size": image_size(recipe), "num_classes": num_classes, "drop_path": config.drop_path}
+    # Models take these where they have them. A model of somebody else's need not know them until a recipe asks.
+    options |= {name: getattr(config, name) for name in ("drop_path_mode", "dropout") if _is_set(config, name)}
     try:
         built = models.of(config.name, config.timm, **options)
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
+    if recipe.engine.checkpoint_blocks:
+        _checkpoint_blocks(built, recipe)
     if config.weights is not None:
         with _naming("model.weights"):
             found = open_weights(config.weights)
             notes = load(built, found, purpose="student", classes=classes, grid=config.weights_grid)
         for note in (*found.notes, *notes) or ("all tensors fit",):
             say(f"weights of {found.origin}: {note}")
+    try:
+        freeze_parts(built, config.freeze)
+    except ValueError as error:
+        raise UsageError(f"model.freeze: {error}") from error
     return built
+
+
+def _is_set(section: Section, name: str) -> bool:
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
+def _checkpoint_blocks(network: nn.Module, recipe: "Recipe") -> None:
+    if recipe.model.timm is not None and recipe.engine.capture == "graph":
+        raise UsageError(
+            "engine.checkpoint_blocks: timm's models bring a generator back to draw the same numbers again, which "
+            "engine.capture graph cannot record; use none or compile"
+        )
+    if not hasattr(network, "set_grad_checkpointing"):
+        raise UsageError(f"engine.checkpoint_blocks: {type(network).__name__} has no set_grad_checkpointing(enable)")
+    try:
+        network.set_grad_checkpointing(True)
+    except ValueError as error:
+        raise UsageError(f"engine.checkpoint_blocks: {error}") from error
 
 
 @contextmanager
@@ -210,11 +248,20 @@ def _naming(field: str) -> Iterator[None]:
 
 
 def method(
-    recipe: "Recipe", student: nn.Module, num_classes: int, steps: int, teacher: Callable[[TeacherConfig], Teacher]
+    recipe: "Recipe",
+    student: nn.Module,
+    num_classes: int,
+    steps: int,
+    teacher: Callable[[TeacherConfig], Teacher],
+    source: Source | None = None,
 ) -> Method:
-    """The training method around the student.
+    """The training method around the student, for a run of so many steps.
 
-    Raises UsageError if it keeps an averaged teacher where the engine does not find it, such as in a list.
+    source  the training images; None in an evaluation, where the epochs of a run of `train.steps` are not known and its
+            steps stand in for them
+
+    Raises UsageError if the method cannot be built, and if it keeps an averaged teacher where the engine does not find
+    it, such as in a list.
     """
     kind = methods.find(recipe.method.use)
     averaged: list[EmaTeacher] = []
@@ -223,7 +270,13 @@ def method(
         averaged.append(EmaTeacher(module, momentum))
         return averaged[-1]
 
-    made = kind(student, recipe.method, Context(num_classes, recipe.train.epochs, steps, teacher, ema_teacher))
+    epochs = recipe.train.epochs or (steps if source is None else run_length(recipe, len(source)).epochs_begun)
+    counts = None if source is None else partial(class_counts, source)
+    try:
+        context = Context(num_classes, epochs, steps, teacher, ema_teacher, counts)
+        made = kind(student, recipe.method, context)
+    except ValueError as error:
+        raise UsageError(f"method {recipe.method.use}: {error}") from error
     if not set(averaged) <= set(made.modules()):
         raise UsageError(
             f"method {recipe.method.use}: what ema_teacher() returns must be an attribute of the method, or in an "
@@ -231,6 +284,22 @@ def method(
             "move it"
         )
     return made
+
+
+def class_counts(source: Source) -> list[int]:
+    """How many images each class has."""
+    counts = [0] * len(source.classes)
+    for index in range(len(source)):
+        counts[source.label(index)] += 1
+    return counts
+
+
+def clipping(recipe: "Recipe", student: nn.Module) -> dict[str, Any]:
+    """The arguments of `Engine` for what the recipe says of gradient clipping."""
+    limit = recipe.optim.clip_grad
+    if recipe.optim.clip_mode == "norm":
+        return {"clip_grad": limit}
+    return {"clip_units": UnitClipping(limit, [f"model.{head}" for head in student.head_names])}
 
 
 def teacher(

@@ -30,8 +30,8 @@ class Overview:
 
     recipe    its fields as recipe.yaml has them; empty where that cannot be read
     records   of metrics.jsonl, in the order of writing
-    summary   of a run that has ended, else empty
-    state     running: a process holds its lock; finished: all steps are made; interrupted: neither
+    summary   of the last evaluation, or empty
+    state     running: a process holds its lock; finished: it came to its end; interrupted: neither
     seconds   since something was last written
     """
 
@@ -112,7 +112,7 @@ def _state(path: Path, summary: Mapping[str, Any]) -> State:
         return "running"
     except OSError:
         pass  # no lock, or none that can be asked
-    return "finished" if summary else "interrupted"
+    return "finished" if summary.get("finished") else "interrupted"
 
 
 def _json(path: Path) -> dict[str, Any]:

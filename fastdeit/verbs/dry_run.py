@@ -11,12 +11,14 @@ import torch
 
 from fastdeit.data.plan import order
 from fastdeit.engine.dist import pick_device
+from fastdeit.engine.metrics import check_sinks
 from fastdeit.errors import UsageError
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import report
 from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.rows import known_gpu
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.length import settled
 from fastdeit.run import build
 
 if TYPE_CHECKING:
@@ -31,13 +33,16 @@ def show(recipe: "Recipe", processes: int) -> None:
 def lines(recipe: "Recipe", processes: int) -> Iterator[str]:
     """What `show` prints: facts first, then estimates, which are marked as such, then the resolved recipe."""
     recipes.check_complete(recipe)
-    train, data = recipe.train, recipe.data
     try:
-        order.groups_per_batch(train.batch_size, data.group_size, train.accumulate, processes)
+        order.groups_per_batch(recipe.train.batch_size, recipe.data.group_size, recipe.train.accumulate, processes)
     except ValueError as error:
         raise UsageError(f"recipe {recipe.name} on {processes} processes: {error}") from error
     device = pick_device(recipe.engine.device)
+    check_sinks(recipe.engine.sinks)
     training, held_out = build.sources(recipe)
+    length = build.run_length(recipe, len(training))
+    recipe = settled(recipe, length)
+    train = recipe.train
     classes = len(training.classes)
     if recipe.model.num_classes not in (None, classes):
         raise UsageError(f"model.num_classes is {recipe.model.num_classes}, but the data set has {classes} classes")
@@ -55,7 +60,7 @@ def lines(recipe: "Recipe", processes: int) -> Iterator[str]:
         yield f"teacher   {_network(subject.teacher)}"
     accumulated = f" in {train.accumulate} micro-batches" if train.accumulate > 1 else ""
     yield (
-        f"run       {train.epochs:,} epochs of {subject.steps // train.epochs:,} steps, {subject.steps:,} in all, of "
+        f"run       {length.epochs:,.6g} epochs of {length.steps_per_epoch:,} steps, {length.total:,} in all, of "
         f"{train.batch_size:,} images{accumulated}; {subject.evaluations:,} evaluations"
     )
     yield from (f"estimate  {line}" for line in _estimates(known, subject, processes, device))

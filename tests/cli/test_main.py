@@ -64,7 +64,7 @@ MEASURING = "--device", "--rounds", "--out"
 def test_flags_are_pinned():
     """A flag is a promise: adding or dropping one is a decision, made here too."""
     assert {name: verb.parser.flags[2:] for name, verb in cli.VERBS.items()} == {
-        "train": ["--data", "--nproc", "--run-dir", "--resume", "--dry-run"],
+        "train": ["--data", "--nproc", "--run-dir", "--resume", "--from", "--dry-run"],
         "eval": ["--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--images"],
         "predict": ["--model", "--top", "--json"],
         "show attention": ["--model", "--block", "--out"],
@@ -83,7 +83,7 @@ def test_flags_are_pinned():
         "data preview": ["--data", "--rows", "--columns", "--out"],
         "doctor": [],
         "kernels": [],
-        "kernels lint": ["--arch", "--op", "--json", "--update-golden"],
+        "kernels lint": ["--arch", "--op", "--json", "--update-golden", "--bounds"],
         "kernels bench": [
             *("--op", "--model", "--batch", "--dtype", "--device", "--rounds", "--out", "--update-choices"),
             "--predict",
@@ -109,7 +109,7 @@ def test_train_in_any_order(calls):
     argv = ["train", "optim.lr=1e-3", "--nproc", "1", "mine.yaml", "--data", "/images", "train.epochs=2", "--resume"]
     assert cli.main(argv) == 0
     args = calls.args
-    assert (args.recipe, args.nproc, args.run_dir, args.resume) == ("mine.yaml", 1, None, True)
+    assert (args.recipe, args.nproc, args.run_dir, args.resume) == ("mine.yaml", 1, None, "")
     assert args.overrides == ["optim.lr=1e-3", "train.epochs=2", 'data.root="/images"']
     assert calls.loaded == [("mine.yaml", args.overrides)]
 
@@ -128,7 +128,7 @@ def test_train_without_a_recipe_says_what_it_does(calls, capsys):
     assert "'digits'" in out
     assert "fastdeit train deit_small_distilled --data /path/to/imagenet --nproc 8" in out
     assert cli.main(["train", "digits"]) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "starting: digits\n"
 
 
 def test_a_worker_neither_repeats_the_line_nor_the_check(calls, capsys, monkeypatch):
@@ -194,6 +194,7 @@ def test_eval_and_bench(calls):
         (["bench"], "there is no verb 'bench' (verbs: bench step, bench forward, bench train, bench data,"),
         (["bench", "stp"], "did you mean bench step"),
         (["kernels", "--op", "mlp"], "fastdeit kernels has no flag --op"),
+        (["kernels", "lint", "--bounds", "--arch", "80"], "with --bounds nothing is compiled"),
         (["kernels", "lint", "--arch"], "--arch: expected at least one argument"),
         (["doctor", "now"], "unexpected argument 'now' (see fastdeit doctor --help)"),
     ],

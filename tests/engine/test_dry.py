@@ -12,7 +12,7 @@ from fastdeit import kernels, methods, models
 from fastdeit.engine.capture import WARM_STEPS
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import default_groups
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 from fastdeit.methods.teacher import Teacher

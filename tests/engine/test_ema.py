@@ -11,7 +11,7 @@ from fastdeit.engine import batchnorm
 from fastdeit.engine.buffers import Buffers
 from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.ema import Ema, EmaTeacher
-from fastdeit.engine.optim import default_groups
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import Sgd
 from fastdeit.engine.step import Engine
 from fastdeit.methods.evaluators import HeldOutLoss

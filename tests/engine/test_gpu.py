@@ -6,7 +6,7 @@ import torch
 from fastdeit import methods, models, rng
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import default_groups
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 from tests.toys import toy_batch, toy_context

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeit import kernels, models
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import default_groups
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.estimate import gpus
 from fastdeit.estimate import model as estimate

@@ -62,7 +62,7 @@ def train(options: dict, optimizer_name: str) -> list[float]:
     from fastdeit import methods, models
     from fastdeit.engine.dist import World
     from fastdeit.engine.ema import Ema, EmaTeacher
-    from fastdeit.engine.optim import default_groups
+    from fastdeit.engine.groups import default_groups
     from fastdeit.engine.optimizers import find
     from fastdeit.engine.schedule import learning_rate
     from fastdeit.engine.step import Engine

@@ -7,7 +7,9 @@ from fastdeit.bench import kernels
 from fastdeit.bench.kernels import Work
 from fastdeit.bench.measure import CannotRun
 from fastdeit.kernels import _triton
-from fastdeit.kernels._example import Maker
+from fastdeit.kernels._example import FEW, Maker
+from fastdeit.kernels._op import OPS
+from fastdeit.kernels.optimizer import _multi_tensor
 from fastdeit.kernels.optimizer.norm import _root_kernel
 from tests.kernels.examples import dry_calls
 from tests.pretended_card import pretended_card
@@ -21,6 +23,7 @@ CALLS = dry_calls()
 def test_every_example_runs_forward_and_backward(name, capturing):
     op, backend, example, sizes, dtype = CALLS[name]
     with pretended_card(capturing) as card:
+        _multi_tensor._reserve().refill()  # as steps before a capture do
         work = Work(op.name, example.build(Maker(sizes, dtype, CARD)), 0)
         with card.never_waited_for():
             results = kernels._chosen(op, backend.name, work)
@@ -35,6 +38,40 @@ def test_the_sides_of_a_card_are_all_backends_of_triton_and_the_others_say_why()
         assert list(found) == ["triton", "epilogue", "quack", "reference", "compiled"]
         with pytest.raises(CannotRun, match="QuACK"):
             found["quack"](None)
+
+
+@pytest.mark.parametrize("capturing", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("name", ["fused_adamw", "fused_lamb", "fused_sgd", "global_norm", "distillation_loss"])
+def test_nothing_on_the_card_outlives_a_call(name, capturing):
+    """What an op kept could lie in the memory pool of the graph that was recorded at its first use, where the next
+    graph writes something else. Each launch of an optimizer takes one copy from the host, in a graph, too."""
+    op = OPS[name]
+    with pretended_card() as card:
+        work = Work(name, op.examples[0].build(Maker(FEW, torch.float16, CARD)), 0)
+        before = len(card.memory)
+        for card.capturing in (False, capturing):
+            card.operations.clear()
+            kernels._chosen(op, "triton", work)
+            card.launches.clear()
+            assert len(card.memory) == before
+        if name.startswith("fused"):
+            assert card.operations.count("_to_copy") == 1
+            assert not [operation for operation in card.operations if operation.startswith("_foreach")]
+
+
+def test_a_graph_reads_memory_of_the_host_that_nothing_else_writes(monkeypatch):
+    monkeypatch.setattr(_multi_tensor, "_RESERVED", 10)
+    reserve = _multi_tensor._Reserve()
+    with pytest.raises(RuntimeError, match="run the update once before the capture"):
+        reserve.take([1])
+    with pretended_card():
+        reserve.refill()
+        first, second = reserve.take([1, 2, 3]), reserve.take([4, 5, 6])
+        assert (first.storage_offset(), second.storage_offset()) == (0, 3)
+        with pytest.raises(RuntimeError, match="for the 5 addresses and sizes"):
+            reserve.take([0] * 5)
+        reserve.refill()
+        assert reserve.take([0] * 5).untyped_storage() is not first.untyped_storage()
 
 
 # ---- what this would find --------------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def test_strided_images(layout):
         ({"images": torch.zeros(B, 3, H, W, dtype=torch.uint8)}, ValueError, r"images has shape .* \[B, H, W, 3\]"),
         ({"patch_size": 5}, ValueError, "patch_size is 5, but must divide the images' height 8 and width 12"),
         ({"mean": (0.5,)}, ValueError, "mean has 1 values"),
-        ({"std": (0.5, 0.0, 0.5)}, ValueError, "std is .* must be positive"),
+        ({"std": (0.5, 0.0, 0.5)}, ValueError, r"std\[1\] is 0.0, but must be positive"),
         ({"dtype": torch.uint8}, TypeError, "dtype is torch.uint8"),
         ({"partner": None, "box": None}, ValueError, "partner is None, but lam is given"),
         ({"partner": None, "lam": None}, ValueError, "partner is None, but box is given"),

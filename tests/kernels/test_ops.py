@@ -271,15 +271,16 @@ def test_compiled_optimizer(name):
     torch.manual_seed(0)
     mine, mine_step = optimizer_lists(), torch.tensor(1.0)
     theirs, their_step = [[t.clone() for t in tensors] for tensors in mine], torch.tensor(1.0)
+    mine_ema, their_ema = ([t.clone() for t in tensors[0]] for tensors in (mine, theirs))
     mine[0][0].requires_grad_()
 
-    def update(lists, step):
+    def update(lists, step, ema):
         numbers = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-        getattr(kernels, name)(*lists, step, 1e-2, **numbers, ema=lists[2], ema_decay=0.5)
+        getattr(kernels, name)(*lists, step, 1e-2, **numbers, ema=ema, ema_decay=0.5)
 
-    torch.compile(update, fullgraph=True, backend="aot_eager")(mine, mine_step)
-    update(theirs, their_step)
-    torch.testing.assert_close(mine, theirs)
+    torch.compile(update, fullgraph=True, backend="aot_eager")(mine, mine_step, mine_ema)
+    update(theirs, their_step, their_ema)
+    torch.testing.assert_close((mine, mine_ema), (theirs, their_ema))
     assert mine_step == their_step == 2
 
 

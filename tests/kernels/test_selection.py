@@ -1,7 +1,9 @@
 """The choice of a backend, its reason, and what a forced choice does."""
 
+import asyncio
 import itertools
 import warnings
+from threading import Barrier, Thread
 
 import pytest
 import torch
@@ -172,9 +174,8 @@ def test_no_warning_of_a_backend_whose_place_another_takes(scale, registered):
 
 def test_gradient_of_a_gradient_raises_instead_of_being_wrong(scale):
     x = torch.ones(3, requires_grad=True)
-    (grad,) = torch.autograd.grad(scale(x, 2.0).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(scale(x, 2.0).pow(2).sum(), x, create_graph=True)
 
 
 def test_backward_runs_where_its_forward_ran(scale):
@@ -190,6 +191,84 @@ def test_backward_runs_where_its_forward_ran(scale):
     with kernels.use("reference"):
         y.sum().backward()
     assert len(calls) == 1
+
+
+def in_thread(function):
+    """The result of `function()` in a thread of its own."""
+    results = []
+    thread = Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_use_holds_in_its_thread_alone():
+    """Two threads enter and leave in turn, so that each would pop what the other has pushed."""
+    turns, found = Barrier(2, timeout=30), []
+
+    def other():
+        with kernels.use("triton"):
+            turns.wait()  # both are inside
+            turns.wait()  # the main thread is outside again
+            found.append(_op.choice("mlp"))
+        return _op.choice("mlp")
+
+    thread = Thread(target=lambda: found.append(other()))
+    with kernels.use("reference"):
+        assert in_thread(lambda: _op.choice("mlp")) == "auto"
+        thread.start()
+        turns.wait()
+        assert _op.choice("mlp") == "reference"
+    assert _op.choice("mlp") == "auto"
+    turns.wait()
+    thread.join()
+    assert found == ["triton", "auto"]
+
+
+def test_use_holds_in_its_task_alone():
+    found = {}
+
+    async def task(name, backend, order):
+        with kernels.use(backend):
+            for turn in range(order):
+                await asyncio.sleep(0)
+                found[name, turn] = _op.choice("mlp")
+        found[name, "after"] = _op.choice("mlp")
+
+    async def both():
+        await asyncio.gather(task("first", "reference", 1), task("second", "triton", 3))
+
+    asyncio.run(both())
+    assert {value for (name, turn), value in found.items() if name == "first" and turn != "after"} == {"reference"}
+    assert {value for (name, turn), value in found.items() if name == "second" and turn != "after"} == {"triton"}
+    assert found["first", "after"] == found["second", "after"] == _op.choice("mlp") == "auto"
+
+
+def test_compiled_functions_follow_the_choice_of_their_thread(scale):
+    torch.compiler.reset()
+    scale.backends = scale.backends[-1:]
+    graphs, x = Graphs(lambda x: scale(x, 2.0)), torch.ones(3)
+    with kernels.use("reference"):
+        graphs.run(x)
+        in_thread(lambda: graphs.run(x))
+    assert graphs.found == [{scale.name}, set()]
+
+
+@pytest.mark.parametrize("forced", ["reference", "quick"])
+def test_a_backward_in_another_thread_runs_where_its_forward_ran(scale, forced):
+    """As on a card, where autograd has threads of its own."""
+    x, taken = torch.ones(3, requires_grad=True), []
+
+    def spied(backend):
+        return backend._replace(backward=lambda *args: taken.append(backend.name) or backend.backward(*args))
+
+    scale.backends = tuple(map(spied, scale.backends[1:]))
+    with kernels.use(**{scale.name: forced}):
+        y = scale(x, 2.0)
+    in_thread(lambda: y.sum().backward())
+    with kernels.use(**{scale.name: "quick" if forced == "reference" else "reference"}):
+        scale.registered(x, 2.0)
+    assert taken == [forced]
 
 
 def test_format_info_is_one_line_an_op():

@@ -153,7 +153,7 @@ def test_defaults_of_optimizers_survive_a_dump(write, name, expected):
 def test_another_method_takes_nothing_from_the_base(write):
     write(DISTILL, "parent.yaml")
     other = recipes.load(write("base: ./parent.yaml\nmethod: {use: supervised}\n", "child.yaml"))
-    assert other.method.model_dump() == {"use": "supervised", "loss": "ce", "smoothing": 0.1}
+    assert other.method.model_dump() == {"use": "supervised", "loss": "ce", "smoothing": 0.1, "class_weights": None}
     same = recipes.load(write("base: ./parent.yaml\nmethod: {use: distill, alpha: 0.1}\n", "child.yaml"))
     assert (same.method.alpha, same.method.tau, same.method.teacher.timm) == (0.1, 2.0, "resnet18")
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _triton
-from fastdeit.kernels.attention.tiles import LOG2E, Operands, dot, load_tile, logits, of_head, store_tile
+from fastdeit.kernels.attention.tiles import LOG2E, Operands, dot, load_tile, logits, of_head, rows_from, store_tile
 
 
 @triton.jit
@@ -35,31 +35,34 @@ def _query_gradient_kernel(
     KEYS: tl.constexpr,
 ):
     """dq of 64 queries of one head, their D for the other kernel, and partial[b, program] = column sums of dq."""
-    q, k, v, batch, head = of_head(q, k, v, q_batch, k_batch, HEADS, WIDTH)
-    mixed = batch * queries * (HEADS * WIDTH) + head * WIDTH
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    queried = load_tile(q, row, queries, q_row, WIDTH, BLOCK)
-    grad = load_tile(dout + mixed, row, queries, HEADS * WIDTH, WIDTH, BLOCK)
-    product = grad.to(tl.float32) * load_tile(out + mixed, row, queries, HEADS * WIDTH, WIDTH, BLOCK).to(tl.float32)
+    blocks = tl.cdiv(queries, ROWS)
+    q, k, v, batch, head, block = of_head(q, k, v, q_batch, k_batch, blocks, HEADS, WIDTH)
+    start, row = block * ROWS, tl.arange(0, ROWS)
+    left = queries - start
+    mixed = (batch * queries + start) * (HEADS * WIDTH) + head * WIDTH
+    queried = load_tile(rows_from(q, start, q_row), row, left, q_row, WIDTH, BLOCK)
+    grad = load_tile(dout + mixed, row, left, HEADS * WIDTH, WIDTH, BLOCK)
+    product = grad.to(tl.float32) * load_tile(out + mixed, row, left, HEADS * WIDTH, WIDTH, BLOCK).to(tl.float32)
     d = tl.sum(product, 1)
-    at = (batch * HEADS + head) * queries + row
-    tl.store(delta + at, d, mask=row < queries)
-    base = tl.load(lse + at, mask=row < queries, other=float("inf")) * LOG2E
+    at = (batch * HEADS + head) * queries + start + row
+    tl.store(delta + at, d, mask=row < left)
+    base = tl.load(lse + at, mask=row < left, other=float("inf")) * LOG2E
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, tokens, KEYS):
-        column = start + tl.arange(0, KEYS)
-        keys = load_tile(k, column, tokens, k_row, WIDTH, BLOCK)
+    column = tl.arange(0, KEYS)
+    for first in range(0, tokens, KEYS):
+        keys = load_tile(rows_from(k, first, k_row), column, tokens - first, k_row, WIDTH, BLOCK)
         # Masked: the exponential of a missing key could be infinite, and times zero that is NaN.
-        p = tl.exp2(logits(queried, keys, column, tokens, scale * LOG2E, True) - base[:, None])
-        dp = dot(grad, tl.trans(load_tile(v, column, tokens, k_row, WIDTH, BLOCK)))
+        p = tl.exp2(logits(queried, keys, column, tokens - first, scale * LOG2E, True) - base[:, None])
+        values = load_tile(rows_from(v, first, k_row), column, tokens - first, k_row, WIDTH, BLOCK)
+        dp = dot(grad, tl.trans(values))
         ds = p * (dp - d[:, None]) * scale
         total = dot(ds.to(keys.dtype), keys, total)
     dq += batch * q_batch + head * WIDTH
-    store_tile(dq, total, row, queries, q_row, WIDTH, BLOCK)
+    store_tile(rows_from(dq, start, q_row), total, row, left, q_row, WIDTH, BLOCK)
     if partial is not None:
-        place = (batch * tl.num_programs(0) + tl.program_id(0)) * (HEADS * WIDTH) + head * WIDTH
-        column = tl.arange(0, BLOCK)
-        tl.store(partial + place + column, tl.sum(total, 0), mask=column < WIDTH)
+        place = (batch * blocks + block) * (HEADS * WIDTH) + head * WIDTH
+        feature = tl.arange(0, BLOCK)
+        tl.store(partial + place + feature, tl.sum(total, 0), mask=feature < WIDTH)
 
 
 _triton.expect(_query_gradient_kernel, products=True)
@@ -90,30 +93,33 @@ def _key_gradient_kernel(
     KEYS: tl.constexpr,
 ):
     """dk and dv of KEYS keys of one head, and partial[b, program] = column sums of dk, then of dv."""
-    q, k, v, batch, head = of_head(q, k, v, q_batch, k_batch, HEADS, WIDTH)
+    blocks = tl.cdiv(tokens, KEYS)
+    q, k, v, batch, head, block = of_head(q, k, v, q_batch, k_batch, blocks, HEADS, WIDTH)
     dout += batch * queries * (HEADS * WIDTH) + head * WIDTH
-    column = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    keys, values = load_tile(k, column, tokens, k_row, WIDTH, BLOCK), load_tile(v, column, tokens, k_row, WIDTH, BLOCK)
+    first, column = block * KEYS, tl.arange(0, KEYS)
+    left = tokens - first
+    keys = load_tile(rows_from(k, first, k_row), column, left, k_row, WIDTH, BLOCK)
+    values = load_tile(rows_from(v, first, k_row), column, left, k_row, WIDTH, BLOCK)
     key_total = tl.zeros((KEYS, BLOCK), tl.float32)
     value_total = tl.zeros((KEYS, BLOCK), tl.float32)
+    row = tl.arange(0, ROWS)
     for start in range(0, queries, ROWS):
-        row = start + tl.arange(0, ROWS)
-        queried = load_tile(q, row, queries, q_row, WIDTH, BLOCK)
-        grad = load_tile(dout, row, queries, HEADS * WIDTH, WIDTH, BLOCK)
-        at = (batch * HEADS + head) * queries + row
-        base = tl.load(lse + at, mask=row < queries, other=float("inf")) * LOG2E
-        d = tl.load(delta + at, mask=row < queries, other=0.0)
-        s = tl.where((column < tokens)[:, None], dot(keys, tl.trans(queried)) * (scale * LOG2E), float("-inf"))
+        queried = load_tile(rows_from(q, start, q_row), row, queries - start, q_row, WIDTH, BLOCK)
+        grad = load_tile(rows_from(dout, start, HEADS * WIDTH), row, queries - start, HEADS * WIDTH, WIDTH, BLOCK)
+        at = (batch * HEADS + head) * queries + start + row
+        base = tl.load(lse + at, mask=row < queries - start, other=float("inf")) * LOG2E
+        d = tl.load(delta + at, mask=row < queries - start, other=0.0)
+        s = tl.where((column < left)[:, None], dot(keys, tl.trans(queried)) * (scale * LOG2E), float("-inf"))
         p = tl.exp2(s - base[None, :])
         value_total = dot(p.to(grad.dtype), grad, value_total)
         ds = p * (dot(values, tl.trans(grad)) - d[None, :]) * scale
         key_total = dot(ds.to(queried.dtype), queried, key_total)
     dk += batch * k_batch + head * WIDTH
     dv += batch * k_batch + head * WIDTH
-    store_tile(dk, key_total, column, tokens, k_row, WIDTH, BLOCK)
-    store_tile(dv, value_total, column, tokens, k_row, WIDTH, BLOCK)
+    store_tile(rows_from(dk, first, k_row), key_total, column, left, k_row, WIDTH, BLOCK)
+    store_tile(rows_from(dv, first, k_row), value_total, column, left, k_row, WIDTH, BLOCK)
     if partial is not None:
-        place = (batch * tl.num_programs(0) + tl.program_id(0)) * (2 * HEADS * WIDTH) + head * WIDTH
+        place = (batch * blocks + block) * (2 * HEADS * WIDTH) + head * WIDTH
         feature = tl.arange(0, BLOCK)
         tl.store(partial + place + feature, tl.sum(key_total, 0), mask=feature < WIDTH)
         tl.store(partial + place + HEADS * WIDTH + feature, tl.sum(value_total, 0), mask=feature < WIDTH)
@@ -135,8 +141,9 @@ def backward(
     query_grid, key_grid = operands.grid(queries, step), operands.grid(tokens, step)
     query_sums = key_sums = None
     if sums:
-        query_sums = torch.empty(batch * query_grid[0], width, dtype=torch.float32, device=q.device)
-        key_sums = torch.empty(batch * key_grid[0], 2 * width, dtype=torch.float32, device=q.device)
+        query_blocks, key_blocks = triton.cdiv(queries, step), triton.cdiv(tokens, step)
+        query_sums = torch.empty(batch * query_blocks, width, dtype=torch.float32, device=q.device)
+        key_sums = torch.empty(batch * key_blocks, 2 * width, dtype=torch.float32, device=q.device)
     inputs = q, operands.k, operands.v
     constants = tile | {"KEYS": step, "warps": 4 if tile["BLOCK"] <= 64 and q.element_size() == 2 else 8}
     tensors = *inputs, out, grad, lse, delta, gradients.q, query_sums

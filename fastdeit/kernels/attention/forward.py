@@ -6,7 +6,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _triton
-from fastdeit.kernels.attention.tiles import LOG2E, Operands, chunks, dot, load_tile, logits, of_head, store_tile
+from fastdeit.kernels.attention.tiles import (
+    LOG2E,
+    Operands,
+    chunks,
+    dot,
+    load_tile,
+    logits,
+    of_head,
+    rows_from,
+    store_tile,
+)
 
 _ONE_PASS, _ONE_PASS_BEFORE_HOPPER = 257, 208
 """Most keys whose logits, 64 rows in float32, fit the registers of four warps. Before sm_90, operands of the tensor
@@ -36,9 +46,11 @@ def _one_pass_kernel(
     THIRD: tl.constexpr,
 ):
     """64 queries of one head against all keys, which are chunks of FIRST, SECOND and THIRD (0: none)."""
-    q, k, v, batch, head = of_head(q, k, v, q_batch, k_batch, HEADS, WIDTH)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    queried = load_tile(q, row, queries, q_row, WIDTH, BLOCK)
+    blocks = tl.cdiv(queries, ROWS)
+    q, k, v, batch, head, block = of_head(q, k, v, q_batch, k_batch, blocks, HEADS, WIDTH)
+    start, row = block * ROWS, tl.arange(0, ROWS)
+    left = queries - start
+    queried = load_tile(rows_from(q, start, q_row), row, left, q_row, WIDTH, BLOCK)
     first = tl.arange(0, FIRST)
     s0 = logits(queried, load_tile(k, first, tokens, k_row, WIDTH, BLOCK), first, tokens, scale * LOG2E, SECOND == 0)
     top = tl.max(s0, 1)
@@ -63,9 +75,12 @@ def _one_pass_kernel(
         p2 = tl.exp2(s2 - top[:, None])
         total += tl.sum(p2, 1)
         mixed = dot(p2.to(v.dtype.element_ty), load_tile(v, third, tokens, k_row, WIDTH, BLOCK), mixed)
-    out += batch * queries * (HEADS * WIDTH) + head * WIDTH
-    store_tile(out, mixed / total[:, None], row, queries, HEADS * WIDTH, WIDTH, BLOCK)
-    tl.store(lse + (batch * HEADS + head) * queries + row, (top + tl.log2(total)) / LOG2E, mask=row < queries)
+    first_row = batch * queries + start
+    store_tile(
+        out + first_row * (HEADS * WIDTH) + head * WIDTH, mixed / total[:, None], row, left, HEADS * WIDTH, WIDTH, BLOCK
+    )
+    at = (batch * HEADS + head) * queries + start + row
+    tl.store(lse + at, (top + tl.log2(total)) / LOG2E, mask=row < left)
 
 
 _triton.expect(_one_pass_kernel, products=True)
@@ -92,25 +107,31 @@ def _online_kernel(
     KEYS: tl.constexpr,
 ):
     """64 queries of one head against any number of keys, KEYS at a time."""
-    q, k, v, batch, head = of_head(q, k, v, q_batch, k_batch, HEADS, WIDTH)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    queried = load_tile(q, row, queries, q_row, WIDTH, BLOCK)
+    blocks = tl.cdiv(queries, ROWS)
+    q, k, v, batch, head, block = of_head(q, k, v, q_batch, k_batch, blocks, HEADS, WIDTH)
+    start, row = block * ROWS, tl.arange(0, ROWS)
+    left = queries - start
+    queried = load_tile(rows_from(q, start, q_row), row, left, q_row, WIDTH, BLOCK)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, tokens, KEYS):
-        column = start + tl.arange(0, KEYS)
-        s = logits(queried, load_tile(k, column, tokens, k_row, WIDTH, BLOCK), column, tokens, scale * LOG2E, True)
+    column = tl.arange(0, KEYS)
+    for first in range(0, tokens, KEYS):
+        keys = load_tile(rows_from(k, first, k_row), column, tokens - first, k_row, WIDTH, BLOCK)
+        s = logits(queried, keys, column, tokens - first, scale * LOG2E, True)
         new_top = tl.maximum(top, tl.max(s, 1))
         shrink = tl.exp2(top - new_top)
         p = tl.exp2(s - new_top[:, None])
         total = total * shrink + tl.sum(p, 1)
-        values = load_tile(v, column, tokens, k_row, WIDTH, BLOCK)
+        values = load_tile(rows_from(v, first, k_row), column, tokens - first, k_row, WIDTH, BLOCK)
         mixed = dot(p.to(v.dtype.element_ty), values, mixed * shrink[:, None])
         top = new_top
-    out += batch * queries * (HEADS * WIDTH) + head * WIDTH
-    store_tile(out, mixed / total[:, None], row, queries, HEADS * WIDTH, WIDTH, BLOCK)
-    tl.store(lse + (batch * HEADS + head) * queries + row, (top + tl.log2(total)) / LOG2E, mask=row < queries)
+    first_row = batch * queries + start
+    store_tile(
+        out + first_row * (HEADS * WIDTH) + head * WIDTH, mixed / total[:, None], row, left, HEADS * WIDTH, WIDTH, BLOCK
+    )
+    at = (batch * HEADS + head) * queries + start + row
+    tl.store(lse + at, (top + tl.log2(total)) / LOG2E, mask=row < left)
 
 
 _triton.expect(_online_kernel, products=True)

@@ -25,6 +25,7 @@ taken where it was measured to be faster, or asked for. In both, each result is 
 atomics, and every run has the same bits.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdeit.kernels import _op, _triton
+from fastdeit.kernels import _derivatives, _op, _triton
 from fastdeit.kernels._example import BASE, DEITS, Example, Maker
 from fastdeit.kernels.attention import backward, forward
 from fastdeit.kernels.attention import fused_backward as one_program_a_head
@@ -57,7 +58,7 @@ def _packed(*parts: Tensor) -> Tensor:
 
 def native(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> Tensor:
     """out `[B, N, H*d]` of qkv `[B, N, 3*H*d]`, in qkv's dtype, or the autocast dtype under autocast."""
-    qkv = _op.with_bias_gradient(qkv, bias)
+    qkv = _derivatives.with_bias_gradient(qkv, bias)
     return _packed(F.scaled_dot_product_attention(*_heads(qkv, 3, num_heads), scale=scale))
 
 
@@ -298,6 +299,7 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None, *, bias: 
         _op.check_device("bias", bias, qkv, "qkv")
     if scale is None:
         scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
+    _op.check_number("scale", scale, -math.inf)
     return _first(OP(qkv, num_heads, scale, bias))
 
 
@@ -317,6 +319,7 @@ def query_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float | None =
     _op.check_device("kv", kv, q, "q")
     if scale is None:
         scale = (q.shape[2] // num_heads) ** -0.5
+    _op.check_number("scale", scale, -math.inf)
     return _first(QUERY(q, kv, num_heads, scale))
 
 

@@ -13,14 +13,15 @@ from fastdeit.kernels import _triton
 ROWS = 64
 """Queries of a program, and keys of a step of a loop: the smallest tile of the tensor cores of sm_90."""
 WIDEST_HEAD = 128
-MOST_HEADS = 65_535
-"""Of all samples together: the most that the second dimension of a CUDA grid holds."""
+MOST_PROGRAMS = 2**31 - 1
+"""The most that the first dimension of a CUDA grid holds; the others hold 65,535."""
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def load_tile(pointer, row, rows, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows `[len(row), BLOCK]` of one head; zero beyond the last row and beyond WIDTH."""
+    """Rows `[len(row), BLOCK]` of one head; zero beyond the last row and beyond WIDTH. Offsets have the type of `row`
+    and `stride`: see `rows_from`."""
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
     return tl.load(pointer + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
@@ -32,6 +33,13 @@ def store_tile(pointer, value, row, rows, stride, WIDTH: tl.constexpr, BLOCK: tl
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
     tl.store(pointer + row[:, None] * stride + column[None, :], value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rows_from(pointer, start, stride):
+    """The pointer moved to row `start`: in 64 bits, as one number of the program, so that the offsets inside a tile,
+    one a thread, need no more than 32, however many elements a sample has."""
+    return pointer + tl.cast(start, tl.int64) * stride
 
 
 @triton.jit
@@ -50,11 +58,13 @@ def logits(q, keys, column, tokens, scale, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def of_head(q, k, v, q_batch, k_batch, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """The pointers moved to this program's head, its sample and its head."""
-    batch, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+def of_head(q, k, v, q_batch, k_batch, blocks, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """The pointers moved to this program's head, its sample and head, and which of the head's `blocks` it takes. Those
+    of a head follow one another, so that they find its keys and values in cache."""
+    block, own = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    batch, head = (own // HEADS).to(tl.int64), own % HEADS
     queries, keys = batch * q_batch + head * WIDTH, batch * k_batch + head * WIDTH
-    return q + queries, k + keys, v + keys, batch, head
+    return q + queries, k + keys, v + keys, batch, head, block
 
 
 @cache
@@ -105,9 +115,9 @@ class Operands:
         block = max(16, triton.next_power_of_2(self.width))
         return {"HEADS": self.num_heads, "WIDTH": self.width, "BLOCK": block, "ROWS": rows}
 
-    def grid(self, rows: int, step: int) -> tuple[int, int]:
-        """Of one program for each `step` of the `rows` of each head."""
-        return triton.cdiv(rows, step), len(self.q) * self.num_heads
+    def grid(self, rows: int, step: int) -> tuple[int]:
+        """Of one program for each `step` of the `rows` of each head: one dimension, which alone holds enough."""
+        return (triton.cdiv(rows, step) * len(self.q) * self.num_heads,)
 
     def check(self) -> None:
         """`Unsupported` for dtypes, widths, sizes and numbers of heads that the kernels do not take."""
@@ -117,5 +127,5 @@ class Operands:
         _triton.require(self.width <= WIDEST_HEAD, f"heads are {self.width} wide, at most {WIDEST_HEAD} fit")
         empty = 0 in self.q.shape or 0 in self.k.shape
         _triton.require(not empty, f"q {list(self.q.shape)} or keys {list(self.k.shape)} are empty")
-        heads = len(self.q) * self.num_heads
-        _triton.require(heads <= MOST_HEADS, f"{heads} heads in the batch, at most {MOST_HEADS} fit a launch")
+        (programs,) = self.grid(max(self.q.shape[1], self.k.shape[1]), self.constants["ROWS"])
+        _triton.require(programs <= MOST_PROGRAMS, f"{programs} programs, at most {MOST_PROGRAMS} fit a launch")

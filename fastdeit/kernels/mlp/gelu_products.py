@@ -40,7 +40,7 @@ def _product(
     """total + a b for rows and columns of a `[rows, DEPTH]`, contiguous, and b `[DEPTH, WIDTH]`, of any strides."""
     k = tl.arange(0, STEP)
     left = a + row[:, None].to(tl.int64) * DEPTH + k[None, :]
-    right = b + k[:, None] * b_depth + column[None, :] * b_column
+    right = b + k[:, None].to(tl.int64) * b_depth + column[None, :].to(tl.int64) * b_column
     inside, real = (row < rows)[:, None], (column < WIDTH)[None, :]
     for start in range(0, DEPTH, STEP):
         deep = k < DEPTH - start
@@ -48,7 +48,7 @@ def _product(
         second = tl.load(right, mask=deep[:, None] & real, other=0.0)
         total = tl.dot(first, second, total)
         left += STEP
-        right += STEP * b_depth
+        right += tl.cast(STEP, tl.int64) * b_depth
     return total
 
 
@@ -113,7 +113,7 @@ def _product_gelu_backward_kernel(
         tl.store(act + at, value.to(act.dtype.element_ty), mask=mask)
     gradient = total * derivative
     tl.store(dpre + at, gradient.to(dpre.dtype.element_ty), mask=mask)
-    tl.store(partial + row_block * WIDTH + column, tl.sum(gradient, 0), mask=column < WIDTH)
+    tl.store(partial + row_block.to(tl.int64) * WIDTH + column, tl.sum(gradient, 0), mask=column < WIDTH)
 
 
 _triton.expect(_product_gelu_backward_kernel, products=True)

@@ -355,6 +355,7 @@ def layer_norm_mlp(
     eps           added to the variance
     others        as of `mlp`; the normalised tokens take w1's dtype (the autocast dtype under autocast)
     """
+    _op.check_number("eps", eps, 0)
     for name, vector in (("weight", weight), ("bias", bias)):
         _op.check_shape(name, vector, x.shape[-1:], "[C], C the last dimension of x,")
     _check(x, w1, b1, w2, b2)

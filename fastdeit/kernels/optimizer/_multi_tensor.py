@@ -5,17 +5,16 @@ all lists together the sizes and `starts`: tensor i owns the chunks `starts[i]` 
 each. A program looks up the tensor of its chunk; which elements it takes depends on the sizes alone, so sums over
 programs have the same order on every card.
 
-Rows are made without waiting for the device. They are kept by content and stream: weights and moments stay where they
-are, and gradients usually return to the same addresses. While a CUDA graph is captured nothing is taken from there or
-kept: the numbers become arguments of kernels inside the graph, in its own memory, so that a replay neither reads memory
-of the host nor depends on what was evicted here.
+All numbers of a launch travel in one copy, without waiting for the device, and nothing on the device outlives the
+launch: what was allocated inside the memory pool of a CUDA graph, also one that `torch.compile` records, must not be
+used beside it. A graph repeats the copy in each replay, from pinned memory that is never written again (`_Reserve`).
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate, compress
 from math import gcd
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -33,7 +32,8 @@ through shared memory, and the nine programs that fit an SM have more bytes in f
 
 _CHUNK = tl.constexpr(CHUNK)
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-_ROWS_KEPT = 256
+_RESERVED = 2**15
+"""Numbers in a block of the memory that CUDA graphs read: some thirty updates of a DeiT."""
 
 
 @triton.jit
@@ -126,23 +126,56 @@ def _part(kind: tuple, columns: Sequence[Sequence[int]], places: Sequence[int | 
 
 
 def _rows(values: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
-    """Each of the sequences as an int64 tensor on the device."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return [_written(numbers, device) for numbers in values]
-        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
-        return [_kept(tuple(numbers), device, stream) for numbers in values]
+    """Each of the sequences as an int64 tensor on the device, in memory aligned to 16 bytes."""
+    lengths = [len(numbers) + len(numbers) % 2 for numbers in values]
+    numbers = [n for row, length in zip(values, lengths, strict=True) for n in (*row, 0)[:length]]
+    rows = _sent(numbers, device).split(lengths)
+    return [row[: len(own)] for row, own in zip(rows, values, strict=True)]
 
 
-@lru_cache(_ROWS_KEPT)
-def _kept(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """A row that was made on this stream: another one might read it before it is there."""
-    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+def _sent(numbers: list[int], device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            host = _reserve().take(numbers)
+        else:
+            _reserve().refill()
+            host = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
+        return host.to(device, non_blocking=True)
 
 
-def _written(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """A row whose numbers travel as arguments of kernels, not through memory of the host."""
-    row = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-    torch._foreach_add_(row.unbind(), list(numbers))
-    return row
+class _Reserve:
+    """Pinned memory that graphs read in each replay, and that is therefore never freed: a few kilobytes a capture.
+
+    It is allocated outside of captures, which forbid that.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._used = _RESERVED
+        self._lock = Lock()
+
+    def refill(self) -> None:
+        """Allocate another block where less than half of the last one is left."""
+        with self._lock:
+            if self._used > _RESERVED // 2:
+                self._blocks.append(torch.empty(_RESERVED, dtype=torch.int64, pin_memory=True))
+                self._used = 0
+
+    def take(self, numbers: list[int]) -> Tensor:
+        """The numbers in memory of their own; RuntimeError where no room is left for them."""
+        with self._lock:
+            start, end = self._used, self._used + len(numbers)
+            if end > _RESERVED:
+                raise RuntimeError(
+                    f"no pinned memory is left for the {len(numbers)} addresses and sizes of this update, and none can "
+                    "be allocated while a CUDA graph is captured: run the update once before the capture"
+                )
+            self._used = end
+            return self._blocks[-1][start:end].copy_(torch.tensor(numbers, dtype=torch.int64))
+
+
+@cache
+def _reserve() -> _Reserve:
+    return _Reserve()

@@ -198,7 +198,6 @@ def triton_adamw(
     """`reference` in one pass over the tensors."""
     grads = [grad.contiguous() for grad in grads]
     parts = _multi_tensor.split(params, grads, exp_avgs, exp_avg_sqs, ema, copies)
-    torch.autograd.graph.increment_version([*params, *copies])
     schedule = _update.make_schedule(step, lr, beta1, beta2, grad_scale, found_inf)
     update(parts, schedule, found_inf, beta1, beta2, eps, weight_decay, ema_decay)
 

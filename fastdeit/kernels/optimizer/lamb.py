@@ -231,7 +231,6 @@ def triton_lamb(
     """`reference` in two passes over the tensors, in one where there is no decay."""
     grads = [grad.contiguous() for grad in grads]
     parts = _multi_tensor.split(params, grads, exp_avgs, exp_avg_sqs, ema, copies)
-    torch.autograd.graph.increment_version([*params, *copies])
     schedule = _update.make_schedule(step, lr, beta1, beta2, grad_scale, found_inf)
     numbers = beta1, beta2, eps, weight_decay, ema_decay
     if weight_decay == 0:

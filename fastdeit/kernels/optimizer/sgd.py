@@ -15,7 +15,6 @@ moves just these, in one pass.
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -134,7 +133,6 @@ def triton_sgd(
     """`reference` in one pass over the tensors."""
     grads = [grad.contiguous() for grad in grads]
     parts = _multi_tensor.split(params, grads, momentum_buffers, ema, copies)
-    torch.autograd.graph.increment_version([*params, *copies])
     lr_tensor, lr_number = _update.rate_arguments(lr)
     decays = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
     # Whole numbers as floats, or Triton would compile a kernel of its own for them.
