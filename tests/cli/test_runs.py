@@ -52,7 +52,7 @@ def said(capsys, *argv):
 
 
 def test_a_list_says_how_far_each_run_is(runs, capsys):
-    runs("a", summary={"best": 61.5, "best_by": "top1_class"})
+    runs("a", summary={"best": 61.5, "best_by": "top1_class", "finished": True})
     os.utime(runs("b", "train.epochs=7"), (1, 1))
     (runs("c") / "metrics.jsonl").unlink()
     (runs("d") / "recipe.yaml").write_text("{[")
