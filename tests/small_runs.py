@@ -8,7 +8,7 @@ from torch import nn
 
 from fastdeit.engine.dist import World
 from fastdeit.recipe import resolve as recipes
-from fastdeit.train import train
+from fastdeit.training import train
 
 
 class StopAt(World):

@@ -22,7 +22,7 @@ from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.run.groups import decay_groups
-from fastdeit.train import train
+from fastdeit.training import train
 from tests.small_runs import StopAt
 from tests.toys import toy_batch
 

@@ -23,7 +23,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build, directory
 from fastdeit.run.evaluate import evaluate
 from fastdeit.run.weights import open_weights
-from fastdeit.train import teacher_recipe, train
+from fastdeit.training import teacher_recipe, train
 
 RECIPE = """\
 model: {name: deit_digits_distilled_patch8_32, image_size: 32, drop_path: 0.1}

@@ -13,7 +13,7 @@ from fastdeit.errors import Interrupted
 from fastdeit.methods.evaluators import Classify, HeldOutLoss
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
-from fastdeit.train import train
+from fastdeit.training import train
 from tests.small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 
 RECIPE = """\

@@ -14,7 +14,7 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import fork
-from fastdeit.train import train
+from fastdeit.training import train
 from tests.small_runs import StopAt, assert_same_weights, logged
 
 RECIPE = """\

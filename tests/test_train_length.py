@@ -9,7 +9,7 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
-from fastdeit.train import train
+from fastdeit.training import train
 from tests.small_runs import StopAt, assert_same_weights
 
 RECIPE = """\

@@ -20,7 +20,7 @@ from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import directory
 from fastdeit.run.lock import locked
-from fastdeit.train import train
+from fastdeit.training import train
 from tests.small_runs import StopAt, assert_same_weights, logged
 
 RECIPE = """\

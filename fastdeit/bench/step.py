@@ -105,8 +105,6 @@ def cell(
     chosen = default_precision(device) if precision is None else precision
     if chosen == "bf16" and device.type == "cuda" and not _has_bf16(device):
         raise UsageError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16 products; use fp16")
-    if what == "forward" and (teacher is not None or ema):
-        raise UsageError("bench forward is inference: --teacher and --ema belong to bench step")
     return Cell(what, model, batch, _side_of(model, image_size, teacher), chosen, teacher, ema)
 
 

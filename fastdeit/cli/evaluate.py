@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastdeit.cli.parser import Verb, one, positive
+from fastdeit.cli.parser import Verb, one, path, positive
 from fastdeit.errors import UsageError
 
 
@@ -58,22 +58,27 @@ EVAL = Verb(
     "       [--classes FILE.csv] [--confusion FILE.png]\n"
     "       fastdeit eval ADDRESS --images PICTURE ...",
     _eval,
+    examples=[
+        "fastdeit eval runs/RUN@best --data /path/to/imagenet",
+        "fastdeit eval timm:deit_tiny_patch16_224 --data /path/to/imagenet --classes classes.csv",
+    ],
 )
 _add = EVAL.parser.add_argument
 _add("words", nargs="*", metavar="ADDRESS", help="a run, RUN@best, RUN@ema, a checkpoint, a file or timm:NAME")
-_add("--data", metavar="DIR", help="the data set's folder, of which only the held-out split is read")
+_add("--data", type=path, metavar="DIR", help="the data set's folder, of which only the held-out split is read")
 _add("--model", metavar="NAME", help="which model a bare file is of: one of fastdeit's, or timm:NAME")
 _add("--nproc", type=positive, metavar="N", help="processes on this machine, one per GPU (default: 1)")
 _add("--json", action="store_true", help="print everything as JSON")
-_add("--classes", metavar="FILE", help="write the accuracy of every class to this CSV file")
-_add("--confusion", metavar="FILE", help="write the confusion matrix, as FILE.csv and FILE.png")
-_add("--images", nargs="+", metavar="PICTURE", help="print the classes of these pictures instead")
+_add("--classes", type=path, metavar="FILE", help="write the accuracy of every class to this CSV file")
+_add("--confusion", type=path, metavar="FILE", help="write the confusion matrix, as FILE.csv and FILE.png")
+_add("--images", type=path, nargs="+", metavar="PICTURE", help="print the classes of these pictures instead")
 
 PREDICT = Verb(
     "predict",
     "classes of pictures",
     "ADDRESS PICTURE ... [section.field=value ...] [--model NAME] [--top K] [--json]",
     _predict,
+    examples=["fastdeit predict runs/RUN cat.jpg dog.jpg --top 3"],
 )
 _add = PREDICT.parser.add_argument
 _add("words", nargs="*", metavar="ADDRESS PICTURE", help="weights as for eval; pictures, or folders of them")
@@ -86,11 +91,12 @@ ATTENTION = Verb(
     "picture of where a transformer looks, and which patches it finds alike",
     "ADDRESS PICTURE [section.field=value ...] [--model NAME] [--block N] --out FILE.png",
     _attention,
+    examples=["fastdeit show attention runs/RUN cat.jpg --out attention.png"],
 )
 _add = ATTENTION.parser.add_argument
 _add("words", nargs="*", metavar="ADDRESS PICTURE", help="weights as for eval, and a picture")
 _add("--model", metavar="NAME", help="which model a bare file is of: one of fastdeit's, or timm:NAME")
 _add("--block", type=int, metavar="N", help="block to look into, from 0 (default: the last)")
-_add("--out", required=True, metavar="FILE", help="the picture")
+_add("--out", type=path, required=True, metavar="FILE", help="the picture")
 
 VERBS = {"eval": EVAL, "predict": PREDICT, "show attention": ATTENTION}

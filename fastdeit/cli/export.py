@@ -22,6 +22,10 @@ EXPORT = Verb(
     "weights as a file or folder for other programs",
     "ADDRESS OUT [section.field=value ...] [--format FORMAT] [--model NAME] [--fuse FUSION]",
     _export,
+    examples=[
+        "fastdeit export runs/RUN@best model.onnx",
+        "fastdeit export runs/RUN@ema folder --format timm  # timm.create_model('local-dir:folder')",
+    ],
 )
 _add = EXPORT.parser.add_argument
 _add(

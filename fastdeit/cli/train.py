@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, one, positive
+from fastdeit.cli.parser import Verb, one, path, positive
 
 DEFAULT_RECIPE = "digits"
 IMAGENET_EXAMPLE = "fastdeit train deit_small_distilled --data /path/to/imagenet --nproc 8"
@@ -36,18 +36,25 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
             if not of_a_run:
                 from fastdeit.recipe import resolve as recipe
 
-                recipe.load(args.recipe, args.overrides)
-            elif (args.nproc or 1) > 1:
+                chosen = recipe.load(args.recipe, args.overrides)
+                if not args.dry_run:
+                    recipe.check_complete(chosen)
+            elif args.dry_run or (args.nproc or 1) > 1:
                 from fastdeit.run import request
 
-                request.read(args, lambda text: None)
+                chosen = request.read(args, lambda text: None).recipe
+            if args.dry_run:
+                from fastdeit.verbs import dry_run
+
+                dry_run.show(chosen, args.nproc or 1)
+                return 0
         return launch.run(args, argv, _work)
 
 
 def _work(args: argparse.Namespace) -> None:
-    from fastdeit import train
+    from fastdeit import training
 
-    train.main(args)
+    training.main(args)
 
 
 def _read_resume(args: argparse.Namespace) -> None:
@@ -66,8 +73,16 @@ def _read_resume(args: argparse.Namespace) -> None:
 TRAIN = Verb(
     "train",
     "train a model by a recipe",
-    "[RECIPE] [section.field=value ...] [--data DIR] [--nproc N] [--run-dir DIR] [--resume [RUN]] [--from RUN]",
+    "[RECIPE] [section.field=value ...] [--data DIR] [--nproc N] [--run-dir DIR] [--resume [RUN]] [--from RUN]\n"
+    "       [--dry-run]",
     _train,
+    examples=[
+        "fastdeit train  # the quick start: handwritten digits, no data and no GPU needed",
+        "fastdeit train deit_small --data /path/to/imagenet --nproc 8 train.epochs=100",
+        "fastdeit train deit_small --data /path/to/imagenet --nproc 8 --dry-run  # what that would be",
+        "fastdeit train --resume runs/mine  # go on after an interruption",
+        "fastdeit train --from runs/mine@best optim.lr=1e-4  # a new run that begins where that one was best",
+    ],
 )
 _add = TRAIN.parser.add_argument
 _add(
@@ -76,9 +91,9 @@ _add(
     metavar="RECIPE",
     help=f"name of a recipe or a YAML file (default: {DEFAULT_RECIPE}), and overrides",
 )
-_add("--data", metavar="DIR", help="the data set's folder, whose kind is detected; short for data.root=DIR")
+_add("--data", type=path, metavar="DIR", help="the data set's folder, whose kind is detected; short for data.root=DIR")
 _add("--nproc", type=positive, metavar="N", help="processes on this machine, one per GPU (default: 1)")
-_add("--run-dir", metavar="DIR", help="where the run is kept (default: a new dated directory in runs/)")
+_add("--run-dir", type=path, metavar="DIR", help="where the run is kept (default: a new dated directory in runs/)")
 _add(
     "--resume",
     nargs="?",
@@ -94,5 +109,6 @@ _add(
     help="begin a new run with the weights and the optimizer of this one: RUN, RUN@best, RUN@step=N or a checkpoint "
     "directory. Overrides may change its recipe",
 )
+_add("--dry-run", action="store_true", help="train nothing: say what would run, and check what can be checked")
 
 VERBS = {"train": TRAIN}

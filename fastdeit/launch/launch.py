@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, argv: list[str], work: Callable[[argparse.Name
             [sys.executable, "-m", "fastdeit", *argv],
             args.nproc,
             grace_s=grace_seconds(os.environ),
-            env=worker_environment(args.nproc, os.environ),
+            env=worker_environment(),
         )
     work(args)
     return 0
@@ -46,12 +46,17 @@ def run(args: argparse.Namespace, argv: list[str], work: Callable[[argparse.Name
 
 @contextmanager
 def process_of_a_run() -> Iterator[None]:
-    """What a process of a training run does first: make sure it ends with its launcher, and cleanly while it starts.
+    """What a process of a training run does first, before torch is loaded: make sure that it ends with its launcher,
+    that it ends cleanly while it starts, and that threads without work sleep.
 
-    `fastdeit.train` has signal handlers of its own for as long as there is something to save.
+    `fastdeit.training` has signal handlers of its own for as long as there is something to save.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))
+    # Of OpenMP, which reads it when torch is loaded. A thread that has come to the end of an operation sleeps until the
+    # others have, too. By default it keeps its processor busy meanwhile, which on a machine with other work is the one
+    # that the others wait for: measured (docs/log.md), steps take 20 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     before = {number: signal.signal(number, _exit_idle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -137,13 +142,9 @@ def check_nproc(nproc: int | None, ranks: Mapping[str, str]) -> None:
         )
 
 
-def worker_environment(nproc: int, env: Mapping[str, str]) -> dict[str, str]:
-    """What the workers of `nproc` find in their environment besides their ranks."""
-    extra = {LAUNCHER_VARIABLE: str(os.getpid())}
-    if "OMP_NUM_THREADS" not in env:
-        # Every worker would otherwise start as many threads as the machine has cores.
-        extra["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // nproc))
-    return extra
+def worker_environment() -> dict[str, str]:
+    """What the workers find in their environment besides their ranks."""
+    return {LAUNCHER_VARIABLE: str(os.getpid())}
 
 
 def grace_seconds(env: Mapping[str, str]) -> float:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from fastdeit.batch import Batch
-from fastdeit.fields import size_pair
+from fastdeit.fields import PathText, size_pair
 from fastdeit.models.contract import ImageSize, Tokens
 from fastdeit.models.tokens import Taps, taps
 
@@ -27,13 +27,13 @@ class TeacherConfig(BaseModel):
     """Whether the method reads logits: the teacher then needs a head for the classes of the data set, and is scored
     before the first step."""
 
-    recipe: str | None = None
+    recipe: PathText | None = None
     """Recipe of a teacher that is trained first, into RUN/teacher."""
     timm: str | None = None
     """Name of a timm model; `weights: null` takes timm's pretrained weights."""
     model: str | None = None
     """Name of a fastdeit model; needs `weights`."""
-    weights: str | None = None
+    weights: PathText | None = None
     """Address of its weights, as that of model.weights. A run and timm:NAME also tell which network it is."""
     image_size: int | None = None
     """Resolution in pixels (a square); null is the one it was trained at for a run, else the student's."""

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from pydantic_core import PydanticKnownError
 
 from fastdeit.data.sources import kinds
-from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, Positive, Range, Section, Side, Text
+from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, PathText, Positive, Range, Section, Side, Text
 from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, ViewSettings
 
 Classes = Annotated[int, Field(ge=1, le=100_000_000)]
@@ -67,12 +67,14 @@ class ModelConfig(Section):
     """linear: the rates of the blocks rise from 0 to drop_path, as in DeiT; constant: all are drop_path (DeiT III)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Rate at which features in front of the heads are zeroed in training (timm: drop_rate)."""
-    weights: Text | None = None
+    weights: PathText | None = None
     """Address of the initial weights: a run (RUN, RUN@best, RUN@ema), a checkpoint, a safetensors or .pth file, or
     timm:NAME. null: random. See docs/weights.md."""
     weights_grid: tuple[Side, Side] | None = None
     """[height, width] in patches of the positional embedding of `weights`, needed of a file whose grid is no square;
     null: what the run says, or a square."""
+    needs_weights: bool = False
+    """The recipe goes on from trained weights: a run of it is refused where `weights` are missing."""
 
     freeze: tuple[Text, ...] = ()
     """Parts that are not trained: names of parameters and modules, as in [patch_embed, blocks.0-5, blocks.*.mlp], and
@@ -105,7 +107,7 @@ class DataSplits(Section):
     WebDataset layout; tfrecord: TensorFlow's; parquet: files of the Hugging Face hub; arrow: what its `save_to_disk`
     writes; imagenet, cifar10, ... as their authors distribute them; synthetic: noise made on the fly; digits:
     scikit-learn's handwritten digits; package.module:KIND: a reader of your own. See docs/data.md."""
-    root: Text | None = None
+    root: PathText | None = None
     """Directory of the data set; synthetic and digits have none."""
     train: Text = "train"
     """Name of the training split under `root`: a folder, or files as docs/data.md says. Public data sets that come
@@ -185,7 +187,7 @@ class OptimConfig(Section):
     lr: Positive
     """Peak learning rate of the global batch."""
     weight_decay: NonNegative = 0.05
-    """Of sgd 1e-4 by default."""
+    """Share of the weights that an update takes away, times the learning rate. Of sgd 1e-4 by default."""
     clip_grad: Positive | None = None
     """Limit of gradient clipping; null: no clipping. Of lamb 1.0 by default."""
     clip_mode: Literal["norm", "agc"] = "norm"
@@ -263,6 +265,9 @@ class EngineConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is a GPU."""
+    threads: Count | None = None
+    """Threads of a process that compute on the CPU. With another number sums round differently. null: the process's
+    share of the processors; the run keeps that number. OMP_NUM_THREADS wins."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss."""
     capture: Literal["none", "compile", "graph"] = "none"

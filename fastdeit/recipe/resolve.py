@@ -9,6 +9,7 @@ both are looked up when a recipe is validated. Importing this module imports no 
 """
 
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -124,6 +125,18 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return _validated(recipe.name, _merged(root, changes), problems)
 
 
+def check_complete(recipe: Recipe) -> None:
+    """Raise RecipeError where a run lacks what the recipe leaves to its user: trained weights to go on from.
+
+    A recipe without them can still be shown and planned.
+    """
+    if recipe.model.needs_weights and recipe.model.weights is None:
+        raise RecipeError(
+            f"recipe {recipe.name}: model.weights: is required, because it goes on from a trained network: give "
+            "model.weights=RUN or model.weights=FILE (model.needs_weights=false trains from nothing)"
+        )
+
+
 def names() -> list[str]:
     """Names of the shipped recipes, sorted."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -208,6 +221,7 @@ def _no_recipe(name: str) -> str:
 
 def _find(word: str, folder: Path) -> Path:
     """File of the recipe `word`: a path, relative to `folder`, when it looks like one, else a shipped name."""
+    word = os.path.expanduser(word)
     if "/" not in word and not word.endswith((".yaml", ".yml")):
         if word not in names():
             raise RecipeError(_no_recipe(word))

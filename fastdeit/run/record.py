@@ -218,6 +218,7 @@ class RunLog:
             "epochs": step / self.steps_per_epoch,
             "steps": self.steps,
             "step": step,
+            "finished": last,
             "lineage": self.lineage,
         }
         if self.progress is not None:

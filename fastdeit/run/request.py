@@ -75,6 +75,9 @@ def _resume(run: Path, args: argparse.Namespace) -> Request:
     before = directory.recipe_of(run)
     if args.named:
         recipe = recipes.load(args.recipe, args.overrides).model_copy(update={"name": before.name})
+        if recipe.engine.threads is None:  # then the run's are meant, as its results depend on them
+            engine = recipe.engine.model_copy(update={"threads": before.engine.threads})
+            recipe = recipe.model_copy(update={"engine": engine})
     else:
         recipe = recipes.override(before, args.overrides)
     refuse_other_run(run, recipes.difference(before, recipe))

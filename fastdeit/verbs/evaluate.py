@@ -21,7 +21,7 @@ from fastdeit.methods.base import Method
 from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import DeferredTeacher, TeacherConfig
 from fastdeit.recipe.resolve import Recipe
-from fastdeit.run import build
+from fastdeit.run import build, threads
 from fastdeit.run.classification import Classification
 from fastdeit.run.evaluate import Result, evaluate, metric_rows
 from fastdeit.run.settings import settings
@@ -57,7 +57,9 @@ def main(args: argparse.Namespace) -> None:
     recipe = settings(weights, args.model, args.overrides, args.data)
     with join_world(recipe.engine.device) as world:
         source = build.held_out(recipe)
-        found = judge(weights, recipe, source, world, confusion=args.confusion is not None)
+        recipe = threads.fixed(recipe, world)
+        with threads.computing(recipe.engine.threads):  # those of the run, so that its number is met to the last bit
+            found = judge(weights, recipe, source, world, confusion=args.confusion is not None)
         if not world.main:
             return
         _write(args, found[0].details, source.classes)

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdeit import kernels
+from fastdeit import cores, kernels
 from fastdeit.batch import Batch
 from fastdeit.data import pixel_ops
 from fastdeit.data.plan import order, plan
@@ -153,7 +153,7 @@ def _group(recipe: "Recipe", source: Source, step: int, group: int) -> Batch:
     alone = recipe.model_copy(
         update={
             "train": recipe.train.model_copy(update={"accumulate": 1}),
-            "data": recipe.data.model_copy(update={"threads": recipe.data.threads or len(os.sched_getaffinity(0))}),
+            "data": recipe.data.model_copy(update={"threads": recipe.data.threads or cores.available()}),
         }
     )
     world = World(pick_device(recipe.engine.device), group, recipe.train.batch_size // recipe.data.group_size)

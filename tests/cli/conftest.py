@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from fastdeit.engine.dist import World
 from fastdeit.recipe import resolve as recipes
-from fastdeit.train import train
+from fastdeit.training import train
 from tests.painted_runs import RECIPE, paint
 from tests.small_runs import stored
 

@@ -23,7 +23,7 @@ from fastdeit.methods.teacher import DeferredTeacher, FeatureTeacherConfig, Teac
 from fastdeit.models import tokens as tokens_of
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
-from fastdeit.train import train
+from fastdeit.training import train
 from tests.toys import toy_context
 
 K, SIZE = 5, (16, 12)

@@ -17,7 +17,7 @@ from fastdeit.models.timm_model import TimmVisionTransformer
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.run.weights import open_weights
-from fastdeit.train import train
+from fastdeit.training import train
 
 K, B = 5, 2
 SMALL = {name: {"depth": 2} if name.startswith("deit") else {} for name in models.MODELS}

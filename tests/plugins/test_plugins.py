@@ -20,7 +20,7 @@ from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.run.evaluate import metric_rows
-from fastdeit.train import train
+from fastdeit.training import train
 from tests.plugins import adversarial, cached
 from tests.small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 from tests.toys import toy_batch, toy_context

@@ -5,7 +5,7 @@ import pytest
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import LengthError, epochs_for, length, settled
-from fastdeit.train import schedule_of
+from fastdeit.training import schedule_of
 from tests.recipe_texts import GOOD, refusal
 
 WEIGHTS = "model.weights=w.safetensors"

@@ -37,7 +37,7 @@ from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
-from fastdeit.run import build, directory, request
+from fastdeit.run import build, directory, request, threads
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
 from fastdeit.run.groups import param_groups
@@ -55,13 +55,13 @@ _MEASURED_IMAGES = 1024
 def main(args: argparse.Namespace) -> None:
     """Worker of `fastdeit train`: one process of the run."""
     asked = request.read(args, _say_once)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("WORLD_SIZE", 1))))
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     with join_world(asked.recipe.engine.device) as world, world.stop_on_signals():
         world.agree("the run that they go on with", (asked.run_dir, asked.origin and asked.origin.path))
-        train(asked.recipe, asked.run_dir, world, resume=asked.resume, origin=asked.origin)
+        recipe = threads.fixed(asked.recipe, world)
+        with threads.computing(recipe.engine.threads):
+            train(recipe, asked.run_dir, world, resume=asked.resume, origin=asked.origin)
 
 
 def _say_once(text: str) -> None:
