@@ -24,7 +24,7 @@ class NonFiniteError(FastdeitError):
 
 
 class Interrupted(FastdeitError):
-    """The run was asked to stop and did, with nothing lost; the same command with `--resume` continues it.
+    """The run was asked to stop and did, with nothing lost; `fastdeit train --resume RUN` continues it.
 
     75 is EX_TEMPFAIL of sysexits.h, "try again later", which schedulers can be told to requeue.
     """

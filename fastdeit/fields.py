@@ -1,5 +1,6 @@
 """Types of the fields that recipes, views and methods have in common. No torch, no numpy."""
 
+import os
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -21,6 +22,8 @@ def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
 
 
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path or an address that begins with one; `~` stands for the home folder."""
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=1, le=65_536)]
 Positive = Annotated[float, Field(gt=0)]

@@ -1,7 +1,7 @@
 """Words for messages that people read."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
@@ -12,3 +12,9 @@ def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str
     """
     close = difflib.get_close_matches(word, list(known), n=3, cutoff=cutoff)
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def some(names: Collection[str]) -> str:
+    """The first three of `names`, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(list(names)[:3]) + more

@@ -16,7 +16,7 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"  # for the processes that tests start, and so that `fastdeit train` in this one takes no more
 TIMEOUT_S = 120
 WORKERS = 2
-PRELOADED = "torch", "torch.distributed", "torch._dynamo", "fastdeit.kernels", "fastdeit.train"
+PRELOADED = "torch", "torch.distributed", "torch._dynamo", "fastdeit.kernels", "fastdeit.training"
 """What a rank needs besides the test's own module; DistributedDataParallel imports torch._dynamo, for a second."""
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of fastdeit.kernels

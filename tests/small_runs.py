@@ -4,10 +4,11 @@ import json
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from fastdeit.engine.dist import World
 from fastdeit.recipe import resolve as recipes
-from fastdeit.train import train
+from fastdeit.training import train
 
 
 class StopAt(World):
@@ -20,6 +21,27 @@ class StopAt(World):
     def stop_requested(self):
         self.asked += 1
         return self.asked in self.steps
+
+
+class Tiny(nn.Module):
+    """A model by import path with two heads and five tensors: its runs cost a tenth of a second."""
+
+    noise_per_sample, patch_size, head_names = 0, None, ("head", "head_dist")
+
+    def __init__(self, image_size, num_classes, drop_path=0.0):
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(image_size[0]))
+        self.head, self.head_dist = nn.Linear(3, num_classes), nn.Linear(3, num_classes)
+
+    def forward(self, x, noise=None):
+        x = (x + self.rows[:, None]).mean((2, 3))
+        return self.head(x), self.head_dist(x)
+
+    def decay_groups(self, decay_dist_token=False):
+        return ["head.weight", "head_dist.weight"], ["head.bias", "head_dist.bias", "rows"]
+
+    def flops(self, image_size=None):
+        return 12 * self.head.out_features
 
 
 def train_rank(rank, size, path, overrides, run):

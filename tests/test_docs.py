@@ -15,6 +15,7 @@ from torch import nn
 
 from fastdeit import cli
 from fastdeit.kernels import _op
+from fastdeit.recipe import describe
 from fastdeit.recipe import resolve as recipes
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +121,7 @@ def test_the_page_of_recipes_has_every_field_with_type_default_and_meaning(hooks
     for name, section in recipes.Recipe.model_fields.items():
         if name not in ("name", "method"):
             assert {f"{name}.{field}" for field in section.annotation.model_fields} <= fields
+    assert any(row.startswith("| `train.batch_size` |") and row.endswith(" | `--batch-size`, `--b` |") for row in rows)
     assert {"method.smoothing", "method.teacher.timm", "data.views.NAME.flip", "optim.nesterov"} <= fields
 
 
@@ -133,8 +135,8 @@ def test_the_page_of_recipes_has_every_field_with_type_default_and_meaning(hooks
         ({"$ref": "#/$defs/Side"}, "text"),
     ],
 )
-def test_types_in_words(hooks, schema, words):
-    assert hooks("recipes_page").words(schema, {"Side": {"type": "string"}}) == words
+def test_types_in_words(schema, words):
+    assert describe.words(schema, {"Side": {"type": "string"}}) == words
 
 
 def test_columns_of_a_docstring_become_a_list(hooks):

@@ -13,15 +13,16 @@ from torch import nn
 from fastdeit import kernels, models
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
+from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.guard import Verdict
-from fastdeit.engine.optim import ParamGroup
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.errors import Interrupted
 from fastdeit.methods.supervised import Supervised
 from fastdeit.methods.teacher import Teacher, TeacherConfig
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
-from fastdeit.train import decay_groups, train
+from fastdeit.run.groups import decay_groups
+from fastdeit.training import train
 from tests.small_runs import StopAt
 from tests.toys import toy_batch
 

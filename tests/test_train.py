@@ -20,10 +20,10 @@ from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageErr
 from fastdeit.methods.evaluators import Classify, images
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import build
+from fastdeit.run import build, directory
 from fastdeit.run.evaluate import evaluate
-from fastdeit.run.record import prepare_directory
-from fastdeit.train import train, train_teacher
+from fastdeit.run.weights import open_weights
+from fastdeit.training import teacher_recipe, train
 
 RECIPE = """\
 model: {name: deit_digits_distilled_patch8_32, image_size: 32, drop_path: 0.1}
@@ -185,11 +185,11 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(load, whole, tmp_path, c
 def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"file/run: the run directory cannot be made .*: Not a directory; choose"):
-        prepare_directory(tmp_path / "file" / "run", World(torch.device("cpu")), resume=False)
+        directory.claim(tmp_path / "file" / "run", "x", World(torch.device("cpu")), print).__enter__()
 
 
 def test_used_run_directory_is_refused(load, whole):
-    with pytest.raises(UsageError, match="already holds a run; add --resume"):
+    with pytest.raises(UsageError, match="already holds a run; go on with `fastdeit train --resume "):
         train(load(), whole[0], World(torch.device("cpu")), resume=False)
 
 
@@ -271,7 +271,7 @@ def test_ctrl_c_then_resume_on_the_command_line(recipe_file, data, whole, tmp_pa
     rest = process.stdout.read()
     assert process.wait(60) == 75, "".join(lines) + rest
     assert "Traceback" not in rest
-    assert "go on with --resume" in rest
+    assert f"go on with `fastdeit train --resume {run}`" in rest
     assert cli([*map(str, arguments), "engine.log_every=1"]) == 0
     assert "resumed at step" in capsys.readouterr().out
     assert_same_weights(whole[0], run)
@@ -362,23 +362,21 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(load, tmp_path):
         build.train_loader(recipe, build.sources(recipe)[0], world, {}, print)
 
 
-def test_a_teacher_trained_here_reads_the_students_data(monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr("fastdeit.train.train", lambda recipe, path, world, resume: seen.append(recipe.data))
+def test_a_teacher_trained_here_reads_the_students_data():
     own = recipes.load("digits_teacher").data
     packed = ["data.source=packed", "data.root=/b", "data.train=a.pack", "data.val=b.pack", "data.flip=0.3"]
     for overrides in (packed, ["data.source=synthetic", "data.synthetic_classes=7", "data.synthetic_samples=70"]):
         recipe = recipes.load("digits", overrides)
-        train_teacher(recipe, tmp_path, World(torch.device("cpu")))
+        seen = teacher_recipe(recipe).data
         for name in ("source", "root", "train", "val", "synthetic_classes", "synthetic_samples"):
-            assert getattr(seen[-1], name) == getattr(recipe.data, name)
-        assert seen[-1].flip == own.flip  # how it is augmented is the teacher's own
+            assert getattr(seen, name) == getattr(recipe.data, name)
+        assert seen.flip == own.flip  # how it is augmented is the teacher's own
 
 
 def test_a_teacher_sees_the_resolution_and_normalisation_it_was_trained_at(load, whole):
     recipe = load("model.image_size=64", "data.mean=[0.4, 0.4, 0.4]")
     teacher = build.teacher(recipe.method.teacher, (64, 64), 10, whole[0] / "teacher")
-    assert (teacher.size, teacher.mean, teacher.std) == ((32, 32), [0.5] * 3, [0.5] * 3)
+    assert (teacher.size, teacher.mean, teacher.std) == ((32, 32), (0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.mark.parametrize("weights", ["teacher", "metrics.jsonl", "nothing/there"])
@@ -438,8 +436,8 @@ def test_state_of_a_method_is_evaluated_with_it_and_the_best_is_on_disk(load, tm
 def test_a_damaged_checkpoint_of_weights_is_named(whole, tmp_path):
     run = shutil.copytree(whole[0], tmp_path / "run")
     (run / "checkpoints" / f"step_{TOTAL:08d}" / "model.safetensors").write_bytes(b"")
-    with pytest.warns(UserWarning, match=f"step_{TOTAL:08d} is damaged"):
-        build.read_weights(run)
+    (note,) = open_weights(str(run)).notes
+    assert f"step_{TOTAL:08d}, which is damaged" in note
 
 
 @pytest.mark.parametrize(("name", "lr", "state"), [("sgd", 0.05, "momentum_buffer"), ("lamb", 5e-3, "exp_avg")])

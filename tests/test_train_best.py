@@ -11,7 +11,7 @@ from fastdeit.methods.base import Phase
 from fastdeit.methods.evaluators import HeldOutLoss
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
-from fastdeit.train import train
+from fastdeit.training import train
 from tests.small_runs import StopAt
 
 RECIPE = """\

@@ -9,7 +9,7 @@ from fastdeit.methods.base import Phase
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
-from fastdeit.train import train
+from fastdeit.training import train
 from tests.small_runs import StopAt, assert_same_weights, logged, stored, train_rank
 
 RECIPE = """\

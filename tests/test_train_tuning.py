@@ -13,7 +13,7 @@ from fastdeit.kernels import _tried
 from fastdeit.kernels._op import Op
 from fastdeit.kernels.trial import candidates
 from fastdeit.recipe import resolve as recipes
-from fastdeit.train import train
+from fastdeit.training import train
 from tests.small_runs import StopAt, assert_same_weights, stored
 
 RECIPE = """\

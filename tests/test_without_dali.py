@@ -26,7 +26,7 @@ def test_everything_but_reading_images_works(tmp_path):
     names = "command", "calibrate", "kernels", "peers", "report", "step", "suite"
     arguments = ["train", "digits", "--run-dir", str(tmp_path / "run")]
     code = f"from fastdeit.bench import {', '.join(names)}\nfrom fastdeit.run import evaluate\n"
-    code += "from fastdeit import cli, train\nprint('imported')\n"
+    code += "from fastdeit import cli, training\nprint('imported')\n"
     done = without_dali(f"{code}sys.exit(cli.main({arguments}))")
     assert done.stdout.startswith("imported\n"), done.stderr
     assert done.returncode == 1

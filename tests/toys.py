@@ -1,7 +1,9 @@
 """Batches and contexts for tests that need no loader and no run."""
 
 import torch
+from torch import nn
 
+from fastdeit import models
 from fastdeit.batch import Batch, Labels, Step, map_tensors
 from fastdeit.engine.ema import EmaTeacher
 from fastdeit.methods.base import Context
@@ -24,6 +26,13 @@ def toy_batch(images, y1, *, y2=None, lam=None, partner=None, pixel_lam=None, bo
         step=map_tensors(lambda tensor: tensor.to(device), Step.at(step, 10, steps)),
         **{"index": y1, "mean": HALF, "std": QUARTER} | others,
     )
+
+
+def batch_norm_convnet(**options):
+    """The ConvNet of the digits with BatchNorm in place of GroupNorm; a recipe names it by its import path."""
+    network = models.build("convnet_digits", **options)
+    network.norms = nn.ModuleList(nn.BatchNorm2d(norm.num_channels) for norm in network.norms)
+    return network
 
 
 def toy_context(num_classes=10, teacher=None, epochs=1, steps=1):

@@ -1,6 +1,6 @@
 """A row of a comparison: who takes part in it, how the sides compare, and what it says in words.
 
-The single comparison, the suite and the report of `fastdeit bench` share this. benchmarks/README.md says what a row
+The single comparison, the suite and `fastdeit bench report` share this. benchmarks/README.md says what a row
 means.
 """
 
@@ -17,7 +17,6 @@ from fastdeit.bench import (
     train,
 )
 from fastdeit.bench.measure import median
-from fastdeit.errors import UsageError
 
 STEP_PEERS = ("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph")
 CPU_NOTE = "These are figures of a CPU: they say nothing of a GPU."
@@ -38,13 +37,10 @@ def builders(
     return {name: (step.OURS | PEERS)[name] for name in [*direct, *peers, *recorded]}
 
 
-def peers(args: argparse.Namespace, known: Sequence[str]) -> list[str]:
-    """The peers that `--peer` asks for, in the order of `known`: by default timm, or all of the suite."""
+def peers(args: argparse.Namespace) -> list[str]:
+    """The peers that `--peer` asks for, in the order of `STEP_PEERS`: by default timm, or all of the suite."""
     asked = args.peer or (["all"] if args.what == "suite" else ["timm"])
-    for name in asked:
-        if name not in (*known, "all", "none"):
-            raise UsageError(f"--peer {name}: bench {args.what} has the peers {', '.join(known)}, all and none")
-    return [name for name in known if name in asked or "all" in asked]
+    return [name for name in STEP_PEERS if name in asked or "all" in asked]
 
 
 # ---- how they compare ------------------------------------------------------------------------------------------------

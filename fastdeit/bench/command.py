@@ -1,4 +1,4 @@
-"""`fastdeit bench`: ours and the peers in turn, in one process, medians and ratios.
+"""`fastdeit bench ...`: ours and the peers in turn, in one process, medians and ratios.
 
 What is printed and appended to a results file is the ratio of medians and the spread of the ratio over rounds, never a
 single time. The meaning of a row stands in benchmarks/README.md.
@@ -20,26 +20,20 @@ from fastdeit.bench import (
 from fastdeit.bench import (
     train as bench_train,
 )
-from fastdeit.bench.cells import STEP_PEERS, builders, finish, peers
+from fastdeit.bench.cells import builders, finish, peers
 from fastdeit.bench.measure import interleave
 from fastdeit.engine.dist import pick_device
-from fastdeit.errors import UsageError
 
 BATCH = 16
-DATA_PEERS = ("timm", "deit", "torchvision", "dali")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print one comparison, or all of the suite's, or the report of what was measured; rows are appended to `--out`."""
-    if args.report is not None:
+    """Measure what `args.what` says and append its rows to `--out`, or report what was measured."""
+    if args.what == "report":
         from fastdeit.bench import report
 
-        report.main(args.results, args.report)
+        report.main(args.results, args.folder)
         return
-    if args.overrides and args.what not in ("data", "train"):
-        raise UsageError(f"bench {args.what} takes no section.field=value; bench data and bench train do")
-    if args.eval and args.what != "data":
-        raise UsageError(f"--eval belongs to bench data, not bench {args.what}")
     measure.check_out(args.out)
     device = pick_device(args.device)
     if args.what in ("suite", "calibrate"):
@@ -61,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
 
 def step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """One cell of `bench step` or `bench forward`; see `bench_step`."""
-    sides = builders(args.capture or ("none",), peers(args, STEP_PEERS))
+    sides = builders(args.capture or ("none",), peers(args))
     return bench_step.measure(cell(args, device), sides, args.rounds, device)
 
 
@@ -69,7 +63,7 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The same with input from files; see `bench_train`."""
     wanted = cell(args, device)
     args = argparse.Namespace(**vars(args) | {"batch": wanted.batch})
-    return bench_train.measure(args, wanted, args.capture or ("none",), peers(args, STEP_PEERS), device)
+    return bench_train.measure(args, wanted, args.capture or ("none",), peers(args), device)
 
 
 def cell(args: argparse.Namespace, device: torch.device) -> bench_step.Cell:
@@ -91,10 +85,5 @@ def cell(args: argparse.Namespace, device: torch.device) -> bench_step.Cell:
 
 def data(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The input of a recipe's training or evaluation, from JPEG files on, against the peers'; see `bench_data`."""
-    asked = args.peer or ["timm"]
-    peers(args, DATA_PEERS)
-    if len(asked) > 1:
-        raise UsageError(f"--peer {' --peer '.join(asked)}: bench data takes one peer, or all")
-    args = argparse.Namespace(**vars(args) | {"peer": asked[0]})
     with data_peers.sides(args, device) as (sides, facts):
         return interleave(sides, args.rounds, device, facts["failed"]) | facts

@@ -1,4 +1,4 @@
-"""`fastdeit bench --report`: what the rows of the benchmarks say, as Markdown tables and one picture.
+"""`fastdeit bench report`: what the rows of the benchmarks say, as Markdown tables and one picture.
 
 Of several rows of the same cell on the same device the newest counts. Everything shown is computed from the seconds of
 the rounds; nothing is known here of any result.

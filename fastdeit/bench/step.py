@@ -40,7 +40,7 @@ from fastdeit.bench.measure import (
 from fastdeit.engine.capture import WARM_STEPS, GraphedStep
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema, EmaTeacher
-from fastdeit.engine.optim import default_groups
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import DTYPES, Engine, autocast
 from fastdeit.errors import UsageError
@@ -105,8 +105,6 @@ def cell(
     chosen = default_precision(device) if precision is None else precision
     if chosen == "bf16" and device.type == "cuda" and not _has_bf16(device):
         raise UsageError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16 products; use fp16")
-    if what == "forward" and (teacher is not None or ema):
-        raise UsageError("bench forward is inference: --teacher and --ema belong to bench step")
     return Cell(what, model, batch, _side_of(model, image_size, teacher), chosen, teacher, ema)
 
 
@@ -317,7 +315,7 @@ def engine(
     _, exempt = model.decay_groups()
     groups = default_groups(method.named_parameters(), WEIGHT_DECAY, {f"model.{name}" for name in exempt})
     optimizer = AdamW(groups)
-    average = Ema(optimizer.params, EMA_DECAY) if wanted.ema else None
+    average = Ema(optimizer.params, EMA_DECAY, method) if wanted.ema else None
     options = {"precision": wanted.precision, "accumulate": 1, "ema": average, "capture": capture, "tuning": tuning}
     made = Engine(method, optimizer, World(device), **options)
     # A recorded step is like all others only when it is replayed.

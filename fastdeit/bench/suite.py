@@ -51,7 +51,7 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     """Measure all cells, or as many as begin within `--time-limit` minutes."""
     began = time.monotonic()
     cells = list(grid(device))
-    asked = bench_cells.peers(args, bench_cells.STEP_PEERS)
+    asked = bench_cells.peers(args)
     for number, cell in enumerate(cells):
         if args.time_limit is not None and time.monotonic() - began > 60 * args.time_limit:
             print(f"{args.time_limit} minutes are over; not measured:")

@@ -8,24 +8,37 @@ person can do something about it, in one message instead of a traceback.
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from fastdeit import __version__
-from fastdeit.cli import bench, data, doctor, evaluate, kernels, plan, recipes, train
-from fastdeit.cli.parser import Parser
+from fastdeit.cli import (
+    bench,
+    completion,
+    data,
+    doctor,
+    evaluate,
+    explain,
+    export,
+    kernels,
+    models,
+    plan,
+    recipes,
+    runs,
+    train,
+)
+from fastdeit.cli.parser import Parser, Verb
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.text import did_you_mean
+from fastdeit.version import __version__
 
-VERBS = {
-    **train.VERBS,
-    **evaluate.VERBS,
-    **bench.VERBS,
-    **data.VERBS,
-    **recipes.VERBS,
-    **doctor.VERBS,
-    **plan.VERBS,
-    **kernels.VERBS,
+# As `fastdeit --help` lists them.
+GROUPS: dict[str, dict[str, Verb]] = {
+    "train and judge": {**train.VERBS, **evaluate.VERBS, **export.VERBS},
+    "find out before": {**recipes.VERBS, **explain.VERBS, **models.VERBS, **plan.VERBS},
+    "look at runs": runs.VERBS,
+    "data": data.VERBS,
+    "this machine": {**doctor.VERBS, **kernels.VERBS, **bench.VERBS, "completion": completion.verb(lambda: VERBS)},
 }
+VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()}
 
 # The layers below define their own exceptions; named here, not imported, because importing them would import torch.
 # They mean that something the user gave cannot be worked with; train turns those of a running loop into FastdeitError.
@@ -33,6 +46,7 @@ _EXIT_CODES = {
     ("fastdeit.recipe.resolve", "RecipeError"): UsageError.exit_code,
     ("fastdeit.data.sources.source", "DataError"): UsageError.exit_code,
     ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,
+    ("fastdeit.engine.metrics", "MetricsError"): UsageError.exit_code,
     ("fastdeit.engine.capture", "CaptureError"): UsageError.exit_code,
     ("fastdeit.engine.dist", "DeviceError"): UsageError.exit_code,
     ("fastdeit.kernels.lint.lint", "LintError"): UsageError.exit_code,
@@ -83,23 +97,42 @@ def _report(error: Exception) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    top = Parser(
-        prog="fastdeit",
-        usage="fastdeit VERB ...",
-        description="Train DeiT-family vision transformers fast, and get the same result every time.",
-        epilog="verbs:\n" + "\n".join(f"  {name:13} {verb.help}" for name, verb in VERBS.items()) + "\n\n"
-        "`fastdeit VERB --help` explains a verb. Exit codes: 0 done, 1 failed, 2 bad usage or configuration,\n"
-        "3 stopped on non-finite losses, 75 interrupted and saved (run the same command with --resume).",
-    )
-    top.add_argument("--version", action="version", version=f"fastdeit {__version__}")
     if not argv or argv[0].startswith("-"):
+        top = _top()
         top.parse(argv)
         top.print_help(sys.stderr)
         return UsageError.exit_code
     name = next((name for name in (" ".join(argv[:2]), argv[0]) if name in VERBS), None)
     if name is None:
-        family = [name for name in VERBS if name.startswith(f"{argv[0]} ")]
-        known, word = family or list(VERBS), " ".join(argv[: 2 if family else 1])
+        family = {name: verb for name, verb in VERBS.items() if name.startswith(f"{argv[0]} ")}
+        if family and argv[1:] in (["-h"], ["--help"]):
+            print(_listed({f"verbs of {argv[0]}": family}) + _ENDING)
+            return 0
+        known, word = family or VERBS, " ".join(argv[: 2 if family else 1])
         raise UsageError(f"there is no verb {word!r} (verbs: {', '.join(known)}){did_you_mean(word, known)}")
     verb = VERBS[name]
     return verb.run(verb.parse(argv[len(name.split()) :]), argv) or 0
+
+
+def _top() -> Parser:
+    top = Parser(
+        prog="fastdeit",
+        usage="fastdeit VERB ...",
+        description="Train DeiT-family vision transformers fast, and get the same result every time.",
+        epilog=f"{_listed(GROUPS)}{_ENDING} Exit codes: 0 done, 1 failed, 2 bad\nusage or configuration, "
+        "3 stopped on non-finite losses, 75 interrupted and saved (`fastdeit train\n--resume RUN` goes on).",
+    )
+    top.add_argument("--version", action="version", version=f"fastdeit {__version__}")
+    return top
+
+
+_ENDING = "\n\n`fastdeit VERB --help` explains a verb and shows examples."
+
+
+def _listed(groups: Mapping[str, Mapping[str, Verb]]) -> str:
+    """The verbs of `groups` with what they do, under the names of the groups."""
+    width = max(len(name) for verbs in groups.values() for name in verbs)
+    return "\n\n".join(
+        "\n".join([f"{title}:", *(f"  {name:{width}}  {verb.help}" for name, verb in verbs.items())])
+        for title, verbs in groups.items()
+    )

@@ -1,8 +1,11 @@
-"""`fastdeit bench`."""
+"""`fastdeit bench step`, `forward`, `train`, `data`, `suite`, `calibrate` and `report`."""
 
 import argparse
 
-from fastdeit.cli.parser import Verb, positive
+from fastdeit.cli.parser import Verb, path, positive
+
+STEP_PEERS = ("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph")
+DATA_PEERS = ("timm", "deit", "torchvision", "dali")
 
 
 def _bench(args: argparse.Namespace, argv: list[str]) -> None:
@@ -11,53 +14,157 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> None:
     bench.main(args)
 
 
-BENCH = Verb(
-    "bench",
-    "speed of a training step, of inference or of the data pipeline, against others in the same run",
-    "[step|forward|train|data|suite|calibrate] [--peer NAME ...] [--device auto|cpu|cuda] [--batch N]\n"
-    "       [--rounds N] [--out FILE]; step, forward, train: [--model NAME] [--image-size N]\n"
-    "       [--precision fp32|fp16|bf16] [--capture none|compile|graph ...]; step, train: [--teacher NAME|none]\n"
-    "       [--ema];\n"
-    "       data, train: [--recipe RECIPE] [section.field=value ...] [--threads N]; data: [--eval];\n"
-    "       suite: [--time-limit MINUTES];\n"
-    "       fastdeit bench --report [DIR] [--results FILE ...]",
-    _bench,
-)
-_add = BENCH.parser.add_argument
-_WHATS = ("step", "forward", "train", "data", "suite", "calibrate")
-_add("what", nargs="?", choices=_WHATS, default="step", help="what to measure (default: step)")
-_add("overrides", nargs="*", metavar="section.field=value", help="of data and train: overrides of the recipe")
-_add(
-    "--peer",
-    action="append",
-    choices=(
-        *("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph"),
-        *("deit", "torchvision", "dali", "all", "none"),
-    ),
-    help="what to measure side by side with it; may be repeated. step, forward, train: timm, timm_compile (with "
-    "FlashAttention), timm_compile_cudnn, accelerate, timm_compile_graph; data: one of timm, deit, torchvision, "
-    "dali (default: timm, for suite all)",
-)
-_add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-_add("--model", default="deit_tiny_patch16_224", metavar="NAME", help="default: deit_tiny_patch16_224")
-_add("--batch", type=positive, metavar="N", help="images per batch (default: 16, for data 64)")
-_add("--image-size", type=positive, metavar="N", help="pixels of a side (default: the model's)")
-_add("--precision", choices=("fp32", "fp16", "bf16"), help="default: bf16, fp16 before sm_80, fp32 on a CPU")
-_add(
-    "--capture",
-    action="append",
-    choices=("none", "compile", "graph"),
-    help="engine.capture of our side; may be repeated, for several (default: none; suite: also graph)",
-)
-_add("--teacher", default="none", metavar="NAME", help="timm model that teaches in every step (default: none)")
-_add("--ema", action="store_true", help="average the weights in every step")
-_add("--recipe", default="deit_small", metavar="RECIPE", help="whose input to make (default: deit_small)")
-_add("--eval", action="store_true", help="of data: the input of its evaluation instead of its training")
-_add("--threads", type=positive, metavar="N", help="threads or workers of each side (default: one per core)")
-_add("--rounds", type=positive, default=5, metavar="N", help="measurements of each side (default: 5)")
-_add("--time-limit", type=positive, metavar="MINUTES", help="begin no further cell of the suite after that")
-_add("--out", metavar="FILE", help="append the rows to this file")
-_add("--report", nargs="?", const=".", metavar="DIR", help="measure nothing: tables, and benchmarks.png in DIR")
-_add("--results", action="append", metavar="FILE", help="rows for the report (default: benchmarks/results/*.jsonl)")
+def _verb(what: str, help: str, usage: str, example: str) -> Verb:
+    verb = Verb(f"bench {what}", help, usage, _bench, examples=[example])
+    verb.parser.set_defaults(what=what)
+    return verb
 
-VERBS = {"bench": BENCH}
+
+def _add_measuring(verb: Verb) -> None:
+    """What every measurement has."""
+    add = verb.parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add("--rounds", type=positive, default=5, metavar="N", help="measurements of each side (default: 5)")
+    add("--out", type=path, metavar="FILE", help="append the rows to this file")
+
+
+def _add_peers(verb: Verb, default: str) -> None:
+    verb.parser.add_argument(
+        "--peer",
+        action="append",
+        choices=(*STEP_PEERS, "all", "none"),
+        help=f"what to measure beside it; may be repeated; timm_compile has FlashAttention (default: {default})",
+    )
+
+
+def _add_cell(verb: Verb, batch: str = "16") -> None:
+    """Which network, and at which size."""
+    add = verb.parser.add_argument
+    add("--model", default="deit_tiny_patch16_224", metavar="NAME", help="default: deit_tiny_patch16_224")
+    add("--batch", type=positive, metavar="N", help=f"images per batch (default: {batch})")
+    add("--image-size", type=positive, metavar="N", help="pixels of a side (default: the model's)")
+    add("--precision", choices=("fp32", "fp16", "bf16"), help="default: bf16, fp16 before sm_80, fp32 on a CPU")
+
+
+def _add_capture(verb: Verb, default: str) -> None:
+    verb.parser.add_argument(
+        "--capture",
+        action="append",
+        choices=("none", "compile", "graph"),
+        help=f"engine.capture of our side; may be repeated, for several (default: {default})",
+    )
+
+
+def _add_training(verb: Verb) -> None:
+    add = verb.parser.add_argument
+    add("--teacher", default="none", metavar="NAME", help="timm model that teaches in every step (default: none)")
+    add("--ema", action="store_true", help="average the weights in every step")
+
+
+def _add_input(verb: Verb) -> None:
+    """Whose input to make."""
+    add = verb.parser.add_argument
+    add("overrides", nargs="*", metavar="section.field=value", help="overrides of the recipe")
+    add("--recipe", type=path, default="deit_small", metavar="RECIPE", help="whose input to make (default: deit_small)")
+    add("--threads", type=positive, metavar="N", help="threads or workers of each side (default: one per core)")
+
+
+_MEASURING = "[--device auto|cpu|cuda] [--rounds N] [--out FILE]"
+_CELL = "[--model NAME] [--batch N] [--image-size N] [--precision fp32|fp16|bf16]"
+_CAPTURE = "[--capture none|compile|graph ...]"
+
+STEP = _verb(
+    "step",
+    "speed of a training step, against timm's in the same run",
+    f"{_CELL}\n       {_CAPTURE} [--teacher NAME|none] [--ema] [--peer NAME ...]\n       {_MEASURING}",
+    "fastdeit bench step --model deit_small_patch16_224 --batch 256 --ema --peer all  # against every peer",
+)
+_add_cell(STEP)
+_add_capture(STEP, "none")
+_add_training(STEP)
+_add_peers(STEP, "timm")
+_add_measuring(STEP)
+
+FORWARD = _verb(
+    "forward",
+    "speed of inference, against timm's in the same run",
+    f"{_CELL}\n       {_CAPTURE} [--peer NAME ...] {_MEASURING}",
+    "fastdeit bench forward --model deit_small_patch16_224 --batch 64 --peer all  # against every peer",
+)
+FORWARD.parser.set_defaults(teacher="none", ema=False)
+_add_cell(FORWARD)
+_add_capture(FORWARD, "none")
+_add_peers(FORWARD, "timm")
+_add_measuring(FORWARD)
+
+TRAIN = _verb(
+    "train",
+    "speed of training from JPEG files, and of the same steps without input",
+    f"[section.field=value ...] [--recipe RECIPE] [--threads N]\n       {_CELL}\n       {_CAPTURE} "
+    f"[--teacher NAME|none] [--ema] [--peer NAME ...]\n       {_MEASURING}",
+    "fastdeit bench train --recipe deit_tiny data.erase=0 --peer timm  # with timm's loader and step",
+)
+_add_input(TRAIN)
+_add_cell(TRAIN)
+_add_capture(TRAIN, "none")
+_add_training(TRAIN)
+_add_peers(TRAIN, "timm")
+_add_measuring(TRAIN)
+
+DATA = _verb(
+    "data",
+    "speed of the input pipeline from JPEG files on, against another",
+    "[section.field=value ...] [--recipe RECIPE] [--eval] [--threads N] [--batch N]\n       [--peer NAME] "
+    + _MEASURING,
+    "fastdeit bench data --recipe deit_small --peer all  # against timm, deit, torchvision and DALI's own operators",
+)
+_add_input(DATA)
+_add = DATA.parser.add_argument
+_add("--eval", action="store_true", help="the input of evaluation instead of training")
+_add("--batch", type=positive, metavar="N", help="images per batch (default: 64)")
+_add("--peer", choices=(*DATA_PEERS, "all", "none"), default="timm", help="what to measure with it (default: timm)")
+_add_measuring(DATA)
+
+SUITE = _verb(
+    "suite",
+    "the grid of steps and forwards of DeiT, the most telling first",
+    f"[--time-limit MINUTES] {_CAPTURE} [--peer NAME ...]\n       {_MEASURING}",
+    "fastdeit bench suite --time-limit 20 --out rows.jsonl  # as much of it as begins within 20 minutes",
+)
+SUITE.parser.add_argument(
+    "--time-limit", type=positive, metavar="MINUTES", help="begin no further cell of the suite after that"
+)
+_add_capture(SUITE, "none, and on a GPU graph")
+_add_peers(SUITE, "all")
+_add_measuring(SUITE)
+
+CALIBRATE = _verb(
+    "calibrate",
+    "rates of this machine that `fastdeit plan` rests on",
+    f"[--batch N] {_MEASURING}",
+    "fastdeit bench calibrate --out rows.jsonl  # matrix products, attention, LayerNorm, MLP, a teacher",
+)
+CALIBRATE.parser.add_argument("--batch", type=positive, metavar="N", help="images (default: 256, on a CPU 2)")
+_add_measuring(CALIBRATE)
+
+REPORT = _verb(
+    "report",
+    "what was measured, as tables and a picture",
+    "[DIR] [--results FILE ...]",
+    "fastdeit bench report docs  # tables on the terminal, and docs/benchmarks.png",
+)
+_add = REPORT.parser.add_argument
+_add("folder", nargs="?", type=path, default=".", metavar="DIR", help="where benchmarks.png goes (default: here)")
+_add(
+    "--results", type=path, action="append", metavar="FILE", help="rows to report (default: benchmarks/results/*.jsonl)"
+)
+
+VERBS = {
+    "bench step": STEP,
+    "bench forward": FORWARD,
+    "bench train": TRAIN,
+    "bench data": DATA,
+    "bench suite": SUITE,
+    "bench calibrate": CALIBRATE,
+    "bench report": REPORT,
+}

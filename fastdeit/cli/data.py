@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastdeit.cli.parser import Verb, add_recipe, one, positive
+from fastdeit.cli.parser import Verb, add_recipe, one, path, positive
 from fastdeit.errors import UsageError
 
 
@@ -38,9 +38,12 @@ CHECK = Verb(
     "decode every sample of a data set and list what is wrong",
     "PATH [--source KIND] [--split NAME ...] [--processes N]",
     _data_check,
+    examples=["fastdeit data check /path/to/imagenet --split val  # the held-out images alone"],
 )
 _add = CHECK.parser.add_argument
-_add("path", metavar="PATH", help="the data set's folder, or one packed, tar, TFRecord, Parquet or Arrow file")
+_add(
+    "path", type=path, metavar="PATH", help="the data set's folder, or one packed, tar, TFRecord, Parquet or Arrow file"
+)
 _add_source(CHECK)
 _add("--processes", type=positive, metavar="N", help="processes that decode (default: one per core)")
 
@@ -49,10 +52,11 @@ PACK = Verb(
     "copy a data set into one verified file per split",
     "PATH OUT [--source KIND] [--split NAME ...] [--force]",
     _data_pack,
+    examples=["fastdeit data pack /path/to/imagenet packed  # then: fastdeit train deit_tiny --data packed"],
 )
 _add = PACK.parser.add_argument
-_add("path", metavar="PATH", help="the data set's folder")
-_add("out", metavar="OUT", help="folder for train.pack and val.pack, which --data then takes")
+_add("path", type=path, metavar="PATH", help="the data set's folder")
+_add("out", type=path, metavar="OUT", help="folder for train.pack and val.pack, which --data then takes")
 _add_source(PACK)
 _add("--force", action="store_true", help="replace packed files that are there")
 
@@ -61,24 +65,26 @@ SHOW = Verb(
     "picture of one sample on its way to the model",
     "RECIPE [section.field=value ...] [--data DIR] --sample I [--epoch E] [--copy C] --out FILE.png",
     _data_picture,
+    examples=["fastdeit data show deit_tiny --data /path/to/imagenet --sample 7 --epoch 3 --out seven.png"],
 )
 add_recipe(SHOW)
 _add = SHOW.parser.add_argument
 _add("--sample", type=int, required=True, metavar="I", help="number of the sample in the training split, from 0")
 _add("--epoch", type=int, default=0, metavar="E", help="epoch, from 0 (default: 0)")
 _add("--copy", type=int, default=0, metavar="C", help="which of its repeats in the epoch, from 0 (default: 0)")
-_add("--out", required=True, metavar="FILE", help="the picture")
+_add("--out", type=path, required=True, metavar="FILE", help="the picture")
 
 PREVIEW = Verb(
     "data preview",
     "picture of the first training batch and of evaluation crops",
     "RECIPE [section.field=value ...] [--data DIR] [--rows R] [--columns C] --out FILE.png",
     _data_picture,
+    examples=["fastdeit data preview digits data.erase=1 --out batch.png  # what a field does to the images"],
 )
 add_recipe(PREVIEW)
 _add = PREVIEW.parser.add_argument
 _add("--rows", type=positive, default=4, metavar="R", help="rows of training images (default: 4)")
 _add("--columns", type=positive, default=8, metavar="C", help="default: 8")
-_add("--out", required=True, metavar="FILE", help="the picture")
+_add("--out", type=path, required=True, metavar="FILE", help="the picture")
 
 VERBS = {"data check": CHECK, "data pack": PACK, "data show": SHOW, "data preview": PREVIEW}

@@ -11,6 +11,8 @@ def _doctor(args: argparse.Namespace, argv: list[str]) -> None:
     doctor.main(args)
 
 
-DOCTOR = Verb("doctor", "what this machine offers, and which kernels will be used", "", _doctor)
+DOCTOR = Verb(
+    "doctor", "what this machine offers, and which kernels will be used", "", _doctor, examples=["fastdeit doctor"]
+)
 
 VERBS = {"doctor": DOCTOR}

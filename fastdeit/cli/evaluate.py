@@ -1,28 +1,102 @@
-"""`fastdeit eval`."""
+"""`fastdeit eval`, `fastdeit predict` and `fastdeit show attention`: what weights are worth, and what they see."""
 
 import argparse
 
-from fastdeit.cli.parser import Verb, one
+from fastdeit.cli.parser import Verb, one, path, positive
 from fastdeit.errors import UsageError
 
 
-def _eval(args: argparse.Namespace, argv: list[str]) -> None:
-    args.path = one(args.words, "run or checkpoint")
-    if args.path is None:
-        raise UsageError("name a run or a checkpoint: fastdeit eval RUN_OR_CHECKPOINT")
-    from fastdeit.run import evaluate
+def _address(args: argparse.Namespace, verb: str) -> str:
+    address = one(args.words, "address of weights")
+    if address is None:
+        raise UsageError(f"name the weights: fastdeit {verb}, where ADDRESS is a run, a file or timm:NAME")
+    return address
+
+
+def _eval(args: argparse.Namespace, argv: list[str]) -> int | None:
+    args.address = _address(args, "eval ADDRESS --data DIR")
+    if args.images is not None:
+        args.top = 5
+        from fastdeit.verbs import predict
+
+        return predict.main(args)
+    from fastdeit.launch import launch
+
+    with launch.process_of_a_run():
+        return launch.run(args, argv, _evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from fastdeit.verbs import evaluate
 
     evaluate.main(args)
 
 
+def _predict(args: argparse.Namespace, argv: list[str]) -> None:
+    # Pictures may have any name, even one with '=' in it; an override is named by its section.
+    args.address, *args.images = args.words or [None]
+    if args.address is None or not args.images:
+        raise UsageError("name the weights and a picture: fastdeit predict ADDRESS PICTURE ...")
+    from fastdeit.verbs import predict
+
+    predict.main(args)
+
+
+def _attention(args: argparse.Namespace, argv: list[str]) -> None:
+    if len(args.words) != 2:
+        raise UsageError("name the weights and a picture: fastdeit show attention ADDRESS PICTURE --out FILE.png")
+    args.address, args.picture = args.words
+    from fastdeit.verbs import attention
+
+    attention.main(args)
+
+
 EVAL = Verb(
     "eval",
-    "accuracy of a run or a checkpoint on the held-out images",
-    "RUN_OR_CHECKPOINT [section.field=value ...] [--data DIR]",
+    "accuracy, loss and calibration of weights on held-out images",
+    "ADDRESS [section.field=value ...] [--data DIR] [--model NAME] [--nproc N] [--json]\n"
+    "       [--classes FILE.csv] [--confusion FILE.png]\n"
+    "       fastdeit eval ADDRESS --images PICTURE ...",
     _eval,
+    examples=[
+        "fastdeit eval runs/RUN@best --data /path/to/imagenet",
+        "fastdeit eval timm:deit_tiny_patch16_224 --data /path/to/imagenet --classes classes.csv",
+    ],
 )
 _add = EVAL.parser.add_argument
-_add("words", nargs="*", metavar="RUN_OR_CHECKPOINT", help="run directory or checkpoint directory, and overrides")
-_add("--data", metavar="DIR", help="the data set's folder; short for data.root=DIR")
+_add("words", nargs="*", metavar="ADDRESS", help="a run, RUN@best, RUN@ema, a checkpoint, a file or timm:NAME")
+_add("--data", type=path, metavar="DIR", help="the data set's folder, of which only the held-out split is read")
+_add("--model", metavar="NAME", help="which model a bare file is of: one of fastdeit's, or timm:NAME")
+_add("--nproc", type=positive, metavar="N", help="processes on this machine, one per GPU (default: 1)")
+_add("--json", action="store_true", help="print everything as JSON")
+_add("--classes", type=path, metavar="FILE", help="write the accuracy of every class to this CSV file")
+_add("--confusion", type=path, metavar="FILE", help="write the confusion matrix, as FILE.csv and FILE.png")
+_add("--images", type=path, nargs="+", metavar="PICTURE", help="print the classes of these pictures instead")
 
-VERBS = {"eval": EVAL}
+PREDICT = Verb(
+    "predict",
+    "classes of pictures",
+    "ADDRESS PICTURE ... [section.field=value ...] [--model NAME] [--top K] [--json]",
+    _predict,
+    examples=["fastdeit predict runs/RUN cat.jpg dog.jpg --top 3"],
+)
+_add = PREDICT.parser.add_argument
+_add("words", nargs="*", metavar="ADDRESS PICTURE", help="weights as for eval; pictures, or folders of them")
+_add("--model", metavar="NAME", help="which model a bare file is of: one of fastdeit's, or timm:NAME")
+_add("--top", type=positive, default=5, metavar="K", help="likeliest classes to print (default: 5)")
+_add("--json", action="store_true", help="print the answers as JSON")
+
+ATTENTION = Verb(
+    "show attention",
+    "picture of where a transformer looks, and which patches it finds alike",
+    "ADDRESS PICTURE [section.field=value ...] [--model NAME] [--block N] --out FILE.png",
+    _attention,
+    examples=["fastdeit show attention runs/RUN cat.jpg --out attention.png"],
+)
+_add = ATTENTION.parser.add_argument
+_add("words", nargs="*", metavar="ADDRESS PICTURE", help="weights as for eval, and a picture")
+_add("--model", metavar="NAME", help="which model a bare file is of: one of fastdeit's, or timm:NAME")
+_add("--block", type=int, metavar="N", help="block to look into, from 0 (default: the last)")
+_add("--out", type=path, required=True, metavar="FILE", help="the picture")
+
+VERBS = {"eval": EVAL, "predict": PREDICT, "show attention": ATTENTION}

@@ -2,10 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from fastdeit.errors import UsageError
+from fastdeit.recipe import flags
 from fastdeit.text import did_you_mean
 
 
@@ -20,32 +23,66 @@ class Parser(argparse.ArgumentParser):
         self.flags = [*getattr(self, "flags", []), *action.option_strings]
         return action
 
+    def takes(self, argument: str) -> bool:
+        """Whether there is an argument that is kept as `argument`."""
+        return any(action.dest == argument for action in self._actions)
+
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """The arguments in `argv`. Raises UsageError for a flag or a word that the verb does not know."""
+        # Before argparse, which would rather name an argument that is missing.
+        for word in takewhile(lambda word: word != "--", argv):
+            if word.startswith("--") and word.partition("=")[0] not in self.flags:
+                raise UsageError(self._no_flag(word, argv))
         # Intermixed: recipe, overrides and flags come in any order.
         args, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             if not unknown[0].startswith("-"):
                 self.error(f"unexpected argument {unknown[0]!r}")
-            flag = unknown[0].split("=")[0]
-            raise UsageError(
-                f"{self.prog} has no flag {flag} (flags: {', '.join(self.flags)}){did_you_mean(flag, self.flags)}"
-            )
+            raise UsageError(self._no_flag(unknown[0], argv))
         return args
+
+    def _no_flag(self, given: str, argv: list[str]) -> str:
+        """What to say of the unknown flag `given`, which may be `--flag=value`."""
+        flag, equals, value = given.partition("=")
+        if not equals:
+            after = argv[argv.index(given) + 1 :][:1]
+            value = next((word for word in after if not word.startswith("-") and "=" not in word), "")
+        if self.takes("overrides") or self.takes("words"):
+            hint = flags.typed_instead(flag, value)
+            if hint is not None:
+                return f"{self.prog} has no flag {flag}; {hint}"
+        return f"{self.prog} has no flag {flag} (flags: {', '.join(self.flags)}){did_you_mean(flag, self.flags)}"
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 class Verb:
-    """One verb: its parser and what it runs. `run(args, argv)` returns an exit code, None for 0."""
+    """One verb: its parser and what it runs. `run(args, argv)` returns an exit code, None for 0.
+
+    help      one line, for the list of verbs
+    usage     what follows the verb's name on a command line, every flag included
+    examples  whole command lines, most with what they do behind a `#`
+    """
 
     def __init__(
-        self, name: str, help: str, usage: str, run: Callable[[argparse.Namespace, list[str]], int | None]
+        self,
+        name: str,
+        help: str,
+        usage: str,
+        run: Callable[[argparse.Namespace, list[str]], int | None],
+        *,
+        examples: Sequence[str] = (),
     ) -> None:
         self.help = help
         self.run = run
-        self.parser = Parser(prog=f"fastdeit {name}", usage=f"fastdeit {name} {usage}", description=help)
+        self.examples = tuple(examples)
+        self.parser = Parser(
+            prog=f"fastdeit {name}",
+            usage=f"fastdeit {name} {usage}".rstrip(),
+            description=help,
+            epilog="\n".join(["examples:", *(f"  {example}" for example in examples)]) if examples else None,
+        )
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Arguments of the verb. Positionals with '=' become `overrides`, and so does `--data DIR`: data.root=DIR."""
@@ -53,7 +90,7 @@ class Verb:
         if "words" in args:
             words = args.words
             args.overrides = [word for word in words if "=" in word]
-            args.words = [word for word in words if "=" not in word]
+            args.words = [path(word) for word in words if "=" not in word]
             if getattr(args, "data", None) is not None:
                 # In YAML's quotes: the name of a folder may be a number, or have a colon, a hash or a line break in it.
                 args.overrides.append(f"data.root={json.dumps(args.data)}")
@@ -65,6 +102,20 @@ def one(words: list[str], what: str) -> str | None:
     if len(words) > 1:
         raise UsageError(f"expected one {what} and section.field=value overrides, got {' '.join(words)}")
     return words[0] if words else None
+
+
+def path(text: str) -> str:
+    """A path with `~` for the home folder, which shells leave alone in `--flag=~/x`; a `type` of argparse.
+
+    Raises UsageError for what no file system has.
+    """
+    if not text or "\0" in text or any(len(os.fsencode(part)) > _LONGEST_NAME for part in text.split("/")):
+        shown = text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+        raise UsageError(f"{shown!r} cannot be the name of a file or folder")
+    return os.path.expanduser(text)
+
+
+_LONGEST_NAME = 255  # bytes, on Linux
 
 
 def positive(text: str) -> int:
@@ -84,4 +135,4 @@ def add_recipe(verb: Verb) -> None:
     """The arguments that name a recipe: RECIPE, overrides and `--data`."""
     add = verb.parser.add_argument
     add("words", nargs="*", metavar="RECIPE", help="name of a recipe or a YAML file, and overrides")
-    add("--data", metavar="DIR", help="the data set's folder; short for data.root=DIR")
+    add("--data", type=path, metavar="DIR", help="the data set's folder; short for data.root=DIR")

@@ -21,6 +21,10 @@ PLAN = Verb(
     "RECIPE [section.field=value ...] [--gpu NAME ...] [--count N ...] [--nodes M] [--price USD ...]\n"
     "       [--sharding ddp|fsdp] [--images N] [--json]",
     _plan,
+    examples=[
+        "fastdeit plan deit_base --gpu H200 --gpu A100 --count 8",
+        "fastdeit plan deit_small train.batch_size=4096 --count 64  # eight nodes of eight",
+    ],
 )
 _add = PLAN.parser.add_argument
 _add("words", nargs="*", metavar="RECIPE", help="name of a recipe or a YAML file, and overrides")

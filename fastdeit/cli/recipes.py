@@ -1,28 +1,51 @@
-"""`fastdeit recipes`."""
+"""`fastdeit recipes` and `fastdeit recipes show`."""
 
 import argparse
 
-from fastdeit.cli.parser import Verb
+from fastdeit.cli.parser import Verb, one
 from fastdeit.errors import UsageError
 
 
 def _recipes(args: argparse.Namespace, argv: list[str]) -> None:
-    if args.action == "show" and args.name is None:
-        raise UsageError("name a recipe: fastdeit recipes show NAME")
     from fastdeit.recipe import resolve as recipe
 
-    if args.action == "show":
-        print(recipe.text(args.name), end="")
-        return
     summaries = recipe.summaries()
     width = max((len(name) for name, _ in summaries), default=0)
     for name, summary in summaries:
         print(f"{name:{width}}  {summary}")
 
 
-RECIPES = Verb("recipes", "list the recipes, or show one", "[show NAME]", _recipes)
-_add = RECIPES.parser.add_argument
-_add("action", nargs="?", choices=("show",), help="without it, list the recipes")
-_add("name", nargs="?", metavar="NAME", help="recipe whose file to print")
+def _show(args: argparse.Namespace, argv: list[str]) -> None:
+    name = one(args.words, "recipe")
+    if name is None:
+        raise UsageError("name a recipe: fastdeit recipes show NAME")
+    if args.overrides and not args.resolved:
+        raise UsageError(f"{args.overrides[0]}: overrides need --resolved; without it the file is printed as it is")
+    from fastdeit.recipe import resolve as recipe
 
-VERBS = {"recipes": RECIPES}
+    print(recipe.dump(recipe.load(name, args.overrides)) if args.resolved else recipe.text(name), end="")
+
+
+RECIPES = Verb(
+    "recipes",
+    "list the recipes",
+    "",
+    _recipes,
+    examples=["fastdeit recipes"],
+)
+
+SHOW = Verb(
+    "recipes show",
+    "print a recipe: its file, or every field with base, defaults and overrides applied",
+    "RECIPE [--resolved [section.field=value ...]]",
+    _show,
+    examples=[
+        "fastdeit recipes show deit_tiny > mine.yaml  # a recipe of your own to start from",
+        "fastdeit recipes show deit_base --resolved optim.lr=5e-4  # what a run would be",
+    ],
+)
+_add = SHOW.parser.add_argument
+_add("words", nargs="*", metavar="RECIPE", help="name of a recipe or a YAML file, and overrides")
+_add("--resolved", action="store_true", help="every field, with the values that a run would have")
+
+VERBS = {"recipes": RECIPES, "recipes show": SHOW}

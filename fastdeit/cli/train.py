@@ -2,8 +2,9 @@
 
 import argparse
 import os
+from pathlib import Path
 
-from fastdeit.cli.parser import Verb, one, positive
+from fastdeit.cli.parser import Verb, one, path, positive
 
 DEFAULT_RECIPE = "digits"
 IMAGENET_EXAMPLE = "fastdeit train deit_small_distilled --data /path/to/imagenet --nproc 8"
@@ -13,29 +14,75 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     from fastdeit.launch import launch
 
     with launch.process_of_a_run():
-        args.recipe = one(args.words, "recipe") or DEFAULT_RECIPE
-        if args.data is not None:
-            from fastdeit.verbs import data as data_verbs
-
-            args.overrides += data_verbs.implied(args.recipe, args.overrides, args.data)
+        _read_resume(args)
+        args.named = one(args.words, "recipe")
+        args.recipe = args.named or DEFAULT_RECIPE
+        by_directory = args.resume == "" and args.run_dir is not None and not args.named
+        of_a_run = args.origin is not None or args.resume or by_directory
         if "RANK" not in os.environ:
-            if not args.words:
+            if not args.named and not of_a_run:
                 print(
                     f"no recipe named: training {DEFAULT_RECIPE!r}, which needs no data. ImageNet: {IMAGENET_EXAMPLE}",
                     flush=True,
                 )
-            from fastdeit.recipe import resolve as recipe
+            else:
+                print(f"starting: {args.named or args.origin or args.resume or args.run_dir}", flush=True)
+        if args.data is not None and not of_a_run:
+            from fastdeit.verbs import data as data_verbs
 
+            args.overrides += data_verbs.implied(args.recipe, args.overrides, args.data)
+        if "RANK" not in os.environ:
             # Before any worker exists, so that a mistake is reported at once, and once.
-            recipe.load(args.recipe, args.overrides)
-        return launch.run(args, argv)
+            if not of_a_run:
+                from fastdeit.recipe import resolve as recipe
+
+                chosen = recipe.load(args.recipe, args.overrides)
+                if not args.dry_run:
+                    recipe.check_complete(chosen)
+            elif args.dry_run or (args.nproc or 1) > 1:
+                from fastdeit.run import request
+
+                chosen = request.read(args, lambda text: None).recipe
+            if args.dry_run:
+                from fastdeit.verbs import dry_run
+
+                dry_run.show(chosen, args.nproc or 1)
+                return 0
+        return launch.run(args, argv, _work)
+
+
+def _work(args: argparse.Namespace) -> None:
+    from fastdeit import training
+
+    training.main(args)
+
+
+def _read_resume(args: argparse.Namespace) -> None:
+    """The word behind `--resume` is a run; if it cannot be one it is what it would be elsewhere: override or recipe."""
+    word = args.resume
+    if not word or Path(word).expanduser().is_dir():
+        return
+    from fastdeit.recipe import resolve as recipe
+
+    if "=" in word and "/" not in word.partition("=")[0]:
+        args.overrides, args.resume = [*args.overrides, word], ""
+    elif word in recipe.names() or word.endswith((".yaml", ".yml")):
+        args.words, args.resume = [*args.words, word], ""
 
 
 TRAIN = Verb(
     "train",
     "train a model by a recipe",
-    "[RECIPE] [section.field=value ...] [--data DIR] [--nproc N] [--run-dir DIR] [--resume]",
+    "[RECIPE] [section.field=value ...] [--data DIR] [--nproc N] [--run-dir DIR] [--resume [RUN]] [--from RUN]\n"
+    "       [--dry-run]",
     _train,
+    examples=[
+        "fastdeit train  # the quick start: handwritten digits, no data and no GPU needed",
+        "fastdeit train deit_small --data /path/to/imagenet --nproc 8 train.epochs=100",
+        "fastdeit train deit_small --data /path/to/imagenet --nproc 8 --dry-run  # what that would be",
+        "fastdeit train --resume runs/mine  # go on after an interruption",
+        "fastdeit train --from runs/mine@best optim.lr=1e-4  # a new run that begins where that one was best",
+    ],
 )
 _add = TRAIN.parser.add_argument
 _add(
@@ -44,9 +91,24 @@ _add(
     metavar="RECIPE",
     help=f"name of a recipe or a YAML file (default: {DEFAULT_RECIPE}), and overrides",
 )
-_add("--data", metavar="DIR", help="the data set's folder, whose kind is detected; short for data.root=DIR")
+_add("--data", type=path, metavar="DIR", help="the data set's folder, whose kind is detected; short for data.root=DIR")
 _add("--nproc", type=positive, metavar="N", help="processes on this machine, one per GPU (default: 1)")
-_add("--run-dir", metavar="DIR", help="where the run is kept (default: a new dated directory in runs/)")
-_add("--resume", action="store_true", help="continue the run from its newest intact checkpoint")
+_add("--run-dir", type=path, metavar="DIR", help="where the run is kept (default: a new dated directory in runs/)")
+_add(
+    "--resume",
+    nargs="?",
+    const="",
+    metavar="RUN",
+    help="go on with this run, by its own recipe, from its newest intact checkpoint; without RUN, with the one in "
+    "--run-dir, or else with the newest of RECIPE under runs/",
+)
+_add(
+    "--from",
+    dest="origin",
+    metavar="RUN",
+    help="begin a new run with the weights and the optimizer of this one: RUN, RUN@best, RUN@step=N or a checkpoint "
+    "directory. Overrides may change its recipe",
+)
+_add("--dry-run", action="store_true", help="train nothing: say what would run, and check what can be checked")
 
 VERBS = {"train": TRAIN}

@@ -5,7 +5,6 @@ the consumer takes finished batches. A file that cannot be decoded never stops t
 evaluation goes without it, and both report it, until there are so many that the data set itself must be wrong.
 """
 
-import os
 import threading
 import warnings
 from collections import deque
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastdeit import cores
 from fastdeit.batch import Batch, Labels, Step
 from fastdeit.data.execute.dali import Executor, Work
 from fastdeit.data.execute.prefetch import Prefetch
@@ -409,7 +409,7 @@ def _noise(columns: Mapping[str, int], seed: int, step: int, positions: NDArray[
 
 
 def _threads(world: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // world)
+    return max(1, cores.available() // world)
 
 
 def _warn(path: str, reason: str) -> None:

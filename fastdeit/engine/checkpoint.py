@@ -224,6 +224,22 @@ def newest(root: Path, on_damaged: Callable[[Path, str], None]) -> Checkpoint | 
     return None
 
 
+def newest_state(root: Path) -> dict[str, Any] | None:
+    """The JSON state of the newest checkpoint under `root` whose manifest is intact; its tensors are not looked at.
+
+    None if `root` holds no checkpoint. Raises CheckpointError if there are some and no manifest is intact.
+    """
+    reasons = []
+    for step in reversed(steps(root)):
+        try:
+            return _read_manifest(_directory(root, step))["state"]
+        except CheckpointError as error:
+            reasons.append(f"{_directory(root, step).name}: {error}")
+    if reasons:
+        raise CheckpointError(f"none of the checkpoints in {root} can be used:\n  " + "\n  ".join(reasons))
+    return None
+
+
 def steps(root: Path) -> list[int]:
     """Steps of the checkpoint directories under `root`, ascending, damaged ones included."""
     root = Path(root)

@@ -39,6 +39,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The main process's values, in place; `tensor` is contiguous and of any dtype."""
+        if self.size > 1:
+            dist.broadcast(tensor.view(torch.uint8), src=0)
+        return tensor
+
     def gather(self, rows: Tensor) -> Tensor:
         """The rows `[n, ...]` of all processes, in the order of the processes; n may differ, and be zero."""
         if self.size == 1:
@@ -104,11 +110,18 @@ class World:
 
     @contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """SIGINT, SIGTERM and SIGUSR1 raise a flag that the loop reads at every step; a second SIGINT acts at once."""
+        """SIGINT, SIGTERM and SIGUSR1 raise a flag that the loop reads at every step; a second SIGINT acts at once.
+
+        Of several processes their launcher speaks, and it acts.
+        """
 
         def request(number: int, frame: FrameType | None) -> None:
             if self._stop and number == signal.SIGINT and self.size == 1:
                 raise KeyboardInterrupt
+            if self.size == 1 and not self._stop:
+                name = signal.Signals(number).name
+                # Not print: a handler may interrupt one.
+                os.write(2, f"fastdeit: {name} received; stopping after this step (Ctrl-C again: at once)\n".encode())
             self._stop = True
 
         handled = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1

@@ -7,24 +7,53 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Ema:
     """`ema = decay * ema + (1 - decay) * parameter` after every update that is not skipped.
 
-    The average covers the trainable parameters; buffers and frozen parameters are the model's own. The optimizer makes
-    it in the pass of its update. While a phase of the run does not train a parameter, its average stands still as well.
-    DeiT's decay is a constant (0.99996, no warm-up).
+    The average covers the trainable parameters `params`, and the optimizer makes it in the pass of its update. While a
+    phase of the run does not train a parameter, its average stands still as well. DeiT's decay is a constant (0.99996,
+    no warm-up).
+
+    The BatchNorm layers of `method` have running statistics of their own for the averaged weights: neither those of the
+    weights nor their average fit (docs/log.md has figures). They are measured (`Engine.measure_average`) before an
+    evaluation and a checkpoint. Other buffers and frozen parameters are the method's own.
+
+    average  all averages by the names of `params`, and the statistics by those of the layers' buffers
+    stale    whether there are statistics, and they are of earlier averages
     """
 
-    def __init__(self, params: dict[str, Tensor], decay: float) -> None:
+    def __init__(self, params: dict[str, Tensor], decay: float, method: nn.Module) -> None:
         self.decay = decay
         self.params = params
+        self.stale = False
+        self.norms = {
+            name: module
+            for name, module in networks(method)
+            if isinstance(module, _BatchNorm) and module.track_running_stats
+        }
         self.average = {name: p.detach().float().clone() for name, p in params.items()}
+        self.average |= {name: buffer.clone() for name, buffer in self._statistics()}
+
+    def _statistics(self) -> Iterator[tuple[str, Tensor]]:
+        for path, norm in self.norms.items():
+            for key, buffer in norm.named_buffers(recurse=False):
+                yield f"{path}.{key}", buffer
+
+    @torch.no_grad()
+    def copy_statistics(self) -> None:
+        """Take over the statistics of the weights, for layers that are not measured because they are frozen."""
+        for name, buffer in self._statistics():
+            self.average[name].copy_(buffer)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the parameters hold the averages; no tensor is copied and the weights come back whatever happens."""
+        """Inside, the parameters hold the averages, and BatchNorm the statistics of these.
+
+        No tensor is copied, and the weights come back whatever happens.
+        """
         self._swap()
         try:
             yield
@@ -32,8 +61,8 @@ class Ema:
             self._swap()
 
     def _swap(self) -> None:
-        for name, p in self.params.items():
-            p.data, self.average[name] = self.average[name], p.data
+        for name, tensor in [*self.params.items(), *self._statistics()]:
+            tensor.data, self.average[name] = self.average[name], tensor.data
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
@@ -42,6 +71,14 @@ class Ema:
             raise KeyError(f"EMA state does not fit: {sorted(state.keys() ^ self.average.keys())[:5]}")
         for name, tensor in self.average.items():
             tensor.copy_(state[name])
+        self.stale = False
+
+
+def networks(method: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the method and all modules in it, without averaged teachers and what is in them."""
+    teachers = [module for module in method.modules() if isinstance(module, EmaTeacher)]
+    theirs = {id(module) for teacher in teachers for module in teacher.modules()}
+    return ((name, module) for name, module in method.named_modules() if id(module) not in theirs)
 
 
 class EmaTeacher(nn.Module):
@@ -49,6 +86,10 @@ class EmaTeacher(nn.Module):
 
     The average is a child, `module`, and so part of the state of whoever owns this. The source is none, because it is
     somebody else's already.
+
+    Buffers are copied from the source, BatchNorm's running statistics included. Averages of these were measured and
+    are worse until the average of the weights has settled (docs/log.md), and measuring the statistics of the average
+    itself would cost a forward pass in training mode after every step.
     """
 
     def __init__(self, source: nn.Module, momentum: float | Callable[[Any], Tensor]) -> None:

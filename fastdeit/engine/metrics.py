@@ -14,6 +14,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -153,6 +154,15 @@ def open_sinks(names: Sequence[str], run_dir: Path, config: Mapping[str, Any], s
             # Whatever a third party's client raises at start (no network, no account), the user can act on it now.
             raise MetricsError(f"metrics sink {name!r} could not start: {error}") from error
     return sinks
+
+
+def check_sinks(names: Sequence[str]) -> None:
+    """Raise MetricsError, with what to install, for a sink whose package is missing; nothing is imported."""
+    for name in names:
+        if find_spec(name) is None:
+            raise MetricsError(
+                f"engine.sinks: {name} needs a package that is not installed: pip install 'fastdeit[{name}]'"
+            )
 
 
 class Tolerant(Sink):

@@ -2,11 +2,11 @@
 
 An optimizer is a subclass of `Optimizer` that says which tensors it keeps for a parameter and which op updates a list
 of them. Everything else is here: groups and their factors, the count of updates, phases of training in which other
-parameters are trained, and state for a checkpoint. `optimizers.py` has those that fastdeit brings.
+parameters are trained, and state for a checkpoint. `groups.py` says what a group is, `optimizers.py` has the optimizers
+that fastdeit brings.
 """
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,30 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fastdeit.engine.groups import ParamGroup, check
 from fastdeit.engine.guard import Verdict
-
-
-@dataclass(frozen=True)
-class ParamGroup:
-    """Parameters by name that share a weight decay and a factor on the learning rate."""
-
-    params: Mapping[str, Tensor]
-    weight_decay: float
-    lr_scale: float = 1.0
-
-
-def default_groups(
-    named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float, no_decay: Collection[str] = ()
-) -> list[ParamGroup]:
-    """Trainable parameters in two groups: decayed, and not (1-D tensors, biases and the names in `no_decay`)."""
-    decayed: dict[str, Tensor] = {}
-    undecayed: dict[str, Tensor] = {}
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            plain = parameter.ndim <= 1 or name.endswith(".bias") or name in no_decay
-            (undecayed if plain else decayed)[name] = parameter
-    groups = ParamGroup(decayed, weight_decay), ParamGroup(undecayed, 0.0)
-    return [group for group in groups if group.params]
 
 
 class OptimizerOptions(BaseModel):
@@ -55,11 +33,12 @@ class Update:
 
     params       float32 or float64 parameters, to be changed in place
     grads        their gradients, of any floating dtype, which are to be multiplied by `verdict.factor`
-    state        one list for each name in `Optimizer.state_names`, like params, to be changed in place
+    state        one list for each name that `Optimizer.states_of` has for them, like params, to be changed in place
     step         float32 scalar: updates of these parameters so far, to be incremented in place; None for an optimizer
                  that does not count
     lr           the learning rate of this list: a float, or a float64 scalar tensor
     weight_decay the weight decay of this list
+    matrix       whether the parameters are those of a `ParamGroup.matrix`
     verdict      factor on the gradients, skip flag (a bool scalar tensor: true means that nothing may change), and the
                  norm of the gradients of all parameters of the optimizer, float32 scalar, before clipping
     ema          running averages like params, to follow them in the same pass; None for no average
@@ -72,6 +51,7 @@ class Update:
     step: Tensor | None
     lr: float | Tensor
     weight_decay: float
+    matrix: bool
     verdict: Verdict
     ema: list[Tensor] | None
     ema_decay: float
@@ -90,15 +70,17 @@ class Optimizer:
     """Base class of optimizers. A subclass sets the three class attributes and overrides `update`.
 
     `params` are the trained parameters by name, `state` has a dict of tensors like them for each name of
-    `state_names`, zeros before the first update.
+    `state_names`, zeros before the first update; `states_of` may leave some out.
 
-    Raises ValueError when there is nothing to train or a parameter is in two groups.
+    Raises GroupError for groups that make no sense (`groups.check`).
     """
 
     Options: ClassVar[type[OptimizerOptions]] = OptimizerOptions
     state_names: ClassVar[tuple[str, ...]] = ()
     counts: ClassVar[bool] = True
     """Whether an update depends on the number of updates before it, as Adam's does through its bias corrections."""
+    tells_matrices: ClassVar[bool] = False
+    """Whether 2-D weights between embedding and head want a group of their own (`ParamGroup.matrix`)."""
 
     def __init__(self, groups: Sequence[ParamGroup], options: OptimizerOptions | None = None) -> None:
         self.options = self.Options() if options is None else options
@@ -111,6 +93,10 @@ class Optimizer:
         """One update of some parameters by one fused op, without waiting for the device."""
         raise NotImplementedError
 
+    def states_of(self, group: ParamGroup) -> tuple[str, ...]:
+        """The names among `state_names` of which a parameter of this group has a tensor: by default all."""
+        return self.state_names
+
     # ---- groups ------------------------------------------------------------------------------------------------------
 
     def regroup(self, groups: Sequence[ParamGroup]) -> None:
@@ -120,17 +106,14 @@ class Optimizer:
         updates, in whatever group it is now. Any other starts with zero state and count zero. What is in no group any
         more is forgotten, and starts anew if it comes back. A recorded step must be recorded again.
         """
-        times = Counter(name for group in groups for name in group.params)
-        if not times:
-            raise ValueError("there is nothing to train: no group has a parameter")
-        if max(times.values()) > 1:
-            raise ValueError(f"{times.most_common(1)[0][0]!r} is in more than one group of parameters")
+        check(groups)
         self.groups = list(groups)
         before, self.params = self.params, {name: p for group in groups for name, p in group.params.items()}
         stays = {name for name, p in self.params.items() if before.get(name) is p}
         for kind, old in self.state.items():
+            owners = {name: p for group in groups if kind in self.states_of(group) for name, p in group.params.items()}
             self.state[kind] = {
-                name: old[name] if name in stays else torch.zeros_like(p) for name, p in self.params.items()
+                name: old[name] if name in stays and name in old else torch.zeros_like(p) for name, p in owners.items()
             }
         counts = {name: part.step for part in self._parts for name in part.names if name in stays}
         self._parts = self._split(counts)
@@ -179,10 +162,11 @@ class Optimizer:
             lists = Update(
                 params=params,
                 grads=[p.grad for p in params],
-                state=[[tensors[name] for name in part.names] for tensors in self.state.values()],
+                state=[[self.state[kind][name] for name in part.names] for kind in self.states_of(part.group)],
                 step=part.step,
                 lr=lr * part.group.lr_scale,
                 weight_decay=part.group.weight_decay,
+                matrix=part.group.matrix,
                 verdict=verdict,
                 ema=None if ema is None else [ema[name] for name in part.names],
                 ema_decay=ema_decay,

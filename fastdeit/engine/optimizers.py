@@ -5,6 +5,8 @@ from typing import Annotated
 from pydantic import Field, ValidationInfo, field_validator
 
 from fastdeit import kernels
+from fastdeit.engine.groups import ParamGroup
+from fastdeit.engine.muon import muon_update
 from fastdeit.engine.optim import Optimizer, OptimizerOptions, Update
 from fastdeit.plugins import load
 
@@ -123,7 +125,36 @@ class Sgd(Optimizer):
         )
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "lamb": Lamb, "sgd": Sgd}
+class MuonOptions(AdamOptions):
+    """`betas` and `eps` are AdamW's, for what is no matrix. The momentum is that of `torch.optim.Muon`."""
+
+    momentum: _Beta = 0.95
+    """Of the matrices: share of the running average of gradients that stays in each update."""
+
+
+class Muon(AdamW):
+    """Muon for the weights of the blocks' linear layers, AdamW for everything else, as its author advises (Keller
+    Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024).
+
+    Both have one learning rate and one weight decay: a Muon step is scaled to the size of an AdamW step, as
+    `adjust_lr_fn="match_rms_adamw"` of `torch.optim.Muon` does. q, k and v are one matrix, as they are one layer.
+    """
+
+    Options = MuonOptions
+    state_names = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    tells_matrices = True
+
+    def states_of(self, group: ParamGroup) -> tuple[str, ...]:
+        return self.state_names[:1] if group.matrix else self.state_names[1:]
+
+    def update(self, lists: Update) -> None:
+        if lists.matrix:
+            muon_update(lists, self.options.momentum)
+        else:
+            super().update(lists)
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "lamb": Lamb, "sgd": Sgd, "muon": Muon}
 
 
 def find(name: str) -> type[Optimizer]:

@@ -61,7 +61,9 @@ def _check_trained(phase: Phase, parameters: Collection[str], trainable: Collect
                 f"there are {', '.join(list(parameters)[:3])}, ..."
             )
     if not any(phase.holds(name) for name in trainable):
-        raise PhaseError(f"phase {phase.name!r} trains no parameter: the method has frozen all that it names")
+        raise PhaseError(
+            f"phase {phase.name!r} trains no parameter: the method or model.freeze has frozen all that it names"
+        )
 
 
 def index_at(phases: Sequence[Phase], epoch: int) -> int:

@@ -1,9 +1,10 @@
-"""The picture of a run: loss, held-out accuracy and learning rate over the epochs, drawn from metrics.jsonl."""
+"""Pictures of runs: loss, held-out accuracy and learning rate over the epochs, drawn from metrics.jsonl."""
 
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,36 +35,76 @@ def curves(metrics_path: Path, out_path: Path) -> None:
     accuracy = {head: series for head in heads if (series := _series(evaluations, head))}
     levels = [record[_TEACHER] for record in records if _is_finite(record.get(_TEACHER))]
     loss, rate = _series(train, "loss"), _series(train, "lr")
-    # (relative height, data, drawing) of each panel, from the top.
-    panels = [
-        panel
-        for panel in ((1.0, loss, _draw_loss), (1.0, accuracy, _draw_accuracy), (0.55, rate, _draw_rate))
-        if panel[1]
+    drawn = [
+        (height, partial(draw, data=data))
+        for height, data, draw in (
+            (1.0, loss, _draw_loss),
+            (1.0, accuracy, partial(_draw_accuracy, teacher=levels[-1] if levels else None)),
+            (0.55, rate, _draw_rate),
+        )
+        if data
     ]
-    if not panels:
+    if not drawn:
         raise metrics.MetricsError(f"{metrics_path} holds no loss, top1_* or lr to draw")
+    _draw(drawn, max(record["epoch"] for record in (*train, *evaluations)), Path(out_path))
 
+
+def compare(logs: Mapping[str, Path], out_path: Path) -> None:
+    """Draw `out_path` (PNG) from the metrics.jsonl of several runs, by the names they have in the legend.
+
+    A panel each for training loss, the first metric of the evaluations, and learning rate, with a line for each run
+    that has it. Raises metrics.MetricsError if nothing can be drawn.
+    """
+    loss, judged, rate = {}, {}, {}
+    names: dict[str, None] = {}
+    span = 0.0
+    for run, path in logs.items():
+        records = metrics.read(Path(path))
+        train, evaluations = _of_kind(records, "train"), _of_kind(records, "eval")
+        span = max([span, *(record["epoch"] for record in (*train, *evaluations))])
+        name = next((key for record in evaluations for key in record if key not in _NO_METRIC), "")
+        found = (loss, _series(train, "loss")), (judged, _series(evaluations, name)), (rate, _series(train, "lr"))
+        for lines, series in found:
+            if series is not None:
+                lines[run] = series
+        if run in judged:
+            names[name] = None
+    drawn = [
+        (height, partial(_draw_runs, lines=lines, title=title))
+        for height, lines, title in (
+            (1.0, loss, "training loss"),
+            (1.0, judged, "held-out " + " or ".join(names)),
+            (0.55, rate, "learning rate"),
+        )
+        if lines
+    ]
+    if not drawn:
+        raise metrics.MetricsError(f"{', '.join(logs)}: there is no loss, evaluation or lr to draw yet")
+    _draw(drawn, span, Path(out_path))
+
+
+_NO_METRIC = ("step", "kind", "epoch", "images", "bad_images")
+
+
+def _draw(panels: Sequence[tuple[float, Callable[["Axes"], None]]], span: float, out_path: Path) -> None:
+    """Write a PNG of panels, from the top, over `span` epochs. A panel is its relative height and what draws it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    heights = [height for height, _, _ in panels]
+    heights = [height for height, _ in panels]
     figure = Figure(figsize=(9, 0.6 + 2.7 * sum(heights)), dpi=130, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     all_axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (_, data, draw) in zip(all_axes, panels, strict=True):
-        draw(axes, data)
-        if draw is _draw_accuracy and levels:
-            axes.axhline(levels[-1], color=_GREY, linestyle="--", linewidth=1.2, label=f"teacher\n{levels[-1]:.2f}")
+    for axes, (_, draw) in zip(all_axes, panels, strict=True):
+        draw(axes)
         axes.grid(color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False)
-    span = max(record["epoch"] for record in (*train, *evaluations)) or 1
-    all_axes[-1].set_xlim(-0.02 * span, 1.02 * span)
+    all_axes[-1].set_xlim(-0.02 * (span or 1), 1.02 * (span or 1))
     all_axes[-1].set_xlabel("epoch")
     figure.align_ylabels()
 
-    out_path = Path(out_path)
     temporary = out_path.with_name(f".tmp-{out_path.name}")
     FigureCanvasAgg(figure).print_png(temporary)
     os.replace(temporary, out_path)
@@ -85,8 +126,8 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _draw_loss(axes: "Axes", series: Series) -> None:
-    epochs, values = series
+def _draw_loss(axes: "Axes", data: Series) -> None:
+    epochs, values = data
     label = f"training loss\nlast {values[-1]:.4f}"
     if len(values) < _SMOOTH_FROM:
         axes.plot(epochs, values, color=_COLOURS[0], label=label, **_marks(values))
@@ -97,20 +138,30 @@ def _draw_loss(axes: "Axes", series: Series) -> None:
     axes.set_ylabel("training loss")
 
 
-def _draw_accuracy(axes: "Axes", accuracy: Mapping[str, Series]) -> None:
-    for index, (head, (epochs, values)) in enumerate(accuracy.items()):
+def _draw_accuracy(axes: "Axes", data: Mapping[str, Series], teacher: float | None) -> None:
+    for index, (head, (epochs, values)) in enumerate(data.items()):
         label = f"{head.removeprefix('top1_')}\nbest {max(values):.2f}, last {values[-1]:.2f}"
         # The first head is the method's answer: it lies on top.
-        style = {"color": _COLOURS[index % len(_COLOURS)], "zorder": 3 - index / len(accuracy)}
+        style = {"color": _COLOURS[index % len(_COLOURS)], "zorder": 3 - index / len(data)}
         axes.plot(epochs, values, label=label, **style, **_marks(values))
+    if teacher is not None:
+        axes.axhline(teacher, color=_GREY, linestyle="--", linewidth=1.2, label=f"teacher\n{teacher:.2f}")
     axes.set_ylabel("held-out top-1 (%)")
 
 
-def _draw_rate(axes: "Axes", series: Series) -> None:
-    epochs, values = series
+def _draw_rate(axes: "Axes", data: Series) -> None:
+    epochs, values = data
     axes.plot(epochs, values, color=_GREY, label=f"learning rate\npeak {max(values):.2e}", **_marks(values))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     axes.set_ylabel("learning rate")
+
+
+def _draw_runs(axes: "Axes", lines: Mapping[str, Series], title: str) -> None:
+    for index, (run, (epochs, values)) in enumerate(lines.items()):
+        smooth = _smooth(values) if len(values) >= _SMOOTH_FROM else values
+        label = f"{run}\nlast {smooth[-1]:.4g}"
+        axes.plot(epochs, smooth, color=_COLOURS[index % len(_COLOURS)], label=label, **_marks(values))
+    axes.set_ylabel(title)
 
 
 def _marks(values: Sequence[float]) -> dict[str, Any]:

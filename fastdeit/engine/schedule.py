@@ -8,7 +8,7 @@ def learning_rate(
     *,
     schedule: str,
     steps_per_epoch: int,
-    epochs: int,
+    epochs: float,
     lr: float,
     warmup_epochs: float,
     warmup_lr: float,

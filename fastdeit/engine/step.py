@@ -4,6 +4,8 @@ import gc
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,11 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdeit.batch import Step
+from fastdeit.engine import batchnorm
+from fastdeit.engine.buffers import Buffers
 from fastdeit.engine.capture import GraphedStep
+from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.ema import Ema, EmaTeacher
+from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.guard import Guard
-from fastdeit.engine.optim import Optimizer, ParamGroup
+from fastdeit.engine.optim import Optimizer
 from fastdeit.kernels import Tuning
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,6 +57,7 @@ class Engine:
         precision: str,
         accumulate: int,
         clip_grad: float | None = None,
+        clip_units: UnitClipping | None = None,
         ema: Ema | None = None,
         capture: str = "none",
         tuning: Tuning | None = None,
@@ -61,7 +68,9 @@ class Engine:
         self.precision, self.accumulate, self.capture = precision, accumulate, capture
         self.tuning = tuning
         self.guard = Guard(precision, clip_grad, world.device)
+        self.clip_units = clip_units
         self.sums: dict[str, Tensor] = {}
+        self._buffers = Buffers(method, world)
         self._averages = [module for module in method.modules() if isinstance(module, EmaTeacher)]
         self._micro_sums: dict[str, Tensor] = {}
         self._micro_runs: dict[str, int] = {}
@@ -84,12 +93,19 @@ class Engine:
         self._wrap()
 
     def _wrap(self) -> None:
+        trained = {id(p) for p in self.optimizer.params.values()}
+        self._untrained = [(name, p) for name, p in self.method.named_parameters() if id(p) not in trained]
         self.module = torch.compile(self.method, dynamic=False) if self.capture == "compile" else self.method
         if self.world.size > 1:
             # For one-token parameters the stride of a dimension of size 1 differs, which costs nothing.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            # Its new name, forward_sync_buffers, came with PyTorch 2.14.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
             device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            self.module = DistributedDataParallel(self.module, device_ids=device_ids, gradient_as_bucket_view=True)
+            # Its broadcast of the main process's buffers before a forward would throw the others' statistics away.
+            self.module = DistributedDataParallel(
+                self.module, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
         self._graphed = GraphedStep(self._run_step, self.world.device, self.method) if self.capture == "graph" else None
 
     # ---- for methods -------------------------------------------------------------------------------------------------
@@ -155,28 +171,61 @@ class Engine:
         step = self._graphed or self._run_step
         if self.tuning is None:
             step(list(batches), lr)
-            return
-        with self.tuning.trying():
-            step(list(batches), lr)
-        if self.capture == "compile" and self.tuning.changed and self.tuning.left_to_compiler():
-            torch.compiler.reset()  # what runs on PyTorch's own operations is compiled with what surrounds it
+        else:
+            with self.tuning.trying():
+                step(list(batches), lr)
+            if self.capture == "compile" and self.tuning.changed and self.tuning.left_to_compiler():
+                torch.compiler.reset()  # what runs on PyTorch's own operations is compiled with what surrounds it
+        if self.ema is not None:
+            self.ema.stale = bool(self.ema.norms)
 
     def _run_step(self, batches: Sequence[Any], lr: float | Tensor) -> None:
         self.now = getattr(batches[0], "step", None)
+        buffers = self._buffers.copies()
         for number, batch in enumerate(batches):
             self._last_micro = number == len(batches) - 1
             self.method.step(batch, self)
             self._end_micro()
+        self._refuse_stray_gradients()
         verdict = self.guard.judge(self.optimizer.gradients())
+        if self.clip_units is not None:
+            self.clip_units.apply(self.optimizer.params, verdict.factor)
         average, decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
         self.skipped = verdict.skip
+        self._buffers.settle(buffers, verdict.skip)
         self.optimizer.step(lr, verdict, average, decay)
         self.optimizer.zero_grad()
         for teacher in self._averages:
             teacher.follow(self.now, verdict.skip)
         self.method.after_step(self)
+        self._buffers.share()
         self._add("grad_norm", verdict.norm.where(~verdict.skip, 0.0))
         self._add("steps", torch.ones_like(verdict.norm))
+
+    def _refuse_stray_gradients(self) -> None:
+        """Raise RuntimeError where a parameter has a gradient but no update: processes would not reduce it either."""
+        stray = next((name for name, p in self._untrained if p.grad is not None), None)
+        if stray is not None:
+            raise RuntimeError(
+                f"parameter {stray!r} has a gradient, but the optimizer does not train it: it was frozen when the "
+                "groups of parameters were made. requires_grad_(True) later does not train it; say in the method's "
+                "phases() when it is trained"
+            )
+
+    @torch.no_grad()
+    def measure_average(self, steps: Iterable[Sequence[Any]]) -> None:
+        """Measure the BatchNorm statistics of the averaged weights, by forwards on the micro-batches of some `steps`.
+
+        For an average that is `stale`, with the method in training mode. Nothing but the statistics changes. Call it
+        on every process: the result is the mean over all.
+        """
+        self.ema.copy_statistics()
+        batches = (batch.to(self.world.device) for batch in chain.from_iterable(steps))
+        with self._buffers.kept(), self.ema.applied(), autocast(self.world.device, self.precision):
+            measured = batchnorm.measure(self.ema.norms.values(), (partial(self.method, batch) for batch in batches))
+            for statistic in (tensor for layer in measured for tensor in (layer.running_mean, layer.running_var)):
+                self.world.sum(statistic).div_(self.world.size)
+        self.ema.stale = False
 
     def _end_micro(self) -> None:
         for name, total in self._micro_sums.items():
@@ -205,7 +254,7 @@ class Engine:
         return {name: total / steps for name, total in totals.items()} if steps else {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Guard counters and the sums since the last log line, so that a resumed run logs what the whole run would.
+        """The guard's state and the sums since the last log line, so that a resumed run logs what the whole run would.
 
         A collective: call it on every process.
         """

@@ -28,9 +28,13 @@ from fastdeit.estimate.model import DESIGNS, GIB, Design, Network, ViT, Work
 from fastdeit.estimate.rows import MODELLED
 from fastdeit.fields import size_pair
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.length import Length, LengthError, length
+from fastdeit.run.address import parse
+from fastdeit.run.weights import open_weights
 from fastdeit.text import did_you_mean
 
 if TYPE_CHECKING:
+    from fastdeit.methods.teacher import TeacherConfig
     from fastdeit.recipe.resolve import Recipe
 
 IMAGENET = 1_281_167, 50_000, 1000
@@ -134,16 +138,22 @@ class Subject:
     teacher_run: "Subject | None" = None
 
     @property
+    def length(self) -> Length:
+        """Steps and evaluations of the run. Raises UsageError where the warm-up does not fit."""
+        try:
+            return length(self.recipe, self.images, order.steps_per_epoch(self.images, self.recipe.train.batch_size))
+        except LengthError as error:
+            raise UsageError(f"recipe {self.recipe.name}: {error}") from error
+
+    @property
     def steps(self) -> int:
         """Steps of the run."""
-        train = self.recipe.train
-        return order.steps_per_epoch(self.images, train.batch_size) * train.epochs
+        return self.length.total
 
     @property
     def evaluations(self) -> int:
-        """How often the run is evaluated: every `train.eval_every` epochs, and after the last."""
-        train = self.recipe.train
-        return -(-train.epochs // train.eval_every)
+        """How often the run is evaluated."""
+        return self.length.evaluations
 
 
 def subject(recipe: "Recipe", images: int | None = None) -> Subject:
@@ -162,8 +172,21 @@ def subject(recipe: "Recipe", images: int | None = None) -> Subject:
         teacher = own.student
     elif config is not None:
         size = size_pair(config.image_size or model.image_size, "method.teacher.image_size")
-        teacher = _network(config.model, config.timm, size, classes)
+        teacher = _network(*_teacher(config), size, classes)
     return Subject(recipe, student, teacher, train, held_out, assumed, own)
+
+
+def _teacher(config: "TeacherConfig") -> tuple[str | None, str | None]:
+    """(fastdeit's name, timm's name) of the teacher's network; its weights may tell it."""
+    if config.model is not None or config.timm is not None:
+        return config.model, config.timm
+    address = parse(config.weights)
+    if address.kind == "timm":
+        return None, address.name  # nothing of it has to be downloaded to make a plan
+    known = open_weights(config.weights).known
+    if known.name is None and known.timm is None:
+        raise UsageError(f"method.teacher: {address} does not tell which network it is of; add method.teacher.model")
+    return known.name, known.timm
 
 
 def _data(recipe: "Recipe") -> tuple[int, int, int, str | None]:
@@ -280,7 +303,7 @@ def report(
         "teacher": trained.teacher and _described(trained.teacher),
         "data": {"images": trained.images, "held_out": trained.held_out, "assumed": trained.assumed},
         "run": {
-            "epochs": train.epochs,
+            "epochs": trained.length.epochs,
             "steps": trained.steps,
             "batch_size": train.batch_size,
             "accumulate": train.accumulate,

@@ -145,7 +145,7 @@ def calibrations(
         for row in lines(path):
             if row.get("what") != "step" or not sound(row) or row.get("teacher"):
                 continue
-            gpu = _known_gpu(row)
+            gpu = _gpu_of(row)
             if gpu is None:
                 continue
             for side, taken in row["seconds"].items():
@@ -174,11 +174,14 @@ def _modelled(row: dict, side: str, network: Callable[[str, Size], Network]) -> 
     return design, work, student
 
 
-def _known_gpu(row: dict) -> str | None:
-    """The GPU of `GPUS` that a row was measured on. Cards on PCIe, and superchips, share names but not speeds."""
-    if row["device"] != "cuda":
-        return None
-    name = row["environment"]["gpus"][0]["name"].replace("RTX ", "RTX")
+def _gpu_of(row: dict) -> str | None:
+    """The GPU of `GPUS` that a row was measured on."""
+    return known_gpu(row["environment"]["gpus"][0]["name"]) if row["device"] == "cuda" else None
+
+
+def known_gpu(name: str) -> str | None:
+    """The GPU of `GPUS` whose card names itself so. Cards on PCIe, and superchips, share names but not speeds."""
     if "PCIE" in name.upper():
         return None
-    return next((gpu for gpu in GPUS if re.search(rf"(?<![A-Za-z0-9]){gpu}(?![A-Za-z0-9])", name)), None)
+    plain = name.replace("RTX ", "RTX")
+    return next((gpu for gpu in GPUS if re.search(rf"(?<![A-Za-z0-9]){gpu}(?![A-Za-z0-9])", plain)), None)

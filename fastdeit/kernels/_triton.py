@@ -30,9 +30,11 @@ OLDEST = 70
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch: the kernel, its arguments by name, and its number of warps and pipeline stages."""
+    """One recorded launch: the kernel, the grid of its programs, its arguments by name, and its number of warps and
+    pipeline stages."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
     warps: int
     stages: int
@@ -100,7 +102,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: i
         return
     if _recording is not None:
         arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
-        _recording.launches.append(Launch(kernel, arguments, warps, stages))
+        _recording.launches.append(Launch(kernel, grid, arguments, warps, stages))
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

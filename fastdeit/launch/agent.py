@@ -174,7 +174,7 @@ class _Agent(LocalElasticAgent):
         elif self.killed:
             ranks = ", ".join(map(str, sorted(self.killed)))
             why = "on request" if self._kill_now else f"still running {self._grace_s:g} s after being asked to stop"
-            _say(f"rank {ranks} killed ({why}); `--resume` continues from the last checkpoint")
+            _say(f"rank {ranks} killed ({why}); the run said at its start how to go on from its last checkpoint")
 
 
 def _exit_code(pid: int) -> int | None:

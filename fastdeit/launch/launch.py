@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from fastdeit.errors import Interrupted, UsageError
@@ -22,10 +22,10 @@ LAUNCHER_VARIABLE = "FASTDEIT_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def run(args: argparse.Namespace, argv: list[str]) -> int:
-    """Train as `args` says, in this process or in `args.nproc` new ones running `fastdeit argv`; return the exit code.
+def run(args: argparse.Namespace, argv: list[str], work: Callable[[argparse.Namespace], None]) -> int:
+    """Do `work(args)` in this process, or `fastdeit argv` in `args.nproc` new ones; return the exit code.
 
-    In this process the errors of `fastdeit.train.main` come through as exceptions.
+    In this process the errors of `work` come through as exceptions.
     """
     ranks = rank_environment(os.environ)
     if ranks is not None:
@@ -38,22 +38,25 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             [sys.executable, "-m", "fastdeit", *argv],
             args.nproc,
             grace_s=grace_seconds(os.environ),
-            env=worker_environment(args.nproc, os.environ),
+            env=worker_environment(),
         )
-    from fastdeit import train
-
-    train.main(args)
+    work(args)
     return 0
 
 
 @contextmanager
 def process_of_a_run() -> Iterator[None]:
-    """What a process of a training run does first: make sure it ends with its launcher, and cleanly while it starts.
+    """What a process of a training run does first, before torch is loaded: make sure that it ends with its launcher,
+    that it ends cleanly while it starts, and that threads without work sleep.
 
-    `fastdeit.train` has signal handlers of its own for as long as there is something to save.
+    `fastdeit.training` has signal handlers of its own for as long as there is something to save.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))
+    # Of OpenMP, which reads it when torch is loaded. A thread that has come to the end of an operation sleeps until the
+    # others have, too. By default it keeps its processor busy meanwhile, which on a machine with other work is the one
+    # that the others wait for: measured (docs/log.md), steps take 20 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     before = {number: signal.signal(number, _exit_idle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -139,13 +142,9 @@ def check_nproc(nproc: int | None, ranks: Mapping[str, str]) -> None:
         )
 
 
-def worker_environment(nproc: int, env: Mapping[str, str]) -> dict[str, str]:
-    """What the workers of `nproc` find in their environment besides their ranks."""
-    extra = {LAUNCHER_VARIABLE: str(os.getpid())}
-    if "OMP_NUM_THREADS" not in env:
-        # Every worker would otherwise start as many threads as the machine has cores.
-        extra["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // nproc))
-    return extra
+def worker_environment() -> dict[str, str]:
+    """What the workers find in their environment besides their ranks."""
+    return {LAUNCHER_VARIABLE: str(os.getpid())}
 
 
 def grace_seconds(env: Mapping[str, str]) -> float:

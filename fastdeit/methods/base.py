@@ -79,13 +79,14 @@ class Phase:
 class Context:
     """What a method may know of the run it is built for.
 
-    num_classes, epochs, steps  of the data set; of the run
+    num_classes, epochs, steps  of the data set; of the run, whose last epoch may end early
     teacher      makes the frozen network that a `TeacherConfig` describes
     ema_teacher  `ema_teacher(module, momentum)` is a module that answers as a running average of `module` does:
                  float32, in eval mode, without gradients, part of the method's state. The engine moves it after every
                  update, unless the update was skipped: average = m * average + (1 - m) * module, m = momentum or
                  momentum(step). Keep it where the method's `modules()` has it: as an attribute, or in an
                  nn.ModuleList or nn.ModuleDict
+    class_counts  how many training images each class has; None where there are none, as in an evaluation
     """
 
     num_classes: int
@@ -93,6 +94,7 @@ class Context:
     steps: int
     teacher: "Callable[[Any], Teacher]"
     ema_teacher: Callable[[nn.Module, Momentum], nn.Module]
+    class_counts: Callable[[], Sequence[int]] | None = None
 
 
 class Method(nn.Module):
@@ -106,6 +108,8 @@ class Method(nn.Module):
 
     Config: ClassVar[type[MethodConfig]]
     teacher: "Teacher | None" = None
+    fuse: Fuse = "softmax"
+    """How `predict` makes one answer of two heads."""
 
     @classmethod
     def views(cls, config: MethodConfig) -> Sequence[View]:
@@ -153,7 +157,8 @@ class Method(nn.Module):
         """After the optimizer's update, for the method's own buffers; `engine.now` is the `Step` that was made.
 
         It is called for a skipped update as well. `engine.skipped`, a bool scalar on the device, is then true, and what
-        the forward returned may not be finite: `buffer.copy_(torch.where(engine.skipped, buffer, new))`.
+        the forward returned may not be finite: `buffer.copy_(torch.where(engine.skipped, buffer, new))`. Afterwards
+        every process has the main one's buffers.
         """
 
     def on_epoch(self, epoch: int, engine: Any) -> None:
@@ -171,7 +176,12 @@ class Method(nn.Module):
 
     def predict(self, x: Tensor) -> dict[str, Tensor]:
         """Named scores `[B, K]` for normalised images `[B, 3, H, W]`; the first is the method's answer."""
-        return scores(self.model(x), "softmax")
+        return scores(self.model(x), self.fuse)
+
+    @property
+    def answers_with_logits(self) -> bool:
+        """Whether `predict` is this class's: then the answer is the student's logits, two of them fused by `fuse`."""
+        return type(self).predict is Method.predict
 
     def features(self, x: Tensor) -> Tensor:
         """Features `[B, D]` of normalised images `[B, 3, H, W]`, for neighbours and probes: the class token."""

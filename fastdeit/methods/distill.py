@@ -12,7 +12,7 @@ from pydantic import Field
 
 from fastdeit import kernels
 from fastdeit.batch import Batch
-from fastdeit.methods.base import Context, Fuse, LabelConfig, Method, Out, scores
+from fastdeit.methods.base import Context, Fuse, LabelConfig, Method, Out
 from fastdeit.methods.teacher import TeacherConfig
 
 
@@ -38,6 +38,7 @@ class Distill(Method):
     def __init__(self, model, config: Config, context: Context) -> None:
         super().__init__(model, config, context)
         self.teacher = context.teacher(config.teacher)
+        self.fuse = config.fuse
 
     def forward(self, batch: Batch) -> Out:
         # First the teacher: what it needs is free again before the student's activations are kept for backward.
@@ -58,6 +59,3 @@ class Distill(Method):
             reduction=config.reduction,
         )
         return Out(loss.total, first, {"base": loss.base, "distill": loss.distill})
-
-    def predict(self, x):
-        return scores(self.model(x), self.config.fuse)

@@ -90,7 +90,9 @@ class Classify:
                 scores = self.scores(batch) if self.scores else evaluation.method.predict(images(batch))
             seen += len(batch)
             for name, score in scores.items():
+                # A NaN would rank first. Where a score is not finite, the image has no answer, so it counts as wrong.
                 best = score.topk(min(5, score.shape[-1])).indices == batch.targets.y1[:, None]
+                best &= score.isfinite().all(-1, keepdim=True)
                 hits = torch.stack((best[:, 0].sum(), best.sum())).double()
                 counts[name] = counts[name] + hits if name in counts else hits
         top1, top5 = _per_cent(counts, seen, evaluation.processes)

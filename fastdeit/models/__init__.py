@@ -12,9 +12,11 @@ from torch import nn
 
 from fastdeit.models.contract import missing
 from fastdeit.models.convnet import convnet_digits
-from fastdeit.models.deit import deit
+from fastdeit.models.deit import deit, names_by_shapes
 from fastdeit.plugins import load
 from fastdeit.text import did_you_mean
+
+__all__ = ["MODELS", "build", "build_timm", "names_by_shapes", "of"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "deit_tiny_patch16_224": partial(deit, "deit_tiny_patch16_224"),
@@ -64,6 +66,11 @@ def _imported(path: str, options: dict[str, Any]) -> nn.Module:
     if lacking := missing(model):
         raise ValueError(f"model {path!r} does not follow the contract of models; it lacks: {'; '.join(lacking)}")
     return model
+
+
+def of(name: str | None, timm: str | None, **options: Any) -> nn.Module:
+    """fastdeit's model `name`, or timm's model `timm` where that is not None; raises ValueError as `build` does."""
+    return build(name, **options) if timm is None else build_timm(timm, **options)
 
 
 def build_timm(name: str, **options: Any) -> nn.Module:

@@ -66,6 +66,15 @@ class ConvNet(nn.Module):
             x = F.relu(norm(conv(x)))
         return self.head(x.mean((2, 3)))
 
+    def layers(self) -> list[list[str]]:
+        """Names of the parameters by layer: each convolution with its norm, then the head (`models.layers`)."""
+        count = len(self.convs)
+        found: list[list[str]] = [[] for _ in range(count + 1)]
+        for name, _ in self.named_parameters():
+            part, number = name.split(".")[:2]
+            found[count if part == "head" else int(number)].append(name)
+        return found
+
     def decay_groups(self, decay_dist_token: bool = False) -> tuple[list[str], list[str]]:
         """Names of the parameters `(with, without)` weight decay: without are 1-D parameters and biases."""
         return split_decay(self, ())

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
+from timm.models import PretrainedCfg, group_parameters
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ def build(
     image_size: ImageSize | None = None,
     num_classes: int | None = None,
     drop_path: float = 0.0,
+    dropout: float = 0.0,
     pretrained: bool = False,
 ) -> "TimmModel":
     """The timm model `name`.
@@ -41,12 +44,14 @@ def build(
     image_size   int or (height, width); None for the model's own. Models that work at any size ignore it
     num_classes  None for the model's own, 0 for none: no head, and pooled features `[B, dim]` in the place of logits
     drop_path    timm's `drop_path_rate`
+    dropout      timm's `drop_rate`
     pretrained   timm's weights, which timm downloads once
 
     timm's vision transformers (ViT, DeiT, DeiT III, DINOv2, CLIP, MAE, ...) come as a `TimmVisionTransformer`, which
     has tokens. Raises ValueError for a name that timm does not know, and for options that the model does not take.
     """
-    inner = _create(name, image_size, num_classes, drop_path, pretrained)
+    rates = {"drop_path_rate": drop_path, "drop_rate": dropout}
+    inner = _create(name, image_size, num_classes, {option: rate for option, rate in rates.items() if rate}, pretrained)
     size = size_pair(image_size or inner.pretrained_cfg["input_size"][1:], "image_size")
     return (TimmVisionTransformer if isinstance(inner, VisionTransformer) else TimmModel)(name, inner, size)
 
@@ -107,7 +112,11 @@ class TimmModel(nn.Module):
     @property
     def prefix_tokens(self) -> int:
         """Slots of the positional embedding before those of the patches."""
-        return 0 if getattr(self.inner, "no_embed_class", False) else getattr(self.inner, "num_prefix_tokens", 0)
+        positions, grid = getattr(self.inner, "pos_embed", None), self.grid
+        if grid is None or not isinstance(positions, Tensor) or positions.ndim != 3:
+            return 0
+        # Not `num_prefix_tokens`: DeiT III and CaiT add their tokens behind the positions.
+        return positions.shape[1] - grid[0] * grid[1]
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -121,6 +130,26 @@ class TimmModel(nn.Module):
         """Logits, or (class, distillation) logits, of float images `[B, C, H, W]`; `noise` is accepted and unused."""
         refuse_patches(x, f"timm's {self.name}")
         return self.inner(x)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's own, for `forward`; `tokens` keeps all activations. Raises ValueError where the model has none."""
+        try:
+            self.inner.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(f"timm's {self.name} cannot compute its activations again: {error}") from error
+
+    def layers(self) -> list[list[str]]:
+        """Names of the parameters by layer (`models.layers`), as timm's `group_matcher` orders them.
+
+        Raises ValueError for a model of timm that has none.
+        """
+        if not hasattr(self.inner, "group_matcher"):
+            raise ValueError(f"timm's {self.name} does not say how deep its parameters lie: it has no group_matcher")
+        depths = group_parameters(self.inner, self.inner.group_matcher(coarse=False), reverse=True)
+        found: list[list[str]] = [[] for _ in range(1 + max(depths.values()))]
+        for name, _ in self.named_parameters():
+            found[depths[name]].append(name)
+        return found
 
     def decay_groups(self, decay_dist_token: bool = False) -> tuple[list[str], list[str]]:
         """Names of the parameters `(with, without)` weight decay: without are 1-D, biases, and what timm lists.
@@ -189,21 +218,48 @@ class TimmVisionTransformer(TimmModel):
         return block_stages(self, depths)
 
 
-def _create(
-    name: str, image_size: ImageSize | None, num_classes: int | None, drop_path: float, pretrained: bool
-) -> nn.Module:
+def published(name: str) -> PretrainedCfg | None:
+    """What timm knows of the weights that it publishes for its model `name`; None where it has no entry for them.
+
+    Raises ValueError for a name, or a tag behind its dot, that timm does not know.
+    """
+    base, _, tag = name.partition(".")
     if not timm.is_model(name):
-        hint = did_you_mean(name.split(".")[0], timm.list_models())
+        hint = did_you_mean(base, timm.list_models())
         raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint or '; see timm.list_models()'}")
-    options = {}
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{base}.*"))
+        raise ValueError(f"timm {timm.__version__} has no weights {tag!r} of {base}; there are {tags}") from error
+
+
+def _create(
+    name: str, image_size: ImageSize | None, num_classes: int | None, rates: dict[str, float], pretrained: bool
+) -> nn.Module:
+    config, options = published(name), dict(rates)
     if num_classes is not None:
         options["num_classes"] = num_classes
-    if drop_path:
-        options["drop_path_rate"] = drop_path
-    config = timm.get_pretrained_cfg(name)
     if image_size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size_pair(image_size, "image_size")
+    if pretrained and (file := _cached(config)) is not None:
+        options["pretrained_cfg_overlay"] = {"file": file}
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
         raise ValueError(f"timm's {name} cannot be built with {options}: {error}") from error
+
+
+def _cached(config: PretrainedCfg | None) -> str | None:
+    """Path of the published weights in the hub's cache.
+
+    Given the path, timm asks no server. Otherwise it does even where it has the file, which without a network takes it
+    most of a minute.
+    """
+    if config is None or not isinstance(config.hf_hub_id, str) or config.custom_load:
+        return None
+    repository, _, revision = config.hf_hub_id.partition("@")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if isinstance(file := try_to_load_from_cache(repository, name, revision=revision or None), str):
+            return file
+    return None

@@ -13,16 +13,21 @@ three ways, none of which changes the result:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdeit import kernels
 from fastdeit.fields import size_pair
 from fastdeit.models.contract import ImageSize, Logits, Owner, TokenMaps, split_decay
+from fastdeit.models.layers import block_layers
 from fastdeit.models.positions import interpolated
 from fastdeit.models.tokens import QKV, block_stages, kept, last_block, mapped
+
+DropPathMode = Literal["linear", "constant"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,11 @@ class ViTConfig:
     dim         channels of a token, a multiple of heads
     mlp_ratio   hidden channels of the MLP = int(dim * mlp_ratio)
     distilled   adds DeiT's distillation token and head
-    drop_path   stochastic depth: rate of the last block, in [0, 1); the rate grows linearly from 0 in the first
+    drop_path   stochastic depth: rate of the last block, in [0, 1)
+    drop_path_mode  linear: the rate grows from 0 in the first block to drop_path in the last, as in DeiT; constant: it
+                is drop_path in all of them, as in DeiT III and CaiT
+    dropout     rate in [0, 1) at which single features of the class (and distillation) token are zeroed in front of
+                their heads, as by timm's `drop_rate`
     eps         of every LayerNorm
     """
 
@@ -47,6 +56,8 @@ class ViTConfig:
     num_classes: int = 1000
     distilled: bool = False
     drop_path: float = 0.0
+    drop_path_mode: DropPathMode = "linear"
+    dropout: float = 0.0
     in_chans: int = 3
     eps: float = 1e-6
 
@@ -60,8 +71,11 @@ class ViTConfig:
             )
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path is {self.drop_path}, but must be in [0, 1)")
+        for name in ("drop_path", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
+        if self.drop_path_mode not in get_args(DropPathMode):
+            raise ValueError(f"drop_path_mode is {self.drop_path_mode!r}, but must be linear or constant")
         if self.num_classes < 1 or self.depth < 1:
             raise ValueError(f"num_classes {self.num_classes} and depth {self.depth} must be at least 1")
 
@@ -186,6 +200,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
+        self._checkpoints = False
         patches = config.grid[0] * config.grid[1]
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
         self.pos_embed = nn.Parameter(torch.empty(1, patches + self.prefix_tokens, config.dim))
@@ -233,8 +248,15 @@ class VisionTransformer(nn.Module):
 
     @property
     def noise_per_sample(self) -> int:
-        """Uniforms that a training-mode forward needs per sample: one per residual branch, none without drop-path."""
-        return 0 if self.config.drop_path == 0 else 2 * self.config.depth
+        """Uniforms that a training-mode forward needs per sample: with drop-path one per residual branch, with dropout
+        one per feature of each token that a head reads."""
+        return sum(self._noise_columns)
+
+    @property
+    def _noise_columns(self) -> tuple[int, int]:
+        """Columns of noise for (drop-path, dropout), in this order."""
+        config = self.config
+        return bool(config.drop_path) * 2 * config.depth, bool(config.dropout) * self.prefix_tokens * config.dim
 
     def forward(self, x: Tensor, noise: Tensor | None = None, *, grid: tuple[int, int] | None = None) -> Logits:
         """Logits `[B, num_classes]`; of a distilled model (class, distillation) logits, in train and eval mode alike.
@@ -243,16 +265,17 @@ class VisionTransformer(nn.Module):
                `kernels.to_patches`). On another grid than the model's, its positions are interpolated to that of the
                input, in every call: the images of one step may be of several sizes
         grid   (rows, columns) of patchified input; None for the model's own
-        noise  float32 `[B, noise_per_sample]` uniforms in [0, 1); needed for training with drop-path, unused in eval
-               mode. Columns 2i and 2i+1 belong to attention and MLP of block i. A branch of rate p is kept, and scaled
-               by 1 / (1 - p), where its uniform is >= p (Huang et al., "Deep networks with stochastic depth", ECCV
-               2016).
+        noise  float32 `[B, noise_per_sample]` uniforms in [0, 1); needed for training with drop-path or dropout, unused
+               in eval mode. With drop-path, columns 2i and 2i+1 belong to attention and MLP of block i. A branch of
+               rate p is kept, and scaled by 1 / (1 - p), where its uniform is >= p (Huang et al., "Deep networks with
+               stochastic depth", ECCV 2016). The columns of dropout follow, and are read in the same way, one for each
+               feature of the class token and then of the distillation token
 
         Raises ValueError for input that is no grid of patches, and for missing or ill-shaped noise.
         """
         start = self._embed(*self._patches(x, grid))
         residual, branch, keep = self._run(start, self._keeps(noise, len(x)), rows=self.prefix_tokens)
-        return self.classify(_add_norm(residual, branch, self.norm, keep)[1])
+        return self.classify(self._dropped(_add_norm(residual, branch, self.norm, keep)[1], noise))
 
     def tokens(
         self,
@@ -289,7 +312,7 @@ class VisionTransformer(nn.Module):
         return owner.attn.heads_of(_add_norm(tokens, None, owner.norm1, None)[1])
 
     def classify(self, tokens: Tensor) -> Logits:
-        """Logits, or (class, distillation) logits, of normalised tokens `[B, N, dim]`."""
+        """Logits, or (class, distillation) logits, of normalised tokens `[B, N, dim]`; without dropout."""
         if self.config.distilled:
             return self.head(tokens[:, 0]), self.head_dist(tokens[:, 1])
         return self.head(tokens[:, 0])
@@ -329,21 +352,32 @@ class VisionTransformer(nn.Module):
 
     def _keeps(self, noise: Tensor | None, batch: int) -> Sequence[Tensor | None]:
         """Drop-path factors of all branches: float32 `[B]` each, or None for 1."""
-        count = self.noise_per_sample
+        config, count = self.config, self.noise_per_sample
         if not self.training or count == 0:
-            return [None] * (2 * self.config.depth)
+            return [None] * (2 * config.depth)
         if noise is None:
             raise ValueError(
-                f"training with drop_path {self.config.drop_path} needs noise: pass float32 uniforms in [0, 1) of "
-                f"shape [{batch}, {count}] (noise_per_sample columns), or call eval()"
+                f"training with drop_path {config.drop_path} and dropout {config.dropout} needs noise: pass float32 "
+                f"uniforms in [0, 1) of shape [{batch}, {count}] (noise_per_sample columns), or call eval()"
             )
         if tuple(noise.shape) != (batch, count):
             raise ValueError(f"noise has shape {tuple(noise.shape)}, but must be [{batch}, {count}]")
+        columns, _ = self._noise_columns
+        if columns == 0:
+            return [None] * (2 * config.depth)
         # Made on the device, every step: a buffer would be broadcast by DDP, a list copied from the host.
-        config = self.config
-        rates = torch.linspace(0, config.drop_path, config.depth, dtype=torch.float32, device=noise.device)
+        first = 0.0 if config.drop_path_mode == "linear" else config.drop_path
+        rates = torch.linspace(first, config.drop_path, config.depth, dtype=torch.float32, device=noise.device)
         rates = rates.repeat_interleave(2)
-        return ((noise >= rates) / (1 - rates)).t().contiguous().unbind(0)
+        return ((noise[:, :columns] >= rates) / (1 - rates)).t().contiguous().unbind(0)
+
+    def _dropped(self, tokens: Tensor, noise: Tensor | None) -> Tensor:
+        """Prefix tokens `[B, prefix, dim]` after dropout, by the last columns of the noise."""
+        rate, (first, columns) = self.config.dropout, self._noise_columns
+        if not self.training or columns == 0:
+            return tokens
+        kept_features = (noise[:, first:] >= rate) / (1 - rate)
+        return tokens * kept_features.view(tokens.shape).to(tokens.dtype)
 
     def _run(
         self, tokens: Tensor, keeps: Sequence[Tensor | None], rows: int | None = None
@@ -352,9 +386,16 @@ class VisionTransformer(nn.Module):
         residual, branch, keep = tokens, None, None
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            residual, branch = block(residual, branch, keep, keeps[2 * i], rows if i == last else None)
+            residual, branch = self._through(block, residual, branch, keep, keeps[2 * i], rows if i == last else None)
             keep = keeps[2 * i + 1]
         return residual, branch, keep
+
+    def _through(self, block: Block, *tokens: Any) -> tuple[Tensor, Tensor]:
+        """What the block returns, without keeping its activations where they are to be computed again."""
+        if self._checkpoints:
+            # A block draws no random numbers, so there is no generator to bring back.
+            return checkpoint(block, *tokens, use_reentrant=False, preserve_rng_state=False)
+        return block(*tokens)
 
     def _run_tapped(
         self, tokens: Tensor, keeps: Sequence[Tensor | None], at: TokenMaps, end: int
@@ -363,13 +404,22 @@ class VisionTransformer(nn.Module):
         for i in range(end):
             if i in at:
                 residual, branch, keep = mapped(at, i, _add(residual, branch, keep)), None, None
-            residual, branch = self.blocks[i](residual, branch, keep, keeps[2 * i])
+            residual, branch = self._through(self.blocks[i], residual, branch, keep, keeps[2 * i])
             keep = keeps[2 * i + 1]
         return residual, branch, keep
 
     def stages(self, depths: Sequence[int]) -> list[list[Owner]]:
         """Owners of the parameters in the order of the computation (`contract.Tokens.stages`)."""
         return block_stages(self, depths)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the tokens between blocks for backward, and compute each block again there: less memory, a third
+        more time, the same result."""
+        self._checkpoints = enable
+
+    def layers(self) -> list[list[str]]:
+        """Names of the parameters by layer, from the embedding to the heads (`models.layers`)."""
+        return block_layers(self)
 
     def decay_groups(self, decay_dist_token: bool = False) -> tuple[list[str], list[str]]:
         """Names of the parameters `(with, without)` weight decay.

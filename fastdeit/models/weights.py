@@ -4,14 +4,22 @@ Nothing is dropped, resized or left as initialised without being named in the re
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastdeit.models import convert
 from fastdeit.models.positions import interpolated
 from fastdeit.models.vit import init_linear
+from fastdeit.text import some
+
+HEADS = ("head", "head_dist")
+"""Heads of the DeiT family, which weights may have where a network has none."""
+
+
+_SAY_GRID = "a run tells how they lie; of a file, say it with model.weights_grid=[height, width]"
 
 
 @dataclass(frozen=True)
@@ -20,15 +28,17 @@ class LoadReport:
 
     missing             names of the model's tensors that keep their initial values because the weights have none for
                         them
-    unexpected          names of the weights' tensors that the model has no place for
+    unexpected          names of the weights' tensors that were left out: the model has no place for them
     resized             what became of the positional embedding, in words; empty if it fitted
     reinitialised_heads names of the heads whose number of classes differs: initialised anew
+    converted           what was renamed or folded, in words (`convert`)
     """
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
     reinitialised_heads: tuple[str, ...] = ()
+    converted: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -38,54 +48,86 @@ class LoadReport:
     def __str__(self) -> str:
         parts = (
             ("kept as initialised", self.missing),
-            ("not used", self.unexpected),
+            ("left out", self.unexpected),
             ("resized", self.resized),
             ("heads initialised anew", self.reinitialised_heads),
+            ("converted", self.converted),
         )
         return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names) or "all tensors fit"
 
 
-def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> LoadReport:
+def load_weights(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    grid: tuple[int, int] | None = None,
+    may_differ: Collection[str] | None = None,
+) -> LoadReport:
     """Load `state_dict` into `model`, with names as timm has them, and say what did not fit.
 
-    A positional embedding for another image size is resized (`resize_pos_embed`); `grid` is its (height, width) in
-    patches, needed where it is not square. A head with another number of classes is initialised anew. Raises
-    ValueError, before anything is changed, if no name fits or any other shape differs.
+    grid        (height, width) in patches of the weights' positional embedding, needed where it is not square
+    may_differ  names of modules and parameters that only one side may have, and of heads that may be of another number
+                of classes: what only the model has, and such a head, is initialised anew; what only the weights have is
+                left out. None: the heads, and the distillation token. Everything else must be there on both sides
+
+    A positional embedding for another image size is resized (`resize_pos_embed`). The names of LeViT's files are
+    mapped, and LayerScale is renamed or folded (`convert`). Raises ValueError, before anything is changed, where
+    something is missing, left over, or of another shape or kind of number.
     """
     own = model.state_dict()
-    if not own.keys() & state_dict.keys():
+    if odd := [name for name, tensor in state_dict.items() if tensor.layout != torch.strided or tensor.is_meta]:
+        raise ValueError(f"{some(odd)} of the weights are sparse or without data")
+    tensors, renamed = convert.levit(own, state_dict)
+    tensors, scaled = convert.layer_scale(own, tensors)
+    if not own.keys() & tensors.keys():
         raise ValueError(
-            f"no tensor name of the weights ({_some(state_dict)}) is one of the model's ({_some(own)}); "
-            "are they nested under a key such as 'model', or prefixed with 'module.'?"
+            f"no tensor name of the weights ({some(state_dict)}) is one of the model's ({some(own)}); they are of "
+            "another kind of model, or under names that are not known here"
         )
-    heads = _foreign_heads(model, own, state_dict)
+    free = (*model.head_names, *HEADS, "dist_token") if may_differ is None else tuple(may_differ)
+    missing = tuple(name for name in own if name not in tensors)
+    unexpected = tuple(sorted(name for name in tensors if name not in own))  # safetensors has no order
+    heads = _foreign_heads(model, own, tensors)
+    _refuse("it needs {}, which they do not have", missing, free)
+    _refuse("they have {}, for which it has no place", unexpected, free)
+    for head in heads:
+        if head not in free:
+            theirs, ours = (len(side[f"{head}.weight"]) for side in (tensors, own))
+            raise ValueError(f"{head} of the weights knows {theirs} classes, and that of the model {ours}")
     taken = {
         name: tensor
-        for name, tensor in state_dict.items()
+        for name, tensor in tensors.items()
         if name in own and not any(name.startswith(f"{head}.") for head in heads)
     }
+    _refuse_other_numbers(taken, own)
     resized = ()
     if "pos_embed" in taken and taken["pos_embed"].ndim == 3 and getattr(model, "grid", None) is not None:
-        taken["pos_embed"], note = resize_pos_embed(state_dict, model, grid)
+        taken["pos_embed"], note = resize_pos_embed(tensors, model, grid)
         resized = (note,) if note else ()
+    _refuse_other_shapes(taken, own)
+    model.load_state_dict(taken, strict=False)
+    for head in heads:
+        init_linear(model.get_submodule(head))
+    return LoadReport(missing, unexpected, resized, heads, (*renamed, *scaled))
+
+
+def _refuse(sentence: str, names: Collection[str], free: Collection[str]) -> None:
+    bound = [name for name in names if not any(name == one or name.startswith(f"{one}.") for one in free)]
+    if bound:
+        raise ValueError(f"the weights do not fit the model: {sentence.format(some(bound))}")
+
+
+def _refuse_other_shapes(taken: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     wrong = [name for name, tensor in taken.items() if tensor.shape != own[name].shape]
     if wrong:
         shapes = (f"{name} is {tuple(taken[name].shape)}, not {tuple(own[name].shape)}" for name in wrong[:4])
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(f"the weights are of another model: {'; '.join(shapes)}{more}")
-    model.load_state_dict(taken, strict=False)
-    for head in heads:
-        init_linear(model.get_submodule(head))
-    return LoadReport(
-        missing=tuple(name for name in own if name not in state_dict),
-        unexpected=tuple(name for name in state_dict if name not in own),
-        resized=resized,
-        reinitialised_heads=heads,
-    )
 
 
-def _some(names: Mapping[str, Tensor]) -> str:
-    return ", ".join(list(names)[:2]) + ", ..."
+def _refuse_other_numbers(taken: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    for name, tensor in taken.items():
+        if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
+            raise ValueError(f"{name} of the weights is {tensor.dtype}, and that of the model {own[name].dtype}")
 
 
 def _foreign_heads(model: nn.Module, own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -109,9 +151,9 @@ def resize_pos_embed(
     of prefix tokens are copied; one that only the model has is 0 if the weights add the token without a position
     (DeiT III), and else stays as initialised, as its token does.
 
-    `grid` is the (height, width) of the weights' patches. Without it a square is assumed, or the model's grid if the
-    patches are as many and no square. Raises ValueError where that does not settle it, and for a model that has no
-    positions for prefix tokens where the weights have them.
+    `grid` is the (height, width) of the weights' patches. Without it they are taken for a square. Raises ValueError
+    where they are none, or are as many as those of a model that is no square, and for a model that has no positions
+    for prefix tokens where the weights have them.
     """
     source, own = state_dict["pos_embed"], model.state_dict()["pos_embed"]
     new_grid, new_prefix = tuple(model.grid), model.prefix_tokens
@@ -147,20 +189,14 @@ def _source_layout(
         return prefix, tuple(grid)
     for prefix in (tokens, 0) if length > tokens else (0,):
         side = math.isqrt(length - prefix)
-        same_count = length - prefix == new_grid[0] * new_grid[1]
         if side * side == length - prefix:
-            if same_count and new_grid != (side, side):
+            if new_grid != (side, side) and side * side == new_grid[0] * new_grid[1]:
                 raise ValueError(
-                    f"pos_embed has {length - prefix} patches, which can be {side}x{side} or {_by(new_grid)}; "
-                    "say which with grid=(height, width)"
+                    f"pos_embed has {length - prefix} patches, which can be {_by((side, side))} or {_by(new_grid)}; "
+                    f"{_SAY_GRID}"
                 )
             return prefix, (side, side)
-        if same_count:
-            return prefix, new_grid
-    raise ValueError(
-        f"pos_embed has {length} positions, which is no square plus {tokens} prefix tokens; "
-        "say what it is with grid=(height, width)"
-    )
+    raise ValueError(f"pos_embed has {length} positions, which is no square plus {tokens} prefix tokens; {_SAY_GRID}")
 
 
 def _tokens(state_dict: Mapping[str, Tensor]) -> int:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from pydantic_core import PydanticKnownError
 
 from fastdeit.data.sources import kinds
-from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, Positive, Range, Section, Text
+from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, PathText, Positive, Range, Section, Side, Text
 from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, ViewSettings
 
 Classes = Annotated[int, Field(ge=1, le=100_000_000)]
@@ -62,9 +62,24 @@ class ModelConfig(Section):
     num_classes: Classes | None = None
     """null: as many as the data set has."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Stochastic depth: drop rate of the last block; the rates of the blocks before rise linearly from 0."""
-    weights: Text | None = None
-    """Initial weights: a safetensors file, a checkpoint or a run directory. null: random."""
+    """Stochastic depth: drop rate of the last block."""
+    drop_path_mode: Literal["linear", "constant"] = "linear"
+    """linear: the rates of the blocks rise from 0 to drop_path, as in DeiT; constant: all are drop_path (DeiT III)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Rate at which features in front of the heads are zeroed in training (timm: drop_rate)."""
+    weights: PathText | None = None
+    """Address of the initial weights: a run (RUN, RUN@best, RUN@ema), a checkpoint, a safetensors or .pth file, or
+    timm:NAME. null: random. See docs/weights.md."""
+    weights_grid: tuple[Side, Side] | None = None
+    """[height, width] in patches of the positional embedding of `weights`, needed of a file whose grid is no square;
+    null: what the run says, or a square."""
+    needs_weights: bool = False
+    """The recipe goes on from trained weights: a run of it is refused where `weights` are missing."""
+
+    freeze: tuple[Text, ...] = ()
+    """Parts that are not trained: names of parameters and modules, as in [patch_embed, blocks.0-5, blocks.*.mlp], and
+    the words embedding, attention, all_but_head (a linear probe) and all_but_attention (DeiT's attention-only
+    fine-tuning: heads and positions are trained, too). Frozen BatchNorm keeps its statistics. Default: none."""
 
     @field_validator("timm")
     @classmethod
@@ -76,6 +91,13 @@ class ModelConfig(Section):
             raise ValueError("is required where there is no model.name: one of them says which model to train")
         return timm
 
+    @field_validator("drop_path_mode")
+    @classmethod
+    def _ours_alone(cls, mode: str, info: ValidationInfo) -> str:
+        if mode == "constant" and info.data.get("timm") is not None:
+            raise ValueError("must be linear beside model.timm: timm's models have no other drop-path")
+        return mode
+
 
 class DataSplits(Section):
     """Where samples come from."""
@@ -85,7 +107,7 @@ class DataSplits(Section):
     WebDataset layout; tfrecord: TensorFlow's; parquet: files of the Hugging Face hub; arrow: what its `save_to_disk`
     writes; imagenet, cifar10, ... as their authors distribute them; synthetic: noise made on the fly; digits:
     scikit-learn's handwritten digits; package.module:KIND: a reader of your own. See docs/data.md."""
-    root: Text | None = None
+    root: PathText | None = None
     """Directory of the data set; synthetic and digits have none."""
     train: Text = "train"
     """Name of the training split under `root`: a folder, or files as docs/data.md says. Public data sets that come
@@ -157,29 +179,46 @@ class OptimConfig(Section):
     """What all optimizers have, and the schedule. Nothing here is scaled by the batch size or the number of processes.
 
     A recipe's section has its optimizer's own fields besides (`fastdeit.engine.optimizers`): adamw and lamb have betas
-    and eps; sgd has momentum, nesterov and decoupled_decay.
+    and eps, muon these and momentum; sgd has momentum, nesterov and decoupled_decay.
     """
 
     name: Text = "adamw"
-    """adamw, lamb, sgd, or an import path `package.module:Class`."""
+    """adamw, lamb, sgd, muon, or an import path `package.module:Class`."""
     lr: Positive
     """Peak learning rate of the global batch."""
     weight_decay: NonNegative = 0.05
-    """Of sgd 1e-4 by default."""
+    """Share of the weights that an update takes away, times the learning rate. Of sgd 1e-4 by default."""
     clip_grad: Positive | None = None
-    """Largest norm of the gradient of all parameters; null: no clipping. Of lamb 1.0 by default."""
+    """Limit of gradient clipping; null: no clipping. Of lamb 1.0 by default."""
+    clip_mode: Literal["norm", "agc"] = "norm"
+    """What clip_grad limits. norm: the norm of the gradient of all parameters; agc (adaptive gradient clipping): the
+    ratio of the norms of gradient and weights of each unit, such as a row of a matrix; 0.01 is usual, and the heads are
+    not clipped."""
     schedule: Literal["cosine", "deit-exact"] = "cosine"
     """cosine: per step, after a linear warm-up; deit-exact: the public code's, per epoch and one epoch late."""
-    warmup_epochs: NonNegative = 5.0
-    """Epochs in which the learning rate rises from `warmup_lr` to `lr`; fractions are allowed."""
+    warmup_epochs: NonNegative | None = 5.0
+    """Epochs in which the learning rate rises from `warmup_lr` to `lr`; fractions are allowed; null: a twentieth of the
+    run."""
     warmup_lr: NonNegative = 1e-6
     """Learning rate at the first step of the warm-up."""
     min_lr: NonNegative = 1e-5
     """Learning rate at the end of the schedule."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of the running average of the weights, which is evaluated besides them; null: no average."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor on the learning rate from each layer to the one before it: the heads have `lr`, the last block
+    layer_decay * lr, the embedding layer_decay ** (blocks + 1) * lr; null: one rate for all."""
     decay_dist_token: bool = False
     """Apply weight decay to the distillation token, as the public code does."""
+
+    @field_validator("clip_mode")
+    @classmethod
+    def _limit_is_a_ratio(cls, clip_mode: str, info: ValidationInfo) -> str:
+        limit = info.data.get("clip_grad", 0)
+        if clip_mode == "agc" and (limit is None or limit >= 1):
+            known = "null" if limit is None else f"{limit:g}"
+            raise ValueError(f"agc needs an optim.clip_grad below 1, such as 0.01; it is {known}")
+        return clip_mode
 
     @field_validator("min_lr")
     @classmethod
@@ -192,18 +231,33 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """Length of the run, batch size, seed, evaluation."""
 
-    epochs: Count
-    """Passes over the training set."""
+    epochs: Count | None = None
+    """Passes over the training set; either this or `steps`. A run that starts from model.weights may leave out both:
+    its epochs then follow the size of the data set (docs/finetune.md)."""
+    steps: Count | None = None
+    """Steps of the optimizer, in place of `epochs`."""
     batch_size: Count
     """Samples per optimizer step, over all processes and micro-batches."""
     accumulate: Count = 1
     """Micro-batches per optimizer step, to save memory; the result is that of one batch."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The only seed: of the initial weights, order, augmentation, mixing and drop-path."""
-    eval_every: Count = 1
-    """Epochs between evaluations."""
+    eval_every: Positive = 1.0
+    """Epochs between evaluations; fractions are allowed."""
+    eval_every_steps: Count | None = None
+    """Steps between evaluations, in place of `eval_every`."""
+    stop_after: Count | None = None
+    """Evaluations in a row without a new best after which the run ends early; null: never."""
     best_by: Text | None = None
     """Metric by which the best checkpoint is chosen; null: the first of the method's first evaluator."""
+
+    @field_validator("steps")
+    @classmethod
+    def _one_length(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        epochs = info.data.get("epochs")
+        if steps is not None and epochs is not None:
+            raise ValueError(f"is one length too many beside train.epochs {epochs}; remove one of the two")
+        return steps
 
 
 class EngineConfig(Section):
@@ -211,6 +265,9 @@ class EngineConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is a GPU."""
+    threads: Count | None = None
+    """Threads of a process that compute on the CPU. With another number sums round differently. null: the process's
+    share of the processors; the run keeps that number. OMP_NUM_THREADS wins."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss."""
     capture: Literal["none", "compile", "graph"] = "none"
@@ -218,6 +275,11 @@ class EngineConfig(Section):
     autotune: Literal["auto", "on", "off"] = "auto"
     """auto: the first steps on a GPU without measurements try kernels out, and keep the fastest that is right; on: on
     any device, whatever was measured."""
+    checkpoint_blocks: bool = False
+    """Compute the activations of each block again in backward instead of keeping them: less memory, more time."""
+    sync_batchnorm: bool = False
+    """Normalise over the batches of all processes (SyncBatchNorm), so that several learn what one does; false: each
+    process normalises its own, which is quicker."""
     log_every: Count = 50
     """Steps between two lines of metrics."""
     checkpoint_every: Positive = 1.0

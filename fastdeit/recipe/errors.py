@@ -7,6 +7,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from fastdeit.recipe import flags
 from fastdeit.recipe.yaml import NOWHERE, FieldPath, Item, Problems, format_value, is_written, place_of, plain
 from fastdeit.text import did_you_mean
 
@@ -98,8 +99,12 @@ def unknown_field(value: Any, models: Models, path: FieldPath) -> str:
     similar names beside it."""
     *parents, key = path
     homes = [section for section, model in models.items() if model is not None and key in model.model_fields]
+    flag = flags.named(str(key)) if len(path) <= 2 and not isinstance(value, Mapping) else None
     if homes:
         hint = f"; did you mean {homes[0]}.{key}?"
+    elif flag is not None and "." in flag.ours and flag.ours != ".".join(map(str, path)):
+        note = f" ({flag.note})" if flag.note else ""
+        hint = f"; did you mean {flags.written(flag, value if isinstance(value, str) else format_value(value))}?{note}"
     elif owners := _optimizers_with(key) if parents == ["optim"] else []:
         hint = f"; it belongs to optim.name {' or '.join(owners)}"
     else:

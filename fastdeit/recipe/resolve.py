@@ -9,6 +9,7 @@ both are looked up when a recipe is validated. Importing this module imports no 
 """
 
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -124,6 +125,18 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return _validated(recipe.name, _merged(root, changes), problems)
 
 
+def check_complete(recipe: Recipe) -> None:
+    """Raise RecipeError where a run lacks what the recipe leaves to its user: trained weights to go on from.
+
+    A recipe without them can still be shown and planned.
+    """
+    if recipe.model.needs_weights and recipe.model.weights is None:
+        raise RecipeError(
+            f"recipe {recipe.name}: model.weights: is required, because it goes on from a trained network: give "
+            "model.weights=RUN or model.weights=FILE (model.needs_weights=false trains from nothing)"
+        )
+
+
 def names() -> list[str]:
     """Names of the shipped recipes, sorted."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -160,6 +173,13 @@ def difference(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
         dict(_flat(recipe.model_dump(include={"model", "method", "data", "optim", "train"}, exclude={"data": _PLACES})))
         for recipe in (a, b)
     )
+    fields = dict.fromkeys([*mine, *theirs])
+    return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
+
+
+def changes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
+    """(dotted field, value in a, value in b) of all fields but `about` and `name` that differ, as JSON has them."""
+    mine, theirs = (dict(_flat(recipe.model_dump(mode="json", exclude={"about", "name"}))) for recipe in (a, b))
     fields = dict.fromkeys([*mine, *theirs])
     return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
 
@@ -201,6 +221,7 @@ def _no_recipe(name: str) -> str:
 
 def _find(word: str, folder: Path) -> Path:
     """File of the recipe `word`: a path, relative to `folder`, when it looks like one, else a shipped name."""
+    word = os.path.expanduser(word)
     if "/" not in word and not word.endswith((".yaml", ".yml")):
         if word not in names():
             raise RecipeError(_no_recipe(word))
@@ -318,9 +339,10 @@ _CHOICES: dict[FieldPath, _Choice] = {
     # Rates, decay and clipping of one optimizer say nothing of another's; the schedule and the average are for all.
     ("optim",): _Choice(
         ("name",),
-        shared=("schedule", "warmup_epochs", "warmup_lr", "min_lr", "ema_decay", "decay_dist_token"),
+        shared=("schedule", "warmup_epochs", "warmup_lr", "min_lr", "ema_decay", "layer_decay", "decay_dist_token"),
         default=_ADAMW,
     ),
+    ("train",): _Choice(("epochs", "steps"), stale=("epochs", "steps")),
     ("data",): _Choice(
         ("source",), stale=("root", "train", "val", "synthetic_samples", "synthetic_classes"), default="folder"
     ),
@@ -375,7 +397,8 @@ def _validated(name: str, root: Item, problems: Problems) -> Recipe:
                 parts[section] = part
     if not problems.incomplete:
         for path, problem in _conflicts(parts):
-            problems.add(place_of(root, path), path, problem)
+            if not problems.is_unreadable(path):
+                problems.add(place_of(root, path), path, problem)
     if problems.found:
         raise RecipeError(problems.text())
     return Recipe(name=name, **parts)
@@ -398,7 +421,13 @@ def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
                 ("train", "accumulate"),
                 f"must divide train.batch_size / data.group_size ({groups} groups), got {train.accumulate}",
             )
-    if optim and train and optim.warmup_epochs >= train.epochs:
+    if train and model and train.epochs is None and train.steps is None and model.weights is None:
+        yield (
+            ("train", "epochs"),
+            "is required, or train.steps; only a run that starts from model.weights may leave both out, and its length "
+            "then follows the size of the data set",
+        )
+    if optim and train and None not in (train.epochs, optim.warmup_epochs) and optim.warmup_epochs >= train.epochs:
         yield (
             ("optim", "warmup_epochs"),
             f"must be less than train.epochs ({train.epochs}), got {format_value(optim.warmup_epochs)}",

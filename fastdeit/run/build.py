@@ -1,14 +1,13 @@
 """From a recipe to the parts of a run: sources, loaders, model, method, teacher."""
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from fastdeit import kernels, methods, models, rng
@@ -16,25 +15,29 @@ from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import order
 from fastdeit.data.plan.plan import Augment, Mixing
 from fastdeit.data.sources import digits
-from fastdeit.data.sources.datasets import kinds_at, layout, open_pair
+from fastdeit.data.sources.datasets import kinds_at, layout, open_held_out, open_pair
+from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.data.sources.source import DataError, Source
 from fastdeit.data.sources.synthetic import SyntheticSource
-from fastdeit.engine import checkpoint
+from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import EmaTeacher
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
-from fastdeit.fields import size_pair
+from fastdeit.fields import Section, size_pair
 from fastdeit.methods.base import Context, Method, Momentum
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher, TeacherConfig
-from fastdeit.models.weights import LoadReport, load_weights
+from fastdeit.models.freeze import freeze_parts
+from fastdeit.recipe.length import Length, LengthError, length
+from fastdeit.run.weights import load, network, open_weights
 from fastdeit.views import View, overridden, parse_policy, resolved
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
 
 Report = Callable[[str], None]
+Opened = TypeVar("Opened")
 
 
 def sources(recipe: "Recipe") -> tuple[Source, Source]:
@@ -47,6 +50,19 @@ def sources(recipe: "Recipe") -> tuple[Source, Source]:
         return train, SyntheticSource(held_out, seed=recipe.train.seed + 1, **shape)
     if data.source == "digits":
         return open_pair("folder", digits.prepare())
+    return _opened(recipe, open_pair)
+
+
+def held_out(recipe: "Recipe") -> Source:
+    """The held-out samples alone, where the training split need not be there. Raises as `sources`."""
+    if recipe.data.source in GENERATED:
+        return sources(recipe)[1]
+    return _opened(recipe, open_held_out)
+
+
+def _opened(recipe: "Recipe", opened: Callable[[str, str, str, str], Opened]) -> Opened:
+    """What `opened` makes of the recipe's kind, root and splits, with errors that say what to do."""
+    data = recipe.data
     splits = data.train, data.val
     if data.root is None:
         raise UsageError(
@@ -54,7 +70,7 @@ def sources(recipe: "Recipe") -> tuple[Source, Source]:
             f"expected are {layout(data.source, *splits)}"
         )
     try:
-        return open_pair(data.source, data.root, *splits)
+        return opened(data.source, data.root, *splits)
     except DataError as error:
         raise DataError(
             f"data.source {data.source}: {error}{_expected(error, data.source, data.root, *splits)}"
@@ -111,6 +127,14 @@ def mixing(recipe: "Recipe") -> Mixing:
     return Mixing(**{field.name: getattr(recipe.data, field.name) for field in fields(Mixing)})
 
 
+def run_length(recipe: "Recipe", images: int) -> Length:
+    """The length of the recipe's run on so many training images. Raises UsageError where the warm-up does not fit."""
+    try:
+        return length(recipe, images, order.steps_per_epoch(images, recipe.train.batch_size))
+    except LengthError as error:
+        raise UsageError(f"recipe {recipe.name}: {error}") from error
+
+
 def train_loader(
     recipe: "Recipe", source: Source, world: World, noise: Mapping[str, int], on_bad: Callable[[str, str], None]
 ) -> TrainLoader:
@@ -136,7 +160,7 @@ def train_loader(
         stores=methods.find(recipe.method.use).needs(recipe.method),
         mean=data.mean,
         std=data.std,
-        total_steps=train.epochs * order.steps_per_epoch(len(source), train.batch_size),
+        total_steps=run_length(recipe, len(source)).total,
         max_bad_fraction=data.max_bad_fraction,
         on_bad=on_bad,
     )
@@ -172,61 +196,79 @@ def tuning(recipe: "Recipe", world: World, say: Report) -> kernels.Tuning:
     return kernels.Tuning(recipe.engine.autotune, world.device, recorded=recorded, say=say, **share)
 
 
-def model(recipe: "Recipe", num_classes: int, say: Report) -> nn.Module:
-    """The student, initialised from the seed alone and, if the recipe says so, from weights."""
+def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str] | None = None) -> nn.Module:
+    """The student, initialised from the seed alone and, if the recipe says so, from weights.
+
+    `classes` names the classes of the data in the order of their labels; they are compared with those of the weights.
+    """
     config = recipe.model
     if config.num_classes is not None and config.num_classes != num_classes:
         raise UsageError(f"model.num_classes is {config.num_classes}, but the data set has {num_classes} classes")
     torch.manual_seed(rng.key(recipe.train.seed, "init") >> 1)
     options = {"image_size": image_size(recipe), "num_classes": num_classes, "drop_path": config.drop_path}
+    # Models take these where they have them. A model of somebody else's need not know them until a recipe asks.
+    options |= {name: getattr(config, name) for name in ("drop_path_mode", "dropout") if _is_set(config, name)}
     try:
-        built = _network(config.name, config.timm, **options)
+        built = models.of(config.name, config.timm, **options)
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
+    if recipe.engine.checkpoint_blocks:
+        _checkpoint_blocks(built, recipe)
     if config.weights is not None:
-        say(f"weights of {config.weights}: {_load(built, config.weights, 'model.weights')}")
+        with _naming("model.weights"):
+            found = open_weights(config.weights)
+            notes = load(built, found, purpose="student", classes=classes, grid=config.weights_grid)
+        for note in (*found.notes, *notes) or ("all tensors fit",):
+            say(f"weights of {found.origin}: {note}")
+    try:
+        freeze_parts(built, config.freeze)
+    except ValueError as error:
+        raise UsageError(f"model.freeze: {error}") from error
     return built
 
 
-def _network(name: str | None, timm: str | None, **options: Any) -> nn.Module:
-    return models.build(name, **options) if timm is None else models.build_timm(timm, **options)
+def _is_set(section: Section, name: str) -> bool:
+    return getattr(section, name) != type(section).model_fields[name].default
 
 
-def _load(network: nn.Module, weights: str, field: str) -> LoadReport:
+def _checkpoint_blocks(network: nn.Module, recipe: "Recipe") -> None:
+    if recipe.model.timm is not None and recipe.engine.capture == "graph":
+        raise UsageError(
+            "engine.checkpoint_blocks: timm's models bring a generator back to draw the same numbers again, which "
+            "engine.capture graph cannot record; use none or compile"
+        )
+    if not hasattr(network, "set_grad_checkpointing"):
+        raise UsageError(f"engine.checkpoint_blocks: {type(network).__name__} has no set_grad_checkpointing(enable)")
     try:
-        return load_weights(network, read_weights(Path(weights)))
-    except (ValueError, OSError, SafetensorError) as error:
-        raise UsageError(f"{field} {weights}: {error}") from error
+        network.set_grad_checkpointing(True)
+    except ValueError as error:
+        raise UsageError(f"engine.checkpoint_blocks: {error}") from error
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """State dict of a safetensors file, of a checkpoint, or of the newest checkpoint of a run."""
-    if path.is_file():
-        return load_file(path)
-    tensors = open_checkpoint(path, _warn_of_damage).tensors
-    return tensors["model"]
-
-
-def _warn_of_damage(path: Path, why: str) -> None:
-    warnings.warn(f"checkpoint {path} is damaged ({why}); an earlier one is used", stacklevel=2)
-
-
-def open_checkpoint(path: Path, on_damaged: Callable[[Path, str], None]) -> checkpoint.Checkpoint:
-    """The checkpoint at `path`, or the newest that verifies of the run at `path`."""
-    if (path / "manifest.json").exists():
-        return checkpoint.load(path)
-    found = checkpoint.newest(path / "checkpoints", on_damaged) if path.is_dir() else None
-    if found is None:
-        raise UsageError(f"{path} is neither a run with checkpoints nor a checkpoint directory (step_00001250)")
-    return found
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Errors of usage inside say which field of the recipe they come from."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{field}: {error}") from error
 
 
 def method(
-    recipe: "Recipe", student: nn.Module, num_classes: int, steps: int, teacher: Callable[[TeacherConfig], Teacher]
+    recipe: "Recipe",
+    student: nn.Module,
+    num_classes: int,
+    steps: int,
+    teacher: Callable[[TeacherConfig], Teacher],
+    source: Source | None = None,
 ) -> Method:
-    """The training method around the student.
+    """The training method around the student, for a run of so many steps.
 
-    Raises UsageError if it keeps an averaged teacher where the engine does not find it, such as in a list.
+    source  the training images; None in an evaluation, where the epochs of a run of `train.steps` are not known and its
+            steps stand in for them
+
+    Raises UsageError if the method cannot be built, and if it keeps an averaged teacher where the engine does not find
+    it, such as in a list.
     """
     kind = methods.find(recipe.method.use)
     averaged: list[EmaTeacher] = []
@@ -235,7 +277,13 @@ def method(
         averaged.append(EmaTeacher(module, momentum))
         return averaged[-1]
 
-    made = kind(student, recipe.method, Context(num_classes, recipe.train.epochs, steps, teacher, ema_teacher))
+    epochs = recipe.train.epochs or (steps if source is None else run_length(recipe, len(source)).epochs_begun)
+    counts = None if source is None else partial(class_counts, source)
+    try:
+        context = Context(num_classes, epochs, steps, teacher, ema_teacher, counts)
+        made = kind(student, recipe.method, context)
+    except ValueError as error:
+        raise UsageError(f"method {recipe.method.use}: {error}") from error
     if not set(averaged) <= set(made.modules()):
         raise UsageError(
             f"method {recipe.method.use}: what ema_teacher() returns must be an attribute of the method, or in an "
@@ -245,57 +293,67 @@ def method(
     return made
 
 
+def class_counts(source: Source) -> list[int]:
+    """How many images each class has."""
+    counts = [0] * len(source.classes)
+    for index in range(len(source)):
+        counts[source.label(index)] += 1
+    return counts
+
+
+def clipping(recipe: "Recipe", student: nn.Module) -> dict[str, Any]:
+    """The arguments of `Engine` for what the recipe says of gradient clipping."""
+    limit = recipe.optim.clip_grad
+    if recipe.optim.clip_mode == "norm":
+        return {"clip_grad": limit}
+    return {"clip_units": UnitClipping(limit, [f"model.{head}" for head in student.head_names])}
+
+
 def teacher(
-    config: TeacherConfig, size: tuple[int, int], num_classes: int, trained: Path, precision: str = "fp32"
+    config: TeacherConfig,
+    size: tuple[int, int],
+    num_classes: int,
+    trained: Path,
+    precision: str = "fp32",
+    *,
+    classes: Sequence[str] | None = None,
+    say: Report | None = None,
 ) -> Teacher:
     """The teacher that `config` describes, ready to be asked in `precision` (of the recipe's engine).
 
-    `trained` is the run of a teacher that has a recipe of its own.
+    size     (height, width) in pixels of the student's input
+    trained  the run of a teacher that has a recipe of its own
+    classes  names of the data's classes in the order of their labels, compared with those of the teacher's weights
+
+    A teacher that is a run sees its own size and normalisation, whatever the student's are. Raises UsageError where its
+    weights do not fit, have anything left over, or are of other classes.
     """
-    options = {"image_size": config.image_size or size, "num_classes": num_classes, "drop_path": 0.0}
-    mean, std, side = config.mean, config.std, config.image_size
-    if config.timm is not None:
-        pretrained = config.weights is None
-        if pretrained:
-            # Asked for another number of classes, timm would give the network a head that has learned nothing.
-            options["num_classes"] = None
-        network = _timm_teacher(config.timm, pretrained, options)
-        known = network.inner.num_classes
-        if config.classifies and known != num_classes:
+    name = config.model if config.timm is None else f"timm:{config.timm}"
+    address = config.weights or (str(trained) if config.recipe is not None else name)
+    with _naming("method.teacher" if config.weights is None else "method.teacher.weights"):
+        found = open_weights(address)
+        known = found.known
+        if config.classifies and known.num_classes not in (None, num_classes):
             raise UsageError(
-                f"method.teacher.timm {config.timm} knows {known} classes, but the data set has {num_classes}; "
-                "give method.teacher.weights trained on this data set"
+                f"{found.origin}: the weights know {known.num_classes} classes, but the data set has {num_classes}; "
+                "give a teacher that was trained on this data set"
             )
-        if mean is None:
-            mean, std = network.mean, network.std
-    elif config.model is not None:
-        network = models.build(config.model, **options)
-    else:
-        restored = open_checkpoint(trained, _warn_of_damage)
-        own = restored.state["recipe"]
-        # It sees what it was trained on, whatever the student's resolution and normalisation are.
-        side = config.image_size or own["model"]["image_size"]
-        mean, std = (mean, std) if mean is not None else (own["data"]["mean"], own["data"]["std"])
-        network = _network(own["model"]["name"], own["model"]["timm"], **options | {"image_size": side})
-        network.load_state_dict(restored.tensors["model"])
-    if config.weights is not None:
-        report = _load(network, config.weights, "method.teacher.weights")
-        # The head of a network that is asked for features alone is not used.
-        unused = () if config.classifies else tuple(f"{head}." for head in network.head_names)
-        missing = [name for name in report.missing if not name.startswith(unused)]
-        if missing or (config.classifies and report.reinitialised_heads):
-            raise UsageError(f"method.teacher.weights {config.weights} do not fit the teacher: {report}")
-    frozen = freeze(network, size_pair(side or size, "method.teacher.image_size"), DTYPES[precision])
+        told = [f"{found.origin}: {note}" for note in found.notes]
+        of_a_run = found.checkpoint is not None
+        side = config.image_size or (known.image_size if of_a_run else None)
+        built = network(
+            found,
+            name=name,
+            num_classes=num_classes if config.classifies else None,
+            image_size=side or size,
+            classes=classes,
+            purpose="teacher" if config.classifies else "features",
+            say=told.append,
+        )
+    for note in told if say is not None else ():
+        say(f"teacher: {note}")
+    mean, std = (config.mean, config.std) if config.mean is not None else (known.mean, known.std)
+    if mean is None and config.timm is not None:
+        mean, std = built.mean, built.std
+    frozen = freeze(built, size_pair(side or size, "method.teacher.image_size"), DTYPES[precision])
     return Teacher(frozen, image_size=side, mean=mean, std=std)
-
-
-def _timm_teacher(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    try:
-        return models.build_timm(name, pretrained=pretrained, **options)
-    except ValueError as error:
-        raise UsageError(f"method.teacher: {error}") from error
-    except (OSError, RuntimeError) as error:
-        raise UsageError(
-            f"the weights of timm's {name} cannot be loaded ({error}); with no network, give their file as "
-            "method.teacher.weights=PATH.safetensors"
-        ) from error

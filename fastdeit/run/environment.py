@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-import fastdeit
-from fastdeit import kernels
+from fastdeit import cores, kernels
+from fastdeit.version import __version__
 
 DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 PACKAGES = ("triton", "timm", "numpy", "safetensors", "pydantic")
@@ -33,11 +33,11 @@ class Space:
 def report() -> dict[str, Any]:
     """The environment as plain values that JSON can hold; sizes in bytes, None for what there is not."""
     return {
-        "fastdeit": {"version": fastdeit.__version__, "code": code_version(Path(fastdeit.__file__).parent.parent)},
+        "fastdeit": {"version": __version__, "code": code_version(Path(__file__).parents[2])},
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "machine": {
             "platform": platform.platform(),
-            "cpu_cores": len(os.sched_getaffinity(0)),
+            "cpu_cores": cores.available(),
             "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         },
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "nccl": _nccl()},

@@ -1,11 +1,8 @@
 """Exact evaluation: every held-out image is counted once, on any number of processes."""
 
-import argparse
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,13 +10,9 @@ from torch import nn
 from fastdeit.batch import Batch
 from fastdeit.data.loader import EvalLoader
 from fastdeit.engine.dist import World
-from fastdeit.engine.dist import world as join_world
-from fastdeit.engine.progress import table
 from fastdeit.engine.step import autocast
 from fastdeit.methods.evaluators import Evaluation, Evaluator
-from fastdeit.methods.teacher import DeferredTeacher, TeacherConfig
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import build
 
 
 @dataclass(frozen=True)
@@ -77,55 +70,6 @@ def evaluate(
     bad = len(held_out.bad.reasons)
     images, bad = world.sum(torch.tensor([held_out.share - bad, bad], device=world.device)).tolist()
     return Result(images, bad, metrics, frozenset(lower))
-
-
-def main(args: argparse.Namespace) -> None:
-    """`fastdeit eval`: what the method of a run or a checkpoint reaches on the held-out images of its recipe."""
-
-    def report(path: str | Path, reason: str) -> None:
-        print(f"{path}: {reason}", file=sys.stderr)
-
-    restored = build.open_checkpoint(Path(args.path), report)
-    recipe = recipes.override(recipes.Recipe.model_validate(restored.state["recipe"]), args.overrides)
-    # The checkpoint holds the weights; the file that training started from need not exist any more.
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
-    with join_world(recipe.engine.device) as world:
-        train_source, source = build.sources(recipe)
-        student = build.model(recipe, len(source.classes), lambda text: None)
-        classes, trained = len(source.classes), restored.path.parent.parent / "teacher"
-
-        def teacher(config: TeacherConfig) -> DeferredTeacher:
-            options = build.image_size(recipe), classes, trained, recipe.engine.precision
-            return DeferredTeacher(lambda: build.teacher(config, *options).to(world.device))
-
-        method = build.method(recipe, student, classes, restored.state["steps"], teacher).to(world.device)
-        known = {phase.name: phase for phase in method.phases()}
-        if restored.state["record"]["phase"] in known:
-            # What a method computes may depend on its phase, its own loss above all.
-            method.on_phase(known[restored.state["record"]["phase"]])
-        loader = build.eval_loader(recipe, source, world, method.noise(), report)
-        results = {}
-        weights = {"": {f"model.{name}": tensor for name, tensor in restored.tensors["model"].items()}}
-        if "ema" in restored.tensors:
-            weights["_ema"] = restored.tensors["ema"]
-        for kind, tensors in weights.items():
-            method.load_state_dict(method.state_dict() | restored.tensors["method"] | tensors)
-            method.eval()
-            results[kind] = evaluate(
-                method,
-                method.evaluators(),
-                loader,
-                lambda: build.eval_loader(recipe, train_source, world, {}, report),
-                world,
-                recipe.engine.precision,
-            )
-        if world.main:
-            height, width = build.image_size(recipe)
-            print(
-                f"{restored.path}, step {restored.step}: {results[''].images:,} images ({results[''].bad} unreadable) "
-                f"at {height}x{width} pixels, crop ratio {recipe.data.eval_crop_ratio:g}"
-            )
-            table(metric_rows(recipe, named_metrics(results)))
 
 
 def named_metrics(results: Mapping[str, Result]) -> dict[str, float]:

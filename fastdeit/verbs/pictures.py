@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdeit import kernels
+from fastdeit import cores, kernels
 from fastdeit.batch import Batch
 from fastdeit.data import pixel_ops
 from fastdeit.data.plan import order, plan
@@ -111,8 +111,9 @@ def locate(recipe: "Recipe", n: int, sample: int, epoch: int, copy: int) -> Plac
     train, repeats = recipe.train, recipe.data.repeats
     if not 0 <= sample < n:
         raise UsageError(f"there is no sample {sample}: the training split has samples 0 to {n - 1}")
-    if not 0 <= epoch < train.epochs:
-        raise UsageError(f"there is no epoch {epoch}: recipe {recipe.name} has epochs 0 to {train.epochs - 1}")
+    epochs = build.run_length(recipe, n).epochs_begun
+    if not 0 <= epoch < epochs:
+        raise UsageError(f"there is no epoch {epoch}: recipe {recipe.name} has epochs 0 to {epochs - 1}")
 
     def found(epoch: int) -> dict[int, int]:
         """Copy to position in the stream."""
@@ -126,7 +127,7 @@ def locate(recipe: "Recipe", n: int, sample: int, epoch: int, copy: int) -> Plac
         return Place(epoch * order.steps_per_epoch(n, train.batch_size) + step, group, slot)
     if copies:
         raise UsageError(f"sample {sample} has no copy {copy} in epoch {epoch}, only {', '.join(map(str, copies))}")
-    others = sorted(set(range(train.epochs)) - {epoch}, key=lambda other: abs(other - epoch))
+    others = sorted(set(range(epochs)) - {epoch}, key=lambda other: abs(other - epoch))
     nearest = next((other for other in others if found(other)), None)
     where = "in no other either" if nearest is None else f"it does in epoch {nearest}"
     raise UsageError(
@@ -152,7 +153,7 @@ def _group(recipe: "Recipe", source: Source, step: int, group: int) -> Batch:
     alone = recipe.model_copy(
         update={
             "train": recipe.train.model_copy(update={"accumulate": 1}),
-            "data": recipe.data.model_copy(update={"threads": recipe.data.threads or len(os.sched_getaffinity(0))}),
+            "data": recipe.data.model_copy(update={"threads": recipe.data.threads or cores.available()}),
         }
     )
     world = World(pick_device(recipe.engine.device), group, recipe.train.batch_size // recipe.data.group_size)

@@ -1,4 +1,4 @@
-"""`fastdeit bench --report`: what rows of any age say, and nothing that they do not."""
+"""`fastdeit bench report`: what rows of any age say, and nothing that they do not."""
 
 import json
 
@@ -30,7 +30,7 @@ def row(**changes):
 def report(tmp_path, capsys, *rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in rows))
-    assert cli.main(["bench", "--report", str(tmp_path / "out"), "--results", str(path)]) == 0
+    assert cli.main(["bench", "report", str(tmp_path / "out"), "--results", str(path)]) == 0
     return capsys.readouterr().out
 
 
@@ -128,7 +128,7 @@ def test_the_rows_of_this_project_are_readable():
 def test_a_file_that_holds_no_rows(tmp_path, capsys, text, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
-    assert cli.main(["bench", "--report", "--results", str(path)]) == 2
+    assert cli.main(["bench", "report", "--results", str(path)]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -151,13 +151,13 @@ def test_damaged_rows_are_counted(tmp_path, capsys, changes):
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row()) + "\n")
-    assert cli.main(["bench", "--report", str(path / "docs"), "--results", str(path)]) == 2
+    assert cli.main(["bench", "report", str(path / "docs"), "--results", str(path)]) == 2
     assert "docs cannot be written: " in capsys.readouterr().err
 
 
 def test_files_that_are_not_there(tmp_path, capsys, monkeypatch):
-    assert cli.main(["bench", "--report", str(tmp_path), "--results", str(tmp_path / "none.jsonl")]) == 2
+    assert cli.main(["bench", "report", str(tmp_path), "--results", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl cannot be read" in capsys.readouterr().err
     monkeypatch.setattr(estimate_rows, "RESULTS", tmp_path)
-    assert cli.main(["bench", "--report", str(tmp_path)]) == 2
+    assert cli.main(["bench", "report", str(tmp_path)]) == 2
     assert "name files with --results FILE" in capsys.readouterr().err

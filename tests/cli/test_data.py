@@ -50,7 +50,8 @@ def run(capsys):
 def fails(run):
     def fails(*argv):
         done = run(*argv)
-        assert (done.code, done.out) == (2, "")
+        started = f"starting: {argv[1]}\n" if argv[0] == "train" else ""
+        assert (done.code, done.out) == (2, started)
         assert done.err.startswith("fastdeit: ")
         assert done.err.count("\n") == 1
         return done.err

@@ -27,7 +27,7 @@ if mode == "slow":
     time.sleep(0.5)
 with launch.process_of_a_run():
     signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else lambda number, frame: stop.append(number))
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     words = [str(os.getpid()), *(os.environ[name] for name in names), *sys.argv[3:]]
     (folder / f"{rank}.part").write_text(" ".join(words))
     (folder / f"{rank}.part").rename(folder / f"{rank}.up")
@@ -56,7 +56,7 @@ with launch.process_of_a_run():
 LAUNCHER = """
 import sys
 from fastdeit.launch import agent, launch
-sys.exit(agent.elastic([sys.executable, *sys.argv[1:]], 2, grace_s=20, env=launch.worker_environment(2, {})))
+sys.exit(agent.elastic([sys.executable, *sys.argv[1:]], 2, grace_s=20, env=launch.worker_environment()))
 """
 
 
@@ -75,7 +75,7 @@ def importable(monkeypatch):
 
 def run(worker: Path, mode: str, *more: str, grace_s: float = 20.0) -> int:
     command = [sys.executable, str(worker), mode, str(worker.parent), *more]
-    return elastic(command, 2, grace_s, launch.worker_environment(2, {}))
+    return elastic(command, 2, grace_s, launch.worker_environment())
 
 
 def wait_for(condition, seconds: float = 30.0) -> None:
@@ -96,11 +96,10 @@ def test_all_done_is_0_and_ranks_find_their_place(worker, capfd):
     before = dict(os.environ), signal.getsignal(signal.SIGTERM)
     assert run(worker, "done", "data.root=$HOME/${local_rank}") == 0
     found = [(worker.parent / f"{rank}.up").read_text().split() for rank in (0, 1)]
-    cores = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert [words[1:6] for words in found] == [["0", "0", "2", "2", cores], ["1", "1", "2", "2", cores]]
-    assert found[0][6] == found[1][6] == "127.0.0.1"
-    assert found[0][7] == found[1][7] != "0"
-    assert found[1][8] == "data.root=$HOME/${local_rank}", "arguments must reach the workers as they were given"
+    assert [words[1:5] for words in found] == [["0", "0", "2", "2"], ["1", "1", "2", "2"]]
+    assert found[0][5] == found[1][5] == "127.0.0.1"
+    assert found[0][6] == found[1][6] != "0"
+    assert found[1][7] == "data.root=$HOME/${local_rank}", "arguments must reach the workers as they were given"
     assert (dict(os.environ), signal.getsignal(signal.SIGTERM)) == before
     assert capfd.readouterr().err == ""
 
@@ -283,8 +282,6 @@ def test_nproc_under_another_launcher():
 
 
 def test_settings_from_the_environment():
-    assert "OMP_NUM_THREADS" not in launch.worker_environment(2, {"OMP_NUM_THREADS": "7"})
-    assert launch.worker_environment(10**6, {})["OMP_NUM_THREADS"] == "1"
     assert launch.grace_seconds({}) == 60
     assert launch.grace_seconds({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}) == 90
     for wrong in ("soon", "-1", "nan", "inf"):

@@ -17,7 +17,7 @@ from fastdeit.bench.measure import CLASSES
 from fastdeit.bench.step import Cell, batch
 from fastdeit.engine.capture import WARM_STEPS, CaptureError, GraphedStep, copy_tensors
 from fastdeit.engine.dist import DeviceError, World
-from fastdeit.engine.optim import default_groups
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine, autocast
 from fastdeit.methods.teacher import Teacher

@@ -12,12 +12,12 @@ from fastdeit import kernels, methods, models
 from fastdeit.engine.capture import WARM_STEPS
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import default_groups
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 from fastdeit.methods.teacher import Teacher
 from tests.pretended_card import Waits, pretended_card
-from tests.toys import toy_batch, toy_context
+from tests.toys import batch_norm_convnet, toy_batch, toy_context
 
 B, SIDE, CLASSES = 8, 32, 10
 CARD = torch.device("cuda", 0)
@@ -61,7 +61,7 @@ METHODS = {
 def engine(method, precision="bf16", accumulate=1, capture="none"):
     optimizer = AdamW(default_groups(method.to(CARD).named_parameters(), 0.05))
     options = {"precision": precision, "accumulate": accumulate, "clip_grad": 1.0, "capture": capture}
-    return Engine(method.train(), optimizer, World(CARD), ema=Ema(optimizer.params, 0.99), **options)
+    return Engine(method.train(), optimizer, World(CARD), ema=Ema(optimizer.params, 0.99, method), **options)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -87,6 +87,21 @@ def test_a_step_on_the_reference_waits_for_nothing(name):
         with card.never_waited_for():
             running.step(batches, 1e-3)
         assert card.launched == set()
+
+
+def batch_norm():
+    model = batch_norm_convnet(image_size=SIDE, num_classes=CLASSES)
+    return methods.find("supervised")(model, methods.config("supervised")(), toy_context(CLASSES))
+
+
+def test_the_statistics_of_batchnorm_wait_for_nothing():
+    with pretended_card() as card, kernels.use("reference"):
+        running = engine(batch_norm(), accumulate=2)
+        batches = [batch(running.method.noise())] * 2
+        with card.never_waited_for():
+            running.step(batches, 1e-3)
+        assert running.ema.stale
+        assert {tensor.device for tensor in running.ema.average.values()} == {CARD}
 
 
 class Graphs:

@@ -6,7 +6,7 @@ import torch
 from fastdeit import methods, models, rng
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import default_groups
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 from tests.toys import toy_batch, toy_context
@@ -29,7 +29,7 @@ def make(device, precision, capture="none"):
     model = models.build("deit_tiny_patch16_224", image_size=(SIDE, SIDE), depth=2, num_classes=CLASSES)
     method = methods.find("supervised")(model, methods.config("supervised")(), toy_context(CLASSES))
     optimizer = AdamW(default_groups(method.to(device).named_parameters(), 0.05))
-    ema = Ema(optimizer.params, 0.9)
+    ema = Ema(optimizer.params, 0.9, method)
     world = World(device)
     return Engine(method, optimizer, world, precision=precision, accumulate=1, clip_grad=1.0, ema=ema, capture=capture)
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from fastdeit.engine import optimizers
 from fastdeit.engine.dist import World
+from fastdeit.engine.groups import ParamGroup, default_groups
 from fastdeit.engine.guard import Guard, Verdict
-from fastdeit.engine.optim import Optimizer, OptimizerOptions, ParamGroup, Update, default_groups
+from fastdeit.engine.optim import Optimizer, OptimizerOptions, Update
 from fastdeit.engine.optimizers import AdamW, Lamb, Sgd
 from fastdeit.engine.step import Engine
 

@@ -61,7 +61,7 @@ def test_a_phase_trains_what_it_names_and_never_what_the_method_froze():
             "trains 'haed', but no parameter of the method has that name or lies below it",
         ),
         (["hea"], "phase 'later' trains 'hea', but"),
-        (["body.bias"], "phase 'later' trains no parameter: the method has frozen all that it names"),
+        (["body.bias"], "phase 'later' trains no parameter: the method or model.freeze has frozen all"),
         ([], "phase 'later' trains no parameter"),
     ],
 )

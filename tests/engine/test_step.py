@@ -13,8 +13,8 @@ from torch import nn
 from fastdeit.batch import Step, map_tensors
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema, EmaTeacher
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.guard import Guard
-from fastdeit.engine.optim import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 from tests.toys import toy_batch
@@ -46,7 +46,7 @@ class Toy(nn.Module):
 def make(precision="fp32", accumulate=1, clip_grad=None, ema_decay=None, world=None, capture="none", tuning=None):
     toy = Toy()
     optimizer = AdamW(default_groups(toy.named_parameters(), 0.05))
-    ema = Ema(optimizer.params, ema_decay) if ema_decay is not None else None
+    ema = Ema(optimizer.params, ema_decay, toy) if ema_decay is not None else None
     options = {"precision": precision, "accumulate": accumulate, "clip_grad": clip_grad, "ema": ema}
     return Engine(toy, optimizer, world or World(CPU), capture=capture, tuning=tuning, **options)
 
@@ -127,8 +127,8 @@ def test_a_non_finite_gradient_changes_nothing(poison):
         assert all(torch.equal(old[name], new[name]) for name in old)
     assert engine.guard.skipped.item() == 1
     engine.step([X], 0.01)
-    assert engine.guard.in_a_row.item() == 0
-    assert engine.guard.worst_row.item() == 1
+    assert not engine.guard.in_row()
+    assert engine.guard.trip() is None
     assert not torch.equal(weights(engine)["model.0.weight"], before[0]["model.0.weight"])
 
 
@@ -146,9 +146,22 @@ def test_one_bad_process_makes_all_skip(ranks):
 def test_guard_gives_up_after_three_in_a_row():
     guard = Guard("fp32", None, CPU)
     bad, good = [torch.tensor([float("nan")])], [torch.ones(1)]
-    for gradients, exceeded in ((bad, False), (bad, False), (good, False), (bad, False), (bad, False), (bad, True)):
+    for gradients, trip in ((bad, None), (bad, None), (good, None), (bad, None), (bad, None), (bad, 6), (good, 6)):
         guard.judge(gradients)
-        assert guard.exceeded() is exceeded
+        assert guard.trip() == trip, "the step at which it tripped, for ever"
+        assert guard.in_row() is (gradients is bad)
+
+
+@pytest.mark.parametrize("after", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("before", ["fp32", "bf16", "fp16"])
+def test_a_guard_that_tripped_is_restored_with_its_scale_and_without_its_row(before, after):
+    tripped, fresh = Guard(before, None, CPU), Guard(after, None, CPU)
+    for _ in range(tripped.limit):
+        tripped.judge([torch.tensor([float("nan")])])
+    fresh.load_state_dict(tripped.state_dict())
+    assert (fresh.trip(), fresh.in_row(), fresh.skipped.item()) == (None, False, tripped.limit)
+    first = Guard(after, None, CPU).scale.item()
+    assert fresh.scale.item() == (tripped.scale.item() if before == after == "fp16" else first)
 
 
 def test_fp16_scale_halves_on_overflow_and_doubles_after_2000_good_steps():

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeit import kernels, models
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.optim import default_groups
+from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.estimate import gpus
 from fastdeit.estimate import model as estimate
@@ -297,7 +297,7 @@ def test_blocks_keep_what_torch_keeps(design, backend):
 def test_weights_moments_and_average_are_the_optimizer_s():
     model = models.build("deit_tiny_patch16_224")
     optimizer = AdamW(default_groups(model.named_parameters(), 0.05))
-    average = Ema(dict(model.named_parameters()), 0.9).average
+    average = Ema(dict(model.named_parameters()), 0.9, model).average
     parts = estimate.memory(network_of(vit_of(model)), Work(1, ema=True), FUSED, world=1, sharding="ddp")
 
     def size(tensors):

@@ -62,7 +62,7 @@ def train(options: dict, optimizer_name: str) -> list[float]:
     from fastdeit import methods, models
     from fastdeit.engine.dist import World
     from fastdeit.engine.ema import Ema, EmaTeacher
-    from fastdeit.engine.optim import default_groups
+    from fastdeit.engine.groups import default_groups
     from fastdeit.engine.optimizers import find
     from fastdeit.engine.schedule import learning_rate
     from fastdeit.engine.step import Engine
@@ -82,7 +82,7 @@ def train(options: dict, optimizer_name: str) -> list[float]:
     _, exempt = student.decay_groups()
     groups = default_groups(method.named_parameters(), 0.05, {f"model.{n}" for n in exempt})
     optimizer = find(optimizer_name)(groups)
-    ema = Ema(optimizer.params, 0.9)
+    ema = Ema(optimizer.params, 0.9, method)
     engine = Engine(
         method, optimizer, World(torch.device("cpu")), precision="fp32", accumulate=2, clip_grad=1.0, ema=ema
     )

@@ -37,7 +37,7 @@ def disagreements() -> list[tuple[Any, Any]]:
     """Pairs of values that are one job but two programs for Triton, or the other way round."""
     triton.runtime.driver.set_active(lint.Card(80))
     x = torch.empty(16, device="meta")
-    jobs = [lint.job_of(Launch(fill, {"x": x, "value": value}, 4, 1), 80) for value in VALUES]
+    jobs = [lint.job_of(Launch(fill, (1,), {"x": x, "value": value}, 4, 1), 80) for value in VALUES]
     options = {"grid": (1,), "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     programs = [fill.warmup(MockTensor(x.dtype), value, **options) for value in VALUES]
     return [

@@ -421,7 +421,7 @@ def test_a_forward_that_needs_more_than_tokens():
 
 def test_blocks_that_are_alike_are_tried_out_once(monkeypatch):
     tried = []
-    monkeypatch.setattr(patch, "disagreement", lambda kind, module: tried.append(kind.name))
+    monkeypatch.setattr(patch, "disagreement", lambda kind, *_: tried.append(kind.name))
     accelerate(model_of(depth=5, drop_path_rate=0.3))
     assert tried == ["block", "attn", "mlp", "block"]  # the first block has no drop-path, the others differ in its rate
     tried.clear()

@@ -162,7 +162,7 @@ def test_quantised_leaves_stay_timms():
     model = torch.ao.quantization.quantize_dynamic(model_of().eval(), {nn.Linear}, torch.qint8)
     expected = model(images_for(model))
     report = accelerate(model)
-    assert {row.part for row in report.kept} >= {"attn", "mlp"}
+    assert {row.part for row in report.kept} == {"mlp", "last block"}  # the attentions call their layers
     assert_close(model(images_for(model)), expected)
 
 

@@ -200,8 +200,11 @@ def test_fusing_two_heads():
 def test_configuration_is_checked():
     with pytest.raises(ValidationError, match="every class positive"):
         methods.config("supervised")(loss="bce", smoothing=0.1)
-    with pytest.raises(ValidationError, match="exactly one of recipe, timm and model"):
+    with pytest.raises(ValidationError, match="one of recipe, timm and model"):
         TeacherConfig(recipe="a", timm="b")
+    with pytest.raises(ValidationError, match="or by weights alone"):
+        TeacherConfig()
+    assert TeacherConfig.model_validate("runs/x@best") == TeacherConfig(weights="runs/x@best")
     with pytest.raises(ValidationError, match="needs weights"):
         TeacherConfig(model="deit_tiny_patch16_224")
     with pytest.raises(ValidationError, match="mean and std together"):

@@ -23,7 +23,7 @@ from fastdeit.methods.teacher import DeferredTeacher, FeatureTeacherConfig, Teac
 from fastdeit.models import tokens as tokens_of
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
-from fastdeit.train import train
+from fastdeit.training import train
 from tests.toys import toy_context
 
 K, SIZE = 5, (16, 12)
@@ -409,7 +409,7 @@ def test_a_run_with_a_teacher_is_resumed_bit_by_bit_and_saves_none_of_it(weights
             return self.asked == 3
 
     made, original = [], build.teacher
-    monkeypatch.setattr(build, "teacher", lambda *args: made.append(original(*args)) or made[-1])
+    monkeypatch.setattr(build, "teacher", lambda *args, **options: made.append(original(*args, **options)) or made[-1])
     (tmp_path / "r.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))
     recipe, cpu = recipes.load(str(tmp_path / "r.yaml"), []), torch.device("cpu")
     train(recipe, tmp_path / "whole", World(cpu), resume=False)
@@ -520,7 +520,9 @@ def test_a_teacher_of_features_needs_no_head_for_the_data_set(origin, classes, t
         read, expected = teacher.taps(x, blocks=(1,), qkv=(2,)), network.eval().tokens(x, stop=2)
     assert next(iter(teacher.model.blocks)).attn.qkv.weight.dtype == torch.bfloat16
     torch.testing.assert_close(read.tokens[1].float(), expected.float(), rtol=0.05, atol=0.05)
-    with pytest.raises(UsageError, match="do not fit the teacher"):
+    with pytest.raises(
+        UsageError, match="head of the weights knows 7" if classes else "it needs head.weight, head.bias"
+    ):
         build.teacher(TeacherConfig(**options), (32, 32), 10, tmp_path, "bf16")
 
 
@@ -531,7 +533,7 @@ def test_a_teacher_of_features_still_needs_its_body(origin, tmp_path):
     state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("blocks.1.")}
     network.state_dict = lambda: state
     config = FeatureTeacherConfig(**{origin: name, "weights": saved(network, tmp_path / "w.safetensors")})
-    with pytest.raises(UsageError, match=r"do not fit the teacher: kept as initialised: blocks\.1\."):
+    with pytest.raises(UsageError, match=r"do not fit the model: it needs blocks\.1\."):
         build.teacher(config, (32, 32), 10, tmp_path)
 
 

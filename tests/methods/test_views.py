@@ -16,7 +16,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.config import DataConfig
 from fastdeit.recipe.resolve import RecipeError
 from fastdeit.run import build
-from fastdeit.train import train
+from fastdeit.training import train
 from fastdeit.views import View, ViewSettings, overridden, resolved
 from tests.toys import toy_batch
 

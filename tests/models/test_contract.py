@@ -16,7 +16,8 @@ from fastdeit.models.contract import Model, Tokens, missing
 from fastdeit.models.timm_model import TimmVisionTransformer
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
-from fastdeit.train import train
+from fastdeit.run.weights import open_weights
+from fastdeit.training import train
 
 K, B = 5, 2
 SMALL = {name: {"depth": 2} if name.startswith("deit") else {} for name in models.MODELS}
@@ -328,7 +329,7 @@ def test_a_recipe_names_a_model_by_import_path(plugin, tmp_path):
     (tmp_path / "r.yaml").write_text(RECIPE)
     recipe = recipes.load(str(tmp_path / "r.yaml"), [])
     train(recipe, tmp_path / "run", World(torch.device("cpu")), resume=False)
-    weights = build.read_weights(tmp_path / "run")
+    weights = open_weights(str(tmp_path / "run")).tensors
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {"head.weight": (3, 3), "head.bias": (3,)}
     (tmp_path / "r.yaml").write_text(RECIPE.replace(":Net", ":Half"))
     with pytest.raises(UsageError, match="model: model 'plugin_of_models:Half' does not follow the contract"):

@@ -1,5 +1,7 @@
 """The model contract: input layouts, drop-path, the seam, stages, decay groups, counts, initialisation, errors."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,6 +87,54 @@ def test_drop_path_threshold_and_scale():
     assert below[0].tolist() == [0.0] * 8
 
 
+def test_constant_drop_path_has_one_rate_in_all_blocks():
+    vit = model(drop_path=0.5, drop_path_mode="constant").train()
+    noise = torch.tensor([[0.5] * 8, [0.499] * 8])
+    assert torch.stack(list(vit._keeps(noise, 2)), 1).tolist() == [[2.0] * 8, [0.0] * 8]
+    rates = torch.linspace(0, 0.5, 4)
+    last, linear = model(drop_path=0.5).train(), torch.rand(3, 8, generator=torch.Generator().manual_seed(2))
+    assert not torch.equal(torch.stack(list(vit._keeps(linear, 3))), torch.stack(list(last._keeps(linear, 3))))
+    assert rates[0] == 0  # the first block of the linear kind drops nothing
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_dropout_zeroes_features_in_front_of_the_heads_by_the_last_columns_of_noise(drop_path, distilled):
+    vit = model(drop_path=drop_path, dropout=0.25, distilled=distilled).train()
+    plain = model(drop_path=drop_path, distilled=distilled).train()
+    tokens, dim, first = 1 + distilled, vit.config.dim, plain.noise_per_sample
+    assert vit.noise_per_sample == first + tokens * dim
+    x, noise = images(3), torch.rand(3, vit.noise_per_sample, generator=torch.Generator().manual_seed(2))
+    noise[0, first] = 0.25  # the rate itself is kept
+    features = plain.tokens(x, noise=noise[:, :first] if first else None)[:, :tokens]
+    kept = (noise[:, first:] >= 0.25).view(3, tokens, dim)
+    expected = plain.classify(features * kept / 0.75)
+    close(vit(x, noise) if distilled else [vit(x, noise)], expected if distilled else [expected])
+    assert 0.1 < 1 - kept.float().mean() < 0.4
+    vit.eval()
+    plain.eval()
+    close(vit(x) if distilled else [vit(x)], plain(x) if distilled else [plain(x)], 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_path": 0.5, "dropout": 0.25}], ids=["plain", "noise"])
+def test_blocks_that_are_computed_again_change_no_bit(options):
+    whole, again = model(**options).train(), model(**options).train()
+    again.set_grad_checkpointing()
+    x, noise = images(3), torch.rand(3, whole.noise_per_sample, generator=torch.Generator().manual_seed(2))
+    runs = Counter()
+    for number, block in enumerate(again.blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: runs.update([number]))
+    for vit in (whole, again):
+        sum(logits.square().sum() for logits in vit(x, noise)).backward()
+    assert runs == dict.fromkeys(range(4), 2)
+    for (name, p), expected in zip(again.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(p.grad, expected.grad), name
+    runs.clear()
+    with torch.no_grad():
+        assert all(map(torch.equal, again(x, noise), whole(x, noise)))
+    assert runs == dict.fromkeys(range(4), 1)
+
+
 def test_drop_path_gradients_skip_dropped_branches():
     vit = model(drop_path=0.5).train()
     noise = torch.ones(2, 8)
@@ -107,7 +157,7 @@ def test_eval_ignores_noise_and_training_demands_it():
     close(vit(x, torch.zeros(2, 8)), vit(x), 0)
     close(vit(x), model().train()(x), 0)
     vit.train()
-    with pytest.raises(ValueError, match=r"drop_path 0.5 needs noise.*\[2, 8\].*eval\(\)"):
+    with pytest.raises(ValueError, match=r"drop_path 0.5 and dropout 0.0 needs noise.*\[2, 8\].*eval\(\)"):
         vit(x)
     with pytest.raises(ValueError, match=r"noise has shape \(2, 4\), but must be \[2, 8\]"):
         vit(x, torch.rand(2, 4))

@@ -46,19 +46,20 @@ def test_positions_of_a_grid_that_is_no_square():
     vit, source = build(image_size=32), weights(image_size=(24, 48))
     load_weights(vit, source, grid=(3, 6))
     torch.testing.assert_close(vit.pos_embed.detach(), timms(source["pos_embed"], (4, 4), (3, 6)), rtol=1e-5, atol=1e-5)
-    same = build(image_size=(24, 48))
-    assert load_weights(same, source).exact
-    with pytest.raises(
-        ValueError, match=r"pos_embed has 19 positions, which is no square plus 1 prefix tokens; .*grid="
-    ):
-        load_weights(build(image_size=32), source)
+    assert load_weights(build(image_size=(24, 48)), source, grid=(3, 6)).exact
+    for size in (32, (24, 48), (48, 24)):
+        # As many patches are not the same grid: 18 can be 3x6, 6x3, 2x9, ...
+        with pytest.raises(ValueError, match=r"19 positions, which is no square plus 1 prefix tokens; .*weights_grid="):
+            load_weights(build(image_size=size), source)
     with pytest.raises(ValueError, match="pos_embed has 19 positions, neither grid 3x4 nor that plus 1 prefix tokens"):
         load_weights(build(image_size=32), source, grid=(3, 4))
 
 
 def test_positions_of_which_two_grids_have_as_many():
     vit, source = build(image_size=(16, 64)), weights(image_size=32)
-    with pytest.raises(ValueError, match=r"16 patches, which can be 4x4 or 2x8; say which with grid=\(height, width\)"):
+    with pytest.raises(
+        ValueError, match=r"16 patches, which can be 4x4 or 2x8; .*model\.weights_grid=\[height, width\]"
+    ):
         load_weights(vit, source)
     load_weights(vit, source, grid=(4, 4))
     torch.testing.assert_close(vit.pos_embed.detach(), timms(source["pos_embed"], (2, 8), (4, 4)), rtol=1e-5, atol=1e-5)
@@ -92,7 +93,7 @@ def test_plain_weights_in_a_distilled_model():
 def test_distilled_weights_in_a_plain_model():
     vit, source = build(PLAIN), weights(DISTILLED)
     report = load_weights(vit, source)
-    assert report.unexpected == ("dist_token", "head_dist.weight", "head_dist.bias")
+    assert report.unexpected == ("dist_token", "head_dist.bias", "head_dist.weight")
     assert report.resized == ("pos_embed 2+4x4 -> 1+4x4",)
     assert torch.equal(vit.pos_embed, torch.cat((source["pos_embed"][:, :1], source["pos_embed"][:, 2:]), 1))
 
@@ -129,17 +130,65 @@ def test_weights_of_another_model_change_nothing():
     ):
         load_weights(vit, source)
     assert all(torch.equal(before[name], tensor) for name, tensor in vit.state_dict().items())
-    with pytest.raises(ValueError, match=r"nested under a key such as 'model', or prefixed with 'module\.'"):
-        load_weights(vit, {f"module.{name}": tensor for name, tensor in weights().items()})
+    with pytest.raises(ValueError, match=r"no tensor name of the weights \(x\.cls_token, .*\) is one of the model's"):
+        load_weights(vit, {f"x.{name}": tensor for name, tensor in weights().items()})
 
 
-def test_what_is_missing_and_what_is_not_used_is_named():
-    vit, source = build(), weights()
-    del source["norm.bias"]
-    source["ls1.gamma"] = torch.zeros(3)
-    report = load_weights(vit, source)
-    assert report == LoadReport(missing=("norm.bias",), unexpected=("ls1.gamma",))
-    assert str(report) == "kept as initialised: norm.bias; not used: ls1.gamma"
+def without(source, *names):
+    return {name: tensor for name, tensor in source.items() if name not in names}
+
+
+def test_what_is_missing_or_left_over_is_refused_unless_it_may_differ():
+    source = weights()
+    cases = [
+        (without(source, "norm.bias"), r"it needs norm\.bias, which they do not have"),
+        (source | {"fc_norm.weight": torch.ones(96)}, r"they have fc_norm\.weight, for which it has no place"),
+        (source | {"blocks.1.norm1.weight": torch.ones(96)}, r"they have blocks\.1\.norm1\.weight, for which"),
+    ]
+    for tensors, message in cases:
+        vit, untouched = build(), build().state_dict()
+        with pytest.raises(ValueError, match=f"the weights do not fit the model: {message}"):
+            load_weights(vit, tensors)
+        assert all(torch.equal(tensor, untouched[name]) for name, tensor in vit.state_dict().items())
+
+
+HEADS = ("head.weight", "head.bias")
+
+
+@pytest.mark.parametrize(
+    ("may_differ", "tensors", "expected"),
+    [
+        (None, without(weights(), *HEADS), LoadReport(missing=HEADS)),
+        ((), without(weights(), *HEADS), "it needs head.weight, head.bias"),
+        (("head",), without(weights(), *HEADS), LoadReport(missing=HEADS)),
+        ((), weights(DISTILLED), "they have dist_token, head_dist.bias, head_dist.weight, for which"),
+        (("head",), weights(DISTILLED), "they have dist_token, head_dist.bias"),
+        (None, weights(num_classes=3), LoadReport(reinitialised_heads=("head",))),
+        ((), weights(num_classes=3), "head of the weights knows 3 classes, and that of the model 10"),
+        # A name that only begins like a head is none.
+        (None, weights() | {"header.weight": torch.ones(1)}, "they have header.weight"),
+    ],
+)
+def test_what_may_differ(may_differ, tensors, expected):
+    if isinstance(expected, LoadReport):
+        assert load_weights(build(), tensors, may_differ=may_differ) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            load_weights(build(), tensors, may_differ=may_differ)
+
+
+def test_numbers_of_another_kind_are_refused_and_other_floats_are_converted():
+    source = weights()
+    for dtype, message in ((torch.int8, "int8"), (torch.complex64, "complex64")):
+        with pytest.raises(ValueError, match=rf"norm\.bias of the weights is torch\.{message}, and that of the model"):
+            load_weights(build(), source | {"norm.bias": source["norm.bias"].to(dtype)})
+    for odd in (source["norm.bias"].to_sparse(), source["norm.bias"].to("meta")):
+        with pytest.raises(ValueError, match=r"norm\.bias of the weights are sparse or without data"):
+            load_weights(build(), source | {"norm.bias": odd})
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        vit = build()
+        assert load_weights(vit, {name: tensor.to(dtype) for name, tensor in source.items()}).exact
+        assert torch.equal(vit.norm.bias, source["norm.bias"].to(dtype).float())
 
 
 def test_a_model_without_positions():
@@ -160,6 +209,7 @@ def test_a_timm_model_is_loaded_as_ours_is():
 def test_a_model_that_has_no_positions_for_its_prefix_refuses_to_lose_them():
     peer = models.build_timm("deit3_small_patch16_224", image_size=64)
     source = weights(dim=384, depth=12, patch_size=16, image_size=64, num_classes=1000)
+    source |= {f"blocks.{i}.ls{k}.gamma": torch.ones(384) for i in range(12) for k in (1, 2)}
     with pytest.raises(
         ValueError, match=r"pos_embed 1\+4x4 -> 0\+4x4: the model adds its prefix tokens without positions"
     ):

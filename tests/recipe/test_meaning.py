@@ -153,7 +153,7 @@ def test_defaults_of_optimizers_survive_a_dump(write, name, expected):
 def test_another_method_takes_nothing_from_the_base(write):
     write(DISTILL, "parent.yaml")
     other = recipes.load(write("base: ./parent.yaml\nmethod: {use: supervised}\n", "child.yaml"))
-    assert other.method.model_dump() == {"use": "supervised", "loss": "ce", "smoothing": 0.1}
+    assert other.method.model_dump() == {"use": "supervised", "loss": "ce", "smoothing": 0.1, "class_weights": None}
     same = recipes.load(write("base: ./parent.yaml\nmethod: {use: distill, alpha: 0.1}\n", "child.yaml"))
     assert (same.method.alpha, same.method.tau, same.method.teacher.timm) == (0.1, 2.0, "resnet18")
 
@@ -286,8 +286,18 @@ def test_an_error_inside_a_teacher_names_the_nearest_field(write):
     assert refusal(path) == [
         f"{path}:9: method.teacher.wieghts: unknown field ('w.safetensors'); did you mean weights?"
     ]
-    (message,) = refusal(write(DISTILL.replace("timm: resnet18, ", "")))
-    assert message.endswith("r.yaml:9: method.teacher: a teacher is given by exactly one of recipe, timm and model")
+    (message,) = refusal(write(DISTILL.replace("timm: resnet18, weights: w.safetensors", "image_size: 96")))
+    assert message.endswith(
+        "r.yaml:9: method.teacher: a teacher is given by one of recipe, timm and model, or by weights alone"
+    )
+
+
+def test_a_teacher_is_given_by_an_address_alone(write):
+    path = write(DISTILL.replace("{timm: resnet18, weights: w.safetensors}", "runs/x@best"))
+    assert recipes.load(path).method.teacher.weights == "runs/x@best"
+    loaded = recipes.load(write(DISTILL), ["method.teacher=runs/x@best,ema"])
+    assert (loaded.method.teacher.timm, loaded.method.teacher.weights) == (None, "runs/x@best,ema")
+    assert recipes.override(loaded, []) == loaded
 
 
 def test_override_of_a_recipe_in_memory(write):

@@ -9,6 +9,7 @@ from fastdeit.data.plan import plan
 from fastdeit.data.sources.packed import pack
 from fastdeit.data.sources.source import DataError
 from fastdeit.data.sources.synthetic import SyntheticSource
+from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.methods.supervised import Supervised
@@ -252,3 +253,70 @@ def test_a_batch_knows_its_place_in_the_run(path):
     source, _ = build.sources(recipe)
     for batch in next(build.train_loader(recipe, source, CPU, {}, warnings.warn).batches(13, 14)):
         assert (batch.step.number.item(), batch.step.epoch.item(), batch.step.progress.item()) == (13, 6, 13 / 20)
+
+
+# ---- noise in the model, and activations -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def student(path):
+    """The model of the recipe under these overrides."""
+    return lambda *overrides: build.model(recipes.load(path, overrides), 4, lambda line: None)
+
+
+def test_the_model_gets_what_the_recipe_says_of_its_noise(student):
+    config = student("model.drop_path=0.3", "model.drop_path_mode=constant", "model.dropout=0.2").config
+    assert (config.drop_path, config.drop_path_mode, config.dropout) == (0.3, "constant", 0.2)
+    of_timm = student("model.timm=test_vit", "model.dropout=0.2", "model.drop_path=0.3")
+    assert of_timm.inner.head_drop.p == 0.2
+    assert of_timm.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
+
+
+def test_blocks_are_computed_again_where_the_recipe_says_so(student):
+    ours, timms = (student("engine.checkpoint_blocks=true", *more) for more in ((), ("model.timm=test_vit",)))
+    for made in (ours, timms):
+        calls = []
+        made.train().blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        made(torch.randn(1, 3, 32, 32)).sum().backward()
+        assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.name=convnet_digits", "model.dropout=0.1"], "model: convnet_digits has no option 'dropout'"),
+        (["model.name=convnet_digits", "model.drop_path_mode=constant"], "has no option 'drop_path_mode'"),
+        (
+            ["model.name=convnet_digits", "engine.checkpoint_blocks=true"],
+            r"engine.checkpoint_blocks: ConvNet has no set_grad_checkpointing\(enable\)",
+        ),
+        (
+            ["model.timm=test_vit", "engine.checkpoint_blocks=true", "engine.capture=graph"],
+            "engine.checkpoint_blocks: timm's models .* use none or compile",
+        ),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused(student, overrides, words):
+    with pytest.raises(UsageError, match=words):
+        student(*overrides)
+
+
+def test_a_model_without_checkpointing_in_timm_is_refused(student, monkeypatch):
+    monkeypatch.setattr("timm.models.vision_transformer.VisionTransformer.set_grad_checkpointing", _cannot)
+    with pytest.raises(UsageError, match="timm's test_vit cannot compute its activations again: not supported"):
+        student("model.timm=test_vit", "engine.checkpoint_blocks=true")
+
+
+def _cannot(self, enable=True):
+    assert not enable, "not supported"
+
+
+def test_clipping_is_by_norm_or_by_unit_without_the_heads(path, student):
+    def clipping(*overrides):
+        recipe = recipes.load(path, overrides)
+        return build.clipping(recipe, student("model.name=deit_tiny_distilled_patch16_224"))
+
+    assert clipping() == {"clip_grad": None}
+    assert clipping("optim.clip_grad=2.0") == {"clip_grad": 2.0}
+    agc = clipping("optim.clip_mode=agc", "optim.clip_grad=0.01")
+    assert agc == {"clip_units": UnitClipping(0.01, ["model.head", "model.head_dist"])}

@@ -1,5 +1,5 @@
-"""Data sets by their kind: `open_source` for one split, `open_pair` for training and held-out samples, `kinds_at` for
-what a folder looks like."""
+"""Data sets by their kind: `open_source` for one split, `open_pair` for training and held-out samples, `open_held_out`
+for the latter alone, `kinds_at` for what a folder looks like."""
 
 from pathlib import Path
 
@@ -28,6 +28,11 @@ def open_pair(use: str, root: str | Path, train: str = "train", val: str = "val"
         held_out.classes = training.classes
     require_same_classes(root, (train, training), (val, held_out))
     return training, held_out
+
+
+def open_held_out(use: str, root: str | Path, train: str = "train", val: str = "val") -> NamedSource:
+    """Held-out samples as `open_pair` gives them. The training split is read only where they depend on it."""
+    return open_pair(use, root, train, val)[1] if _kind(use).held_out else open_source(use, root, val)
 
 
 def layout(use: str, train: str = "train", val: str = "val") -> str:

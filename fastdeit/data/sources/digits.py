@@ -28,7 +28,7 @@ def prepare(cache: str | Path | None = None) -> Path:
     The folder appears complete or not at all: it is written beside its place and renamed. Of several processes that
     start at once, one wins and the others use its folder. DataError where `cache` cannot be written.
     """
-    cache = Path(cache or os.environ.get("FASTDEIT_CACHE") or Path.home() / ".cache" / "fastdeit")
+    cache = Path(os.path.expanduser(cache or os.environ.get("FASTDEIT_CACHE") or "~/.cache/fastdeit"))
     root = cache / f"digits-{VERSION}"
     if root.is_dir():
         return root

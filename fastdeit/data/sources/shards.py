@@ -109,7 +109,7 @@ def cached(root: Path, files: Sequence[str], kind: str, key: str, build: Callabl
     except OSError as error:
         raise DataError(f"{error.filename}: the {kind} file cannot be read: {error.strerror}") from error
     state = np.array([(one.st_size, one.st_mtime_ns) for one in states])
-    cache = Path(os.environ.get("FASTDEIT_CACHE") or Path.home() / ".cache" / "fastdeit")
+    cache = Path(os.path.expanduser(os.environ.get("FASTDEIT_CACHE") or "~/.cache/fastdeit"))
     # Beside the files under one name for all machines; elsewhere the name has to tell data sets apart.
     elsewhere = digest([str(root.resolve()), key])
     places = root / f".fastdeit-{kind}-{key}", cache / f"{kind}-{elsewhere}"

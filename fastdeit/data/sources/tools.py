@@ -6,7 +6,6 @@ images that occur twice (equal bytes), which make a held-out score too good when
 
 import io
 import multiprocessing
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastdeit import cores
 from fastdeit.data.sources.source import BadImage, DataError, NamedSource, quieten_pillow, undecodable
 from fastdeit.data.sources.source import check as gate
 
@@ -105,7 +105,7 @@ def check(
 
 def _results(source: NamedSource, chunks: list[range], processes: int | None) -> Iterator[_Result]:
     """Results in the order of `chunks`; a few chunks per process are under way at a time."""
-    processes = processes or len(os.sched_getaffinity(0))
+    processes = processes or cores.available()
     # Not by fork: the caller may have threads, and a forked child inherits the locks they hold.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start, (source,)) as pool:

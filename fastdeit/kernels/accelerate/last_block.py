@@ -18,26 +18,39 @@ training mode, the model must give the same outputs and gradients whether the la
 alone, and no module but `blocks` and `norm` may notice the difference.
 """
 
-import inspect
 from copy import deepcopy
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdeit.kernels.accelerate.modules import BLOCK, Accelerated, asked, asking, given, needs_all, put_back, watched
-from fastdeit.kernels.accelerate.trial import all_close, first_line, normal, random_copy, results
-
-OP = "query_attention"
+from fastdeit.kernels.accelerate.identity import Remembered, difference, remember
+from fastdeit.kernels.accelerate.modules import (
+    BLOCK,
+    Accelerated,
+    BlockMixin,
+    asked,
+    asking,
+    given,
+    make_last,
+    needs_all,
+    put_back,
+    traced,
+    watched,
+)
+from fastdeit.kernels.accelerate.trial import all_close, first_line, gradients_in_float, normal, random_copy, results
 
 
 class LastBlockMixin(Accelerated):
     """A model whose forward asks the last block for the tokens that the heads read."""
 
+    op = "query_attention"
+
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward, in which the last block makes no tokens but those that the heads read."""
-        if given(args, kwargs) or _reads_more(self):
+        if traced(x) or given(args, kwargs) or difference(self) or _reads_more(self):
             return super().forward(x, *args, **kwargs)
         with asking(self.blocks[-1], _rows(self)):
             return super().forward(x, *args, **kwargs)
@@ -50,6 +63,12 @@ def found(module: nn.Module) -> bool:
         return False
     is_list = isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks) > 0
     return is_list and set(BLOCK.required) <= blocks[-1]._modules.keys()
+
+
+def remembered(model: nn.Module, original: type[nn.Module]) -> Remembered:
+    """What is tried out in the model: its own methods, and what stands between the last block and the heads."""
+    between = ("blocks", "norm")
+    return remember(model, original, between, between, calls_module=True)
 
 
 def _rows(model: nn.Module) -> int:
@@ -79,13 +98,14 @@ def _reads_more(model: nn.Module) -> str | None:
     if getattr(model, "grad_checkpointing", False):
         # The block is called again during backward, by nobody who would ask for less.
         return "gradient checkpointing computes the blocks again"
-    for name in vars(model):
-        # Its own forward has been called, whatever stands in front of it.
-        if name != "forward" and inspect.isfunction(getattr(type(model), name, None)):
-            return f"{name} has been replaced"
     blocks, norm = model._modules.get("blocks"), model._modules.get("norm")
     if type(blocks) not in (nn.Sequential, nn.ModuleList) or len(blocks) == 0:
         return f"blocks is a {type(blocks).__name__}"
+    *earlier, last = blocks  # a slice would be a new module
+    for number, block in enumerate(earlier):
+        # A block that is not accelerated may be anything, such as a wrapper.
+        if block is last or (not isinstance(block, BlockMixin) and last in block.modules()):
+            return f"blocks.{number} is the last block as well"
     if type(norm).__name__ not in ("LayerNorm", "Identity"):
         return f"norm is a {type(norm).__name__}, not a LayerNorm"
     for name, module in (("blocks", blocks), ("norm", norm)):
@@ -100,37 +120,48 @@ def _reads_more(model: nn.Module) -> str | None:
 def disagreement(model: nn.Module) -> str | None:
     """Why the first tokens of the last block cannot stand for all of them, by what is computed from both."""
     rows, last = _rows(model), f"blocks.{len(model.blocks) - 1}"
-    try:
-        if not _block_agrees(model.blocks[-1], rows):
-            return f"{last} computes something else for its first tokens"
-        copy = random_copy(model, {id(block): _Mix() for block in model.blocks}).double()
-        images = _images(copy)
-        for training in (False, True):
-            copy.train(training)
-            whole, seen_whole = _run(copy, images, None)
-            first, seen_first = _run(copy, images, rows)
-            if not all(map(_same, first, whole)):
-                return "reads more than the first tokens of the last block"
-            touched = {path for path, shapes in seen_whole.items() if shapes != seen_first.get(path)}
-            if others := touched - {"blocks", last, "norm"}:
-                return f"{min(others)} takes all tokens"
-    except Exception as error:  # whatever an unknown forward may raise is the reason
-        return f"cannot be tried out: {first_line(error)}"
+    with gradients_in_float(model):
+        try:
+            if not _block_agrees(model.blocks[-1], rows):
+                return f"{last} computes something else for its first tokens"
+            return _difference_between(model, rows, last)
+        except Exception as error:  # whatever an unknown forward may raise is the reason
+            return f"cannot be tried out: {first_line(error)}"
+
+
+def _difference_between(model: nn.Module, rows: int, last: str) -> str | None:
+    """What else but the first rows the model around its last block reads, in every way that it may be switched."""
+    copy = random_copy(model, {id(block): _Mix() for block in model.blocks}).double()
+    if isinstance(copy, LastBlockMixin):
+        copy.__class__ = copy.original
+    images = _images(copy)
+    distillation = (False, True) if hasattr(copy, "distilled_training") else (None,)
+    for training, distilled in product((False, True), distillation):
+        copy.train(training)
+        if distilled is not None:
+            copy.distilled_training = distilled
+        whole, seen_whole = _run(copy, images, None)
+        first, seen_first = _run(copy, images, rows)
+        if not all(map(_same, first, whole)):
+            return "reads more than the first tokens of the last block"
+        touched = {path for path, shapes in seen_whole.items() if shapes != seen_first.get(path)}
+        if others := touched - {"blocks", last, "norm"}:
+            return f"{min(others)} takes all tokens"
     return None
 
 
 def _block_agrees(block: nn.Module, rows: int) -> bool:
     """Whether the block, asked for its first tokens, computes what its own code computes for them."""
     copy = random_copy(block, {})
+    make_last(copy)
     theirs = deepcopy(copy)
     put_back(theirs)
     exact = deepcopy(theirs).double()
     x = normal(2, 5, block.norm1.normalized_shape[0], like=copy.norm1.weight, seed=0).requires_grad_()
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        their = results(lambda x: theirs(x)[:, :rows], theirs, x)
-        truth = results(lambda x: exact(x)[:, :rows], exact, x.detach().double().requires_grad_())
-        with asking(copy, rows):
-            mine = results(copy, copy, x)
+    their = results(lambda x: theirs(x)[:, :rows], theirs, x)
+    truth = results(lambda x: exact(x)[:, :rows], exact, x.detach().double().requires_grad_())
+    with asking(copy, rows):
+        mine = results(copy, copy, x)
     return all_close(mine, their, truth)
 
 
@@ -145,6 +176,8 @@ class _Mix(nn.Module):
     So it shows if the first are mixed once more, and, by what autograd saves, if they are computed again by nobody who
     asks.
     """
+
+    last = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         first = x[:, : asked(self)]
@@ -170,11 +203,7 @@ def _run(model: nn.Module, images: Tensor, rows: int | None) -> tuple[tuple[Tens
     seen: Seen = {}
     hooks = [module.register_forward_hook(partial(_see, seen, path)) for path, module in model.named_modules()]
     devices = [images.device] if images.is_cuda else []
-    with (
-        torch.random.fork_rng(devices),
-        torch.enable_grad(),
-        torch.autocast(images.device.type, enabled=False),
-    ):
+    with torch.random.fork_rng(devices):
         with asking(model.blocks[-1], rows):
             outs = model.forward(images)
         outs = outs if isinstance(outs, tuple) else (outs,)

@@ -1,13 +1,17 @@
 """What `accelerate` swaps: the structure a module must have, and what it computes afterwards.
 
-Every check returns the reason why something does not fit, or None. It runs when a module is swapped and again with
-every call, because a leaf may be replaced, hooked or patched in between.
+Every check returns the reason why something does not fit, or None. Whether the structure fits is looked at when a
+module is swapped, and whether anything has changed since then with every call (`identity`), because a leaf may be
+replaced, hooked or patched in between.
 """
 
+import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 
 from fastdeit.kernels import _op
 from fastdeit.kernels import nn as drop_in
+from fastdeit.kernels.accelerate.identity import PLAIN, Remembered, difference, hooks, remember
 from fastdeit.kernels.attention.op import attention, query_attention
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.mlp.op import mlp
@@ -26,11 +31,6 @@ _OF_ATTENTION = {"attn_mask", "is_causal", "rope", "shared_rel_pos_bias"}
 """Arguments of a block that only its attention looks at."""
 
 
-def hooks(module: nn.Module) -> tuple[dict, ...]:
-    """The registries of functions that see what `module` takes and returns."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
 def passed_by(module: nn.Module, *tensors: str) -> str | None:
     """Why an op may not read these tensors of `module` instead of calling it."""
     if any(hooks(module)):
@@ -39,7 +39,7 @@ def passed_by(module: nn.Module, *tensors: str) -> str | None:
         return "has a forward of its own, which would not run"
     for name in tensors:
         tensor = getattr(module, name)
-        if type(tensor) not in (nn.Parameter, Tensor):
+        if type(tensor) not in PLAIN:
             return f"has no {name}" if tensor is None else f"has a {type(tensor).__name__} as {name}"
     return None
 
@@ -90,8 +90,19 @@ class Structure(NamedTuple):
     required: tuple[str, ...]
     tensors: tuple[str, ...] = ()
 
+    def remember(self, module: nn.Module, original: type[nn.Module]) -> Remembered:
+        """What an op stands for in `module`, which fits, and whose own code is that of `original`; `Unknown`."""
+        present = [name for name, child in module._modules.items() if child is not None]
+        leaves = [name for name in present if self.children[name] is not _called]
+        if getattr(module, "q_bias", None) is not None:
+            leaves.append("qkv")  # whose weight is read, because its bias is apart
+        called = [name for name in leaves if self.children[name] is _drop_path]
+        return remember(module, original, leaves, called)
+
     def misfit(self, module: nn.Module) -> str | None:
         """Why `module` is not built like this, in words; None if it is."""
+        if "forward" in vars(module):
+            return "has a forward of its own, which would not run"
         for name, child in module._modules.items():
             if child is None:
                 continue
@@ -165,26 +176,89 @@ def _mlp_misfit(module: nn.Module) -> str | None:
 
 
 class Accelerated:
-    """Mixin in front of a module's original class."""
+    """Mixin in front of a module's original class.
+
+    op          the op whose backend may be forced, and then has to run
+    original    the class that the module had
+    remembered  what was tried out
+    last        whether it is the last block of a model, which can be asked for less
+    """
 
     mixin: type["Accelerated"]
+    op: str
     original: type[nn.Module]
+    remembered: Remembered
+    last: bool
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        _, _, *rest = super().__reduce_ex__(protocol)
-        return _new, (self.mixin, self.original), *rest
+    def steps_aside(self, refused: str | None) -> bool:
+        """Whether the module's own code has to run: because of `refused`, which is about the arguments of this call, or
+        because something has changed, of which one warning tells. ChoiceError if a kernel has been asked for by name.
+        """
+        reason = refused or difference(self)
+        if reason is None:
+            return False
+        wanted = _op.choice(self.op)
+        if wanted not in (_op.AUTO, _op.REFERENCE):
+            raise _op.ChoiceError(
+                f"{self.op}={wanted} is asked for, which cannot run in this {self.original.__name__}: {reason}"
+            )
+        if not refused and not torch.compiler.is_compiling():
+            _warn_once(f"{self.original.__name__} runs its own code instead of {self.op}: {reason}")
+        return True
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` takes: this module, with all classes put back. It would leave a copy in the model,
+        and take one module for another by the ids of those that are gone."""
+        warnings.warn(
+            f"torch.jit.script has put {self.original.__name__} back on its own code: call accelerate(model) once more",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        put_back(self)
+        return self
+
+
+def traced(x: Any) -> bool:
+    """Whether torch.fx or torch.jit.trace records what is done with x: that is to be the module's own code."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
 
 
 @cache
-def accelerated(mixin: type[Accelerated], original: type[nn.Module]) -> type[Accelerated]:
-    """The class of a module of class `original` that has been swapped."""
-    body = {"mixin": mixin, "original": original, "__doc__": original.__doc__, "__module__": __name__}
-    return type(f"Accelerated{original.__name__}", (mixin, original), body)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def _new(mixin: type[Accelerated], original: type[nn.Module]) -> nn.Module:
-    cls = accelerated(mixin, original)
-    return cls.__new__(cls)
+class AcceleratedClass(type):
+    """The type of classes of accelerated modules, by which `pickle` knows them: they are in no Python module."""
+
+
+@cache
+def accelerated(
+    mixin: type[Accelerated], original: type[nn.Module], remembered: Remembered, last: bool = False
+) -> type[Accelerated]:
+    """The class of a module of class `original` that has been swapped. Its forward has the original's signature."""
+    forward = mixin.forward
+    own = FunctionType(forward.__code__, forward.__globals__, "forward", forward.__defaults__, forward.__closure__)
+    body = {
+        "mixin": mixin,
+        "original": original,
+        "remembered": remembered,
+        "last": last,
+        "forward": functools.wraps(original.forward)(own),
+        "__doc__": original.__doc__,
+        "__module__": __name__,
+    }
+    return AcceleratedClass(f"Accelerated{original.__name__}", (mixin, original), body)
+
+
+def runs(module: nn.Module | None, mixin: type[Accelerated]) -> bool:
+    """Whether `module` is called by the forward of `mixin`, and not by that of a subclass."""
+    return isinstance(module, mixin) and type(module).forward.__code__ is mixin.forward.__code__
+
+
+def make_last(block: nn.Module) -> None:
+    """Let an accelerated block be asked for its first tokens alone."""
+    block.__class__ = accelerated(block.mixin, block.original, block.remembered, last=True)
 
 
 def put_back(module: nn.Module) -> None:
@@ -200,9 +274,17 @@ def given(args: tuple, kwargs: Mapping[str, Any]) -> dict[str | int, Any]:
     return {name: value for name, value in arguments.items() if value is not None and value is not False}
 
 
+def _not_taken(arguments: Collection[str | int]) -> str | None:
+    return f"is given {', '.join(map(str, arguments))}, which the op does not take" if arguments else None
+
+
+def _not_tokens(x: Tensor) -> str | None:
+    return None if x.dim() == 3 else f"is given a tensor of {x.dim()} dimensions, not tokens [B, N, C]"
+
+
 class _Asked(threading.local):
     def __init__(self) -> None:
-        self.block: nn.Module | None = None
+        self.block = 0
         self.rows: int | None = None
 
 
@@ -213,7 +295,8 @@ _ASKED = _Asked()
 def asking(block: nn.Module, rows: int | None) -> Iterator[None]:
     """In this thread, `block` returns its first `rows` tokens alone, if it can; None is all."""
     before = _ASKED.block, _ASKED.rows
-    _ASKED.block, _ASKED.rows = block, rows
+    # By its number: Dynamo, compiling a block, refuses to meet that same block in another place as well.
+    _ASKED.block, _ASKED.rows = id(block), rows
     try:
         yield
     finally:
@@ -222,23 +305,21 @@ def asking(block: nn.Module, rows: int | None) -> Iterator[None]:
 
 def asked(block: nn.Module) -> int | None:
     """How many of its first tokens `block` is asked for; None is all."""
-    return _ASKED.rows if _ASKED.block is block else None
+    # Of last blocks alone, for Dynamo guards the number: each other block would be compiled on its own.
+    return _ASKED.rows if type(block).last and _ASKED.block == id(block) else None
 
 
 def needs_all(block: nn.Module) -> str | None:
     """Why a block cannot make its first tokens alone: the path to what is in the way, and the reason."""
-    for path, mixin, misfit in (
-        ("", BlockMixin, BLOCK.misfit),
-        (".attn", AttentionMixin, _attention_misfit),
-        (".mlp", MlpMixin, _mlp_misfit),
-    ):
+    for path, mixin in (("", BlockMixin), (".attn", AttentionMixin), (".mlp", MlpMixin)):
         part = block._modules.get(path[1:]) if path else block
-        if not isinstance(part, mixin):
+        if not runs(part, mixin):
             return f"{path} keeps its own code"
-        if reason := misfit(part) or (None if path == "" and _sharded(part) else watched(part)):
+        if reason := difference(part) or (None if path == "" and _sharded(part) else watched(part)):
             return f"{path} {reason}"
     for name in ("qkv", "proj"):
-        # The weight of qkv is read, and what is not a plain layer may draw or do something else for fewer tokens.
+        # The weight of qkv is read, and what is not a plain layer may draw or do something else for fewer tokens. The
+        # code of plain layers is what it was, for the MLP has two of them.
         layer = getattr(block.attn, name)
         bias = getattr(layer, "bias", None)
         if reason := linear(layer, "weight") if bias is None else linear(layer):
@@ -262,10 +343,12 @@ def _sharded(module: nn.Module) -> bool:
 class BlockMixin(Accelerated):
     """A block on `add_layer_norm`. Asked for the first tokens, it makes their queries, projection and MLP alone."""
 
+    op = "add_layer_norm"
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the original computes; its own forward for what the ops do not do."""
         arguments = given(args, kwargs)
-        if arguments.keys() - _OF_ATTENTION or BLOCK.misfit(self):
+        if traced(x) or self.steps_aside(_not_taken(arguments.keys() - _OF_ATTENTION)):
             return super().forward(x, *args, **kwargs)
         norm1, norm2 = self.norm1, self.norm2
         _, normed = add_layer_norm(x, None, norm1.weight, norm1.bias, norm1.eps)
@@ -303,9 +386,11 @@ def sum_of(block: nn.Module, x: Tensor, branch: Tensor, number: str) -> drop_in.
 class AttentionMixin(Accelerated):
     """A self-attention on `attention`."""
 
+    op = "attention"
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the original computes; its own forward for what the op does not do."""
-        if given(args, kwargs) or x.dim() != 3 or _attention_misfit(self):
+        if traced(x) or self.steps_aside(_not_taken(given(args, kwargs)) or _not_tokens(x)):
             return super().forward(x, *args, **kwargs)
         apart = getattr(self, "q_bias", None) is not None
         qkv = F.linear(x, self.qkv.weight, self._qkv_bias()) if apart else self.qkv(x)
@@ -328,25 +413,26 @@ class AttentionMixin(Accelerated):
 class MlpMixin(Accelerated):
     """An MLP on `mlp`."""
 
+    op = "mlp"
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the original computes; its own forward for what the op does not do."""
-        if given(args, kwargs) or _mlp_misfit(self):
+        if traced(x) or self.steps_aside(_not_taken(given(args, kwargs))):
             return super().forward(x, *args, **kwargs)
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class Kind(NamedTuple):
-    """A kind of module: what it is called, the op it runs on, and the mixin that runs it."""
+    """A kind of module: what it is called, what it is built like, and the mixin that runs it on an op."""
 
     name: str
-    op: str
     structure: Structure
     misfit: Callable[[nn.Module], str | None]
     mixin: type[Accelerated]
 
 
 KINDS = (
-    Kind("block", "add_layer_norm", BLOCK, BLOCK.misfit, BlockMixin),
-    Kind("attn", "attention", _ATTENTION, _attention_misfit, AttentionMixin),
-    Kind("mlp", "mlp", _MLP, _mlp_misfit, MlpMixin),
+    Kind("block", BLOCK, BLOCK.misfit, BlockMixin),
+    Kind("attn", _ATTENTION, _attention_misfit, AttentionMixin),
+    Kind("mlp", _MLP, _mlp_misfit, MlpMixin),
 )

@@ -11,17 +11,19 @@ while the forward of its attention had six versions. Three kinds are swapped, ea
     mlp        fc1, act, fc2                `mlp`, on the weights of fc1 and fc2
 
 A fourth is the model around them: where its heads read the class token alone, its last block computes no more than
-that (`patch_last_block`).
+that (`last_block`).
 
 A swap changes a module's class to a subclass of its class, and nothing else: children, parameters, state dict, the
-module's own hooks and isinstance stay, and copies and pickles are accelerated too. Every call looks at the structure
-again (`patch_modules`). Where it fits no more (a LoRA layer, a parametrisation, a hook on a child that an op would pass
-by), or an argument is given that the op has no place for, the original forward runs. And every swap is tried out first,
-once for all modules that are alike (`patch_trial`).
+module's own hooks and isinstance stay, and copies and pickles are accelerated too. Every swap is tried out first, once
+for all modules that are alike (`trial`). What was tried out is remembered by the class, and every call compares
+(`identity`): after any change of code, settings or leaves, or where an argument is given that the op has no place for,
+the original forward runs.
 """
 
+import copyreg
 import inspect
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,8 +32,18 @@ from torch import nn
 
 from fastdeit.kernels import nn as drop_in
 from fastdeit.kernels.accelerate import last_block as patch_last_block
+from fastdeit.kernels.accelerate.identity import Unknown, difference
 from fastdeit.kernels.accelerate.last_block import LastBlockMixin
-from fastdeit.kernels.accelerate.modules import KINDS, Accelerated, AttentionMixin, Kind, accelerated, put_back
+from fastdeit.kernels.accelerate.modules import (
+    KINDS,
+    Accelerated,
+    AcceleratedClass,
+    AttentionMixin,
+    Kind,
+    accelerated,
+    make_last,
+    put_back,
+)
 from fastdeit.kernels.accelerate.trial import disagreement, signature
 
 
@@ -81,8 +93,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, last_block: bool = Tru
 
     Changes the model in place, and of it only the classes of modules; parameters, their names and the state dict stay.
     Calling it again is harmless. Drop-path draws from torch's generator what the model's own code would have drawn.
-    Gradients cannot be differentiated again, and `torch.jit.script` needs `restore` first. Call it before
-    `torch.compile` and before `fully_shard`; RuntimeError after the latter.
+    Modules that have changed since an earlier call are tried out again. Gradients cannot be differentiated again. Call
+    it before `torch.compile` and before `fully_shard`; RuntimeError after the latter.
     """
     _refuse_sharded(model, "accelerate")
     rows, swaps = _parts(model)
@@ -111,15 +123,29 @@ def _parts(model: nn.Module) -> tuple[list[Row], list[tuple[nn.Module, type[Acce
         reason = kind.misfit(module)
         if reason is None and with_rope and kind.mixin is AttentionMixin and _takes_rope(module):
             reason = "is given rotary position embeddings, which the op does not apply"
-        if reason is None and not isinstance(module, Accelerated):
-            alike = signature(kind, module)
-            if alike not in tried:
-                tried[alike] = disagreement(kind, module)
-            reason = tried[alike]
+        if reason is None and (not isinstance(module, Accelerated) or difference(module)):
+            cls = _swapped(kind, module, tried)
+            reason = cls if isinstance(cls, str) else None
             if reason is None:
-                swaps.append((module, accelerated(kind.mixin, type(module))))
-        rows.append(Row(path, kind.name, kind.op if reason is None else None, reason or ""))
+                swaps.append((module, cls))
+        rows.append(Row(path, kind.name, kind.mixin.op if reason is None else None, reason or ""))
     return rows, swaps
+
+
+def _swapped(kind: Kind, module: nn.Module, tried: dict[tuple, str | None]) -> type[Accelerated] | str:
+    """The class that `module`, which fits, gets, or the reason why it keeps its own. Those alike are tried out once."""
+    try:
+        remembered = kind.structure.remember(module, _original(module))
+    except Unknown as error:
+        return str(error)
+    alike = (remembered, *signature(kind, module))
+    if alike not in tried:
+        tried[alike] = disagreement(kind, module, remembered)
+    return tried[alike] or accelerated(kind.mixin, _original(module), remembered)
+
+
+def _original(module: nn.Module) -> type[nn.Module]:
+    return module.original if isinstance(module, Accelerated) else type(module)
 
 
 def _last_blocks(model: nn.Module, wanted: bool) -> list[Row]:
@@ -132,13 +158,55 @@ def _last_blocks(model: nn.Module, wanted: bool) -> list[Row]:
             if isinstance(module, LastBlockMixin):
                 module.__class__ = module.original
             continue
-        reason = patch_last_block.misfit(module)
-        if reason is None and not isinstance(module, LastBlockMixin):
-            reason = patch_last_block.disagreement(module)
-            if reason is None:
-                module.__class__ = accelerated(LastBlockMixin, type(module))
-        rows.append(Row(path, "last block", patch_last_block.OP if reason is None else None, reason or ""))
+        cls = _asking(module)
+        reason = cls if isinstance(cls, str) else ""
+        if not reason:
+            module.__class__ = cls
+            make_last(module.blocks[-1])
+        rows.append(Row(path, "last block", None if reason else LastBlockMixin.op, reason))
     return rows
+
+
+def _asking(model: nn.Module) -> type[Accelerated] | str:
+    """The class of a model that asks its last block for less, or the reason why it cannot."""
+    if reason := patch_last_block.misfit(model):
+        return reason
+    if isinstance(model, LastBlockMixin) and not difference(model):
+        return type(model)
+    try:
+        remembered = patch_last_block.remembered(model, _original(model))
+    except Unknown as error:
+        return str(error)
+    return patch_last_block.disagreement(model) or accelerated(LastBlockMixin, _original(model), remembered)
+
+
+# ---- pickles ---------------------------------------------------------------------------------------------------------
+
+
+def _not_tried_out(mixin: type[Accelerated], original: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module in a pickle. What was tried out where it was made may be other code here, so that it is
+    tried out again: `__setstate__` is called when the module has all its parts."""
+
+    def setstate(self: nn.Module, state: dict) -> None:
+        original.__setstate__(self, state)
+        self.__class__ = original
+        kind = next((kind for kind in KINDS if kind.mixin is mixin), None)
+        cls = _asking(self) if kind is None else kind.misfit(self) or _swapped(kind, self, _TRIED)
+        if isinstance(cls, str):
+            warnings.warn(f"{original.__name__} was accelerated, but runs its own code here: {cls}", stacklevel=2)
+        else:
+            self.__class__ = cls
+            if kind is None:
+                make_last(self.blocks[-1])
+
+    return type(original.__name__, (original,), {"__setstate__": setstate, "__module__": __name__})
+
+
+_TRIED: dict[tuple, str | None] = {}
+copyreg.pickle(AcceleratedClass, lambda cls: (_not_tried_out, (cls.mixin, cls.original)))
+
+
+# ---- what is left alone ----------------------------------------------------------------------------------------------
 
 
 def _refuse_sharded(model: nn.Module, name: str) -> None:
@@ -153,7 +221,7 @@ def _refuse_sharded(model: nn.Module, name: str) -> None:
 
 
 def _takes_rope(module: nn.Module) -> bool:
-    return "rope" in inspect.signature(getattr(module, "original", type(module)).forward).parameters
+    return "rope" in inspect.signature(type(module).forward).parameters
 
 
 def _kind(path: str, module: nn.Module) -> Kind | None:

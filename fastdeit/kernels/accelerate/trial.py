@@ -5,14 +5,25 @@ tokens, must be as close to those of the original in float64 as those of the ori
 is left alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdeit.kernels.accelerate.modules import BlockMixin, Kind, MlpMixin, accelerated, given, hooks
+from fastdeit.kernels.accelerate.identity import Remembered, difference, hooks
+from fastdeit.kernels.accelerate.modules import (
+    AttentionMixin,
+    BlockMixin,
+    Kind,
+    MlpMixin,
+    accelerated,
+    given,
+    linear,
+    put_back,
+)
 
 
 class _StandIn(nn.Linear):
@@ -33,10 +44,26 @@ def _width_of(kind: Kind, module: nn.Module) -> int | None:
 
 
 def _stand_ins(kind: Kind, module: nn.Module, width: int) -> dict[int, nn.Module]:
-    if kind.mixin is not BlockMixin:
-        return {}
-    device = module.norm1.weight.device
-    return {id(child): nn.utils.skip_init(_StandIn, width, width, device=device) for child in (module.attn, module.mlp)}
+    """What a copy has in the place of children that are called, whatever they are."""
+    if kind.mixin is BlockMixin:
+        return {id(child): _plain(width, width, module.norm1.weight.device) for child in (module.attn, module.mlp)}
+    if kind.mixin is AttentionMixin:
+        # Quantised weights have no values that could be made random.
+        layers = [layer for layer in (module.qkv, module.proj) if hasattr(layer, "out_features")]
+        return {
+            id(layer): _plain(layer.in_features, layer.out_features, _device(module))
+            for layer in layers
+            if linear(layer, "weight") is not None and type(getattr(layer, "weight", None)) is not nn.Parameter
+        }
+    return {}
+
+
+def _plain(made_of: int, makes: int, device: torch.device) -> nn.Module:
+    return nn.utils.skip_init(_StandIn, made_of, makes, device=device)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def random_copy(module: nn.Module, stand_ins: dict[int, nn.Module]) -> nn.Module:
@@ -75,24 +102,51 @@ def results(forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -
     return out, *torch.autograd.grad(out, free, normal(*out.shape, like=out, seed=1), materialize_grads=True)
 
 
-def disagreement(kind: Kind, module: nn.Module) -> str | None:
+def disagreement(kind: Kind, module: nn.Module, remembered: Remembered) -> str | None:
     """Why the op cannot stand for the module's own forward, by what both compute."""
     width = _width_of(kind, module)
     if width is None:
         return "cannot be tried out: nothing says how wide its tokens are"
-    try:
-        copy = random_copy(module, _stand_ins(kind, module, width))
-        double = deepcopy(copy).double()
-        x = normal(2, 5, width, like=next(copy.parameters()), seed=0).requires_grad_()
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with gradients_in_float(module):
+        try:
+            copy = random_copy(module, _stand_ins(kind, module, width))
+            put_back(copy)
+            double = deepcopy(copy).double()
+            x = normal(2, 5, width, like=next(copy.parameters()), seed=0).requires_grad_()
             theirs = results(copy.forward, copy, x)
             exact = results(double.forward, double, x.detach().double().requires_grad_())
-    except Exception as error:  # whatever an unknown forward may raise is the reason
-        return f"cannot be tried out on tokens alone: {first_line(error)}"
-    copy.__class__ = accelerated(kind.mixin, type(copy))
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        except Exception as error:  # whatever an unknown forward may raise is the reason
+            return f"cannot be tried out on tokens alone: {first_line(error)}"
+        copy.__class__ = accelerated(kind.mixin, type(copy), remembered)
+        if reason := difference(copy):
+            return f"cannot be tried out on a copy, which {reason}"
         mine = results(copy.forward, copy, x)
-    return None if all_close(mine, theirs, exact) else "computes something else than its structure suggests"
+        if odd := [name for name in copy._modules if "drop_path" in name and not _drops_samples(copy._modules[name])]:
+            return f"{odd[0]} does more than drop samples"
+        return None if all_close(mine, theirs, exact) else "computes something else than its structure suggests"
+
+
+def _drops_samples(drop: nn.Module) -> bool:
+    """Whether a drop-path, in training, multiplies whole samples by what it makes of ones: so the op uses it."""
+    x, ones = normal(64, 3, 2, like=torch.empty(0), seed=0), torch.ones(64, 1, 1)
+    if hasattr(drop, "drop_prob"):
+        drop.drop_prob = 0.5
+    drawn = []
+    for tokens in (x, ones):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            drawn.append(drop.train()(tokens))
+    return torch.equal(drawn[0], x * drawn[1])
+
+
+@contextmanager
+def gradients_in_float(module: nn.Module) -> Iterator[None]:
+    """Whatever surrounds a trial, there are gradients in it, and no autocast."""
+    # There is no autocast for the meta device, from which copies come to the CPU.
+    kind = _device(module).type
+    device = "cpu" if kind == "meta" else kind
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        yield
 
 
 def first_line(error: Exception) -> str:

@@ -1,0 +1,236 @@
+"""The directory of a run: how it is named, made, owned, found again, and removed when nothing came of it.
+
+RUN/recipe.yaml, environment.json     what is run, and on what
+RUN/metrics.jsonl                     what was measured
+RUN/checkpoints/step_00001250/        what the run goes on from; its recipe is the one that counts
+RUN/curves.png, summary.json          the run so far, as of its last evaluation
+RUN/teacher/                          the run of a teacher that was trained here
+RUN/lock.json                         while a process trains here: which one
+"""
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from fastdeit.engine import checkpoint, metrics
+from fastdeit.engine.dist import World
+from fastdeit.errors import UsageError
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run.lock import locked
+
+if TYPE_CHECKING:
+    from fastdeit.recipe.resolve import Recipe
+
+RUNS = Path("runs")
+CHECKPOINTS, TEACHER, RECIPE, METRICS = "checkpoints", "teacher", "recipe.yaml", "metrics.jsonl"
+
+_DATED = re.compile(r"(?P<stamp>\d{4}-\d\d-\d\d_\d{6})(-(?P<number>\d+))?_(?P<recipe>.+)")
+_TITLE = "# The recipe {name}, with every field written out. The run goes on by the recipe in its checkpoints.\n"
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether the directory `run` has a checkpoint."""
+    return bool(checkpoint.steps(run / CHECKPOINTS))
+
+
+def can_go_on(run: Path) -> bool:
+    """Whether there is something to go on from: a checkpoint of the run, or of the teacher that it trains first."""
+    return has_checkpoint(run) or (has_checkpoint(run / TEACHER) and (run / RECIPE).is_file())
+
+
+def finished(run: Path | None) -> Path | None:
+    """`run`, if it has been trained to its end."""
+    state = None if run is None else checkpoint.newest_state(run / CHECKPOINTS)
+    if state is None:
+        return None
+    limit = state["recipe"]["train"]["stop_after"]
+    early = limit is not None and state["record"]["evaluations_since_best"] >= limit
+    return run if early or state["steps"] == checkpoint.steps(run / CHECKPOINTS)[-1] else None
+
+
+def newest(name: str) -> Path:
+    """The newest run of the recipe `name` under runs/ that has a checkpoint. Raises UsageError where there is none."""
+    found = []
+    for path in RUNS.iterdir() if RUNS.is_dir() else ():
+        match = _DATED.fullmatch(path.name)
+        if match and match["recipe"] == name and can_go_on(path):
+            found.append((match["stamp"], int(match["number"] or 1), path))
+    if not found:
+        raise UsageError(
+            f"--resume: there is no run of recipe {name} with a checkpoint under {RUNS}/; name it with --resume RUN"
+        )
+    return max(found)[-1]
+
+
+def recipe_of(run: Path) -> "Recipe":
+    """The recipe that the run goes on by: that of its newest checkpoint, whose hash is known.
+
+    While its teacher is trained a run has no checkpoint; then it is the one in recipe.yaml. Raises UsageError where
+    there is nothing to go on from, and for a recipe of another version of fastdeit.
+    """
+    state = checkpoint.newest_state(run / CHECKPOINTS)
+    if state is None:
+        if not can_go_on(run):
+            raise UsageError(f"{run} has no checkpoint to go on from")
+        title = re.match(r"# The recipe (\S+),", (run / RECIPE).read_text())
+        return recipes.load(str(run / RECIPE)).model_copy(update={"name": title[1] if title else run.name})
+    return checked_recipe(state["recipe"], run / CHECKPOINTS)
+
+
+def checked_recipe(plain: Mapping[str, Any], where: Path) -> "Recipe":
+    """The recipe in the state of a checkpoint at `where`. Raises UsageError if this version of fastdeit has no such."""
+    try:
+        return recipes.Recipe.model_validate(plain)
+    except ValidationError as error:
+        raise UsageError(f"the recipe in {where} is not one of this version of fastdeit: {error}") from error
+
+
+def command(run: Path, *overrides: str, verb: str = "--resume", world: World | None = None) -> str:
+    """The command that goes on with `run`, on as many processes as `world` has."""
+    words = ["fastdeit", "train", verb, str(run), *overrides]
+    size = 1 if world is None else world.size
+    if size > 1 and os.environ.get("LOCAL_WORLD_SIZE", str(size)) == str(size):
+        words += ["--nproc", str(size)]
+    elsewhere = size > 1 and "--nproc" not in words
+    return f"`{shlex.join(words)}`" + (" under the launcher of this run" if elsewhere else "")
+
+
+def write_recipe(run: Path, recipe: "Recipe") -> None:
+    """Write recipe.yaml for people to read."""
+    replace_text(run / RECIPE, _TITLE.format(name=recipe.name) + recipes.dump(recipe))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in one step: whoever reads it meanwhile has the old one or the new one, whole."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename a file out of the way, metrics.jsonl to metrics-1.jsonl; None where it is empty or there is none."""
+    if not path.exists() or path.stat().st_size == 0:
+        return None
+    free = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
+    return path.rename(next(name for name in free if not name.exists()))
+
+
+def check_space(run: Path | None, checkpoint_bytes: int, world: World, *, checkpoints: int) -> None:
+    """Raise UsageError, on every process, where the disk has no room for that many checkpoints of a run.
+
+    `run` need not exist yet; None is a new directory under runs/.
+    """
+    where = next(path for path in ((run or RUNS).absolute(), *(run or RUNS).absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(where).free, checkpoints * checkpoint_bytes
+    if world.same(free < needed):
+        raise UsageError(
+            f"{where} has {free / 1e9:.3g} GB free, and {checkpoints} checkpoints of this run need {needed / 1e9:.3g} "
+            "GB; make room, or choose another disk with --run-dir"
+        )
+
+
+# ---- ownership -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def claim(
+    given: Path | None, name: str, world: World, say: Callable[[str], None], *, resume: bool = False
+) -> Iterator[Path]:
+    """The directory of a run of the recipe `name`, owned by this run for the time of the block.
+
+    That is `given`, or a new one under runs/ with the time in its name. The main process makes and locks it. If the
+    block fails before the run has done anything worth keeping, what is new in it goes, and so does the directory.
+    Raises UsageError on every process where it cannot be made, another process owns it, or it holds a run already that
+    is not to be resumed.
+    """
+    with ExitStack() as stack:
+        path = problem = None
+        if world.main:
+            try:
+                path = stack.enter_context(_owned(given, name, say, resume))
+            except UsageError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = (
+                    f"{given or RUNS}: the run directory cannot be made or written to: {error.strerror}; choose "
+                    "another --run-dir"
+                )
+        path, problem = world.same((path, problem))
+        if problem is not None:
+            raise UsageError(problem)
+        yield path
+
+
+@contextmanager
+def _owned(given: Path | None, name: str, say: Callable[[str], None], resume: bool) -> Iterator[Path]:
+    path, made = _dated(name) if given is None else (given, _make(given))
+    try:
+        with locked(path, say):
+            if not resume and ((path / METRICS).exists() or has_checkpoint(path)):
+                raise UsageError(f"{path} already holds a run; go on with {command(path)}, or choose another --run-dir")
+            with _emptied_on_failure(path):
+                (path / CHECKPOINTS).mkdir(exist_ok=True)
+                checkpoint.sweep(path / CHECKPOINTS)
+                yield path
+    finally:
+        for directory in reversed(made):
+            with suppress(OSError):  # it is not empty: the run is in it
+                directory.rmdir()
+
+
+def _dated(name: str) -> tuple[Path, list[Path]]:
+    """A new directory under runs/, and the directories that were made for it. Two starts in a second get two."""
+    made = _make(RUNS)
+    stamp = f"{datetime.now():%Y-%m-%d_%H%M%S}"
+    numbers = count(2)
+    path = RUNS / f"{stamp}_{name}"
+    while True:
+        try:
+            path.mkdir()
+        except FileExistsError:
+            path = RUNS / f"{stamp}-{next(numbers)}_{name}"
+        else:
+            return path, [*made, path]
+
+
+def _make(path: Path) -> list[Path]:
+    """Make `path` and its parents; returns those that this call has made, the outermost first."""
+    made = []
+    for directory in reversed((path, *path.parents)):
+        if not directory.exists():
+            with suppress(FileExistsError):
+                directory.mkdir()
+                made.append(directory)
+    return made
+
+
+@contextmanager
+def _emptied_on_failure(path: Path) -> Iterator[None]:
+    """If the block fails and nothing of a run is worth keeping, remove what it has put into `path`."""
+    before = set(os.listdir(path))
+    try:
+        yield
+    except BaseException:
+        if before.isdisjoint({CHECKPOINTS, TEACHER, RECIPE, METRICS}) and not _worth_keeping(path):
+            for name in set(os.listdir(path)) - before:
+                new = path / name
+                shutil.rmtree(new) if new.is_dir() and not new.is_symlink() else new.unlink()
+        raise
+
+
+def _worth_keeping(path: Path) -> bool:
+    log = path / METRICS
+    logged = log.exists() and any(record["step"] > 0 for record in metrics.read(log))
+    return logged or has_checkpoint(path) or has_checkpoint(path / TEACHER)

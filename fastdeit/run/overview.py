@@ -1,0 +1,132 @@
+"""What a run directory says of itself, without its weights: recipe, how far it is, its best, its state.
+
+Everything is read from small files, so that hundreds of runs are listed at once. No torch is imported.
+"""
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from fastdeit.engine import metrics
+from fastdeit.errors import UsageError
+from fastdeit.text import did_you_mean
+
+RUNS = Path("runs")
+LOG, SUMMARY, RECIPE, LOCK = "metrics.jsonl", "summary.json", "recipe.yaml", "lock.json"
+
+State = Literal["finished", "running", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A run as its files describe it.
+
+    recipe    its fields as recipe.yaml has them; empty where that cannot be read
+    records   of metrics.jsonl, in the order of writing
+    summary   of the last evaluation, or empty
+    state     running: a process holds its lock; finished: it came to its end; interrupted: neither
+    seconds   since something was last written
+    """
+
+    path: Path
+    recipe: Mapping[str, Any]
+    records: tuple[Mapping[str, Any], ...]
+    summary: Mapping[str, Any]
+    state: State
+    seconds: float
+
+    @property
+    def step(self) -> int:
+        """The last step that something was logged of."""
+        return max((record["step"] for record in self.records), default=0)
+
+    @property
+    def epoch(self) -> float:
+        """The same in epochs, which may have a fraction."""
+        return max((record.get("epoch", 0.0) for record in self.records), default=0.0)
+
+    @property
+    def epochs(self) -> int | None:
+        """Epochs of the whole run; None where the recipe cannot be read."""
+        return (self.recipe.get("train") or {}).get("epochs")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the last evaluation measured, by name."""
+        last = next((record for record in reversed(self.records) if record.get("kind") == "eval"), {})
+        return {name: value for name, value in last.items() if name not in _NOT_MEASURED}
+
+
+_NOT_MEASURED = ("kind", "step", "epoch", "images", "bad_images")
+
+
+def is_run(path: Path) -> bool:
+    """Whether the directory `path` is that of a run."""
+    return (path / LOG).is_file() or (path / RECIPE).is_file()
+
+
+def find(name: str) -> Path:
+    """The run directory `name`, or that of the name in runs/. Raises UsageError where there is none."""
+    for path in (Path(name), RUNS / name):
+        if is_run(path):
+            return path
+    there = [path.name for path in RUNS.iterdir()] if RUNS.is_dir() else []
+    path = Path(name)
+    why = "is no run: it has neither recipe.yaml nor metrics.jsonl" if path.exists() else "does not exist"
+    raise UsageError(f"{name} {why}{did_you_mean(path.name, there) or '; `fastdeit runs list` shows those in runs/'}")
+
+
+def read(path: Path) -> Overview:
+    """The run in the directory `path`. What is not there or damaged is left empty."""
+    log = path / LOG
+    try:
+        records = tuple(metrics.read(log)) if log.is_file() else ()
+        written = max(file.stat().st_mtime for file in (path, log) if file.exists())
+    except OSError as error:
+        raise UsageError(f"{path}: the run cannot be read: {error.strerror}") from error
+    summary = _json(path / SUMMARY)
+    return Overview(path, _recipe(path / RECIPE), records, summary, _state(path, summary), time.time() - written)
+
+
+def all_in(folder: Path) -> Iterator[Overview]:
+    """The runs directly in `folder`, the newest first. Raises UsageError where there is no such folder."""
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}; `fastdeit train` puts runs into {RUNS}/ where it is started")
+    found = [read(path) for path in folder.iterdir() if is_run(path)]
+    yield from sorted(found, key=lambda run: run.seconds)
+
+
+def _state(path: Path, summary: Mapping[str, Any]) -> State:
+    """The lock is the kernel's (flock): the file of a process that has died locks nothing."""
+    try:
+        with open(path / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "running"
+    except OSError:
+        pass  # no lock, or none that can be asked
+    return "finished" if summary.get("finished") else "interrupted"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """Not validated: a run of another version, or with a method that is not installed here, is listed all the same."""
+    try:
+        found = YAML(typ="safe", pure=True).load(path.read_bytes())
+    except (OSError, YAMLError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,97 @@
+"""What `fastdeit train` is asked for: a new run, one to go on with, or a fork.
+
+fastdeit train [RECIPE] [section.field=value ...] [--run-dir DIR]     a new run
+fastdeit train --resume RUN [section.field=value ...]                 go on with RUN, by its own recipe
+fastdeit train RECIPE --resume                                        go on with the newest of RECIPE under runs/
+fastdeit train [RECIPE] --run-dir DIR --resume                        go on with DIR; with a RECIPE, or begin there
+fastdeit train --from ADDRESS [section.field=value ...]               a new run that begins where another stood
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdeit.errors import UsageError
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import directory, fork
+from fastdeit.run.build import Report
+from fastdeit.run.saver import refuse_other_run
+
+if TYPE_CHECKING:
+    from fastdeit.recipe.resolve import Recipe
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command, read.
+
+    recipe   with the overrides of the command
+    run_dir  where the run is, or is to be; None for a new directory under runs/
+    resume   whether to go on with what is there
+    origin   the checkpoint that a fork begins with
+    """
+
+    recipe: "Recipe"
+    run_dir: Path | None = None
+    resume: bool = False
+    origin: fork.Origin | None = None
+
+
+def read(args: argparse.Namespace, say: Report) -> Request:
+    """The request that the arguments of `fastdeit train` make, checked as far as it can be without the data.
+
+    `args.resume` is None without the flag, "" for the flag alone, else the run that is named.
+    Raises UsageError or RecipeError where that is no request, or not one that can be carried out.
+    """
+    given = None if args.run_dir is None else Path(args.run_dir).expanduser()
+    if args.origin is not None:
+        return _fork(args, given, say)
+    if args.resume is None:
+        return Request(recipes.load(args.recipe, args.overrides), given)
+    if args.resume:
+        if given is not None:
+            raise UsageError(f"--resume {args.resume} says which run; leave out --run-dir {args.run_dir}")
+        _no_recipe(args, f"--resume {args.resume}")
+        return _resume(Path(args.resume).expanduser(), args)
+    if given is None:
+        # Which of all runs is meant, a bare `--resume` says by the recipe.
+        return _resume(directory.newest(recipes.load(args.recipe, args.overrides).name), args)
+    if args.named and not directory.can_go_on(given):
+        return Request(recipes.load(args.recipe, args.overrides), given, resume=True)
+    return _resume(given, args)
+
+
+def _resume(run: Path, args: argparse.Namespace) -> Request:
+    """Go on with `run`; a recipe that is named must be the one of the run."""
+    if not run.is_dir():
+        raise UsageError(f"--resume: there is no run {run}; give a directory that has {directory.CHECKPOINTS}/")
+    if (run / "manifest.json").exists():
+        at = f"--from {run}"
+        raise UsageError(
+            f"--resume: {run} is one checkpoint; a run goes on from its newest: --resume {run.parent.parent}. To go on "
+            f"from this one, in a new run: {at}"
+        )
+    before = directory.recipe_of(run)
+    if args.named:
+        recipe = recipes.load(args.recipe, args.overrides).model_copy(update={"name": before.name})
+        if recipe.engine.threads is None:  # then the run's are meant, as its results depend on them
+            engine = recipe.engine.model_copy(update={"threads": before.engine.threads})
+            recipe = recipe.model_copy(update={"engine": engine})
+    else:
+        recipe = recipes.override(before, args.overrides)
+    refuse_other_run(run, recipes.difference(before, recipe))
+    return Request(recipe, run, resume=True)
+
+
+def _fork(args: argparse.Namespace, given: Path | None, say: Report) -> Request:
+    if args.resume is not None:
+        raise UsageError("--from begins a new run and --resume goes on with one; give one of the two")
+    _no_recipe(args, f"--from {args.origin}")
+    origin = fork.opened(args.origin, say)
+    return Request(recipes.override(origin.recipe, args.overrides), given, origin=origin)
+
+
+def _no_recipe(args: argparse.Namespace, flag: str) -> None:
+    if args.named:
+        raise UsageError(f"{flag} takes the recipe from the run; leave out {args.recipe}")

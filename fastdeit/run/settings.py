@@ -1,0 +1,84 @@
+"""The recipe by which weights are evaluated: that of their run, or one made of what else is known of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdeit.data.sources.datasets import kinds_at
+from fastdeit.data.sources.kinds import GENERATED
+from fastdeit.errors import UsageError
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run.weights import Weights
+
+_IMAGENET_SIZE = 224
+
+
+def settings(weights: Weights, model: str | None, overrides: Sequence[str], root: str | None = None) -> recipes.Recipe:
+    """The recipe of an evaluation of `weights`: model, method, input and precision.
+
+    model      which model they are of, as `run.weights.network` takes it; None where they tell it themselves
+    overrides  `section.field=value`, which come last
+    root       the data set's folder, where it is given by itself: then its kind is detected
+
+    Raises UsageError where nothing tells which model they are of, and RecipeError for overrides that do not fit.
+    """
+    if weights.checkpoint is not None:
+        if model is not None:
+            raise UsageError(f"--model {model}: {weights.origin} says itself which model its weights are of")
+        recipe = recipes.Recipe.model_validate(weights.checkpoint.state["recipe"])
+        # The checkpoint holds the weights; the file that training started from need not exist any more.
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
+    else:
+        recipe = recipes.Recipe.model_validate(_fields(weights, model))
+    return recipes.override(recipe, [*_kind(recipe, overrides, root), *overrides])
+
+
+def _fields(weights: Weights, model: str | None) -> dict[str, Any]:
+    """What a recipe needs. Nothing is trained by it, so length and learning rate mean nothing."""
+    known = weights.known
+    name, timm = known.name, known.timm
+    if model is not None:
+        name, timm = (None, model.removeprefix("timm:")) if model.startswith("timm:") else (model, None)
+    if name is None and timm is None:
+        raise UsageError(
+            f"{weights.origin}: nothing tells which model these weights are of; add --model NAME, a model of fastdeit, "
+            "or --model timm:NAME"
+        )
+    data = {"mean": known.mean, "std": known.std, "eval_crop_ratio": known.crop_ratio}
+    if known.mean is None and timm is not None:
+        data = _timm_data(timm)
+    size = known.image_size or weights.square or _IMAGENET_SIZE
+    return {
+        "name": "evaluation",
+        "about": {},
+        "model": {"name": name, "timm": timm, "image_size": size},
+        "method": {"use": "supervised"},
+        "data": {key: value for key, value in data.items() if value is not None},
+        "optim": {"lr": 1.0, "warmup_epochs": 0},
+        "train": {"epochs": 1, "batch_size": 64},
+        "engine": {},
+    }
+
+
+def _timm_data(name: str) -> dict[str, Any]:
+    """The input that timm's weights of this model were made for."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        return {}
+    return {"mean": config.mean, "std": config.std, "eval_crop_ratio": config.crop_pct}
+
+
+def _kind(recipe: recipes.Recipe, overrides: Sequence[str], root: str | None) -> list[str]:
+    """An override for the kind of the data set at `root`, where it is not the recipe's and none is given."""
+    if root is None or any(word.startswith("data.source=") for word in overrides):
+        return []
+    val = next((word.partition("=")[2] for word in overrides if word.startswith("data.val=")), recipe.data.val)
+    found = kinds_at(Path(root).expanduser(), val, val)  # the training split need not be there
+    if recipe.data.source in found:
+        return []
+    if found:
+        return [f"data.source={found[0]}"]
+    # The error of a folder is told with what it should look like; that of generated data would not fit.
+    return ["data.source=folder"] if recipe.data.source in GENERATED else []

@@ -1,0 +1,55 @@
+"""The compute threads of a run on the CPU. They are a part of its identity: sums of several threads round differently.
+
+`engine.threads` says how many. Where it is null, the number is derived when the run begins, and written into the recipe
+of the run, so that whoever goes on with it has the same. `OMP_NUM_THREADS`, set by the user, wins over both.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastdeit import cores
+from fastdeit.engine.dist import World
+from fastdeit.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastdeit.recipe.resolve import Recipe
+
+VARIABLE = "OMP_NUM_THREADS"
+
+
+def fixed(recipe: "Recipe", world: World) -> "Recipe":
+    """`recipe` with a number in `engine.threads`, the same on every process. Call it on every process.
+
+    By default that is a process's share of the processors that it may run on.
+    """
+    threads = _asked() or recipe.engine.threads
+    if threads is None:
+        threads = max(1, cores.available() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+    threads = world.same(threads)
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"threads": threads})})
+
+
+def _asked() -> int | None:
+    """What the user's environment says; a list, as OpenMP has for nested regions, by its first number."""
+    text = os.environ.get(VARIABLE)
+    if text is None:
+        return None
+    first = text.partition(",")[0].strip()
+    if not first.isdecimal() or int(first) < 1:
+        raise UsageError(f"{VARIABLE}={text!r} is not a number of threads; set engine.threads instead, or neither")
+    return int(first)
+
+
+@contextmanager
+def computing(threads: int) -> Iterator[None]:
+    """torch computes with so many threads for the time of the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

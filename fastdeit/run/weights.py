@@ -1,0 +1,473 @@
+"""Weights by their address, what is known of them, and the network that they belong to.
+
+Every verb and every field that takes weights goes through `open_weights` (see `address` for the words), so a run, a
+file of somebody else's and a timm model can be handed to each of them. `load` puts them into a network, and `network`
+makes the one that they belong to. What is chosen, stripped, renamed or resized is told; what does not fit is refused in
+a sentence.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import isqrt
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fastdeit import models
+from fastdeit.engine import checkpoint
+from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
+from fastdeit.errors import UsageError
+from fastdeit.fields import size_pair
+from fastdeit.models import convert, pickled
+from fastdeit.models.contract import ImageSize
+from fastdeit.models.weights import load_weights
+from fastdeit.run import classes as class_lists
+from fastdeit.run import hub
+from fastdeit.run.address import Address, parse
+from fastdeit.text import some
+
+KNOWN = "fastdeit"
+"""Key of the JSON of `Known` in the header of a safetensors file that `fastdeit export` wrote."""
+Purpose = Literal["student", "teacher", "features"]
+"""What a network is loaded for.
+
+student   it will be trained: a head and a distillation token that only one side has are made anew or left out
+teacher   it will answer as it is: everything must be there, and nothing may be left over
+features  as teacher, but nobody reads its head
+"""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the network that weights belong to; None where nothing tells.
+
+    name        a model of fastdeit.models, or an import path
+    timm        a model of timm
+    image_size  (height, width) in pixels that it was trained at
+    num_classes outputs of its head
+    classes     names in the order of the head
+    mean, std   of the normalisation of its input, in units of [0, 1]
+    crop_ratio  of evaluation
+    method      `method.use` of the run
+    """
+
+    name: str | None = None
+    timm: str | None = None
+    image_size: tuple[int, int] | None = None
+    num_classes: int | None = None
+    classes: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_ratio: float | None = None
+    method: str | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors that an address names.
+
+    origin      for messages: "runs/x, step 1250, averaged weights"
+    tensors     by name as our models and timm have them, on the CPU; of a run the student's
+    known       what is known of their network
+    notes       what was chosen, stripped or skipped, one sentence each, to be said to the user
+    checkpoint  where the address is of a run or checkpoint: state of method and engine, and the recipe
+    averaged    whether they are the average of a run's weights
+    as_named    the tensors as the file names them, where `tensors` has other names
+    """
+
+    origin: str
+    tensors: dict[str, Tensor]
+    known: Known = Known()
+    notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
+    averaged: bool = False
+    as_named: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(rows, columns) of the patches that the positional embedding is for; None where nothing tells."""
+        patch, size = self.tensors.get("patch_embed.proj.weight"), self.known.image_size
+        positions = self.tensors.get("pos_embed")
+        if patch is None or patch.ndim != 4 or size is None or positions is None or positions.ndim != 3:
+            return None
+        grid = size[0] // patch.shape[2], size[1] // patch.shape[3]
+        return grid if 0 <= positions.shape[1] - grid[0] * grid[1] < _MOST_PREFIX_TOKENS else None
+
+    @property
+    def square(self) -> int | None:
+        """Pixels per side that the positional embedding is for, if it is that of a square."""
+        patch, positions = self.tensors.get("patch_embed.proj.weight"), self.tensors.get("pos_embed")
+        if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
+            return None
+        counts = [positions.shape[1] - prefix for prefix in range(3)]
+        side = next((isqrt(count) for count in counts if count > 0 and isqrt(count) ** 2 == count), None)
+        return None if side is None else side * patch.shape[2]
+
+    @property
+    def method(self) -> dict[str, Tensor]:
+        """What a checkpoint has of the method besides the student, as its `state_dict` names it; averaged as these."""
+        if self.checkpoint is None:
+            return {}
+        files = self.checkpoint.tensors
+        own = dict(files["method"])
+        return own | {name: files["ema"][name] for name in own.keys() & files["ema"].keys()} if self.averaged else own
+
+
+_MOST_PREFIX_TOKENS = 32
+
+
+# ---- by address ------------------------------------------------------------------------------------------------------
+
+
+def open_weights(address: str) -> Weights:
+    """The weights at `address`, whole and on the CPU.
+
+    Raises UsageError, in a sentence with the address and the way out, where there are none, where they are damaged, and
+    where the address does not say which.
+    """
+    parsed = parse(address)
+    try:
+        found = _OPENERS[parsed.kind](parsed)
+    except OSError as error:
+        raise UsageError(f"{address}: it cannot be read: {error.strerror or error}") from error
+    if not found.tensors:
+        raise UsageError(f"{address}: there is no tensor in it")
+    return found
+
+
+def _run(address: Address) -> Weights:
+    """Of the checkpoint that is asked for, or of the newest that verifies."""
+    root, notes = address.path / "checkpoints", []
+    steps = checkpoint.steps(root)
+    if not steps:
+        raise UsageError(f"{address}: the run has no checkpoint yet")
+    try:
+        if address.step is not None:
+            found = _of_step(address, root, address.step, steps)
+        else:
+            found = checkpoint.newest(root, lambda path, why: notes.append(f"skipped {path}, which is damaged: {why}"))
+            if address.best:
+                step, note = _best(address, _state(address, found, "record"))
+                notes += note
+                found = found if found.step == step else _of_step(address, root, step, steps)
+    except CheckpointError as error:
+        raise UsageError(f"{address}: {error}") from error
+    return _of_checkpoint(address, found, notes)
+
+
+def _of_step(address: Address, root: Path, step: int, steps: Sequence[int]) -> Checkpoint:
+    if step not in steps:
+        there = ", ".join(map(str, steps))
+        raise UsageError(f"{address}: there is no checkpoint of step {step}; there are those of the steps {there}")
+    return checkpoint.load(root / f"step_{step:08d}")
+
+
+def _best(address: Address, record: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """(the step of the best evaluation, what is to be said of it)."""
+    step, metric = record.get("best_step"), record.get("best_by")
+    if not step:
+        raise UsageError(f"{address}: the run has no evaluation yet by which a best could be chosen; leave out @best")
+    if str(metric).endswith("_ema") and not address.ema:
+        return step, [f"the best {metric} is that of the averaged weights, which @best,ema gives"]
+    return step, []
+
+
+def _checkpoint(address: Address) -> Weights:
+    try:
+        return _of_checkpoint(address, checkpoint.load(address.path), [])
+    except CheckpointError as error:
+        raise UsageError(f"{address}: {error}") from error
+
+
+def _of_checkpoint(address: Address, found: Checkpoint, notes: list[str]) -> Weights:
+    recipe, identity = _state(address, found, "recipe"), _state(address, found, "identity")
+    tensors = dict(found.tensors.get("model", {}))
+    if not tensors:
+        raise UsageError(f"{address}: {found.path} is a checkpoint without a model")
+    origin = f"{_place(found)}, step {found.step}"
+    try:
+        known = _known_of_run(recipe, identity)
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"{found.path} is no checkpoint of `fastdeit train`: its recipe has no {error}"
+        raise UsageError(f"{address}: {why}") from error
+    weights = Weights(origin, tensors, known, tuple(notes), found)
+    if not address.ema:
+        return weights
+    if (average := average_of(weights)) is None:
+        raise UsageError(f"{address}: the run keeps no average of its weights (optim.ema_decay); leave out the ema")
+    return average
+
+
+def average_of(weights: Weights) -> Weights | None:
+    """The average of these weights, where their checkpoint has one; what it does not average stays as it is."""
+    if weights.averaged or weights.checkpoint is None or "ema" not in weights.checkpoint.tensors:
+        return None
+    averages = weights.checkpoint.tensors["ema"]
+    # Under the names of the method, of which the student is the part `model`.
+    tensors = {name: averages.get(f"model.{name}", tensor) for name, tensor in weights.tensors.items()}
+    return replace(weights, origin=f"{weights.origin}, averaged weights", tensors=tensors, averaged=True)
+
+
+def _place(found: Checkpoint) -> Path:
+    """The run that the checkpoint lies in, or itself where it was taken out of one."""
+    return found.path.parent.parent if found.path.parent.name == "checkpoints" else found.path
+
+
+def _state(address: Address, found: Checkpoint, part: str) -> dict[str, Any]:
+    state = found.state.get(part)
+    if not isinstance(state, dict):
+        raise UsageError(f"{address}: {found.path} is no checkpoint of `fastdeit train`: its manifest has no {part}")
+    return state
+
+
+def _known_of_run(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> Known:
+    model, data = recipe["model"], recipe["data"]
+    names = tuple(identity["classes"])
+    return Known(
+        name=model["name"],
+        timm=model["timm"],
+        image_size=size_pair(model["image_size"], "image_size"),
+        num_classes=len(names),
+        classes=names,
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        crop_ratio=data["eval_crop_ratio"],
+        method=recipe["method"]["use"],
+    )
+
+
+def _safetensors(address: Address) -> Weights:
+    try:
+        tensors = safetensors.torch.load_file(address.path)
+        with safetensors.safe_open(address.path, "pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{address}: it is damaged, or no safetensors file ({reason})") from error
+    found = _of_file(address, tensors, [])
+    return found if KNOWN not in header else replace(found, known=_known_of_header(address, header[KNOWN]))
+
+
+def _known_of_header(address: Address, text: str) -> Known:
+    """What `fastdeit export` wrote into a file about its network."""
+    try:
+        return TypeAdapter(Known).validate_json(text)
+    except ValidationError as error:
+        what = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors()) or "the JSON"
+        raise UsageError(f"{address}: what its header says of the model is damaged: {what}") from error
+
+
+def _pickle(address: Address) -> Weights:
+    try:
+        found = pickled.read(address.path, address.entry)
+    except ValueError as error:
+        raise UsageError(f"{address}: {error}") from error
+    return _of_file(address, found.tensors, list(found.notes))
+
+
+def _of_file(address: Address, tensors: dict[str, Tensor], notes: list[str]) -> Weights:
+    try:
+        named, stripped = convert.bare(tensors)
+        told = hub.described(address.path)
+    except ValueError as error:
+        raise UsageError(f"{address}: {error}") from error
+    known = Known()
+    if told:
+        architecture = told.pop("architecture")
+        known = Known(**{"name" if architecture in models.MODELS else "timm": architecture}, **told)
+        notes.append(f"{architecture}, as config.json beside it says")
+    as_named = tensors if named.keys() != tensors.keys() else {}
+    return Weights(str(address), named, known, (*notes, *stripped), as_named=as_named)
+
+
+def _timm(address: Address) -> Weights:
+    config = _published(address.text, address.name)
+    if config is None or not config.has_weights:
+        raise UsageError(f"{address}: timm publishes no weights for it")
+    try:
+        built = models.build_timm(address.name, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0].removesuffix(".")
+        raise UsageError(
+            f"{address}: timm's weights are not on this machine and cannot be downloaded ({reason}). With no network, "
+            "copy their file here and give its path instead, as in PATH.safetensors; or run this where there is one, "
+            "and copy the cache of the hub (HF_HOME): "
+            f"python -c \"import timm; timm.create_model('{address.name}', pretrained=True)\""
+        ) from error
+    known = Known(
+        timm=address.name,
+        image_size=built.image_size,
+        num_classes=built.inner.num_classes or None,
+        classes=_imagenet_classes(config),
+        mean=built.mean,
+        std=built.std,
+        crop_ratio=config.crop_pct,
+    )
+    return Weights(f"timm's {address.name}", dict(built.state_dict()), known)
+
+
+def _published(origin: str, name: str) -> Any:
+    # timm takes a second to import, and only its own weights need it.
+    from fastdeit.models import timm_model
+
+    try:
+        return timm_model.published(name)
+    except ValueError as error:
+        raise UsageError(f"{origin}: {error}") from error
+
+
+def _imagenet_classes(config: Any) -> tuple[str, ...] | None:
+    """The WordNet ids of the head's rows, where timm knows on which part of ImageNet it was trained."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset(config)
+    return None if subset is None else tuple(ImageNetInfo(subset).label_names())
+
+
+_OPENERS: dict[str, Callable[[Address], Weights]] = {
+    "run": _run,
+    "checkpoint": _checkpoint,
+    "safetensors": _safetensors,
+    "pickle": _pickle,
+    "timm": _timm,
+}
+
+
+# ---- into a network --------------------------------------------------------------------------------------------------
+
+
+def load(
+    network: nn.Module,
+    weights: Weights,
+    *,
+    purpose: Purpose,
+    classes: Sequence[str] | None = None,
+    grid: tuple[int, int] | None = None,
+) -> tuple[str, ...]:
+    """Put `weights` into `network` and return what is to be said of it, one sentence each.
+
+    classes  names of the classes of the data in the order of their labels; None: nothing is compared
+    grid     (rows, columns) of the patches of the weights, where the weights do not tell it themselves
+
+    The class lists are compared in order. In another order, the rows of the heads are put into that of the data. Other
+    names in the same number are told for a student and refused for a teacher, as any other number is.
+    Raises UsageError, before the network is changed, where the weights do not fit.
+    """
+    own = network.state_dict()
+    tensors = weights.tensors
+    if len(own.keys() & weights.as_named.keys()) > len(own.keys() & tensors.keys()):
+        tensors = dict(weights.as_named)  # the network itself has the names that were stripped
+    notes, rows = [], None
+    if classes is not None and purpose != "features":
+        notes, rows = _compared(weights, classes, purpose)
+    may_differ = {"student": None, "teacher": (), "features": (*network.head_names, "head", "head_dist")}[purpose]
+    try:
+        report = load_weights(network, tensors, weights.grid or grid, may_differ)
+    except ValueError as error:
+        raise UsageError(f"{weights.origin}: {error}") from error
+    if rows is not None and not report.reinitialised_heads:
+        _permute_heads(network, rows)
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    if others := sorted(dtypes - {"float32"}):
+        notes.append(f"converted from {' and '.join(others)} to float32")
+    return (*notes, *([] if report.exact else [str(report)]))
+
+
+def _compared(weights: Weights, ours: Sequence[str], purpose: Purpose) -> tuple[list[str], list[int] | None]:
+    """(what is to be said of the classes `ours`, the order of the heads' rows that they need; None: as they are)."""
+    theirs = weights.known.classes
+    if theirs is None or not class_lists.comparable(theirs, ours):
+        return [], None
+    match = class_lists.match(theirs, ours)
+    if match.kind == "permuted":
+        told = "the classes are in another order: put the rows of the heads into that of the data"
+        return [told], list(match.permutation)
+    if match.kind == "other_names":
+        why = class_lists.difference(theirs, ours)
+        if purpose == "teacher":
+            raise UsageError(f"{weights.origin}: the classes of the data are not those of the weights: {why}")
+        return [f"the heads are of other classes, and have them to learn: {why}"], None
+    if match.kind == "other_count" and purpose == "teacher":
+        raise UsageError(f"{weights.origin}: the weights know {len(theirs)} classes, and the data have {len(ours)}")
+    return [], None
+
+
+@torch.no_grad()
+def _permute_heads(network: nn.Module, rows: list[int]) -> None:
+    for name in network.head_names:
+        for parameter in network.get_submodule(name).parameters():
+            parameter.copy_(parameter[rows])
+
+
+def network(
+    weights: Weights,
+    *,
+    name: str | None = None,
+    num_classes: int | None = None,
+    image_size: ImageSize | None = None,
+    classes: Sequence[str] | None = None,
+    grid: tuple[int, int] | None = None,
+    purpose: Purpose = "teacher",
+    say: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """The network that `weights` belong to, loaded, in eval mode, on the CPU.
+
+    name         a model of fastdeit, an import path, or "timm:NAME"; None: the one that the weights are known to be of
+    num_classes  None: as many as the weights' head has
+    image_size   in pixels; None: what the weights were trained at. At another size positions are interpolated
+    classes, grid, purpose   as of `load`; `say` is told what that tells
+
+    Raises UsageError where nothing tells which network it is, and where the weights do not fit it.
+    """
+    known = _named(weights.known, name)
+    if known.name is None and known.timm is None:
+        raise UsageError(f"{weights.origin}: nothing tells which model these weights are of; name it{_guess(weights)}")
+    size = image_size or known.image_size or weights.square
+    options: dict[str, Any] = {} if size is None else {"image_size": size}
+    count = num_classes or known.num_classes or _rows_of_head(weights, known)
+    if count is not None:
+        options["num_classes"] = count
+    built = _built(weights.origin, lambda: models.of(known.name, known.timm, **options))
+    for note in load(built, weights, purpose=purpose, classes=classes, grid=grid):
+        if say is not None:
+            say(f"{weights.origin}: {note}")
+    return built.eval()
+
+
+def _named(known: Known, name: str | None) -> Known:
+    if name is None:
+        return known
+    if name.startswith("timm:"):
+        return replace(known, name=None, timm=name.removeprefix("timm:"))
+    return replace(known, name=name, timm=None)
+
+
+def _built(origin: str, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except ValueError as error:
+        raise UsageError(f"{origin}: {error}") from error
+
+
+def _rows_of_head(weights: Weights, known: Known) -> int | None:
+    """Classes of the head, where a file has it under the name that its network gives it."""
+    names = ["head"]
+    if known.timm is not None:
+        config = _published(weights.origin, known.timm)
+        classifier = None if config is None else config.classifier
+        names = [classifier] if isinstance(classifier, str) else list(classifier or ())
+    head = next((weights.tensors[f"{name}.weight"] for name in names if f"{name}.weight" in weights.tensors), None)
+    return None if head is None else len(head)
+
+
+def _guess(weights: Weights) -> str:
+    """The end of a sentence that asks for the name of a model: those whose shapes these are, or whose they could be."""
+    fitting = models.names_by_shapes({name: tuple(tensor.shape) for name, tensor in weights.tensors.items()})
+    if fitting:
+        return f"; by their shapes they can be of {' or '.join(fitting)}"
+    return f", a model of fastdeit or timm:NAME; they have {some(weights.tensors)}"

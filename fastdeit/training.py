@@ -1,0 +1,431 @@
+"""The training loop.
+
+Read `train` from top to bottom: check, take the directory, train the teacher, resume; then `run_steps`, one step after
+the other. What a batch's loss is belongs to the method, how a step is made to the engine, what a sample looks like to
+the data package.
+"""
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastdeit import kernels, rng
+from fastdeit.data.loader import EvalLoader, TrainLoader
+from fastdeit.data.sources.source import DataError, Source
+from fastdeit.engine import batchnorm, checkpoint, optimizers, phases
+from fastdeit.engine.checkpoint import CheckpointError
+from fastdeit.engine.dist import World
+from fastdeit.engine.dist import world as join_world
+from fastdeit.engine.ema import Ema
+from fastdeit.engine.groups import ParamGroup
+from fastdeit.engine.metrics import check_sinks
+from fastdeit.engine.schedule import learning_rate
+from fastdeit.engine.step import Engine
+from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.methods.base import Method, Phase
+from fastdeit.methods.evaluators import Classify, Evaluator
+from fastdeit.methods.frozen import freeze
+from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.length import Length, settled
+from fastdeit.run import build, directory, request, threads
+from fastdeit.run.evaluate import Result, evaluate
+from fastdeit.run.fork import Origin
+from fastdeit.run.groups import param_groups
+from fastdeit.run.record import Record, RunLog, describe
+from fastdeit.run.saver import Saver
+
+if TYPE_CHECKING:
+    from fastdeit.recipe.resolve import Recipe
+
+_MEASURED_IMAGES = 1024
+"""Images of the newest steps on which BatchNorm statistics of averaged weights are measured: a thousand are enough (Wu
+& Johnson, arXiv:2105.07576)."""
+
+
+def main(args: argparse.Namespace) -> None:
+    """Worker of `fastdeit train`: one process of the run."""
+    asked = request.read(args, _say_once)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    with join_world(asked.recipe.engine.device) as world, world.stop_on_signals():
+        world.agree("the run that they go on with", (asked.run_dir, asked.origin and asked.origin.path))
+        recipe = threads.fixed(asked.recipe, world)
+        with threads.computing(recipe.engine.threads):
+            train(recipe, asked.run_dir, world, resume=asked.resume, origin=asked.origin)
+
+
+def _say_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def train(
+    recipe: "Recipe",
+    run_dir: Path | None,
+    world: World,
+    *,
+    resume: bool = False,
+    origin: Origin | None = None,
+    student: Path | None = None,
+) -> dict[str, Any]:
+    """Train by the recipe and return the summary.
+
+    run_dir  the run's directory; None: a new one under runs/
+    resume   go on from the newest checkpoint in `run_dir`, if there is one
+    origin   begin with this checkpoint of another run
+    student  of a run that trains a teacher: the run that it is for, which messages name
+
+    All that can be checked is checked before a directory is made and before a teacher is trained, and a start that
+    fails leaves no directory behind. Raises UsageError for what does not fit, and when `run_dir` holds another run or
+    belongs to another process; Interrupted after a signal (everything is saved); NonFiniteError when too many steps in
+    a row had non-finite gradients.
+    """
+    # ---- check -----------------------------------------------------------------------------------------------------
+    world.agree("the kernels that they choose", {row.name: row.backend for row in kernels.info()})
+    check_sinks(recipe.engine.sinks)
+    begins = origin is None and not (resume and run_dir is not None and directory.has_checkpoint(run_dir))
+    begun = run_dir / directory.TEACHER if resume and run_dir is not None else None
+    teacher = directory.finished(begun) if origin is None else origin.teacher(recipe)
+    own = None if teacher is not None else teacher_recipe(recipe, begun)
+    parts = Parts.of(recipe, world, begins, teacher or own)
+    recipe = parts.recipe
+    start = 0 if origin is None else origin.start(parts.length)
+    record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
+    if own is not None:
+        Parts.of(own, world, True, teacher_recipe(own))
+    directory.check_space(run_dir, parts.saver.size(), world, checkpoints=2 if begins else 1)
+
+    with directory.claim(run_dir, recipe.name, world, parts.log.say, resume=resume) as run_dir:
+        again = partial(directory.command, student or run_dir, world=world)
+        parts.log.say(f"recipe {recipe.name}, run directory {run_dir}")
+        if origin is not None:
+            parts.log.say(f"a fork of {origin.run} at step {origin.step}, with its weights and its optimizer")
+        if student is None:
+            parts.log.say(f"if it is interrupted, go on with {again()}")
+        # ---- teacher -----------------------------------------------------------------------------------------------
+        if origin is not None and teacher is not None and world.main:
+            origin.copy_teacher(run_dir, print)
+        if own is not None:
+            trained = run_dir / directory.TEACHER
+            del parts  # its memory is the teacher's now
+            if world.main:
+                directory.write_recipe(run_dir, recipe)  # what to go on by, until the student has a checkpoint
+            train(own, trained, world, resume=trained.exists(), student=run_dir)
+            parts = Parts.of(recipe, world, begins, trained)
+            record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
+
+        # ---- go ----------------------------------------------------------------------------------------------------
+        if resume:
+            start, record = parts.saver.restore(run_dir, parts.log.say)
+        facts = describe(recipe, parts.method, *parts.sources, world, parts.length)
+        try:
+            parts.tuning.begin(0 if origin is not None else start, record.kernels)
+            parts.log.begin(run_dir, start, record, parts.saver.lineage, facts)
+            if origin is not None:
+                parts.saver.save(run_dir, start, record)
+            return run_steps(parts, run_dir, start, record, again)
+        finally:
+            parts.tuning.close()
+            parts.log.close()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    recipe   with the numbers written out that follow the size of the data set
+    sources  training and held-out samples
+    """
+
+    recipe: "Recipe"
+    world: World
+    sources: tuple[Source, Source]
+    length: Length
+    log: RunLog
+    method: Method
+    schedule: "PhaseSchedule"
+    tuning: kernels.Tuning
+    engine: Engine
+    loader: TrainLoader
+    val_loader: EvalLoader
+    saver: Saver
+
+    @classmethod
+    def of(cls, recipe: "Recipe", world: World, begins: bool, teacher: "Path | Recipe | None") -> "Parts":
+        """Everything that the recipe asks for, in its initial state.
+
+        begins   whether the student begins with `model.weights`; else a checkpoint gives it its weights, and the file
+                 need not exist any more
+        teacher  of a teacher with a recipe of its own: its run, or that recipe while it is not trained yet
+        """
+        sources = train_source, val_source = build.sources(recipe)
+        names, size = train_source.classes, build.image_size(recipe)
+        length = build.run_length(recipe, len(train_source))
+        recipe = settled(recipe, length)
+        log = RunLog(recipe, world, length.total, length.steps_per_epoch)
+        student = build.model(recipe if begins else without_weights(recipe), len(names), log.say, names)
+
+        def make_teacher(config: TeacherConfig) -> Teacher:
+            if config.recipe is not None and not isinstance(teacher, Path):
+                return untrained_teacher(teacher, len(names)).to(world.device)
+            with world.main_first():  # timm may have to download; the others then find the files
+                options = {"classes": names, "say": log.say}
+                made = build.teacher(config, size, len(names), teacher, recipe.engine.precision, **options)
+            return made.to(world.device)
+
+        method = build.method(recipe, student, len(names), length.total, make_teacher, train_source).to(world.device)
+        if recipe.engine.sync_batchnorm and world.size > 1 and not batchnorm.synchronise(method, world.device):
+            log.say("engine.sync_batchnorm changes nothing: this model has no BatchNorm")
+        tuning = build.tuning(recipe, world, log.say)
+        schedule, decay = PhaseSchedule(method, recipe, length.epochs_begun), recipe.optim.ema_decay
+        engine = Engine(
+            method,
+            optimizers.find(recipe.optim.name)(schedule.groups(), recipe.optim),
+            world,
+            precision=recipe.engine.precision,
+            accumulate=recipe.train.accumulate,
+            **build.clipping(recipe, student),
+            ema=None if decay is None else Ema(schedule.trainable, decay, method),
+            capture=recipe.engine.capture,
+            tuning=tuning,
+        )
+        loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image)
+        val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image)
+        identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": names}
+        saver = Saver(recipe, identity, engine, world, schedule, length)
+        return cls(recipe, world, sources, length, log, method, schedule, tuning, engine, loader, val_loader, saver)
+
+    def held_out(self, evaluators: Mapping[str, Evaluator], batches: int | None = None) -> Result:
+        """What the evaluators say of the held-out images, or of the first `batches` of them."""
+
+        def training() -> EvalLoader:
+            return build.eval_loader(self.recipe, self.sources[0], self.world, {}, self.log.bad_image)
+
+        precision = self.recipe.engine.precision
+        return evaluate(self.method, evaluators, self.val_loader, training, self.world, precision, batches)
+
+    def bad_images(self) -> int:
+        """How many images all processes together could not use."""
+        return int(self.world.sum(torch.tensor(len(self.loader.bad.reasons), device=self.world.device)).item())
+
+
+def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Callable[..., str]) -> dict[str, Any]:
+    """Train from step `start` to the end and return the summary; `again(*overrides)` is the command to go on with."""
+    recipe, world, log, method = parts.recipe, parts.world, parts.log, parts.method
+    engine, schedule, length = parts.engine, parts.schedule, parts.length
+    steps_per_epoch, total, eval_every = length.steps_per_epoch, length.total, length.eval_every
+    log_every = recipe.engine.log_every
+    save_every = max(1, round(steps_per_epoch * recipe.engine.checkpoint_every))
+    measured_steps = math.ceil(_MEASURED_IMAGES / recipe.train.batch_size)
+    rates = schedule_of(recipe, length)
+    step, save_is_due = start, False
+
+    def measure_average() -> None:
+        if engine.ema is not None and engine.ema.stale:
+            seed_torch(recipe.train.seed, step, world.rank)
+            with closing(parts.loader.batches(max(0, step - measured_steps), step)) as newest:
+                engine.measure_average(newest)
+
+    def evaluate_now() -> None:
+        measure_average()
+        method.eval()
+        results = {"": parts.held_out(method.evaluators())}
+        if engine.ema is not None:
+            with engine.ema.applied():
+                results["_ema"] = parts.held_out(method.evaluators())
+        method.train()
+        log.evaluation(step, results, record, parts.bad_images())
+
+    batches = parts.loader.batches(start, total)
+    try:
+        if method.teacher is not None and recipe.method.teacher.classifies and record.teacher_top1 is None:
+            # Before the first step: a teacher with the wrong classes or normalisation shows here, not after two days.
+            teacher = Classify(lambda batch: {"class": method.teacher(batch)})
+            log.teacher(start, parts.held_out({"teacher": teacher}), record)
+        if recipe.train.stop_after is not None and not method.evaluators():
+            raise UsageError(f"train.stop_after needs a metric, but method {recipe.method.use} has none")
+        if recipe.train.best_by is not None:
+            # Only an evaluation tells the names of the metrics. One batch is enough, and a wrong name shows now.
+            method.eval()
+            names = parts.held_out(method.evaluators(), batches=1).metrics
+            log.check_best_by([*names, *(f"{name}_ema" for name in names if engine.ema is not None)])
+        method.train()
+        if 0 < start != record.evaluated_step and (start % eval_every == 0 or start == total):
+            evaluate_now()  # the run was stopped after the last step of an epoch, before its evaluation
+        while step < total and not log.ends_early(record):
+            if step % steps_per_epoch == 0 or step == start:
+                epoch = step // steps_per_epoch
+                if schedule.enter(epoch, engine):
+                    log.say(f"epoch {epoch}: phase {schedule.phase.name}")
+                method.on_epoch(epoch, engine)
+            seed_torch(recipe.train.seed, step, world.rank)
+            began = time.perf_counter()
+            micro_batches = [batch.to(world.device) for batch in next(batches)]
+            waited = time.perf_counter() - began
+            lr = learning_rate(step, **rates)
+            engine.step(micro_batches, lr)
+            step += 1
+            if parts.tuning.changed:
+                log.environment()
+
+            finished = step == total
+            stop = world.stop_requested() and not finished
+            logs = finished or step % log_every == 0
+            evaluates = finished or (step % eval_every == 0 and not stop)
+            # Not in a row of skipped steps: what made the first of them bad may be in the data or in the weights.
+            save_is_due = save_is_due or step % save_every == 0
+            saves = finished or stop or (save_is_due and not engine.guard.in_row())
+            if logs or evaluates or saves:
+                world.synchronize()  # what is still queued on the device belongs to the time of these steps
+            record.add(recipe.train.batch_size, time.perf_counter() - began, waited)
+            log.step(step)
+            if logs:
+                log.training(step, engine, record, lr)
+            if (logs or evaluates or saves) and (tripped := engine.guard.trip()):
+                raise gave_up(recipe, run_dir, start + tripped, engine.guard.limit, world, again)
+            if evaluates:
+                evaluate_now()
+            ends = evaluates and log.ends_early(record)
+            if ends and not logs:
+                log.training(step, engine, record, lr)
+            if saves or ends or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
+                measure_average()
+                record.kernels = parts.tuning.state()
+                parts.saver.save(run_dir, step, record)
+                save_is_due = False
+            if stop:
+                raise Interrupted(f"interrupted at step {step} of {total}; everything is saved, go on with {again()}")
+        if step < total:
+            log.say(f"stopped at step {step}: {recipe.train.stop_after} evaluations in a row brought no new best")
+        return log.finish(record, parts.bad_images())
+    except (DataError, CheckpointError) as error:
+        go_on = again(*parts.saver.overrides)
+        raise FastdeitError(f"{error}\nstopped at step {step}; once that is mended, go on with {go_on}") from error
+    except KeyboardInterrupt:
+        go_on = again(*parts.saver.overrides)
+        raise FastdeitError(f"stopped at once; from the newest checkpoint go on with {go_on}") from None
+    finally:
+        batches.close()
+
+
+def gave_up(
+    recipe: "Recipe", run_dir: Path, last: int, limit: int, world: World, again: Callable[..., str]
+) -> NonFiniteError:
+    """The error after `limit` steps in a row up to step `last` whose gradients were not finite, and what helps."""
+    first = last - limit + 1
+    text = f"stopped: the gradients of the steps {first} to {last} are not finite, and nothing of these steps is saved"
+    lr, clip = max(recipe.optim.lr / 2, recipe.optim.min_lr), recipe.optim.clip_grad
+    settings = [f"optim.lr={lr:g}", *(["optim.clip_grad=1.0"] if clip is None or clip > 1 else [])]
+    precision = {"fp16": "engine.precision=bf16", "bf16": "engine.precision=fp32"}.get(recipe.engine.precision)
+    kept = [step for step in checkpoint.steps(run_dir / directory.CHECKPOINTS) if step < first]
+    if not kept:
+        return NonFiniteError(
+            f"{text}. There is no checkpoint from before; start anew with a lower optim.lr, optim.clip_grad=1.0"
+            + (f" or {precision}" if precision else "")
+        )
+
+    def fork(step: int) -> str:
+        return directory.command(Path(f"{run_dir}@step={step}"), *settings, verb="--from", world=world)
+
+    lines = [f"{text}. Go on from the checkpoint of step {kept[-1]}, before the trouble:"]
+    if precision:
+        lines.append(f"  the same run in another precision: {again(precision)}")
+    lines.append(f"  a new run with a lower learning rate, and clipping: {fork(kept[-1])}")
+    if kept[-1] == first - 1 and len(kept) > 1:
+        lines.append(f"  if these weights are bad already, as the next step failed: {fork(kept[-2])}")
+    return NonFiniteError("\n".join(lines))
+
+
+def teacher_recipe(recipe: "Recipe", begun: Path | None = None) -> "Recipe | None":
+    """The recipe by which the teacher is to be trained, on the student's data; None if it has no recipe of its own.
+
+    A teacher that was begun in the run `begun` goes on by the recipe there.
+    """
+    config = getattr(recipe.method, "teacher", None)
+    if config is None or config.recipe is None:
+        return None
+    has_begun = begun is not None and directory.has_checkpoint(begun)
+    own = directory.recipe_of(begun) if has_begun else recipes.load(config.recipe)
+    data = own.data.model_copy(update={name: getattr(recipe.data, name) for name in _WHICH_DATA})
+    return own.model_copy(update={"data": data, "engine": recipe.engine})
+
+
+_WHICH_DATA = "source", "root", "train", "val", "synthetic_samples", "synthetic_classes"
+
+
+def untrained_teacher(own: "Recipe", classes: int) -> Teacher:
+    """The teacher as it will be but for its weights: what is built around it can be checked before it is trained."""
+    frozen = freeze(build.model(own, classes, lambda text: None), build.image_size(own))
+    return Teacher(frozen, image_size=build.image_size(own), mean=own.data.mean, std=own.data.std)
+
+
+def without_weights(recipe: "Recipe") -> "Recipe":
+    """The recipe with a student that begins at random."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
+
+
+class PhaseSchedule:
+    """The phases of a method through a run, and which of them is under way.
+
+    trainable  by name all parameters that the method has not frozen, whichever phase trains them
+    epochs     of the run
+
+    Raises UsageError for phases that do not fit the run.
+    """
+
+    def __init__(self, method: Method, recipe: "Recipe", epochs: int) -> None:
+        self._method, self._recipe = method, recipe
+        self._phases: Sequence[Phase] = tuple(method.phases())
+        self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
+        names = [name for name, _ in method.named_parameters()]
+        try:
+            phases.check(self._phases, epochs, names, self.trainable)
+        except phases.PhaseError as error:
+            raise UsageError(f"method {recipe.method.use}: {error}") from error
+        self.phase = self._phases[0]
+
+    def groups(self) -> list[ParamGroup]:
+        """What is trained in the phase that is under way, in the method's groups; nothing else asks for gradients."""
+        phases.train_only(self._method, self.phase, self.trainable)
+        self._method.on_phase(self.phase)
+        return param_groups(self._method, self._recipe)
+
+    def enter(self, epoch: int, engine: Engine) -> bool:
+        """Make the phase of `epoch` that of the engine; whether it is another than before."""
+        return self._go_to(self._phases[phases.index_at(self._phases, epoch)], engine)
+
+    def resume(self, name: str, engine: Engine) -> None:
+        """Make the phase called `name`, of a checkpoint, that of the engine, before its state is loaded."""
+        found = next((phase for phase in self._phases if phase.name == name), None)
+        if found is None:
+            raise UsageError(f"the checkpoint is of phase {name!r}, but the method has no phase of that name")
+        self._go_to(found, engine)
+
+    def _go_to(self, phase: Phase, engine: Engine) -> bool:
+        if phase is self.phase:
+            return False
+        self.phase = phase
+        engine.enter(self.groups())
+        return True
+
+
+def schedule_of(recipe: "Recipe", length: Length) -> dict[str, Any]:
+    """The arguments of `learning_rate` for a run of the recipe."""
+    names = "schedule", "lr", "warmup_lr", "min_lr"
+    run = {"steps_per_epoch": length.steps_per_epoch, "epochs": length.epochs, "warmup_epochs": length.warmup_epochs}
+    return run | {name: getattr(recipe.optim, name) for name in names}
+
+
+def seed_torch(seed: int, step: int, rank: int) -> None:
+    """torch's own generator as a function of the step, for dropout inside models that are not ours."""
+    torch.manual_seed(rng.key(seed, "torch", step, rank) >> 1)

@@ -1,0 +1,97 @@
+"""`fastdeit train --dry-run`: what would run, without running it.
+
+What can be checked is: the recipe, the data set, the networks, and how processes share a batch. Nothing is written.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastdeit.data.plan import order
+from fastdeit.engine.dist import pick_device
+from fastdeit.engine.metrics import check_sinks
+from fastdeit.errors import UsageError
+from fastdeit.estimate import model as estimate
+from fastdeit.estimate import report
+from fastdeit.estimate.gpus import GPUS
+from fastdeit.estimate.rows import known_gpu
+from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.length import settled
+from fastdeit.run import build
+
+if TYPE_CHECKING:
+    from fastdeit.recipe.resolve import Recipe
+
+
+def show(recipe: "Recipe", processes: int) -> None:
+    """Print what a run of `recipe` on so many processes would be. Raises the errors of a run that could not begin."""
+    print("\n".join(lines(recipe, processes)))
+
+
+def lines(recipe: "Recipe", processes: int) -> Iterator[str]:
+    """What `show` prints: facts first, then estimates, which are marked as such, then the resolved recipe."""
+    recipes.check_complete(recipe)
+    try:
+        order.groups_per_batch(recipe.train.batch_size, recipe.data.group_size, recipe.train.accumulate, processes)
+    except ValueError as error:
+        raise UsageError(f"recipe {recipe.name} on {processes} processes: {error}") from error
+    device = pick_device(recipe.engine.device)
+    check_sinks(recipe.engine.sinks)
+    training, held_out = build.sources(recipe)
+    length = build.run_length(recipe, len(training))
+    recipe = settled(recipe, length)
+    train = recipe.train
+    classes = len(training.classes)
+    if recipe.model.num_classes not in (None, classes):
+        raise UsageError(f"model.num_classes is {recipe.model.num_classes}, but the data set has {classes} classes")
+    known = recipe.model_copy(update={"model": recipe.model.model_copy(update={"num_classes": classes})})
+    subject = replace(report.subject(known, len(training)), held_out=len(held_out))
+
+    yield f"recipe    {recipe.name}, method {recipe.method.use}: nothing is trained, this is what would run"
+    yield f"device    {processes} process{'es' * (processes > 1)} on {_named(device)}, {recipe.engine.precision}"
+    yield f"data      {len(training):,} training and {len(held_out):,} held-out images of {classes:,} classes"
+    yield f"model     {_network(subject.student)}"
+    if subject.teacher_run is not None:
+        own = subject.teacher_run
+        yield f"teacher   {_network(subject.teacher)}, trained first: {own.steps:,} steps of {own.recipe.name}"
+    elif subject.teacher is not None:
+        yield f"teacher   {_network(subject.teacher)}"
+    accumulated = f" in {train.accumulate} micro-batches" if train.accumulate > 1 else ""
+    yield (
+        f"run       {length.epochs:,.6g} epochs of {length.steps_per_epoch:,} steps, {length.total:,} in all, of "
+        f"{train.batch_size:,} images{accumulated}; {subject.evaluations:,} evaluations"
+    )
+    yield from (f"estimate  {line}" for line in _estimates(known, subject, processes, device))
+    yield f"\n# the recipe in full\n{recipes.dump(recipe)}".rstrip("\n")
+
+
+def _named(device: torch.device) -> str:
+    return "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def _network(network: estimate.Network) -> str:
+    return f"{network.name}: {network.parameters / 1e6:,.2f} M parameters, {network.flops / 1e9:,.2f} GFLOP an image"
+
+
+def _estimates(recipe: "Recipe", subject: report.Subject, processes: int, device: torch.device) -> Iterator[str]:
+    """Memory and time, as `fastdeit plan` models them."""
+    gpu = GPUS.get(known_gpu(_named(device)) or "")
+    if gpu is not None:
+        nodes = -(-processes // report.GPUS_PER_NODE)
+        found = report.report(recipe, [report.Machine(gpu, processes, nodes)], images=subject.images)
+        plans = {plan["design"]: plan for plan in found["plans"]}
+        plan = plans.get("fused") or next(iter(plans.values()))
+        memory, available = plan["memory"]["total"], plan["memory"]["available"]
+        yield f"{memory / estimate.GIB:,.1f} of {available / estimate.GIB:,.0f} GiB of a GPU (modelled, not measured)"
+        yield f"{plan['seconds']['total'] / 3600:,.2g} hours (speed is {plan['basis']['speed']}; input keeps up)"
+        return
+    micro = recipe.train.batch_size // (processes * recipe.train.accumulate)
+    work = estimate.Work(micro, recipe.engine.precision, recipe.model.drop_path > 0, recipe.optim.ema_decay is not None)
+    parts = estimate.memory(
+        subject.student, work, estimate.EAGER, world=processes, sharding="ddp", teacher=subject.teacher
+    )
+    parts.pop("context")  # of CUDA
+    yield f"{estimate.total(parts) / estimate.GIB:,.2g} GiB a process besides the libraries (modelled, not measured)"
+    yield f"no time: there is no model of the speed of {_named(device)}; `fastdeit plan {recipe.name}` knows some GPUs"

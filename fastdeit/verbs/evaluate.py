@@ -1,0 +1,214 @@
+"""`fastdeit eval`: what weights reach on held-out images, whoever made them."""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastdeit.data.loader import EvalLoader
+from fastdeit.data.sources.source import Source
+from fastdeit.engine.dist import World
+from fastdeit.engine.dist import world as join_world
+from fastdeit.engine.progress import table
+from fastdeit.errors import FastdeitError, UsageError
+from fastdeit.methods.base import Method
+from fastdeit.methods.evaluators import Classify, Evaluator
+from fastdeit.methods.teacher import DeferredTeacher, TeacherConfig
+from fastdeit.recipe.resolve import Recipe
+from fastdeit.run import build, threads
+from fastdeit.run.classification import Classification
+from fastdeit.run.evaluate import Result, evaluate, metric_rows
+from fastdeit.run.settings import settings
+from fastdeit.run.weights import Weights, average_of, load, open_weights
+
+_SCORES = {
+    "softmax": "both heads (mean of softmaxes)",
+    "logit": "both heads (mean of logits)",
+    "class": "class head",
+    "distillation": "distillation head",
+}
+_COLUMNS = {"top1": "top-1", "top5": "top-5", "loss": "loss", "ece": "calibration error"}
+_MOST_CLASSES_DRAWN = 200
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one set of weights reaches.
+
+    averaged  whether it is the average of a run's weights
+    result    its metrics
+    details   of a method that is judged by the answers of its network; None for another
+    """
+
+    averaged: bool
+    result: Result
+    details: Classification | None
+
+
+def main(args: argparse.Namespace) -> None:
+    """`fastdeit eval ADDRESS`: accuracy, loss and calibration on held-out images, of every head and fusion of heads."""
+    weights = open_weights(args.address)
+    recipe = settings(weights, args.model, args.overrides, args.data)
+    with join_world(recipe.engine.device) as world:
+        source = build.held_out(recipe)
+        recipe = threads.fixed(recipe, world)
+        with threads.computing(recipe.engine.threads):  # those of the run, so that its number is met to the last bit
+            found = judge(weights, recipe, source, world, confusion=args.confusion is not None)
+        if not world.main:
+            return
+        _write(args, found[0].details, source.classes)
+        if args.json:
+            print(json.dumps(_facts(weights, recipe, found)))
+        else:
+            _print(weights, recipe, found)
+
+
+def judge(weights: Weights, recipe: Recipe, source: Source, world: World, *, confusion: bool = False) -> list[Found]:
+    """What the weights reach on `source`, and what their average does, where there is one. Call it on every process."""
+    sets = [each for each in (weights, average_of(weights)) if each is not None]
+    return [_judge(each, recipe, source, world, confusion=confusion) for each in sets]
+
+
+def _judge(weights: Weights, recipe: Recipe, source: Source, world: World, *, confusion: bool) -> Found:
+    """What the evaluators of the method find. A method that is judged by its network's answers is judged in detail."""
+
+    def unreadable(path: str, reason: str) -> None:
+        print(f"{path}: {reason}", file=sys.stderr)
+
+    def training() -> EvalLoader:
+        return build.eval_loader(recipe, build.sources(recipe)[0], world, {}, unreadable)
+
+    method = _method(weights, recipe, source, world)
+    details = None
+    evaluators: dict[str, Evaluator] = dict(method.evaluators())
+    for name, evaluator in evaluators.items():
+        if isinstance(evaluator, Classify) and method.answers_with_logits:
+            evaluators[name] = details = Classification(method.model, method.fuse, confusion=confusion)
+    loader = build.eval_loader(recipe, source, world, method.noise(), unreadable)
+    result = evaluate(method, evaluators, loader, training, world, recipe.engine.precision)
+    return Found(weights.averaged, result, details)
+
+
+def _method(weights: Weights, recipe: Recipe, source: Source, world: World) -> Method:
+    """The method of a run, or supervised training where nothing tells one, around the network of the weights."""
+    classes, checkpoint = len(source.classes), weights.checkpoint
+
+    def say(note: str) -> None:
+        if world.main:
+            print(f"{weights.origin}: {note}", file=sys.stderr)
+
+    student = build.model(recipe, classes, say)
+    grid = recipe.model.weights_grid
+    for note in (*weights.notes, *load(student, weights, purpose="teacher", classes=source.classes, grid=grid)):
+        say(note)
+    trained = Path() if checkpoint is None else checkpoint.path.parent.parent / "teacher"
+
+    def teacher(config: TeacherConfig) -> DeferredTeacher:
+        options = build.image_size(recipe), classes, trained, recipe.engine.precision
+        return DeferredTeacher(lambda: build.teacher(config, *options, classes=source.classes).to(world.device))
+
+    steps = 1 if checkpoint is None else checkpoint.state["steps"]
+    method = build.method(recipe, student, classes, steps, teacher).to(world.device)
+    if checkpoint is not None:
+        phases = {phase.name: phase for phase in method.phases()}
+        if (phase := phases.get(checkpoint.state["record"]["phase"])) is not None:
+            # What a method computes may depend on its phase, its own loss above all.
+            method.on_phase(phase)
+        method.load_state_dict(method.state_dict() | weights.method)
+    return method.eval()
+
+
+def _print(weights: Weights, recipe: Recipe, found: Sequence[Found]) -> None:
+    height, width = build.image_size(recipe)
+    images, bad = found[0].result.images, found[0].result.bad
+    print(
+        f"{weights.origin}: {images:,} images ({bad} unreadable) at {height}x{width} pixels, crop ratio "
+        f"{recipe.data.eval_crop_ratio:g}"
+    )
+    judged: list[tuple[str, ...]] = []
+    others: list[tuple[str, str]] = []
+    for each in found:
+        metrics = dict(each.result.metrics)
+        whose = ", averaged weights" if each.averaged else ""
+        for name in () if each.details is None else each.details.names:
+            values = {measure: metrics.pop(f"{measure}_{name}") for measure in (*_COLUMNS, "nonfinite")}
+            title = _SCORES[name] + whose
+            judged.append((title, *_cells(values)))
+            if values["nonfinite"]:
+                others.append((f"scores not finite, counted as wrong: {title}", f"{values['nonfinite']:.0f} images"))
+        others += [(f"{title}{whose}", value) for title, value in metric_rows(recipe, metrics)]
+    if judged:
+        table(judged, header=("", *_COLUMNS.values()))
+    if others:
+        table(others)
+
+
+def _cells(values: Mapping[str, float]) -> tuple[str, ...]:
+    return f"{values['top1']:.2f} %", f"{values['top5']:.2f} %", f"{values['loss']:.4f}", f"{values['ece']:.2f} %"
+
+
+def _facts(weights: Weights, recipe: Recipe, found: Sequence[Found]) -> dict[str, Any]:
+    """For `--json`: what was evaluated and how, and the metrics of each set of weights, the answer's first."""
+    return {
+        "weights": weights.origin,
+        "model": recipe.model.name or f"timm:{recipe.model.timm}",
+        "image_size": list(build.image_size(recipe)),
+        "crop_ratio": recipe.data.eval_crop_ratio,
+        "precision": recipe.engine.precision,
+        "images": found[0].result.images,
+        "unreadable": found[0].result.bad,
+        "results": [{"averaged": each.averaged, "metrics": each.result.metrics} for each in found],
+    }
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _write(args: argparse.Namespace, details: Classification | None, classes: Sequence[str]) -> None:
+    """The tables that were asked for, of the first set of weights."""
+    if args.classes is None and args.confusion is None:
+        return
+    if details is None:
+        raise UsageError("--classes and --confusion need a method that is judged by its network's answers")
+    try:
+        if args.classes is not None:
+            rows = zip(classes, details.per_class.tolist(), strict=True)
+            shares = ((name, n, *(f"{100 * k / max(n, 1):.2f}" for k in right)) for name, (n, *right) in rows)
+            _write_csv(Path(args.classes), ("class", "images", "top1", "top5"), shares)
+        if args.confusion is not None:
+            path = Path(args.confusion)
+            lines = ((name, *row) for name, row in zip(classes, details.confusion.tolist(), strict=True))
+            _write_csv(path.with_suffix(".csv"), ("label / answer", *classes), lines)
+            _draw(details.confusion, classes, path.with_suffix(".png"))
+    except OSError as error:
+        raise FastdeitError(f"{error.filename or args.confusion}: cannot be written: {error.strerror}") from error
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _draw(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
+    """The confusion matrix as a picture: of each label, the share of its images that got each answer."""
+    from matplotlib.figure import Figure
+
+    share = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    side = min(3 + 0.25 * len(classes), 20)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shown, shrink=0.6, label="share of the label's images")
+    axes.set(xlabel="answer", ylabel="label")
+    if len(classes) <= _MOST_CLASSES_DRAWN:
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=6)
+        axes.set_yticks(range(len(classes)), classes, fontsize=6)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,160 @@
+"""`fastdeit eval`, `predict` and `show attention`, on runs, checkpoints, bare files and models of timm."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from fastdeit.cli import main as cli
+from fastdeit.engine.dist import World
+from fastdeit.run import build
+from fastdeit.run.settings import settings
+from fastdeit.run.weights import open_weights
+from fastdeit.verbs import attention
+from fastdeit.verbs.evaluate import judge
+from tests.painted_runs import CLASSES, paint, refused
+
+
+@pytest.fixture
+def held_out(data, tmp_path):
+    """A data set that has its held-out split alone."""
+    shutil.copytree(data / "val", tmp_path / "held_out" / "val")
+    return tmp_path / "held_out"
+
+
+def found(capsys, *argv):
+    assert cli([str(word) for word in argv]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_run_is_judged_as_it_was_in_training_and_in_detail(run, capsys):
+    facts = found(capsys, "eval", run, "--json")
+    assert facts["image_size"] == [16, 32]
+    assert (facts["crop_ratio"], facts["images"], facts["unreadable"]) == (1.0, 18, 0)
+    weights, average = facts["results"]
+    assert (weights["averaged"], average["averaged"]) == (False, True)
+    summary = json.loads((run / "summary.json").read_text())
+    for head, name in (("softmax", "fused"), ("class", "class"), ("distillation", "distillation")):
+        assert weights["metrics"][f"top1_{head}"] == summary[f"top1_{name}"]
+        assert average["metrics"][f"top1_{head}"] == summary[f"top1_{name}_ema"]
+    assert {f"{measure}_logit" for measure in ("top1", "top5", "loss", "ece", "nonfinite")} <= weights["metrics"].keys()
+    assert found(capsys, "eval", f"{run}@ema", "--json")["results"] == [average]
+    assert cli(["eval", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert f"{run}, step 2: 18 images (0 unreadable) at 16x32 pixels, crop ratio 1" in said
+    assert f"{summary['top1_fused']:.2f} %" in next(line for line in said.splitlines() if "mean of softmaxes" in line)
+    assert "both heads (mean of logits), averaged weights" in said
+
+
+def test_a_bare_file_gives_the_numbers_of_its_run(run, bare, held_out, capsys):
+    """The model, the size and the crop have to be told; the run's training split need not be there."""
+    told = "model.image_size=[16,32]", "model.weights_grid=[2,4]", "data.eval_crop_ratio=1"
+    name = "deit_digits_distilled_patch8_32"
+    facts = found(capsys, "eval", bare, "--model", name, "--data", held_out, "--json", *told)
+    assert facts["results"] == found(capsys, "eval", run, "--json")["results"][:1]
+    assert "nothing tells which model" in refused(capsys, "eval", bare, "--data", held_out)
+    assert "says itself which model" in refused(capsys, "eval", run, "--model", name)
+
+
+def test_other_data_are_matched_by_the_names_of_their_classes(run, tmp_path, capsys):
+    fewer, others = paint(tmp_path / "fewer", ("val",), ("blue", "red")), tmp_path / "others"
+    for number, name in enumerate(CLASSES):
+        shutil.copytree(fewer.parent / "fewer" / "val" / "red", others / "val" / f"shade {number} of {name}")
+    assert "3 classes" in refused(capsys, "eval", run, "--data", fewer)
+    assert "shade 0 of blue" in refused(capsys, "eval", run, "--data", others)
+    assert "no subfolder 'val'" in refused(capsys, "eval", run, "--data", fewer / "val")
+
+
+def test_tables_of_classes(run, tmp_path, capsys):
+    facts = found(
+        capsys, "eval", run, "--json", "--classes", tmp_path / "c.csv", "--confusion", tmp_path / "confusion.png"
+    )
+    table = list(csv.DictReader((tmp_path / "c.csv").open()))
+    assert [row["class"] for row in table] == list(CLASSES)
+    mean = sum(float(row["top1"]) for row in table) / 3
+    assert mean == pytest.approx(facts["results"][0]["metrics"]["top1_softmax"], abs=0.01)
+    confusion = list(csv.reader((tmp_path / "confusion.csv").open()))
+    assert confusion[0][1:] == [row[0] for row in confusion[1:]] == list(CLASSES)
+    assert [sum(map(int, row[1:])) for row in confusion[1:]] == [6, 6, 6]
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert picture.size[0] > 100
+    assert "cannot be written" in refused(capsys, "eval", run, "--classes", tmp_path / "no" / "c.csv", code=1)
+
+
+def test_a_model_of_timm_with_weights_of_this_machine(data, tmp_path, capsys):
+    import timm
+
+    model = timm.create_model("test_vit", num_classes=3, img_size=32)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "w.pth")
+    argv = "eval", tmp_path / "w.pth", "--model", "timm:test_vit", "--data", data
+    facts = found(capsys, *argv, "--json")
+    assert facts["model"] == "timm:test_vit"
+    assert facts["image_size"] == [32, 32]
+    assert facts["crop_ratio"] == timm.get_pretrained_cfg("test_vit").crop_pct
+    assert "top1_class" in facts["results"][0]["metrics"]
+    assert "no subfolder 'test'" in refused(capsys, *argv, "data.val=test")
+
+
+def judged_by_rank(rank, size, run):
+    weights = open_weights(str(run))
+    recipe = settings(weights, None, [])
+    found = judge(weights, recipe, build.held_out(recipe), World(torch.device("cpu"), rank, size), confusion=True)
+    return [(each.result.metrics, each.details.confusion.tolist()) for each in found]
+
+
+def test_two_processes_find_what_one_does(run, ranks):
+    alone = [(pytest.approx(metrics), confusion) for metrics, confusion in judged_by_rank(0, 1, run)]
+    assert ranks(2, judged_by_rank, run) == [alone] * 2
+
+
+def test_predictions(run, data, tmp_path, capsys):
+    picture, broken = data / "val" / "red" / "0.png", tmp_path / "broken.png"
+    broken.write_text("no picture")
+    (answer,) = found(capsys, "predict", run, picture, "--json")
+    assert answer["picture"] == str(picture)
+    assert sorted(each["class"] for each in answer["answers"]) == list(CLASSES)
+    shares = [each["probability"] for each in answer["answers"]]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(1)
+    assert cli(["predict", str(run), str(data / "val" / "red"), "--top", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert f"{data / 'val' / 'red' / '0.png'}: {answer['answers'][0]['class']} {100 * shares[0]:.1f} %" in lines
+    assert cli(["eval", str(run), "--images", str(picture)]) == 0
+    assert lines[0].split(":")[0] in capsys.readouterr().out
+    error = refused(capsys, "predict", run, broken, picture, code=1)
+    assert f"{broken}: " in error
+    assert "1 of 2 pictures could not be read" in error
+    assert "there is no such picture" in refused(capsys, "predict", run, tmp_path / "none.png")
+    assert "no picture in this folder" in refused(capsys, "predict", run, data / "val")
+
+
+def test_a_picture_of_attention(run, data, tmp_path, capsys):
+    picture, out = data / "val" / "red" / "0.png", tmp_path / "attention.png"
+    assert cli(["show", "attention", str(run), str(picture), "--out", str(out)]) == 0
+    with Image.open(out) as image:
+        assert image.size[0] > 500
+    argv = "show", "attention", run, picture, "--out"
+    assert "blocks 0 to 3" in refused(capsys, *argv, out, "--block", 9)
+    assert "cannot be written" in refused(capsys, *argv, tmp_path / "no" / "a.png", code=1)
+
+
+def test_maps_of_attention_are_those_of_the_tokens():
+    """Two heads on 2 x 3 patches after two prefix tokens; the second patch of the second row gets most attention."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(2, 2, 8, 4, generator=generator)
+    tokens = torch.randn(8, 5, generator=generator)
+    keys[:, 6] = 5 * queries[:, 0]
+    looks, alike = attention.maps(queries, keys, tokens, (32, 48))
+    expected = torch.stack([(q @ k.T / 2).softmax(-1)[0, 2:].reshape(2, 3) for q, k in zip(queries, keys, strict=True)])
+    torch.testing.assert_close(looks, expected)
+    assert list(alike) == ["like the class token", "like patch 1, 1"]
+    torch.testing.assert_close(
+        alike["like patch 1, 1"], torch.cosine_similarity(tokens[2:], tokens[6][None]).reshape(2, 3)
+    )
+    torch.testing.assert_close(
+        alike["like the class token"], torch.cosine_similarity(tokens[2:], tokens[0][None]).reshape(2, 3)
+    )

@@ -1,0 +1,108 @@
+"""`fastdeit export`: every format gives back the numbers of the network, in fastdeit and in the program it is for."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors
+import timm
+import torch
+
+from fastdeit import models
+from fastdeit.cli import main as cli
+from fastdeit.models.counterpart import counterpart
+from fastdeit.run.classification import named_scores
+from fastdeit.run.weights import network, open_weights
+from tests.painted_runs import CLASSES, refused
+
+SIZE = 16, 32
+
+
+@pytest.fixture
+def images():
+    return torch.randn(5, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits_of(run, images):
+    return network(open_weights(str(run)))(images)
+
+
+def exported(capsys, *argv):
+    assert cli(["export", *map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_safetensors_file_tells_everything(run, tmp_path, images, capsys):
+    out = tmp_path / "made" / "weights.safetensors"
+    assert "normalised by mean (0.485, 0.456, 0.406)" in exported(capsys, f"{run}@ema", out)
+    found = open_weights(str(out))
+    assert found.known == open_weights(str(run)).known
+    assert found.known.classes == CLASSES
+    expected = logits_of(f"{run}@ema", images)
+    torch.testing.assert_close(logits_of(out, images), expected, rtol=0, atol=0)
+    with safetensors.safe_open(out, "pt") as file:
+        damaged = {**file.metadata(), "fastdeit": '{"image_size": "large"}'}
+    safetensors.torch.save_file(found.tensors, out, metadata=damaged)
+    assert "what its header says of the model is damaged: image_size" in refused(capsys, "eval", out)
+
+
+def test_a_checkpoint_as_deit_writes_it(run, tmp_path, images, capsys):
+    exported(capsys, run, tmp_path / "w.pth")
+    state = torch.load(tmp_path / "w.pth", weights_only=True)["model"]
+    first, second = logits_of(run, images)
+    theirs = counterpart(network(open_weights(f"{run}@ema")))
+    theirs.load_state_dict(state)
+    torch.testing.assert_close(theirs(images), (first, second))
+    name = "deit_digits_distilled_patch8_32"
+    again = network(open_weights(str(tmp_path / "w.pth")), name=name, image_size=SIZE, grid=(2, 4), purpose="teacher")
+    torch.testing.assert_close(again(images), (first, second), rtol=0, atol=0)
+
+
+def test_a_folder_for_timm(run, tmp_path, images, capsys):
+    """timm builds the model from the folder alone, with the classes and the input that it was trained for."""
+    exported(capsys, run, tmp_path / "folder")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    first, second = logits_of(run, images)
+    torch.testing.assert_close(loaded(images), (first + second) / 2)
+    torch.testing.assert_close(logits_of(tmp_path / "folder" / "model.safetensors", images), (first, second))
+    wanted = timm.data.resolve_data_config(model=loaded)
+    assert (wanted["input_size"], wanted["crop_pct"], wanted["interpolation"]) == ((3, *SIZE), 1.0, "bicubic")
+    assert list(wanted["mean"]) == [0.485, 0.456, 0.406]
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["label_names"] == list(CLASSES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fuse", ["softmax", "none"])
+def test_a_program_of_torch(run, fuse, tmp_path, images, capsys):
+    out = tmp_path / "program.pt2"
+    assert "checked on 6 pictures" in exported(capsys, run, out, "--fuse", fuse)
+    found = torch.export.load(out).module()(images)
+    logits = logits_of(run, images)
+    expected = logits if fuse == "none" else named_scores(logits, "softmax")["softmax"][1]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fuse", ["logit", "none"])
+def test_onnx(run, fuse, tmp_path, images, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    out = tmp_path / "program.onnx"
+    assert "checked on 6 pictures" in exported(capsys, run, out, "--fuse", fuse)
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"pixels": images.numpy()})
+    first, second = logits_of(run, images)
+    expected = [first, second] if fuse == "none" else [(first + second) / 2]
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-4, atol=1e-5)
+    told = json.loads(session.get_modelmeta().custom_metadata_map["fastdeit"])
+    assert told["classes"] == list(CLASSES)
+
+
+def test_what_cannot_be_exported_is_said(run, bare, tmp_path, capsys):
+    assert "the ending .gguf says no format" in refused(capsys, "export", run, tmp_path / "w.gguf")
+    assert "nothing tells which model" in refused(capsys, "export", bare, tmp_path / "w.pth")
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(capsys, "export", run, tmp_path / "file" / "w.pth", code=1)
+    with pytest.raises(ValueError, match="timm has no ConvNet"):
+        counterpart(models.build("convnet_digits"))

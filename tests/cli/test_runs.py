@@ -1,0 +1,242 @@
+"""`fastdeit runs`, `models`, `completion` and `train --dry-run`: what is there, and what would be."""
+
+import fcntl
+import json
+import os
+import shlex
+import subprocess
+
+import pytest
+import torch
+from PIL import Image
+
+from fastdeit import cli, models
+from fastdeit.cli import completion
+from fastdeit.estimate import gpus
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import overview
+from fastdeit.verbs import dry_run
+from fastdeit.verbs import models as models_verb
+from fastdeit.verbs import runs as runs_verbs
+
+SYNTHETIC = ["data.source=synthetic", "data.synthetic_samples=640", "data.synthetic_classes=7", "data.group_size=8"]
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """`runs(name, *overrides, steps=, top1=, summary=)` writes a run into runs/ of the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, *overrides, steps=3, top1=50.0, summary=None):
+        path = tmp_path / "runs" / name
+        path.mkdir(parents=True)
+        (path / "recipe.yaml").write_text(recipes.dump(recipes.load("digits", overrides)))
+        records = [
+            {"step": step, "kind": "train", "epoch": step / 2, "loss": 2 / step, "lr": 1e-3}
+            for step in range(1, steps + 1)
+        ]
+        records.append(
+            {"step": steps, "kind": "eval", "epoch": steps / 2, "images": 9, "bad_images": 0, "top1_fused": top1}
+        )
+        (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        if summary is not None:
+            (path / "summary.json").write_text(json.dumps(summary))
+        return path
+
+    return write
+
+
+def said(capsys, *argv):
+    assert cli.main(argv) == 0
+    return capsys.readouterr().out
+
+
+def test_a_list_says_how_far_each_run_is(runs, capsys):
+    runs("a", summary={"best": 61.5, "best_by": "top1_class", "finished": True})
+    os.utime(runs("b", "train.epochs=7"), (1, 1))
+    (runs("c") / "metrics.jsonl").unlink()
+    (runs("d") / "recipe.yaml").write_text("{[")
+    (runs("e").parent / "not_a_run").mkdir()
+    with open(overview.RUNS / "e" / "lock.json", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (overview.RUNS / "d" / "lock.json").touch()  # of a process that has died
+        rows = {line.split()[0]: line.split()[1:] for line in said(capsys, "runs", "list").splitlines()}
+    assert rows.pop("run") == ["model", "epoch", "step", "best", "state", "age"]
+    model = "deit_digits_distilled_patch8_32"
+    assert rows.pop("a") == [model, "1.5", "of", "30", "3", "top1_class", "61.5", "finished", "now"]
+    assert rows.pop("b")[1:9] == ["1.5", "of", "7", "3", "top1_fused", "50", "(last)", "interrupted"]
+    assert rows.pop("c") == [model, "0", "of", "30", "0", "-", "interrupted", "now"]
+    assert rows.pop("d") == ["?", "1.5", "of", "?", "3", "top1_fused", "50", "(last)", "interrupted", "now"]
+    assert rows.pop("e")[-2:] == ["running", "now"]
+    assert rows == {}
+
+
+def test_ages():
+    assert [runs_verbs.age(seconds) for seconds in (3, 61, 7300, 200_000)] == ["now", "1 min", "2 h", "2 d"]
+
+
+def test_a_diff_has_the_fields_that_differ_and_what_was_measured(runs, capsys):
+    runs("a", "about.summary=x")
+    runs("b", "optim.lr=5e-4", "optim.name=sgd", "data.flip=0.5", "train.best_by=null", top1=52.5, steps=4)
+    fields, measured = said(capsys, "runs", "diff", "a", "runs/b").split("\n\n")
+    rows = {line.split()[0]: line.split()[1:] for line in fields.splitlines()}
+    assert rows.pop("field") == ["a", "b"]
+    assert rows["optim.lr"] == ["0.001", "0.0005"]
+    assert rows["optim.momentum"] == ["-", "0.9"]
+    assert rows["optim.eps"] == ["1e-08", "-"]
+    assert rows["data.flip"] == ["0.0", "0.5"]
+    assert not {name for name in rows if name.startswith(("about", "model", "train"))}
+    rows = {line.split()[0]: line.split()[1:] for line in measured.splitlines()}
+    assert rows["top1_fused"] == ["50", "52.5", "+2.5"]
+    assert rows["steps"] == ["3", "4"]
+    assert said(capsys, "runs", "diff", "a", "a").startswith("the recipes are the same\n")
+
+
+def test_curves_of_several_runs_are_one_picture(runs, capsys, tmp_path):
+    runs("a")
+    runs("b", steps=60)
+    assert said(capsys, "runs", "curves", "a", "b", "--out", "both.png") == "picture in both.png\n"
+    with Image.open(tmp_path / "both.png") as picture:
+        assert picture.format == "PNG"
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**20)}
+    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours, "a line for each run"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["list", "nowhere"], "there is no folder nowhere"),
+        (["diff", "a"], "the following arguments are required: B"),
+        (["diff", "a", "bb"], "bb does not exist; did you mean b?"),
+        (["diff", "a", "runs"], "runs is no run: it has neither recipe.yaml nor metrics.jsonl"),
+        (["curves", "a", "--out", "x.jpg"], "give a name that ends in .png"),
+        (["curves", "a", "--out", "no/x.png"], "there is no folder no"),
+        (["curves", "b"], "there is no metrics.jsonl yet"),
+        (["curves", "c"], "there is no loss, evaluation or lr to draw yet"),
+    ],
+)
+def test_runs_that_cannot_be_shown(runs, capsys, argv, message):
+    runs("a")
+    (runs("b") / "metrics.jsonl").unlink()
+    (runs("c") / "metrics.jsonl").write_text("")
+    assert cli.main(["runs", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_with_what_they_cost(capsys):
+    rows = [line.split() for line in said(capsys, "models", "*tiny_patch*").splitlines()]
+    assert rows[0] == ["model", "parameters", "GFLOP", "image", "patch"]
+    assert rows[1] == ["deit_tiny_patch16_224", "5.72", "M", "2.33", "224x224", "16"]
+    assert rows[2] == []
+    assert models_verb.described("convnet_digits")[-1] == "-"
+    assert models_verb.fitting("", models.MODELS, "") == list(models.MODELS)
+    assert len(models_verb.fitting("distilled", models.MODELS, "")) == 5
+
+
+def test_models_of_timm_are_listed_by_pattern(capsys):
+    assert said(capsys, "models", "timm:deit_tiny*").split("\n\n")[0].split() == [
+        "deit_tiny_distilled_patch16_224",
+        "deit_tiny_patch16_224",
+    ]
+    assert "deit_tiny_patch16_224.fb_in1k\n" in said(capsys, "models", "timm:deit_tiny_patch16_224.")
+    assert cli.main(["models", "deit_tini"]) == 2
+    assert "no model is called deit_tini; did you mean deit_tiny" in capsys.readouterr().err
+
+
+# ---- train --dry-run -------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "deit_tiny", "--dry-run", "--nproc", "2", *SYNTHETIC, "train.batch_size=64", "engine.device=cpu"]
+    facts, recipe = said(capsys, *argv).split("\n\n# the recipe in full\n")
+    assert "device    2 processes on the CPU, " in facts
+    assert "data      640 training and 64 held-out images of 7 classes" in facts
+    assert "model     deit_tiny_patch16_224: 5.53 M parameters" in facts
+    assert "run       300 epochs of 10 steps, 3,000 in all, of 64 images; 300 evaluations" in facts
+    assert "GiB a process besides the libraries (modelled, not measured)" in facts
+    assert "synthetic_samples: 640\n" in recipe
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_on_a_known_card_estimates_its_time(monkeypatch):
+    monkeypatch.setattr(dry_run, "pick_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    lines = list(dry_run.lines(recipes.load("deit_tiny", [*SYNTHETIC, "train.batch_size=64"]), 1))
+    first, second = (line for line in lines if line.startswith("estimate"))
+    assert f" of {gpus.GPUS['H100'].memory / 2**30:,.0f} GiB of a GPU (modelled, not measured)" in first
+    assert "hours (speed is " in second
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["deit_tiny"], "needs images: add --data ROOT"),
+        (["deit_tiny", *SYNTHETIC, "--nproc", "7"], "on 7 processes: batch size 1024 cannot be split into groups of 8"),
+        (["deit_tiny", *SYNTHETIC, "model.num_classes=8"], "model.num_classes is 8, but the data set has 7 classes"),
+        (["deit_tiny", *SYNTHETIC, "model.name=deit_tini"], "there is no model 'deit_tini'; did you mean deit_tiny"),
+        (["deit_base_384", *SYNTHETIC], "recipe deit_base_384: model.weights: is required, because it goes on from"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(capsys, argv, message):
+    assert cli.main(["train", *argv, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_recipe_that_needs_weights_is_refused_before_anything_is_made(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastdeit.launch.launch.run", lambda args, argv, work: 0)
+    assert cli.main(["train", "deit_base_384", *SYNTHETIC]) == 2
+    assert "give model.weights=RUN or model.weights=FILE" in capsys.readouterr().err
+    assert cli.main(["train", "deit_base_384", *SYNTHETIC, "model.weights=x"]) == 0
+    assert cli.main(["train", "deit_base_384", *SYNTHETIC, "model.needs_weights=false"]) == 0
+    assert cli.main(["recipes", "show", "deit_base_384", "--resolved"]) == 0
+
+
+# ---- completion ------------------------------------------------------------------------------------------------------
+
+
+def completed(*lines):
+    """What bash offers for the last word of each command line."""
+    code = [completion.script("bash", cli.VERBS)]
+    for line in lines:
+        words = line.split(" ")
+        code.append(f"COMP_WORDS=({' '.join(map(shlex.quote, words))}); COMP_CWORD={len(words) - 1}")
+        code.append('COMPREPLY=(); _fastdeit; echo "${COMPREPLY[*]}"')
+    done = subprocess.run(["bash", "-c", "\n".join(code)], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_bash_completes_verbs_flags_values_and_recipes():
+    offered = completed(
+        "fastdeit b",
+        "fastdeit bench st",
+        "fastdeit bench step --pre",
+        "fastdeit bench step --precision ",
+        "fastdeit train --res",
+        "fastdeit train deit_tiny_",
+        "fastdeit recipes ",
+        "fastdeit kernels ",
+        "fastdeit completion ",
+        "fastdeit doctor x",
+    )
+    assert offered[:6] == [
+        ["bench"],
+        ["step"],
+        ["--precision"],
+        ["fp32", "fp16", "bf16"],
+        ["--resume"],
+        ["deit_tiny_distilled"],
+    ]
+    assert "show" in offered[6]
+    assert {"lint", "bench", "--help"} <= set(offered[7])
+    assert offered[8:] == [["bash", "zsh"], []]
+
+
+def test_zsh_runs_the_same():
+    assert completion.script("zsh", cli.VERBS).endswith(completion.script("bash", cli.VERBS))
+    assert completion.script("zsh", cli.VERBS).startswith("autoload")
