@@ -128,12 +128,14 @@ def train(
         if resume:
             start, record = parts.saver.restore(run_dir, parts.log.say)
         facts = describe(recipe, parts.method, *parts.sources, world, parts.length)
-        parts.log.begin(run_dir, start, record, parts.saver.lineage, facts)
-        if origin is not None:
-            parts.saver.save(run_dir, start, record)
         try:
+            parts.tuning.begin(0 if origin is not None else start, record.kernels)
+            parts.log.begin(run_dir, start, record, parts.saver.lineage, facts)
+            if origin is not None:
+                parts.saver.save(run_dir, start, record)
             return run_steps(parts, run_dir, start, record, again)
         finally:
+            parts.tuning.close()
             parts.log.close()
 
 
@@ -152,6 +154,7 @@ class Parts:
     log: RunLog
     method: Method
     schedule: "PhaseSchedule"
+    tuning: kernels.Tuning
     engine: Engine
     loader: TrainLoader
     val_loader: EvalLoader
@@ -183,6 +186,7 @@ class Parts:
         method = build.method(recipe, student, len(names), length.total, make_teacher, train_source).to(world.device)
         if recipe.engine.sync_batchnorm and world.size > 1 and not batchnorm.synchronise(method, world.device):
             log.say("engine.sync_batchnorm changes nothing: this model has no BatchNorm")
+        tuning = build.tuning(recipe, world, log.say)
         schedule, decay = PhaseSchedule(method, recipe, length.epochs_begun), recipe.optim.ema_decay
         engine = Engine(
             method,
@@ -193,12 +197,13 @@ class Parts:
             **build.clipping(recipe, student),
             ema=None if decay is None else Ema(schedule.trainable, decay, method),
             capture=recipe.engine.capture,
+            tuning=tuning,
         )
         loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image)
         val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image)
         identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": names}
         saver = Saver(recipe, identity, engine, world, schedule, length)
-        return cls(recipe, world, sources, length, log, method, schedule, engine, loader, val_loader, saver)
+        return cls(recipe, world, sources, length, log, method, schedule, tuning, engine, loader, val_loader, saver)
 
     def held_out(self, evaluators: Mapping[str, Evaluator], batches: int | None = None) -> Result:
         """What the evaluators say of the held-out images, or of the first `batches` of them."""
@@ -270,6 +275,8 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
             lr = learning_rate(step, **rates)
             engine.step(micro_batches, lr)
             step += 1
+            if parts.tuning.changed:
+                log.environment()
 
             finished = step == total
             stop = world.stop_requested() and not finished
@@ -293,6 +300,7 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
                 log.training(step, engine, record, lr)
             if saves or ends or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
                 measure_average()
+                record.kernels = parts.tuning.state()
                 parts.saver.save(run_dir, step, record)
                 save_is_due = False
             if stop:

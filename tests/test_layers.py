@@ -30,7 +30,8 @@ LAYERS: dict[str, set[str]] = {
     # ---- fused ops: they import nothing outside kernels
     "kernels._example": set(),
     "kernels._derivatives": set(),
-    "kernels._op": {"kernels._derivatives", "kernels._example"},
+    "kernels._tried": set(),
+    "kernels._op": {"kernels._derivatives", "kernels._example", "kernels._tried"},
     "kernels._triton": {"kernels._op"},
     "kernels._loss": {"kernels._op", "kernels._triton"},
     "kernels.noise": set(),
@@ -42,11 +43,12 @@ LAYERS: dict[str, set[str]] = {
     "kernels.cosub": _OPS | {"kernels._loss"},
     "kernels.optimizer": _OPS,
     "kernels.lint": _OPS | {"kernels.optimizer"},
+    "kernels.trial": {"kernels._op", "kernels._tried"},
     "kernels.nn": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp"},
     "kernels.accelerate": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp", "kernels.nn"},
     "kernels": {
         *("kernels._op", "kernels.accelerate", "kernels.attention", "kernels.cosub", "kernels.input"),
-        *("kernels.layer_norm", "kernels.losses", "kernels.mlp", "kernels.nn", "kernels.optimizer"),
+        *("kernels.layer_norm", "kernels.losses", "kernels.mlp", "kernels.nn", "kernels.optimizer", "kernels.trial"),
     },
     # ---- what a batch is, and where it comes from
     "batch": {"kernels"},

@@ -224,4 +224,4 @@ def _fastest(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     best, *others = sorted(means, key=means.__getitem__)
     rest = ", ".join(f"{means[other] / means[best]:.2f} times {other}" for other in others) or "nothing else runs"
     shapes = ", ".join(sorted({f"{row['model']} batch {row['batch']} {row['dtype']}" for row in rows}))
-    return {"backend": best, "because": f"measured: {rest} ({shapes})"}
+    return {"backend": best, "because": f"{_op.MEASURED}{rest} ({shapes})"}

@@ -297,7 +297,9 @@ def _our_step(wanted: Cell, device: torch.device, capture: str) -> Side:
     return Side(lambda: ours.step([samples], LR), flops, warm)
 
 
-def engine(wanted: Cell, device: torch.device, capture: str) -> tuple[Engine, float, int]:
+def engine(
+    wanted: Cell, device: torch.device, capture: str, tuning: kernels.Tuning | None = None
+) -> tuple[Engine, float, int]:
     """(engine for the steps of a cell, their FLOPs, the steps before the first that is like all others)"""
     _check_capture(device, capture)
     model, judge = models.build(wanted.model, **wanted.options), teacher(wanted)
@@ -314,7 +316,7 @@ def engine(wanted: Cell, device: torch.device, capture: str) -> tuple[Engine, fl
     groups = default_groups(method.named_parameters(), WEIGHT_DECAY, {f"model.{name}" for name in exempt})
     optimizer = AdamW(groups)
     average = Ema(optimizer.params, EMA_DECAY, method) if wanted.ema else None
-    options = {"precision": wanted.precision, "accumulate": 1, "ema": average, "capture": capture}
+    options = {"precision": wanted.precision, "accumulate": 1, "ema": average, "capture": capture, "tuning": tuning}
     made = Engine(method, optimizer, World(device), **options)
     # A recorded step is like all others only when it is replayed.
     return made, step_flops(model, judge, wanted), WARM_STEPS + 2 if capture == "graph" else 0

@@ -52,6 +52,7 @@ _EXIT_CODES = {
     ("fastdeit.kernels.lint.lint", "LintError"): UsageError.exit_code,
     ("fastdeit.kernels._op", "ChoiceError"): UsageError.exit_code,
     ("fastdeit.kernels._op", "UnknownOpError"): UsageError.exit_code,
+    ("fastdeit.kernels.trial.candidates", "BrokenDevice"): FastdeitError.exit_code,
 }
 # Every rank comes to these together, so that rank 0 can speak for all.
 _COMMON_CODES = {UsageError.exit_code, NonFiniteError.exit_code, Interrupted.exit_code}
@@ -119,7 +120,7 @@ def _top() -> Parser:
         usage="fastdeit VERB ...",
         description="Train DeiT-family vision transformers fast, and get the same result every time.",
         epilog=f"{_listed(GROUPS)}{_ENDING} Exit codes: 0 done, 1 failed, 2 bad\nusage or configuration, "
-        "3 stopped on non-finite losses, 75 interrupted and saved (run the same command with\n--resume).",
+        "3 stopped on non-finite losses, 75 interrupted and saved (`fastdeit train\n--resume RUN` goes on).",
     )
     top.add_argument("--version", action="version", version=f"fastdeit {__version__}")
     return top

@@ -1,4 +1,4 @@
-"""`fastdeit kernels`, `kernels lint` and `kernels bench`."""
+"""`fastdeit kernels`, `kernels lint`, `kernels bench` and `kernels tune`."""
 
 import argparse
 import os
@@ -11,6 +11,12 @@ def _kernels_bench(args: argparse.Namespace, argv: list[str]) -> None:
     from fastdeit.bench import kernels as bench_kernels
 
     bench_kernels.main(args)
+
+
+def _kernels_tune(args: argparse.Namespace, argv: list[str]) -> None:
+    from fastdeit.bench import tune
+
+    tune.main(args)
 
 
 def _kernels(args: argparse.Namespace, argv: list[str]) -> None:
@@ -73,4 +79,19 @@ _add("--out", type=path, metavar="FILE", help="append the rows to this file")
 _add("--update-choices", action="store_true", help="make the fastest the default on such a card")
 _add("--predict", action="store_true", help="run nothing: the bytes each op moves at best, and their time on GPUs")
 
-VERBS = {"kernels": KERNELS, "kernels lint": LINT, "kernels bench": BENCH}
+TUNE = Verb(
+    "kernels tune",
+    "try every backend out in a step of a model, and keep the fastest that is right for runs on this card",
+    "[--model NAME] [--batch N] [--dtype bf16|fp16|fp32] [--device auto|cpu|cuda] [--graph] [--budget SECONDS]",
+    _kernels_tune,
+    examples=["fastdeit kernels tune --model deit_small_patch16_224 --batch 128  # before the first run on a new card"],
+)
+_add = TUNE.parser.add_argument
+_add("--model", default="deit_base_distilled_patch16_224", metavar="NAME", help="whose shapes (default: DeiT-B's)")
+_add("--batch", type=positive, default=64, metavar="N", help="images of a process and micro-batch (default: 64)")
+_add("--dtype", choices=("bf16", "fp16", "fp32"), help="engine.precision of the runs (default: 16 bit on a GPU)")
+_add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+_add("--graph", action="store_true", help="for runs with engine.capture=graph, where launches do not count")
+_add("--budget", type=float, default=600.0, metavar="SECONDS", help="begin no trial after these (default: 600)")
+
+VERBS = {"kernels": KERNELS, "kernels lint": LINT, "kernels bench": BENCH, "kernels tune": TUNE}

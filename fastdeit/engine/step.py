@@ -22,6 +22,7 @@ from fastdeit.engine.ema import Ema, EmaTeacher
 from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.guard import Guard
 from fastdeit.engine.optim import Optimizer
+from fastdeit.kernels import Tuning
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -35,7 +36,8 @@ class Engine:
     """Runs the steps of a method, which is to it an `nn.Module` with `step` and `after_step`.
 
     capture: "none" runs a step kernel by kernel, "compile" compiles the method's forward and its gradient with
-    torch.compile, "graph" records the whole step as a CUDA graph.
+    torch.compile, "graph" records the whole step as a CUDA graph. tuning: tries the backends of the ops in the first
+    steps.
 
     A method uses `run`, `backward`, `micro` and `input_gradient` in its `step`, and `now` there and in `after_step`,
     where `skipped` says what became of the update.
@@ -58,11 +60,13 @@ class Engine:
         clip_units: UnitClipping | None = None,
         ema: Ema | None = None,
         capture: str = "none",
+        tuning: Tuning | None = None,
     ) -> None:
         if capture == "graph" and world.device.type != "cuda":
             raise DeviceError(f"engine.capture graph needs a CUDA device, not {world.device}; use none or compile")
         self.method, self.optimizer, self.world, self.ema = method, optimizer, world, ema
         self.precision, self.accumulate, self.capture = precision, accumulate, capture
+        self.tuning = tuning
         self.guard = Guard(precision, clip_grad, world.device)
         self.clip_units = clip_units
         self.sums: dict[str, Tensor] = {}
@@ -84,6 +88,8 @@ class Engine:
         if self.capture == "compile":
             # Of one function torch.compile keeps at most eight compilations; a ninth phase would run without.
             torch.compiler.reset()
+        if self.tuning is not None:
+            self.tuning.reopen()
         self._wrap()
 
     def _wrap(self) -> None:
@@ -162,7 +168,14 @@ class Engine:
 
     def step(self, batches: Iterable[Any], lr: float) -> None:
         """One update from `accumulate` micro-batches; skipped as a whole when a gradient is not finite."""
-        (self._graphed or self._run_step)(list(batches), lr)
+        step = self._graphed or self._run_step
+        if self.tuning is None:
+            step(list(batches), lr)
+        else:
+            with self.tuning.trying():
+                step(list(batches), lr)
+            if self.capture == "compile" and self.tuning.changed and self.tuning.left_to_compiler():
+                torch.compiler.reset()  # what runs on PyTorch's own operations is compiled with what surrounds it
         if self.ema is not None:
             self.ema.stale = bool(self.ema.norms)
 

@@ -2,7 +2,8 @@
 
 Each op's file holds its mathematics, a `reference` in pure PyTorch that defines the result, its registration with
 `torch.library`, and the public function. `info()` says which backend each op uses, and why. `accelerate()` brings them
-into an existing model, and `nn` holds modules for a new one.
+into an existing model, and `nn` holds modules for a new one. `Tuning` tries the backends out in the first steps of a
+run.
 """
 
 from fastdeit.kernels import nn
@@ -15,11 +16,13 @@ from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.losses import DistillationLoss, distillation_loss
 from fastdeit.kernels.mlp.op import layer_norm_mlp, mlp
 from fastdeit.kernels.optimizer.calls import fused_adamw, fused_lamb, fused_sgd, global_norm
+from fastdeit.kernels.trial.tuning import Tuning
 
 __all__ = [
     "DistillationLoss",
     "OpInfo",
     "Report",
+    "Tuning",
     "accelerate",
     "add_layer_norm",
     "attention",

@@ -3,10 +3,11 @@
 An op has one or more backends in order of preference; the last is `reference`, pure PyTorch, which runs everywhere
 and defines the result. Taken is the one that was fastest where it was measured on such a card (`choices.json`, written
 by `fastdeit kernels bench`), for tensors of such a width if these were, else the first that can run, and `info()` says
-why. Where a row of that table was judged by the compiled code and not measured, it says so. `use()`, and the
-environment variable `FASTDEIT_KERNELS` around it, force another choice: a backend for all ops, `op=backend` for one, or
-several of these separated by commas. A forced backend that cannot run raises; otherwise the next takes its place, and
-if that is the reference, with one warning for each set of reasons.
+why. Where a row of that table was judged by the compiled code and not measured, it says so. What a trial on this very
+card has found (`trial/`, `_tried.py`) outranks the table. `use()`, and the environment variable `FASTDEIT_KERNELS`
+around it, force another choice: a backend for all ops, `op=backend` for one, or several of these separated by commas.
+A forced backend that cannot run raises; otherwise the next takes its place, and if that is the reference, with one
+warning for each set of reasons.
 
 In eager mode the reference runs under native autograd and any other backend under an `autograd.Function`, since a
 registered op costs ten to twenty microseconds a call. `torch.compile` sees the registered op, which is opaque to it;
@@ -25,7 +26,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from threading import local
 from typing import Any, NamedTuple
@@ -33,12 +34,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdeit.kernels import _derivatives
+from fastdeit.kernels import _derivatives, _tried
 from fastdeit.kernels._example import Example
+from fastdeit.kernels._tried import INDUCTOR
 
 NAMESPACE = "fastdeit"
 VARIABLE = "FASTDEIT_KERNELS"
 AUTO, REFERENCE = "auto", "reference"
+MEASURED = "measured: "
+"""How the reason of a row of `choices.json` begins that was measured, and not judged by the compiled code."""
 OPS: dict[str, "Op"] = {}
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -89,7 +93,7 @@ class Op:
     others               backends to prefer to the reference, best first
     native               what runs under native autograd, where the registered reference does more than that
     cast                 arguments that take the autocast dtype under autocast; the op itself runs with autocast off
-    mutates              arguments that are changed in place
+    mutates              arguments that are changed in place; `mutated` are their places
     """
 
     def __init__(
@@ -112,7 +116,7 @@ class Op:
         self._function: type[torch.autograd.Function] | None = None
         self.registered = self._register(name, reference, "forward", mutates)
         arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
-        self._mutated = [place for place, argument in enumerate(arguments) if argument.name in mutates]
+        self.mutated = [place for place, argument in enumerate(arguments) if argument.name in mutates]
         self._cast = [argument.name in cast for argument in arguments]
         _autocast(name, self._cast)
         if backward is not None:
@@ -146,15 +150,34 @@ class Op:
         if choice(self.name) == REFERENCE:
             return self.registered(*args)
         refusals = []
-        for backend, _ in self._able(_device(args), args):
+        for backend, _ in self._able(_device(args), args, self._differentiated):
             if backend.name == REFERENCE:
                 break
+            if backend.name == INDUCTOR:
+                return backend.forward(*args)
             try:
                 return self._eager(backend, args)
             except Unsupported as error:
                 refusals.append(self._refusal(backend, error))
         self._warn_of(refusals)
         return self.native(*args)
+
+    @cached_property
+    def inductor(self) -> Callable:
+        """The reference under native autograd, compiled by Inductor: a choice that a trial may make."""
+        return torch.compile(self.native)
+
+    def _differentiated(self, args: Sequence[Any]) -> bool:
+        """Whether autograd will differentiate an eager call."""
+        wanted = self._function is not None and torch.is_grad_enabled()
+        return wanted and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+    def cast(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The arguments as a backend gets them: those that take the autocast dtype have it where autocast is on."""
+        device = _device(args).type
+        if not torch.is_autocast_enabled(device):
+            return args
+        return _to_autocast(args, self._cast, torch.get_autocast_dtype(device))
 
     def _left_to_compiler(self, device: torch.device) -> bool:
         # The choice last: Dynamo guards what it reads, so that another one compiles anew, but only where it matters.
@@ -191,12 +214,15 @@ class Op:
         """The backend for tensors on `device` and the reason; RuntimeError when the forced one cannot run."""
         return self._able(device)[0]
 
-    def _able(self, device: torch.device, args: Sequence[Any] = ()) -> list[tuple[Backend, str]]:
+    def _able(
+        self, device: torch.device, args: Sequence[Any] = (), trained: Callable[[Sequence[Any]], bool] | None = None
+    ) -> list[tuple[Backend, str]]:
         """The backends that may run on `device`, best first, each with the reason: one, if it is forced. Best is what
-        was measured for the width of `args`, if they are given."""
+        was measured for the width of `args`, if they are given, or tried out for calls like theirs. trained: whether
+        such a call is differentiated; None where it is no call of the op itself."""
         wanted = choice(self.name)
         if wanted == AUTO:
-            return self.able_unforced(device, args)
+            return self.able_unforced(device, args, trained)
         for backend in self.backends:
             if backend.name == wanted:
                 able, reason = backend.capability(device, True)
@@ -206,10 +232,23 @@ class Op:
         names = ", ".join(backend.name for backend in self.backends)
         raise ChoiceError(f"{_source()} asks for {self.name}={wanted}, but {self.name} has: {names}")
 
-    def able_unforced(self, device: torch.device, args: Sequence[Any] = ()) -> list[tuple[Backend, str]]:
+    def able_unforced(
+        self, device: torch.device, args: Sequence[Any] = (), trained: Callable[[Sequence[Any]], bool] | None = None
+    ) -> list[tuple[Backend, str]]:
         """`_able` as if none were forced."""
         verdicts = [(backend, *backend.capability(device, False)) for backend in self.backends]
-        return _fastest_first(self.name, device, [(b, reason) for b, able, reason in verdicts if able], args)
+        able = [(backend, reason) for backend, able, reason in verdicts if able]
+        tried = _tried.current()
+        if tried is None:
+            return _fastest_first(self.name, device, able, args)
+        found = tried.choice(self, args, trained and trained(args))
+        able = [pair for pair in able if (self.name, pair[0].name) not in tried.wrong]
+        if found is not None and found.backend == INDUCTOR:
+            return [(Backend(INDUCTOR, _reference_capability, self.inductor), found.reason), *able]
+        best = [(backend, found.reason) for backend, _ in able if found is not None and backend.name == found.backend]
+        if not best:
+            return _fastest_first(self.name, device, able, args)
+        return best + [pair for pair in able if pair[0].name != best[0][0].name]
 
     def _refusal(self, backend: Backend, error: Unsupported) -> str:
         """What to say of it; RuntimeError if the backend is forced."""
@@ -224,10 +263,8 @@ class Op:
             _warn_once(f"{self.name} does not run on {', nor on '.join(refusals)}")
 
     def _eager(self, backend: Backend, args: Sequence[Any]) -> Any:
-        device = _device(args)
-        if torch.is_autocast_enabled(device.type):
-            args = _to_autocast(args, self._cast, torch.get_autocast_dtype(device.type))
-        with _no_autocast(device):
+        args = self.cast(args)
+        with _no_autocast(_device(args)):
             return self.run_on(backend, *args)
 
     def run_on(self, backend: Backend, *args: Any) -> Any:
@@ -236,16 +273,22 @@ class Op:
         if self._function is not None and torch.is_grad_enabled():
             return self._function.apply(backend, *args)
         result = backend.forward(*args)
-        if self._mutated:
-            torch.autograd.graph.increment_version(_tensors(args[place] for place in self._mutated))
+        if self.mutated:
+            torch.autograd.graph.increment_version(tensors_in(args[place] for place in self.mutated))
         return result
 
     def _register(self, name: str, like: Callable, role: str, mutates: Collection[str] = ()) -> Callable:
         after_gradient = int(role == "backward")  # the width is that of forward's first argument or result
 
+        def trained(args: Sequence[Any]) -> bool:
+            return self._function is not None
+
         def run(*args: Any) -> Any:
             refusals = []
-            for backend, _ in self._able(_device(args), args[after_gradient:]):
+            like = args[after_gradient:]
+            for backend, _ in self._able(_device(args), like, trained if role == "forward" else None):
+                if backend.name == INDUCTOR:  # here it is opaque to the compiler; the reference defines the same
+                    backend = self.backends[-1]
                 if backend.name == REFERENCE:
                     self._warn_of(refusals)
                 try:
@@ -258,7 +301,7 @@ class Op:
         return torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=mutates, schema=schema)
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among the values and in their lists."""
     lists = (value if isinstance(value, list | tuple) else [value] for value in values)
     return [tensor for tensors in lists for tensor in tensors if isinstance(tensor, Tensor)]
@@ -381,6 +424,9 @@ def _of_environment(name: str) -> str:
 
 def _left_to_reference(name: str, device: torch.device) -> bool:
     """Whether no other backend of op `name` would be chosen on `device`, whatever the width of the arguments."""
+    tried = _tried.current()
+    if tried is not None and (found := tried.chosen.get(name)):
+        return all(choice.backend in (REFERENCE, INDUCTOR) for choice in found.values())
     (best, _), *_ = OPS[name].able_unforced(device)
     at_widths = _measured().get(card(device), {}).get(name, {}).get("widths", {}).values()
     return best.name == REFERENCE and all(row["backend"] == REFERENCE for row in at_widths)
@@ -397,6 +443,12 @@ def _measured() -> dict[str, dict[str, dict[str, Any]]]:
     """{card: {op: {"backend": the fastest, "because": a sentence, "widths": {width: {"backend", "because"}}}}}, of the
     cards and the widths of tensors that were measured; the backend of the op itself is for all other widths."""
     return json.loads((Path(__file__).parent / "choices.json").read_text())
+
+
+def measured(name: str, device: torch.device, args: Sequence[Any]) -> bool:
+    """Whether `choices.json` has a measurement of op `name` on such a card at the width of `args`."""
+    row = _measured().get(card(device), {}).get(name, {}).get("widths", {}).get(str(width(args)), {})
+    return row.get("because", "").startswith(MEASURED)
 
 
 @cache

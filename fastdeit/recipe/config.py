@@ -272,6 +272,9 @@ class EngineConfig(Section):
     """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss."""
     capture: Literal["none", "compile", "graph"] = "none"
     """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph."""
+    autotune: Literal["auto", "on", "off"] = "auto"
+    """auto: the first steps on a GPU without measurements try kernels out, and keep the fastest that is right; on: on
+    any device, whatever was measured."""
     checkpoint_blocks: bool = False
     """Compute the activations of each block again in backward instead of keeping them: less memory, more time."""
     sync_batchnorm: bool = False

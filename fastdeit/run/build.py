@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from fastdeit import methods, models, rng
+from fastdeit import kernels, methods, models, rng
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import order
 from fastdeit.data.plan.plan import Augment, Mixing
@@ -187,6 +187,13 @@ def eval_loader(
         max_bad_fraction=data.max_bad_fraction,
         on_bad=on_bad,
     )
+
+
+def tuning(recipe: "Recipe", world: World, say: Report) -> kernels.Tuning:
+    """The trials of kernels in the first steps of the run."""
+    recorded = recipe.engine.capture == "graph"
+    share = {"share": world.same, "main": world.main}
+    return kernels.Tuning(recipe.engine.autotune, world.device, recorded=recorded, say=say, **share)
 
 
 def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str] | None = None) -> nn.Module:

@@ -44,6 +44,8 @@ class Record:
     images: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    kernels: list[list[Any]] | None = None
+    """What trials have chosen (`Tuning.state`), so that a resumed run has the same kernels."""
 
     def add(self, images: int, seconds: float, waited: float) -> None:
         """Account for one step: images of the global batch, its wall time, and how much of it was waiting for data."""
@@ -96,7 +98,7 @@ class RunLog:
         if not self.world.main:
             return
         directory.write_recipe(run_dir, self.recipe)
-        directory.replace_text(run_dir / "environment.json", json.dumps(environment.report(), indent=2) + "\n")
+        self.environment()
         for fact in facts:
             self.say(fact)
         self._open_metrics(run_dir / directory.METRICS, start)
@@ -105,6 +107,12 @@ class RunLog:
         if start:
             self.say(f"resumed at step {start} of {self.steps}")
         self.progress = Progress(self.steps, self.steps_per_epoch, start=start)
+
+    def environment(self) -> None:
+        """Write down what the run runs on, its kernels included."""
+        if self.world.main:
+            text = json.dumps(environment.report(), indent=2) + "\n"
+            directory.replace_text(self.run_dir / "environment.json", text)
 
     def _open_metrics(self, path: Path, start: int) -> None:
         """Records after the checkpoint that the run goes on from will be written again; without one, none is lost."""

@@ -88,6 +88,7 @@ def test_flags_are_pinned():
             *("--op", "--model", "--batch", "--dtype", "--device", "--rounds", "--out", "--update-choices"),
             "--predict",
         ],
+        "kernels tune": ["--model", "--batch", "--dtype", "--device", "--graph", "--budget"],
         "bench step": [*CELL, "--capture", "--teacher", "--ema", "--peer", *MEASURING],
         "bench forward": [*CELL, "--capture", "--peer", *MEASURING],
         "bench train": ["--recipe", "--threads", *CELL, "--capture", "--teacher", "--ema", "--peer", *MEASURING],

@@ -1,5 +1,6 @@
 """The engine's step: accumulation, processes, clipping, guard and EMA against one plain update in float64."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -42,12 +43,12 @@ class Toy(nn.Module):
         pass
 
 
-def make(precision="fp32", accumulate=1, clip_grad=None, ema_decay=None, world=None, capture="none"):
+def make(precision="fp32", accumulate=1, clip_grad=None, ema_decay=None, world=None, capture="none", tuning=None):
     toy = Toy()
     optimizer = AdamW(default_groups(toy.named_parameters(), 0.05))
     ema = Ema(optimizer.params, ema_decay, toy) if ema_decay is not None else None
     options = {"precision": precision, "accumulate": accumulate, "clip_grad": clip_grad, "ema": ema}
-    return Engine(toy, optimizer, world or World(CPU), capture=capture, **options)
+    return Engine(toy, optimizer, world or World(CPU), capture=capture, tuning=tuning, **options)
 
 
 def weights(engine):
@@ -456,3 +457,42 @@ def test_a_teacher_of_two_processes_is_that_of_one(ranks):
     for number in range(3):
         engine.step([replace(image_batch(2, seed), step=Step.at(number, 10, 100)) for seed in range(4)], 1e-2)
     np.testing.assert_allclose(first, engine.method.teacher.module[0].weight.numpy(), rtol=1e-5)
+
+
+class Trials:
+    """Stands for `kernels.Tuning`: notes what the engine does around a step."""
+
+    def __init__(self, changed, left):
+        self.changed, self.left, self.did = changed, left, []
+
+    @contextmanager
+    def trying(self):
+        self.did.append("begins")
+        yield
+        self.did.append("ends")
+
+    def reopen(self):
+        self.did.append("reopens")
+
+    def left_to_compiler(self):
+        return self.left
+
+
+@pytest.mark.parametrize("capture", ["none", "compile"])
+@pytest.mark.parametrize(("changed", "left"), [(True, True), (True, False), (False, True)])
+def test_kernels_are_tried_around_a_whole_step_and_compiled_anew_only_where_that_gains(
+    capture, changed, left, monkeypatch
+):
+    trials = Trials(changed, left)
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: trials.did.append("reset"))
+    engine = make(capture=capture, tuning=trials)
+    before = weights(engine)
+    monkeypatch.setattr(engine.method, "after_step", lambda engine: trials.did.append("update"))
+    engine.step([X], 0.01)
+    again = ["reset"] if capture == "compile" and changed and left else []
+    assert trials.did == ["begins", "update", "ends", *again]
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(engine).items())
+    trials.did.clear()
+    engine.enter(default_groups(engine.method.named_parameters(), 0.05))
+    assert "reopens" in trials.did

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from fastdeit.kernels import _op
+from fastdeit.kernels import Tuning, _op
 from fastdeit.kernels._triton import INTERPRETED
+from tests.kernels import trials
 
 
 @pytest.fixture
@@ -35,3 +36,41 @@ def dtype(request):
 def product_dtype(request):
     """Of operands of `tl.dot`, which is wrong for bfloat16 in the interpreter."""
     return request.param
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder of trials in an empty cache."""
+    monkeypatch.setenv("FASTDEIT_CACHE", str(tmp_path))
+    return tmp_path / "kernels"
+
+
+@pytest.fixture
+def make(cache):
+    """`make(*names)`: `trials.product`, registered for one test."""
+    made = []
+
+    def build(*names):
+        made.append(trials.product(*names))
+        return made[-1]
+
+    yield build
+    for op in made:
+        del _op.OPS[op.name]
+
+
+@pytest.fixture
+def begin():
+    """`begin(...)`: trials on the CPU with the clock of names; `said` has what a person reads."""
+    begun = []
+
+    def start(mode="on", **options):
+        said = []
+        made = Tuning(mode, trials.CPU, say=said.append, **{"clock": trials.clock} | options)
+        made.said = said
+        begun.append(made)
+        return made
+
+    yield start
+    for made in reversed(begun):
+        made.close()

@@ -1,0 +1,1 @@
+"""Which backend of an op is right and fastest on this very card, found out at the calls of a run."""

@@ -1,0 +1,176 @@
+"""What trials have found on this card, in the user's cache: a file for each card, driver, and set of versions.
+
+    $FASTDEIT_CACHE/kernels/CARD-HASH.json     ~/.cache/fastdeit without FASTDEIT_CACHE
+
+A file that cannot be read, or is of another format, is as good as none. It is written aside and renamed, and what
+another process has written meanwhile is kept.
+"""
+
+import hashlib
+import json
+import os
+import re
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from fastdeit.kernels._op import REFERENCE
+from fastdeit.kernels._tried import Shape
+
+FORMAT = 1
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found for an op and a shape: the backend, the median seconds of each candidate that is right, and why
+    others cannot run it."""
+
+    op: str
+    shape: Shape
+    backend: str
+    seconds: dict[str, float]
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as PyTorch's own operations the backend is."""
+        return self.seconds[REFERENCE] / self.seconds[self.backend]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds: rows by op and shape, and why a backend of an op is wrong on this card."""
+
+    rows: dict[tuple[str, Shape], Row] = field(default_factory=dict)
+    wrong: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+def place(device: torch.device, timed: str) -> dict[str, Any]:
+    """What a row is valid for. timed: how its seconds were measured."""
+    return {
+        **_card(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "kernels": _code(),
+        "timed": timed,
+    }
+
+
+def _card(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"card": _processor(), "units": torch.get_num_threads(), "driver": None}
+    card = torch.cuda.get_device_properties(device)
+    return {"card": card.name, "units": card.multi_processor_count, "driver": _driver()}
+
+
+def _driver() -> str:
+    """Version of the kernel module, else the newest CUDA that the driver knows."""
+    text = _DRIVER.read_text() if _DRIVER.exists() else ""
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
+    return found.group() if found else f"CUDA {torch._C._cuda_getDriverVersion()}"
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+@cache
+def _code() -> str:
+    """Hash of the sources of all kernels: a mended one has to prove itself anew."""
+    root = Path(__file__).parent.parent
+    files = sorted(root.rglob("*.py"))
+    return hashlib.sha256(b"".join(str(f.relative_to(root)).encode() + f.read_bytes() for f in files)).hexdigest()[:16]
+
+
+def folder() -> Path:
+    """Where files are kept."""
+    return Path(os.environ.get("FASTDEIT_CACHE") or Path.home() / ".cache" / "fastdeit") / "kernels"
+
+
+class Store:
+    """The rows of a place. `notes` says what is wrong with its file, a sentence each, until they are taken."""
+
+    def __init__(self, where: dict[str, Any]) -> None:
+        self.place = where
+        key = hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:8]
+        name = re.sub(r"[^a-z0-9]+", "-", where["card"].lower()).strip("-")[:40]
+        self.path = folder() / f"{name}-{key}.json"
+        self.notes: list[str] = []
+
+    def read(self) -> Content:
+        """What the file holds; nothing, and a note, where it cannot be used."""
+        try:
+            content = json.loads(self.path.read_text())
+            if content["format"] != FORMAT:
+                return self._ignored(f"it has format {content['format']!r}, and this fastdeit reads {FORMAT}")
+            if content["place"] != self.place:
+                return self._ignored("it is of another card or of other versions")
+            rows = [_row(values) for values in content["rows"]]
+            wrong = {(op, backend): str(why) for op, backend, why in content["wrong"]}
+        except FileNotFoundError:
+            return Content()
+        except OSError as error:
+            return self._ignored(error.strerror or str(error))
+        except (ValueError, KeyError, TypeError) as error:
+            return self._ignored(f"it is damaged ({type(error).__name__}: {error})")
+        return Content({(row.op, row.shape): row for row in rows}, wrong)
+
+    def _ignored(self, why: str) -> Content:
+        self.notes.append(f"{self.path} is not used: {why}. The kernels are tried anew")
+        return Content()
+
+    def add(self, row: Row | None = None, wrong: dict[tuple[str, str], str] | None = None) -> bool:
+        """Keep a row, and backends that are wrong; False, and a note, where that is not possible."""
+        notes = list(self.notes)
+        before = self.read()
+        self.notes = notes  # what is wrong with the file was said when it was first read
+        rows = before.rows | ({} if row is None else {(row.op, row.shape): row})
+        content = {
+            "format": FORMAT,
+            "place": self.place,
+            "rows": [asdict(kept) for kept in rows.values()],
+            "wrong": [[*names, why] for names, why in (before.wrong | (wrong or {})).items()],
+        }
+        return self._write(self.path, content)
+
+    def report(self, op: str, backend: str, content: dict[str, Any]) -> Path | None:
+        """Write a report of a fault, and return its path; None, and a note, where that is not possible."""
+        now = datetime.now(timezone.utc)
+        path = self.path.parent / f"report-{op}-{backend}-{now:%Y%m%d-%H%M%S-%f}.json"
+        named = {"op": op, "backend": backend, "time": now.isoformat(timespec="seconds"), "place": self.place}
+        return path if self._write(path, named | content) else None
+
+    def _write(self, path: Path, content: dict[str, Any]) -> bool:
+        scratch = path.with_name(f".{path.name}-{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.write_text(json.dumps(content, indent=1) + "\n")
+            scratch.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                scratch.unlink()
+            reason = error.strerror or error
+            self.notes.append(f"{path} cannot be written: {reason}. Set FASTDEIT_CACHE=FOLDER to keep what is found")
+            return False
+        return True
+
+
+def _row(values: dict[str, Any]) -> Row:
+    """The row; ValueError, KeyError or TypeError where the values are not those of one."""
+    row = Row(**values | {"shape": Shape(*values["shape"])})
+    kinds = {"op": str, "backend": str, "seconds": dict, "failed": dict}
+    if not all(isinstance(getattr(row, name), kind) for name, kind in kinds.items()):
+        raise TypeError(f"{values} is no row")
+    times = row.seconds.get(row.backend), row.seconds.get(REFERENCE)
+    if not all(isinstance(seconds, int | float) and seconds > 0 for seconds in times):
+        raise ValueError(f"a row of {row.op} has no times of {row.backend} and {REFERENCE}")
+    return row
