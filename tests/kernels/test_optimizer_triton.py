@@ -36,7 +36,7 @@ class Training:
     def __init__(self, device, shapes, *, follow=True, dtype=torch.float32, copy_dtype=torch.float16):
         self.params, self.exp_avgs, squares, self.ema = (tensors(device, shapes, i, dtype) for i in range(4))
         self.exp_avg_sqs = [square.abs() for square in squares]
-        self.copies = [p.to(copy_dtype) for p in self.params]
+        self.copies = [p.to(copy_dtype, copy=True) for p in self.params]
         self.step = torch.tensor(2.0, device=device)
         self.follow = follow
 
