@@ -5,7 +5,7 @@ classes it confuses, and what each head and each fusion of two heads reaches.
 """
 
 from collections.abc import Callable
-from math import log
+from math import log, nan
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Classification:
     The metrics are `top1_NAME`, `top5_NAME`, `loss_NAME` (mean of -log p of the label, in nats), `ece_NAME` (expected
     calibration error in per cent: bins of equal width over the largest probability; Guo et al., ICML 2017, section 2)
     and `nonfinite_NAME`, a number of images. An image whose scores are not all finite counts as wrong, and takes no
-    part in loss and calibration error.
+    part in loss and calibration error, which are nan where there is no other.
 
     logits     network of images `[B, 3, H, W]`: logits, or those of two heads
     fuse       which of the scores is the answer, for two heads
@@ -126,12 +126,12 @@ def _row(ranked: Tensor, sure: Tensor, batch: Batch) -> tuple[Tensor, tuple[Tens
 
 def _metrics(row: Tensor) -> dict[str, float]:
     images, right, five, nonfinite, loss = row[:5].tolist()
-    finite = max(images - nonfinite, 1.0)
+    finite = images - nonfinite
     _, hits, confidence = row[5:].reshape(BINS, 3).unbind(1)
     return {
         "top1": 100 * right / max(images, 1.0),
         "top5": 100 * five / max(images, 1.0),
-        "loss": loss / finite,
-        "ece": 100 * ((hits - confidence).abs().sum() / finite).item(),
+        "loss": loss / finite if finite else nan,
+        "ece": 100 * (hits - confidence).abs().sum().item() / finite if finite else nan,
         "nonfinite": nonfinite,
     }

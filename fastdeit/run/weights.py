@@ -426,7 +426,9 @@ def network(
     """
     known = _named(weights.known, name)
     if known.name is None and known.timm is None:
-        raise UsageError(f"{weights.origin}: nothing tells which model these weights are of; name it{_guess(weights)}")
+        raise UsageError(
+            f"{weights.origin}: nothing tells which model these weights are of; name it{likely_models(weights)}"
+        )
     size = image_size or known.image_size or weights.square
     options: dict[str, Any] = {} if size is None else {"image_size": size}
     count = num_classes or known.num_classes or _rows_of_head(weights, known)
@@ -465,7 +467,7 @@ def _rows_of_head(weights: Weights, known: Known) -> int | None:
     return None if head is None else len(head)
 
 
-def _guess(weights: Weights) -> str:
+def likely_models(weights: Weights) -> str:
     """The end of a sentence that asks for the name of a model: those whose shapes these are, or whose they could be."""
     fitting = models.names_by_shapes({name: tuple(tensor.shape) for name, tensor in weights.tensors.items()})
     if fitting:

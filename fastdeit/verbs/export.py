@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from fastdeit import kernels
 from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.methods.base import Fuse
+from fastdeit.models import convert
 from fastdeit.models.counterpart import counterpart
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build
 from fastdeit.run.classification import named_scores
-from fastdeit.run.settings import settings
+from fastdeit.run.settings import doubt, settings
 from fastdeit.run.weights import KNOWN, Known, Weights, network, open_weights
 
 _MOST_IMAGES = 4096
@@ -87,8 +88,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _job(weights: Weights, recipe: Recipe, model: str | None, fuse: str | None) -> Job:
-    for note in weights.notes:
-        print(f"{weights.origin}: {note}")
+    for note in (*weights.notes, doubt(weights)):
+        if note is not None:
+            print(f"{weights.origin}: {note}")
     made = network(
         weights,
         name=model,
@@ -142,7 +144,7 @@ def _safetensors(job: Job, out: Path) -> str:
 
 
 def _deit(job: Job, out: Path) -> str:
-    torch.save({"model": _dense(job.network)}, out)
+    torch.save({"model": convert.deit_names(_dense(job.network))}, out)
     return ""
 
 
