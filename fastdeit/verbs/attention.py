@@ -29,7 +29,8 @@ def main(args: argparse.Namespace) -> None:
     recipe = settings(weights, args.model, args.overrides)
     model, device = network_of(weights, recipe, args.model)
     if not isinstance(model, Tokens):
-        raise UsageError(f"{weights.origin}: a {type(model).__name__} has no attention; it takes a vision transformer")
+        name = recipe.model.name or f"timm:{recipe.model.timm}"
+        raise UsageError(f"{weights.origin}: {name} is no plain vision transformer, the only kind that can be shown")
     depth = len(model.blocks)
     block = depth - 1 if args.block is None else args.block
     if not 0 <= block < depth:
