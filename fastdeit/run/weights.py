@@ -249,8 +249,7 @@ def _safetensors(address: Address) -> Weights:
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{address}: it is damaged, or no safetensors file ({reason})") from error
-    found = _of_file(address, tensors, [])
-    return found if KNOWN not in header else replace(found, known=_known_of_header(address, header[KNOWN]))
+    return _of_file(address, tensors, [], _known_of_header(address, header[KNOWN]) if KNOWN in header else None)
 
 
 def _known_of_header(address: Address, text: str) -> Known:
@@ -270,19 +269,19 @@ def _pickle(address: Address) -> Weights:
     return _of_file(address, found.tensors, list(found.notes))
 
 
-def _of_file(address: Address, tensors: dict[str, Tensor], notes: list[str]) -> Weights:
+def _of_file(address: Address, tensors: dict[str, Tensor], notes: list[str], known: Known | None = None) -> Weights:
+    """`known` is what the file itself tells of its network; None: a config.json beside it is asked."""
     try:
         named, stripped = convert.bare(tensors)
-        told = hub.described(address.path)
+        told = hub.described(address.path) if known is None else {}
     except ValueError as error:
         raise UsageError(f"{address}: {error}") from error
-    known = Known()
     if told:
         architecture = told.pop("architecture")
         known = Known(**{"name" if architecture in models.MODELS else "timm": architecture}, **told)
         notes.append(f"{architecture}, as config.json beside it says")
     as_named = tensors if named.keys() != tensors.keys() else {}
-    return Weights(str(address), named, known, (*notes, *stripped), as_named=as_named)
+    return Weights(str(address), named, known or Known(), (*notes, *stripped), as_named=as_named)
 
 
 def _timm(address: Address) -> Weights:

@@ -68,6 +68,11 @@ def test_a_folder_for_timm(run, tmp_path, images, capsys):
     first, second = logits_of(run, images)
     torch.testing.assert_close(loaded(images), (first + second) / 2)
     torch.testing.assert_close(logits_of(tmp_path / "folder" / "model.safetensors", images), (first, second))
+    (tmp_path / "folder" / "config.json").rename(tmp_path / "folder" / "config")
+    told = open_weights(str(tmp_path / "folder" / "model.safetensors"))
+    (tmp_path / "folder" / "config").rename(tmp_path / "folder" / "config.json")
+    again = open_weights(str(tmp_path / "folder" / "model.safetensors"))  # the file itself tells it, and more
+    assert (again.known, again.notes) == (told.known, ()) == (open_weights(str(run)).known, ())
     wanted = timm.data.resolve_data_config(model=loaded)
     assert (wanted["input_size"], wanted["crop_pct"], wanted["interpolation"]) == ((3, *SIZE), 1.0, "bicubic")
     assert list(wanted["mean"]) == [0.485, 0.456, 0.406]
