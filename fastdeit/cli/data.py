@@ -19,9 +19,9 @@ def _data_pack(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _data_picture(args: argparse.Namespace, argv: list[str]) -> None:
-    args.recipe = one(args.words, "recipe")
+    args.recipe = one(args.words, "recipe or address of weights")
     if args.recipe is None:
-        raise UsageError(f"name a recipe: fastdeit data {argv[1]} RECIPE --out FILE.png")
+        raise UsageError(f"name a recipe or a run: fastdeit data {argv[1]} RECIPE --out FILE.png")
     from fastdeit.verbs import pictures
 
     getattr(pictures, argv[1])(args)
@@ -63,9 +63,12 @@ _add("--force", action="store_true", help="replace packed files that are there")
 SHOW = Verb(
     "data show",
     "picture of one sample on its way to the model",
-    "RECIPE [section.field=value ...] [--data DIR] --sample I [--epoch E] [--copy C] --out FILE.png",
+    "RECIPE|ADDRESS [section.field=value ...] [--data DIR] --sample I [--epoch E] [--copy C] --out FILE.png",
     _data_picture,
-    examples=["fastdeit data show deit_tiny --data /path/to/imagenet --sample 7 --epoch 3 --out seven.png"],
+    examples=[
+        "fastdeit data show deit_tiny --data /path/to/imagenet --sample 7 --epoch 3 --out seven.png",
+        "fastdeit data show runs/mine --sample 7 --out seven.png  # as that run sees it",
+    ],
 )
 add_recipe(SHOW)
 _add = SHOW.parser.add_argument
@@ -77,7 +80,7 @@ _add("--out", type=path, required=True, metavar="FILE", help="the picture")
 PREVIEW = Verb(
     "data preview",
     "picture of the first training batch and of evaluation crops",
-    "RECIPE [section.field=value ...] [--data DIR] [--rows R] [--columns C] --out FILE.png",
+    "RECIPE|ADDRESS [section.field=value ...] [--data DIR] [--rows R] [--columns C] --out FILE.png",
     _data_picture,
     examples=["fastdeit data preview digits data.erase=1 --out batch.png  # what a field does to the images"],
 )

@@ -33,7 +33,6 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace, argv: list[str]) -> None:
-    # Pictures may have any name, even one with '=' in it; an override is named by its section.
     args.address, *args.images = args.words or [None]
     if args.address is None or not args.images:
         raise UsageError("name the weights and a picture: fastdeit predict ADDRESS PICTURE ...")

@@ -85,16 +85,23 @@ class Verb:
         )
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        """Arguments of the verb. Positionals with '=' become `overrides`, and so does `--data DIR`: data.root=DIR."""
+        """Arguments of the verb. Overrides among the positionals become `overrides`, and so does `--data DIR`:
+        data.root=DIR."""
         args = self.parser.parse(argv)
         if "words" in args:
             words = args.words
-            args.overrides = [word for word in words if "=" in word]
-            args.words = [path(word) for word in words if "=" not in word]
+            args.overrides = [word for word in words if is_override(word)]
+            args.words = [path(word) for word in words if not is_override(word)]
             if getattr(args, "data", None) is not None:
                 # In YAML's quotes: the name of a folder may be a number, or have a colon, a hash or a line break in it.
                 args.overrides.append(f"data.root={json.dumps(args.data)}")
         return args
+
+
+def is_override(word: str) -> bool:
+    """Whether `word` is `section.field=value`. The path `a/b=c` is none, and neither is the address `run@step=5`."""
+    field, equals, _ = word.partition("=")
+    return bool(equals) and not {"/", "@"} & set(field)
 
 
 def one(words: list[str], what: str) -> str | None:

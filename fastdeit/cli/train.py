@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, one, path, positive
+from fastdeit.cli.parser import Verb, is_override, one, path, positive
 
 DEFAULT_RECIPE = "digits"
 IMAGENET_EXAMPLE = "fastdeit train deit_small_distilled --data /path/to/imagenet --nproc 8"
@@ -64,7 +64,7 @@ def _read_resume(args: argparse.Namespace) -> None:
         return
     from fastdeit.recipe import resolve as recipe
 
-    if "=" in word and "/" not in word.partition("=")[0]:
+    if is_override(word):
         args.overrides, args.resume = [*args.overrides, word], ""
     elif word in recipe.names() or word.endswith((".yaml", ".yml")):
         args.words, args.resume = [*args.words, word], ""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from fastdeit.batch import Batch
@@ -35,6 +35,8 @@ class TeacherConfig(BaseModel):
     """Name of a fastdeit model; needs `weights`."""
     weights: PathText | None = None
     """Address of its weights, as that of model.weights. A run and timm:NAME also tell which network it is."""
+    weights_grid: tuple[PositiveInt, PositiveInt] | None = None
+    """[height, width] in patches of the positional embedding of `weights`, as model.weights_grid."""
     image_size: int | None = None
     """Resolution in pixels (a square); null is the one it was trained at for a run, else the student's."""
     mean: tuple[float, float, float] | None = None
@@ -45,7 +47,12 @@ class TeacherConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _an_address(cls, given: Any) -> Any:
-        return {"weights": given} if isinstance(given, str) else given
+        if isinstance(given, str):
+            return {"weights": given}
+        if not isinstance(given, dict):
+            return given
+        # Behind a validator of this mode the lists of JSON are Python's, and a strict tuple takes none of those.
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
     @model_validator(mode="after")
     def _one_origin(self) -> "TeacherConfig":

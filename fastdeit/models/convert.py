@@ -89,6 +89,11 @@ def layer_scale(own: Collection[str], tensors: Mapping[str, Tensor]) -> tuple[di
     return named, tuple(notes)
 
 
+def deit_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under the names of DeiT's public code, which differ from timm's in LayerScale: `gamma_1`, `gamma_2`."""
+    return {_LS.sub(r"\1gamma_\2", name): tensor for name, tensor in tensors.items()}
+
+
 def _fold(tensors: dict[str, Tensor], layer: str, gamma: Tensor, name: str) -> None:
     weight = tensors.get(f"{layer}.weight")
     if weight is None or gamma.shape != weight.shape[:1] or weight.ndim != 2:

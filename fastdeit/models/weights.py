@@ -19,7 +19,10 @@ HEADS = ("head", "head_dist")
 """Heads of the DeiT family, which weights may have where a network has none."""
 
 
-_SAY_GRID = "a run tells how they lie; of a file, say it with model.weights_grid=[height, width]"
+_SAY_GRID = (
+    "a run tells how they lie; of a file, say it with model.weights_grid=[height, width], or of a teacher with "
+    "method.teacher.weights_grid"
+)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,19 @@ def parse(text: str) -> Address:
         raise UsageError(f"{text}: it cannot be looked for: {getattr(error, 'strerror', None) or error}") from error
 
 
+def is_address(word: str) -> bool:
+    """Whether `word` can only be meant as an address, where the name or the file of a recipe could stand, too."""
+    ending = word.rpartition("@")[0] or word
+    return word.startswith("timm:") or ending.endswith((".safetensors", *PICKLES)) or _is_directory(ending)
+
+
+def _is_directory(path: str) -> bool:
+    try:
+        return Path(path).expanduser().is_dir()
+    except (OSError, RuntimeError):  # RuntimeError: a home directory that nobody has
+        return False
+
+
 def _timm(text: str) -> Address:
     name, at, selector = text.removeprefix("timm:").partition("@")
     if not name:

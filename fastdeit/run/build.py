@@ -347,6 +347,7 @@ def teacher(
             num_classes=num_classes if config.classifies else None,
             image_size=side or size,
             classes=classes,
+            grid=config.weights_grid,
             purpose="teacher" if config.classifies else "features",
             say=told.append,
         )

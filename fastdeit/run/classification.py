@@ -5,7 +5,7 @@ classes it confuses, and what each head and each fusion of two heads reaches.
 """
 
 from collections.abc import Callable
-from math import log
+from math import log, nan
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Classification:
     The metrics are `top1_NAME`, `top5_NAME`, `loss_NAME` (mean of -log p of the label, in nats), `ece_NAME` (expected
     calibration error in per cent: bins of equal width over the largest probability; Guo et al., ICML 2017, section 2)
     and `nonfinite_NAME`, a number of images. An image whose scores are not all finite counts as wrong, and takes no
-    part in loss and calibration error.
+    part in loss and calibration error, which are nan where there is no other.
 
     logits     network of images `[B, 3, H, W]`: logits, or those of two heads
     fuse       which of the scores is the answer, for two heads
@@ -55,7 +55,8 @@ class Classification:
     After the call, on every process:
     names      of the scores, the answer first
     per_class  int64 `[K, 3]`, of the answer: images of the class, of these right, and right among five
-    confusion  int64 `[K, K]`, of the answer: row the label, column the answer; None unless asked for
+    confusion  int64 `[K, K]`, of the answer: row the label, column the answer; images whose scores are not all finite
+               have none and are left out; None unless asked for
     """
 
     lower_is_better = False
@@ -71,7 +72,7 @@ class Classification:
     def __call__(self, evaluation: Evaluation) -> dict[str, float]:
         sums: dict[str, Tensor] = {}
         processes = evaluation.processes
-        answer: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        answer: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
         classes = 0
         for batch in evaluation.held_out():
             with evaluation.autocast():
@@ -94,18 +95,18 @@ class Classification:
         device = evaluation.processes.device
         per_class = torch.zeros(classes, 3, dtype=torch.int64, device=device)
         confusion = torch.zeros(classes * classes if self._keep_confusion else 0, dtype=torch.int64, device=device)
-        for label, given, first, five in answer:
+        for label, given, first, five, finite in answer:
             row = torch.stack((torch.ones_like(label), first.long(), five.long()), 1)
             per_class.index_add_(0, label, row)
             if self._keep_confusion:
-                confusion.index_add_(0, label * classes + given, torch.ones_like(label))
+                confusion.index_add_(0, label * classes + given, finite.long())
         self.per_class = evaluation.processes.sum(per_class).cpu()
         if self._keep_confusion:
             self.confusion = evaluation.processes.sum(confusion).reshape(classes, classes).cpu()
 
 
-def _row(ranked: Tensor, sure: Tensor, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """(sums float64 `[5 + 3 * BINS]` of a batch, (answer, right, right among five) of its images).
+def _row(ranked: Tensor, sure: Tensor, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(sums float64 `[5 + 3 * BINS]` of a batch, (answer, right, right among five, finite) of its images).
 
     The sums are images, right, right among five, non-finite, -log p; then for each bin images, right and confidence.
     """
@@ -121,17 +122,17 @@ def _row(ranked: Tensor, sure: Tensor, batch: Batch) -> tuple[Tensor, tuple[Tens
     rows = torch.stack((finite.double(), right.double(), confidence), 1)
     bins = torch.zeros(BINS, 3, dtype=torch.float64, device=label.device).index_add_(0, where, rows)
     counts = torch.stack((torch.ones_like(finite).sum(), right.sum(), five.sum(), (~finite).sum())).double()
-    return torch.cat((counts, loss.sum()[None], bins.flatten())), (best[:, 0], right, five)
+    return torch.cat((counts, loss.sum()[None], bins.flatten())), (best[:, 0], right, five, finite)
 
 
 def _metrics(row: Tensor) -> dict[str, float]:
     images, right, five, nonfinite, loss = row[:5].tolist()
-    finite = max(images - nonfinite, 1.0)
+    finite = images - nonfinite
     _, hits, confidence = row[5:].reshape(BINS, 3).unbind(1)
     return {
         "top1": 100 * right / max(images, 1.0),
         "top5": 100 * five / max(images, 1.0),
-        "loss": loss / finite,
-        "ece": 100 * ((hits - confidence).abs().sum() / finite).item(),
+        "loss": loss / finite if finite else nan,
+        "ece": 100 * (hits - confidence).abs().sum().item() / finite if finite else nan,
         "nonfinite": nonfinite,
     }

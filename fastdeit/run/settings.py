@@ -4,11 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from fastdeit import methods
 from fastdeit.data.sources.datasets import kinds_at
 from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.errors import UsageError
+from fastdeit.methods.base import Method
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run.weights import Weights
+from fastdeit.run.directory import checked_recipe
+from fastdeit.run.weights import Weights, likely_models
 
 _IMAGENET_SIZE = 224
 
@@ -25,12 +30,29 @@ def settings(weights: Weights, model: str | None, overrides: Sequence[str], root
     if weights.checkpoint is not None:
         if model is not None:
             raise UsageError(f"--model {model}: {weights.origin} says itself which model its weights are of")
-        recipe = recipes.Recipe.model_validate(weights.checkpoint.state["recipe"])
+        recipe = checked_recipe(weights.checkpoint.state["recipe"], weights.checkpoint.path)
         # The checkpoint holds the weights; the file that training started from need not exist any more.
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
     else:
-        recipe = recipes.Recipe.model_validate(_fields(weights, model))
+        try:
+            recipe = recipes.Recipe.model_validate(_fields(weights, model))
+        except ValidationError as error:
+            wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            raise UsageError(f"{weights.origin}: its model cannot be evaluated: {'; '.join(wrong)}") from error
     return recipes.override(recipe, [*_kind(recipe, overrides, root), *overrides])
+
+
+def doubt(weights: Weights) -> str | None:
+    """What is to be said before the answers of the network's heads are taken for those of its training method."""
+    if weights.known.method is None:
+        return None
+    try:
+        kind = methods.find(weights.known.method)
+    except ValueError:  # of another project, whose code is not here
+        return None
+    if kind.predict is Method.predict and kind.evaluators is Method.evaluators:
+        return None
+    return f"trained by {kind.__name__}, which is judged in its own way: the heads may have learned nothing"
 
 
 def _fields(weights: Weights, model: str | None) -> dict[str, Any]:
@@ -40,10 +62,8 @@ def _fields(weights: Weights, model: str | None) -> dict[str, Any]:
     if model is not None:
         name, timm = (None, model.removeprefix("timm:")) if model.startswith("timm:") else (model, None)
     if name is None and timm is None:
-        raise UsageError(
-            f"{weights.origin}: nothing tells which model these weights are of; add --model NAME, a model of fastdeit, "
-            "or --model timm:NAME"
-        )
+        why = "nothing tells which model these weights are of"
+        raise UsageError(f"{weights.origin}: {why}; add --model NAME{likely_models(weights)}")
     data = {"mean": known.mean, "std": known.std, "eval_crop_ratio": known.crop_ratio}
     if known.mean is None and timm is not None:
         data = _timm_data(timm)
@@ -53,7 +73,7 @@ def _fields(weights: Weights, model: str | None) -> dict[str, Any]:
         "about": {},
         "model": {"name": name, "timm": timm, "image_size": size},
         "method": {"use": "supervised"},
-        "data": {key: value for key, value in data.items() if value is not None},
+        "data": {"repeats": 1} | {key: value for key, value in data.items() if value is not None},
         "optim": {"lr": 1.0, "warmup_epochs": 0},
         "train": {"epochs": 1, "batch_size": 64},
         "engine": {},

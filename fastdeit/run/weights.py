@@ -249,8 +249,7 @@ def _safetensors(address: Address) -> Weights:
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{address}: it is damaged, or no safetensors file ({reason})") from error
-    found = _of_file(address, tensors, [])
-    return found if KNOWN not in header else replace(found, known=_known_of_header(address, header[KNOWN]))
+    return _of_file(address, tensors, [], _known_of_header(address, header[KNOWN]) if KNOWN in header else None)
 
 
 def _known_of_header(address: Address, text: str) -> Known:
@@ -270,19 +269,19 @@ def _pickle(address: Address) -> Weights:
     return _of_file(address, found.tensors, list(found.notes))
 
 
-def _of_file(address: Address, tensors: dict[str, Tensor], notes: list[str]) -> Weights:
+def _of_file(address: Address, tensors: dict[str, Tensor], notes: list[str], known: Known | None = None) -> Weights:
+    """`known` is what the file itself tells of its network; None: a config.json beside it is asked."""
     try:
         named, stripped = convert.bare(tensors)
-        told = hub.described(address.path)
+        told = hub.described(address.path) if known is None else {}
     except ValueError as error:
         raise UsageError(f"{address}: {error}") from error
-    known = Known()
     if told:
         architecture = told.pop("architecture")
         known = Known(**{"name" if architecture in models.MODELS else "timm": architecture}, **told)
         notes.append(f"{architecture}, as config.json beside it says")
     as_named = tensors if named.keys() != tensors.keys() else {}
-    return Weights(str(address), named, known, (*notes, *stripped), as_named=as_named)
+    return Weights(str(address), named, known or Known(), (*notes, *stripped), as_named=as_named)
 
 
 def _timm(address: Address) -> Weights:
@@ -426,7 +425,9 @@ def network(
     """
     known = _named(weights.known, name)
     if known.name is None and known.timm is None:
-        raise UsageError(f"{weights.origin}: nothing tells which model these weights are of; name it{_guess(weights)}")
+        raise UsageError(
+            f"{weights.origin}: nothing tells which model these weights are of; name it{likely_models(weights)}"
+        )
     size = image_size or known.image_size or weights.square
     options: dict[str, Any] = {} if size is None else {"image_size": size}
     count = num_classes or known.num_classes or _rows_of_head(weights, known)
@@ -465,7 +466,7 @@ def _rows_of_head(weights: Weights, known: Known) -> int | None:
     return None if head is None else len(head)
 
 
-def _guess(weights: Weights) -> str:
+def likely_models(weights: Weights) -> str:
     """The end of a sentence that asks for the name of a model: those whose shapes these are, or whose they could be."""
     fitting = models.names_by_shapes({name: tuple(tensor.shape) for name, tensor in weights.tensors.items()})
     if fitting:

@@ -16,7 +16,7 @@ from fastdeit.models.contract import Tokens
 from fastdeit.models.tokens import taps
 from fastdeit.run.settings import settings
 from fastdeit.run.weights import open_weights
-from fastdeit.verbs.predict import network_of, picture_files, pictures
+from fastdeit.verbs.predict import network_of, picture_files, pictures, readable
 
 _COLUMNS = 6
 
@@ -29,13 +29,15 @@ def main(args: argparse.Namespace) -> None:
     recipe = settings(weights, args.model, args.overrides)
     model, device = network_of(weights, recipe, args.model)
     if not isinstance(model, Tokens):
-        raise UsageError(f"{weights.origin}: a {type(model).__name__} has no attention; it takes a vision transformer")
+        name = recipe.model.name or f"timm:{recipe.model.timm}"
+        raise UsageError(f"{weights.origin}: {name} is no plain vision transformer, the only kind that can be shown")
     depth = len(model.blocks)
     block = depth - 1 if args.block is None else args.block
     if not 0 <= block < depth:
         raise UsageError(f"--block {block}: the model has blocks 0 to {depth - 1}")
-    loader = pictures(picture_files([args.picture]), recipe, device)
-    batch = next(iter(loader.batches()), None)
+    if Path(args.picture).is_dir():
+        raise UsageError(f"{args.picture} is a folder; name one picture")
+    batch = next(readable(pictures(picture_files([args.picture]), recipe, device)), None)
     if batch is None:
         raise UsageError(f"{args.picture}: the picture cannot be read")
     batch = batch.to(device)

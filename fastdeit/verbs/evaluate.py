@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastdeit.data.loader import EvalLoader
+from fastdeit.data.loader import EvalLoader, OnBad
 from fastdeit.data.sources.source import Source
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
@@ -24,7 +25,7 @@ from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build, threads
 from fastdeit.run.classification import Classification
 from fastdeit.run.evaluate import Result, evaluate, metric_rows
-from fastdeit.run.settings import settings
+from fastdeit.run.settings import doubt, settings
 from fastdeit.run.weights import Weights, average_of, load, open_weights
 
 _SCORES = {
@@ -53,6 +54,7 @@ class Found:
 
 def main(args: argparse.Namespace) -> None:
     """`fastdeit eval ADDRESS`: accuracy, loss and calibration on held-out images, of every head and fusion of heads."""
+    _refuse_no_folder(args.classes, args.confusion)
     weights = open_weights(args.address)
     recipe = settings(weights, args.model, args.overrides, args.data)
     with join_world(recipe.engine.device) as world:
@@ -62,24 +64,30 @@ def main(args: argparse.Namespace) -> None:
             found = judge(weights, recipe, source, world, confusion=args.confusion is not None)
         if not world.main:
             return
-        _write(args, found[0].details, source.classes)
         if args.json:
-            print(json.dumps(_facts(weights, recipe, found)))
+            print(json.dumps(_facts(weights, recipe, found), allow_nan=False))
         else:
             _print(weights, recipe, found)
+        _write(args, found[0].details, source.classes)
 
 
 def judge(weights: Weights, recipe: Recipe, source: Source, world: World, *, confusion: bool = False) -> list[Found]:
     """What the weights reach on `source`, and what their average does, where there is one. Call it on every process."""
     sets = [each for each in (weights, average_of(weights)) if each is not None]
-    return [_judge(each, recipe, source, world, confusion=confusion) for each in sets]
-
-
-def _judge(weights: Weights, recipe: Recipe, source: Source, world: World, *, confusion: bool) -> Found:
-    """What the evaluators of the method find. A method that is judged by its network's answers is judged in detail."""
+    said: set[str] = set()
 
     def unreadable(path: str, reason: str) -> None:
-        print(f"{path}: {reason}", file=sys.stderr)
+        if path not in said:  # each set of weights sees the images anew
+            said.add(path)
+            print(f"{path}: {reason}", file=sys.stderr)
+
+    return [_judge(each, recipe, source, world, unreadable, confusion=confusion) for each in sets]
+
+
+def _judge(
+    weights: Weights, recipe: Recipe, source: Source, world: World, unreadable: OnBad, *, confusion: bool
+) -> Found:
+    """What the evaluators of the method find. A method that is judged by its network's answers is judged in detail."""
 
     def training() -> EvalLoader:
         return build.eval_loader(recipe, build.sources(recipe)[0], world, {}, unreadable)
@@ -120,7 +128,13 @@ def _method(weights: Weights, recipe: Recipe, source: Source, world: World) -> M
         if (phase := phases.get(checkpoint.state["record"]["phase"])) is not None:
             # What a method computes may depend on its phase, its own loss above all.
             method.on_phase(phase)
-        method.load_state_dict(method.state_dict() | weights.method)
+        try:
+            method.load_state_dict(method.state_dict() | weights.method)
+        except RuntimeError as error:
+            why = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise UsageError(f"{weights.origin}: its method does not fit what the overrides ask for: {why}") from error
+    elif (note := doubt(weights)) is not None:
+        say(note)
     return method.eval()
 
 
@@ -163,11 +177,23 @@ def _facts(weights: Weights, recipe: Recipe, found: Sequence[Found]) -> dict[str
         "precision": recipe.engine.precision,
         "images": found[0].result.images,
         "unreadable": found[0].result.bad,
-        "results": [{"averaged": each.averaged, "metrics": each.result.metrics} for each in found],
+        "results": [{"averaged": each.averaged, "metrics": _finite(each.result.metrics)} for each in found],
     }
 
 
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """`metrics` with null where a number is not finite, which JSON cannot say."""
+    return {name: value if isfinite(value) else None for name, value in metrics.items()}
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _refuse_no_folder(*files: str | None) -> None:
+    """Raises FastdeitError for a file whose folder is not there, before an evaluation that may take long."""
+    for file in files:
+        if file is not None and not Path(file).parent.is_dir():
+            raise FastdeitError(f"{file}: cannot be written: there is no folder {Path(file).parent}")
 
 
 def _write(args: argparse.Namespace, details: Classification | None, classes: Sequence[str]) -> None:

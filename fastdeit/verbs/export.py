@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,17 +11,19 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from fastdeit import kernels
 from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.methods.base import Fuse
+from fastdeit.models import convert
 from fastdeit.models.counterpart import counterpart
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build
 from fastdeit.run.classification import named_scores
-from fastdeit.run.settings import settings
+from fastdeit.run.settings import doubt, settings
 from fastdeit.run.weights import KNOWN, Known, Weights, network, open_weights
 
 _MOST_IMAGES = 4096
@@ -68,14 +71,16 @@ def main(args: argparse.Namespace) -> None:
     """`fastdeit export ADDRESS OUT`: OUT.safetensors, .pth, .pt2, .onnx, or a folder for timm and the hub."""
     out = Path(args.out).expanduser()
     kind = args.format or _by_name(out)
+    if args.fuse is not None and kind not in PROGRAMS:
+        raise UsageError(f"--fuse {args.fuse}: {FORMATS[kind].words} has both heads; only .pt2 and .onnx fuse them")
     weights = open_weights(args.address)
     recipe = settings(weights, args.model, args.overrides)
     job = _job(weights, recipe, args.model, args.fuse)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        said = FORMATS[kind].write(job, out)
-    except OSError as error:
-        raise FastdeitError(f"{out}: cannot be written: {error.strerror or error}") from error
+        said = _written(job, out, kind)
+    except (OSError, SafetensorError) as error:
+        raise FastdeitError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     height, width = build.image_size(recipe)
     print(f"{weights.origin} -> {out} ({FORMATS[kind].words})")
     print(
@@ -86,9 +91,24 @@ def main(args: argparse.Namespace) -> None:
         print(said)
 
 
+def _written(job: Job, out: Path, kind: str) -> str:
+    """Write `out`. A file takes its name when it is whole and checked; until then what had the name stays."""
+    if FORMATS[kind].suffix == "":
+        return FORMATS[kind].write(job, out)
+    temporary = out.with_name(f".tmp-{out.name}")
+    temporary.touch()  # torch tells a folder that cannot be written to in a RuntimeError
+    try:
+        said = FORMATS[kind].write(job, temporary)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return said
+
+
 def _job(weights: Weights, recipe: Recipe, model: str | None, fuse: str | None) -> Job:
-    for note in weights.notes:
-        print(f"{weights.origin}: {note}")
+    for note in (*weights.notes, doubt(weights)):
+        if note is not None:
+            print(f"{weights.origin}: {note}")
     made = network(
         weights,
         name=model,
@@ -107,6 +127,8 @@ def _job(weights: Weights, recipe: Recipe, model: str | None, fuse: str | None) 
         std=recipe.data.std,
         crop_ratio=recipe.data.eval_crop_ratio,
     )
+    if fuse is not None and len(made.head_names) < 2:
+        raise UsageError(f"--fuse {fuse}: {weights.origin} has one head, and there is nothing to fuse")
     if fuse is None:
         fuse = getattr(recipe.method, "fuse", "softmax")
     return Job(made, known, None if fuse == "none" else fuse)
@@ -142,7 +164,7 @@ def _safetensors(job: Job, out: Path) -> str:
 
 
 def _deit(job: Job, out: Path) -> str:
-    torch.save({"model": _dense(job.network)}, out)
+    torch.save({"model": convert.deit_names(_dense(job.network))}, out)
     return ""
 
 
@@ -199,7 +221,9 @@ def _onnx(job: Job, out: Path) -> str:
         import onnxruntime
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
-        raise UsageError(f"{out}: {error.name} is not installed; pip install 'fastdeit[export]'") from error
+        raise UsageError(
+            f"for ONNX {error.name} is needed, which is not installed: pip install 'fastdeit[export]'"
+        ) from error
     names = ["logits"] if job.fuse is not None or not _two(job) else ["class", "distillation"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the exporter says of its own deprecations
@@ -270,3 +294,5 @@ FORMATS: Mapping[str, Format] = {
     "torch": Format("a program of torch.export", ".pt2", _torch),
     "onnx": Format("ONNX", ".onnx", _onnx),
 }
+PROGRAMS = "torch", "onnx"
+"""The formats that compute answers."""

@@ -29,6 +29,9 @@ from fastdeit.engine.dist import World, pick_device
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
+from fastdeit.run.address import is_address
+from fastdeit.run.settings import settings
+from fastdeit.run.weights import open_weights
 from fastdeit.verbs import data as data_verbs
 
 if TYPE_CHECKING:
@@ -142,10 +145,21 @@ def _begin(args: argparse.Namespace) -> tuple[Path, "Recipe", Source]:
         raise UsageError(f"--out {path}: the picture is a PNG file; give a name that ends in .png")
     if not path.parent.is_dir():
         raise UsageError(f"--out {path}: there is no folder {path.parent}")
-    name = args.recipe
-    recipe = recipes.load(name, [*args.overrides, *data_verbs.implied(name, args.overrides, args.data)])
+    recipe = _recipe(args.recipe, args)
     source, _ = build.sources(recipe)
     return path, recipe, source
+
+
+def _recipe(name: str, args: argparse.Namespace) -> "Recipe":
+    """The recipe of this name, or the one that the weights at this address were trained by."""
+    if not is_address(name):
+        return recipes.load(name, [*args.overrides, *data_verbs.implied(name, args.overrides, args.data)])
+    weights = open_weights(name)
+    recipe = settings(weights, None, args.overrides, args.data)
+    if weights.checkpoint is None:
+        told = "size, crop and normalisation are known, and nothing of the training: augmentation is that by default"
+        print(f"{weights.origin}: {told}", file=sys.stderr)
+    return recipe
 
 
 def _group(recipe: "Recipe", source: Source, step: int, group: int) -> Batch:

@@ -4,7 +4,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastdeit.batch import Batch
 from fastdeit.data.loader import EvalLoader
 from fastdeit.data.sources.folder import FileSource
 from fastdeit.data.sources.index import Strings
-from fastdeit.data.sources.source import EXTENSIONS
+from fastdeit.data.sources.source import EXTENSIONS, DataError
 from fastdeit.engine.dist import World, pick_device
 from fastdeit.engine.step import autocast
 from fastdeit.errors import FastdeitError, UsageError
@@ -24,7 +25,7 @@ from fastdeit.methods.evaluators import images
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build
 from fastdeit.run.classification import named_scores
-from fastdeit.run.settings import settings
+from fastdeit.run.settings import doubt, settings
 from fastdeit.run.weights import Weights, network, open_weights
 
 _WORDNET = re.compile(r"n\d{8}")
@@ -33,25 +34,30 @@ _WORDNET = re.compile(r"n\d{8}")
 def main(args: argparse.Namespace) -> None:
     """`fastdeit predict ADDRESS PICTURE ...`: the likeliest classes of each picture, and how sure the network is.
 
-    Raises FastdeitError after the answers if some picture could not be read.
+    Raises FastdeitError after the answers if some picture could not be read, or got scores that are not finite.
     """
     weights = open_weights(args.address)
     recipe = settings(weights, args.model, args.overrides)
     model, device = network_of(weights, recipe, args.model)
+    if (note := doubt(weights)) is not None:
+        print(f"{weights.origin}: {note}", file=sys.stderr)
     files = picture_files(args.images)
     loader = pictures(files, recipe, device)
     names = class_names(weights)
-    answers = {}
+    answers: dict[int, list[dict[str, Any]]] = {}
     for batch, sure in log_probabilities(model, loader, recipe, device):
         best = sure.exp().topk(min(args.top, sure.shape[1]))
         for index, shares, classes in zip(batch.index.tolist(), *(part.tolist() for part in best), strict=True):
+            if isnan(shares[0]):  # topk ranks nan first
+                print(f"{files[index]}: the network's scores are not finite", file=sys.stderr)
+                continue
             answers[index] = [
                 {"class": names[number] if names else f"class {number}", "probability": share}
                 for number, share in zip(classes, shares, strict=True)
             ]
-    _print({files[index]: answers[index] for index in sorted(answers)}, as_json=args.json)
-    if unread := len(loader.bad.reasons):
-        raise FastdeitError(f"{unread} of {unread + len(answers)} pictures could not be read")
+    _print([(files[index], answers[index]) for index in sorted(answers)], as_json=args.json)
+    if missing := len(files) - len(answers):
+        raise FastdeitError(f"there is no answer for {missing} of {len(files)} pictures")
 
 
 def network_of(weights: Weights, recipe: Recipe, model: str | None) -> tuple[nn.Module, torch.device]:
@@ -100,13 +106,22 @@ def pictures(files: Sequence[str], recipe: Recipe, device: torch.device) -> Eval
     return build.eval_loader(recipe, source, World(device), {}, unreadable)
 
 
+def readable(loader: EvalLoader) -> Iterator[Batch]:
+    """The batches of a loader of `pictures`: none where no picture can be read, each of which was then reported."""
+    try:
+        yield from loader.batches()
+    except DataError:
+        if len(loader.bad.reasons) < loader.share:
+            raise
+
+
 @torch.no_grad()
 def log_probabilities(
     model: nn.Module, loader: EvalLoader, recipe: Recipe, device: torch.device
 ) -> Iterator[tuple[Batch, Tensor]]:
     """(batch, float32 `[B, K]`) of every batch; two heads are fused as the method of the recipe says."""
     fuse = getattr(recipe.method, "fuse", "softmax")
-    for batch in loader.batches():
+    for batch in readable(loader):
         batch = batch.to(device)
         with autocast(device, recipe.engine.precision):
             logits = model(images(batch))
@@ -125,10 +140,10 @@ def class_names(weights: Weights) -> Sequence[str] | None:
     return [info.label_name_to_description(name) for name in names]
 
 
-def _print(answers: Mapping[str, list[dict[str, Any]]], *, as_json: bool) -> None:
+def _print(answers: Sequence[tuple[str, list[dict[str, Any]]]], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps([{"picture": file, "answers": found} for file, found in answers.items()]))
+        print(json.dumps([{"picture": file, "answers": found} for file, found in answers]))
         return
-    for file, found in answers.items():
+    for file, found in answers:
         said = ", ".join(f"{answer['class']} {100 * answer['probability']:.1f} %" for answer in found)
         print(f"{file}: {said}")

@@ -333,7 +333,7 @@ def test_where_a_sample_is_not(fails, tmp_path):
     [
         (["show", "digits", "--out", "a.png"], "the following arguments are required: --sample"),
         (["show", "digits", "--sample", "1"], "the following arguments are required: --out"),
-        (["show", "--sample", "1", "--out", "a.png"], "name a recipe: fastdeit data show RECIPE"),
+        (["show", "--sample", "1", "--out", "a.png"], "name a recipe or a run: fastdeit data show RECIPE"),
         (["show", "digit", "--sample", "1", "--out", "a.png"], "there is no recipe 'digit'; did you mean digits"),
         (["show", "digits", "--sample", "1", "--out", "a.jpg"], "give a name that ends in .png"),
         (["show", "digits", "--sample", "1", "--out", "no/a.png"], "there is no folder no"),

@@ -1,5 +1,6 @@
 """`fastdeit eval`, `predict` and `show attention`, on runs, checkpoints, bare files and models of timm."""
 
+import argparse
 import csv
 import json
 import shutil
@@ -7,13 +8,14 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fastdeit.cli import main as cli
 from fastdeit.engine.dist import World
 from fastdeit.run import build
-from fastdeit.run.settings import settings
-from fastdeit.run.weights import open_weights
-from fastdeit.verbs import attention
+from fastdeit.run.settings import doubt, settings
+from fastdeit.run.weights import Known, Weights, open_weights
+from fastdeit.verbs import attention, evaluate, pictures
 from fastdeit.verbs.evaluate import judge
 from tests.painted_runs import CLASSES, paint, refused
 
@@ -56,6 +58,7 @@ def test_a_bare_file_gives_the_numbers_of_its_run(run, bare, held_out, capsys):
     facts = found(capsys, "eval", bare, "--model", name, "--data", held_out, "--json", *told)
     assert facts["results"] == found(capsys, "eval", run, "--json")["results"][:1]
     assert "nothing tells which model" in refused(capsys, "eval", bare, "--data", held_out)
+    assert "model.timm: String should have at least 1" in refused(capsys, "eval", bare, "--model", "timm:")
     assert "says itself which model" in refused(capsys, "eval", run, "--model", name)
 
 
@@ -81,7 +84,51 @@ def test_tables_of_classes(run, tmp_path, capsys):
     assert [sum(map(int, row[1:])) for row in confusion[1:]] == [6, 6, 6]
     with Image.open(tmp_path / "confusion.png") as picture:
         assert picture.size[0] > 100
-    assert "cannot be written" in refused(capsys, "eval", run, "--classes", tmp_path / "no" / "c.csv", code=1)
+
+
+def test_a_file_without_a_folder_is_refused_before_the_images_are_read(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "judge", lambda *args, **options: pytest.fail("the images were read"))
+    for flag in ("--classes", "--confusion"):
+        told = refused(capsys, "eval", run, flag, tmp_path / "no" / "c.csv", code=1)
+        assert f"cannot be written: there is no folder {tmp_path / 'no'}" in told
+
+
+def test_an_address_may_have_an_equals_sign(run, data, tmp_path, capsys):
+    """`@step=1` is no override, and neither is a file whose name has such a sign."""
+    assert found(capsys, "eval", f"{run}@step=1,ema", "--json")["weights"] == f"{run}, step 1, averaged weights"
+    shutil.copy(data / "val" / "red" / "0.png", tmp_path / "hue=red.png")
+    first, second = (
+        found(capsys, "predict", f"{run}@step={step}", tmp_path / "hue=red.png", "--json") for step in (1, 2)
+    )
+    assert first[0]["answers"] != second[0]["answers"]
+    assert "there is no checkpoint of step 7" in refused(capsys, "predict", f"{run}@step=7", data / "val" / "red")
+
+
+def test_scores_that_are_not_finite(bare, tmp_path, data, capsys):
+    """Neither a loss of 0 nor a word that JSON does not know stands for what cannot be told."""
+    tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(bare).items()}
+    save_file(tensors, tmp_path / "nan.safetensors")
+    told = "--model", "deit_digits_distilled_patch8_32", "model.image_size=[16,32]", "model.weights_grid=[2,4]"
+    argv = tmp_path / "nan.safetensors", *told
+    metrics = found(capsys, "eval", *argv, "--data", data, "--json")["results"][0]["metrics"]
+    assert (metrics["top1_softmax"], metrics["nonfinite_softmax"]) == (0, 18)
+    assert (metrics["loss_softmax"], metrics["ece_softmax"]) == (None, None)
+    error = refused(capsys, "predict", *argv, data / "val" / "red" / "0.png", code=1)
+    assert "0.png: the network's scores are not finite" in error
+
+
+def test_a_method_that_does_not_fit_the_overrides_is_refused(run, monkeypatch, capsys):
+    monkeypatch.setattr(Weights, "method", {"queue": torch.zeros(3)})
+    assert 'its method does not fit what the overrides ask for: Unexpected key(s) in state_dict: "queue"' in refused(
+        capsys, "eval", run
+    )
+
+
+def test_heads_that_a_method_did_not_train_are_told():
+    of_mae = Known(method="tests.plugins.mae:MaskedAutoencoder")
+    assert "MaskedAutoencoder, which is judged in its own way" in doubt(Weights("w", {}, of_mae))
+    for method in (None, "supervised", "distill", "gone.away:Method"):
+        assert doubt(Weights("w", {}, Known(method=method))) is None
 
 
 def test_a_model_of_timm_with_weights_of_this_machine(data, tmp_path, capsys):
@@ -127,7 +174,11 @@ def test_predictions(run, data, tmp_path, capsys):
     assert lines[0].split(":")[0] in capsys.readouterr().out
     error = refused(capsys, "predict", run, broken, picture, code=1)
     assert f"{broken}: " in error
-    assert "1 of 2 pictures could not be read" in error
+    assert "there is no answer for 1 of 2 pictures" in error
+    error = refused(capsys, "predict", run, broken, code=1)
+    assert "there is no answer for 1 of 1 pictures" in error
+    assert "max_bad_fraction" not in error
+    assert len(found(capsys, "predict", run, picture, picture, "--json")) == 2
     assert "there is no such picture" in refused(capsys, "predict", run, tmp_path / "none.png")
     assert "no picture in this folder" in refused(capsys, "predict", run, data / "val")
 
@@ -140,6 +191,15 @@ def test_a_picture_of_attention(run, data, tmp_path, capsys):
     argv = "show", "attention", run, picture, "--out"
     assert "blocks 0 to 3" in refused(capsys, *argv, out, "--block", 9)
     assert "cannot be written" in refused(capsys, *argv, tmp_path / "no" / "a.png", code=1)
+    (tmp_path / "broken.png").write_text("no picture")
+    for other, why in {tmp_path / "broken.png": "the picture cannot be read", data / "val": "name one picture"}.items():
+        assert why in refused(capsys, "show", "attention", run, other, "--out", out)
+
+
+def test_a_picture_that_cannot_be_read_is_told_once(run, held_out, capsys):
+    (held_out / "val" / "red" / "0.png").write_text("no picture")
+    assert cli(["eval", str(run), "--data", str(held_out), "data.max_bad_fraction=0.5"]) == 0
+    assert capsys.readouterr().err.count("0.png") == 1
 
 
 def test_maps_of_attention_are_those_of_the_tokens():
@@ -158,3 +218,15 @@ def test_maps_of_attention_are_those_of_the_tokens():
     torch.testing.assert_close(
         alike["like the class token"], torch.cosine_similarity(tokens[2:], tokens[0][None]).reshape(2, 3)
     )
+
+
+def test_pictures_of_the_data_as_weights_see_them(run, bare, data, tmp_path, capsys):
+    """`data show` and `data preview` take an address: a run has a recipe, and of a file its input is known."""
+    out = tmp_path / "sample.png"
+    assert cli(["data", "show", f"{run}@step=1", "--sample", "0", "--out", str(out)]) == 0
+    assert "resized to 32 x 16" in capsys.readouterr().out
+    assert out.exists()
+    args = argparse.Namespace(overrides=["data.eval_crop_ratio=0.5"], data=None)
+    assert pictures._recipe(str(run), args).data.eval_crop_ratio == 0.5
+    assert "nothing tells which model" in refused(capsys, "data", "preview", bare, "--out", out)
+    assert "there is no recipe 'nothing'" in refused(capsys, "data", "preview", "nothing", "--out", out)

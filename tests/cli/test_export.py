@@ -10,9 +10,11 @@ import torch
 
 from fastdeit import models
 from fastdeit.cli import main as cli
+from fastdeit.errors import FastdeitError
 from fastdeit.models.counterpart import counterpart
 from fastdeit.run.classification import named_scores
-from fastdeit.run.weights import network, open_weights
+from fastdeit.run.weights import Known, network, open_weights
+from fastdeit.verbs import export
 from tests.painted_runs import CLASSES, refused
 
 SIZE = 16, 32
@@ -66,6 +68,11 @@ def test_a_folder_for_timm(run, tmp_path, images, capsys):
     first, second = logits_of(run, images)
     torch.testing.assert_close(loaded(images), (first + second) / 2)
     torch.testing.assert_close(logits_of(tmp_path / "folder" / "model.safetensors", images), (first, second))
+    (tmp_path / "folder" / "config.json").rename(tmp_path / "folder" / "config")
+    told = open_weights(str(tmp_path / "folder" / "model.safetensors"))
+    (tmp_path / "folder" / "config").rename(tmp_path / "folder" / "config.json")
+    again = open_weights(str(tmp_path / "folder" / "model.safetensors"))  # the file itself tells it, and more
+    assert (again.known, again.notes) == (told.known, ()) == (open_weights(str(run)).known, ())
     wanted = timm.data.resolve_data_config(model=loaded)
     assert (wanted["input_size"], wanted["crop_pct"], wanted["interpolation"]) == ((3, *SIZE), 1.0, "bicubic")
     assert list(wanted["mean"]) == [0.485, 0.456, 0.406]
@@ -106,3 +113,44 @@ def test_what_cannot_be_exported_is_said(run, bare, tmp_path, capsys):
     assert "cannot be written" in refused(capsys, "export", run, tmp_path / "file" / "w.pth", code=1)
     with pytest.raises(ValueError, match="timm has no ConvNet"):
         counterpart(models.build("convnet_digits"))
+    assert "only .pt2 and .onnx fuse" in refused(capsys, "export", run, tmp_path / "w.pth", "--fuse", "class")
+
+
+def test_a_file_that_cannot_be_written_is_told_in_every_format(run, tmp_path, capsys, monkeypatch):
+    def full(path, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export.Path, "touch", full)
+    for out in "w.safetensors", "w.pth", "w.pt2":
+        told = refused(capsys, "export", run, tmp_path / out, code=1)
+        assert f"{out}: cannot be written: No space left on device" in told
+
+
+def test_a_program_that_is_wrong_takes_no_name(run, tmp_path, capsys, monkeypatch):
+    def wrong(job, out):
+        out.write_text("half of a file")
+        raise FastdeitError("the exported program is wrong")
+
+    (tmp_path / "w.pt2").write_text("the file before")
+    monkeypatch.setitem(export.FORMATS, "torch", export.Format("a program", ".pt2", wrong))
+    assert "is wrong" in refused(capsys, "export", run, tmp_path / "w.pt2", code=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["w.pt2"]
+    assert (tmp_path / "w.pt2").read_text() == "the file before"
+
+
+def test_one_head_is_not_fused(tmp_path, capsys):
+    argv = "export", tmp_path / "w.pth", tmp_path / "w.pt2", "--model", "timm:test_vit", "--fuse", "class"
+    one = timm.create_model("test_vit", num_classes=3, img_size=32)
+    torch.save(one.state_dict(), tmp_path / "w.pth")
+    assert "there is nothing to fuse" in refused(capsys, *argv)
+
+
+def test_layer_scale_has_the_names_of_deit_in_its_file(tmp_path):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("gamma", torch.ones(2))
+
+    network = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.ModuleDict({"ls1": Block()})])})
+    export.FORMATS["deit"].write(export.Job(network, Known(), None), tmp_path / "w.pth")
+    assert list(torch.load(tmp_path / "w.pth")["model"]) == ["blocks.0.gamma_1"]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastdeit import models
-from fastdeit.models.convert import bare, layer_scale, levit
+from fastdeit.models.convert import bare, deit_names, layer_scale, levit
 from fastdeit.models.timm_model import TimmModel
 from fastdeit.models.weights import load_weights
 
@@ -231,3 +231,12 @@ def test_levit_has_other_names_for_the_same_network():
     others = {"patch_embed.4.bn.running_var": "stem.conv3.bn.running_var", "head.l.bias": "head.linear.bias"}
     for name, place in others.items():
         assert place in levit((), {"patch_embed.0.c.weight": torch.ones(1), name: torch.ones(1)})[0]
+
+
+def test_layer_scale_under_the_names_of_deit_and_back():
+    theirs = vit(init_values=0.1).state_dict()
+    named = deit_names(theirs)
+    assert {name.rpartition(".")[2] for name in named.keys() - theirs.keys()} == {"gamma_1", "gamma_2"}
+    back, _ = layer_scale(theirs, named)
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)

@@ -284,12 +284,20 @@ def test_contradicting_overrides(write, one, two):
 def test_an_error_inside_a_teacher_names_the_nearest_field(write):
     path = write(DISTILL.replace("weights: w.safetensors", "wieghts: w.safetensors"))
     assert refusal(path) == [
-        f"{path}:9: method.teacher.wieghts: unknown field ('w.safetensors'); did you mean weights?"
+        f"{path}:9: method.teacher.wieghts: unknown field ('w.safetensors'); did you mean weights or weights_grid?"
     ]
     (message,) = refusal(write(DISTILL.replace("timm: resnet18, weights: w.safetensors", "image_size: 96")))
     assert message.endswith(
         "r.yaml:9: method.teacher: a teacher is given by one of recipe, timm and model, or by weights alone"
     )
+
+
+def test_lists_of_a_teacher_are_read(write):
+    words = ["mean=[0.1, 0.2, 0.3]", "std=[1, 1, 1]", "weights_grid=[2, 4]"]
+    read = recipes.load(write(DISTILL), [f"method.teacher.{word}" for word in words]).method.teacher
+    assert (read.mean, read.std, read.weights_grid) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0), (2, 4))
+    path = write(DISTILL)
+    assert "has too few entries" in refusal(path, ["method.teacher.mean=[0.1]", "method.teacher.std=[1, 1, 1]"])[0]
 
 
 def test_a_teacher_is_given_by_an_address_alone(write):

@@ -105,6 +105,8 @@ def test_images_without_finite_scores_are_wrong_and_counted(bad):
     labels[:] = first.argmax(1)
     first[:6, :] = torch.where(F.one_hot(labels[:6], CLASSES).bool(), bad, first[:6])
     metrics, made = judged(first, labels)
+    table = judged(first, labels, confusion=True)[1].confusion
+    assert table.sum() == table.trace() == IMAGES - 6
     expected = restated(first[6:].double().softmax(1).numpy(), labels[6:].numpy())
     assert metrics["nonfinite_class"] == 6
     assert metrics["top1_class"] == pytest.approx(100 * (IMAGES - 6) / IMAGES)

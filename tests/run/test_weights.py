@@ -376,6 +376,12 @@ def test_a_file_of_an_ambiguous_grid_asks_for_it(here, write):
     assert not torch.equal(square.pos_embed, wide.pos_embed)
     with pytest.raises(UsageError, match="neither grid 3x5 nor that plus 1 prefix"):
         student("32", "model.weights_grid=[3, 5]")
+    of_file = {"model": NAME, "weights": "wide.safetensors"}
+    with pytest.raises(UsageError, match=r"16 patches, which can be .* with method\.teacher\.weights_grid$"):
+        teacher(TeacherConfig(**of_file), size=(16, 64))
+    made, said = teacher(TeacherConfig(**of_file, weights_grid=(2, 8)), size=(16, 64))
+    assert torch.equal(made.model.pos_embed, wide.pos_embed)
+    assert said == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
