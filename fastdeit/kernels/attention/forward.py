@@ -44,10 +44,11 @@ def _one_pass_kernel(
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     THIRD: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """64 queries of one head against all keys, which are chunks of FIRST, SECOND and THIRD (0: none)."""
-    blocks = tl.cdiv(queries, ROWS)
-    q, k, v, batch, head, block = of_head(q, k, v, q_batch, k_batch, blocks, HEADS, WIDTH)
+    """64 queries of one head against all keys, which are chunks of FIRST, SECOND and THIRD (0: none). A head has BLOCKS
+    programs: a constant, because the division by it would cost registers that sm_80 does not have."""
+    q, k, v, batch, head, block = of_head(q, k, v, q_batch, k_batch, BLOCKS, HEADS, WIDTH)
     start, row = block * ROWS, tl.arange(0, ROWS)
     left = queries - start
     queried = load_tile(rows_from(q, start, q_row), row, left, q_row, WIDTH, BLOCK)
@@ -151,7 +152,8 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor]:
     one_pass = _ONE_PASS if _triton.arch(q.device) >= 90 else _ONE_PASS_BEFORE_HOPPER
     if tokens <= one_pass and q.element_size() == 2:
         first, second, third = chunks(tokens)
-        constants = tile | {"FIRST": first, "SECOND": second, "THIRD": third}
+        blocks = triton.cdiv(queries, tile["ROWS"])
+        constants = tile | {"FIRST": first, "SECOND": second, "THIRD": third, "BLOCKS": blocks}
         _triton.launch(_one_pass_kernel, grid, *tensors, *operands.sizes, warps=warps, **constants)
     else:
         constants = tile | {"KEYS": tile["ROWS"]}
