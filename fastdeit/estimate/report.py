@@ -34,7 +34,7 @@ from fastdeit.run.weights import open_weights
 from fastdeit.text import did_you_mean
 
 if TYPE_CHECKING:
-    from fastdeit.methods.teacher import TeacherConfig
+    from fastdeit.methods.config import TeacherConfig
     from fastdeit.recipe.resolve import Recipe
 
 IMAGENET = 1_281_167, 50_000, 1000

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastdeit import kernels
 from fastdeit.errors import FastdeitError, UsageError
-from fastdeit.methods.base import Fuse
+from fastdeit.methods.config import Fuse
 from fastdeit.models.counterpart import counterpart
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build

@@ -11,8 +11,9 @@ from fastdeit.engine import optimizers
 from fastdeit.engine.dist import World
 from fastdeit.engine.groups import ParamGroup, default_groups
 from fastdeit.engine.guard import Guard, Verdict
-from fastdeit.engine.optim import Optimizer, OptimizerOptions, Update
+from fastdeit.engine.optim import Optimizer, Update
 from fastdeit.engine.optimizers import AdamW, Lamb, Sgd
+from fastdeit.engine.options import OptimizerOptions
 from fastdeit.engine.step import Engine
 
 CPU = torch.device("cpu")

@@ -8,7 +8,8 @@ from torch import nn
 
 from fastdeit import methods
 from fastdeit.methods.base import scores
-from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.methods.config import TeacherConfig
+from fastdeit.methods.teacher import Teacher
 from tests.toys import toy_batch, toy_context
 
 B, K, SIDE = 6, 5, 8
