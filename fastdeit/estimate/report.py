@@ -52,9 +52,8 @@ SIZES = {
 }
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, recipe: "Recipe") -> None:
     """`fastdeit plan`: print the report of a recipe, as tables or as JSON."""
-    recipe = recipes.load(args.recipe, args.overrides)
     machines = _machines(recipe, args)
     prices = _prices(args)
     found = report(recipe, machines, prices=prices, sharding=args.sharding, images=args.images)

@@ -327,13 +327,15 @@ from fastdeit import cli
 for overrides in (
     ["optim.lr=-1"], ["optim.lrr=1"], ["optim.nesterov=true"], ["optim.name=adam"], ["optim.name=sgd", "optim.lr=x"],
     ["optim.name=lamb", "optim.lr=1", "optim.betas=1"], ["optim.name=muon", "optim.lr=1", "optim.momentum=2"],
-    ["method.use=distil"], ["method.alpha=2"], ["method.smoothin=0"], ["method.teacher={}"],
+    ["method.use=distil"], ["method.alpha=2"], ["method.smoothin=0"], ["method.teacher.model=a"],
     ["method.use=supervised", "method.loss=bce"], ["method.use=supervised", "method.class_weights=all"],
     ["data.flip=2"], ["data.augment=rand-m9-x1"], ["data.augment=trivial", "data.color_jitter=0.4"],
     ["data.views.main.color_jitter=2", "data.augment=original"], ["data.views.local.size=96"], ["data.source=x"],
-    ["train.batch_size=3"], ["train.epochs=1"], ["engine.precision=int4"], ["model.timm=x"], ["modle.name=x"], ["x"],
+    ["train.batch_size=3"], ["train.epochs=1"], ["engine.precision=int4"], ["model.image_size=0"],
+    ["modle.name=x"], ["x"],
 ):
-    assert cli.main(["train", "digits", *overrides]) == 2, overrides
+    for verb in ("train", "plan"):
+        assert cli.main([verb, "digits", *overrides]) == 2, overrides
 print(*sys.modules)
 """
 HEAVY = {"torch", "numpy", "scipy", "PIL", "matplotlib", "timm", "triton", "nvidia.dali", "sklearn", "safetensors"}
