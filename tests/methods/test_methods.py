@@ -212,6 +212,12 @@ def test_configuration_is_checked():
         TeacherConfig(timm="b", mean=(0.0, 0.0, 0.0))
 
 
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_the_table_names_the_sections_of_the_methods(name):
+    assert methods.METHODS[name].config is methods.find(name).Config is methods.config(name)
+    assert methods.METHODS[name].config.model_fields["use"].default == name
+
+
 def test_methods_are_found_by_name_and_import_path():
     assert methods.find("fastdeit.methods.supervised:Supervised") is methods.find("supervised")
     with pytest.raises(ValueError, match="no method named 'distil'; there are supervised, distill"):
