@@ -32,9 +32,10 @@ from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.methods.base import Method, Phase
+from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.frozen import freeze
-from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
 from fastdeit.run import build, directory, request, threads

@@ -5,14 +5,12 @@ for, and that over the recipe's `data` section (`model.image_size`, for the size
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo
 
+from fastdeit.data.plan import policy
 from fastdeit.fields import Fraction, ImageSize, NonNegative, Range, Section, Text, size_pair
-
-if TYPE_CHECKING:
-    from fastdeit.data.plan.policy import Policy
 
 
 def _within_the_image(scale: tuple[float, float]) -> tuple[float, float]:
@@ -23,12 +21,9 @@ def _within_the_image(scale: tuple[float, float]) -> tuple[float, float]:
 
 def parse_policy(
     augment: str, size: tuple[int, int] = (224, 224), color_jitter: float | tuple[float, ...] | None = None
-) -> "Policy":
+) -> policy.Policy:
     """The operations that `augment` and `color_jitter` name, for outputs of `size` (see `policy.parse`); ValueError
     where there are no such operations."""
-    # Policies import numpy. Reading, listing and showing recipes does without.
-    from fastdeit.data.plan import policy
-
     return policy.parse(augment, size, color_jitter)
 
 

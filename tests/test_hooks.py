@@ -17,8 +17,9 @@ from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.guard import Verdict
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.errors import Interrupted
+from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.supervised import Supervised
-from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.run.groups import decay_groups

@@ -113,6 +113,8 @@ WITHOUT_TORCH = [
         "plugins.py",
         "fields.py",
         "views.py",
+        "methods/config.py",
+        "engine/options.py",
         "launch/launch.py",
     ),
     *("data/nodes.py", "data/pixel_ops.py", "verbs/data.py"),
@@ -340,7 +342,7 @@ def test_importing_the_package_and_the_command_line_imports_no_torch():
 
 
 def test_the_data_verbs_and_recipes_load_no_torch():
-    assert "torch" not in loaded_after("import fastdeit.verbs.data, fastdeit.recipe.resolve")
+    assert "torch" not in loaded_after("import fastdeit.verbs.data, fastdeit.recipe.resolve, fastdeit.recipe.describe")
 
 
 def test_kernels_stand_alone():

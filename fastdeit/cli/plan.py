@@ -10,9 +10,13 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
     args.recipe = one(args.words, "recipe")
     if args.recipe is None:
         raise UsageError("name a recipe: fastdeit plan RECIPE")
+    from fastdeit.recipe import resolve as recipe
+
+    # Before the import of torch, so that a mistake in the recipe is said at once.
+    chosen = recipe.load(args.recipe, args.overrides)
     from fastdeit.estimate import report
 
-    report.main(args)
+    report.main(args, chosen)
 
 
 PLAN = Verb(

@@ -425,7 +425,7 @@ KINDS = ("none", *(op.name for op in PIXEL_OPS))
 
 
 def apply(image: Pixels, kind: NDArray[np.uint8], value: NDArray[np.float32]) -> Pixels:
-    """uint8 `[H, W, 3]` after the operations of one row of `policy.Ops`: kind and value `[L]`, first to last.
+    """uint8 `[H, W, 3]` after the operations of one row of `operations.Ops`: kind and value `[L]`, first to last.
 
     `image` is not written to; it is returned itself if nothing is to be done. OperationError where one fails.
     """
@@ -440,7 +440,7 @@ def apply(image: Pixels, kind: NDArray[np.uint8], value: NDArray[np.float32]) ->
 
 
 def described(kind: NDArray[np.uint8], value: NDArray[np.float32]) -> str:
-    """The operations of one row of `policy.Ops` in words: kind and value `[L]`, first to last; "none" without any."""
+    """The operations of one row of `operations.Ops` in words: kind and value `[L]`, in order; "none" without any."""
     row = zip(kind.tolist(), value.tolist(), strict=True)
     applied = [(PIXEL_OPS[index - 1], argument) for index, argument in row if index]
     return ", then ".join(f"{op.name} {op.words.format(argument)}".rstrip() for op, argument in applied) or "none"

@@ -11,20 +11,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fastdeit.engine.groups import ParamGroup, check
 from fastdeit.engine.guard import Verdict
-
-
-class OptimizerOptions(BaseModel):
-    """An optimizer's own fields of a recipe's `optim:` section: frozen, no unknown key, every field with a default.
-
-    A field that all optimizers have, such as `weight_decay`, may be declared again to give it another default.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+from fastdeit.engine.options import OptimizerOptions
 
 
 @dataclass(frozen=True)

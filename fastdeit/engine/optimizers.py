@@ -1,32 +1,17 @@
-"""The optimizers that a recipe may name. Third parties plug in by import path."""
-
-from typing import Annotated
-
-from pydantic import Field, ValidationInfo, field_validator
+"""The optimizers that `options.OPTIMIZERS` names. Third parties plug in by import path."""
 
 from fastdeit import kernels
 from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.muon import muon_update
-from fastdeit.engine.optim import Optimizer, OptimizerOptions, Update
+from fastdeit.engine.optim import Optimizer, Update
+from fastdeit.engine.options import AdamWOptions, LambOptions, MuonOptions, SgdOptions, shipped
 from fastdeit.plugins import load
-
-_Beta = Annotated[float, Field(ge=0, lt=1)]
-_Positive = Annotated[float, Field(gt=0)]
-
-
-class AdamOptions(OptimizerOptions):
-    """Of optimizers with Adam's moments. The defaults are those of DeiT's command line."""
-
-    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
-    """Decay per update of the running averages of the gradient and of its square."""
-    eps: _Positive = 1e-8
-    """Added to the root of the averaged square."""
 
 
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter, ICLR 2019), by `kernels.fused_adamw`."""
 
-    Options = AdamOptions
+    Options = AdamWOptions
     state_names = ("exp_avg", "exp_avg_sq")
 
     def update(self, lists: Update) -> None:
@@ -44,13 +29,6 @@ class AdamW(Optimizer):
             ema=lists.ema,
             ema_decay=lists.ema_decay,
         )
-
-
-class LambOptions(AdamOptions):
-    """LAMB clips gradients by default, as `max_grad_norm=1.0` of apex's FusedLAMB and of timm's Lamb does."""
-
-    clip_grad: _Positive | None = 1.0
-    """Largest norm of the gradient of all parameters; null: no clipping."""
 
 
 class Lamb(Optimizer):
@@ -81,26 +59,6 @@ class Lamb(Optimizer):
         )
 
 
-class SgdOptions(OptimizerOptions):
-    """The defaults are timm's `sgd`, and the weight decay that DeiT fine-tunes with by SGD."""
-
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Added to the gradient times the parameter, unless `decoupled_decay` says otherwise."""
-    momentum: _Beta = 0.9
-    """Share of the running sum of gradients that stays in each update."""
-    nesterov: bool = True
-    """Look ahead by one momentum step."""
-    decoupled_decay: bool = False
-    """Shrink the parameters by lr * weight_decay, as AdamW does, instead of adding the decay to the gradient."""
-
-    @field_validator("nesterov")
-    @classmethod
-    def _needs_momentum(cls, nesterov: bool, info: ValidationInfo) -> bool:
-        if nesterov and info.data.get("momentum") == 0:
-            raise ValueError("must be false where optim.momentum is 0")
-        return nesterov
-
-
 class Sgd(Optimizer):
     """SGD with momentum as in `torch.optim.SGD`, by `kernels.fused_sgd`."""
 
@@ -125,13 +83,6 @@ class Sgd(Optimizer):
         )
 
 
-class MuonOptions(AdamOptions):
-    """`betas` and `eps` are AdamW's, for what is no matrix. The momentum is that of `torch.optim.Muon`."""
-
-    momentum: _Beta = 0.95
-    """Of the matrices: share of the running average of gradients that stays in each update."""
-
-
 class Muon(AdamW):
     """Muon for the weights of the blocks' linear layers, AdamW for everything else, as its author advises (Keller
     Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024).
@@ -154,21 +105,13 @@ class Muon(AdamW):
             super().update(lists)
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "lamb": Lamb, "sgd": Sgd, "muon": Muon}
-
-
 def find(name: str) -> type[Optimizer]:
     """The optimizer of a recipe's `optim.name`: a name in `OPTIMIZERS` or an import path `package.module:Class`.
 
     Raises ValueError naming what was not found or is no optimizer.
     """
-    if name in OPTIMIZERS:
-        return OPTIMIZERS[name]
-    if ":" not in name:
-        raise ValueError(
-            f"no optimizer named {name!r}; there are {', '.join(OPTIMIZERS)}, or an import path 'package.module:Class'"
-        )
-    found = load(name, "optimizer")
+    row = shipped(name)
+    found = load(row.path if row else name, "optimizer")
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         raise ValueError(f"{name!r} is not an optimizer: it is no subclass of fastdeit.engine.optim.Optimizer")
     return found

@@ -34,7 +34,7 @@ from fastdeit.run.weights import open_weights
 from fastdeit.text import did_you_mean
 
 if TYPE_CHECKING:
-    from fastdeit.methods.teacher import TeacherConfig
+    from fastdeit.methods.config import TeacherConfig
     from fastdeit.recipe.resolve import Recipe
 
 IMAGENET = 1_281_167, 50_000, 1000
@@ -52,9 +52,8 @@ SIZES = {
 }
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, recipe: "Recipe") -> None:
     """`fastdeit plan`: print the report of a recipe, as tables or as JSON."""
-    recipe = recipes.load(args.recipe, args.overrides)
     machines = _machines(recipe, args)
     prices = _prices(args)
     found = report(recipe, machines, prices=prices, sharding=args.sharding, images=args.images)

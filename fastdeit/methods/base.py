@@ -5,43 +5,18 @@ A method knows nothing of DDP, AMP, EMA, checkpoints or logging; the engine wrap
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from fastdeit.batch import Batch, Step
+from fastdeit.methods.config import Fuse, MethodConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
-from fastdeit.views import View
 
 if TYPE_CHECKING:
     from fastdeit.methods.teacher import Teacher
 
-Fuse = Literal["softmax", "logit", "class", "distillation"]
 Momentum = float | Callable[[Step], Tensor]
-
-
-class MethodConfig(BaseModel):
-    """Base of every `method:` section: frozen, and no key it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    use: str
-    """Name of the method, or an import path `package.module:Class`."""
-
-
-class LabelConfig(MethodConfig):
-    """Shared by methods that learn from labels: the loss of the (mixed) label and its smoothing."""
-
-    loss: Literal["ce", "bce"] = "ce"
-    """ce: cross-entropy with the mixed target; bce: binary cross-entropy of every class, as DeiT III has it."""
-    smoothing: float = Field(0.1, ge=0, lt=1)
-    """Share of the target that all classes have in common (label smoothing)."""
-
-    @model_validator(mode="after")
-    def _smoothing_fits_loss(self) -> "LabelConfig":
-        if self.loss == "bce" and self.smoothing > 0:
-            raise ValueError("loss bce needs smoothing 0: a smoothed target makes every class positive")
-        return self
 
 
 @dataclass
@@ -107,15 +82,10 @@ class Method(nn.Module):
     """
 
     Config: ClassVar[type[MethodConfig]]
+    """The recipe's `method:` section, which also lists the views of every sample (`MethodConfig.views`)."""
     teacher: "Teacher | None" = None
     fuse: Fuse = "softmax"
     """How `predict` makes one answer of two heads."""
-
-    @classmethod
-    def views(cls, config: MethodConfig) -> Sequence[View]:
-        """The views of every sample that the method wants under `config`, an instance of `Config`; `batch.images` has
-        them in this order. Called without a model, whenever a recipe is validated."""
-        return (View(),)
 
     def __init__(self, model: nn.Module, config: MethodConfig, context: Context) -> None:
         super().__init__()

@@ -1,42 +1,24 @@
 """Training on labels alone: cross-entropy with smoothing and mixed targets, or DeiT III's binary cross-entropy."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from fastdeit import kernels
 from fastdeit.batch import Batch, Labels
-from fastdeit.methods.base import Context, LabelConfig, Method, Out
-
-ClassWeights = Annotated[
-    Annotated[Literal["balanced"], Tag("word")] | Annotated[tuple[Annotated[float, Field(ge=0)], ...], Tag("list")],
-    Discriminator(lambda weights: "word" if isinstance(weights, str) else "list"),
-]
+from fastdeit.methods.base import Context, Method, Out
+from fastdeit.methods.config import SupervisedConfig
 
 
 class Supervised(Method):
     """`loss(f(x), y)`. A model with two heads is trained on the mean of their logits, as DeiT's fine-tuning does."""
 
-    class Config(LabelConfig):
-        """The recipe's `method:` section."""
+    Config = SupervisedConfig
 
-        use: str = "supervised"
-        class_weights: ClassWeights | None = None
-        """Weight of each class in the loss: a list in the order of the classes, or balanced: images / (classes * images
-        of the class), so that all classes weigh the same; null: each image weighs the same."""
-
-        @field_validator("class_weights")
-        @classmethod
-        def _only_of_cross_entropy(cls, weights: Any, info: ValidationInfo) -> Any:
-            if weights is not None and info.data.get("loss") == "bce":
-                raise ValueError("has no place beside method.loss bce, which has no term of one class alone")
-            return weights
-
-    def __init__(self, model: nn.Module, config: Config, context: Context) -> None:
+    def __init__(self, model: nn.Module, config: SupervisedConfig, context: Context) -> None:
         super().__init__(model, config, context)
         given = getattr(config, "class_weights", None)  # a subclass may have a Config without them
         # Part of the state: an evaluation has no training images to count.

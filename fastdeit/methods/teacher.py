@@ -2,74 +2,16 @@
 
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from fastdeit.batch import Batch
-from fastdeit.fields import PathText, size_pair
+from fastdeit.fields import size_pair
 from fastdeit.models.contract import ImageSize, Tokens
 from fastdeit.models.tokens import Taps, taps
-
-
-class TeacherConfig(BaseModel):
-    """Where a teacher comes from: one of `recipe`, `timm` and `model`, or `weights` that tell it themselves.
-
-    A text in the place of the fields is the address of such weights: `teacher: runs/x@best`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    classifies: ClassVar[bool] = True
-    """Whether the method reads logits: the teacher then needs a head for the classes of the data set, and is scored
-    before the first step."""
-
-    recipe: PathText | None = None
-    """Recipe of a teacher that is trained first, into RUN/teacher."""
-    timm: str | None = None
-    """Name of a timm model; `weights: null` takes timm's pretrained weights."""
-    model: str | None = None
-    """Name of a fastdeit model; needs `weights`."""
-    weights: PathText | None = None
-    """Address of its weights, as that of model.weights. A run and timm:NAME also tell which network it is."""
-    weights_grid: tuple[PositiveInt, PositiveInt] | None = None
-    """[height, width] in patches of the positional embedding of `weights`, as model.weights_grid."""
-    image_size: int | None = None
-    """Resolution in pixels (a square); null is the one it was trained at for a run, else the student's."""
-    mean: tuple[float, float, float] | None = None
-    """Mean of the normalisation; null is as for `std`."""
-    std: tuple[float, float, float] | None = None
-    """Normalisation; null is the one it was trained with for a run and for timm, else the student's."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _an_address(cls, given: Any) -> Any:
-        if isinstance(given, str):
-            return {"weights": given}
-        if not isinstance(given, dict):
-            return given
-        # Behind a validator of this mode the lists of JSON are Python's, and a strict tuple takes none of those.
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "TeacherConfig":
-        origins = sum(origin is not None for origin in (self.recipe, self.timm, self.model))
-        if origins > 1 or (origins == 0 and self.weights is None):
-            raise ValueError("a teacher is given by one of recipe, timm and model, or by weights alone")
-        if self.model is not None and self.weights is None:
-            raise ValueError("a teacher given by model needs weights: an untrained network has nothing to teach")
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("give mean and std together, or neither")
-        return self
-
-
-class FeatureTeacherConfig(TeacherConfig):
-    """A teacher that the method asks for tokens and q/k/v alone: its head, if it has one, may be of any classes."""
-
-    classifies: ClassVar[bool] = False
 
 
 class Teacher:

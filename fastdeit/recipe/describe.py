@@ -17,6 +17,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fastdeit.engine.options import OPTIMIZERS
+from fastdeit.methods import METHODS
 from fastdeit.recipe import resolve
 
 SECTIONS = tuple(name for name in resolve.Recipe.model_fields if name != "name")
@@ -54,22 +56,18 @@ def tables(section: str) -> Iterator[Table]:
     """The tables of a section: one for `data` and most others, one for each method of `method`; of `optim` what all
     optimizers have, then each optimizer's own."""
     if section == "method":
-        from fastdeit import methods
-
-        for use in methods.METHODS:
-            yield _table(section, methods.config(use), methods.find(use).__doc__, f"use: {use}")
+        for use, method in METHODS.items():
+            yield _table(section, method.config, f"use: {use}")
         return
     model = resolve.Recipe.model_fields[section].annotation
-    yield _table(section, model, model.__doc__)
+    yield _table(section, model)
     if section == "optim":
-        from fastdeit.engine import optimizers
-
-        for name, optimizer in optimizers.OPTIMIZERS.items():
-            yield _table(section, optimizer.Options, optimizer.__doc__, f"name: {name}")
+        for name, optimizer in OPTIMIZERS.items():
+            yield _table(section, optimizer.options, f"name: {name}")
 
 
-def _table(section: str, model: type[BaseModel], meaning: str | None, choice: str = "") -> Table:
-    return Table(section, choice, inspect.cleandoc(meaning or ""), tuple(_fields(section, model)))
+def _table(section: str, model: type[BaseModel], choice: str = "") -> Table:
+    return Table(section, choice, inspect.cleandoc(model.__doc__ or ""), tuple(_fields(section, model)))
 
 
 def _fields(path: str, model: type[BaseModel]) -> Iterator[Field]:

@@ -7,6 +7,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from fastdeit.engine.options import OPTIMIZERS
 from fastdeit.recipe import flags
 from fastdeit.recipe.yaml import NOWHERE, FieldPath, Item, Problems, format_value, is_written, place_of, plain
 from fastdeit.text import did_you_mean
@@ -114,9 +115,7 @@ def unknown_field(value: Any, models: Models, path: FieldPath) -> str:
 
 def _optimizers_with(option: str | int) -> list[str]:
     """Names of the optimizers that have this option."""
-    from fastdeit.engine.optimizers import OPTIMIZERS
-
-    return [name for name, optimizer in OPTIMIZERS.items() if option in optimizer.Options.model_fields]
+    return [name for name, optimizer in OPTIMIZERS.items() if option in optimizer.options.model_fields]
 
 
 def in_words(error: ValueError) -> str:

@@ -5,7 +5,8 @@ starts from. Overrides `section.field=value` come last. Every value keeps its fi
 (`yaml.py`), so that each error of validation (`config.py`) names them (`errors.py`).
 
 The `method:` section is validated by the method's own model, and `optim:` by one that has the options of the optimizer;
-both are looked up when a recipe is validated. Importing this module imports no torch.
+both are looked up when a recipe is validated. Importing this module imports no torch, and neither does a recipe whose
+method and optimizer are among those that fastdeit brings.
 """
 
 import io
@@ -22,7 +23,10 @@ from ruamel.yaml.events import ScalarEvent
 from ruamel.yaml.nodes import SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
+from fastdeit import methods
+from fastdeit.engine import options
 from fastdeit.fields import Section
+from fastdeit.methods.config import MethodConfig
 from fastdeit.recipe.config import About, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from fastdeit.recipe.errors import in_words, unknown_field, validate_section
 from fastdeit.recipe.yaml import (
@@ -70,7 +74,7 @@ class Recipe(BaseModel):
     name: str
     about: About
     model: ModelConfig
-    method: SerializeAsAny[BaseModel]
+    method: SerializeAsAny[MethodConfig]
     data: DataConfig
     optim: SerializeAsAny[OptimConfig]
     train: TrainConfig
@@ -90,7 +94,7 @@ class Recipe(BaseModel):
             return method
         if not isinstance(method.get("use"), str):
             raise ValueError("method.use must name a method")
-        return _method_config(method["use"]).model_validate(method)
+        return methods.config(method["use"]).model_validate(method)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Recipe":
@@ -438,11 +442,8 @@ def _view_conflicts(
     method: Any, data: DataConfig, image_size: int | tuple[int, int] | None
 ) -> Iterator[tuple[FieldPath, str]]:
     """What is wrong with the views that the method asks for, and with what the recipe makes of them."""
-    # Methods import torch.
-    from fastdeit import methods
-
     try:
-        own = methods.find(method.use).views(method)
+        own = method.views()
     except ValueError as error:
         yield ("method",), f"asks for a view that cannot be: {in_words(error)}"
         return
@@ -463,33 +464,18 @@ def _view_conflicts(
         yield ("data", "views", name, field), problem
 
 
-def _method_config(use: str) -> type[BaseModel]:
-    """Model of the `method:` section; raises ValueError for a method that does not exist."""
-    # Methods import torch. Reading, listing and showing recipes does without.
-    from fastdeit import methods
-    from fastdeit.methods.base import Method
-
-    kind = methods.find(use)
-    config = getattr(kind, "Config", None)
-    if not (_is_class(kind, Method) and _is_class(config, BaseModel)):
-        raise ValueError(
-            f"{use!r} is not a method: that is a subclass of fastdeit.methods.base.Method with a pydantic model named "
-            "Config"
-        )
-    return config
-
-
-def _is_class(value: Any, base: type) -> bool:
-    return isinstance(value, type) and issubclass(value, base)
-
-
 @cache  # recipes are equal only where their sections have one type
 def _optim_config(name: str) -> type[OptimConfig]:
     """Model of the `optim:` section; raises ValueError for an optimizer that does not exist."""
-    # Optimizers import torch, as methods do.
-    from fastdeit.engine import optimizers
+    shipped = options.shipped(name)
+    if shipped is None:
+        # Whoever brings the optimizer imports torch, too.
+        from fastdeit.engine import optimizers
 
-    return create_model(OptimConfig.__name__, __base__=(optimizers.find(name).Options, OptimConfig))
+        own = optimizers.find(name).Options
+    else:
+        own = shipped.options
+    return create_model(OptimConfig.__name__, __base__=(own, OptimConfig))
 
 
 def _optim_model(root: Item, problems: Problems) -> type[OptimConfig] | None:
@@ -505,9 +491,7 @@ def _optim_model(root: Item, problems: Problems) -> type[OptimConfig] | None:
     try:
         return _optim_config(name)
     except ValueError as error:
-        from fastdeit.engine.optimizers import OPTIMIZERS
-
-        problems.add(place_of(root, path), path, f"{error}{did_you_mean(name, OPTIMIZERS)}")
+        problems.add(place_of(root, path), path, f"{error}{did_you_mean(name, options.OPTIMIZERS)}")
         return None
 
 
@@ -524,9 +508,7 @@ def _method_model(root: Item, problems: Problems) -> type[BaseModel] | None:
         problems.add(place_of(root, path), path, f"must be the name of a method, got {section.value['use']}")
     else:
         try:
-            return _method_config(use)
+            return methods.config(use)
         except ValueError as error:
-            from fastdeit import methods
-
             problems.add(place_of(root, path), path, f"{error}{did_you_mean(use, methods.METHODS)}")
     return None

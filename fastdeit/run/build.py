@@ -26,8 +26,9 @@ from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
 from fastdeit.fields import Section, size_pair
 from fastdeit.methods.base import Context, Method, Momentum
+from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.frozen import freeze
-from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.methods.teacher import Teacher
 from fastdeit.models.freeze import freeze_parts
 from fastdeit.recipe.length import Length, LengthError, length
 from fastdeit.run.weights import load, network, open_weights
@@ -118,7 +119,7 @@ def augmentations(recipe: "Recipe") -> tuple[Augment, ...]:
 
 
 def _views(recipe: "Recipe") -> tuple[View, ...]:
-    own = methods.find(recipe.method.use).views(recipe.method)
+    own = recipe.method.views()
     return resolved(overridden(own, recipe.data.views), recipe.data, recipe.model.image_size)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastdeit.batch import Batch
-from fastdeit.methods.base import Fuse, scores
+from fastdeit.methods.base import scores
+from fastdeit.methods.config import Fuse
 from fastdeit.methods.evaluators import Evaluation, images
 
 BINS = 15

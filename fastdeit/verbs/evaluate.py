@@ -19,8 +19,9 @@ from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.progress import table
 from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.methods.base import Method
+from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
-from fastdeit.methods.teacher import DeferredTeacher, TeacherConfig
+from fastdeit.methods.teacher import DeferredTeacher
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build, threads
 from fastdeit.run.classification import Classification

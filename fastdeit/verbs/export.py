@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastdeit import kernels
 from fastdeit.errors import FastdeitError, UsageError
-from fastdeit.methods.base import Fuse
+from fastdeit.methods.config import Fuse
 from fastdeit.models import convert
 from fastdeit.models.counterpart import counterpart
 from fastdeit.recipe.resolve import Recipe

@@ -314,17 +314,37 @@ LOOK = """
 import sys
 from fastdeit import cli
 for argv, code in (
-    (["recipes"], 0), (["recipes", "show", "digits"], 0), (["explain", "data.crop"], 0), (["explain", "drop-path"], 0),
+    (["recipes"], 0), (["recipes", "show", "digits"], 0), (["recipes", "show", "digits", "--resolved"], 0),
+    (["explain"], 0), (["explain", "optim"], 0), (["explain", "alpha"], 0), (["explain", "drop-path"], 0),
     (["completion", "bash"], 0), (["runs", "list", "."], 0),
     (["train", "digit"], 2), (["train", "digits", "--epochs", "3"], 2), (["trian"], 2), (["train", "no.yaml"], 2),
 ):
     assert cli.main(argv) == code, argv
 print(*sys.modules)
 """
+REFUSED = """
+import sys
+from fastdeit import cli
+for overrides in (
+    ["optim.lr=-1"], ["optim.lrr=1"], ["optim.nesterov=true"], ["optim.name=adam"], ["optim.name=sgd", "optim.lr=x"],
+    ["optim.name=lamb", "optim.lr=1", "optim.betas=1"], ["optim.name=muon", "optim.lr=1", "optim.momentum=2"],
+    ["method.use=distil"], ["method.alpha=2"], ["method.smoothin=0"], ["method.teacher.model=a"],
+    ["method.use=supervised", "method.loss=bce"], ["method.use=supervised", "method.class_weights=all"],
+    ["data.flip=2"], ["data.augment=rand-m9-x1"], ["data.augment=trivial", "data.color_jitter=0.4"],
+    ["data.views.main.color_jitter=2", "data.augment=original"], ["data.views.local.size=96"], ["data.source=x"],
+    ["train.batch_size=3"], ["train.epochs=1"], ["engine.precision=int4"], ["model.image_size=0"],
+    ["modle.name=x"], ["x"],
+):
+    for verb in ("train", "plan"):
+        assert cli.main([verb, "digits", *overrides]) == 2, overrides
+print(*sys.modules)
+"""
+HEAVY = {"torch", "numpy", "scipy", "PIL", "matplotlib", "timm", "triton", "nvidia.dali", "sklearn", "safetensors"}
 
 
-def test_looking_around_and_plain_mistakes_load_no_torch():
-    """Seconds of a start are torch's; without it there are tenths, most of them pydantic's."""
-    done = subprocess.run([sys.executable, "-c", LOOK], cwd=ROOT, capture_output=True, text=True, check=True)
-    heavy = {"torch", "scipy", "matplotlib", "timm", "triton", "nvidia.dali", "sklearn", "safetensors"}
-    assert not heavy & set(done.stdout.splitlines()[-1].split())
+@pytest.mark.parametrize("code", [LOOK, REFUSED], ids=["looking around", "refused recipes"])
+def test_looking_around_and_mistakes_load_nothing_that_takes_long(code):
+    """Seconds of a start are torch's; without it, numpy and scipy there are tenths, most of them pydantic's."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "fastdeit.recipe.resolve" in done.stdout.split()
+    assert not HEAVY & set(done.stdout.splitlines()[-1].split())

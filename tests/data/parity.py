@@ -11,7 +11,7 @@ import numpy as np
 from fastdeit.data.execute.dali import Executor, Work
 from fastdeit.data.pixel_ops import KINDS
 from fastdeit.data.plan import plan, policy
-from fastdeit.data.plan.policy import Ops
+from fastdeit.data.plan.operations import Ops
 from fastdeit.data.sources.source import header
 from tests.data.conftest import encoded, picture
 from tests.data.oracle import execute

@@ -17,7 +17,7 @@ from fastdeit.data.execute.dali import Executor, Work
 from fastdeit.data.loader import TrainLoader
 from fastdeit.data.pixel_ops import FILL, KINDS
 from fastdeit.data.plan import order, plan, policy
-from fastdeit.data.plan.policy import Ops
+from fastdeit.data.plan.operations import Ops
 from fastdeit.data.sources.folder import FolderSource
 from fastdeit.data.sources.source import check
 from tests.data import oracle, parity

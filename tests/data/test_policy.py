@@ -16,7 +16,7 @@ from scipy import stats
 from torchvision.transforms import ColorJitter, TrivialAugmentWide, autoaugment
 
 from fastdeit.data.pixel_ops import FILL, KINDS
-from fastdeit.data.plan import policy
+from fastdeit.data.plan import operations, policy
 from fastdeit.data.plan.policy import Op, Policy
 
 ALPHA = 1e-9
@@ -32,13 +32,13 @@ KIND_OF = {
 }
 
 
-def drawn(text: str, n: int = N, size: tuple[int, int] = SIZE, **options) -> policy.Ops:
+def drawn(text: str, n: int = N, size: tuple[int, int] = SIZE, **options) -> operations.Ops:
     chosen = policy.parse(text, size, **options)
     noise = np.random.default_rng(0)
-    return chosen.draw(noise.random((n, chosen.uniforms)), noise.random((n, chosen.jitter_uniforms)))
+    return operations.draw(chosen, noise.random((n, chosen.uniforms)), noise.random((n, chosen.jitter_uniforms)))
 
 
-def sequences(ops: policy.Ops) -> list[list[tuple[str, float]]]:
+def sequences(ops: operations.Ops) -> list[list[tuple[str, float]]]:
     """For each sample the (kind, value) of what is done to it, in order."""
     rows = zip(ops.kind.tolist(), ops.value.tolist(), strict=True)
     return [[(KINDS[k], v) for k, v in zip(*row, strict=True) if k] for row in rows]
@@ -125,13 +125,13 @@ def assert_same_draws(mine: list[list[tuple[str, float]]], others: list[list[tup
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("name", sorted(set(policy._FORMS) & set(theirs.LEVEL_TO_ARG) - {"GaussianBlurRand"}))
+@pytest.mark.parametrize("name", sorted(set(operations.FORMS) & set(theirs.LEVEL_TO_ARG) - {"GaussianBlurRand"}))
 def test_every_argument_is_timms(monkeypatch, name, sign):
     monkeypatch.setattr(theirs, "_randomly_negate", lambda v: sign * v)
     to_argument, function = theirs.LEVEL_TO_ARG[name], theirs.NAME_TO_OP[name].__name__
     for level in (*np.linspace(0, 10, 41), 12.5, 19.0):
         chosen = Policy(SIZE, rows=((Op(name, 1.0, level),),), draws=1, mmax=20)
-        ops = chosen.draw(np.array([[0.5, 0.5, 0.5, 0.5 - sign / 4]]), np.empty((1, 0)))
+        ops = operations.draw(chosen, np.array([[0.5, 0.5, 0.5, 0.5 - sign / 4]]), np.empty((1, 0)))
         arguments = to_argument(level, {}) if to_argument else ()
         if function == "desaturate":
             arguments = (min(1, arguments[0]),)
@@ -270,7 +270,7 @@ def test_extreme_uniforms_are_valid():
     for text in ("rand-m9-mstd0.5-inc1", "rand-n15-tweights", "v0-mstd9", "trivial", "three_augment"):
         chosen = policy.parse(text, SIZE)
         for u in (0.0, 1 - 2.0**-32):
-            ops = chosen.draw(np.full((1, chosen.uniforms), u), np.full((1, chosen.jitter_uniforms), u))
+            ops = operations.draw(chosen, np.full((1, chosen.uniforms), u), np.full((1, chosen.jitter_uniforms), u))
             assert ops.kind.max() < len(KINDS)
             assert np.isfinite(ops.value).all()
 

@@ -10,7 +10,8 @@ from torch import nn
 from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.engine.groups import default_groups
-from fastdeit.engine.optimizers import Sgd, SgdOptions
+from fastdeit.engine.optimizers import Sgd
+from fastdeit.engine.options import SgdOptions
 from fastdeit.engine.step import Engine
 
 SHAPES = {"conv": (6, 3, 2, 2), "linear": (8, 5), "bias": (7,), "scale": (), "token": (1, 1, 9), "zero": (4, 4)}

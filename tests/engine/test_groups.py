@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from fastdeit.engine.groups import GroupError, ParamGroup, check, check_owned, refined
-from fastdeit.engine.optimizers import OPTIMIZERS
+from fastdeit.engine.optimizers import find
+from fastdeit.engine.options import OPTIMIZERS
 
 
 def tensors():
@@ -40,7 +41,7 @@ def test_groups_that_make_no_sense_are_refused_in_a_sentence(case, optimizer):
     with pytest.raises(GroupError, match=words):
         check(groups)
     good = ParamGroup({"c": P["c"]}, 0.1)
-    for make in (OPTIMIZERS[optimizer], OPTIMIZERS[optimizer]([good]).regroup):
+    for make in (find(optimizer), find(optimizer)([good]).regroup):
         with pytest.raises(GroupError, match=words):
             make(groups)
 
@@ -49,7 +50,7 @@ def test_groups_that_make_no_sense_are_refused_in_a_sentence(case, optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_groups_that_make_sense(case, optimizer):
     groups = [ParamGroup(params, 0.1) for params in RIGHT[case]]
-    assert OPTIMIZERS[optimizer](groups).params == {name: p for params in RIGHT[case] for name, p in params.items()}
+    assert find(optimizer)(groups).params == {name: p for params in RIGHT[case] for name, p in params.items()}
 
 
 @pytest.mark.parametrize("field", ["weight_decay", "lr_scale"])

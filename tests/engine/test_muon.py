@@ -7,7 +7,8 @@ from torch import nn
 from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.guard import Verdict
 from fastdeit.engine.muon import orthogonalised
-from fastdeit.engine.optimizers import AdamW, Muon, MuonOptions
+from fastdeit.engine.optimizers import AdamW, Muon
+from fastdeit.engine.options import MuonOptions
 
 SHAPES = {"wide": (4, 12), "tall": (12, 4), "tall too": (12, 4), "square": (6, 6)}
 OTHERS = {"bias": (5,), "token": (1, 1, 4), "head": (3, 4)}

@@ -11,8 +11,9 @@ from fastdeit.engine import optimizers
 from fastdeit.engine.dist import World
 from fastdeit.engine.groups import ParamGroup, default_groups
 from fastdeit.engine.guard import Guard, Verdict
-from fastdeit.engine.optim import Optimizer, OptimizerOptions, Update
+from fastdeit.engine.optim import Optimizer, Update
 from fastdeit.engine.optimizers import AdamW, Lamb, Sgd
+from fastdeit.engine.options import OPTIMIZERS, OptimizerOptions
 from fastdeit.engine.step import Engine
 
 CPU = torch.device("cpu")
@@ -309,3 +310,8 @@ def test_groups_are_values():
 def test_optimizers_that_do_not_exist(name, words):
     with pytest.raises(ValueError, match=words):
         optimizers.find(name)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_table_names_the_options_of_the_optimizers(name):
+    assert OPTIMIZERS[name].options is optimizers.find(name).Options

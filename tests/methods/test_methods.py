@@ -8,7 +8,8 @@ from torch import nn
 
 from fastdeit import methods
 from fastdeit.methods.base import scores
-from fastdeit.methods.teacher import Teacher, TeacherConfig
+from fastdeit.methods.config import TeacherConfig
+from fastdeit.methods.teacher import Teacher
 from tests.toys import toy_batch, toy_context
 
 B, K, SIDE = 6, 5, 8
@@ -209,6 +210,12 @@ def test_configuration_is_checked():
         TeacherConfig(model="deit_tiny_patch16_224")
     with pytest.raises(ValidationError, match="mean and std together"):
         TeacherConfig(timm="b", mean=(0.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_the_table_names_the_sections_of_the_methods(name):
+    assert methods.METHODS[name].config is methods.find(name).Config is methods.config(name)
+    assert methods.METHODS[name].config.model_fields["use"].default == name
 
 
 def test_methods_are_found_by_name_and_import_path():

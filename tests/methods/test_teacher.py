@@ -18,8 +18,9 @@ from fastdeit import methods, models
 from fastdeit.bench.step import Cell, batch
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
+from fastdeit.methods.config import FeatureTeacherConfig, TeacherConfig
 from fastdeit.methods.frozen import freeze
-from fastdeit.methods.teacher import DeferredTeacher, FeatureTeacherConfig, Teacher, TeacherConfig
+from fastdeit.methods.teacher import DeferredTeacher, Teacher
 from fastdeit.models import tokens as tokens_of
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
@@ -539,8 +540,8 @@ def test_a_teacher_of_features_still_needs_its_body(origin, tmp_path):
 
 METHOD = """\
 import torch
-from fastdeit.methods.base import Method, MethodConfig, Out
-from fastdeit.methods.teacher import FeatureTeacherConfig
+from fastdeit.methods.base import Method, Out
+from fastdeit.methods.config import FeatureTeacherConfig, MethodConfig
 from fastdeit.models.tokens import taps
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from fastdeit import methods
 from fastdeit.batch import Batch
 from fastdeit.engine.dist import World
-from fastdeit.methods.base import LabelConfig, Out
+from fastdeit.methods.base import Out
+from fastdeit.methods.config import LabelConfig, SupervisedConfig
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.config import DataConfig
@@ -36,9 +38,9 @@ CPU = World(torch.device("cpu"))
 class Pair(Supervised):
     """The label of a clean view, and agreement with the same pixels under colour jitter."""
 
-    @classmethod
-    def views(cls, config):
-        return View("clean"), View("jitter", crop_of="clean", color_jitter=0.4)
+    class Config(SupervisedConfig):
+        def views(self):
+            return View("clean"), View("jitter", crop_of="clean", color_jitter=0.4)
 
     def forward(self, batch: Batch) -> Out:
         out = super().forward(batch)
@@ -54,11 +56,10 @@ class Crops(Supervised):
         local_crops: int = 2
         local_size: int | tuple[int, int] = 16
 
-    @classmethod
-    def views(cls, config):
-        large = [View(f"global_{i}", crop_scale=(0.4, 1.0)) for i in range(2)]
-        small = {"size": config.local_size, "crop_scale": (0.05, 0.4), "augment": "none"}
-        return [*large, *(View(f"local_{i}", **small) for i in range(config.local_crops))]
+        def views(self):
+            large = [View(f"global_{i}", crop_scale=(0.4, 1.0)) for i in range(2)]
+            small = {"size": self.local_size, "crop_scale": (0.05, 0.4), "augment": "none"}
+            return [*large, *(View(f"local_{i}", **small) for i in range(self.local_crops))]
 
 
 def test_what_a_view_leaves_open_is_as_below():
@@ -135,15 +136,17 @@ WRONG_VIEWS = {
 
 
 class Wrong(Supervised):
-    @classmethod
-    def views(cls, config):
-        return [View(name, **settings) for name, settings in cls.wanted]
+    class Config(SupervisedConfig):
+        wanted: ClassVar = []
+
+        def views(self):
+            return [View(name, **settings) for name, settings in self.wanted]
 
 
 @pytest.mark.parametrize("case", WRONG_VIEWS)
 def test_a_method_whose_views_do_not_go_together_is_refused_at_its_line(load, monkeypatch, case):
     wanted, words = WRONG_VIEWS[case]
-    monkeypatch.setattr(Wrong, "wanted", wanted, raising=False)
+    monkeypatch.setattr(Wrong.Config, "wanted", wanted)
     with pytest.raises(RecipeError) as refused:
         load("method.use=tests.methods.test_views:Wrong")
     (message,) = str(refused.value).splitlines()
@@ -178,7 +181,8 @@ def test_a_view_that_the_configuration_leaves_out_is_refused_at_its_line(load):
 
 
 def test_shipped_methods_want_one_view():
-    assert [methods.find(name).views(None) for name in methods.METHODS] == [(View(),)] * len(methods.METHODS)
+    configs = [method.config.model_construct(use=name) for name, method in methods.METHODS.items()]
+    assert [config.views() for config in configs] == [(View(),)] * len(methods.METHODS)
 
 
 def test_each_view_is_rendered_with_its_own_box_and_erasure():

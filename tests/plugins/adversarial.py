@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastdeit.batch import Batch
-from fastdeit.methods.base import LabelConfig, Out, Phase
+from fastdeit.methods.base import Out, Phase
+from fastdeit.methods.config import LabelConfig
 from fastdeit.methods.supervised import Supervised
 
 

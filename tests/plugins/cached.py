@@ -18,7 +18,8 @@ from torch import Tensor
 from fastdeit import kernels
 from fastdeit.batch import Batch
 from fastdeit.data.loader import TrainLoader
-from fastdeit.methods.base import LabelConfig, Method, Out
+from fastdeit.methods.base import Method, Out
+from fastdeit.methods.config import LabelConfig
 
 
 class LogitStore:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit.batch import Batch, Step
-from fastdeit.methods.base import Context, Method, MethodConfig, Out, Phase
+from fastdeit.methods.base import Context, Method, Out, Phase
+from fastdeit.methods.config import MethodConfig
 from fastdeit.methods.evaluators import Knn
 from fastdeit.views import View
 
@@ -57,12 +58,11 @@ class Dino(Method):
         temperature: float = 0.1
         teacher_temperature: tuple[float, float] = (0.04, 0.07)
 
-    @classmethod
-    def views(cls, config: Config) -> tuple[View, ...]:
-        both = {"crop_scale": (0.4, 1.0)}
-        local = {"size": config.crop_size, "crop_scale": (0.1, 0.4)}
-        names = [f"local_{number}" for number in range(config.crops)]
-        return View("global_0", **both), View("global_1", **both), *(View(name, **local) for name in names)
+        def views(self) -> tuple[View, ...]:
+            both = {"crop_scale": (0.4, 1.0)}
+            local = {"size": self.crop_size, "crop_scale": (0.1, 0.4)}
+            names = [f"local_{number}" for number in range(self.crops)]
+            return View("global_0", **both), View("global_1", **both), *(View(name, **local) for name in names)
 
     def __init__(self, model: nn.Module, config: Config, context: Context) -> None:
         super().__init__(model, config, context)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastdeit import kernels
 from fastdeit.batch import Batch
-from fastdeit.methods.base import Context, LabelConfig, Method, Out, Phase
+from fastdeit.methods.base import Context, Method, Out, Phase
+from fastdeit.methods.config import LabelConfig
 from fastdeit.models.vit import VisionTransformer
 
 

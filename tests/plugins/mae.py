@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fastdeit.batch import Batch
 from fastdeit.kernels import nn as fused
-from fastdeit.methods.base import Context, Method, MethodConfig, Out
+from fastdeit.methods.base import Context, Method, Out
+from fastdeit.methods.config import MethodConfig
 from fastdeit.methods.evaluators import HeldOutLoss, Knn
 
 

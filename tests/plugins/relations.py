@@ -11,9 +11,9 @@ The two blocks have equally many heads; their widths may differ. What comes afte
 from torch import Tensor, nn
 
 from fastdeit.batch import Batch
-from fastdeit.methods.base import Context, Method, MethodConfig, Out
+from fastdeit.methods.base import Context, Method, Out
+from fastdeit.methods.config import FeatureTeacherConfig, MethodConfig
 from fastdeit.methods.evaluators import HeldOutLoss
-from fastdeit.methods.teacher import FeatureTeacherConfig
 from fastdeit.models.tokens import QKV, taps
 
 

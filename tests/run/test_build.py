@@ -12,6 +12,7 @@ from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
+from fastdeit.methods.config import SupervisedConfig
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
@@ -88,15 +89,15 @@ def test_every_field_reaches_the_plan(path):
 
 
 class MultiCrop(Supervised):
-    @classmethod
-    def views(cls, config):
-        return (
-            View("global_0", crop_scale=(0.4, 1.0)),
-            View("global_1", crop_scale=(0.4, 1.0), erase=0.2),
-            View("local_0", size=16, crop_scale=(0.05, 0.4), augment="none"),
-            View("local_1", size=16, crop_scale=(0.05, 0.4), augment="none"),
-            View("teacher", crop_of="local_1"),
-        )
+    class Config(SupervisedConfig):
+        def views(self):
+            return (
+                View("global_0", crop_scale=(0.4, 1.0)),
+                View("global_1", crop_scale=(0.4, 1.0), erase=0.2),
+                View("local_0", size=16, crop_scale=(0.05, 0.4), augment="none"),
+                View("local_1", size=16, crop_scale=(0.05, 0.4), augment="none"),
+                View("teacher", crop_of="local_1"),
+            )
 
 
 def test_views_of_a_method_reach_the_plan(path):

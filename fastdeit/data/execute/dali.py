@@ -41,8 +41,8 @@ from PIL import Image
 
 from fastdeit.data.execute.prefetch import close_all
 from fastdeit.data.execute.render import Renderer, RenderError, source_region
+from fastdeit.data.plan.operations import Ops
 from fastdeit.data.plan.plan import Plan, unaugmented
-from fastdeit.data.plan.policy import Ops
 from fastdeit.data.sources.source import DataError, undecodable
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastdeit.data import pixel_ops
-from fastdeit.data.plan.policy import Ops
+from fastdeit.data.plan.operations import Ops
 
 Pixels = NDArray[np.uint8]
 _SERIAL = 32767  # at::internal::GRAIN_SIZE - 1

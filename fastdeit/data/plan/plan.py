@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
 from fastdeit import rng
-from fastdeit.data.plan.policy import NO_POLICY, Ops, Policy
+from fastdeit.data.plan.operations import Ops, draw
+from fastdeit.data.plan.policy import NO_POLICY, Policy
 
 PAD = 4
 """Pixels by which the window of the simple crop may reach out of the resized image."""
@@ -137,7 +138,7 @@ def samples(
         attempts = words("crop", _ATTEMPTS * 4, crop_stream).reshape(-1, _ATTEMPTS, 4) * _UNIT
         box = crop_boxes(attempts, width, height, augment.crop_scale, augment.crop_ratio)
     policy = augment.policy
-    ops = policy.draw(words("policy", policy.uniforms) * _UNIT, words("color_jitter", policy.jitter_uniforms) * _UNIT)
+    ops = draw(policy, words("policy", policy.uniforms) * _UNIT, words("color_jitter", policy.jitter_uniforms) * _UNIT)
     erase = words("erase", 4)
     erased = erase[:, 0] * _UNIT < augment.erase
     attempts = _bits(key("erase_box"), sample[erased], copy[erased], _ATTEMPTS * 4) * _UNIT

@@ -1,0 +1,167 @@
+"""The `method:` section of a recipe: what all methods have, a teacher's part, and the methods that fastdeit brings.
+
+Importing this module imports no torch, so that a recipe is refused in tenths of a second. The methods themselves are in
+files of their own, which `METHODS` names.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from fastdeit.fields import PathText
+from fastdeit.views import View
+
+Fuse = Literal["softmax", "logit", "class", "distillation"]
+
+
+class MethodConfig(BaseModel):
+    """Base of every `method:` section: frozen, and no key it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    use: str
+    """Name of the method, or an import path `package.module:Class`."""
+
+    def views(self) -> Sequence[View]:
+        """The views of every sample that the method wants; `batch.images` has them in this order. Asked whenever a
+        recipe is validated, without a model."""
+        return (View(),)
+
+
+class LabelConfig(MethodConfig):
+    """Shared by methods that learn from labels: the loss of the (mixed) label and its smoothing."""
+
+    loss: Literal["ce", "bce"] = "ce"
+    """ce: cross-entropy with the mixed target; bce: binary cross-entropy of every class, as DeiT III has it."""
+    smoothing: float = Field(0.1, ge=0, lt=1)
+    """Share of the target that all classes have in common (label smoothing)."""
+
+    @model_validator(mode="after")
+    def _smoothing_fits_loss(self) -> "LabelConfig":
+        if self.loss == "bce" and self.smoothing > 0:
+            raise ValueError("loss bce needs smoothing 0: a smoothed target makes every class positive")
+        return self
+
+
+class TeacherConfig(BaseModel):
+    """Where a teacher comes from: one of `recipe`, `timm` and `model`, or `weights` that tell it themselves.
+
+    A text in the place of the fields is the address of such weights: `teacher: runs/x@best`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    classifies: ClassVar[bool] = True
+    """Whether the method reads logits: the teacher then needs a head for the classes of the data set, and is scored
+    before the first step."""
+
+    recipe: PathText | None = None
+    """Recipe of a teacher that is trained first, into RUN/teacher."""
+    timm: str | None = None
+    """Name of a timm model; `weights: null` takes timm's pretrained weights."""
+    model: str | None = None
+    """Name of a fastdeit model; needs `weights`."""
+    weights: PathText | None = None
+    """Address of its weights, as that of model.weights. A run and timm:NAME also tell which network it is."""
+    weights_grid: tuple[PositiveInt, PositiveInt] | None = None
+    """[height, width] in patches of the positional embedding of `weights`, as model.weights_grid."""
+    image_size: int | None = None
+    """Resolution in pixels (a square); null is the one it was trained at for a run, else the student's."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the normalisation; null is as for `std`."""
+    std: tuple[float, float, float] | None = None
+    """Normalisation; null is the one it was trained with for a run and for timm, else the student's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_address(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"weights": given}
+        if not isinstance(given, dict):
+            return given
+        # Behind a validator of this mode the lists of JSON are Python's, and a strict tuple takes none of those.
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "TeacherConfig":
+        origins = sum(origin is not None for origin in (self.recipe, self.timm, self.model))
+        if origins > 1 or (origins == 0 and self.weights is None):
+            raise ValueError("a teacher is given by one of recipe, timm and model, or by weights alone")
+        if self.model is not None and self.weights is None:
+            raise ValueError("a teacher given by model needs weights: an untrained network has nothing to teach")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("give mean and std together, or neither")
+        return self
+
+
+class FeatureTeacherConfig(TeacherConfig):
+    """A teacher that the method asks for tokens and q/k/v alone: its head, if it has one, may be of any classes."""
+
+    classifies: ClassVar[bool] = False
+
+
+# ---- the methods that fastdeit brings --------------------------------------------------------------------------------
+
+
+ClassWeights = Annotated[
+    Annotated[Literal["balanced"], Tag("word")] | Annotated[tuple[Annotated[float, Field(ge=0)], ...], Tag("list")],
+    Discriminator(lambda weights: "word" if isinstance(weights, str) else "list"),
+]
+
+
+class SupervisedConfig(LabelConfig):
+    """Training on labels alone. A model with two heads is trained on the mean of their logits, as DeiT's fine-tuning
+    does."""
+
+    use: str = "supervised"
+    class_weights: ClassWeights | None = None
+    """Weight of each class in the loss: a list in the order of the classes, or balanced: images / (classes * images
+    of the class), so that all classes weigh the same; null: each image weighs the same."""
+
+    @field_validator("class_weights")
+    @classmethod
+    def _only_of_cross_entropy(cls, weights: Any, info: ValidationInfo) -> Any:
+        if weights is not None and info.data.get("loss") == "bce":
+            raise ValueError("has no place beside method.loss bce, which has no term of one class alone")
+        return weights
+
+
+class DistillConfig(LabelConfig):
+    """The class head learns the label, the distillation head the teacher; a model with one head learns both with it."""
+
+    use: str = "distill"
+    distillation: Literal["hard", "soft"] = "hard"
+    """hard: the student learns the teacher's answer; soft: the teacher's distribution over all classes."""
+    alpha: float = Field(0.5, ge=0, le=1)
+    """Share of the teacher in the loss."""
+    tau: float = Field(1.0, gt=0)
+    """Temperature of the soft distributions."""
+    reduction: Literal["numel", "batchmean"] = "numel"
+    """What divides the soft term: batch times classes, as in the public code, or the batch alone."""
+    fuse: Fuse = "softmax"
+    """How two heads become one answer: the sum of their softmaxes, the mean of their logits, or one head alone."""
+    teacher: TeacherConfig
+
+
+class Shipped(NamedTuple):
+    """A method that fastdeit brings: the import path of its class, and the class's `Config`."""
+
+    path: str
+    config: type[MethodConfig]
+
+
+METHODS = {
+    "supervised": Shipped("fastdeit.methods.supervised:Supervised", SupervisedConfig),
+    "distill": Shipped("fastdeit.methods.distill:Distill", DistillConfig),
+}
+"""By the name that a recipe's `method.use` has for it."""
