@@ -78,7 +78,7 @@ def train(
     origin: Origin | None = None,
     student: Path | None = None,
 ) -> dict[str, Any]:
-    """Train by the recipe and return the summary.
+    """Train by the recipe and return the summary, which also says the `run_dir`.
 
     run_dir  the run's directory; None: a new one under runs/
     resume   go on from the newest checkpoint in `run_dir`, if there is one
@@ -132,7 +132,7 @@ def train(
         if origin is not None:
             parts.saver.save(run_dir, start, record)
         try:
-            return run_steps(parts, run_dir, start, record, again)
+            return {"run_dir": str(run_dir), **run_steps(parts, run_dir, start, record, again)}
         finally:
             parts.log.close()
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +132,16 @@ def test_settings_of_the_engine_may_change_and_are_kept(recipe_file, stopped, tm
     assert cli(["train", *words, "engine.log_every=1"]) == 0
     assert [record["step"] for record in logged(run) if record["kind"] == "train"][-3:] == [4, 5, 6]
     assert directory.recipe_of(run).engine.log_every == 1
+
+
+def test_the_command_of_a_run_is_given_again_where_it_leaves_numbers_to_the_data(recipe_file, whole, tmp_path, capfd):
+    words = ["train", str(recipe_file), "--resume", "optim.warmup_epochs=null", "--run-dir"]
+    assert cli([*words, "run"]) == 0
+    assert directory.recipe_of(Path("run")).optim.warmup_epochs == 0.1
+    assert cli([*words, "run"]) == 0
+    assert "resumed at step 6 of 6" in capfd.readouterr().out
+    assert cli([*words, str(shutil.copytree(whole, tmp_path / "other"))]) == 2
+    assert "optim.warmup_epochs: the run has 0.0, asked for 0.1" in capfd.readouterr().err
 
 
 REFUSED = {
@@ -306,6 +317,22 @@ def test_a_first_signal_is_answered_and_a_second_one_obeyed(first, capfd):
     assert (
         capfd.readouterr().err == f"fastdeit: {first.name} received; stopping after this step (Ctrl-C again: at once)\n"
     )
+
+
+def test_a_run_beside_the_main_thread_takes_no_signals():
+    failures = []
+
+    def run():
+        try:
+            with World(torch.device("cpu")).stop_on_signals():
+                pass
+        except ValueError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert failures == []
 
 
 def test_a_run_that_is_stopped_at_once_says_how_to_go_on(recipe_file, tmp_path, monkeypatch):

@@ -84,9 +84,15 @@ def recipe_of(run: Path) -> "Recipe":
     if state is None:
         if not can_go_on(run):
             raise UsageError(f"{run} has no checkpoint to go on from")
-        title = re.match(r"# The recipe (\S+),", (run / RECIPE).read_text())
-        return recipes.load(str(run / RECIPE)).model_copy(update={"name": title[1] if title else run.name})
+        return written_recipe(run)
     return checked_recipe(state["recipe"], run / CHECKPOINTS)
+
+
+def written_recipe(run: Path) -> "Recipe":
+    """The recipe in recipe.yaml of the run, under its own name. Raises RecipeError where it cannot be read."""
+    recipe = recipes.load(str(run / RECIPE))
+    title = re.match(r"# The recipe (\S+),", (run / RECIPE).read_text())
+    return recipe.model_copy(update={"name": title[1] if title else run.name})
 
 
 def checked_recipe(plain: Mapping[str, Any], where: Path) -> "Recipe":
