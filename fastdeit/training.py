@@ -103,7 +103,7 @@ def train(
     record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
     if own is not None:
         Parts.of(own, world, True, teacher_recipe(own))
-    directory.check_space(run_dir, parts.saver.size(), world, checkpoints=2 if begins else 1)
+    directory.check_space(run_dir, parts.saver.size(), world, keep=recipe.engine.keep_checkpoints)
 
     with directory.claim(run_dir, recipe.name, world, parts.log.say, resume=resume) as run_dir:
         again = partial(directory.command, student or run_dir, world=world)

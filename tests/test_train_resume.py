@@ -235,7 +235,7 @@ def test_a_full_disk_is_noticed_before_anything_is_made(recipe_file, tmp_path, m
     usage = SimpleNamespace(free=500)
     monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage)
     assert cli(["train", str(recipe_file)]) == 2
-    assert "has 5e-07 GB free, and 2 checkpoints of this run need" in capfd.readouterr().err
+    assert "has 5e-07 GB free, and 4 checkpoints of this run need" in capfd.readouterr().err
     assert os.listdir(tmp_path) == []
 
 

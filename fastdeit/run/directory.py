@@ -133,11 +133,13 @@ def set_aside(path: Path) -> Path | None:
     return path.rename(next(name for name in free if not name.exists()))
 
 
-def check_space(run: Path | None, checkpoint_bytes: int, world: World, *, checkpoints: int) -> None:
-    """Raise UsageError, on every process, where the disk has no room for that many checkpoints of a run.
+def check_space(run: Path | None, checkpoint_bytes: int, world: World, *, keep: int) -> None:
+    """Raise UsageError, on every process, where the disk has no room for the checkpoints that a run is going to have.
 
-    `run` need not exist yet; None is a new directory under runs/.
+    These are the newest `keep`, the best, and a new one before the oldest is removed; less those that are there. `run`
+    need not exist yet; None is a new directory under runs/.
     """
+    checkpoints = max(1, keep + 2 - (0 if run is None else len(checkpoint.steps(run / CHECKPOINTS))))
     where = next(path for path in ((run or RUNS).absolute(), *(run or RUNS).absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(where).free, checkpoints * checkpoint_bytes
     if world.same(free < needed):
