@@ -229,9 +229,7 @@ def test_a_disk_without_room_is_refused_before_a_directory_is_made(tmp_path, mon
     usage = SimpleNamespace(free=4999)
     monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage)
     directory.check_space(Path("a/b"), 1000, CPU, keep=2)
-    with pytest.raises(
-        UsageError, match=rf"^{tmp_path} has 5e-06 GB free, and 5 checkpoints of this run need"
-    ):
+    with pytest.raises(UsageError, match=rf"^{tmp_path} has 5e-06 GB free, and 5 checkpoints of this run need"):
         directory.check_space(Path("a/b"), 1000, CPU, keep=3)
     for step in (1, 2):
         (tmp_path / "there" / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
