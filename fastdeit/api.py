@@ -14,17 +14,16 @@ import html
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fastdeit.engine.dist import world as join_world
+from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
-from fastdeit.run import overview, threads
+from fastdeit.run import directory, overview, request, threads
 from fastdeit.training import train as train_by
 
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -43,7 +42,7 @@ def train(
     recipe     name of a shipped recipe, path of a YAML file, or a `Recipe`
     overrides  fields that are changed in it
     run_dir    where the run is kept; None: a new directory in runs/ with the date in its name
-    resume     go on from the newest checkpoint in `run_dir`
+    resume     go on from the newest checkpoint in `run_dir`, if there is one
 
     For several processes use the command line. An interrupt (Ctrl-C, a notebook's stop button) saves and raises
     `fastdeit.errors.Interrupted`.
@@ -53,19 +52,16 @@ def train(
     else:
         chosen = recipes.load(os.fspath(recipe), written(overrides))
     recipes.check_complete(chosen)
-    path = _new_directory(chosen.name) if run_dir is None else Path(run_dir).expanduser()
+    path = None if run_dir is None else Path(run_dir).expanduser()
+    if resume and path is None:
+        raise UsageError("resume=True goes on with the run in run_dir; say which")
+    if resume and directory.can_go_on(path):
+        chosen = request.given_again(chosen, directory.recipe_of(path))
     with join_world(chosen.engine.device) as world, world.stop_on_signals():
         chosen = threads.fixed(chosen, world)
         with threads.computing(chosen.engine.threads):
-            train_by(chosen, path, world, resume=resume)
-    return Run(path)
-
-
-def _new_directory(name: str) -> Path:
-    """A path in runs/ that is free; it is made when the run begins."""
-    dated = f"{datetime.now():%Y-%m-%d_%H%M%S}"
-    names = (f"{dated}{'' if number == 1 else f'-{number}'}_{name}" for number in count(1))
-    return next(path for path in map(overview.RUNS.joinpath, names) if not path.exists())
+            summary = train_by(chosen, path, world, resume=resume)
+    return Run(summary["run_dir"])
 
 
 def load(address: str | os.PathLike[str], *, model: str | None = None, num_classes: int | None = None) -> nn.Module:
@@ -79,14 +75,22 @@ def load(address: str | os.PathLike[str], *, model: str | None = None, num_class
     """
     from fastdeit.run.weights import network, open_weights
 
-    return network(open_weights(os.fspath(address)), name=model, num_classes=num_classes)
+    purpose = "teacher" if num_classes is None else "student"
+    return network(open_weights(os.fspath(address)), name=model, num_classes=num_classes, purpose=purpose)
 
 
 def written(overrides: Overrides) -> list[str]:
     """Overrides as the command line has them: section.field=value, a value of Python's as JSON, which is YAML."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
-    return [f"{field}={json.dumps(value)}" for field, value in overrides.items()]
+    return [f"{field}={_as_yaml(field, value)}" for field, value in overrides.items()]
+
+
+def _as_yaml(field: str, value: Any) -> str:
+    try:
+        return json.dumps(value, default=os.fspath)
+    except TypeError as error:
+        raise UsageError(f"{field}: a recipe has no {type(value).__name__} such as {value!r}: {error}") from error
 
 
 class History(list[dict[str, Any]]):
@@ -112,7 +116,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The recipe with every field, as it was trained by."""
-        return recipes.load(str(self.path / overview.RECIPE))
+        return directory.written_recipe(self.path)
 
     @property
     def state(self) -> overview.State:

@@ -79,7 +79,7 @@ def train(
     origin: Origin | None = None,
     student: Path | None = None,
 ) -> dict[str, Any]:
-    """Train by the recipe and return the summary.
+    """Train by the recipe and return the summary, which also says the `run_dir`.
 
     run_dir  the run's directory; None: a new one under runs/
     resume   go on from the newest checkpoint in `run_dir`, if there is one
@@ -104,7 +104,7 @@ def train(
     record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
     if own is not None:
         Parts.of(own, world, True, teacher_recipe(own))
-    directory.check_space(run_dir, parts.saver.size(), world, checkpoints=2 if begins else 1)
+    directory.check_space(run_dir, parts.saver.size(), world, keep=recipe.engine.keep_checkpoints)
 
     with directory.claim(run_dir, recipe.name, world, parts.log.say, resume=resume) as run_dir:
         again = partial(directory.command, student or run_dir, world=world)
@@ -134,7 +134,7 @@ def train(
             parts.log.begin(run_dir, start, record, parts.saver.lineage, facts)
             if origin is not None:
                 parts.saver.save(run_dir, start, record)
-            return run_steps(parts, run_dir, start, record, again)
+            return {"run_dir": str(run_dir), **run_steps(parts, run_dir, start, record, again)}
         finally:
             parts.tuning.close()
             parts.log.close()

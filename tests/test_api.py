@@ -1,14 +1,16 @@
 """fastdeit in Python: a run from start to table, what is refused, and what an import costs."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastdeit
-from fastdeit import api
+from fastdeit import api, cores
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run import threads
 
 SMALL = {
     "data.source": "folder",
@@ -31,7 +33,7 @@ def run(few_digits, tmp_path_factory):
 
 def test_a_run_tells_what_it_was(run):
     assert (run.state, run.recipe.train.epochs, run.recipe.engine.threads) == ("finished", 2, 1)
-    assert run.recipe.data.mean == (0.5, 0.5, 0.5)
+    assert (run.recipe.name, run.recipe.data.mean) == ("digits_teacher", (0.5, 0.5, 0.5))
     assert run.summary["steps"] == 12
     assert run.metrics["top1_class"] == run.history[-1]["top1_class"] == run.summary["top1_class"]
     measured = f"top1_class {run.metrics['top1_class']:.4g}, top5_class {run.metrics['top5_class']:.4g}"
@@ -65,16 +67,29 @@ def test_a_run_goes_on_and_is_not_overwritten(run, few_digits):
 
 
 def test_new_runs_get_directories_of_their_own(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+    """Training makes them, in one step, so that two processes cannot choose the same."""
+    monkeypatch.setattr(api, "train_by", lambda recipe, path, world, resume: {"run_dir": f"where it is, not {path}"})
+    monkeypatch.setattr(api, "Run", str)
+    assert api.train("digits", ["train.epochs=3"]) == "where it is, not None"
+
+
+def test_a_run_that_goes_on_keeps_its_threads(run, monkeypatch):
+    monkeypatch.delenv(threads.VARIABLE, raising=False)
+    monkeypatch.setattr(cores, "available", lambda: 7)
     given = []
     monkeypatch.setattr(
-        api, "train_by", lambda recipe, path, world, resume: (path.mkdir(parents=True), given.append(path))
+        api, "train_by", lambda recipe, path, world, resume: given.append(recipe) or {"run_dir": str(path)}
     )
-    monkeypatch.setattr(api, "Run", Path)
-    for _ in range(3):
-        api.train("digits", ["train.epochs=3"])
-    assert len(set(given)) == 3
-    assert {path.parent for path in given} == {Path("runs")}
+    path = Path(shutil.copytree(run.path, run.path.parent / "copy"))
+    api.train("digits_teacher", {"engine.threads": None}, run_dir=path, resume=True)
+    assert given[0].engine.threads == run.recipe.engine.threads == 1
+
+
+def test_going_on_needs_a_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="goes on with the run in run_dir; say which"):
+        api.train("digits", resume=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -101,8 +116,10 @@ def test_a_run_that_is_not_there(tmp_path):
 
 
 def test_overrides_are_written_as_yaml():
-    given = {"a.b": None, "c.d": (1, 2), "e.f": "x: #y", "g.h": True, "i.j": 1e-3}
-    assert api.written(given) == ["a.b=null", "c.d=[1, 2]", 'e.f="x: #y"', "g.h=true", "i.j=0.001"]
+    given = {"a.b": None, "c.d": (1, 2), "e.f": "x: #y", "g.h": True, "i.j": 1e-3, "k": Path("/l")}
+    assert api.written(given) == ["a.b=null", "c.d=[1, 2]", 'e.f="x: #y"', "g.h=true", "i.j=0.001", 'k="/l"']
+    with pytest.raises(UsageError, match=r"optim\.lr: a recipe has no complex such as 1j"):
+        api.written({"optim.lr": 1j})
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -113,6 +130,7 @@ def test_a_run_gives_its_network_and_evaluates_it(run):
     network = run.model("best")
     assert not network.training
     assert torch.equal(network(images), api.load(f"{run.path}@best")(images))
+    assert api.load(run.path, num_classes=3)(images).shape == (2, 3)
     assert run.evaluate()["top1_class"] == pytest.approx(run.metrics["top1_class"])
     assert run.evaluate({"data.eval_crop_ratio": 0.5}) != run.evaluate()
 

@@ -85,7 +85,7 @@ LAYERS: dict[str, set[str]] = {
         *("data.pixel_ops", "data.plan", "data.sources", "data.loader"),
     },
     "launch": {"errors"},
-    "api": {"engine", "recipe", "run", "training", "verbs"},
+    "api": {"errors", "engine", "recipe", "run", "training", "verbs"},
     "cli": {
         "version",
         "errors",

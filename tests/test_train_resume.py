@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,10 +134,22 @@ def test_settings_of_the_engine_may_change_and_are_kept(recipe_file, stopped, tm
     assert directory.recipe_of(run).engine.log_every == 1
 
 
+def test_the_command_of_a_run_is_given_again_where_it_leaves_numbers_to_the_data(recipe_file, whole, tmp_path, capfd):
+    words = ["train", str(recipe_file), "--resume", "optim.warmup_epochs=null", "--run-dir"]
+    assert cli([*words, "run"]) == 0
+    assert directory.recipe_of(Path("run")).optim.warmup_epochs == 0.1
+    assert cli([*words, "run"]) == 0
+    assert "resumed at step 6 of 6" in capfd.readouterr().out
+    assert cli([*words, str(shutil.copytree(whole, tmp_path / "other"))]) == 2
+    assert "optim.warmup_epochs: the run has 0.0, asked for 0.1" in capfd.readouterr().err
+
+
 REFUSED = {
     "--resume RUN optim.lr=2e-3 train.epochs=3": r"optim.lr: the run has 0.001, asked for 0.002\n.*train.epochs: the "
     r"run has 2, asked for 3\n.* `fastdeit train --from RUN optim.lr=0.002 train.epochs=3`",
     "RECIPE --run-dir RUN --resume train.seed=4": "train.seed: the run has 0, asked for 4",
+    "--resume RUN model.freeze=[rows] optim.lr=2e-3": r"model.freeze: the run has \(\), .*\n.*\n.* `fastdeit train "
+    r"\S+ model.weights=RUN`",
     "RECIPE --resume RUN": "--resume RUN takes the recipe from the run; leave out RECIPE",
     "--resume RUN --run-dir x": "--resume RUN says which run; leave out --run-dir x",
     "--resume RUN --from RUN": "--from begins a new run and --resume goes on with one; give one of the two",
@@ -224,7 +237,7 @@ def test_a_full_disk_is_noticed_before_anything_is_made(recipe_file, tmp_path, m
     usage = SimpleNamespace(free=500)
     monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage)
     assert cli(["train", str(recipe_file)]) == 2
-    assert "has 5e-07 GB free, and 2 checkpoints of this run need" in capfd.readouterr().err
+    assert "has 5e-07 GB free, and 4 checkpoints of this run need" in capfd.readouterr().err
     assert os.listdir(tmp_path) == []
 
 
@@ -306,6 +319,22 @@ def test_a_first_signal_is_answered_and_a_second_one_obeyed(first, capfd):
     assert (
         capfd.readouterr().err == f"fastdeit: {first.name} received; stopping after this step (Ctrl-C again: at once)\n"
     )
+
+
+def test_a_run_beside_the_main_thread_takes_no_signals():
+    failures = []
+
+    def run():
+        try:
+            with World(torch.device("cpu")).stop_on_signals():
+                pass
+        except ValueError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert failures == []
 
 
 def test_a_run_that_is_stopped_at_once_says_how_to_go_on(recipe_file, tmp_path, monkeypatch):

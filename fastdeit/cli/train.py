@@ -31,23 +31,22 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
             from fastdeit.verbs import data as data_verbs
 
             args.overrides += data_verbs.implied(args.recipe, args.overrides, args.data)
+        if args.dry_run:
+            from fastdeit.run import request
+            from fastdeit.verbs import dry_run
+
+            dry_run.show(request.read(args, lambda text: None), args.nproc or 1)
+            return 0
         if "RANK" not in os.environ:
             # Before any worker exists, so that a mistake is reported at once, and once.
             if not of_a_run:
                 from fastdeit.recipe import resolve as recipe
 
-                chosen = recipe.load(args.recipe, args.overrides)
-                if not args.dry_run:
-                    recipe.check_complete(chosen)
-            elif args.dry_run or (args.nproc or 1) > 1:
+                recipe.check_complete(recipe.load(args.recipe, args.overrides))
+            elif (args.nproc or 1) > 1:
                 from fastdeit.run import request
 
-                chosen = request.read(args, lambda text: None).recipe
-            if args.dry_run:
-                from fastdeit.verbs import dry_run
-
-                dry_run.show(chosen, args.nproc or 1)
-                return 0
+                request.read(args, lambda text: None)
         return launch.run(args, argv, _work)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,8 +113,12 @@ class World:
     def stop_on_signals(self) -> Iterator[None]:
         """SIGINT, SIGTERM and SIGUSR1 raise a flag that the loop reads at every step; a second SIGINT acts at once.
 
-        Of several processes their launcher speaks, and it acts.
+        Of several processes their launcher speaks, and it acts. Beside the main thread, where Python takes no signals,
+        nothing is changed.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def request(number: int, frame: FrameType | None) -> None:
             if self._stop and number == signal.SIGINT and self.size == 1:

@@ -23,6 +23,13 @@ class Supervised(Method):
         given = getattr(config, "class_weights", None)  # a subclass may have a Config without them
         # Part of the state: an evaluation has no training images to count.
         self.register_buffer("class_weights", None if given is None else _class_weights(given, context))
+        self._weights_are_known = given is not None and (given != "balanced" or context.class_counts is not None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """torch's own, but for class weights that recipe and data say: those of a fork are not its parent's."""
+        if self._weights_are_known:
+            state_dict[f"{prefix}class_weights"] = self.class_weights
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, batch: Batch) -> Out:
         logits = self.student(batch)

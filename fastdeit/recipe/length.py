@@ -93,6 +93,16 @@ def settled(recipe: "Recipe", found: Length) -> "Recipe":
     return recipe.model_copy(update={"train": train, "optim": optim})
 
 
+def left_open(recipe: "Recipe") -> set[str]:
+    """The fields that `settled` is going to fill in."""
+    train, found = recipe.train, set()
+    if train.epochs is None and train.steps is None:
+        found.add("train.epochs")
+    if recipe.optim.warmup_epochs is None:
+        found.add("optim.warmup_epochs")
+    return found
+
+
 def epochs_for(images: int) -> int:
     """Epochs of fine-tuning on so many training images, by the rule above."""
     shown = next((shown for limit, shown in _SHOWN if images < limit), _SHOWN_AT_MOST)

@@ -226,6 +226,12 @@ def _no_recipe(name: str) -> str:
 def _find(word: str, folder: Path) -> Path:
     """File of the recipe `word`: a path, relative to `folder`, when it looks like one, else a shipped name."""
     word = os.path.expanduser(word)
+    run = folder / word
+    if os.path.isfile(run / "recipe.yaml") and word not in names():
+        raise RecipeError(
+            f"{run} is a run and not a recipe: go on with it by `fastdeit train --resume {run}`, or begin a new run "
+            f"where it stands by `fastdeit train --from {run}`; its recipe is {run / 'recipe.yaml'}"
+        )
     if "/" not in word and not word.endswith((".yaml", ".yml")):
         if word not in names():
             raise RecipeError(_no_recipe(word))

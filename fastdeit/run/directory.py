@@ -84,9 +84,15 @@ def recipe_of(run: Path) -> "Recipe":
     if state is None:
         if not can_go_on(run):
             raise UsageError(f"{run} has no checkpoint to go on from")
-        title = re.match(r"# The recipe (\S+),", (run / RECIPE).read_text())
-        return recipes.load(str(run / RECIPE)).model_copy(update={"name": title[1] if title else run.name})
+        return written_recipe(run)
     return checked_recipe(state["recipe"], run / CHECKPOINTS)
+
+
+def written_recipe(run: Path) -> "Recipe":
+    """The recipe in recipe.yaml of the run, under its own name. Raises RecipeError where it cannot be read."""
+    recipe = recipes.load(str(run / RECIPE))
+    title = re.match(r"# The recipe (\S+),", (run / RECIPE).read_text())
+    return recipe.model_copy(update={"name": title[1] if title else run.name})
 
 
 def checked_recipe(plain: Mapping[str, Any], where: Path) -> "Recipe":
@@ -127,11 +133,13 @@ def set_aside(path: Path) -> Path | None:
     return path.rename(next(name for name in free if not name.exists()))
 
 
-def check_space(run: Path | None, checkpoint_bytes: int, world: World, *, checkpoints: int) -> None:
-    """Raise UsageError, on every process, where the disk has no room for that many checkpoints of a run.
+def check_space(run: Path | None, checkpoint_bytes: int, world: World, *, keep: int) -> None:
+    """Raise UsageError, on every process, where the disk has no room for the checkpoints that a run is going to have.
 
-    `run` need not exist yet; None is a new directory under runs/.
+    These are the newest `keep`, the best, and a new one before the oldest is removed; less those that are there. `run`
+    need not exist yet; None is a new directory under runs/.
     """
+    checkpoints = max(1, keep + 2 - (0 if run is None else len(checkpoint.steps(run / CHECKPOINTS))))
     where = next(path for path in ((run or RUNS).absolute(), *(run or RUNS).absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(where).free, checkpoints * checkpoint_bytes
     if world.same(free < needed):

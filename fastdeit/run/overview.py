@@ -54,8 +54,13 @@ class Overview:
 
     @property
     def epochs(self) -> int | None:
-        """Epochs of the whole run; None where the recipe cannot be read."""
+        """Epochs of the whole run; None where the recipe cannot be read or has `train.steps`."""
         return (self.recipe.get("train") or {}).get("epochs")
+
+    @property
+    def steps(self) -> int | None:
+        """`train.steps`, where that is the length of the run."""
+        return (self.recipe.get("train") or {}).get("steps")
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.length import left_open
 from fastdeit.run import directory, fork
 from fastdeit.run.build import Report
 from fastdeit.run.saver import refuse_other_run
@@ -74,14 +75,21 @@ def _resume(run: Path, args: argparse.Namespace) -> Request:
         )
     before = directory.recipe_of(run)
     if args.named:
-        recipe = recipes.load(args.recipe, args.overrides).model_copy(update={"name": before.name})
-        if recipe.engine.threads is None:  # then the run's are meant, as its results depend on them
-            engine = recipe.engine.model_copy(update={"threads": before.engine.threads})
-            recipe = recipe.model_copy(update={"engine": engine})
+        recipe = given_again(recipes.load(args.recipe, args.overrides), before)
     else:
         recipe = recipes.override(before, args.overrides)
-    refuse_other_run(run, recipes.difference(before, recipe))
+    # What the recipe leaves to the size of the data set is compared when that is known (`Saver.restore`).
+    later = left_open(recipe)
+    refuse_other_run(run, [change for change in recipes.difference(before, recipe) if change[0] not in later])
     return Request(recipe, run, resume=True)
+
+
+def given_again(recipe: "Recipe", before: "Recipe") -> "Recipe":
+    """`recipe`, which is given again to go on with a run by the recipe `before`: with the run's name, and its threads
+    if none are given, as its results depend on them."""
+    threads = recipe.engine.threads or before.engine.threads
+    engine = recipe.engine.model_copy(update={"threads": threads})
+    return recipe.model_copy(update={"name": before.name, "engine": engine})
 
 
 def _fork(args: argparse.Namespace, given: Path | None, say: Report) -> Request:

@@ -150,11 +150,21 @@ def refuse_other_run(
     lines = "\n".join(
         f"  {name}: the run has {_short(old)}, asked for {_short(new)}" for name, old, new in (*fields, *data)
     )
-    fork = directory.command(run, *(as_overrides(fields) or ["section.field=value"]), verb="--from")
+    if any(field in _OF_THE_STATE for field, _, _ in fields):
+        way_out = f"A new run that begins with its weights: `fastdeit train RECIPE model.weights={run}`"
+    else:
+        fork = directory.command(run, *(as_overrides(fields) or ["section.field=value"]), verb="--from")
+        way_out = f"A new run that goes on from its weights and its optimizer: {fork}"
     raise UsageError(
         f"{run} is another run; resume it with its own settings, or start anew with another --run-dir:\n{lines}\n"
-        f"A new run that goes on from its weights and its optimizer: {fork}"
+        f"{way_out}"
     )
+
+
+_OF_THE_STATE = frozenset(
+    {"optim.name"} | {f"model.{name}" for name in ("name", "timm", "image_size", "num_classes", "weights", "freeze")}
+)
+"""Fields that a fork cannot change: they decide which tensors a checkpoint has, and what a run begins with."""
 
 
 def as_overrides(differences: Sequence[tuple[str, Any, Any]]) -> list[str]:

@@ -1,6 +1,7 @@
 """`fastdeit train --dry-run`: what would run, without running it.
 
-What can be checked is: the recipe, the data set, the networks, and how processes share a batch. Nothing is written.
+What can be checked is: the recipe, the data set, the networks, what they begin with, and how processes share a batch.
+Nothing is downloaded, and nothing is written.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastdeit.data.plan import order
+from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import pick_device
 from fastdeit.engine.metrics import check_sinks
 from fastdeit.errors import UsageError
@@ -19,19 +21,23 @@ from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.rows import known_gpu
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import settled
-from fastdeit.run import build
+from fastdeit.run import address, build, directory
+from fastdeit.run.request import Request
 
 if TYPE_CHECKING:
+    from fastdeit.recipe.length import Length
     from fastdeit.recipe.resolve import Recipe
 
 
-def show(recipe: "Recipe", processes: int) -> None:
-    """Print what a run of `recipe` on so many processes would be. Raises the errors of a run that could not begin."""
-    print("\n".join(lines(recipe, processes)))
+def show(asked: Request, processes: int) -> None:
+    """Print what the run that is asked for would be on so many processes. Raises the errors of one that could not
+    begin."""
+    print("\n".join(lines(asked, processes)))
 
 
-def lines(recipe: "Recipe", processes: int) -> Iterator[str]:
+def lines(asked: Request, processes: int) -> Iterator[str]:
     """What `show` prints: facts first, then estimates, which are marked as such, then the resolved recipe."""
+    recipe = asked.recipe
     recipes.check_complete(recipe)
     try:
         order.groups_per_batch(recipe.train.batch_size, recipe.data.group_size, recipe.train.accumulate, processes)
@@ -48,6 +54,8 @@ def lines(recipe: "Recipe", processes: int) -> Iterator[str]:
         raise UsageError(f"model.num_classes is {recipe.model.num_classes}, but the data set has {classes} classes")
     known = recipe.model_copy(update={"model": recipe.model.model_copy(update={"num_classes": classes})})
     subject = replace(report.subject(known, len(training)), held_out=len(held_out))
+    begins = _begins(asked, length)
+    _check_network(known, begins is None)
 
     yield f"recipe    {recipe.name}, method {recipe.method.use}: nothing is trained, this is what would run"
     yield f"device    {processes} process{'es' * (processes > 1)} on {_named(device)}, {recipe.engine.precision}"
@@ -63,8 +71,33 @@ def lines(recipe: "Recipe", processes: int) -> Iterator[str]:
         f"run       {length.epochs:,.6g} epochs of {length.steps_per_epoch:,} steps, {length.total:,} in all, of "
         f"{train.batch_size:,} images{accumulated}; {subject.evaluations:,} evaluations"
     )
+    if begins is not None:
+        yield f"begins    {begins}"
     yield from (f"estimate  {line}" for line in _estimates(known, subject, processes, device))
     yield f"\n# the recipe in full\n{recipes.dump(recipe)}".rstrip("\n")
+
+
+def _begins(asked: Request, length: "Length") -> str | None:
+    """Where a run that does not begin anew begins. Raises UsageError where a fork would have nothing left to train."""
+    if asked.origin is not None:
+        return f"at step {asked.origin.start(length):,}, as a fork of {asked.origin.run} at step {asked.origin.step:,}"
+    if asked.resume and directory.has_checkpoint(asked.run_dir):
+        step = checkpoint.steps(asked.run_dir / directory.CHECKPOINTS)[-1]
+        return f"at step {step:,}: {asked.run_dir} goes on"
+    return None
+
+
+def _check_network(recipe: "Recipe", anew: bool) -> None:
+    """Raise UsageError for parts that the student does not have, and for weights to begin with that are not there."""
+    model = recipe.model
+    if anew and model.weights is not None:
+        try:
+            address.parse(model.weights)
+        except UsageError as error:
+            raise UsageError(f"model.weights: {error}") from error
+    bare = recipe.model_copy(update={"model": model.model_copy(update={"weights": None})})
+    with torch.device("meta"):  # without storage
+        build.model(bare, model.num_classes, lambda text: None)
 
 
 def _named(device: torch.device) -> str:

@@ -29,8 +29,8 @@ def _row(run: Overview) -> tuple[str, ...]:
     return (
         run.path.name,
         str(model.get("timm") or model.get("name") or "?"),
-        f"{run.epoch:.4g} of {run.epochs or '?'}",
-        f"{run.step:,}",
+        f"{run.epoch:.4g} of {run.epochs or '?'}" if run.steps is None else f"{run.epoch:.4g}",
+        f"{run.step:,}" if run.steps is None else f"{run.step:,} of {run.steps:,}",
         _best(run),
         run.state,
         age(run.seconds),

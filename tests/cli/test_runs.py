@@ -5,6 +5,8 @@ import json
 import os
 import shlex
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ from PIL import Image
 
 from fastdeit import cli, models
 from fastdeit.cli import completion
+from fastdeit.errors import UsageError
 from fastdeit.estimate import gpus
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import overview
+from fastdeit.run.fork import Origin
+from fastdeit.run.request import Request
 from fastdeit.verbs import dry_run
 from fastdeit.verbs import models as models_verb
 from fastdeit.verbs import runs as runs_verbs
@@ -56,6 +61,7 @@ def test_a_list_says_how_far_each_run_is(runs, capsys):
     os.utime(runs("b", "train.epochs=7"), (1, 1))
     (runs("c") / "metrics.jsonl").unlink()
     (runs("d") / "recipe.yaml").write_text("{[")
+    runs("f", "train.steps=9")
     (runs("e").parent / "not_a_run").mkdir()
     with open(overview.RUNS / "e" / "lock.json", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -68,6 +74,7 @@ def test_a_list_says_how_far_each_run_is(runs, capsys):
     assert rows.pop("c") == [model, "0", "of", "30", "0", "-", "interrupted", "now"]
     assert rows.pop("d") == ["?", "1.5", "of", "?", "3", "top1_fused", "50", "(last)", "interrupted", "now"]
     assert rows.pop("e")[-2:] == ["running", "now"]
+    assert rows.pop("f")[1:6] == ["1.5", "3", "of", "9", "top1_fused"]
     assert rows == {}
 
 
@@ -165,10 +172,28 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(capsys, tmp_path, monk
 def test_a_dry_run_on_a_known_card_estimates_its_time(monkeypatch):
     monkeypatch.setattr(dry_run, "pick_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    lines = list(dry_run.lines(recipes.load("deit_tiny", [*SYNTHETIC, "train.batch_size=64"]), 1))
+    asked = Request(recipes.load("deit_tiny", [*SYNTHETIC, "train.batch_size=64"]))
+    lines = list(dry_run.lines(asked, 1))
     first, second = (line for line in lines if line.startswith("estimate"))
     assert f" of {gpus.GPUS['H100'].memory / 2**30:,.0f} GiB of a GPU (modelled, not measured)" in first
     assert "hours (speed is " in second
+
+
+def test_a_dry_run_says_where_a_run_begins_that_does_not_begin_anew(tmp_path):
+    recipe = recipes.load("deit_tiny", [*SYNTHETIC, "train.batch_size=64"])
+    state = {"steps_per_epoch": 10}
+    origin = Origin(Path("runs/x"), Path("runs/x/checkpoints/step_00000020"), 20, state, recipe)
+    (tmp_path / "checkpoints" / "step_00000030").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000030" / "manifest.json").touch()
+
+    def begins(**asked):
+        return [line for line in dry_run.lines(Request(recipe, **asked), 1) if line.startswith("begins")]
+
+    assert begins() == begins(run_dir=tmp_path / "new", resume=True) == []
+    assert begins(origin=origin) == ["begins    at step 20, as a fork of runs/x at step 20"]
+    assert begins(run_dir=tmp_path, resume=True) == [f"begins    at step 30: {tmp_path} goes on"]
+    with pytest.raises(UsageError, match="nothing is left to train"):
+        begins(origin=replace(origin, step=3000))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +204,8 @@ def test_a_dry_run_on_a_known_card_estimates_its_time(monkeypatch):
         (["deit_tiny", *SYNTHETIC, "model.num_classes=8"], "model.num_classes is 8, but the data set has 7 classes"),
         (["deit_tiny", *SYNTHETIC, "model.name=deit_tini"], "there is no model 'deit_tini'; did you mean deit_tiny"),
         (["deit_base_384", *SYNTHETIC], "recipe deit_base_384: model.weights: is required, because it goes on from"),
+        (["deit_tiny", *SYNTHETIC, "model.weights=nowhere"], "model.weights: nowhere: there is no nowhere"),
+        (["deit_tiny", *SYNTHETIC, "model.freeze=[blocks.99]"], "model.freeze: 'blocks.99': blocks has no '99'"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(capsys, argv, message):

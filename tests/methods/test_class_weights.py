@@ -76,11 +76,14 @@ def test_balanced_weights_let_all_classes_weigh_the_same():
     torch.testing.assert_close(weights, torch.tensor([1.0, 5.0, 0.5, 1.25]))
 
 
-def test_the_method_uses_its_weights_and_keeps_them_in_its_state():
+def test_the_method_takes_weights_from_a_checkpoint_where_it_knows_none():
     trained = method(class_weights=tuple(WEIGHTS.tolist()))
     out = trained(batch())
     expected = weighted_cross_entropy(out.logits, batch().targets, WEIGHTS, 0.1)
     torch.testing.assert_close(out.loss, expected)
+    other = method(class_weights=(1.0,) * (K - 1) + (7.0,))
+    other.load_state_dict(trained.state_dict())
+    assert other.class_weights[-1] == 7
     evaluated = method(class_weights="balanced")  # has no training images to count
     assert torch.equal(evaluated.class_weights, torch.ones(K))
     evaluated.load_state_dict(trained.state_dict())

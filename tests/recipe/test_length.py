@@ -4,7 +4,7 @@ import pytest
 
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.recipe import resolve as recipes
-from fastdeit.recipe.length import LengthError, epochs_for, length, settled
+from fastdeit.recipe.length import LengthError, epochs_for, left_open, length, settled
 from fastdeit.training import schedule_of
 from tests.recipe_texts import GOOD, refusal
 
@@ -59,11 +59,14 @@ def test_epochs_follow_the_size_of_the_data_set(load, images, epochs):
     written = settled(recipe, found)
     assert (written.train.epochs, written.optim.warmup_epochs) == (epochs, found.warmup_epochs)
     assert length(written, images, max(1, images // 64)) == found
+    assert left_open(recipe) == {"train.epochs", "optim.warmup_epochs"}
+    assert left_open(written) == set()
 
 
 def test_what_is_given_is_not_settled(load):
     recipe = load("train.steps=300")
     assert settled(recipe, length(recipe, 1600, 25)) == recipe
+    assert left_open(recipe) == set()
 
 
 def test_a_length_given_anew_takes_the_place_of_the_other(load):

@@ -320,7 +320,17 @@ def test_files_that_cannot_be_read(tmp_path, write):
         assert refusal(str(locked)) == [f"{locked}: cannot be read: Permission denied"]
 
 
+def test_a_run_is_no_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.yaml").touch()
+    for word in ("mine", "./mine", f"{tmp_path}/mine/"):
+        (message,) = refusal(word)
+        assert "mine is a run and not a recipe: go on with it by `fastdeit train --resume " in message
+
+
 def test_a_name_that_is_no_recipe():
+    assert refusal("x" * 300)[0].startswith("there is no recipe")
     (message,) = refusal("deit_smal")
     assert message.startswith("there is no recipe 'deit_smal'; did you mean deit_small or ")
     (message,) = refusal("zzz")

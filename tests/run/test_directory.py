@@ -226,8 +226,11 @@ def test_a_file_is_set_aside_under_the_next_free_name():
 
 
 def test_a_disk_without_room_is_refused_before_a_directory_is_made(tmp_path, monkeypatch):
-    usage = SimpleNamespace(free=1999)
+    usage = SimpleNamespace(free=4999)
     monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage)
-    directory.check_space(Path("a/b"), 1000, CPU, checkpoints=1)
-    with pytest.raises(UsageError, match=rf"^{tmp_path} has 2e-06 GB free, and 2 checkpoints of this run need"):
-        directory.check_space(Path("a/b"), 1000, CPU, checkpoints=2)
+    directory.check_space(Path("a/b"), 1000, CPU, keep=2)
+    with pytest.raises(UsageError, match=rf"^{tmp_path} has 5e-06 GB free, and 5 checkpoints of this run need"):
+        directory.check_space(Path("a/b"), 1000, CPU, keep=3)
+    for step in (1, 2):
+        (tmp_path / "there" / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    directory.check_space(Path("there"), 1000, CPU, keep=4)

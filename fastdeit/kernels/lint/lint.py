@@ -47,8 +47,8 @@ SHARED_MEMORY = {70: 98_304, 80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448
 Compute Capability": the opt-in maximum of a block)."""
 ARCHS = tuple(SHARED_MEMORY)
 SPILL = 72
-"""Bytes a thread may spill: what is kept for after a loop costs nothing, more is traffic in the loop. The largest of our
-kernels is that of attention in one pass on sm_80."""
+"""Bytes a thread may spill: what is kept for after a loop costs nothing, more is traffic in the loop. The most of our
+kernels is what attention in one pass spills on sm_80."""
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden" / "kernels"
 MIX = (
     *("HMMA", "HGMMA", "UTCHMMA", "FFMA", "FFMA2", "FMUL", "FMUL2", "FADD", "FADD2", "MUFU", "F2F", "F2FP"),
