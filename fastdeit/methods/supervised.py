@@ -1,7 +1,7 @@
 """Training on labels alone: cross-entropy with smoothing and mixed targets, or DeiT III's binary cross-entropy."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
