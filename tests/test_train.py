@@ -129,7 +129,7 @@ def test_run_directory(whole):
         "summary.json",
         "teacher",
     }
-    assert json.loads((run / "summary.json").read_text()) == summary
+    assert {"run_dir": str(run), **json.loads((run / "summary.json").read_text())} == summary
     assert summary["epochs"] == 2
     assert summary["steps"] == TOTAL
     for name in ("top1_fused", "top1_class", "top1_distillation", "teacher_top1", "top1_fused_ema"):

@@ -70,7 +70,7 @@ def test_every_batch_of_a_stream_is_trained_on_and_the_resident_side_repeats_one
 
     side = data.Side("counts", stream)
     monkeypatch.setattr(data_peers, "timm", lambda setting: side)
-    args = cli.VERBS["bench"].parser.parse_args(["train", *TINY.split(), "--rounds", "1"])
+    args = cli.VERBS["bench train"].parser.parse_args([*TINY.split(), "--rounds", "1"])
     device = torch.device("cpu")
     row = train.measure(args, bench.cell(args, device), ["none"], ["timm"], device)
     assert row["work"] == {"fastdeit": data.OURS, "fastdeit_resident": "none", "timm": "counts"}
@@ -90,7 +90,7 @@ def test_every_batch_of_a_stream_is_trained_on_and_the_resident_side_repeats_one
 
 def test_a_measurement_gives_every_worker_its_share(monkeypatch):
     monkeypatch.setattr(data, "TIMED_BATCHES", 16)
-    args = cli.VERBS["bench"].parser.parse_args(["data", "--batch", "4"])
+    args = cli.VERBS["bench data"].parser.parse_args(["--batch", "4"])
     for threads, timed in ((1, 16), (2, 16), (12, 24), (16, 16), (64, 64)):
         args.threads = threads
         with data.opened(args, torch.device("cpu")) as setting:
@@ -105,7 +105,7 @@ def test_a_measurement_gives_every_worker_its_share(monkeypatch):
         ("train model.image_size=64", "model.image_size is set by the benchmark"),
         ("train train.batch_size=8", "train.batch_size is set by the benchmark"),
         ("train data.erase=2", "data.erase"),
-        ("train --peer dali", "--peer dali: bench train has the peers timm, timm_compile"),
+        ("train --peer dali", "invalid choice: 'dali' (choose from"),
         ("train --model convnet_digits", "convnet_digits is no vision transformer"),
         ("train --recipe deit_smal", "did you mean deit_small"),
     ],
@@ -118,7 +118,7 @@ def test_mistakes(argv, message, capsys):
 @pytest.mark.gpu
 def test_every_side_on_a_card(short):
     device = torch.device("cuda", 0)
-    args = cli.VERBS["bench"].parser.parse_args(["train", "--image-size", "32", "--batch", "16", "--rounds", "2"])
+    args = cli.VERBS["bench train"].parser.parse_args(["--image-size", "32", "--batch", "16", "--rounds", "2"])
     row = train.measure(args, bench.cell(args, device), step.CAPTURES, ["timm", "timm_compile"], device)
     ours = {step.name_of(capture) for capture in step.CAPTURES}
     assert row["failed"] == {}

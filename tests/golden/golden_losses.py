@@ -67,7 +67,8 @@ def train(options: dict, optimizer_name: str) -> list[float]:
     from fastdeit.engine.schedule import learning_rate
     from fastdeit.engine.step import Engine
     from fastdeit.methods.base import Context
-    from fastdeit.methods.teacher import Teacher, TeacherConfig
+    from fastdeit.methods.config import TeacherConfig
+    from fastdeit.methods.teacher import Teacher
 
     distill = options["use"] == "distill"
     name = "deit_digits_distilled_patch8_32" if distill else "deit_digits_patch8_32"
