@@ -257,6 +257,7 @@ def fastdeit(*arguments, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
+@pytest.mark.slow
 def test_ctrl_c_then_resume_on_the_command_line(recipe_file, data, whole, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["train", recipe_file, "--data", data, "--run-dir", run, "--resume"]
@@ -386,6 +387,7 @@ def test_weights_that_do_not_fit_are_refused(load, whole, weights):
         build.model(recipe, 10, print)
 
 
+@pytest.mark.slow
 def test_a_timm_model_is_trained_resumed_and_can_teach(load, whole, tmp_path):
     overrides = ["method.use=supervised", "model.timm=vit_tiny_patch16_224", "train.epochs=1", "data.repeats=1"]
     recipe, run = load(*overrides), tmp_path / "run" / "teacher"

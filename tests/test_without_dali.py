@@ -22,6 +22,7 @@ def without_dali(code):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_everything_but_reading_images_works(tmp_path):
     names = "command", "calibrate", "kernels", "peers", "report", "step", "suite"
     arguments = ["train", "digits", "--run-dir", str(tmp_path / "run")]

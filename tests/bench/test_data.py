@@ -45,6 +45,7 @@ def short(monkeypatch):
     monkeypatch.setattr(data, "IMAGES", 8)
 
 
+@pytest.mark.slow
 def test_a_row_has_all_that_is_needed_to_read_it(short, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     flags = f"--peer dali --batch 4 --rounds 2 --threads 1 --device cpu --out {out}"

@@ -37,6 +37,7 @@ def tiny(what="step", model=DISTILLED, **changes):
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_row_of_a_step_has_all_that_is_needed_to_read_it(tmp_path, capsys):
     out = tmp_path / "new" / "rows.jsonl"
     flags = f"--model {DISTILLED} --teacher {TEACHER} --ema --peer timm --peer accelerate"
@@ -66,6 +67,7 @@ def test_a_row_of_a_step_has_all_that_is_needed_to_read_it(tmp_path, capsys):
     assert cells.CPU_NOTE in printed
 
 
+@pytest.mark.slow
 def test_a_row_of_a_forward(capsys):
     argv = ["bench", "forward", *TINY, "--precision", "bf16", "--peer", "all", "--peer", "timm", "--capture", "graph"]
     peers = {name: build for name, build in bench_peers.PEERS.items() if "compile" not in name}

@@ -32,6 +32,7 @@ def short(monkeypatch):
     monkeypatch.setattr(data, "IMAGES", 8)
 
 
+@pytest.mark.slow
 def test_a_row_has_all_that_is_needed_to_read_it(short, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     flags = f"train data.erase=0 {TINY} --ema --peer timm --peer timm_compile_graph --out {out}"

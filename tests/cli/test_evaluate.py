@@ -152,6 +152,7 @@ def judged_by_rank(rank, size, run):
     return [(each.result.metrics, each.details.confusion.tolist()) for each in found]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(run, ranks):
     alone = [(pytest.approx(metrics), confusion) for metrics, confusion in judged_by_rank(0, 1, run)]
     assert ranks(2, judged_by_rank, run) == [alone] * 2

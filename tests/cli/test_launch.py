@@ -172,6 +172,7 @@ def test_workers_do_not_outlive_an_agent_that_breaks(worker, monkeypatch):
     assert not any(map(alive, pids))
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_death_of_a_real_launcher(tmp_path):
     """Ctrl-C goes to a whole process group; SIGKILL gives the launcher no chance to tell its workers."""
     folders = [tmp_path / "interrupt", tmp_path / "kill"]

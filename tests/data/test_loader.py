@@ -186,6 +186,7 @@ def test_errors_of_the_source_reach_the_consumer(memory, varied):
     assert fastdeit_threads() == []
 
 
+@pytest.mark.slow
 def test_a_process_that_exits_in_mid_stream_exits(tmp_path):
     """And ends its threads before DALI's own handler, which aborts the process where one still decodes."""
     code = (

@@ -198,8 +198,10 @@ def test_processes_end_with_their_starter(tmp_path, number):
         pids = {int(re.search(r"(\d+)\)$", starter.stdout.readline())[1]) for _ in range(8)}
         os.killpg(starter.pid, number)  # as Ctrl-C in a terminal does
         _, errors = starter.communicate()
-    assert starter.returncode == -number
-    assert errors.count("Traceback") == (number == signal.SIGINT)
+    # The signal reaches all of them at once: on a busy machine the starter may hear of its processes' end first.
+    expected = {-number, 1} if number == signal.SIGINT else {-number}
+    assert starter.returncode in expected
+    assert ("Traceback" in errors) == (number == signal.SIGINT)
     for pid in pids:
         until(partial(ended, pid))
 

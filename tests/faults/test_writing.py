@@ -42,6 +42,7 @@ def save_for_ever(root, first, out):
         checkpoint.prune(root, keep_last=2)
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_times_costs_nothing_that_was_saved(tmp_path):
     rng = random.Random(0)
     save(tmp_path, 0)

@@ -68,6 +68,7 @@ def test_every_backend_of_ours_has_a_case():
     }
 
 
+@pytest.mark.slow
 def test_the_kernels_of_an_op_are_compiled_and_within_limits():
     """And have the golden instructions, where this version of Triton has any."""
     out = compiling("-m", "fastdeit", "kernels", "lint", "--arch", "90", "--op", "global_norm")

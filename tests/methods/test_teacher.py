@@ -360,6 +360,7 @@ def test_on_a_card(name, dtype):
 # ---- in a method and in a run ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("test_resnet", torch.float32), ("test_vit", torch.bfloat16)])
 def test_a_method_is_compiled_through_its_teacher(name, dtype):
     torch.manual_seed(0)
