@@ -76,12 +76,10 @@ def _one_pass_kernel(
         p2 = tl.exp2(s2 - top[:, None])
         total += tl.sum(p2, 1)
         mixed = dot(p2.to(v.dtype.element_ty), load_tile(v, third, tokens, k_row, WIDTH, BLOCK), mixed)
-    first_row = batch * queries + start
-    store_tile(
-        out + first_row * (HEADS * WIDTH) + head * WIDTH, mixed / total[:, None], row, left, HEADS * WIDTH, WIDTH, BLOCK
-    )
-    at = (batch * HEADS + head) * queries + start + row
-    tl.store(lse + at, (top + tl.log2(total)) / LOG2E, mask=row < left)
+    lse += (tl.program_id(0) // BLOCKS).to(tl.int64) * queries + start
+    tl.store(lse + row, (top + tl.log2(total)) / LOG2E, mask=row < left)
+    out += (batch * queries + start) * (HEADS * WIDTH) + head * WIDTH
+    store_tile(out, mixed / total[:, None], row, left, HEADS * WIDTH, WIDTH, BLOCK)
 
 
 _triton.expect(_one_pass_kernel, products=True)
