@@ -98,6 +98,27 @@ class Verb:
         return args
 
 
+def add_overlays(parser: argparse.ArgumentParser) -> None:
+    """The flag `--as NAME`, which may be repeated."""
+    parser.add_argument(
+        "--as",
+        dest="overlays",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="lay settings that go together over the recipe: public-code (all in which it differs from the public code), "
+        "augreg-none to augreg-strong2, augreg-regularised",
+    )
+
+
+def lay_over(args: argparse.Namespace) -> None:
+    """Put what `--as` stands for before the command's own overrides, which win."""
+    if args.overlays:
+        from fastdeit.recipe import overlays
+
+        args.overrides = [*overlays.overrides(args.overlays, args.overrides), *args.overrides]
+
+
 def is_override(word: str) -> bool:
     """Whether `word` is `section.field=value`. The path `a/b=c` is none, and neither is the address `run@step=5`."""
     field, equals, _ = word.partition("=")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastdeit.cli.parser import Verb, one, positive
+from fastdeit.cli.parser import Verb, add_overlays, lay_over, one, positive
 from fastdeit.errors import UsageError
 
 
@@ -10,6 +10,7 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
     args.recipe = one(args.words, "recipe")
     if args.recipe is None:
         raise UsageError("name a recipe: fastdeit plan RECIPE")
+    lay_over(args)
     from fastdeit.recipe import resolve as recipe
 
     # Before the import of torch, so that a mistake in the recipe is said at once.
@@ -22,7 +23,7 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
 PLAN = Verb(
     "plan",
     "time, memory and cost of a recipe on GPUs that need not be there",
-    "RECIPE [section.field=value ...] [--gpu NAME ...] [--count N ...] [--nodes M] [--price USD ...]\n"
+    "RECIPE [section.field=value ...] [--as NAME ...] [--gpu NAME ...] [--count N ...] [--nodes M] [--price USD ...]\n"
     "       [--sharding ddp|fsdp] [--images N] [--json]",
     _plan,
     examples=[
@@ -32,6 +33,7 @@ PLAN = Verb(
 )
 _add = PLAN.parser.add_argument
 _add("words", nargs="*", metavar="RECIPE", help="name of a recipe or a YAML file, and overrides")
+add_overlays(PLAN.parser)
 _add("--gpu", action="append", metavar="NAME", help="V100, A100, ...; may be repeated (default: V100 to H200)")
 _add("--count", type=positive, action="append", metavar="N", help="GPUs in all; may be repeated (default: 1 and 8)")
 _add("--nodes", type=positive, metavar="M", help="nodes that share them (default: as few as of 8 GPUs)")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastdeit.cli.parser import Verb, one
+from fastdeit.cli.parser import Verb, add_overlays, lay_over, one
 from fastdeit.errors import UsageError
 
 
@@ -21,6 +21,9 @@ def _show(args: argparse.Namespace, argv: list[str]) -> None:
         raise UsageError("name a recipe: fastdeit recipes show NAME")
     if args.overrides and not args.resolved:
         raise UsageError(f"{args.overrides[0]}: overrides need --resolved; without it the file is printed as it is")
+    if args.overlays and not args.resolved:
+        raise UsageError(f"--as {args.overlays[0]} needs --resolved; without it the file is printed as it is")
+    lay_over(args)
     from fastdeit.recipe import resolve as recipe
 
     print(recipe.dump(recipe.load(name, args.overrides)) if args.resolved else recipe.text(name), end="")
@@ -37,7 +40,7 @@ RECIPES = Verb(
 SHOW = Verb(
     "recipes show",
     "print a recipe: its file, or every field with base, defaults and overrides applied",
-    "RECIPE [--resolved [section.field=value ...]]",
+    "RECIPE [--resolved [section.field=value ...] [--as NAME ...]]",
     _show,
     examples=[
         "fastdeit recipes show deit_tiny > mine.yaml  # a recipe of your own to start from",
@@ -47,5 +50,7 @@ SHOW = Verb(
 _add = SHOW.parser.add_argument
 _add("words", nargs="*", metavar="RECIPE", help="name of a recipe or a YAML file, and overrides")
 _add("--resolved", action="store_true", help="every field, with the values that a run would have")
+
+add_overlays(SHOW.parser)
 
 VERBS = {"recipes": RECIPES, "recipes show": SHOW}

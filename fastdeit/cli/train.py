@@ -4,10 +4,11 @@ import argparse
 import os
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, is_override, one, path, positive
+from fastdeit.cli.parser import Verb, add_overlays, is_override, lay_over, one, path, positive
+from fastdeit.errors import UsageError
 
 DEFAULT_RECIPE = "digits"
-IMAGENET_EXAMPLE = "fastdeit train deit_small_distilled --data /path/to/imagenet --nproc 8"
+IMAGENET_EXAMPLE = "fastdeit train deit_base_distilled --data /path/to/imagenet --nproc 8"
 
 
 def _train(args: argparse.Namespace, argv: list[str]) -> int:
@@ -19,6 +20,10 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         args.recipe = args.named or DEFAULT_RECIPE
         by_directory = args.resume == "" and args.run_dir is not None and not args.named
         of_a_run = args.origin is not None or args.resume or by_directory
+        if args.overlays and (of_a_run or args.resume is not None):
+            raise UsageError(
+                f"--as {args.overlays[0]} is for a new run by a recipe; a run that is there, or a fork, has its recipe"
+            )
         if "RANK" not in os.environ:
             if not args.named and not of_a_run:
                 print(
@@ -31,6 +36,9 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
             from fastdeit.verbs import data as data_verbs
 
             args.overrides += data_verbs.implied(args.recipe, args.overrides, args.data)
+        if args.overlays:
+            _say_overlays(args)
+            lay_over(args)
         if args.dry_run:
             from fastdeit.run import request
             from fastdeit.verbs import dry_run
@@ -56,6 +64,16 @@ def _work(args: argparse.Namespace) -> None:
     training.main(args)
 
 
+def _say_overlays(args: argparse.Namespace) -> None:
+    """A line for each field that `--as` changes, once for all processes."""
+    if "RANK" in os.environ:
+        return
+    from fastdeit.recipe import overlays
+
+    for line in overlays.differences(args.recipe, args.overlays, args.overrides):
+        print(line, flush=True)
+
+
 def _read_resume(args: argparse.Namespace) -> None:
     """The word behind `--resume` is a run; if it cannot be one it is what it would be elsewhere: override or recipe."""
     word = args.resume
@@ -72,13 +90,14 @@ def _read_resume(args: argparse.Namespace) -> None:
 TRAIN = Verb(
     "train",
     "train a model by a recipe",
-    "[RECIPE] [section.field=value ...] [--data DIR] [--nproc N] [--run-dir DIR] [--resume [RUN]] [--from RUN]\n"
-    "       [--dry-run]",
+    "[RECIPE] [section.field=value ...] [--as NAME ...] [--data DIR] [--nproc N] [--run-dir DIR]\n"
+    "       [--resume [RUN]] [--from RUN] [--dry-run]",
     _train,
     examples=[
         "fastdeit train  # the quick start: handwritten digits, no data and no GPU needed",
-        "fastdeit train deit_small --data /path/to/imagenet --nproc 8 train.epochs=100",
-        "fastdeit train deit_small --data /path/to/imagenet --nproc 8 --dry-run  # what that would be",
+        "fastdeit train deit_base --data /path/to/imagenet --nproc 8 train.epochs=100",
+        "fastdeit train deit_base --data /path/to/imagenet --nproc 8 --dry-run  # what that would be",
+        "fastdeit train deit_base --data /path/to/imagenet --nproc 8 --as public-code  # every setting as theirs",
         "fastdeit train --resume runs/mine  # go on after an interruption",
         "fastdeit train --from runs/mine@best optim.lr=1e-4  # a new run that begins where that one was best",
     ],
@@ -108,6 +127,7 @@ _add(
     help="begin a new run with the weights and the optimizer of this one: RUN, RUN@best, RUN@step=N or a checkpoint "
     "directory. Overrides may change its recipe",
 )
+add_overlays(TRAIN.parser)
 _add("--dry-run", action="store_true", help="train nothing: say what would run, and check what can be checked")
 
 VERBS = {"train": TRAIN}

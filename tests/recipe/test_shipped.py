@@ -7,18 +7,45 @@ import pytest
 
 from fastdeit import models
 from fastdeit.cli import VERBS
+from fastdeit.data.plan import order
+from fastdeit.recipe import overlays
 from fastdeit.recipe import resolve as recipes
 
 IMAGENET = [name for name in recipes.names() if name.startswith("deit_")]
 PRETRAINING = [name for name in IMAGENET if not name.endswith("_384")]
+DEIT3 = [name for name in recipes.names() if name.startswith("deit3_")]
 DISTILLED = [name for name in recipes.names() if recipes.load(name).method.use == "distill"]
+LOW_RESOLUTION = {
+    name: size
+    for kind, sizes in {"": (192, 192, 154), "_cosub": (192, 192, 154)}.items()
+    for name, size in zip([f"deit3_{size}{kind}" for size in ("base", "large", "huge")], sizes, strict=True)
+} | {"deit3_huge_21k": 126}
+"""Recipes that train below the resolution of their model's name."""
 every = pytest.mark.parametrize("name", recipes.names())
 
 
 def test_what_is_shipped():
-    sizes = [f"deit_{size}{kind}" for size in ("tiny", "small", "base") for kind in ("", "_distilled")]
-    assert recipes.names() == sorted(["digits", "digits_teacher", "deit_base_384", "finetune", *sizes])
-    assert sorted(["digits", *(name for name in sizes if name.endswith("_distilled"))]) == DISTILLED
+    """A family is complete: all sizes have what one of them has."""
+    deit = [f"deit_{size}" for size in ("tiny", "small", "base")]
+    of_deit = ("", "_distilled", "_soft", "_distilled_1000ep")
+    deit3 = {
+        "": ("small", "medium", "base", "large", "huge"),
+        "_cosub": ("small", "medium", "base", "large", "huge"),
+        "_224": ("base", "large", "huge"),  # the others are trained at 224
+        "_384": ("small", "base", "large"),
+        "_21k": ("small", "base", "large", "huge"),
+        "_21k_to_1k": ("small", "base", "large", "huge"),
+    }
+    assert sorted(IMAGENET) == sorted(
+        [*(f"{size}{kind}" for size in deit for kind in of_deit), "deit_base_384", "deit_base_distilled_384"]
+    )
+    assert sorted(DEIT3) == sorted(f"deit3_{size}{kind}" for kind, sizes in deit3.items() for size in sizes)
+    assert set(recipes.names()) - {*IMAGENET, *DEIT3} >= {
+        *("digits", "digits_teacher", "finetune", "vit_small_90"),
+        *(f"vitc_{size}gf" for size in (1, 4, 18, 36)),
+        *(f"augreg_{size}" for size in ("tiny", "small", "base")),
+        *(f"transfer_{data}" for data in ("cifar10", "cifar100", "flowers", "cars", "inat18", "inat19")),
+    }
 
 
 @every
@@ -60,16 +87,20 @@ def test_the_command_runs_this_recipe(name):
     assert (program, verb) == ("fastdeit", "train")
     args = VERBS["train"].parse(words)
     assert args.words == [name]
-    data = recipes.load(name, args.overrides).data
-    assert data.root is not None or data.source == "digits"
+    recipe = recipes.load(name, args.overrides)
+    assert recipe.data.root is not None or recipe.data.source == "digits"
+    recipes.check_complete(recipe)
+    order.groups_per_batch(recipe.train.batch_size, recipe.data.group_size, recipe.train.accumulate, args.nproc or 1)
 
 
 @every
 def test_the_model_exists_and_has_the_heads_its_method_trains(name):
     recipe = recipes.load(name)
     assert recipe.model.name in models.MODELS
-    assert ("distilled" in recipe.model.name) == (recipe.method.use == "distill")
-    assert str(recipe.model.image_size) == recipe.model.name.rpartition("_")[2] or recipe.model.name == "convnet_digits"
+    softly = name.endswith("_soft")  # usual distillation, through the class token
+    assert ("distilled" in recipe.model.name) == (recipe.method.use == "distill" and not softly)
+    resized = recipe.model.name == "convnet_digits" or name in LOW_RESOLUTION
+    assert str(recipe.model.image_size) == recipe.model.name.rpartition("_")[2] or resized
 
 
 def test_teachers_exist():
@@ -94,24 +125,33 @@ def test_a_teacher_sees_what_its_student_sees():
 def test_the_paper_s_settings(name):
     """arXiv:2012.12877, table 9: what the defaults must not drift away from."""
     recipe = recipes.load(name)
-    assert (recipe.train.epochs, recipe.train.batch_size, recipe.data.group_size) == (300, 1024, 64)
+    epochs = 1000 if name.endswith("_1000ep") else 300
+    # The public commands: 4 GPUs of 256 images for Ti and S, 16 of 64 for B.
+    group = 64 if "_base" in name else 256
+    assert (recipe.train.epochs, recipe.train.batch_size, recipe.data.group_size) == (epochs, 1024, group)
     optim, data = recipe.optim, recipe.data
     assert optim.lr == pytest.approx(5e-4 * recipe.train.batch_size / 512)
     assert (optim.weight_decay, optim.warmup_epochs, optim.warmup_lr, optim.min_lr) == (0.05, 5, 1e-6, 1e-5)
     assert (data.mixup, data.cutmix, data.repeats, data.crop_scale) == (0.8, 1.0, 3, (0.08, 1.0))
     assert (recipe.model.drop_path, recipe.method.smoothing, optim.clip_grad) == (0.1, 0.1, None)
-    if recipe.method.use == "distill":
+    if name.endswith("_soft"):
+        assert (recipe.method.distillation, recipe.method.alpha, recipe.method.tau) == ("soft", 0.1, 3.0)
+    elif recipe.method.use == "distill":
         assert (recipe.method.distillation, recipe.method.alpha) == ("hard", 0.5)
 
 
-def test_fine_tuning_at_384():
-    recipe = recipes.load("deit_base_384")
+@pytest.mark.parametrize("name", ["deit_base_384", "deit_base_distilled_384"])
+def test_fine_tuning_at_384(name):
+    recipe = recipes.load(name)
+    assert recipe.data.group_size == 32  # 16 GPUs of 32 images
+    if name == "deit_base_distilled_384":
+        assert recipe.method.teacher.image_size == 384
     assert (recipe.optim.lr, recipe.optim.min_lr, recipe.optim.weight_decay) == (5e-6, 5e-6, 1e-8)
     assert (recipe.train.epochs, recipe.train.batch_size, recipe.model.image_size) == (30, 512, 384)
     assert (recipe.model.weights, recipe.model.drop_path) == (None, 0.0)
 
 
-@pytest.mark.parametrize("name", IMAGENET)
+@pytest.mark.parametrize("name", [*IMAGENET, *DEIT3])
 def test_figures_of_the_paper_are_not_claimed(name):
     assert recipes.load(name).about.top1.startswith("unverified")
 
@@ -135,7 +175,43 @@ def test_digits_are_not_augmented_beyond_crop_and_mixup():
 
 
 def test_sizes_differ_in_the_model_alone():
-    for kind in ("", "_distilled"):
+    for kind in ("", "_distilled", "_soft", "_distilled_1000ep"):
         family = [recipes.load(f"deit_{size}{kind}") for size in ("tiny", "small", "base")]
         for one, other in pairwise(family):
-            assert [field for field, *_ in recipes.difference(one, other)] == ["model.name"]
+            assert {field for field, *_ in recipes.difference(one, other)} <= {"model.name", "data.group_size"}
+
+
+@pytest.mark.parametrize("name", DEIT3)
+def test_deit_iii_s_settings(name):
+    """arXiv:2204.07118, and the commands of the public code."""
+    recipe = recipes.load(name)
+    pretraining = name not in FINE_TUNING
+    assert (recipe.model.drop_path_mode, recipe.data.eval_crop_ratio, recipe.data.erase) == ("constant", 1.0, 0.0)
+    assert recipe.model.needs_weights == (not pretraining)
+    if "_21k" in name:
+        assert (recipe.data.crop, recipe.data.augment, recipe.data.mixup) == ("simple", "three_augment", 0.0)
+        assert (recipe.method.loss, recipe.optim.name, recipe.optim.weight_decay) == ("ce", "lamb", 0.02)
+    elif pretraining:
+        assert (recipe.data.crop, recipe.data.augment) == ("random_resized", "three_augment")
+        assert (recipe.method.loss, recipe.optim.name, recipe.optim.weight_decay) == ("bce", "lamb", 0.05)
+        assert recipe.optim.lr == (4e-3 if name.startswith("deit3_small") else 3e-3)
+        assert (recipe.train.epochs, recipe.train.batch_size, recipe.data.repeats) == (800, 2048, 3)
+        assert recipe.method.use == ("cosub" if name.endswith("_cosub") else "supervised")
+    else:
+        assert (recipe.data.augment, recipe.method.loss) == ("rand-m9-mstd0.5-inc1", "ce")
+        assert (recipe.optim.name, recipe.optim.lr, recipe.optim.weight_decay) == ("adamw", 1e-5, 0.1)
+        assert (recipe.train.epochs, recipe.train.batch_size, recipe.data.repeats) == (20, 512, 1)
+
+
+FINE_TUNING = [name for name in DEIT3 if name.endswith(("_224", "_384", "_to_1k"))]
+
+
+@pytest.mark.parametrize("name", [*IMAGENET, *DEIT3, *(n for n in recipes.names() if n.startswith("transfer_"))])
+def test_the_header_says_how_it_differs_from_the_public_code(name):
+    """Each setting of `--as public-code` by its name, or where it can be read."""
+    header = " ".join(line.lstrip("# ") for line in recipes.text(name).partition("base:")[0].splitlines())
+    header = header.partition("about:")[0]
+    if name == "deit_tiny":
+        assert all(f"{setting.field}:" in header for setting in overlays.OVERLAYS["public-code"].settings)
+    else:
+        assert "as deit_tiny does" in header or "`--as public-code`" in header

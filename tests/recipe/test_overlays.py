@@ -1,0 +1,85 @@
+"""`--as NAME`: settings that go together, laid over a recipe between the recipe and the command's own overrides."""
+
+import pytest
+
+from fastdeit import cli
+from fastdeit.cli import VERBS
+from fastdeit.recipe import overlays
+from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.overlays import OVERLAYS
+
+# Recipes whose fields an overlay is made for.
+FITTING = {name: "augreg_small" if name.startswith("augreg") else "deit_base_distilled" for name in OVERLAYS}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_setting_is_what_the_recipe_then_says(name):
+    """A name or a value that no recipe knows is refused by `load`; a setting that changes nothing is none."""
+    recipe = FITTING[name]
+    loaded = recipes.load(recipe, overlays.overrides([name], []))
+    for setting in OVERLAYS[name].settings:
+        again = recipes.override(loaded, [f"{setting.field}={setting.value}"])
+        assert again == loaded
+
+
+def test_public_code_changes_what_the_header_lists():
+    lines = [*overlays.differences("deit_base_distilled", ["public-code"], [])]
+    assert [line.split(" ")[2] for line in lines] == [
+        setting.field for setting in sorted(OVERLAYS["public-code"].settings, key=lambda one: one.field != "method.fuse")
+    ]
+    assert lines[0].startswith("--as public-code: method.fuse is logit, in the recipe softmax: ")
+
+
+def test_what_the_recipe_has_already_is_no_difference():
+    lines = [*overlays.differences("deit_tiny", ["public-code"], ["optim.schedule=deit-exact"])]
+    assert lines and not any("optim.schedule" in line for line in lines)
+
+
+def test_the_command_s_own_overrides_win():
+    texts = overlays.overrides(["public-code"], ["engine.precision=fp32"])
+    assert not any(text.startswith("engine.precision") for text in texts)
+    assert "optim.schedule=deit-exact" in texts
+
+
+def test_overlays_add_up_or_are_refused():
+    both = overlays.overrides(["augreg-light2", "augreg-regularised"], [])
+    assert both == ["data.augment=augreg-light2", "data.mixup=0.2", "model.drop_path=0.1", "model.dropout=0.1"]
+    assert overlays.overrides(["augreg-light2"] * 2, []) == both[:2]
+    with pytest.raises(recipes.RecipeError, match="--as augreg-none and --as augreg-light2 do not go together"):
+        overlays.overrides(["augreg-light2", "augreg-none"], [])
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(recipes.RecipeError, match="there is no such overlay; did you mean public-code"):
+        overlays.overrides(["public_code"], [])
+    with pytest.raises(recipes.RecipeError, match="there are public-code, augreg-none"):
+        overlays.overrides(["xyz"], [])
+
+
+def test_recipes_show(capsys):
+    assert cli.main(["recipes", "show", "deit_tiny", "--resolved", "--as", "public-code"]) == 0
+    assert "schedule: deit-exact" in capsys.readouterr().out
+    assert cli.main(["recipes", "show", "deit_tiny", "--as", "public-code"]) == 2
+    assert "--as public-code needs --resolved" in capsys.readouterr().err
+
+
+def test_train_says_each_difference(capsys, extended):
+    words = ["train", "deit_base", "--as", "public-code", "data.source=synthetic", "engine.precision=fp32", "--dry-run"]
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "--as public-code: optim.schedule is deit-exact, in the recipe cosine: the rate changes once an epoch" in out
+    assert "engine.precision" not in out.partition("--as")[0] + out[out.rindex("--as public-code") :].partition("\n")[0]
+
+
+@pytest.mark.parametrize("words", [["--resume", "x"], ["--from", "x"]])
+def test_a_run_that_is_there_has_its_recipe(words, capsys):
+    assert cli.main(["train", "--as", "public-code", *words]) == 2
+    assert "--as public-code is for a new run by a recipe" in capsys.readouterr().err
+
+
+def test_the_parsers_know_the_flag():
+    for verb in ("train", "plan", "recipes show"):
+        assert VERBS[verb].parse(["deit_tiny", "--as", "public-code", "--as", "augreg-none"]).overlays == [
+            "public-code",
+            "augreg-none",
+        ]
