@@ -25,7 +25,8 @@ def test_every_setting_is_what_the_recipe_then_says(name):
 def test_public_code_changes_what_the_header_lists():
     lines = [*overlays.differences("deit_base_distilled", ["public-code"], [])]
     assert [line.split(" ")[2] for line in lines] == [
-        setting.field for setting in sorted(OVERLAYS["public-code"].settings, key=lambda one: one.field != "method.fuse")
+        setting.field
+        for setting in sorted(OVERLAYS["public-code"].settings, key=lambda one: one.field != "method.fuse")
     ]
     assert lines[0].startswith("--as public-code: method.fuse is logit, in the recipe softmax: ")
 
