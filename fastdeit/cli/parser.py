@@ -106,8 +106,8 @@ def add_overlays(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="lay settings that go together over the recipe: public-code (all in which it differs from the public code), "
-        "augreg-none to augreg-strong2, augreg-regularised",
+        help="lay settings that go together over the recipe: public-code (all in which it differs from the public "
+        "code), augreg-none to augreg-strong2, augreg-regularised",
     )
 
 

@@ -92,7 +92,6 @@ def differences(recipe: str, names: Sequence[str], given: Sequence[str]) -> Iter
 
 def _overlay(name: str) -> Overlay:
     if name not in OVERLAYS:
-        raise resolve.RecipeError(
-            f"--as {name}: there is no such overlay{did_you_mean(name, OVERLAYS) or '; there are ' + ', '.join(OVERLAYS)}"
-        )
+        there_are = f"; there are {', '.join(OVERLAYS)}"
+        raise resolve.RecipeError(f"--as {name}: there is no such overlay{did_you_mean(name, OVERLAYS) or there_are}")
     return OVERLAYS[name]
