@@ -74,18 +74,19 @@ LAYERS: dict[str, set[str]] = {
         *("errors", "rng", "kernels", "methods", "engine", "recipe", "run"),
         *("data.sources", "data.loader"),
     },
+    "stepping": {"batch", "data.plan", "engine", "recipe", "training"},
     # ---- what the command line calls
     "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "bench": {
         *("errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe", "run"),
-        *("estimate", "data.pixel_ops", "data.plan", "data.sources"),
+        *("estimate", "stepping", "data.pixel_ops", "data.plan", "data.sources"),
     },
     "verbs": {
         *("cores", "errors", "text", "kernels", "batch", "models", "methods", "engine", "recipe", "run", "estimate"),
         *("data.pixel_ops", "data.plan", "data.sources", "data.loader"),
     },
     "launch": {"errors"},
-    "api": {"errors", "engine", "recipe", "run", "training", "verbs"},
+    "api": {"errors", "engine", "recipe", "run", "stepping", "training", "verbs"},
     "cli": {
         "version",
         "errors",
