@@ -29,8 +29,14 @@ class MethodConfig(BaseModel):
     """Base of every `method:` section: frozen, and no key it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    needs_drop_path: ClassVar[bool] = False
+    """Whether the method learns nothing where the model has no stochastic depth: such a recipe is refused."""
+
     use: str
     """Name of the method, or an import path `package.module:Class`."""
+    fuse: Fuse = "softmax"
+    """How the two heads of a distilled model become one answer. softmax: the sum of their softmaxes, as in the DeiT
+    paper; logit: the mean of their logits, as in DeiT's public code; class, distillation: one head alone."""
 
     def views(self) -> Sequence[View]:
         """The views of every sample that the method wants; `batch.images` has them in this order. Asked whenever a
@@ -124,6 +130,8 @@ class SupervisedConfig(LabelConfig):
     does."""
 
     use: str = "supervised"
+    fuse: Fuse = "logit"
+    """How two heads become one answer: by default the mean of their logits, which is what is trained."""
     class_weights: ClassWeights | None = None
     """Weight of each class in the loss: a list in the order of the classes, or balanced: images / (classes * images
     of the class), so that all classes weigh the same; null: each image weighs the same."""
@@ -148,9 +156,30 @@ class DistillConfig(LabelConfig):
     """Temperature of the soft distributions."""
     reduction: Literal["numel", "batchmean"] = "numel"
     """What divides the soft term: batch times classes, as in the public code, or the batch alone."""
-    fuse: Fuse = "softmax"
-    """How two heads become one answer: the sum of their softmaxes, the mean of their logits, or one head alone."""
     teacher: TeacherConfig
+
+
+class CosubConfig(MethodConfig):
+    """Co-training of two submodels: each image goes twice through the model, whose stochastic depth makes two submodels
+    of it, and each learns the label and the other's answer. It doubles the compute of a step, and needs
+    model.drop_path."""
+
+    needs_drop_path: ClassVar[bool] = True
+
+    use: str = "cosub"
+    fuse: Fuse = "logit"
+    """How two heads become one answer: by default the mean of their logits, which is what is trained."""
+    binarise: bool = True
+    """Whether each label of a mixed image counts in full, as in DeiT III; false: by its share of the image."""
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that all classes have in common (label smoothing); it needs binarise: false."""
+
+    @field_validator("smoothing")
+    @classmethod
+    def _smoothing_fits_target(cls, smoothing: float, info: ValidationInfo) -> float:
+        if smoothing > 0 and info.data.get("binarise"):
+            raise ValueError("must be 0 beside binarise true: a smoothed target makes every class positive")
+        return smoothing
 
 
 class Shipped(NamedTuple):
@@ -163,5 +192,6 @@ class Shipped(NamedTuple):
 METHODS = {
     "supervised": Shipped("fastdeit.methods.supervised:Supervised", SupervisedConfig),
     "distill": Shipped("fastdeit.methods.distill:Distill", DistillConfig),
+    "cosub": Shipped("fastdeit.methods.cosub:Cosub", CosubConfig),
 }
 """By the name that a recipe's `method.use` has for it."""

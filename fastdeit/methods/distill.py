@@ -20,7 +20,6 @@ class Distill(Method):
     def __init__(self, model, config: DistillConfig, context: Context) -> None:
         super().__init__(model, config, context)
         self.teacher = context.teacher(config.teacher)
-        self.fuse = config.fuse
 
     def forward(self, batch: Batch) -> Out:
         # First the teacher: what it needs is free again before the student's activations are kept for backward.

@@ -220,12 +220,13 @@ class OptimConfig(Section):
             raise ValueError(f"agc needs an optim.clip_grad below 1, such as 0.01; it is {known}")
         return clip_mode
 
-    @field_validator("min_lr")
+    @field_validator("warmup_lr", "min_lr")
     @classmethod
-    def _below_peak(cls, min_lr: float, info: ValidationInfo) -> float:
-        if min_lr > info.data.get("lr", min_lr):
+    def _below_peak(cls, rate: float, info: ValidationInfo) -> float:
+        unused = info.field_name == "warmup_lr" and info.data.get("warmup_epochs") == 0
+        if not unused and rate > info.data.get("lr", rate):
             raise ValueError(f"must not be above optim.lr ({info.data['lr']:g})")
-        return min_lr
+        return rate
 
 
 class TrainConfig(Section):

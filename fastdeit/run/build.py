@@ -26,7 +26,7 @@ from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
 from fastdeit.fields import Section, size_pair
 from fastdeit.methods.base import Context, Method, Momentum
-from fastdeit.methods.config import TeacherConfig
+from fastdeit.methods.config import MethodConfig, TeacherConfig
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
 from fastdeit.models.freeze import freeze_parts
@@ -129,11 +129,27 @@ def mixing(recipe: "Recipe") -> Mixing:
 
 
 def run_length(recipe: "Recipe", images: int) -> Length:
-    """The length of the recipe's run on so many training images. Raises UsageError where the warm-up does not fit."""
+    """The length of the recipe's run on so many training images.
+
+    Raises UsageError where the warm-up does not fit, and for more copies of an image than there are images.
+    """
+    if recipe.data.repeats > images:
+        raise UsageError(
+            f"recipe {recipe.name}: data.repeats is {recipe.data.repeats}, but there are {images} training images, so "
+            "an epoch would show copies of one image alone; add data.repeats=1"
+        )
     try:
         return length(recipe, images, order.steps_per_epoch(images, recipe.train.batch_size))
     except LengthError as error:
         raise UsageError(f"recipe {recipe.name}: {error}") from error
+
+
+def notes(recipe: "Recipe", images: int) -> list[str]:
+    """What a user should know of a run on so many training images, though it can be done."""
+    batch = recipe.train.batch_size
+    if batch <= images:
+        return []
+    return [f"train.batch_size {batch} is more than the {images} training images: a batch has some of them repeatedly"]
 
 
 def train_loader(
@@ -271,6 +287,7 @@ def method(
     Raises UsageError if the method cannot be built, and if it keeps an averaged teacher where the engine does not find
     it, such as in a list.
     """
+    _check_fuse(recipe.method, student)
     kind = methods.find(recipe.method.use)
     averaged: list[EmaTeacher] = []
 
@@ -292,6 +309,16 @@ def method(
             "move it"
         )
     return made
+
+
+def _check_fuse(config: MethodConfig, student: nn.Module) -> None:
+    """Refuse a fusion that was asked for where there is nothing to fuse; every method has a default of its own."""
+    default = type(config).model_fields["fuse"].default
+    if config.fuse != default and len(student.head_names) < 2:
+        raise UsageError(
+            f"method.fuse {config.fuse}: {type(student).__name__} has one head, and there is nothing to fuse; train a "
+            f"distilled model, or leave method.fuse at {default}"
+        )
 
 
 def class_counts(source: Source) -> list[int]:

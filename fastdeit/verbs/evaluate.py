@@ -98,7 +98,7 @@ def _judge(
     evaluators: dict[str, Evaluator] = dict(method.evaluators())
     for name, evaluator in evaluators.items():
         if isinstance(evaluator, Classify) and method.answers_with_logits:
-            evaluators[name] = details = Classification(method.model, method.fuse, confusion=confusion)
+            evaluators[name] = details = Classification(method.model, method.config.fuse, confusion=confusion)
     loader = build.eval_loader(recipe, source, world, method.noise(), unreadable)
     result = evaluate(method, evaluators, loader, training, world, recipe.engine.precision)
     return Found(weights.averaged, result, details)

@@ -153,7 +153,8 @@ def test_defaults_of_optimizers_survive_a_dump(write, name, expected):
 def test_another_method_takes_nothing_from_the_base(write):
     write(DISTILL, "parent.yaml")
     other = recipes.load(write("base: ./parent.yaml\nmethod: {use: supervised}\n", "child.yaml"))
-    assert other.method.model_dump() == {"use": "supervised", "loss": "ce", "smoothing": 0.1, "class_weights": None}
+    own = {"use": "supervised", "fuse": "logit", "loss": "ce", "smoothing": 0.1, "class_weights": None}
+    assert other.method.model_dump() == own
     same = recipes.load(write("base: ./parent.yaml\nmethod: {use: distill, alpha: 0.1}\n", "child.yaml"))
     assert (same.method.alpha, same.method.tau, same.method.teacher.timm) == (0.1, 2.0, "resnet18")
 
@@ -256,7 +257,11 @@ BAD_OVERRIDES = {
 }
 # The value given here is fine, it is another field that no longer fits: that one is named, at its own line.
 ELSEWHERE = {
-    "train.epochs=5": (11, "optim.warmup_epochs: must be less than train.epochs (5), got 5.0"),
+    "train.epochs=5": (
+        11,
+        "optim.warmup_epochs: must be less than train.epochs (5), got 5.0; add optim.warmup_epochs=0.25, or null, for a "
+        "twentieth of the run",
+    ),
     "data.group_size=48": (15, "train.batch_size: must be a multiple of data.group_size (48), got 64"),
 }
 
@@ -338,7 +343,7 @@ def test_a_dump_loads_as_an_equal_recipe(tmp_path, name, lr, scale, betas, seed)
     values = recipes.load("digits").model_dump(mode="json")
     values["model"] |= {"name": None, "timm": name}
     values["about"]["summary"] = name
-    values["optim"] |= {"lr": lr, "min_lr": 0.0, "betas": betas}
+    values["optim"] |= {"lr": lr, "warmup_lr": 0.0, "min_lr": 0.0, "betas": betas}
     values["data"]["crop_scale"] = scale
     values["train"]["seed"] = seed
     recipe = Recipe.model_validate(values)
