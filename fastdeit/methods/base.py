@@ -14,7 +14,7 @@ from fastdeit.methods.config import Fuse, MethodConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
 
 if TYPE_CHECKING:
-    from fastdeit.methods.teacher import Teacher
+    from fastdeit.methods.teacher import Ensemble, Teacher
 
 Momentum = float | Callable[[Step], Tensor]
 
@@ -83,7 +83,7 @@ class Method(nn.Module):
 
     Config: ClassVar[type[MethodConfig]]
     """The recipe's `method:` section, which also lists the views of every sample (`MethodConfig.views`)."""
-    teacher: "Teacher | None" = None
+    teacher: "Teacher | Ensemble | None" = None
 
     def __init__(self, model: nn.Module, config: MethodConfig, context: Context) -> None:
         super().__init__()

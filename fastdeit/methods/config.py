@@ -8,18 +8,23 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationInfo,
+    WithJsonSchema,
+    WrapSerializer,
     field_validator,
     model_validator,
 )
 
-from fastdeit.fields import PathText
+from fastdeit.fields import ImageSize, PathText
 from fastdeit.views import View
 
 Fuse = Literal["softmax", "logit", "class", "distillation"]
@@ -31,6 +36,8 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     needs_drop_path: ClassVar[bool] = False
     """Whether the method learns nothing where the model has no stochastic depth: such a recipe is refused."""
+    passes: ClassVar[int] = 1
+    """How often each image goes through the student in a step, which `fastdeit plan` reckons with."""
 
     use: str
     """Name of the method, or an import path `package.module:Class`."""
@@ -42,6 +49,13 @@ class MethodConfig(BaseModel):
         """The views of every sample that the method wants; `batch.images` has them in this order. Asked whenever a
         recipe is validated, without a model."""
         return (View(),)
+
+    def teachers(self) -> tuple["TeacherConfig", ...]:
+        """The teachers that the field `teacher` names, in order; none where there is no such field."""
+        given = getattr(self, "teacher", None)
+        if given is None:
+            return ()
+        return given if isinstance(given, tuple) else (given,)
 
 
 class LabelConfig(MethodConfig):
@@ -81,8 +95,9 @@ class TeacherConfig(BaseModel):
     """Address of its weights, as that of model.weights. A run and timm:NAME also tell which network it is."""
     weights_grid: tuple[PositiveInt, PositiveInt] | None = None
     """[height, width] in patches of the positional embedding of `weights`, as model.weights_grid."""
-    image_size: int | None = None
-    """Resolution in pixels (a square); null is the one it was trained at for a run, else the student's."""
+    image_size: ImageSize | None = None
+    """Resolution in pixels: the side of a square, or [height, width]; null is the one it was trained at for a run, else
+    the student's. Positions of a transformer are interpolated to it."""
     mean: tuple[float, float, float] | None = None
     """Mean of the normalisation; null is as for `std`."""
     std: tuple[float, float, float] | None = None
@@ -114,6 +129,33 @@ class FeatureTeacherConfig(TeacherConfig):
     """A teacher that the method asks for tokens and q/k/v alone: its head, if it has one, may be of any classes."""
 
     classifies: ClassVar[bool] = False
+
+
+def _as_tuple(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list | tuple) else (given,)
+
+
+def _different(teachers: tuple[TeacherConfig, ...]) -> tuple[TeacherConfig, ...]:
+    if not teachers:
+        raise ValueError("names no teacher")
+    if len(set(teachers)) < len(teachers):
+        raise ValueError("names the same teacher twice")
+    return teachers
+
+
+def _as_written(teachers: tuple[TeacherConfig, ...], dump: SerializerFunctionWrapHandler) -> Any:
+    dumped = dump(teachers)
+    return dumped[0] if len(dumped) == 1 else dumped
+
+
+Teachers = Annotated[
+    tuple[TeacherConfig, ...],
+    BeforeValidator(_as_tuple),
+    AfterValidator(_different),
+    WrapSerializer(_as_written),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "array", "items": {"type": "object"}}]}),
+]
+"""One teacher or a list of several; a recipe has the fields of one where others have the list."""
 
 
 # ---- the methods that fastdeit brings --------------------------------------------------------------------------------
@@ -156,7 +198,8 @@ class DistillConfig(LabelConfig):
     """Temperature of the soft distributions."""
     reduction: Literal["numel", "batchmean"] = "numel"
     """What divides the soft term: batch times classes, as in the public code, or the batch alone."""
-    teacher: TeacherConfig
+    teacher: Teachers
+    """Where the teacher comes from. A list names several, whose probabilities are averaged (docs/distillation.md)."""
 
 
 class CosubConfig(MethodConfig):
@@ -165,6 +208,7 @@ class CosubConfig(MethodConfig):
     model.drop_path."""
 
     needs_drop_path: ClassVar[bool] = True
+    passes: ClassVar[int] = 2
 
     use: str = "cosub"
     fuse: Fuse = "logit"

@@ -434,8 +434,8 @@ def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
     if method and model and method.needs_drop_path and model.drop_path == 0:
         yield (
             ("model", "drop_path"),
-            f"must be above 0 for method {method.use}, which learns from the submodels that stochastic depth makes; add "
-            "model.drop_path=0.1",
+            f"must be above 0 for method {method.use}, which learns from the submodels that stochastic depth makes; "
+            "add model.drop_path=0.1",
         )
     if train and model and train.epochs is None and train.steps is None and model.weights is None:
         yield (

@@ -24,7 +24,7 @@ from fastdeit.engine.dist import World
 from fastdeit.engine.ema import EmaTeacher
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
-from fastdeit.fields import Section, size_pair
+from fastdeit.fields import ImageSize, Section, size_pair
 from fastdeit.methods.base import Context, Method, Momentum
 from fastdeit.methods.config import MethodConfig, TeacherConfig
 from fastdeit.methods.frozen import freeze
@@ -341,7 +341,7 @@ def teacher(
     config: TeacherConfig,
     size: tuple[int, int],
     num_classes: int,
-    trained: Path,
+    trained: Path | None,
     precision: str = "fp32",
     *,
     classes: Sequence[str] | None = None,
@@ -350,11 +350,12 @@ def teacher(
     """The teacher that `config` describes, ready to be asked in `precision` (of the recipe's engine).
 
     size     (height, width) in pixels of the student's input
-    trained  the run of a teacher that has a recipe of its own
+    trained  the run of a teacher that has a recipe of its own, else None
     classes  names of the data's classes in the order of their labels, compared with those of the teacher's weights
 
-    A teacher that is a run sees its own size and normalisation, whatever the student's are. Raises UsageError where its
-    weights do not fit, have anything left over, or are of other classes.
+    A teacher that is a run sees the size and normalisation that it was trained with, unless `config` says otherwise,
+    whatever the student's are. Raises UsageError where its weights do not fit, have anything left over, or are of other
+    classes.
     """
     name = config.model if config.timm is None else f"timm:{config.timm}"
     address = config.weights or (str(trained) if config.recipe is not None else name)
@@ -379,6 +380,10 @@ def teacher(
             purpose="teacher" if config.classifies else "features",
             say=told.append,
         )
+        if size_pair(side or size, "method.teacher.image_size") != size:
+            told.append(
+                f"{found.origin}: sees {_pixels(side)}, the student {_pixels(size)} (method.teacher.image_size)"
+            )
     for note in told if say is not None else ():
         say(f"teacher: {note}")
     mean, std = (config.mean, config.std) if config.mean is not None else (known.mean, known.std)
@@ -386,3 +391,8 @@ def teacher(
         mean, std = built.mean, built.std
     frozen = freeze(built, size_pair(side or size, "method.teacher.image_size"), DTYPES[precision])
     return Teacher(frozen, image_size=side, mean=mean, std=std)
+
+
+def _pixels(size: ImageSize) -> str:
+    height, width = size_pair(size, "image_size")
+    return f"{height}x{width} pixels"
