@@ -195,7 +195,8 @@ class OptimConfig(Section):
     ratio of the norms of gradient and weights of each unit, such as a row of a matrix; 0.01 is usual, and the heads are
     not clipped."""
     schedule: Literal["cosine", "deit-exact"] = "cosine"
-    """cosine: per step, after a linear warm-up; deit-exact: the public code's, per epoch and one epoch late."""
+    """cosine: per step, begun anew after a linear warm-up; deit-exact: the public code's, per epoch and one epoch late,
+    into which the warm-up cuts. Over 300 epochs with 5 of warm-up, the rates of cosine add up to 1.7 % more."""
     warmup_epochs: NonNegative | None = 5.0
     """Epochs in which the learning rate rises from `warmup_lr` to `lr`; fractions are allowed; null: a twentieth of the
     run."""
