@@ -257,3 +257,15 @@ def test_a_plan_reckons_with_every_teacher(two):
     mixed = subject(recipes.override(two, ["method.teacher=[{timm: test_vit, image_size: 32}, timm:test_resnet]"]))
     assert [each.name for each in mixed.teachers] == ["test_vit", "test_resnet"]
     assert mixed.teacher_runs == ()
+
+
+def test_a_dry_run_lists_every_teacher(two, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(recipes.dump(two))
+    words = ["method.teacher=[timm:test_resnet, {recipe: first.yaml}]".replace("first", f"{tmp_path}/first")]
+    (tmp_path / "first.yaml").write_text(TINY + "method: {use: supervised}\n" + DATA)
+    assert cli(["train", str(tmp_path / "r.yaml"), *words, "data.repeats=1", "train.batch_size=32", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    teachers = [line.split()[1].rstrip(":,") for line in lines if line.startswith("teacher ")]
+    assert teachers == ["test_resnet", "tests.small_runs:Tiny"]
+    assert "trained first: 2 steps of first" in next(line for line in lines if "Tiny" in line and "teacher" in line)
+    assert any(line.startswith("note      train.batch_size 32 is more than the 16 training images") for line in lines)
