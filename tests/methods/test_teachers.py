@@ -12,7 +12,7 @@ from torch import nn
 from fastdeit import methods, models
 from fastdeit.cli import main as cli
 from fastdeit.engine.dist import World
-from fastdeit.errors import Interrupted
+from fastdeit.errors import Interrupted, UsageError
 from fastdeit.estimate.report import subject
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.teacher import Ensemble, Teacher
@@ -168,6 +168,15 @@ def test_a_teacher_answers_at_the_students_resolution(make, tmp_path):
     with torch.no_grad():
         expected = enlarged(name, copy.deepcopy(network), (96, 96)).eval()(x)
     torch.testing.assert_close(teacher.logits(x), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [vit_of_ours, vit_of_timm])
+def test_a_size_that_is_no_grid_of_the_teachers_patches_is_refused_before_it_is_run(make, tmp_path):
+    kind, name, network = make()
+    save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, tmp_path / "w.safetensors")
+    config = TeacherConfig(**{kind: name}, weights=str(tmp_path / "w.safetensors"))
+    with pytest.raises(UsageError, match=r"^method\.teacher\.weights: .*36x36 is not a multiple of"):
+        build.teacher(config, (36, 36), K, None)
 
 
 DATA = """\
