@@ -11,6 +11,8 @@ from fastdeit import methods, models
 from fastdeit.cli import main as cli
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted
+from fastdeit.estimate.gpus import GPUS
+from fastdeit.estimate.report import Machine, report
 from fastdeit.recipe import resolve as recipes
 from fastdeit.training import train
 from tests.recipe_texts import GOOD, refusal
@@ -153,6 +155,16 @@ def test_a_recipe_without_drop_path_is_refused(write):
 def test_what_it_would_have_to_ignore_is_refused(write, words, problem):
     (message,) = refusal(write(COSUB), ["model.drop_path=0.1", *words])
     assert problem in message
+
+
+def test_a_plan_reckons_with_two_passes(write):
+    machine = Machine(GPUS["A100"], 1, 1)
+    words = ["model.drop_path=0.1", "model.image_size=224", "train.batch_size=512"]
+    one, two = (report(recipes.load(write(text), words), [machine])["plans"][0] for text in (GOOD, COSUB))
+    assert two["batch_per_gpu"] == one["batch_per_gpu"] == 512
+    assert two["memory"]["parts"]["logits"] == 2 * one["memory"]["parts"]["logits"]
+    assert 0.4 * one["largest_batch"] < two["largest_batch"] < 0.6 * one["largest_batch"]
+    assert 1.8 < two["step"]["seconds"] / one["step"]["seconds"] < 2.1
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
