@@ -3,6 +3,9 @@
 hard  L = (1 - alpha) * base(class, y) + alpha * CE(distillation, argmax teacher)
 soft  L = (1 - alpha) * base(class, y) + alpha * tau**2 * KL(softmax(teacher / tau) || softmax(distillation / tau))
 
+Several teachers answer with the mean p of their softmaxes: `argmax teacher` is argmax p, and the logits `teacher` are
+log p.
+
 The soft term is divided by B*K ("numel", the public code: a thousandth of the other on ImageNet) or by B ("batchmean").
 """
 
@@ -10,6 +13,7 @@ from fastdeit import kernels
 from fastdeit.batch import Batch
 from fastdeit.methods.base import Context, Method, Out
 from fastdeit.methods.config import DistillConfig
+from fastdeit.methods.teacher import Ensemble
 
 
 class Distill(Method):
@@ -19,8 +23,8 @@ class Distill(Method):
 
     def __init__(self, model, config: DistillConfig, context: Context) -> None:
         super().__init__(model, config, context)
-        self.teacher = context.teacher(config.teacher)
-        self.fuse = config.fuse
+        teachers = [context.teacher(each) for each in config.teacher]
+        self.teacher = teachers[0] if len(teachers) == 1 else Ensemble(teachers)
 
     def forward(self, batch: Batch) -> Out:
         # First the teacher: what it needs is free again before the student's activations are kept for backward.

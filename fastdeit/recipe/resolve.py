@@ -431,6 +431,12 @@ def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
                 ("train", "accumulate"),
                 f"must divide train.batch_size / data.group_size ({groups} groups), got {train.accumulate}",
             )
+    if method and model and method.needs_drop_path and model.drop_path == 0:
+        yield (
+            ("model", "drop_path"),
+            f"must be above 0 for method {method.use}, which learns from the submodels that stochastic depth makes; "
+            "add model.drop_path=0.1",
+        )
     if train and model and train.epochs is None and train.steps is None and model.weights is None:
         yield (
             ("train", "epochs"),
@@ -440,7 +446,8 @@ def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
     if optim and train and None not in (train.epochs, optim.warmup_epochs) and optim.warmup_epochs >= train.epochs:
         yield (
             ("optim", "warmup_epochs"),
-            f"must be less than train.epochs ({train.epochs}), got {format_value(optim.warmup_epochs)}",
+            f"must be less than train.epochs ({train.epochs}), got {format_value(optim.warmup_epochs)}; add "
+            f"optim.warmup_epochs={train.epochs / 20:g}, or null, for a twentieth of the run",
         )
 
 

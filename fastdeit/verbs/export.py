@@ -130,7 +130,7 @@ def _job(weights: Weights, recipe: Recipe, model: str | None, fuse: str | None) 
     if fuse is not None and len(made.head_names) < 2:
         raise UsageError(f"--fuse {fuse}: {weights.origin} has one head, and there is nothing to fuse")
     if fuse is None:
-        fuse = getattr(recipe.method, "fuse", "softmax")
+        fuse = recipe.method.fuse
     return Job(made, known, None if fuse == "none" else fuse)
 
 

@@ -111,7 +111,7 @@ def test_a_home_folder_in_a_recipe_and_in_an_override(monkeypatch, tmp_path):
     assert (loaded.data.root, loaded.model.weights) == (f"{tmp_path}/images", f"{tmp_path}/run@best")
     assert recipes.load("deit_tiny", ["data.root=~/x"]).data.root == f"{tmp_path}/x"
     teacher = ["method.teacher.timm=regnety_160", "method.teacher.weights=~/t.pth"]
-    assert recipes.load("deit_tiny_distilled", teacher).method.teacher.weights == f"{tmp_path}/t.pth"
+    assert recipes.load("deit_tiny_distilled", teacher).method.teacher[0].weights == f"{tmp_path}/t.pth"
 
 
 def test_a_home_folder_in_the_cache(monkeypatch, tmp_path):

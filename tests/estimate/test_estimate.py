@@ -321,7 +321,7 @@ def test_sharding_divides_what_belongs_to_parameters():
 @pytest.mark.parametrize("network", [BASE, CONVNET], ids=["vit", "convnet"])
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_the_largest_batch_fits_and_the_next_does_not(network, sharding):
-    options = {"world": 8, "sharding": sharding, "teacher": CONVNET}
+    options = {"world": 8, "sharding": sharding, "teachers": [CONVNET]}
     largest = estimate.largest_batch(network, Work(1), EAGER, GPUS["A100"], 64, **options)
     sizes = [
         estimate.total(estimate.memory(network, Work(batch), EAGER, **options)) for batch in (largest, largest + 64)
@@ -337,10 +337,12 @@ def test_nothing_fits_into_too_little():
 
 def test_a_teacher_takes_memory():
     without, with_it = (
-        estimate.memory(BASE, Work(64), FUSED, world=1, sharding="ddp", teacher=teacher) for teacher in (None, BASE)
+        estimate.memory(BASE, Work(64), FUSED, world=1, sharding="ddp", teachers=teachers) for teachers in ((), (BASE,))
     )
     assert without["teacher"] == 0
     assert with_it["teacher"] > 4 * BASE.parameters
+    two = estimate.memory(BASE, Work(64), FUSED, world=1, sharding="ddp", teachers=(BASE, BASE))
+    assert two["teacher"] - with_it["teacher"] == 4 * BASE.parameters
 
 
 # ---- communication ---------------------------------------------------------------------------------------------------
