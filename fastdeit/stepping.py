@@ -18,8 +18,10 @@ from fastdeit.batch import Batch, Labels, Step
 from fastdeit.data.plan import plan
 from fastdeit.engine.dist import World, pick_device
 from fastdeit.engine.schedule import learning_rate
+from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
+from fastdeit.run import teachers
 from fastdeit.training import Parts, schedule_of, seed_torch
 
 
@@ -35,6 +37,11 @@ class Stepper:
     """
 
     def __init__(self, recipe: Recipe, *, steps: int) -> None:
+        if teachers.to_train(recipe):
+            raise UsageError(
+                f"recipe {recipe.name}: its teacher has a recipe of its own and would have to be trained first, which "
+                "a stepper does not do; train it, and give method.teacher=RUN"
+            )
         epochs = recipe.train.epochs or 1
         if steps % epochs:
             raise ValueError(f"steps is {steps}, but must be a multiple of train.epochs ({epochs})")
@@ -50,7 +57,7 @@ class Stepper:
                 *([] if recipe.train.epochs else ["train.epochs=1", "train.steps=null"]),
             ],
         )
-        self._parts = Parts.of(self.recipe, World(pick_device(recipe.engine.device)), True, None)
+        self._parts = Parts.of(self.recipe, World(pick_device(recipe.engine.device)), True, {})
         self._rates = schedule_of(self._parts.recipe, self._parts.length)
         self.number = 0
         self.method.train()

@@ -9,6 +9,7 @@ import fastdeit
 from fastdeit.batch import Batch, Labels, Step
 from fastdeit.engine.dist import World
 from fastdeit.engine.schedule import learning_rate
+from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.stepping import Stepper
 from fastdeit.training import Parts, schedule_of, seed_torch
@@ -28,7 +29,7 @@ def settings():
 
 def test_the_steps_of_a_run_s_own_batches(settings):
     """Losses, weights and averages, bit for bit, with mixing, erasing, drop-path and accumulation."""
-    parts = Parts.of(settings, World(torch.device("cpu")), True, None)
+    parts = Parts.of(settings, World(torch.device("cpu")), True, {})
     parts.method.train()
     steps = fastdeit.stepper(settings, steps=4)
     rates = schedule_of(parts.recipe, parts.length)
@@ -54,6 +55,11 @@ def test_begins_with_given_weights(settings):
     for state in (dict(steps.model.named_parameters()), steps.average):
         assert state
         assert all((tensor == 0.25).all() for tensor in state.values())
+
+
+def test_a_teacher_is_not_trained():
+    with pytest.raises(UsageError, match=r"its teacher has a recipe of its own .* give method.teacher=RUN"):
+        fastdeit.stepper("digits", steps=30)
 
 
 def test_other_numbers_are_refused(settings):

@@ -57,6 +57,9 @@ CASES = {
     "soft": Case(_DISTILLED, (*_TAUGHT, "method.distillation=soft"), "soft"),
     "hard": Case(_DISTILLED, (*_TAUGHT, "method.distillation=hard"), "hard"),
     "bce_lamb": Case("deit_tiny_patch16_224", ("method.loss=bce", "method.smoothing=0.0", *_LAMB), "bce"),
+    "cosub": Case(
+        "deit_tiny_patch16_224", ("method.use=cosub", "method.smoothing=0.0", "model.drop_path=0.2", *_LAMB), "cosub"
+    ),
     "accumulate": Case("deit_tiny_patch16_224", ("train.accumulate=2",), "supervised"),
     "clip": Case("deit_tiny_patch16_224", ("optim.clip_grad=1.0",), "supervised"),
     "finetune": Case("deit_tiny_patch16_224", _FINE_TUNING, "supervised", start=64),
@@ -107,7 +110,7 @@ def compare(name: str, *, steps: int, batch: int, image_size: int) -> dict[str, 
         for images, labels in _batches(steps, batch, size):
             noise, number = ours.noise(), ours.number
             mine.append(ours.step(images, labels, noise)["loss"])
-            theirs.append(peer.step(number, images, labels, noise.get("drop_path")))
+            theirs.append(peer.step(number, images, labels, [*noise.values()]))
     return {
         "what": "parity",
         "peer": "timm",

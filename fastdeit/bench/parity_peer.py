@@ -5,7 +5,7 @@ section 4; the soft term is divided by batch times classes, as in the public cod
 arXiv:2212.04884), and drop-path by given uniforms, so that both sides drop the same samples.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -103,18 +103,18 @@ class Peer:
                 setattr(block, name, GivenDropPath(rate))
                 yield getattr(block, name)
 
-    def step(self, number: int, images: Tensor, labels: Any, noise: Tensor | None) -> float:
+    def step(self, number: int, images: Tensor, labels: Any, noise: Sequence[Tensor]) -> float:
         """Update number `number` (from 0) on images `[B, 3, H, W]`; returns the loss.
 
         labels  (y1, y2, lam) of the mixed samples
-        noise   uniforms `[B, two a block]`, for cosub `[B, twice two a block]`
+        noise   uniforms `[B, two a block]` of each forward: none without drop-path, one, and for cosub two
         """
         self._schedule.step_update(num_updates=number)
         total, parts = 0.0, self.settings.accumulate
         size = len(images) // parts
         for part in range(parts):
             rows = slice(part * size, (part + 1) * size)
-            chosen = Rows(images[rows], *(label[rows] for label in labels), None if noise is None else noise[rows])
+            chosen = Rows(images[rows], *(label[rows] for label in labels), [columns[rows] for columns in noise])
             loss = self._loss(self, chosen) / parts
             loss.backward()
             total += loss.item()
@@ -125,12 +125,12 @@ class Peer:
         self.average.update(self.model)
         return total
 
-    def logits(self, images: Tensor, noise: Tensor | None) -> Any:
-        """The model's answer, with drop-path by the columns of `noise`."""
-        if noise is not None and self.settings.drop_path:
-            for drop, column in zip(self._drops, noise.unbind(1), strict=True):
+    def logits(self, rows: "Rows", forward: int = 0) -> Any:
+        """The model's answer, with drop-path by the uniforms of that forward."""
+        if self.settings.drop_path:
+            for drop, column in zip(self._drops, rows.noise[forward].unbind(1), strict=True):
                 drop.uniforms = column
-        return self.model(images)
+        return self.model(rows.images)
 
     def targets(self, rows: "Rows", smoothing: float) -> Tensor:
         """Mixed and smoothed targets `[B, K]`, as timm's `Mixup` makes them of a batch that is mixed with its flip."""
@@ -146,17 +146,26 @@ class Rows(NamedTuple):
     y1: Tensor
     y2: Tensor
     lam: Tensor
-    noise: Tensor | None
+    noise: Sequence[Tensor]
 
 
 def _supervised(peer: Peer, rows: Rows) -> Tensor:
-    return SoftTargetCrossEntropy()(peer.logits(rows.images, rows.noise), peer.targets(rows, peer.settings.smoothing))
+    return SoftTargetCrossEntropy()(peer.logits(rows), peer.targets(rows, peer.settings.smoothing))
 
 
 def _bce(peer: Peer, rows: Rows) -> Tensor:
     # Every class with a share in the target counts as one, as in the public code.
     loss = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
-    return loss(peer.logits(rows.images, rows.noise), peer.targets(rows, 0.0))
+    return loss(peer.logits(rows), peer.targets(rows, 0.0))
+
+
+def _cosub(peer: Peer, rows: Rows) -> Tensor:
+    first, second = peer.logits(rows), peer.logits(rows, 1)
+    targets = peer.targets(rows, 0.0).gt(0).float()  # as for BCE: DeiT III trains cosub on binarised targets
+    each = F.binary_cross_entropy_with_logits
+    labels = each(first, targets) + each(second, targets)
+    others = each(first, second.detach().sigmoid()) + each(second, first.detach().sigmoid())
+    return (labels + others) / 4
 
 
 def _soft(peer: Peer, rows: Rows) -> Tensor:
@@ -174,7 +183,7 @@ def _hard(peer: Peer, rows: Rows) -> Tensor:
 
 def _distilled(peer: Peer, rows: Rows, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The labels' loss of the class head, and the distance of the distillation head from the teacher."""
-    first, second = peer.logits(rows.images, rows.noise)
+    first, second = peer.logits(rows)
     with torch.no_grad():
         judged = peer.teacher(rows.images)
     base = SoftTargetCrossEntropy()(first, peer.targets(rows, peer.settings.smoothing))
@@ -184,6 +193,7 @@ def _distilled(peer: Peer, rows: Rows, distance: Callable[[Tensor, Tensor], Tens
 LOSSES: dict[str, Callable[[Peer, Rows], Tensor]] = {
     "supervised": _supervised,
     "bce": _bce,
+    "cosub": _cosub,
     "soft": _soft,
     "hard": _hard,
 }

@@ -5,7 +5,7 @@ import argparse
 from fastdeit.cli.parser import Verb, path, positive
 
 STEP_PEERS = ("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph")
-PARITY_CASES = ("supervised", "soft", "hard", "bce_lamb", "accumulate", "clip", "finetune")
+PARITY_CASES = ("supervised", "soft", "hard", "bce_lamb", "cosub", "accumulate", "clip", "finetune")
 DATA_PEERS = ("timm", "deit", "torchvision", "dali")
 
 
