@@ -150,7 +150,20 @@ class DistillConfig(LabelConfig):
     """What divides the soft term: batch times classes, as in the public code, or the batch alone."""
     fuse: Fuse = "softmax"
     """How two heads become one answer: the sum of their softmaxes, the mean of their logits, or one head alone."""
-    teacher: TeacherConfig
+    cached: PathText | None = None
+    """Folder that `fastdeit cache` has filled with the teacher's logits, in place of `teacher`: see docs/cache.md."""
+    teacher: TeacherConfig | None = Field(None, validate_default=True)
+    """The network that teaches; either this or `cached`."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _one_teacher(cls, teacher: TeacherConfig | None, info: ValidationInfo) -> TeacherConfig | None:
+        cached = info.data.get("cached")
+        if teacher is not None and cached is not None:
+            raise ValueError(f"is one teacher too many beside method.cached {cached}; remove one of the two")
+        if teacher is None and cached is None and "cached" in info.data:
+            raise ValueError("is required where there is no method.cached: one of them says who teaches")
+        return teacher
 
 
 class Shipped(NamedTuple):
