@@ -5,7 +5,7 @@ function of the data, of some fields of the recipe, and of the teacher. These ma
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from hashlib import blake2b
 from pathlib import Path
@@ -143,7 +143,5 @@ def checked(recipe: "Recipe", source: Source, length: Length) -> Cache | None:
 def described(cache: Cache) -> str:
     """What the cache holds, in a line."""
     layout = cache.layout
-    kept = (
-        f"all {layout.classes:,} logits" if layout.exact else f"the top {layout.top_k:,} of {layout.classes:,} logits"
-    )
-    return f"{kept} of {cache.origin['teacher']}, cached in {cache.folder}"
+    kept = "all" if layout.exact else f"the top {layout.top_k:,} of"
+    return f"{kept} {layout.classes:,} logits of {cache.origin['teacher']}, cached in {cache.folder}"

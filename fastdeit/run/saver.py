@@ -122,11 +122,8 @@ class Saver:
         named = {"train": "data (training images)", "val": "data (held-out images)", "classes": "data (classes)"}
         theirs, ours = found.state["identity"], self.identity
         data = [(name, theirs[key], ours[key]) for key, name in named.items() if theirs[key] != ours[key]]
-        if "cache" not in ours:
-            return data
-        return data + [
-            (f"cache ({name})", *both) for name, *both in differences(theirs.get("cache", {}), ours["cache"])
-        ]
+        cache = differences(theirs.get("cache", {}), ours.get("cache", {}))
+        return data + [(f"cache ({name})", *both) for name, *both in cache]
 
 
 Tensors = Mapping[str, Mapping[str, Tensor]]

@@ -127,11 +127,11 @@ def _begun(
     cache = Cache.open(folder)
     found = cached.differences(cache.fingerprint, facts)
     if cache.layout.top_k != top_k:
-        found.append(("--top-k", cache.layout.top_k, top_k))
+        found = [("--top-k", cache.layout.top_k, top_k)]
     if found:
         raise UsageError(
-            f"--out {folder} holds another cache:\n{cached.lines(found, 'this command')}\nGo on with the same recipe and "
-            "teacher, or choose another --out"
+            f"--out {folder} holds another cache:\n{cached.lines(found, 'this command')}\n"
+            "Go on with the same recipe and teacher, or choose another --out"
         )
     return cache, teacher.to(world.device)
 
@@ -243,12 +243,14 @@ def _make(cache: Cache, missing: Sequence[Shard], questions: _Questions, world: 
     total = sum(len(shard.steps) for shard in missing)
     bar = Progress(total, cache.layout.steps_per_epoch) if world.main else None
     try:
+        if bar is not None:
+            bar.update(0)
         with closing(questions.shards(mine)) as answers:
             # In rounds of a shard for each process, so that all of them stop together.
             for _ in range(-(-len(missing) // world.size)):
                 if world.stop_requested():
                     raise Interrupted(
-                        f"interrupted; what is finished is kept in {cache.folder}: give the command again"
+                        f"interrupted; {cache.folder} keeps what is finished, and the same command goes on"
                     )
                 made = next(answers, None)
                 if made is not None:
@@ -257,6 +259,8 @@ def _make(cache: Cache, missing: Sequence[Shard], questions: _Questions, world: 
                 done += int(world.sum(steps).item())
                 if bar is not None:
                     bar.line(done)
+    except OSError as error:
+        raise FastdeitError(f"{cache.folder}: a shard cannot be written: {error.strerror or error}") from error
     finally:
         if bar is not None:
             bar.close()
