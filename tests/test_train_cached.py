@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastdeit.cli import main as cli
+from fastdeit.data import logits
 from fastdeit.data.logits import Cache
 from fastdeit.engine import report
 from fastdeit.engine.dist import World
@@ -212,6 +213,17 @@ def test_what_is_missing_or_damaged_is_made_anew(place, cache, tmp_path, capsys)
     assert "2 of 2 shards are there\ntrain from it" in capsys.readouterr().out
 
 
+def test_gaps_are_filled_whatever_lies_between(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(logits, "_SHARD_STEPS", 2)
+    folder = made(recipe_of(place), tmp_path / "cache")
+    whole = files(folder)
+    assert len(whole) == 6
+    for name in list(whole)[::2]:
+        (folder / name).unlink()
+    made(recipe_of(place), folder)
+    assert files(folder) == whole
+
+
 def test_a_disk_without_room_is_said_before(place, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1))
     with pytest.raises(UsageError, match=r"has 1e-06 MB free, and the cache needs 0.00196 MB more"):
@@ -326,9 +338,7 @@ def test_a_field_that_matters_is_named(place, top, field):
         cached.checked(*run_of(recipe_of(place, f"method.cached={top}", *overrides_of(field))))
     named = re.findall(r"^  (.+?): the cache has .*, this run ", str(caught.value), re.MULTILINE)
     assert named[0] == name
-    assert set(named[1:]) <= {"data.color_jitter", "data (training images)", "data (classes)"}, (
-        "pictures of noise follow seed and size"
-    )
+    assert set(named[1:]) <= {"data.color_jitter", "data (training images)", "data (classes)"}, "noise follows"
 
 
 def test_a_field_that_does_not_matter_changes_nothing(place, top):
