@@ -181,7 +181,10 @@ def test_eval_and_bench(calls):
     [
         (["trian"], "did you mean train"),
         (["--versoin"], "did you mean --version"),
-        (["xyzzy"], "verbs: train, eval, predict, show attention, export, recipes, recipes show, explain, models,"),
+        (
+            ["xyzzy"],
+            "verbs: train, cache, eval, predict, show attention, export, recipes, recipes show, explain, models,",
+        ),
         (["data"], "there is no verb 'data' (verbs: data check, data pack, data show, data preview)"),
         (["data", "chek"], "there is no verb 'data chek'"),
         (["data", "chek", "x"], "did you mean data check"),
