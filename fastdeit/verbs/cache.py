@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,8 @@ from fastdeit.version import __version__
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
 
-_TRIAL_STEPS, _TRIAL_S = 8, 10.0
-"""How long the prediction measures at most, after one step that is not counted."""
+_WARM_STEPS, _TRIAL_STEPS, _TRIAL_S = 4, 8, 10.0
+"""How long the prediction measures at most. Of the first steps, which are not counted, the loader has some ready."""
 
 
 def main(args: argparse.Namespace) -> None:
@@ -182,21 +183,26 @@ class _Questions:
                     yield shard, [next(blocks) for _ in shard.steps]
 
     def seconds(self, first: Shard) -> tuple[float, int]:
-        """(seconds of a step, steps that this was measured on); the first step is not counted."""
-        with closing(self.blocks(first, 1 + _TRIAL_STEPS)) as blocks:
-            next(blocks)
+        """(seconds of a step, steps that this was measured on)."""
+        with closing(self.blocks(first, _WARM_STEPS + _TRIAL_STEPS)) as blocks:
+            _timed(blocks, _WARM_STEPS)
             self._world.barrier()
-            began, steps = time.perf_counter(), 0
-            for _ in blocks:
-                steps += 1
-                if (elapsed := time.perf_counter() - began) > _TRIAL_S:
-                    break
-        return elapsed / steps, steps
+            return _timed(blocks, _TRIAL_STEPS)
 
     def _records(self, batch: Batch) -> NDArray:
         with autocast(self._world.device, self._precision):
             logits = self._teacher(batch.to(self._world.device))
         return self._layout.encode(batch.index.numpy(), logits)
+
+
+def _timed(blocks: Iterator[NDArray], most: int) -> tuple[float, int]:
+    """(seconds of a step, steps): of so many steps, or of those that the time allows."""
+    began, ends = time.perf_counter(), []
+    for _ in islice(blocks, most):
+        ends.append(time.perf_counter() - began)
+        if ends[-1] > _TRIAL_S:
+            break
+    return ends[-1] / len(ends), len(ends)
 
 
 def _in_a_row(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
