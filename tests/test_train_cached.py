@@ -377,14 +377,16 @@ def test_all_logits_serve_any_temperature_and_a_teacher_with_its_own_normalisati
 
 @pytest.mark.parametrize(
     ("changed", "named"),
-    [(["train.batch_size=16"], "train.batch_size"), (["train.seed=9"], "train.seed"), (["train.epochs=9"], "lacks")],
+    [
+        (["train.epochs=3", "train.batch_size=16"], r"judged other images than this run has:\n  train.batch_size: "),
+        (["train.epochs=3", "train.seed=9"], r"judged other images than this run has:\n  train.seed: "),
+        (["train.epochs=9"], "of the 9 epochs of this run the cache lacks [67]: "),
+    ],
 )
 def test_a_fork_with_other_images_is_refused(place, cache, online, tmp_path, changed, named):
     origin = fork.opened(f"{online}@step={TOTAL}", print)
-    recipe = recipes.override(
-        origin.recipe, ["train.epochs=3", f"method.cached={cache}", *changed][-1 - len(changed) :]
-    )
-    with pytest.raises(UsageError, match=rf"method.cached {re.escape(str(cache))}: .*\s.*{named}|{named}"):
+    recipe = recipes.override(origin.recipe, [f"method.cached={cache}", *changed])
+    with pytest.raises(UsageError, match=named):
         train(recipe, tmp_path / "fork", CPU, origin=origin)
     assert not (tmp_path / "fork").exists()
 

@@ -84,8 +84,20 @@ def fill(
             print(text, flush=True)
 
     source = build.sources(recipe)[0]
-    length = build.run_length(recipe, len(source))
-    cache, teacher = _begun(recipe, config, folder, world, source, length.steps_per_epoch, top_k, say)
+    length, classes = build.run_length(recipe, len(source)), source.classes
+    with world.main_first():  # timm may have to download
+        options = {"classes": classes, "say": say}
+        teacher = build.teacher(
+            config, build.image_size(recipe), len(classes), Path(), recipe.engine.precision, **options
+        ).to(world.device)
+        address = config.weights or f"timm:{config.timm}"
+        weights = open_weights(address).tensors
+    top_k = min(top_k, len(classes))
+    tau = 1.0 if top_k == len(classes) else getattr(recipe.method, "tau", 1.0)
+    layout = Layout(len(classes), top_k, tau, recipe.train.batch_size, length.steps_per_epoch)
+    facts = cached.fingerprint(recipe, source, teacher, weights, layout.exact)
+    origin = {"teacher": address, "recipe": recipe.name, "device": world.device.type, "fastdeit": __version__}
+    cache = _begun(Cache(folder, layout, facts, origin), world)
     shards = cache.layout.shards(range(length.epochs_begun) if epochs is None else epochs)
     missing = _missing(cache, shards, world)
     say(f"{cached.described(cache)}: {len(shards) - len(missing):,} of {len(shards):,} shards are there")
@@ -96,29 +108,9 @@ def fill(
     say(f"train from it with method.cached={folder}")
 
 
-def _begun(
-    recipe: "Recipe",
-    config: TeacherConfig,
-    folder: Path,
-    world: World,
-    source: Source,
-    steps_per_epoch: int,
-    top_k: int,
-    say: build.Report,
-) -> tuple[Cache, Teacher]:
-    """The cache, whose manifest is on the disk, and the teacher that fills it."""
-    classes, size, precision = source.classes, build.image_size(recipe), recipe.engine.precision
-    with world.main_first():  # timm may have to download
-        teacher = build.teacher(config, size, len(classes), Path(), precision, classes=classes, say=say)
-        address = config.weights or f"timm:{config.timm}"
-        weights = open_weights(address).tensors
-    top_k = min(top_k, len(classes))
-    exact = top_k == len(classes)
-    tau = 1.0 if exact else getattr(recipe.method, "tau", 1.0)
-    layout = Layout(len(classes), top_k, tau, recipe.train.batch_size, steps_per_epoch)
-    facts = cached.fingerprint(recipe, source, teacher, weights, exact)
-    origin = {"teacher": address, "recipe": recipe.name, "device": world.device.type, "fastdeit": __version__}
-    wanted = Cache(folder, layout, facts, origin)
+def _begun(wanted: Cache, world: World) -> Cache:
+    """The cache in the folder of `wanted`, which is begun if there is none. Raises UsageError for another one."""
+    folder = wanted.folder
     if world.main and not (folder / MANIFEST).exists():
         try:
             wanted.create()
@@ -126,15 +118,15 @@ def _begun(
             raise UsageError(f"--out {folder}: it cannot be written: {error.strerror or error}") from error
     world.barrier()
     cache = Cache.open(folder)
-    found = cached.differences(cache.fingerprint, facts)
-    if cache.layout.top_k != top_k:
-        found = [("--top-k", cache.layout.top_k, top_k)]
+    found = cached.differences(cache.fingerprint, wanted.fingerprint)
+    if cache.layout.top_k != wanted.layout.top_k:
+        found = [("--top-k", cache.layout.top_k, wanted.layout.top_k)]
     if found:
         raise UsageError(
             f"--out {folder} holds another cache:\n{cached.lines(found, 'this command')}\n"
             "Go on with the same recipe and teacher, or choose another --out"
         )
-    return cache, teacher.to(world.device)
+    return cache
 
 
 def _missing(cache: Cache, shards: Sequence[Shard], world: World) -> list[Shard]:
