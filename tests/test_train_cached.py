@@ -235,6 +235,16 @@ def test_a_disk_without_room_is_said_before(place, tmp_path, monkeypatch):
     assert files(tmp_path / "cache") == {}
 
 
+def test_a_shard_that_cannot_be_written_is_named(place, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/epoch_00001").write_text("in the way")
+    with pytest.raises(
+        FastdeitError, match=r"cache/epoch_00001/0000.logits cannot be written: (Not a dir|File exists)"
+    ):
+        made(recipe_of(place), tmp_path / "cache")
+    assert list(files(tmp_path / "cache")) == ["epoch_00000/0000.logits"]
+
+
 def test_another_teacher_is_named(place, cache, tmp_path):
     teacher_weights(tmp_path / "other.safetensors", seed=1)
     other = TeacherConfig(model=TINY, weights=str(tmp_path / "other.safetensors"), mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -252,13 +252,18 @@ def _make(cache: Cache, missing: Sequence[Shard], questions: _Questions, world: 
                     )
                 made = next(answers, None)
                 if made is not None:
-                    cache.write(*made)
+                    _write(cache, *made)
                 steps = torch.tensor(0 if made is None else len(made[0].steps), device=world.device)
                 done += int(world.sum(steps).item())
                 if bar is not None:
                     bar.line(done)
-    except OSError as error:
-        raise FastdeitError(f"{cache.folder}: a shard cannot be written: {error.strerror or error}") from error
     finally:
         if bar is not None:
             bar.close()
+
+
+def _write(cache: Cache, shard: Shard, blocks: Sequence[NDArray]) -> None:
+    try:
+        cache.write(shard, blocks)
+    except OSError as error:
+        raise FastdeitError(f"{cache.folder / shard.path} cannot be written: {error.strerror or error}") from error
