@@ -36,7 +36,7 @@ from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe.length import Length, settled
-from fastdeit.run import build, directory, request, teachers, threads
+from fastdeit.run import build, cached, directory, request, teachers, threads
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
 from fastdeit.run.groups import param_groups
@@ -174,6 +174,7 @@ class Parts:
         length = build.run_length(recipe, len(train_source))
         recipe = settled(recipe, length)
         log = RunLog(recipe, world, length.total, length.steps_per_epoch)
+        cache = cached.checked(recipe, train_source, length)
         student = build.model(recipe if begins else without_weights(recipe), len(names), log.say, names)
 
         def make_teacher(config: TeacherConfig) -> Teacher:
@@ -204,6 +205,9 @@ class Parts:
         loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image)
         val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image)
         identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": names}
+        if cache is not None:
+            log.say(f"teacher: {cached.described(cache)}")
+            identity["cache"] = cache.fingerprint
         saver = Saver(recipe, identity, engine, world, schedule, length)
         return cls(recipe, world, sources, length, log, method, schedule, tuning, engine, loader, val_loader, saver)
 

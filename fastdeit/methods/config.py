@@ -198,8 +198,21 @@ class DistillConfig(LabelConfig):
     """Temperature of the soft distributions."""
     reduction: Literal["numel", "batchmean"] = "numel"
     """What divides the soft term: batch times classes, as in the public code, or the batch alone."""
-    teacher: Teachers
-    """Where the teacher comes from. A list names several, whose probabilities are averaged (docs/distillation.md)."""
+    cached: PathText | None = None
+    """Folder that `fastdeit cache` has filled with the teacher's logits, in place of `teacher`: see docs/cache.md."""
+    teacher: Teachers | None = Field(None, validate_default=True)
+    """Where the teacher comes from; either this or `cached`. A list names several, whose probabilities are averaged
+    (docs/distillation.md)."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _one_source(cls, teacher: Any, info: ValidationInfo) -> Any:
+        cached = info.data.get("cached")
+        if teacher is not None and cached is not None:
+            raise ValueError(f"is one teacher too many beside method.cached {cached}; remove one of the two")
+        if teacher is None and cached is None and "cached" in info.data:
+            raise ValueError("is required where there is no method.cached: one of them says who teaches")
+        return teacher
 
 
 class CosubConfig(MethodConfig):

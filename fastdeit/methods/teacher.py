@@ -111,6 +111,13 @@ class Ensemble:
         return [teacher(batch).float().log_softmax(-1) for teacher in self.teachers]
 
 
+def together(teachers: Sequence[Teacher]) -> "Teacher | Ensemble | None":
+    """Teachers as one: None of none, and one is itself."""
+    if len(teachers) < 2:
+        return next(iter(teachers), None)
+    return Ensemble(teachers)
+
+
 def _mean(log_probabilities: Sequence[Tensor]) -> Tensor:
     """Log of the mean of probabilities, from their logs."""
     return torch.stack(tuple(log_probabilities)).logsumexp(0) - log(len(log_probabilities))

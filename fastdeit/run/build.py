@@ -102,7 +102,7 @@ def loader_device(device: torch.device) -> str | int:
 def augmentations(recipe: "Recipe") -> tuple[Augment, ...]:
     """What the plan of a training sample is drawn from: one for each view that the method wants."""
     made: dict[str, Augment] = {}
-    for view in _views(recipe):
+    for view in views(recipe):
         stream = view.name if made else ""
         made[view.name] = Augment(
             size=view.size,
@@ -118,7 +118,8 @@ def augmentations(recipe: "Recipe") -> tuple[Augment, ...]:
     return tuple(made.values())
 
 
-def _views(recipe: "Recipe") -> tuple[View, ...]:
+def views(recipe: "Recipe") -> tuple[View, ...]:
+    """The views of every training sample, with every setting that method, recipe and data section give them."""
     own = recipe.method.views()
     return resolved(overridden(own, recipe.data.views), recipe.data, recipe.model.image_size)
 

@@ -21,7 +21,7 @@ from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.rows import known_gpu
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import settled
-from fastdeit.run import address, build, directory
+from fastdeit.run import address, build, cached, directory
 from fastdeit.run.request import Request
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     training, held_out = build.sources(recipe)
     length = build.run_length(recipe, len(training))
     recipe = settled(recipe, length)
+    cache = cached.checked(recipe, training, length)
     train = recipe.train
     classes = len(training.classes)
     if recipe.model.num_classes not in (None, classes):
@@ -66,6 +67,8 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
         own = None if config.recipe is None else next(trained_first)
         first = "" if own is None else f", trained first: {own.steps:,} steps of {own.recipe.name}"
         yield f"teacher   {_network(teacher)}{first}"
+    if cache is not None:
+        yield f"teacher   {cached.described(cache)}"
     accumulated = f" in {train.accumulate} micro-batches" if train.accumulate > 1 else ""
     yield (
         f"run       {length.epochs:,.6g} epochs of {length.steps_per_epoch:,} steps, {length.total:,} in all, of "

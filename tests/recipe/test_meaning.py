@@ -176,6 +176,20 @@ def test_views_belong_to_the_method(write):
     assert (anew["main"].size, anew["main"].erase) == (None, 0.1)
 
 
+def test_a_cached_teacher_takes_the_place_of_the_bases_and_the_other_way_round(write):
+    path = write(DISTILL)
+    cached = recipes.load(path, ["method.cached=folder"])
+    assert (cached.method.cached, cached.method.teacher) == ("folder", None)
+    assert recipes.override(cached, ["method.alpha=0.2"]).method.cached == "folder"
+    back = recipes.override(cached, ["method.teacher.timm=resnet18"]).method
+    assert (back.cached, back.teacher[0].timm) == (None, "resnet18")
+    assert refusal(path, ["method.cached=folder", "method.teacher.timm=resnet18"]) == [
+        f"{path}:9: method.teacher: is one teacher too many beside method.cached folder; remove one of the two"
+    ]
+    elsewhere = recipes.override(cached, ["method.cached=moved"])
+    assert recipes.difference(cached, elsewhere) == [], "the fingerprint of the cache is compared instead"
+
+
 def test_another_teacher_takes_nothing_from_the_base(write):
     path = write(DISTILL)
     teacher = recipes.load(path, ["method.teacher.model=convnet_digits", "method.teacher.weights=x"]).method.teacher[0]
