@@ -1,4 +1,4 @@
-"""Learned positions of a grid of patches, for another grid."""
+"""Positions of a grid of patches: fixed ones, and those of one grid for another."""
 
 import torch
 import torch.nn.functional as F
@@ -26,3 +26,17 @@ def _weights(before: int, after: int, device: torch.device) -> Tensor:
     """The matrix `[after, before]`, float64, of the bicubic interpolation of `before` points to `after`."""
     points = torch.eye(before, dtype=torch.float64, device=device)
     return F.interpolate(points[None, :, :, None], size=(after, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T
+
+
+def sincos(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed positions `[1, rows * columns, dim]`, float32, of the patches of a grid (rows, columns), row by row.
+
+    sin(x w), cos(x w), sin(y w), cos(y w), a quarter of the channels each, with the wavelengths of big_vision and MoCo
+    v3 (Chen et al., ICCV 2021): w_k = 10000 ** (-k / (dim / 4 - 1)) for k from 0, x the column and y the row of the
+    patch. `dim` is a multiple of 4, and at least 8.
+    """
+    rows, columns = (torch.arange(length, dtype=torch.float64) for length in grid)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    steps = torch.arange(dim // 4, dtype=torch.float64) / (dim // 4 - 1)
+    across, down = (place.flatten()[:, None] * 10_000**-steps for place in (x, y))
+    return torch.cat((across.sin(), across.cos(), down.sin(), down.cos()), 1)[None].float()
