@@ -23,8 +23,9 @@ from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.model import COMPILE, DESIGNS, EAGER, EPILOGUE, FUSED, GIB, TIMM, Network, ViT, Work
 from fastdeit.kernels import _op
 from fastdeit.kernels.attention import fused_backward, tiles
+from fastdeit.models.deit import CONFIGS
 
-NAMES = [name for name in models.MODELS if name.startswith("deit_")]
+NAMES = list(CONFIGS)
 
 
 def vit_of(model):
