@@ -1,4 +1,4 @@
-"""The vision transformers that have a name: their published sizes, and their weights under the names that files have."""
+"""The vision transformers that have a name: their published sizes, and their weights under the names of files."""
 
 from dataclasses import replace
 from functools import cache
@@ -11,7 +11,7 @@ from torch import nn
 
 from fastdeit import models
 from fastdeit.models.convert import deit_names, timm_names
-from fastdeit.models.counterpart import counterpart
+from fastdeit.models.counterpart import counterpart, traceable
 from fastdeit.models.families import CONFIGS
 from fastdeit.models.freeze import freeze_parts
 from fastdeit.models.layers import layer_scales, layers
@@ -182,6 +182,17 @@ def test_a_published_file_is_loaded_by_its_address(name, layout, tmp_path, monke
 def test_timms_model_computes_the_same(name):
     ours = small(name)
     torch.testing.assert_close(counterpart(ours)(images()), ours(images()), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["deit3_small_patch16_hmlp_224", "vitc_1gf_224"])
+def test_a_program_of_a_stem_that_timm_does_not_have_computes_the_same(name):
+    ours = small(name, patch_size=16)
+    theirs = traceable(ours)
+    torch.testing.assert_close(theirs(images()), ours(images()), rtol=0, atol=1e-5)
+    for tensor in ours.parameters():
+        tensor.zero_()
+    assert theirs.patch_embed.proj[0].weight.abs().max() > 0  # a copy
 
 
 @pytest.mark.parametrize(
