@@ -5,9 +5,12 @@ from torch import Tensor, nn
 from fastdeit.models.stems import PatchEmbed
 
 
-def trunc_normal_(tensor: Tensor) -> Tensor:
-    """Fill with a normal of standard deviation 0.02, truncated at -2 and 2: absolute, as in DeiT, so hardly ever."""
-    return nn.init.trunc_normal_(tensor, std=0.02, a=-2.0, b=2.0)
+def trunc_normal_(tensor: Tensor, std: float = 0.02) -> Tensor:
+    """Fill with a normal of standard deviation `std`, truncated at -2 and 2: absolute, as in DeiT, so hardly ever.
+
+    `nn.init.normal_` would do as well, but on the meta device it imports all of `torch._dynamo`, which takes seconds.
+    """
+    return nn.init.trunc_normal_(tensor, std=std, a=-2.0, b=2.0)
 
 
 def init_linear(linear: nn.Linear) -> None:
@@ -35,13 +38,13 @@ def init_vit(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters(recurse=False):
         if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.02) if name == "pos_embed" else nn.init.zeros_(parameter)
+            trunc_normal_(parameter) if name == "pos_embed" else nn.init.zeros_(parameter)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             _init_linear_of_vit(name.rpartition(".")[2], module)
     if isinstance(model.patch_embed, PatchEmbed):
         weight, bias = model.patch_embed.proj.weight, model.patch_embed.proj.bias
-        nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+        trunc_normal_(weight, std=weight[0].numel() ** -0.5)
         nn.init.zeros_(bias)
 
 
@@ -54,7 +57,7 @@ def _init_linear_of_vit(name: str, linear: nn.Linear) -> None:
     for part in weight.chunk(3) if name == "qkv" else [weight]:
         nn.init.xavier_uniform_(part)
     if name in ("fc1", "fc2"):
-        nn.init.normal_(linear.bias, std=1e-6)
+        trunc_normal_(linear.bias, std=1e-6)
 
 
 SCHEMES = {"deit": init_deit, "vit": init_vit}

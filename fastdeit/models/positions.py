@@ -1,5 +1,7 @@
 """Positions of a grid of patches: fixed ones, and those of one grid for another."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,14 +31,16 @@ def _weights(before: int, after: int, device: torch.device) -> Tensor:
 
 
 def sincos(grid: tuple[int, int], dim: int) -> Tensor:
-    """Fixed positions `[1, rows * columns, dim]`, float32, of the patches of a grid (rows, columns), row by row.
+    """Fixed positions `[1, rows * columns, dim]`, float32 on the CPU, of the patches of a grid (rows, columns), by row.
 
     sin(x w), cos(x w), sin(y w), cos(y w), a quarter of the channels each, with the wavelengths of big_vision and MoCo
     v3 (Chen et al., ICCV 2021): w_k = 10000 ** (-k / (dim / 4 - 1)) for k from 0, x the column and y the row of the
     patch. `dim` is a multiple of 4, and at least 8.
     """
-    rows, columns = (torch.arange(length, dtype=torch.float64) for length in grid)
+    # On the CPU whatever the default device: to imitate these few numbers on the meta device costs seconds of imports.
+    arange = partial(torch.arange, dtype=torch.float64, device="cpu")
+    rows, columns = map(arange, grid)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
-    steps = torch.arange(dim // 4, dtype=torch.float64) / (dim // 4 - 1)
+    steps = arange(dim // 4) / (dim // 4 - 1)
     across, down = (place.flatten()[:, None] * 10_000**-steps for place in (x, y))
     return torch.cat((across.sin(), across.cos(), down.sin(), down.cos()), 1)[None].float()

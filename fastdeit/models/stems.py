@@ -86,7 +86,7 @@ class ConvStem(nn.Module):
             layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
             before = width
         last = nn.Conv2d(before, config.dim, 1)
-        nn.init.normal_(last.weight, std=(2 / config.dim) ** 0.5)
+        nn.init.trunc_normal_(last.weight, std=(2 / config.dim) ** 0.5)  # at -2 and 2, which is beyond what occurs
         nn.init.zeros_(last.bias)
         self.proj = nn.Sequential(*layers, last)
 

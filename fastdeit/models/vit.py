@@ -43,10 +43,8 @@ class VisionTransformer(nn.Module):
         patches, dim = config.grid[0] * config.grid[1], config.dim
         if config.class_token:
             self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        if config.positions == "sincos":
-            self.pos_embed = nn.Parameter(sincos(config.grid, dim), requires_grad=False)
-        else:
-            self.pos_embed = nn.Parameter(torch.empty(1, patches + config.prefix_positions, dim))
+        learned, positions = config.positions == "learned", torch.empty(1, patches + config.prefix_positions, dim)
+        self.pos_embed = nn.Parameter(positions, requires_grad=learned)
         if config.distilled:
             self.dist_token = nn.Parameter(torch.empty(1, 1, dim))
         self.patch_embed = STEMS[config.stem](config)
@@ -59,6 +57,8 @@ class VisionTransformer(nn.Module):
         if config.distilled:
             self.head_dist = nn.Linear(dim, config.num_classes)
         SCHEMES[config.init](self)
+        if not learned:
+            self.pos_embed.data.copy_(sincos(config.grid, dim))
 
     @property
     def distilled(self) -> bool:
