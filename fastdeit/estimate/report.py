@@ -203,6 +203,10 @@ def _data(recipe: "Recipe") -> tuple[int, int, int, str | None]:
     return *IMAGENET, f"data.source {data.source} does not tell; assumed are ImageNet-1k's numbers (see --images)"
 
 
+_ALIKE = 0.03
+"""Of a network's FLOPs: what the shape of a plain vision transformer may leave out of it."""
+
+
 @cache
 def _network(
     name: str | None, timm: str | None, size: tuple[int, int] | None, classes: int, drop_path: float = 0.0
@@ -222,7 +226,7 @@ def _network(
     try:
         flops = built.flops()
         shape = _shape(built)
-        if shape is None or shape.flops != flops:  # some other network, or a transformer with something more in it
+        if shape is None or abs(shape.flops - flops) > _ALIKE * flops:  # some other network, or more in it than that
             shape, other = None, _activations(built, size)
     except (NotImplementedError, RuntimeError) as error:
         raise UsageError(f"the FLOPs of {timm or name} cannot be counted on the meta device ({error})") from error
@@ -235,9 +239,11 @@ def _shape(built: nn.Module) -> ViT | None:
     if isinstance(built, models.vit.VisionTransformer):
         config = built.config
         rows, columns = config.grid
-        hidden, values = int(config.dim * config.mlp_ratio), config.in_chans * config.patch_size**2
-        shape = rows * columns, built.prefix_tokens, values, config.dim, config.depth, config.heads, hidden
-        return ViT(*shape, config.num_classes)
+        # Parallel blocks count as blocks in turn, and the stem as one product of as many FLOPs.
+        patches, depth = rows * columns, config.depth * config.parallel
+        hidden, values = int(config.dim * config.mlp_ratio), built.patch_embed.multiply_adds(1) // config.dim
+        shape = patches, built.prefix_tokens, values, config.dim, depth, config.heads, hidden
+        return ViT(*shape, config.num_classes, pruned=config.pool == "token")
     inner = getattr(built, "inner", None)
     mlp = getattr(getattr(inner, "blocks", [None])[0], "mlp", None)
     if type(inner).__name__ not in ("VisionTransformer", "VisionTransformerDistilled") or not hasattr(mlp, "fc1"):

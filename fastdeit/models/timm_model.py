@@ -113,8 +113,8 @@ class TimmModel(nn.Module):
         return getattr(getattr(self.inner, "patch_embed", None), "grid_size", None)
 
     @property
-    def prefix_tokens(self) -> int:
-        """Slots of the positional embedding before those of the patches."""
+    def prefix_positions(self) -> int:
+        """Positions in the positional embedding before those of the patches."""
         positions, grid = getattr(self.inner, "pos_embed", None), self.grid
         if grid is None or not isinstance(positions, Tensor) or positions.ndim != 3:
             return 0

@@ -63,8 +63,9 @@ class ModelConfig(Section):
     """null: as many as the data set has."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth: drop rate of the last block."""
-    drop_path_mode: Literal["linear", "constant"] = "linear"
-    """linear: the rates of the blocks rise from 0 to drop_path, as in DeiT; constant: all are drop_path (DeiT III)."""
+    drop_path_mode: Literal["linear", "constant"] | None = None
+    """linear: the rates of the blocks rise from 0 to drop_path, as in DeiT; constant: all are drop_path (DeiT III);
+    null: the one of the two that the model's authors use."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Rate at which features in front of the heads are zeroed in training (timm: drop_rate)."""
     weights: PathText | None = None
@@ -93,7 +94,7 @@ class ModelConfig(Section):
 
     @field_validator("drop_path_mode")
     @classmethod
-    def _ours_alone(cls, mode: str, info: ValidationInfo) -> str:
+    def _ours_alone(cls, mode: str | None, info: ValidationInfo) -> str | None:
         if mode == "constant" and info.data.get("timm") is not None:
             raise ValueError("must be linear beside model.timm: timm's models have no other drop-path")
         return mode
