@@ -15,7 +15,7 @@ from fastdeit.version import __version__
 if TYPE_CHECKING:
     from fastdeit.api import Run, load, train
 
-__all__ = ["Run", "__version__", "load", "train"]
+__all__ = ["Run", "__version__", "load", "stepper", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""fastdeit in Python: `fastdeit.train`, `fastdeit.load` and `fastdeit.Run`, as in a script or a notebook.
+"""fastdeit in Python: `train`, `load`, `stepper` and `Run` of `fastdeit`, as in a script or a notebook.
 
     run = fastdeit.train("digits", {"train.epochs": 3})
     run.metrics["top1_fused"]
@@ -24,6 +24,7 @@ from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import directory, overview, request, threads
+from fastdeit.stepping import Stepper
 from fastdeit.training import train as train_by
 
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -47,10 +48,7 @@ def train(
     For several processes use the command line. An interrupt (Ctrl-C, a notebook's stop button) saves and raises
     `fastdeit.errors.Interrupted`.
     """
-    if isinstance(recipe, Recipe):
-        chosen = recipes.override(recipe, written(overrides))
-    else:
-        chosen = recipes.load(os.fspath(recipe), written(overrides))
+    chosen = _chosen(recipe, overrides)
     recipes.check_complete(chosen)
     path = None if run_dir is None else Path(run_dir).expanduser()
     if resume and path is None:
@@ -62,6 +60,21 @@ def train(
         with threads.computing(chosen.engine.threads):
             summary = train_by(chosen, path, world, resume=resume)
     return Run(summary["run_dir"])
+
+
+def stepper(recipe: str | os.PathLike[str] | Recipe, overrides: Overrides = (), *, steps: int) -> Stepper:
+    """The training steps of a recipe, for batches of your own: `stepper(...).step(images, labels)`.
+
+    recipe, overrides  as of `train`; `model.num_classes` says the classes, `train.batch_size` the images of a step
+    steps              of the whole run, which the schedule is made for: a multiple of `train.epochs`
+    """
+    return Stepper(_chosen(recipe, overrides), steps=steps)
+
+
+def _chosen(recipe: str | os.PathLike[str] | Recipe, overrides: Overrides) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipes.override(recipe, written(overrides))
+    return recipes.load(os.fspath(recipe), written(overrides))
 
 
 def load(address: str | os.PathLike[str], *, model: str | None = None, num_classes: int | None = None) -> nn.Module:

@@ -87,8 +87,50 @@ class Batch:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     rendered: Tensor | None = None
 
+    @classmethod
+    def ready(
+        cls,
+        pixels: Tensor,
+        targets: Any,
+        step: Step,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        noise: Mapping[str, Tensor] | None = None,
+    ) -> "Batch":
+        """A batch of one view whose `pixels` float `[B, 3, H, W]` need no rendering, in the normalisation given."""
+        number = torch.arange(len(pixels), device=pixels.device)
+        return cls(
+            images=(),
+            targets=targets,
+            partner=number,
+            pixel_lam=torch.ones(len(pixels), device=pixels.device),
+            box=torch.zeros(1, len(pixels), 4, dtype=torch.int32, device=pixels.device),
+            index=number,
+            copy=torch.zeros_like(number),
+            step=step,
+            mean=mean,
+            std=std,
+            noise=noise or {},
+            rendered=pixels,
+        )
+
     def __len__(self) -> int:
         return len(self.index)
+
+    def split(self, parts: int) -> "list[Batch]":
+        """A batch made by `ready` as `parts` equal micro-batches. Raises ValueError where they would not be equal."""
+        size, rest = divmod(len(self), parts)
+        if rest:
+            raise ValueError(f"{len(self)} samples cannot be split into {parts} equal micro-batches")
+
+        def part(number: int) -> "Batch":
+            rows = slice(number * size, (number + 1) * size)
+            cut = map_tensors(lambda tensor: tensor[rows] if tensor.dim() else tensor, self)
+            # The boxes alone have the views before the samples, and partners are numbers within the micro-batch.
+            return replace(cut, box=self.box[:, rows], partner=torch.arange(size, device=self.partner.device))
+
+        return [part(number) for number in range(parts)]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; the host does not wait for copies from pinned memory."""

@@ -34,11 +34,9 @@ from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageErr
 from fastdeit.methods.base import Method, Phase
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
-from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
-from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
-from fastdeit.run import build, directory, request, threads
+from fastdeit.run import build, cached, directory, request, teachers, threads
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
 from fastdeit.run.groups import param_groups
@@ -95,15 +93,15 @@ def train(
     world.agree("the kernels that they choose", {row.name: row.backend for row in kernels.info()})
     check_sinks(recipe.engine.sinks)
     begins = origin is None and not (resume and run_dir is not None and directory.has_checkpoint(run_dir))
-    begun = run_dir / directory.TEACHER if resume and run_dir is not None else None
-    teacher = directory.finished(begun) if origin is None else origin.teacher(recipe)
-    own = None if teacher is not None else teacher_recipe(recipe, begun)
-    parts = Parts.of(recipe, world, begins, teacher or own)
+    begun, folders = run_dir if resume else None, teachers.folders(recipe.method)
+    trained = teachers.trained(recipe, begun) if origin is None else origin.teachers(recipe)
+    own = teachers.to_train(recipe, begun, trained)
+    parts = Parts.of(recipe, world, begins, trained | own)
     recipe = parts.recipe
     start = 0 if origin is None else origin.start(parts.length)
     record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
-    if own is not None:
-        Parts.of(own, world, True, teacher_recipe(own))
+    for each in own.values():
+        Parts.of(each, world, True, teachers.to_train(each))
     directory.check_space(run_dir, parts.saver.size(), world, keep=recipe.engine.keep_checkpoints)
 
     with directory.claim(run_dir, recipe.name, world, parts.log.say, resume=resume) as run_dir:
@@ -113,15 +111,17 @@ def train(
             parts.log.say(f"a fork of {origin.run} at step {origin.step}, with its weights and its optimizer")
         if student is None:
             parts.log.say(f"if it is interrupted, go on with {again()}")
-        # ---- teacher -----------------------------------------------------------------------------------------------
-        if origin is not None and teacher is not None and world.main:
-            origin.copy_teacher(run_dir, print)
-        if own is not None:
-            trained = run_dir / directory.TEACHER
-            del parts  # its memory is the teacher's now
+        # ---- teachers ----------------------------------------------------------------------------------------------
+        if origin is not None and world.main:
+            for config, teacher in trained.items():
+                origin.copy_teacher(teacher, run_dir / folders[config], print)
+        if own:
+            del parts  # its memory is the teachers' now
             if world.main:
                 directory.write_recipe(run_dir, recipe)  # what to go on by, until the student has a checkpoint
-            train(own, trained, world, resume=trained.exists(), student=run_dir)
+            for config, each in own.items():
+                trained[config] = run_dir / folders[config]
+                train(each, trained[config], world, resume=trained[config].exists(), student=run_dir)
             parts = Parts.of(recipe, world, begins, trained)
             record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
 
@@ -162,26 +162,28 @@ class Parts:
     saver: Saver
 
     @classmethod
-    def of(cls, recipe: "Recipe", world: World, begins: bool, teacher: "Path | Recipe | None") -> "Parts":
+    def of(cls, recipe: "Recipe", world: World, begins: bool, known: teachers.Known) -> "Parts":
         """Everything that the recipe asks for, in its initial state.
 
-        begins   whether the student begins with `model.weights`; else a checkpoint gives it its weights, and the file
-                 need not exist any more
-        teacher  of a teacher with a recipe of its own: its run, or that recipe while it is not trained yet
+        begins  whether the student begins with `model.weights`; else a checkpoint gives it its weights, and the file
+                need not exist any more
+        known   of teachers with recipes of their own: their runs, or these recipes while they are not trained yet
         """
         sources = train_source, val_source = build.sources(recipe)
         names, size = train_source.classes, build.image_size(recipe)
         length = build.run_length(recipe, len(train_source))
         recipe = settled(recipe, length)
         log = RunLog(recipe, world, length.total, length.steps_per_epoch)
+        cache = cached.checked(recipe, train_source, length)
         student = build.model(recipe if begins else without_weights(recipe), len(names), log.say, names)
 
         def make_teacher(config: TeacherConfig) -> Teacher:
-            if config.recipe is not None and not isinstance(teacher, Path):
-                return untrained_teacher(teacher, len(names)).to(world.device)
+            own = known.get(config)
+            if own is not None and not isinstance(own, Path):
+                return teachers.untrained(own, config, len(names)).to(world.device)
             with world.main_first():  # timm may have to download; the others then find the files
                 options = {"classes": names, "say": log.say}
-                made = build.teacher(config, size, len(names), teacher, recipe.engine.precision, **options)
+                made = build.teacher(config, size, len(names), own, recipe.engine.precision, **options)
             return made.to(world.device)
 
         method = build.method(recipe, student, len(names), length.total, make_teacher, train_source).to(world.device)
@@ -203,6 +205,9 @@ class Parts:
         loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image)
         val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image)
         identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": names}
+        if cache is not None:
+            log.say(f"teacher: {cached.described(cache)}")
+            identity["cache"] = cache.fingerprint
         saver = Saver(recipe, identity, engine, world, schedule, length)
         return cls(recipe, world, sources, length, log, method, schedule, tuning, engine, loader, val_loader, saver)
 
@@ -249,10 +254,10 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
 
     batches = parts.loader.batches(start, total)
     try:
-        if method.teacher is not None and recipe.method.teacher.classifies and record.teacher_top1 is None:
+        judged = method.teacher is not None and all(config.classifies for config in recipe.method.teachers())
+        if judged and record.teacher_top1 is None:
             # Before the first step: a teacher with the wrong classes or normalisation shows here, not after two days.
-            teacher = Classify(lambda batch: {"class": method.teacher(batch)})
-            log.teacher(start, parts.held_out({"teacher": teacher}), record)
+            log.teacher(start, parts.held_out({"teacher": Classify(method.teacher.scores)}), record)
         if recipe.train.stop_after is not None and not method.evaluators():
             raise UsageError(f"train.stop_after needs a metric, but method {recipe.method.use} has none")
         if recipe.train.best_by is not None:
@@ -345,29 +350,6 @@ def gave_up(
     if kept[-1] == first - 1 and len(kept) > 1:
         lines.append(f"  if these weights are bad already, as the next step failed: {fork(kept[-2])}")
     return NonFiniteError("\n".join(lines))
-
-
-def teacher_recipe(recipe: "Recipe", begun: Path | None = None) -> "Recipe | None":
-    """The recipe by which the teacher is to be trained, on the student's data; None if it has no recipe of its own.
-
-    A teacher that was begun in the run `begun` goes on by the recipe there.
-    """
-    config = getattr(recipe.method, "teacher", None)
-    if config is None or config.recipe is None:
-        return None
-    has_begun = begun is not None and directory.has_checkpoint(begun)
-    own = directory.recipe_of(begun) if has_begun else recipes.load(config.recipe)
-    data = own.data.model_copy(update={name: getattr(recipe.data, name) for name in _WHICH_DATA})
-    return own.model_copy(update={"data": data, "engine": recipe.engine})
-
-
-_WHICH_DATA = "source", "root", "train", "val", "synthetic_samples", "synthetic_classes"
-
-
-def untrained_teacher(own: "Recipe", classes: int) -> Teacher:
-    """The teacher as it will be but for its weights: what is built around it can be checked before it is trained."""
-    frozen = freeze(build.model(own, classes, lambda text: None), build.image_size(own))
-    return Teacher(frozen, image_size=build.image_size(own), mean=own.data.mean, std=own.data.std)
 
 
 def without_weights(recipe: "Recipe") -> "Recipe":

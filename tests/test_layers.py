@@ -57,35 +57,37 @@ LAYERS: dict[str, set[str]] = {
     "data.plan": {"rng", "data.pixel_ops"},
     "data.sources": {"cores", "rng", "plugins"},
     "data.execute": {"data.plan", "data.sources", "data.nodes", "data.pixel_ops"},
+    "data.logits": {"data.sources"},
     "data.loader": {"cores", "batch", "data.plan", "data.sources", "data.execute"},
     "data": set(),
     "views": {"fields", "data.plan"},
     # ---- networks, losses, steps; none of them knows a data set
     "models": {"kernels", "fields", "plugins", "text"},
-    "methods": {"models", "kernels", "batch", "views", "fields", "plugins"},
+    "methods": {"models", "kernels", "batch", "data.logits", "views", "fields", "plugins"},
     "engine": {"kernels", "batch", "plugins"},
     # ---- a run
     "recipe": {"methods", "engine", "data.sources", "views", "fields", "text"},
     "run": {
         *("version", "cores", "errors", "rng", "text", "fields", "kernels", "batch", "views", "models", "methods"),
-        *("engine", "recipe", "data.plan", "data.sources", "data.loader"),
+        *("engine", "recipe", "data.plan", "data.sources", "data.loader", "data.logits"),
     },
     "training": {
         *("errors", "rng", "kernels", "methods", "engine", "recipe", "run"),
         *("data.sources", "data.loader"),
     },
+    "stepping": {"batch", "errors", "data.plan", "engine", "recipe", "run", "training"},
     # ---- what the command line calls
     "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "bench": {
         *("errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe", "run"),
-        *("estimate", "data.pixel_ops", "data.plan", "data.sources"),
+        *("estimate", "stepping", "data.pixel_ops", "data.plan", "data.sources"),
     },
     "verbs": {
-        *("cores", "errors", "text", "kernels", "batch", "models", "methods", "engine", "recipe", "run", "estimate"),
-        *("data.pixel_ops", "data.plan", "data.sources", "data.loader"),
+        *("version", "cores", "errors", "text", "kernels", "batch", "models", "methods", "engine", "recipe", "run"),
+        *("estimate", "data.pixel_ops", "data.plan", "data.sources", "data.loader", "data.logits"),
     },
     "launch": {"errors"},
-    "api": {"errors", "engine", "recipe", "run", "training", "verbs"},
+    "api": {"errors", "engine", "recipe", "run", "stepping", "training", "verbs"},
     "cli": {
         "version",
         "errors",

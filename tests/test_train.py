@@ -20,10 +20,10 @@ from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageErr
 from fastdeit.methods.evaluators import Classify, images
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import build, directory
+from fastdeit.run import build, directory, teachers
 from fastdeit.run.evaluate import evaluate
 from fastdeit.run.weights import open_weights
-from fastdeit.training import teacher_recipe, train
+from fastdeit.training import train
 
 RECIPE = """\
 model: {name: deit_digits_distilled_patch8_32, image_size: 32, drop_path: 0.1}
@@ -368,7 +368,7 @@ def test_a_teacher_trained_here_reads_the_students_data():
     packed = ["data.source=packed", "data.root=/b", "data.train=a.pack", "data.val=b.pack", "data.flip=0.3"]
     for overrides in (packed, ["data.source=synthetic", "data.synthetic_classes=7", "data.synthetic_samples=70"]):
         recipe = recipes.load("digits", overrides)
-        seen = teacher_recipe(recipe).data
+        (seen,) = (each.data for each in teachers.to_train(recipe).values())
         for name in ("source", "root", "train", "val", "synthetic_classes", "synthetic_samples"):
             assert getattr(seen, name) == getattr(recipe.data, name)
         assert seen.flip == own.flip  # how it is augmented is the teacher's own
@@ -376,7 +376,7 @@ def test_a_teacher_trained_here_reads_the_students_data():
 
 def test_a_teacher_sees_the_resolution_and_normalisation_it_was_trained_at(load, whole):
     recipe = load("model.image_size=64", "data.mean=[0.4, 0.4, 0.4]")
-    teacher = build.teacher(recipe.method.teacher, (64, 64), 10, whole[0] / "teacher")
+    teacher = build.teacher(*recipe.method.teachers(), (64, 64), 10, whole[0] / "teacher")
     assert (teacher.size, teacher.mean, teacher.std) == ((32, 32), (0.5,) * 3, (0.5,) * 3)
 
 
@@ -395,7 +395,7 @@ def test_a_timm_model_is_trained_resumed_and_can_teach(load, whole, tmp_path):
         train(recipe, run, StopAt(2), resume=False)
     summary = train(recipe, run, World(torch.device("cpu")), resume=True)
     student = load("model.image_size=48")
-    teacher = build.teacher(student.method.teacher, (48, 48), 10, run)
+    teacher = build.teacher(*student.method.teachers(), (48, 48), 10, run)
     world = World(torch.device("cpu"))
     held_out = build.eval_loader(recipe, build.sources(recipe)[1], world, {}, print)
     classify = {"teacher": Classify(lambda batch: {"class": teacher.logits(images(batch))})}

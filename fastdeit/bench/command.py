@@ -34,6 +34,11 @@ def main(args: argparse.Namespace) -> None:
 
         report.main(args.results, args.folder)
         return
+    if args.what == "parity":
+        from fastdeit.bench import parity
+
+        parity.main(args)
+        return
     measure.check_out(args.out)
     device = pick_device(args.device)
     if args.what in ("suite", "calibrate"):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from fastdeit.cli import (
     bench,
+    cache,
     completion,
     data,
     doctor,
@@ -32,7 +33,7 @@ from fastdeit.version import __version__
 
 # As `fastdeit --help` lists them.
 GROUPS: dict[str, dict[str, Verb]] = {
-    "train and judge": {**train.VERBS, **evaluate.VERBS, **export.VERBS},
+    "train and judge": {**train.VERBS, **cache.VERBS, **evaluate.VERBS, **export.VERBS},
     "find out before": {**recipes.VERBS, **explain.VERBS, **models.VERBS, **plan.VERBS},
     "look at runs": runs.VERBS,
     "data": data.VERBS,

@@ -1,10 +1,11 @@
-"""`fastdeit bench step`, `forward`, `train`, `data`, `suite`, `calibrate` and `report`."""
+"""`fastdeit bench step`, `forward`, `train`, `data`, `suite`, `calibrate`, `parity` and `report`."""
 
 import argparse
 
 from fastdeit.cli.parser import Verb, path, positive
 
 STEP_PEERS = ("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph")
+PARITY_CASES = ("supervised", "soft", "hard", "bce_lamb", "cosub", "accumulate", "clip", "finetune")
 DATA_PEERS = ("timm", "deit", "torchvision", "dali")
 
 
@@ -147,6 +148,19 @@ CALIBRATE = _verb(
 CALIBRATE.parser.add_argument("--batch", type=positive, metavar="N", help="images (default: 256, on a CPU 2)")
 _add_measuring(CALIBRATE)
 
+PARITY = _verb(
+    "parity",
+    "the same training by fastdeit and by timm, step by step: how far they come apart",
+    "[--case NAME ...] [--steps N] [--batch N] [--image-size N] [--out FILE]",
+    "fastdeit bench parity --case hard  # DeiT's hard distillation; without --case all ways of training, some minutes",
+)
+_add = PARITY.parser.add_argument
+_add("--case", action="append", choices=PARITY_CASES, help="may be repeated (default: all)")
+_add("--steps", type=positive, default=50, metavar="N", help="a multiple of 5 (default: 50)")
+_add("--batch", type=positive, default=16, metavar="N", help="images per batch, a multiple of 4 (default: 16)")
+_add("--image-size", type=positive, default=64, metavar="N", help="pixels of a side, a multiple of 32 (default: 64)")
+_add("--out", type=path, metavar="FILE", help="append the rows to this file")
+
 REPORT = _verb(
     "report",
     "what was measured, as tables and a picture",
@@ -166,5 +180,6 @@ VERBS = {
     "bench data": DATA,
     "bench suite": SUITE,
     "bench calibrate": CALIBRATE,
+    "bench parity": PARITY,
     "bench report": REPORT,
 }

@@ -37,8 +37,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Store(Protocol):
     """Something that was computed for every training sample before, such as a teacher's logits."""
 
-    def read(self, epoch: int, index: NDArray[np.int64], copy: NDArray[np.int64]) -> NDArray:
+    def read(self, epoch: int, index: NDArray[np.int64], copy: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray:
         """Values `[B, ...]` of the samples with number `index` `[B]` in their appearance `copy` `[B]` in `epoch`.
+
+        place  `[B]`: where each stands in the epoch, step * batch_size + its place in the global batch. It tells what
+               the sample is mixed with, and it is unique where a substitute stands in for a sample
 
         A thread of the loader calls this, so that it may wait for a disk. Raises KeyError for what it does not hold;
         that and an OSError end the run as a DataError that names the store.
@@ -189,6 +192,7 @@ class TrainLoader:
         boxes = [plan.scale_boxes(mix.box, first, view.size) for view in self._views]
         labels = _labels(self._source, rows.sample)
         positions = np.arange(len(rows.sample)) + rows.groups.start * self._mixing.group_size
+        place = rows.step % self.steps_per_epoch * self._batch_size + positions
         return {
             "targets": Labels(labels, labels[mix.partner], torch.from_numpy(mix.lam)),
             "partner": torch.from_numpy(mix.partner),
@@ -205,7 +209,7 @@ class TrainLoader:
                 (torch.from_numpy(planned.erase_box), torch.from_numpy(planned.erase_key)) if view.erase else None
                 for view, planned in zip(self._views, work.views, strict=True)
             ),
-            "extras": {name: _read_store(name, store, rows) for name, store in self._stores.items()},
+            "extras": {name: _read_store(name, store, rows, place) for name, store in self._stores.items()},
         }
 
 
@@ -310,9 +314,9 @@ class _Rows:
         self.encoded: list[Any] = [None] * len(sample)
 
 
-def _read_store(name: str, store: Store, rows: _Rows) -> torch.Tensor:
+def _read_store(name: str, store: Store, rows: _Rows, place: NDArray[np.int64]) -> torch.Tensor:
     try:
-        values = torch.as_tensor(store.read(rows.epoch, rows.sample, rows.copy))
+        values = torch.as_tensor(store.read(rows.epoch, rows.sample, rows.copy, place))
     except (KeyError, OSError) as error:
         reason = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise DataError(

@@ -43,6 +43,14 @@ class Ema:
                 yield f"{path}.{key}", buffer
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Average from now on: the averages become the parameters, and their statistics those of the layers."""
+        for name, parameter in self.params.items():
+            self.average[name].copy_(parameter)
+        self.copy_statistics()
+        self.stale = False
+
+    @torch.no_grad()
     def copy_statistics(self) -> None:
         """Take over the statistics of the weights, for layers that are not measured because they are frozen."""
         for name, buffer in self._statistics():

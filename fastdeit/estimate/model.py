@@ -17,7 +17,7 @@ package's kernels read and write, with `a` bytes of an activation (2 in 16 bit) 
 Only the standard library is imported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -501,7 +501,7 @@ def blocks_saved(vit: ViT, work: Work, design: Design) -> list[float]:
 
 
 def memory(
-    network: Network, work: Work, design: Design, *, world: int, sharding: str, teacher: Network | None = None
+    network: Network, work: Work, design: Design, *, world: int, sharding: str, teachers: Sequence[Network] = ()
 ) -> dict[str, float | list[float]]:
     """Bytes of a process at the peak, the begin of backward, by what they are for; `blocks` has one entry a block.
 
@@ -524,8 +524,10 @@ def memory(
         "logits": float((8 + a) * batch * network.outputs),
         "context": _CONTEXT,
     }
-    if teacher is not None:
-        parts["teacher"] = 4.0 * teacher.parameters + a * batch * teacher.values + batch * _forward_peak(teacher, a)
+    if teachers:
+        # They answer one after the other.
+        most = max(a * batch * teacher.values + batch * _forward_peak(teacher, a) for teacher in teachers)
+        parts["teacher"] = 4.0 * sum(teacher.parameters for teacher in teachers) + most
     if vit is None:
         parts |= {"blocks": [network.saved * a / 4 * batch], "workspace": float(network.widest * a / 4 * batch)}
         return parts

@@ -35,6 +35,7 @@ from fastdeit.text import did_you_mean
 
 if TYPE_CHECKING:
     from fastdeit.methods.config import TeacherConfig
+    from fastdeit.models.contract import ImageSize
     from fastdeit.recipe.resolve import Recipe
 
 IMAGENET = 1_281_167, 50_000, 1000
@@ -126,15 +127,15 @@ def _unshared(recipe: "Recipe", world: int) -> str | None:
 
 @dataclass(frozen=True)
 class Subject:
-    """A recipe as the estimate sees it. `teacher_run`: the training of a teacher that has a recipe of its own."""
+    """A recipe as the estimate sees it. `teacher_runs`: the trainings of teachers that have recipes of their own."""
 
     recipe: "Recipe"
     student: Network
-    teacher: Network | None
+    teachers: tuple[Network, ...]
     images: int
     held_out: int
     assumed: str | None
-    teacher_run: "Subject | None" = None
+    teacher_runs: tuple["Subject", ...] = ()
 
     @property
     def length(self) -> Length:
@@ -165,27 +166,31 @@ def subject(recipe: "Recipe", images: int | None = None) -> Subject:
     student = _network(
         model.name, model.timm, size_pair(model.image_size, "model.image_size"), classes, model.drop_path
     )
-    config, teacher, own = getattr(recipe.method, "teacher", None), None, None
-    if config is not None and config.recipe is not None:
-        own = subject(recipes.load(config.recipe), images)
-        teacher = own.student
-    elif config is not None:
-        size = size_pair(config.image_size or model.image_size, "method.teacher.image_size")
-        teacher = _network(*_teacher(config), size, classes)
-    return Subject(recipe, student, teacher, train, held_out, assumed, own)
+    teachers, own = [], []
+    for config in recipe.method.teachers():
+        if config.recipe is not None:
+            own.append(subject(recipes.load(config.recipe), images))
+            trained = own[-1].recipe.model
+            name, timm, size = trained.name, trained.timm, trained.image_size
+        else:
+            name, timm, size = _teacher(config)
+        size = size_pair(config.image_size or size or model.image_size, "method.teacher.image_size")
+        teachers.append(_network(name, timm, size, classes))
+    return Subject(recipe, student, tuple(teachers), train, held_out, assumed, tuple(own))
 
 
-def _teacher(config: "TeacherConfig") -> tuple[str | None, str | None]:
-    """(fastdeit's name, timm's name) of the teacher's network; its weights may tell it."""
+def _teacher(config: "TeacherConfig") -> tuple[str | None, str | None, "ImageSize | None"]:
+    """(fastdeit's name, timm's name, image size) of the teacher; its weights may tell them, the size those of a run."""
     if config.model is not None or config.timm is not None:
-        return config.model, config.timm
+        return config.model, config.timm, None
     address = parse(config.weights)
     if address.kind == "timm":
-        return None, address.name  # nothing of it has to be downloaded to make a plan
-    known = open_weights(config.weights).known
+        return None, address.name, None  # nothing of it has to be downloaded to make a plan
+    found = open_weights(config.weights)
+    known = found.known
     if known.name is None and known.timm is None:
         raise UsageError(f"method.teacher: {address} does not tell which network it is of; add method.teacher.model")
-    return known.name, known.timm
+    return known.name, known.timm, known.image_size if found.checkpoint is not None else None
 
 
 def _data(recipe: "Recipe") -> tuple[int, int, int, str | None]:
@@ -196,6 +201,10 @@ def _data(recipe: "Recipe") -> tuple[int, int, int, str | None]:
     if data.source in SIZES:
         return *SIZES[data.source], None
     return *IMAGENET, f"data.source {data.source} does not tell; assumed are ImageNet-1k's numbers (see --images)"
+
+
+_ALIKE = 0.03
+"""Of a network's FLOPs: what the shape of a plain vision transformer may leave out of it."""
 
 
 @cache
@@ -217,7 +226,7 @@ def _network(
     try:
         flops = built.flops()
         shape = _shape(built)
-        if shape is None or shape.flops != flops:  # some other network, or a transformer with something more in it
+        if shape is None or abs(shape.flops - flops) > _ALIKE * flops:  # some other network, or more in it than that
             shape, other = None, _activations(built, size)
     except (NotImplementedError, RuntimeError) as error:
         raise UsageError(f"the FLOPs of {timm or name} cannot be counted on the meta device ({error})") from error
@@ -230,9 +239,11 @@ def _shape(built: nn.Module) -> ViT | None:
     if isinstance(built, models.vit.VisionTransformer):
         config = built.config
         rows, columns = config.grid
-        hidden, values = int(config.dim * config.mlp_ratio), config.in_chans * config.patch_size**2
-        shape = rows * columns, built.prefix_tokens, values, config.dim, config.depth, config.heads, hidden
-        return ViT(*shape, config.num_classes)
+        # Parallel blocks count as blocks in turn, and the stem as one product of as many FLOPs.
+        patches, depth = rows * columns, config.depth * config.parallel
+        hidden, values = int(config.dim * config.mlp_ratio), built.patch_embed.multiply_adds(1) // config.dim
+        shape = patches, built.prefix_tokens, values, config.dim, depth, config.heads, hidden
+        return ViT(*shape, config.num_classes, pruned=config.pool == "token")
     inner = getattr(built, "inner", None)
     mlp = getattr(getattr(inner, "blocks", [None])[0], "mlp", None)
     if type(inner).__name__ not in ("VisionTransformer", "VisionTransformerDistilled") or not hasattr(mlp, "fc1"):
@@ -299,7 +310,7 @@ def report(
     return {
         "recipe": recipe.name,
         "model": _described(trained.student),
-        "teacher": trained.teacher and _described(trained.teacher),
+        "teachers": [_described(teacher) for teacher in trained.teachers],
         "data": {"images": trained.images, "held_out": trained.held_out, "assumed": trained.assumed},
         "run": {
             "epochs": trained.length.epochs,
@@ -335,8 +346,9 @@ def _precision(recipe: "Recipe", gpu: GPU) -> str:
 
 
 def _work(trained: Subject, machine: Machine) -> Work:
+    """What the student computes: each image as often as the method shows it."""
     recipe = trained.recipe
-    micro = recipe.train.batch_size // (machine.count * recipe.train.accumulate)
+    micro = recipe.method.passes * recipe.train.batch_size // (machine.count * recipe.train.accumulate)
     precision = _precision(recipe, machine.gpu)
     return Work(micro, precision, recipe.model.drop_path > 0, recipe.optim.ema_decay is not None)
 
@@ -351,19 +363,21 @@ def _plan(
     run = _run(trained, machine, design, sharding, calibration.factor)
     seconds = {name: run[name] for name in ("training", "evaluation", "teacher")}
     seconds["total"] = sum(seconds.values())
-    options = {"world": machine.count, "sharding": sharding, "teacher": trained.teacher}
+    options = {"world": machine.count, "sharding": sharding, "teachers": trained.teachers}
     parts = estimate.memory(student, work, design, **options)
-    sizes = trained.recipe.data.group_size, 1
-    fits, unmixed = (estimate.largest_batch(student, work, design, gpu, size, **options) for size in sizes)
+    sizes, passes = (trained.recipe.data.group_size, 1), trained.recipe.method.passes
+    fits, unmixed = (
+        estimate.largest_batch(student, work, design, gpu, passes * size, **options) // passes for size in sizes
+    )
     peak = gpu.tf32 if work.precision == "fp32" else gpu.flops
-    flops = 3 * student.flops * train.batch_size
+    flops = 3 * student.flops * passes * train.batch_size
     return {
         "gpu": gpu.name,
         "count": machine.count,
         "nodes": machine.nodes,
         "design": design.name,
         "precision": work.precision,
-        "batch_per_gpu": work.batch,
+        "batch_per_gpu": work.batch // passes,
         "images_per_second": train.batch_size / run["step"],
         "mfu": flops / (run["step"] * machine.count * peak),
         "step": {"seconds": run["step"], "teacher_seconds": run["teacher_step"]},
@@ -371,7 +385,7 @@ def _plan(
         "memory": {"total": estimate.total(parts), "parts": parts, "available": gpu.memory},
         "largest_batch": fits,
         "largest_group": unmixed,
-        "fits": work.batch <= fits,
+        "fits": work.batch // passes <= fits,
         "accumulate": _accumulate(trained.recipe, machine.count, fits),
         "seconds": seconds,
         "usd": None if price is None else price * machine.count * seconds["total"] / 3600,
@@ -390,24 +404,22 @@ def _accumulate(recipe: "Recipe", world: int, fits: int) -> int | None:
 
 def _run(trained: Subject, machine: Machine, design: Design, sharding: str, factor: float) -> dict[str, Any]:
     """Seconds of a step and of the run; `factor` calibrates the student's computation, and nothing else."""
-    gpu, train, teacher = machine.gpu, trained.recipe.train, trained.teacher
+    gpu, train = machine.gpu, trained.recipe.train
     work = _work(trained, machine)
     time = estimate.step(trained.student, work, design, gpu).scaled(factor)
     unseen = replace(work, drop_path=False)
     judged = 0.0
-    if teacher is not None:
+    for teacher in trained.teachers:
         usual = design if teacher.own and teacher.vit else estimate.EAGER
-        judged = estimate.step(teacher, unseen, usual, gpu).forward
+        judged += estimate.step(teacher, unseen, usual, gpu).forward
     ring = {"world": machine.count, "nodes": machine.nodes, "sharding": sharding}
     ring |= {"accumulate": train.accumulate, "width": work.bytes}
     spent = estimate.communication(trained.student, time, gpu, **ring)
     step = train.accumulate * (time.forward + time.backward + judged) + time.update + spent.exposed
     forward = factor * estimate.step(trained.student, unseen, design, gpu).forward
     share = trained.held_out / (machine.count * work.batch)
-    own = 0.0
-    if trained.teacher_run is not None:
-        first = _run(trained.teacher_run, machine, estimate.EAGER, sharding, 1.0)
-        own = first["training"] + first["evaluation"]
+    first = [_run(each, machine, estimate.EAGER, sharding, 1.0) for each in trained.teacher_runs]
+    own = sum(each["training"] + each["evaluation"] for each in first)
     return {
         "step": step,
         "teacher_step": train.accumulate * judged,
@@ -436,8 +448,11 @@ def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: 
         notes.append(
             f"{trained.student.name} is not a plain vision transformer: its speed follows FLOPs alone, roughly"
         )
-    if trained.teacher is not None and trained.teacher.vit is None:
-        notes.append(f"the speed of the teacher {trained.teacher.name} follows its FLOPs alone, roughly")
+    notes += [
+        f"the speed of the teacher {teacher.name} follows its FLOPs alone, roughly"
+        for teacher in trained.teachers
+        if teacher.vit is None
+    ]
     if recipe.method.use not in methods.METHODS:
         notes.append(f"modules that method {recipe.method.use} owns beside the student are not counted")
     return notes
@@ -469,11 +484,10 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _head(found: dict[str, Any]) -> Iterator[str]:
-    run, data, teacher = found["run"], found["data"], found["teacher"]
+    run, data = found["run"], found["data"]
     yield f"recipe    {found['recipe']}"
     yield f"model     {_sentence(found['model'])}"
-    if teacher is not None:
-        yield f"teacher   {_sentence(teacher)}, in every step"
+    yield from (f"teacher   {_sentence(teacher)}, in every step" for teacher in found["teachers"])
     origin = " (assumed)" if data["assumed"] else ""
     yield f"data      {data['images']:,} training and {data['held_out']:,} held-out images{origin}"
     accumulated = f" in {run['accumulate']:,} micro-batches" if run["accumulate"] > 1 else ""
@@ -512,7 +526,7 @@ def _cells(plan: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
     if not plan["fits"]:  # the speed of what cannot run is not shown
         speed = {name: text if name in ("GiB", "fits") else "-" for name, text in speed.items()}
         speed["speed is"] = "does not fit"
-    if found["teacher"] is None:
+    if not found["teachers"]:
         del speed["teacher ms"]
     if all(other["usd"] is None for other in found["plans"]):
         del speed["USD"]

@@ -14,7 +14,7 @@ from fastdeit.methods.config import Fuse, MethodConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
 
 if TYPE_CHECKING:
-    from fastdeit.methods.teacher import Teacher
+    from fastdeit.methods.teacher import Ensemble, Teacher
 
 Momentum = float | Callable[[Step], Tensor]
 
@@ -83,9 +83,7 @@ class Method(nn.Module):
 
     Config: ClassVar[type[MethodConfig]]
     """The recipe's `method:` section, which also lists the views of every sample (`MethodConfig.views`)."""
-    teacher: "Teacher | None" = None
-    fuse: Fuse = "softmax"
-    """How `predict` makes one answer of two heads."""
+    teacher: "Teacher | Ensemble | None" = None
 
     def __init__(self, model: nn.Module, config: MethodConfig, context: Context) -> None:
         super().__init__()
@@ -113,10 +111,13 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def student(self, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
-        """The student's logits of the first view. A model with a `patch_size` gets patches, another images."""
+        """The student's logits of the first view."""
+        return self.model(self.student_input(batch), noise=batch.noise.get("drop_path"))
+
+    def student_input(self, batch: Batch) -> Tensor:
+        """The first view as the student takes it: a model with a `patch_size` gets patches, another images."""
         patch_size = getattr(self.model, "patch_size", None)
-        x = batch.pixels() if patch_size is None else batch.patches(patch_size)
-        return self.model(x, noise=batch.noise.get("drop_path"))
+        return batch.pixels() if patch_size is None else batch.patches(patch_size)
 
     def step(self, batch: Batch, engine: Any) -> None:
         """Gradients of one micro-batch: one forward, one backward. Inner loops override this and call `engine.run`."""
@@ -146,11 +147,11 @@ class Method(nn.Module):
 
     def predict(self, x: Tensor) -> dict[str, Tensor]:
         """Named scores `[B, K]` for normalised images `[B, 3, H, W]`; the first is the method's answer."""
-        return scores(self.model(x), self.fuse)
+        return scores(self.model(x), self.config.fuse)
 
     @property
     def answers_with_logits(self) -> bool:
-        """Whether `predict` is this class's: then the answer is the student's logits, two of them fused by `fuse`."""
+        """Whether `predict` is this class's: then the answer is the student's logits, two fused by `config.fuse`."""
         return type(self).predict is Method.predict
 
     def features(self, x: Tensor) -> Tensor:

@@ -8,18 +8,23 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationInfo,
+    WithJsonSchema,
+    WrapSerializer,
     field_validator,
     model_validator,
 )
 
-from fastdeit.fields import PathText
+from fastdeit.fields import ImageSize, PathText
 from fastdeit.views import View
 
 Fuse = Literal["softmax", "logit", "class", "distillation"]
@@ -29,13 +34,28 @@ class MethodConfig(BaseModel):
     """Base of every `method:` section: frozen, and no key it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    needs_drop_path: ClassVar[bool] = False
+    """Whether the method learns nothing where the model has no stochastic depth: such a recipe is refused."""
+    passes: ClassVar[int] = 1
+    """How often each image goes through the student in a step, which `fastdeit plan` reckons with."""
+
     use: str
     """Name of the method, or an import path `package.module:Class`."""
+    fuse: Fuse = "softmax"
+    """How the two heads of a distilled model become one answer. softmax: the sum of their softmaxes, as in the DeiT
+    paper; logit: the mean of their logits, as in DeiT's public code; class, distillation: one head alone."""
 
     def views(self) -> Sequence[View]:
         """The views of every sample that the method wants; `batch.images` has them in this order. Asked whenever a
         recipe is validated, without a model."""
         return (View(),)
+
+    def teachers(self) -> tuple["TeacherConfig", ...]:
+        """The teachers that the field `teacher` names, in order; none where there is no such field."""
+        given = getattr(self, "teacher", None)
+        if given is None:
+            return ()
+        return given if isinstance(given, tuple) else (given,)
 
 
 class LabelConfig(MethodConfig):
@@ -75,8 +95,9 @@ class TeacherConfig(BaseModel):
     """Address of its weights, as that of model.weights. A run and timm:NAME also tell which network it is."""
     weights_grid: tuple[PositiveInt, PositiveInt] | None = None
     """[height, width] in patches of the positional embedding of `weights`, as model.weights_grid."""
-    image_size: int | None = None
-    """Resolution in pixels (a square); null is the one it was trained at for a run, else the student's."""
+    image_size: ImageSize | None = None
+    """Resolution in pixels: the side of a square, or [height, width]; null is the one it was trained at for a run, else
+    the student's. Positions of a transformer are interpolated to it."""
     mean: tuple[float, float, float] | None = None
     """Mean of the normalisation; null is as for `std`."""
     std: tuple[float, float, float] | None = None
@@ -110,6 +131,33 @@ class FeatureTeacherConfig(TeacherConfig):
     classifies: ClassVar[bool] = False
 
 
+def _as_tuple(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list | tuple) else (given,)
+
+
+def _different(teachers: tuple[TeacherConfig, ...]) -> tuple[TeacherConfig, ...]:
+    if not teachers:
+        raise ValueError("names no teacher")
+    if len(set(teachers)) < len(teachers):
+        raise ValueError("names the same teacher twice")
+    return teachers
+
+
+def _as_written(teachers: tuple[TeacherConfig, ...], dump: SerializerFunctionWrapHandler) -> Any:
+    dumped = dump(teachers)
+    return dumped[0] if len(dumped) == 1 else dumped
+
+
+Teachers = Annotated[
+    tuple[TeacherConfig, ...],
+    BeforeValidator(_as_tuple),
+    AfterValidator(_different),
+    WrapSerializer(_as_written),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "array", "items": {"type": "object"}}]}),
+]
+"""One teacher or a list of several; a recipe has the fields of one where others have the list."""
+
+
 # ---- the methods that fastdeit brings --------------------------------------------------------------------------------
 
 
@@ -124,6 +172,8 @@ class SupervisedConfig(LabelConfig):
     does."""
 
     use: str = "supervised"
+    fuse: Fuse = "logit"
+    """How two heads become one answer: by default the mean of their logits, which is what is trained."""
     class_weights: ClassWeights | None = None
     """Weight of each class in the loss: a list in the order of the classes, or balanced: images / (classes * images
     of the class), so that all classes weigh the same; null: each image weighs the same."""
@@ -148,9 +198,45 @@ class DistillConfig(LabelConfig):
     """Temperature of the soft distributions."""
     reduction: Literal["numel", "batchmean"] = "numel"
     """What divides the soft term: batch times classes, as in the public code, or the batch alone."""
-    fuse: Fuse = "softmax"
-    """How two heads become one answer: the sum of their softmaxes, the mean of their logits, or one head alone."""
-    teacher: TeacherConfig
+    cached: PathText | None = None
+    """Folder that `fastdeit cache` has filled with the teacher's logits, in place of `teacher`: see docs/cache.md."""
+    teacher: Teachers | None = Field(None, validate_default=True)
+    """Where the teacher comes from; either this or `cached`. A list names several, whose probabilities are averaged
+    (docs/distillation.md)."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _one_source(cls, teacher: Any, info: ValidationInfo) -> Any:
+        cached = info.data.get("cached")
+        if teacher is not None and cached is not None:
+            raise ValueError(f"is one teacher too many beside method.cached {cached}; remove one of the two")
+        if teacher is None and cached is None and "cached" in info.data:
+            raise ValueError("is required where there is no method.cached: one of them says who teaches")
+        return teacher
+
+
+class CosubConfig(MethodConfig):
+    """Co-training of two submodels: each image goes twice through the model, whose stochastic depth makes two submodels
+    of it, and each learns the label and the other's answer. It doubles the compute of a step, and needs
+    model.drop_path."""
+
+    needs_drop_path: ClassVar[bool] = True
+    passes: ClassVar[int] = 2
+
+    use: str = "cosub"
+    fuse: Fuse = "logit"
+    """How two heads become one answer: by default the mean of their logits, which is what is trained."""
+    binarise: bool = True
+    """Whether each label of a mixed image counts in full, as in DeiT III; false: by its share of the image."""
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that all classes have in common (label smoothing); it needs binarise: false."""
+
+    @field_validator("smoothing")
+    @classmethod
+    def _smoothing_fits_target(cls, smoothing: float, info: ValidationInfo) -> float:
+        if smoothing > 0 and info.data.get("binarise"):
+            raise ValueError("must be 0 beside binarise true: a smoothed target makes every class positive")
+        return smoothing
 
 
 class Shipped(NamedTuple):
@@ -163,5 +249,6 @@ class Shipped(NamedTuple):
 METHODS = {
     "supervised": Shipped("fastdeit.methods.supervised:Supervised", SupervisedConfig),
     "distill": Shipped("fastdeit.methods.distill:Distill", DistillConfig),
+    "cosub": Shipped("fastdeit.methods.cosub:Cosub", CosubConfig),
 }
 """By the name that a recipe's `method.use` has for it."""

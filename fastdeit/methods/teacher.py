@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
+from math import log
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class Teacher:
         """Logits `[B, K]`; a teacher with two heads answers with the mean of their logits."""
         return self.logits(self.pixels(batch))
 
+    def scores(self, batch: Batch) -> dict[str, Tensor]:
+        """Named scores `[B, K]` by which the teacher is judged."""
+        return {"class": self(batch)}
+
     def pixels(self, batch: Batch, view: int = 0) -> Tensor:
         """A view of the batch as images `[B, 3, H, W]` in the teacher's normalisation."""
         return batch.pixels(view, mean=self.mean, std=self.std)
@@ -79,6 +84,43 @@ class Teacher:
             return x
         # In float32: on a CPU there is no antialiasing in 16 bit.
         return F.interpolate(x.float(), size=self.size, mode="bicubic", antialias=True)
+
+
+class Ensemble:
+    """Several teachers that answer as one: with the mean of their softmaxes.
+
+    Each renders its own input, in its own normalisation and resolution.
+    """
+
+    def __init__(self, teachers: Sequence[Callable[[Batch], Tensor]]) -> None:
+        self.teachers = tuple(teachers)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Log-probabilities float32 `[B, K]`, which are logits of the mean p of the softmaxes: log p.
+
+        Its argmax is that of p. At temperature tau its softmax is proportional to p ** (1 / tau), which is p at 1.
+        """
+        return _mean(self._answers(batch))
+
+    def scores(self, batch: Batch) -> dict[str, Tensor]:
+        """Scores `[B, K]` of all together ("class"), then of each ("1", "2", ...)."""
+        answers = self._answers(batch)
+        return {"class": _mean(answers)} | {str(number): each for number, each in enumerate(answers, 1)}
+
+    def _answers(self, batch: Batch) -> list[Tensor]:
+        return [teacher(batch).float().log_softmax(-1) for teacher in self.teachers]
+
+
+def together(teachers: Sequence[Teacher]) -> "Teacher | Ensemble | None":
+    """Teachers as one: None of none, and one is itself."""
+    if len(teachers) < 2:
+        return next(iter(teachers), None)
+    return Ensemble(teachers)
+
+
+def _mean(log_probabilities: Sequence[Tensor]) -> Tensor:
+    """Log of the mean of probabilities, from their logs."""
+    return torch.stack(tuple(log_probabilities)).logsumexp(0) - log(len(log_probabilities))
 
 
 class DeferredTeacher:

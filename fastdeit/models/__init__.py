@@ -12,23 +12,14 @@ from torch import nn
 
 from fastdeit.models.contract import missing
 from fastdeit.models.convnet import convnet_digits
-from fastdeit.models.deit import deit, names_by_shapes
+from fastdeit.models.families import CONFIGS, names_by_shapes, transformer
 from fastdeit.plugins import load
 from fastdeit.text import did_you_mean
 
 __all__ = ["MODELS", "build", "build_timm", "names_by_shapes", "of"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "deit_tiny_patch16_224": partial(deit, "deit_tiny_patch16_224"),
-    "deit_small_patch16_224": partial(deit, "deit_small_patch16_224"),
-    "deit_base_patch16_224": partial(deit, "deit_base_patch16_224"),
-    "deit_base_patch16_384": partial(deit, "deit_base_patch16_384"),
-    "deit_tiny_distilled_patch16_224": partial(deit, "deit_tiny_distilled_patch16_224"),
-    "deit_small_distilled_patch16_224": partial(deit, "deit_small_distilled_patch16_224"),
-    "deit_base_distilled_patch16_224": partial(deit, "deit_base_distilled_patch16_224"),
-    "deit_base_distilled_patch16_384": partial(deit, "deit_base_distilled_patch16_384"),
-    "deit_digits_patch8_32": partial(deit, "deit_digits_patch8_32"),
-    "deit_digits_distilled_patch8_32": partial(deit, "deit_digits_distilled_patch8_32"),
+    **{name: partial(transformer, name) for name in CONFIGS},
     "convnet_digits": convnet_digits,
 }
 

@@ -178,5 +178,5 @@ def refuse_patches(x: Tensor, owner: str) -> None:
     if x.ndim != 4:
         raise ValueError(
             f"{owner} takes images [B, C, H, W], but got a tensor of shape {tuple(x.shape)}; "
-            "patchified input is only for fastdeit's own vision transformers"
+            "patchified input is only for fastdeit's vision transformers that look at each patch by itself"
         )

@@ -1,4 +1,4 @@
-"""The same weights under other names: what training scripts put around a model's names, and LayerScale.
+"""The same weights under other names: what training scripts put around a model's names, parallel blocks, LayerScale.
 
 Every change is exact, and each is told in a sentence. Nothing is dropped here but what stands beside a part that was
 chosen, and that is told as well.
@@ -6,10 +6,13 @@ chosen, and that is told as well.
 
 import re
 from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
 from fastdeit.text import some
+
+T = TypeVar("T")
 
 # DDP and DataParallel write the first before every name; torch.compile the second where the compiled module stands.
 _WRAPPER = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)(?:_orig_mod\.)+")
@@ -89,9 +92,46 @@ def layer_scale(own: Collection[str], tensors: Mapping[str, Tensor]) -> tuple[di
     return named, tuple(notes)
 
 
-def deit_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` under the names of DeiT's public code, which differ from timm's in LayerScale: `gamma_1`, `gamma_2`."""
-    return {_LS.sub(r"\1gamma_\2", name): tensor for name, tensor in tensors.items()}
+_PARALLEL = {
+    "norm1": "attns.0.norm",
+    "attn": "attns.0.attn",
+    "gamma_1": "attns.0.ls.gamma",
+    "norm11": "attns.1.norm",
+    "attn1": "attns.1.attn",
+    "gamma_1_1": "attns.1.ls.gamma",
+    "norm2": "ffns.0.norm",
+    "mlp": "ffns.0.mlp",
+    "gamma_2": "ffns.0.ls.gamma",
+    "norm21": "ffns.1.norm",
+    "mlp1": "ffns.1.mlp",
+    "gamma_2_1": "ffns.1.ls.gamma",
+}
+"""Parts of a block with two attentions and two MLPs: the name in DeiT's public code, and timm's."""
+_PARALLEL_OF_DEIT = re.compile(rf"(.*\bblocks\.\d+\.)({'|'.join(_PARALLEL)})(?=\.|$)")
+_PARALLEL_OF_TIMM = re.compile(rf"(.*\bblocks\.\d+\.)({'|'.join(map(re.escape, _PARALLEL.values()))})(?=\.|$)")
+_SECOND = re.compile(r".*\bblocks\.\d+\.attn1\.")
+
+
+def parallel(own: Collection[str], tensors: Mapping[str, T]) -> tuple[dict[str, T], tuple[str, ...]]:
+    """(the tensors of DeiT's public code for parallel blocks under timm's names, what was done in sentences). Others
+    come back as they are, and so do these for a network whose names `own` are those of DeiT's code."""
+    if not any(_SECOND.match(name) for name in tensors) or any(_SECOND.match(name) for name in own):
+        return dict(tensors), ()
+    named = {_PARALLEL_OF_DEIT.sub(lambda m: m[1] + _PARALLEL[m[2]], name): one for name, one in tensors.items()}
+    return named, ("renamed the parts of parallel blocks from DeiT's names to timm's",)
+
+
+def timm_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """`tensors` of DeiT's public code under timm's names: those of parallel blocks and of LayerScale differ."""
+    named, _ = parallel((), tensors)
+    return {_GAMMA.sub(r"\1ls\2.gamma", name): one for name, one in named.items()}
+
+
+def deit_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """`tensors` of timm's names under those of DeiT's public code: `timm_names` undone."""
+    theirs = {timms: deits for deits, timms in _PARALLEL.items()}
+    named = {_PARALLEL_OF_TIMM.sub(lambda m: m[1] + theirs[m[2]], name): one for name, one in tensors.items()}
+    return {_LS.sub(r"\1gamma_\2", name): one for name, one in named.items()}
 
 
 def _fold(tensors: dict[str, Tensor], layer: str, gamma: Tensor, name: str) -> None:

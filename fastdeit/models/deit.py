@@ -1,16 +1,13 @@
-"""The DeiT family (Touvron et al., "Training data-efficient image transformers & distillation
-through attention", ICML 2021).
+"""The DeiT family (Touvron et al., "Training data-efficient image transformers & distillation through attention", ICML
+2021).
 
 Tiny, small and base are the shapes of the paper's table 1. The digits models are the same architecture for 32x32
 images, small enough to be trained on a CPU.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from fastdeit.models.contract import with_options
-from fastdeit.models.vit import VisionTransformer, ViTConfig
+from fastdeit.models.config import ViTConfig
 
 _TINY = ViTConfig(image_size=224, patch_size=16, dim=192, depth=12, heads=3)
 _SMALL = replace(_TINY, dim=384, heads=6)
@@ -29,22 +26,3 @@ CONFIGS = {
     "deit_digits_patch8_32": _DIGITS,
     "deit_digits_distilled_patch8_32": replace(_DIGITS, distilled=True),
 }
-
-
-def deit(name: str, **options: Any) -> VisionTransformer:
-    """The model `name` of `CONFIGS`, with fields of its `ViTConfig` replaced by `options`."""
-    return VisionTransformer(with_options(CONFIGS[name], name, options))
-
-
-def names_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """Names of `CONFIGS` that a state dict with these shapes can be of: same width, depth, tokens and grid."""
-    distilled = "dist_token" in shapes
-    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.") and name.count(".") > 1})
-    fitting = []
-    for name, config in CONFIGS.items():
-        length = config.grid[0] * config.grid[1] + 1 + config.distilled
-        kernel = (config.dim, config.in_chans, config.patch_size, config.patch_size)
-        same = shapes.get("patch_embed.proj.weight") == kernel and shapes.get("pos_embed") == (1, length, config.dim)
-        if same and (config.depth, config.distilled) == (depth, distilled):
-            fitting.append(name)
-    return tuple(fitting)

@@ -2,7 +2,7 @@
 
 Layer-wise learning rates (`optim.layer_decay`), freezing (`model.freeze`) and Muon need to know it. The layers are
 timm's: what comes before the blocks is the first layer, each block is one, the norm after the blocks belongs to the
-last of them, and the heads are the last layer.
+last of them, and the heads are the last layer, with the norm behind the mean of the patches where there is one.
 """
 
 import re
@@ -37,7 +37,7 @@ def block_layers(model: nn.Module) -> list[list[str]]:
     """
     children = [name for name, _ in model.named_children()]
     after = set(children[children.index("blocks") + 1 :])
-    heads = tuple(f"{head}." for head in model.head_names)
+    heads = tuple(f"{head}." for head in (*model.head_names, "fc_norm"))
     depth = len(model.blocks)
     found: list[list[str]] = [[] for _ in range(depth + 2)]
     for name, _ in model.named_parameters():

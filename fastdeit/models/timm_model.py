@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
+from timm.layers import PatchEmbed
 from timm.models import PretrainedCfg, group_parameters
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -48,11 +49,13 @@ def build(
     pretrained   timm's weights, which timm downloads once
 
     timm's vision transformers (ViT, DeiT, DeiT III, DINOv2, CLIP, MAE, ...) come as a `TimmVisionTransformer`, which
-    has tokens. Raises ValueError for a name that timm does not know, and for options that the model does not take.
+    has tokens. Raises ValueError for a name that timm does not know, for options that the model does not take, and for
+    an image that is no grid of its patches.
     """
     rates = {"drop_path_rate": drop_path, "drop_rate": dropout}
     inner = _create(name, image_size, num_classes, {option: rate for option, rate in rates.items() if rate}, pretrained)
     size = size_pair(image_size or inner.pretrained_cfg["input_size"][1:], "image_size")
+    _check_patches(name, inner, size)
     return (TimmVisionTransformer if isinstance(inner, VisionTransformer) else TimmModel)(name, inner, size)
 
 
@@ -110,8 +113,8 @@ class TimmModel(nn.Module):
         return getattr(getattr(self.inner, "patch_embed", None), "grid_size", None)
 
     @property
-    def prefix_tokens(self) -> int:
-        """Slots of the positional embedding before those of the patches."""
+    def prefix_positions(self) -> int:
+        """Positions in the positional embedding before those of the patches."""
         positions, grid = getattr(self.inner, "pos_embed", None), self.grid
         if grid is None or not isinstance(positions, Tensor) or positions.ndim != 3:
             return 0
@@ -248,6 +251,17 @@ def _create(
         return timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
         raise ValueError(f"timm's {name} cannot be built with {options}: {error}") from error
+
+
+def _check_patches(name: str, inner: nn.Module, size: tuple[int, int]) -> None:
+    """timm says the same in the first forward, by an assertion."""
+    embed = getattr(inner, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad:
+        return
+    if any(side % patch for side, patch in zip(size, embed.patch_size, strict=True)):
+        height, width = size
+        patch = "x".join(map(str, embed.patch_size))
+        raise ValueError(f"timm's {name}: image_size {height}x{width} is not a multiple of the patch size {patch}")
 
 
 def _cached(config: PretrainedCfg | None) -> str | None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.models import convert
+from fastdeit.models.init import init_linear
 from fastdeit.models.positions import interpolated
-from fastdeit.models.vit import init_linear
 from fastdeit.text import some
 
 HEADS = ("head", "head_dist")
@@ -72,14 +72,15 @@ def load_weights(
                 of classes: what only the model has, and such a head, is initialised anew; what only the weights have is
                 left out. None: the heads, and the distillation token. Everything else must be there on both sides
 
-    A positional embedding for another image size is resized (`resize_pos_embed`). The names of LeViT's files are
-    mapped, and LayerScale is renamed or folded (`convert`). Raises ValueError, before anything is changed, where
-    something is missing, left over, or of another shape or kind of number.
+    A positional embedding for another image size is resized (`resize_pos_embed`). The names of LeViT's files and of
+    DeiT's parallel blocks are mapped, and LayerScale is renamed or folded (`convert`). Raises ValueError, before
+    anything is changed, where something is missing, left over, or of another shape or kind of number.
     """
     own = model.state_dict()
     if odd := [name for name, tensor in state_dict.items() if tensor.layout != torch.strided or tensor.is_meta]:
         raise ValueError(f"{some(odd)} of the weights are sparse or without data")
     tensors, renamed = convert.levit(own, state_dict)
+    tensors, parallel = convert.parallel(own, tensors)
     tensors, scaled = convert.layer_scale(own, tensors)
     if not own.keys() & tensors.keys():
         raise ValueError(
@@ -110,7 +111,7 @@ def load_weights(
     model.load_state_dict(taken, strict=False)
     for head in heads:
         init_linear(model.get_submodule(head))
-    return LoadReport(missing, unexpected, resized, heads, (*renamed, *scaled))
+    return LoadReport(missing, unexpected, resized, heads, (*renamed, *parallel, *scaled))
 
 
 def _refuse(sentence: str, names: Collection[str], free: Collection[str]) -> None:
@@ -159,7 +160,7 @@ def resize_pos_embed(
     for prefix tokens where the weights have them.
     """
     source, own = state_dict["pos_embed"], model.state_dict()["pos_embed"]
-    new_grid, new_prefix = tuple(model.grid), model.prefix_tokens
+    new_grid, new_prefix = tuple(model.grid), model.prefix_positions
     old_prefix, old_grid = _source_layout(source, state_dict, new_grid, grid)
     if (old_grid, old_prefix) == (new_grid, new_prefix):
         return source, ""

@@ -63,8 +63,9 @@ class ModelConfig(Section):
     """null: as many as the data set has."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth: drop rate of the last block."""
-    drop_path_mode: Literal["linear", "constant"] = "linear"
-    """linear: the rates of the blocks rise from 0 to drop_path, as in DeiT; constant: all are drop_path (DeiT III)."""
+    drop_path_mode: Literal["linear", "constant"] | None = None
+    """linear: the rates of the blocks rise from 0 to drop_path, as in DeiT; constant: all are drop_path (DeiT III);
+    null: the one of the two that the model's authors use."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Rate at which features in front of the heads are zeroed in training (timm: drop_rate)."""
     weights: PathText | None = None
@@ -93,7 +94,7 @@ class ModelConfig(Section):
 
     @field_validator("drop_path_mode")
     @classmethod
-    def _ours_alone(cls, mode: str, info: ValidationInfo) -> str:
+    def _ours_alone(cls, mode: str | None, info: ValidationInfo) -> str | None:
         if mode == "constant" and info.data.get("timm") is not None:
             raise ValueError("must be linear beside model.timm: timm's models have no other drop-path")
         return mode
@@ -195,7 +196,8 @@ class OptimConfig(Section):
     ratio of the norms of gradient and weights of each unit, such as a row of a matrix; 0.01 is usual, and the heads are
     not clipped."""
     schedule: Literal["cosine", "deit-exact"] = "cosine"
-    """cosine: per step, after a linear warm-up; deit-exact: the public code's, per epoch and one epoch late."""
+    """cosine: per step, begun anew after a linear warm-up; deit-exact: the public code's, per epoch and one epoch late,
+    into which the warm-up cuts. Over 300 epochs with 5 of warm-up, the rates of cosine add up to 1.7 % more."""
     warmup_epochs: NonNegative | None = 5.0
     """Epochs in which the learning rate rises from `warmup_lr` to `lr`; fractions are allowed; null: a twentieth of the
     run."""
@@ -220,12 +222,13 @@ class OptimConfig(Section):
             raise ValueError(f"agc needs an optim.clip_grad below 1, such as 0.01; it is {known}")
         return clip_mode
 
-    @field_validator("min_lr")
+    @field_validator("warmup_lr", "min_lr")
     @classmethod
-    def _below_peak(cls, min_lr: float, info: ValidationInfo) -> float:
-        if min_lr > info.data.get("lr", min_lr):
+    def _below_peak(cls, rate: float, info: ValidationInfo) -> float:
+        unused = info.field_name == "warmup_lr" and info.data.get("warmup_epochs") == 0
+        if not unused and rate > info.data.get("lr", rate):
             raise ValueError(f"must not be above optim.lr ({info.data['lr']:g})")
-        return min_lr
+        return rate
 
 
 class TrainConfig(Section):

@@ -130,6 +130,8 @@ def _fields(models: Models, path: Sequence[str | int]) -> Iterable[str]:
     """Field names of the (nested) model at `path`."""
     kind: Any = models.get(str(path[0]))
     for part in path[1:]:
+        if isinstance(part, int):
+            continue  # an entry of a list has the fields of the others
         if get_origin(kind) is dict:
             kind = get_args(kind)[1]
             continue

@@ -52,6 +52,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("model.freeze", deit=("attn-only",), value="[all_but_attention]"),
     # ---- method
     _both("method.smoothing", "smoothing"),
+    Flag("method.use", deit=("cosub",), value="cosub"),
     _both("method.loss", "bce-loss", value="bce", note="it needs method.smoothing=0"),
     Flag(
         "method.teacher.timm", timm=("kd-model-name",), deit=("teacher-model",), note="it belongs to method.use=distill"

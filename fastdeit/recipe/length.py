@@ -79,7 +79,7 @@ def length(recipe: "Recipe", images: int, steps_per_epoch: int) -> Length:
     elif warmup >= epochs:
         raise LengthError(
             f"optim.warmup_epochs is {format_value(warmup)}, but the run has {total} steps, {epochs:.3g} epochs of "
-            f"{images} images; give a shorter warm-up, or null for a twentieth of the run"
+            f"{images} images; add optim.warmup_epochs={_WARMUP * epochs:.3g}, or null, for a twentieth of the run"
         )
     return Length(steps_per_epoch, total, every, warmup)
 

@@ -173,10 +173,8 @@ def difference(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
 
     Not compared: `about`, `name`, `engine`, and from where and by how many threads the data are read.
     """
-    mine, theirs = (
-        dict(_flat(recipe.model_dump(include={"model", "method", "data", "optim", "train"}, exclude={"data": _PLACES})))
-        for recipe in (a, b)
-    )
+    sections = {"model", "method", "data", "optim", "train"}
+    mine, theirs = (dict(_flat(recipe.model_dump(include=sections, exclude=_PLACES))) for recipe in (a, b))
     fields = dict.fromkeys([*mine, *theirs])
     return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
 
@@ -189,7 +187,7 @@ def changes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
 
 
 # A packed copy of a folder is the same data. The fingerprints in a checkpoint say whether two sources hold the same.
-_PLACES = {"source", "root", "train", "val", "threads"}
+_PLACES = {"data": {"source", "root", "train", "val", "threads"}, "method": {"cached"}}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -359,6 +357,10 @@ _CHOICES: dict[FieldPath, _Choice] = {
 }
 
 
+# Fields of which a section has one: the one that is given drops the other of a base.
+_RIVALS: dict[FieldPath, tuple[str, ...]] = {("method",): ("teacher", "cached")}
+
+
 def _merged(base: Item, child: Item, path: FieldPath = ()) -> Item:
     """`child` laid over `base`: mappings field by field, anything else replaced."""
     if not isinstance(base.value, dict) or not isinstance(child.value, dict):
@@ -372,6 +374,9 @@ def _merged(base: Item, child: Item, path: FieldPath = ()) -> Item:
             shared = {key: item for key, item in kept.items() if key in choice.shared}
             return Item(shared | child.value, first_place(child))
         kept = base.without(*choice.stale).value
+    rivals = _RIVALS.get(path, ())
+    if any(key in child.value and child.value[key].value is not None for key in rivals):
+        kept = {key: item for key, item in kept.items() if key not in rivals or key in child.value}
     for key, item in child.value.items():
         kept[key] = _merged(kept[key], item, (*path, key)) if key in kept else item
     return Item(kept, child.place if child.place != NOWHERE else base.place)
@@ -431,6 +436,12 @@ def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
                 ("train", "accumulate"),
                 f"must divide train.batch_size / data.group_size ({groups} groups), got {train.accumulate}",
             )
+    if method and model and method.needs_drop_path and model.drop_path == 0:
+        yield (
+            ("model", "drop_path"),
+            f"must be above 0 for method {method.use}, which learns from the submodels that stochastic depth makes; "
+            "add model.drop_path=0.1",
+        )
     if train and model and train.epochs is None and train.steps is None and model.weights is None:
         yield (
             ("train", "epochs"),
@@ -440,7 +451,8 @@ def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
     if optim and train and None not in (train.epochs, optim.warmup_epochs) and optim.warmup_epochs >= train.epochs:
         yield (
             ("optim", "warmup_epochs"),
-            f"must be less than train.epochs ({train.epochs}), got {format_value(optim.warmup_epochs)}",
+            f"must be less than train.epochs ({train.epochs}), got {format_value(optim.warmup_epochs)}; add "
+            f"optim.warmup_epochs={train.epochs / 20:g}, or null, for a twentieth of the run",
         )
 
 

@@ -24,9 +24,9 @@ from fastdeit.engine.dist import World
 from fastdeit.engine.ema import EmaTeacher
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
-from fastdeit.fields import Section, size_pair
+from fastdeit.fields import ImageSize, Section, size_pair
 from fastdeit.methods.base import Context, Method, Momentum
-from fastdeit.methods.config import TeacherConfig
+from fastdeit.methods.config import MethodConfig, TeacherConfig
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
 from fastdeit.models.freeze import freeze_parts
@@ -102,7 +102,7 @@ def loader_device(device: torch.device) -> str | int:
 def augmentations(recipe: "Recipe") -> tuple[Augment, ...]:
     """What the plan of a training sample is drawn from: one for each view that the method wants."""
     made: dict[str, Augment] = {}
-    for view in _views(recipe):
+    for view in views(recipe):
         stream = view.name if made else ""
         made[view.name] = Augment(
             size=view.size,
@@ -118,7 +118,8 @@ def augmentations(recipe: "Recipe") -> tuple[Augment, ...]:
     return tuple(made.values())
 
 
-def _views(recipe: "Recipe") -> tuple[View, ...]:
+def views(recipe: "Recipe") -> tuple[View, ...]:
+    """The views of every training sample, with every setting that method, recipe and data section give them."""
     own = recipe.method.views()
     return resolved(overridden(own, recipe.data.views), recipe.data, recipe.model.image_size)
 
@@ -129,11 +130,27 @@ def mixing(recipe: "Recipe") -> Mixing:
 
 
 def run_length(recipe: "Recipe", images: int) -> Length:
-    """The length of the recipe's run on so many training images. Raises UsageError where the warm-up does not fit."""
+    """The length of the recipe's run on so many training images.
+
+    Raises UsageError where the warm-up does not fit, and for more copies of an image than there are images.
+    """
+    if recipe.data.repeats > images:
+        raise UsageError(
+            f"recipe {recipe.name}: data.repeats is {recipe.data.repeats}, but there are {images} training images, so "
+            "an epoch would show copies of one image alone; add data.repeats=1"
+        )
     try:
         return length(recipe, images, order.steps_per_epoch(images, recipe.train.batch_size))
     except LengthError as error:
         raise UsageError(f"recipe {recipe.name}: {error}") from error
+
+
+def notes(recipe: "Recipe", images: int) -> list[str]:
+    """What a user should know of a run on so many training images, though it can be done."""
+    batch = recipe.train.batch_size
+    if batch <= images:
+        return []
+    return [f"train.batch_size {batch} is more than the {images} training images: a batch has some of them repeatedly"]
 
 
 def train_loader(
@@ -271,6 +288,7 @@ def method(
     Raises UsageError if the method cannot be built, and if it keeps an averaged teacher where the engine does not find
     it, such as in a list.
     """
+    _check_fuse(recipe.method, student)
     kind = methods.find(recipe.method.use)
     averaged: list[EmaTeacher] = []
 
@@ -294,6 +312,16 @@ def method(
     return made
 
 
+def _check_fuse(config: MethodConfig, student: nn.Module) -> None:
+    """Refuse a fusion that was asked for where there is nothing to fuse; every method has a default of its own."""
+    default = type(config).model_fields["fuse"].default
+    if config.fuse != default and len(student.head_names) < 2:
+        raise UsageError(
+            f"method.fuse {config.fuse}: {type(student).__name__} has one head, and there is nothing to fuse; train a "
+            f"distilled model, or leave method.fuse at {default}"
+        )
+
+
 def class_counts(source: Source) -> list[int]:
     """How many images each class has."""
     counts = [0] * len(source.classes)
@@ -314,7 +342,7 @@ def teacher(
     config: TeacherConfig,
     size: tuple[int, int],
     num_classes: int,
-    trained: Path,
+    trained: Path | None,
     precision: str = "fp32",
     *,
     classes: Sequence[str] | None = None,
@@ -323,11 +351,12 @@ def teacher(
     """The teacher that `config` describes, ready to be asked in `precision` (of the recipe's engine).
 
     size     (height, width) in pixels of the student's input
-    trained  the run of a teacher that has a recipe of its own
+    trained  the run of a teacher that has a recipe of its own, else None
     classes  names of the data's classes in the order of their labels, compared with those of the teacher's weights
 
-    A teacher that is a run sees its own size and normalisation, whatever the student's are. Raises UsageError where its
-    weights do not fit, have anything left over, or are of other classes.
+    A teacher that is a run sees the size and normalisation that it was trained with, unless `config` says otherwise,
+    whatever the student's are. Raises UsageError where its weights do not fit, have anything left over, or are of other
+    classes.
     """
     name = config.model if config.timm is None else f"timm:{config.timm}"
     address = config.weights or (str(trained) if config.recipe is not None else name)
@@ -352,6 +381,10 @@ def teacher(
             purpose="teacher" if config.classifies else "features",
             say=told.append,
         )
+        if size_pair(side or size, "method.teacher.image_size") != size:
+            told.append(
+                f"{found.origin}: sees {_pixels(side)}, the student {_pixels(size)} (method.teacher.image_size)"
+            )
     for note in told if say is not None else ():
         say(f"teacher: {note}")
     mean, std = (config.mean, config.std) if config.mean is not None else (known.mean, known.std)
@@ -359,3 +392,8 @@ def teacher(
         mean, std = built.mean, built.std
     frozen = freeze(built, size_pair(side or size, "method.teacher.image_size"), DTYPES[precision])
     return Teacher(frozen, image_size=side, mean=mean, std=std)
+
+
+def _pixels(size: ImageSize) -> str:
+    height, width = size_pair(size, "image_size")
+    return f"{height}x{width} pixels"

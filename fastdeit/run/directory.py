@@ -4,7 +4,7 @@ RUN/recipe.yaml, environment.json     what is run, and on what
 RUN/metrics.jsonl                     what was measured
 RUN/checkpoints/step_00001250/        what the run goes on from; its recipe is the one that counts
 RUN/curves.png, summary.json          the run so far, as of its last evaluation
-RUN/teacher/                          the run of a teacher that was trained here
+RUN/teacher/, RUN/teacher_2/          the runs of teachers that were trained here
 RUN/lock.json                         while a process trains here: which one
 """
 
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
 
 RUNS = Path("runs")
-CHECKPOINTS, TEACHER, RECIPE, METRICS = "checkpoints", "teacher", "recipe.yaml", "metrics.jsonl"
+CHECKPOINTS, RECIPE, METRICS = "checkpoints", "recipe.yaml", "metrics.jsonl"
 
+_TEACHER = re.compile(r"teacher(_[2-9]|_[1-9]\d+)?")
 _DATED = re.compile(r"(?P<stamp>\d{4}-\d\d-\d\d_\d{6})(-(?P<number>\d+))?_(?P<recipe>.+)")
 _TITLE = "# The recipe {name}, with every field written out. The run goes on by the recipe in its checkpoints.\n"
 
@@ -47,7 +48,17 @@ def has_checkpoint(run: Path) -> bool:
 
 def can_go_on(run: Path) -> bool:
     """Whether there is something to go on from: a checkpoint of the run, or of the teacher that it trains first."""
-    return has_checkpoint(run) or (has_checkpoint(run / TEACHER) and (run / RECIPE).is_file())
+    return has_checkpoint(run) or (_has_teacher(run) and (run / RECIPE).is_file())
+
+
+def teacher_name(number: int) -> str:
+    """The folder in a run of its teacher `number`, counted from 1."""
+    return "teacher" if number == 1 else f"teacher_{number}"
+
+
+def _has_teacher(run: Path) -> bool:
+    """Whether a teacher in the run has a checkpoint."""
+    return run.is_dir() and any(has_checkpoint(path) for path in run.iterdir() if _TEACHER.fullmatch(path.name))
 
 
 def finished(run: Path | None) -> Path | None:
@@ -231,7 +242,8 @@ def _emptied_on_failure(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if before.isdisjoint({CHECKPOINTS, TEACHER, RECIPE, METRICS}) and not _worth_keeping(path):
+        of_a_run = {CHECKPOINTS, RECIPE, METRICS} | set(filter(_TEACHER.fullmatch, before))
+        if before.isdisjoint(of_a_run) and not _worth_keeping(path):
             for name in set(os.listdir(path)) - before:
                 new = path / name
                 shutil.rmtree(new) if new.is_dir() and not new.is_symlink() else new.unlink()
@@ -241,4 +253,4 @@ def _emptied_on_failure(path: Path) -> Iterator[None]:
 def _worth_keeping(path: Path) -> bool:
     log = path / METRICS
     logged = log.exists() and any(record["step"] > 0 for record in metrics.read(log))
-    return logged or has_checkpoint(path) or has_checkpoint(path / TEACHER)
+    return logged or has_checkpoint(path) or _has_teacher(path)

@@ -79,7 +79,7 @@ def named_metrics(results: Mapping[str, Result]) -> dict[str, float]:
 
 def metric_rows(recipe: "recipes.Recipe", metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Rows of a table for a person: what was measured, and the value. Accuracy among the first five is left out."""
-    fuse = getattr(recipe.method, "fuse", "softmax")
+    fuse = recipe.method.fuse
     fused = {"softmax": "sum of softmaxes", "logit": "mean of logits"}.get(fuse, f"{fuse} head alone")
     titles = {"fused": f"fused heads ({fused})", "class": "class head", "distillation": "distillation head"}
     rows = []

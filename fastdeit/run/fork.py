@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from fastdeit.engine import checkpoint
 from fastdeit.engine.checkpoint import Checkpoint
 from fastdeit.errors import UsageError
+from fastdeit.methods.config import TeacherConfig
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length
-from fastdeit.run import address, directory
+from fastdeit.run import address, directory, teachers
 from fastdeit.run.build import Report
 from fastdeit.run.lock import NAME as LOCK
 from fastdeit.run.record import Record
@@ -96,19 +97,17 @@ class Origin:
         saver.lineage = self.lineage(recipe)
         return Record(phase=found.state["record"]["phase"])
 
-    def teacher(self, recipe: "Recipe") -> Path | None:
-        """The parent's teacher, trained there to its end, if a fork by `recipe` asks for the same; else None."""
-        wanted = [getattr(each.method, "teacher", None) for each in (self.recipe, recipe)]
-        same = wanted[0] is not None and wanted[0] == wanted[1]
-        return directory.finished(self.run / directory.TEACHER) if same else None
+    def teachers(self, recipe: "Recipe") -> dict[TeacherConfig, Path]:
+        """The parent's teachers, trained there to their end, that a fork by `recipe` asks for as well."""
+        theirs = teachers.trained(self.recipe, self.run)
+        return {config: theirs[config] for config in teachers.folders(recipe.method) if config in theirs}
 
-    def copy_teacher(self, run_dir: Path, say: Report) -> None:
-        """Copy the parent's teacher into the fork `run_dir`, in one step. Call it on one process."""
+    def copy_teacher(self, teacher: Path, target: Path, say: Report) -> None:
+        """Copy a teacher of the parent into the fork, in one step. Call it on one process."""
         say(f"the teacher is that of {self.run}")
-        target = run_dir / directory.TEACHER
         temporary = target.with_name(f".tmp-{target.name}")
         ignored = shutil.ignore_patterns(LOCK, ".tmp-*")
-        shutil.copytree(self.run / directory.TEACHER, temporary, ignore=ignored)
+        shutil.copytree(teacher, temporary, ignore=ignored)
         os.rename(temporary, target)
 
     def _refusal(self, why: str) -> UsageError:

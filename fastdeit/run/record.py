@@ -150,10 +150,13 @@ class RunLog:
         )
 
     def teacher(self, step: int, result: Result, record: Record) -> None:
-        """The teacher's accuracy on the held-out images, as of the step at which the run begins."""
-        record.teacher_top1 = result.metrics["top1_class"]
-        self._write("teacher", step, teacher_top1=record.teacher_top1)
-        self.say(f"teacher: held-out top-1 {record.teacher_top1:.2f} %")
+        """The accuracy of the teacher, or of all together and of each, on the held-out images, as of the first step."""
+        top1 = {name.removeprefix("top1_"): value for name, value in result.metrics.items() if name.startswith("top1_")}
+        record.teacher_top1 = top1.pop("class")
+        each = {f"teacher_{number}_top1": value for number, value in top1.items()}
+        self._write("teacher", step, teacher_top1=record.teacher_top1, **each)
+        alone = f"; alone {', '.join(f'{value:.2f} %' for value in top1.values())}" if top1 else ""
+        self.say(f"teacher: held-out top-1 {record.teacher_top1:.2f} %{alone}")
 
     def evaluation(self, step: int, results: Mapping[str, Result], record: Record, bad_images: int) -> None:
         """Metrics of the weights ("") and of their averages ("_ema") after `step` steps; curves and summary so far."""
@@ -278,4 +281,5 @@ def describe(recipe: "Recipe", method: Method, train: Source, val: Source, world
         f"global batch {batch} = {groups} groups of {data.group_size}, over {world.size} processes x "
         f"{recipe.train.accumulate} micro-batches; learning rate {recipe.optim.lr:g}; "
         f"{length.total} steps, {length.epochs:g} epochs of {length.steps_per_epoch}",
+        *build.notes(recipe, len(train)),
     ]

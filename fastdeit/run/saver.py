@@ -17,6 +17,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length
 from fastdeit.run import directory
 from fastdeit.run.build import Report
+from fastdeit.run.cached import differences
 from fastdeit.run.record import Record
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Phases(Protocol):
 class Saver:
     """Writes and restores the checkpoints of one run.
 
-    identity  fingerprints of the data, and the names of its classes
+    identity  fingerprints of the data and of the teacher's cached logits, and the names of the classes
     phases    what the run's training is in (`PhaseSchedule`)
     length    of the whole run
     lineage   the runs that this one is a fork of, the oldest first (`fork.Origin.lineage`)
@@ -119,10 +120,10 @@ class Saver:
 
     def _other_data(self, found: Checkpoint) -> list[tuple[str, Any, Any]]:
         named = {"train": "data (training images)", "val": "data (held-out images)", "classes": "data (classes)"}
-        theirs = found.state["identity"]
-        return [
-            (name, theirs[key], self.identity[key]) for key, name in named.items() if theirs[key] != self.identity[key]
-        ]
+        theirs, ours = found.state["identity"], self.identity
+        data = [(name, theirs[key], ours[key]) for key, name in named.items() if theirs[key] != ours[key]]
+        cache = differences(theirs.get("cache", {}), ours.get("cache", {}))
+        return data + [(f"cache ({name})", *both) for name, *both in cache]
 
 
 Tensors = Mapping[str, Mapping[str, Tensor]]

@@ -21,7 +21,7 @@ from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.rows import known_gpu
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import settled
-from fastdeit.run import address, build, directory
+from fastdeit.run import address, build, cached, directory
 from fastdeit.run.request import Request
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     training, held_out = build.sources(recipe)
     length = build.run_length(recipe, len(training))
     recipe = settled(recipe, length)
+    cache = cached.checked(recipe, training, length)
     train = recipe.train
     classes = len(training.classes)
     if recipe.model.num_classes not in (None, classes):
@@ -61,16 +62,19 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     yield f"device    {processes} process{'es' * (processes > 1)} on {_named(device)}, {recipe.engine.precision}"
     yield f"data      {len(training):,} training and {len(held_out):,} held-out images of {classes:,} classes"
     yield f"model     {_network(subject.student)}"
-    if subject.teacher_run is not None:
-        own = subject.teacher_run
-        yield f"teacher   {_network(subject.teacher)}, trained first: {own.steps:,} steps of {own.recipe.name}"
-    elif subject.teacher is not None:
-        yield f"teacher   {_network(subject.teacher)}"
+    trained_first = iter(subject.teacher_runs)
+    for config, teacher in zip(recipe.method.teachers(), subject.teachers, strict=True):
+        own = None if config.recipe is None else next(trained_first)
+        first = "" if own is None else f", trained first: {own.steps:,} steps of {own.recipe.name}"
+        yield f"teacher   {_network(teacher)}{first}"
+    if cache is not None:
+        yield f"teacher   {cached.described(cache)}"
     accumulated = f" in {train.accumulate} micro-batches" if train.accumulate > 1 else ""
     yield (
         f"run       {length.epochs:,.6g} epochs of {length.steps_per_epoch:,} steps, {length.total:,} in all, of "
         f"{train.batch_size:,} images{accumulated}; {subject.evaluations:,} evaluations"
     )
+    yield from (f"note      {note}" for note in build.notes(recipe, len(training)))
     if begins is not None:
         yield f"begins    {begins}"
     yield from (f"estimate  {line}" for line in _estimates(known, subject, processes, device))
@@ -120,10 +124,10 @@ def _estimates(recipe: "Recipe", subject: report.Subject, processes: int, device
         yield f"{memory / estimate.GIB:,.1f} of {available / estimate.GIB:,.0f} GiB of a GPU (modelled, not measured)"
         yield f"{plan['seconds']['total'] / 3600:,.2g} hours (speed is {plan['basis']['speed']}; input keeps up)"
         return
-    micro = recipe.train.batch_size // (processes * recipe.train.accumulate)
+    micro = recipe.method.passes * recipe.train.batch_size // (processes * recipe.train.accumulate)
     work = estimate.Work(micro, recipe.engine.precision, recipe.model.drop_path > 0, recipe.optim.ema_decay is not None)
     parts = estimate.memory(
-        subject.student, work, estimate.EAGER, world=processes, sharding="ddp", teacher=subject.teacher
+        subject.student, work, estimate.EAGER, world=processes, sharding="ddp", teachers=subject.teachers
     )
     parts.pop("context")  # of CUDA
     yield f"{estimate.total(parts) / estimate.GIB:,.2g} GiB a process besides the libraries (modelled, not measured)"

@@ -23,7 +23,7 @@ from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import DeferredTeacher
 from fastdeit.recipe.resolve import Recipe
-from fastdeit.run import build, threads
+from fastdeit.run import build, teachers, threads
 from fastdeit.run.classification import Classification
 from fastdeit.run.evaluate import Result, evaluate, metric_rows
 from fastdeit.run.settings import doubt, settings
@@ -98,7 +98,7 @@ def _judge(
     evaluators: dict[str, Evaluator] = dict(method.evaluators())
     for name, evaluator in evaluators.items():
         if isinstance(evaluator, Classify) and method.answers_with_logits:
-            evaluators[name] = details = Classification(method.model, method.fuse, confusion=confusion)
+            evaluators[name] = details = Classification(method.model, method.config.fuse, confusion=confusion)
     loader = build.eval_loader(recipe, source, world, method.noise(), unreadable)
     result = evaluate(method, evaluators, loader, training, world, recipe.engine.precision)
     return Found(weights.averaged, result, details)
@@ -116,9 +116,10 @@ def _method(weights: Weights, recipe: Recipe, source: Source, world: World) -> M
     grid = recipe.model.weights_grid
     for note in (*weights.notes, *load(student, weights, purpose="teacher", classes=source.classes, grid=grid)):
         say(note)
-    trained = Path() if checkpoint is None else checkpoint.path.parent.parent / "teacher"
+    run, folders = Path() if checkpoint is None else checkpoint.path.parent.parent, teachers.folders(recipe.method)
 
     def teacher(config: TeacherConfig) -> DeferredTeacher:
+        trained = run / folders[config] if config in folders else None
         options = build.image_size(recipe), classes, trained, recipe.engine.precision
         return DeferredTeacher(lambda: build.teacher(config, *options, classes=source.classes).to(world.device))
 

@@ -19,7 +19,7 @@ from fastdeit import kernels
 from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.methods.config import Fuse
 from fastdeit.models import convert
-from fastdeit.models.counterpart import counterpart
+from fastdeit.models.counterpart import counterpart, traceable
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build
 from fastdeit.run.classification import named_scores
@@ -130,7 +130,7 @@ def _job(weights: Weights, recipe: Recipe, model: str | None, fuse: str | None) 
     if fuse is not None and len(made.head_names) < 2:
         raise UsageError(f"--fuse {fuse}: {weights.origin} has one head, and there is nothing to fuse")
     if fuse is None:
-        fuse = getattr(recipe.method, "fuse", "softmax")
+        fuse = recipe.method.fuse
     return Job(made, known, None if fuse == "none" else fuse)
 
 
@@ -203,7 +203,7 @@ def _two(job: Job) -> bool:
 def _program(job: Job) -> nn.Module:
     """The answer as a module that can be traced: of our transformers timm's code, whose operators are PyTorch's own."""
     try:
-        inner: nn.Module = counterpart(job.network)
+        inner: nn.Module = traceable(job.network)
     except ValueError:
         inner = job.network
     return Answer(inner, job.fuse).eval()

@@ -120,7 +120,7 @@ def log_probabilities(
     model: nn.Module, loader: EvalLoader, recipe: Recipe, device: torch.device
 ) -> Iterator[tuple[Batch, Tensor]]:
     """(batch, float32 `[B, K]`) of every batch; two heads are fused as the method of the recipe says."""
-    fuse = getattr(recipe.method, "fuse", "softmax")
+    fuse = recipe.method.fuse
     for batch in readable(loader):
         batch = batch.to(device)
         with autocast(device, recipe.engine.precision):

@@ -65,6 +65,7 @@ def test_flags_are_pinned():
     """A flag is a promise: adding or dropping one is a decision, made here too."""
     assert {name: verb.parser.flags[2:] for name, verb in cli.VERBS.items()} == {
         "train": ["--data", "--nproc", "--run-dir", "--resume", "--from", "--dry-run"],
+        "cache": ["--data", "--teacher", "--top-k", "--out", "--epochs", "--nproc"],
         "eval": ["--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--images"],
         "predict": ["--model", "--top", "--json"],
         "show attention": ["--model", "--block", "--out"],
@@ -180,7 +181,10 @@ def test_eval_and_bench(calls):
     [
         (["trian"], "did you mean train"),
         (["--versoin"], "did you mean --version"),
-        (["xyzzy"], "verbs: train, eval, predict, show attention, export, recipes, recipes show, explain, models,"),
+        (
+            ["xyzzy"],
+            "verbs: train, cache, eval, predict, show attention, export, recipes, recipes show, explain, models,",
+        ),
         (["data"], "there is no verb 'data' (verbs: data check, data pack, data show, data preview)"),
         (["data", "chek"], "there is no verb 'data chek'"),
         (["data", "chek", "x"], "did you mean data check"),

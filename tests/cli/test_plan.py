@@ -16,7 +16,7 @@ from fastdeit.estimate.model import FUSED, Work
 from fastdeit.recipe import resolve as recipe
 
 TINY = "deit_tiny", "--gpu", "A100", "--count", "8"
-KEYS = {"recipe", "model", "teacher", "data", "run", "published", "plans", "notes"}
+KEYS = {"recipe", "model", "teachers", "data", "run", "published", "plans", "notes"}
 PLAN_KEYS = {
     *("gpu", "count", "nodes", "design", "precision", "batch_per_gpu", "images_per_second", "mfu", "step"),
     *("communication", "memory", "largest_batch", "largest_group", "fits", "accumulate", "seconds", "usd", "basis"),
@@ -133,7 +133,7 @@ def test_an_online_teacher_costs_time_and_memory(plan):
 
 def test_a_teacher_with_a_recipe_is_trained_first(plan):
     found = plan("digits", "--gpu", "A100")
-    assert found["teacher"]["name"] == "convnet_digits"
+    assert [each["name"] for each in found["teachers"]] == ["convnet_digits"]
     own = plan("digits_teacher", "--gpu", "A100")["plans"][0]["seconds"]
     assert fused(found)["seconds"]["teacher"] == pytest.approx(own["total"])
 

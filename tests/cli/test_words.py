@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastdeit import cli
-from fastdeit.bench import cells, data_peers
+from fastdeit.bench import cells, data_peers, parity
 from fastdeit.bench import peers as bench_peers
 from fastdeit.data.sources import digits
 from fastdeit.errors import UsageError
@@ -57,6 +57,7 @@ def test_help_lists_verbs_in_groups_and_families(capsys):
 def test_the_command_line_has_the_peers_that_there_are():
     assert cli.bench.STEP_PEERS == cells.STEP_PEERS
     assert set(cells.STEP_PEERS) == bench_peers.PEERS.keys()
+    assert (*parity.CASES,) == cli.bench.PARITY_CASES
     assert {*cli.bench.DATA_PEERS, "all", "none"} == data_peers._PEERS.keys()
 
 
@@ -110,7 +111,7 @@ def test_a_home_folder_in_a_recipe_and_in_an_override(monkeypatch, tmp_path):
     assert (loaded.data.root, loaded.model.weights) == (f"{tmp_path}/images", f"{tmp_path}/run@best")
     assert recipes.load("deit_tiny", ["data.root=~/x"]).data.root == f"{tmp_path}/x"
     teacher = ["method.teacher.timm=regnety_160", "method.teacher.weights=~/t.pth"]
-    assert recipes.load("deit_tiny_distilled", teacher).method.teacher.weights == f"{tmp_path}/t.pth"
+    assert recipes.load("deit_tiny_distilled", teacher).method.teacher[0].weights == f"{tmp_path}/t.pth"
 
 
 def test_a_home_folder_in_the_cache(monkeypatch, tmp_path):

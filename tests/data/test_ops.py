@@ -25,6 +25,21 @@ from tests.data import oracle, parity
 SIZE = (40, 48)
 
 
+def test_a_tall_image_is_resized_in_width_before_height():
+    """Pillow 13 does it the other way round; its passes, one after the other, are the same in every version."""
+    noise = np.random.default_rng(0).integers(0, 256, (1999, 300, 3), dtype=np.uint8)
+    image, (width, height) = Image.fromarray(noise), (256, 1706)
+    orders = [[(width, 1999), (width, height)], [(300, height), (width, height)]]
+    ours, apart = render.resized(noise, (height, width)).astype(int), []
+    for passes in orders:
+        theirs = image
+        for size in passes:
+            theirs = theirs.resize(size, Image.Resampling.BICUBIC)
+        apart.append(np.abs(ours - np.asarray(theirs)).max())
+    assert apart[0] <= 1
+    assert apart[1] >= 10
+
+
 @pytest.fixture(scope="module")
 def photos():
     return parity.photographs()

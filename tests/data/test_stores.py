@@ -15,7 +15,7 @@ OPTIONS = {"seed": 2, "batch_size": 16, "repeats": 2, "threads": 1, "noise": {"d
 class Keys:
     """A store whose value for a sample is the key it is asked for."""
 
-    def read(self, epoch, index, copy):
+    def read(self, epoch, index, copy, place):
         return np.stack([np.full_like(index, epoch), index, copy], 1)
 
 
@@ -23,15 +23,15 @@ class Raises:
     def __init__(self, error):
         self.error = error
 
-    def read(self, epoch, index, copy):
+    def read(self, epoch, index, copy, place):
         if epoch == 1:
             raise self.error
         return np.zeros(len(index))
 
 
 class Short(Keys):
-    def read(self, epoch, index, copy):
-        return super().read(epoch, index, copy)[1:]
+    def read(self, epoch, index, copy, place):
+        return super().read(epoch, index, copy, place)[1:]
 
 
 def batches(source, stop=3, **options):

@@ -231,7 +231,7 @@ def test_a_method_compiles_to_one_graph_that_is_eager_mode(name, precision):
         gradients = torch.autograd.grad(out.loss, list(method.parameters()))
         outcomes.append((out.loss, out.logits, gradients))
     torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-7)
-    inputs = {"patchify"} if name == "supervised" else {"patchify", "pixels"}
+    inputs = {"patchify", "pixels"} if name == "distill" else {"patchify"}
     assert ours == [{f"fastdeit.{op}.default" for op in inputs}, set()]
 
 

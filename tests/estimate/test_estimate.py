@@ -16,15 +16,16 @@ from fastdeit import kernels, models
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
-from fastdeit.estimate import gpus
+from fastdeit.estimate import gpus, report
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.model import COMPILE, DESIGNS, EAGER, EPILOGUE, FUSED, GIB, TIMM, Network, ViT, Work
 from fastdeit.kernels import _op
 from fastdeit.kernels.attention import fused_backward, tiles
+from fastdeit.models.deit import CONFIGS
 
-NAMES = [name for name in models.MODELS if name.startswith("deit_")]
+NAMES = list(CONFIGS)
 
 
 def vit_of(model):
@@ -60,6 +61,22 @@ def test_flops_and_parameters_are_the_model_s(name):
     model = on_meta(name)
     assert vit_of(model).flops == model.flops()
     assert vit_of(model).parameters == sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "pruned"),
+    [
+        ("deit3_small_patch16_224", 12, True),
+        ("deit_small_patch16_18x2_LS", 36, True),
+        ("vit_small_patch16_gap_224", 12, False),
+        ("vitc_1gf_224", 11, True),
+    ],
+)
+def test_relatives_of_deit_have_the_shape_of_a_vision_transformer(name, depth, pruned):
+    """Nearly: blocks in turn for parallel ones, and a stem of as many FLOPs."""
+    network = report._network(name, None, None, 1000)
+    assert (network.vit.depth, network.vit.pruned) == (depth, pruned)
+    assert network.flops == on_meta(name).flops() == pytest.approx(network.vit.flops, rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "deit_small_patch16_224"])
@@ -321,7 +338,7 @@ def test_sharding_divides_what_belongs_to_parameters():
 @pytest.mark.parametrize("network", [BASE, CONVNET], ids=["vit", "convnet"])
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_the_largest_batch_fits_and_the_next_does_not(network, sharding):
-    options = {"world": 8, "sharding": sharding, "teacher": CONVNET}
+    options = {"world": 8, "sharding": sharding, "teachers": [CONVNET]}
     largest = estimate.largest_batch(network, Work(1), EAGER, GPUS["A100"], 64, **options)
     sizes = [
         estimate.total(estimate.memory(network, Work(batch), EAGER, **options)) for batch in (largest, largest + 64)
@@ -337,10 +354,12 @@ def test_nothing_fits_into_too_little():
 
 def test_a_teacher_takes_memory():
     without, with_it = (
-        estimate.memory(BASE, Work(64), FUSED, world=1, sharding="ddp", teacher=teacher) for teacher in (None, BASE)
+        estimate.memory(BASE, Work(64), FUSED, world=1, sharding="ddp", teachers=teachers) for teachers in ((), (BASE,))
     )
     assert without["teacher"] == 0
     assert with_it["teacher"] > 4 * BASE.parameters
+    two = estimate.memory(BASE, Work(64), FUSED, world=1, sharding="ddp", teachers=(BASE, BASE))
+    assert two["teacher"] - with_it["teacher"] == 4 * BASE.parameters
 
 
 # ---- communication ---------------------------------------------------------------------------------------------------

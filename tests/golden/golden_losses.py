@@ -32,6 +32,7 @@ RUNS = {
         {"use": "distill", "distillation": "soft", "tau": 3.0, "reduction": "batchmean"},
         "adamw",
     ),
+    "cosub": ({"use": "cosub"}, "adamw"),
 }
 """Name of a run -> (configuration of the method, name of the optimizer)"""
 FOLDER = Path(__file__).parent / "losses"

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,6 +13,7 @@ from fastdeit import models
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.kernels import to_patches
+from fastdeit.models import deit, families
 from fastdeit.models.contract import Model, Tokens, missing
 from fastdeit.models.timm_model import TimmVisionTransformer
 from fastdeit.recipe import resolve as recipes
@@ -20,7 +22,20 @@ from fastdeit.run.weights import open_weights
 from fastdeit.training import train
 
 K, B = 5, 2
-SMALL = {name: {"depth": 2} if name.startswith("deit") else {} for name in models.MODELS}
+TINY = {"dim": 48, "heads": 3, "depth": 2, "patch_size": 16}
+
+
+def small_kinds():
+    """Options of the other models that make them small, by name: one model of those that are then the same."""
+    kinds = {}
+    for name in models.MODELS:
+        if name in families.CONFIGS and name not in deit.CONFIGS:
+            kinds.setdefault(replace(families.CONFIGS[name], **TINY, image_size=32), name)
+    return dict.fromkeys(kinds.values(), TINY)
+
+
+DEIT = {name: {"depth": 2} | ({"dim": 192, "heads": 3} if "base" in name else {}) for name in deit.CONFIGS}
+SMALL = {**DEIT, "convnet_digits": {}, **small_kinds()}
 TIMM = {
     "deit_tiny_distilled_patch16_224": (K, {"drop_path": 0.1}),
     "vit_tiny_patch16_224": (0, {}),
@@ -234,11 +249,26 @@ def test_queries_keys_and_values_are_the_attentions(vit):
     """A block by the formulas of the paper, from its q, k and v."""
     block, before = vit.blocks[1], vit.tokens(images(), stop=1)
     q, k, v = vit.qkv(1, before)
-    heads = getattr(block.attn, "num_heads", None) or block.attn.heads
-    assert q.shape == k.shape == v.shape == (B, heads, before.shape[1], before.shape[2] // heads)
-    mixed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
-    after = before + block.attn.proj(mixed.transpose(1, 2).flatten(2))
-    close(after + block.mlp(block.norm2(after)), vit.tokens(images(), stop=2))
+    mixed, tokens = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v, before
+    for heads, part in zip(mixed.chunk(len(attentions(block)), 1), attentions(block), strict=True):
+        assert heads.shape == (B, *heads.shape[1:3], before.shape[2] // heads.shape[1])
+        assert heads.shape[1] == (getattr(part.attn, "num_heads", None) or part.attn.heads)
+        tokens = tokens + gamma_of(part, "ls", "ls1") * part.attn.proj(heads.transpose(1, 2).flatten(2))
+    added = [gamma_of(part, "ls", "ls2") * part.mlp(norm(tokens)) for part, norm in mlps(block)]
+    close(tokens + sum(added), vit.tokens(images(), stop=2))
+
+
+def attentions(block):
+    return getattr(block, "attns", [block])
+
+
+def mlps(block):
+    return [(part, part.norm) for part in block.ffns] if hasattr(block, "ffns") else [(block, block.norm2)]
+
+
+def gamma_of(part, *names):
+    scales = [getattr(part, name, None) for name in names]
+    return next((scale.gamma for scale in scales if hasattr(scale, "gamma")), 1)
 
 
 def test_stages_own_each_parameter_once_and_in_order(vit):

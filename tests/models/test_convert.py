@@ -186,7 +186,7 @@ def test_cait_has_a_class_token_and_no_position_for_it():
         return TimmModel("cait", inner, (size, size)).eval()
 
     same = peer(32)
-    assert same.prefix_tokens == 0
+    assert same.prefix_positions == 0
     assert load_weights(same, source, may_differ=()).exact
     assert torch.equal(same(x), theirs(x))
     report = load_weights(peer(64), source, may_differ=())

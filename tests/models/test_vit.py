@@ -47,6 +47,11 @@ def by_hand(vit, x, noise):
     return vit.head(tokens[:, 0]), vit.head_dist(tokens[:, 1])
 
 
+def factors(vit, noise):
+    """Drop-path factors `[B]` of all branches, in the order of the computation."""
+    return [keep for block in vit._keeps(noise, len(noise)) for keep in block]
+
+
 def close(left, right, tolerance=2e-5):
     for a, b in zip(left, right, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -81,19 +86,19 @@ def test_drop_path_threshold_and_scale():
     """A branch is kept where its uniform equals the rate, and the last block's is scaled by 1 / (1 - drop_path)."""
     vit = model(drop_path=0.5).train()
     rates = torch.linspace(0, 0.5, 4).repeat_interleave(2)
-    keeps = torch.stack(list(vit._keeps(rates.expand(2, 8), 2)), 1)
+    keeps = torch.stack(factors(vit, rates.expand(2, 8)), 1)
     torch.testing.assert_close(keeps, (1 / (1 - rates)).expand(2, 8))
-    below = torch.stack(list(vit._keeps(rates.expand(2, 8) - 1e-3, 2)), 1)
+    below = torch.stack(factors(vit, rates.expand(2, 8) - 1e-3), 1)
     assert below[0].tolist() == [0.0] * 8
 
 
 def test_constant_drop_path_has_one_rate_in_all_blocks():
     vit = model(drop_path=0.5, drop_path_mode="constant").train()
     noise = torch.tensor([[0.5] * 8, [0.499] * 8])
-    assert torch.stack(list(vit._keeps(noise, 2)), 1).tolist() == [[2.0] * 8, [0.0] * 8]
+    assert torch.stack(factors(vit, noise), 1).tolist() == [[2.0] * 8, [0.0] * 8]
     rates = torch.linspace(0, 0.5, 4)
     last, linear = model(drop_path=0.5).train(), torch.rand(3, 8, generator=torch.Generator().manual_seed(2))
-    assert not torch.equal(torch.stack(list(vit._keeps(linear, 3))), torch.stack(list(last._keeps(linear, 3))))
+    assert not torch.equal(torch.stack(factors(vit, linear)), torch.stack(factors(last, linear)))
     assert rates[0] == 0  # the first block of the linear kind drops nothing
 
 

@@ -29,7 +29,9 @@ class LogitStore:
         self.folder = Path(folder)
         self._open = cache(lambda epoch: np.load(self.folder / f"epoch_{epoch}.npy", mmap_mode="r"))
 
-    def read(self, epoch: int, index: NDArray[np.int64], copy: NDArray[np.int64]) -> NDArray[np.float32]:
+    def read(
+        self, epoch: int, index: NDArray[np.int64], copy: NDArray[np.int64], place: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
         """Logits `[B, K]`; KeyError for a sample that no teacher has judged in this epoch."""
         logits = self._open(epoch)[index, copy]
         if np.isnan(logits).any():

@@ -15,6 +15,7 @@ from fastdeit import kernels
 from fastdeit.batch import Batch
 from fastdeit.methods.base import Context, Method, Out, Phase
 from fastdeit.methods.config import LabelConfig
+from fastdeit.models.blocks import Stream
 from fastdeit.models.vit import VisionTransformer
 
 
@@ -73,7 +74,7 @@ class Incubation(Method):
 
 def through(blocks: Sequence[nn.Module], tokens: Tensor) -> Tensor:
     """Tokens `[B, N, dim]` after these blocks of a `VisionTransformer`."""
-    residual, branch = tokens, None
+    stream = Stream(tokens)
     for block in blocks:
-        residual, branch = block(residual, branch, None, None)
-    return residual if branch is None else residual + branch
+        stream = block(stream)
+    return stream.sum()

@@ -173,7 +173,7 @@ def test_a_sample_that_no_teacher_has_judged_is_an_error(store):
     unseen = np.isnan(np.load(store / "epoch_0.npy")[:, 0, 0]).nonzero()[0]
     assert len(unseen) == 400 % 64
     with pytest.raises(KeyError, match="has no logits"):
-        cached.LogitStore(store).read(0, unseen[:1], np.zeros(1, np.int64))
+        cached.LogitStore(store).read(0, unseen[:1], *np.zeros((2, 1), np.int64))
 
 
 def test_a_disturbance_stays_within_its_bound_and_climbs():

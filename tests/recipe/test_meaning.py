@@ -153,9 +153,10 @@ def test_defaults_of_optimizers_survive_a_dump(write, name, expected):
 def test_another_method_takes_nothing_from_the_base(write):
     write(DISTILL, "parent.yaml")
     other = recipes.load(write("base: ./parent.yaml\nmethod: {use: supervised}\n", "child.yaml"))
-    assert other.method.model_dump() == {"use": "supervised", "loss": "ce", "smoothing": 0.1, "class_weights": None}
+    own = {"use": "supervised", "fuse": "logit", "loss": "ce", "smoothing": 0.1, "class_weights": None}
+    assert other.method.model_dump() == own
     same = recipes.load(write("base: ./parent.yaml\nmethod: {use: distill, alpha: 0.1}\n", "child.yaml"))
-    assert (same.method.alpha, same.method.tau, same.method.teacher.timm) == (0.1, 2.0, "resnet18")
+    assert (same.method.alpha, same.method.tau, same.method.teacher[0].timm) == (0.1, 2.0, "resnet18")
 
 
 def test_views_belong_to_the_method(write):
@@ -175,13 +176,27 @@ def test_views_belong_to_the_method(write):
     assert (anew["main"].size, anew["main"].erase) == (None, 0.1)
 
 
+def test_a_cached_teacher_takes_the_place_of_the_bases_and_the_other_way_round(write):
+    path = write(DISTILL)
+    cached = recipes.load(path, ["method.cached=folder"])
+    assert (cached.method.cached, cached.method.teacher) == ("folder", None)
+    assert recipes.override(cached, ["method.alpha=0.2"]).method.cached == "folder"
+    back = recipes.override(cached, ["method.teacher.timm=resnet18"]).method
+    assert (back.cached, back.teacher[0].timm) == (None, "resnet18")
+    assert refusal(path, ["method.cached=folder", "method.teacher.timm=resnet18"]) == [
+        f"{path}:9: method.teacher: is one teacher too many beside method.cached folder; remove one of the two"
+    ]
+    elsewhere = recipes.override(cached, ["method.cached=moved"])
+    assert recipes.difference(cached, elsewhere) == [], "the fingerprint of the cache is compared instead"
+
+
 def test_another_teacher_takes_nothing_from_the_base(write):
     path = write(DISTILL)
-    teacher = recipes.load(path, ["method.teacher.model=convnet_digits", "method.teacher.weights=x"]).method.teacher
+    teacher = recipes.load(path, ["method.teacher.model=convnet_digits", "method.teacher.weights=x"]).method.teacher[0]
     assert (teacher.timm, teacher.model, teacher.weights) == (None, "convnet_digits", "x")
-    assert recipes.load(path, ["method.teacher.timm=resnet34"]).method.teacher.weights is None
-    assert recipes.load(path, ["method.teacher.image_size=96"]).method.teacher.weights == "w.safetensors"
-    assert recipes.load(path, ["method.teacher.timm=resnet18"]).method.teacher.weights == "w.safetensors"
+    assert recipes.load(path, ["method.teacher.timm=resnet34"]).method.teacher[0].weights is None
+    assert recipes.load(path, ["method.teacher.image_size=96"]).method.teacher[0].weights == "w.safetensors"
+    assert recipes.load(path, ["method.teacher.timm=resnet18"]).method.teacher[0].weights == "w.safetensors"
 
 
 def test_another_source_and_another_model(write):
@@ -256,7 +271,11 @@ BAD_OVERRIDES = {
 }
 # The value given here is fine, it is another field that no longer fits: that one is named, at its own line.
 ELSEWHERE = {
-    "train.epochs=5": (11, "optim.warmup_epochs: must be less than train.epochs (5), got 5.0"),
+    "train.epochs=5": (
+        11,
+        "optim.warmup_epochs: must be less than train.epochs (5), got 5.0; add optim.warmup_epochs=0.25, or null, "
+        "for a twentieth of the run",
+    ),
     "data.group_size=48": (15, "train.batch_size: must be a multiple of data.group_size (48), got 64"),
 }
 
@@ -294,7 +313,7 @@ def test_an_error_inside_a_teacher_names_the_nearest_field(write):
 
 def test_lists_of_a_teacher_are_read(write):
     words = ["mean=[0.1, 0.2, 0.3]", "std=[1, 1, 1]", "weights_grid=[2, 4]"]
-    read = recipes.load(write(DISTILL), [f"method.teacher.{word}" for word in words]).method.teacher
+    read = recipes.load(write(DISTILL), [f"method.teacher.{word}" for word in words]).method.teacher[0]
     assert (read.mean, read.std, read.weights_grid) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0), (2, 4))
     path = write(DISTILL)
     assert "has too few entries" in refusal(path, ["method.teacher.mean=[0.1]", "method.teacher.std=[1, 1, 1]"])[0]
@@ -302,9 +321,9 @@ def test_lists_of_a_teacher_are_read(write):
 
 def test_a_teacher_is_given_by_an_address_alone(write):
     path = write(DISTILL.replace("{timm: resnet18, weights: w.safetensors}", "runs/x@best"))
-    assert recipes.load(path).method.teacher.weights == "runs/x@best"
+    assert recipes.load(path).method.teacher[0].weights == "runs/x@best"
     loaded = recipes.load(write(DISTILL), ["method.teacher=runs/x@best,ema"])
-    assert (loaded.method.teacher.timm, loaded.method.teacher.weights) == (None, "runs/x@best,ema")
+    assert (loaded.method.teacher[0].timm, loaded.method.teacher[0].weights) == (None, "runs/x@best,ema")
     assert recipes.override(loaded, []) == loaded
 
 
@@ -338,7 +357,7 @@ def test_a_dump_loads_as_an_equal_recipe(tmp_path, name, lr, scale, betas, seed)
     values = recipes.load("digits").model_dump(mode="json")
     values["model"] |= {"name": None, "timm": name}
     values["about"]["summary"] = name
-    values["optim"] |= {"lr": lr, "min_lr": 0.0, "betas": betas}
+    values["optim"] |= {"lr": lr, "warmup_lr": 0.0, "min_lr": 0.0, "betas": betas}
     values["data"]["crop_scale"] = scale
     values["train"]["seed"] = seed
     recipe = Recipe.model_validate(values)

@@ -125,6 +125,7 @@ FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     ("train.batch_size", "50", "must be a multiple of data.group_size (16), got 50"),
     ("train.accumulate", "3", "must divide train.batch_size / data.group_size (4 groups), got 3"),
     ("optim.min_lr", "2e-3", "must not be above optim.lr (0.001), got 0.002"),
+    ("optim.warmup_lr", "2e-3", "must not be above optim.lr (0.001), got 0.002"),
     ("optim.warmup_epochs", "10", "must be less than train.epochs (10), got 10.0"),
     # YAML that a recipe does without
     ("optim.lr", "!!float 1e-3", "tags are not allowed"),

@@ -268,6 +268,10 @@ def student(path):
 def test_the_model_gets_what_the_recipe_says_of_its_noise(student):
     config = student("model.drop_path=0.3", "model.drop_path_mode=constant", "model.dropout=0.2").config
     assert (config.drop_path, config.drop_path_mode, config.dropout) == (0.3, "constant", 0.2)
+    third = "model.name=deit3_tiny_patch16_224", "model.image_size=16", "model.drop_path=0.3"
+    cases = ["model.drop_path=0.3"], third, [*third, "model.drop_path_mode=linear"]
+    modes = [student(*overrides).config.drop_path_mode for overrides in cases]
+    assert modes == ["linear", "constant", "linear"]  # the model's own, unless the recipe says another
     of_timm = student("model.timm=test_vit", "model.dropout=0.2", "model.drop_path=0.3")
     assert of_timm.inner.head_drop.p == 0.2
     assert of_timm.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)

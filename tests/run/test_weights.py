@@ -568,7 +568,10 @@ def test_a_teacher_by_an_address_sees_its_own_size_and_normalisation(here, write
     made, said = teacher(TeacherConfig.model_validate("small@best,ema"), size=(48, 48))
     assert (made.size, made.mean, made.std) == ((16, 16), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert made.logits(torch.randn(2, 3, 48, 48)).shape == (2, 4)
-    assert said == []
+    assert said == [
+        "teacher: small, step 2, averaged weights: sees 16x16 pixels, the student 48x48 pixels "
+        "(method.teacher.image_size)"
+    ]
     own, _ = teacher(TeacherConfig(weights="small"))
     trained, _ = teacher(TeacherConfig(recipe="x"), trained="small")
     assert all(torch.equal(a, b) for a, b in zip(own.model.parameters(), trained.model.parameters(), strict=True))
@@ -617,9 +620,9 @@ def test_a_plan_knows_the_teacher_of_an_address(here, write):
         RECIPE.replace("NAME", DISTILLED).replace("SIZE", "32").replace("use: supervised", "use: distill, teacher: run")
     )
     path = write(text)
-    expected = subject(recipes.load(path, [f"method.teacher={{model: '{NAME}', weights: run}}"])).teacher
-    assert subject(recipes.load(path)).teacher == expected
-    assert subject(recipes.load(path, ["method.teacher=timm:test_vit"])).teacher.name == "test_vit"
+    expected = subject(recipes.load(path, [f"method.teacher={{model: '{NAME}', weights: run}}"])).teachers
+    assert subject(recipes.load(path)).teachers == expected
+    assert subject(recipes.load(path, ["method.teacher=timm:test_vit"])).teachers[0].name == "test_vit"
     with pytest.raises(UsageError, match=r"w\.pth does not tell which network it is of; add method\.teacher\.model"):
         subject(recipes.load(path, ["method.teacher=w.pth"]))
 

@@ -1,0 +1,206 @@
+"""Transformer blocks on `fastdeit.kernels`, whose residual additions wait for the LayerNorm that follows.
+
+Addition, LayerScale, drop-path and LayerNorm are one kernel. Between two blocks the tokens therefore are a `Stream`:
+what has been added, and the branches that have not.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeit import kernels
+from fastdeit.kernels.nn import LayerScale
+from fastdeit.models.config import ViTConfig
+from fastdeit.models.tokens import QKV
+
+
+class Branch(NamedTuple):
+    """What a sublayer adds to the tokens: `keep * gamma * value`.
+
+    value  `[B, N, dim]`, of any floating dtype
+    gamma  LayerScale `[dim]`; None is 1
+    keep   drop-path factors, float32 `[B]`; None is 1
+    bias   `[dim]`: a bias that value was made with, but without its gradient, which the LayerNorm behind the addition
+           has as a by-product. Only the last branch in front of a LayerNorm may have one
+    """
+
+    value: Tensor
+    gamma: Tensor | None = None
+    keep: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Stream(NamedTuple):
+    """Tokens `[B, N, dim]` as `residual` and the branches still to be added to it, in their order."""
+
+    residual: Tensor
+    branches: tuple[Branch, ...] = ()
+
+    def sum(self) -> Tensor:
+        """The tokens in residual's dtype, where no LayerNorm follows that could do the addition."""
+        return _added(self.residual, self.branches)
+
+    def normed(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """(the tokens, their LayerNorm). The last branch is added by the kernel of the LayerNorm."""
+        weight, bias, eps = norm.weight, norm.bias, norm.eps
+        if not self.branches:
+            return kernels.add_layer_norm(self.residual, None, weight, bias, eps)
+        *others, last = self.branches
+        options = {"gamma": last.gamma, "keep": last.keep, "branch_bias": last.bias}
+        return kernels.add_layer_norm(_added(self.residual, others), last.value, weight, bias, eps, **options)
+
+
+def _added(residual: Tensor, branches: Iterable[Branch]) -> Tensor:
+    for value, gamma, keep, _ in branches:
+        value = value if gamma is None else value * gamma
+        value = value if keep is None else value * keep[:, None, None]
+        residual = residual + value.to(residual.dtype)
+    return residual
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of normalised tokens `[B, N, dim]`."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """`[B, N, dim]`, or `[B, rows, dim]`: the result of the first `rows` tokens, made from their queries alone."""
+        return F.linear(self._mixed(x, rows), self.proj.weight, self.proj.bias)
+
+    def branch(self, x: Tensor, gamma: Tensor | None, keep: Tensor | None, rows: int | None = None) -> Branch:
+        """`forward` as the last branch in front of a LayerNorm, which has the gradient of `proj.bias`."""
+        bias = self.proj.bias
+        return Branch(F.linear(self._mixed(x, rows), self.proj.weight, bias.detach()), gamma, keep, bias)
+
+    def _mixed(self, x: Tensor, rows: int | None) -> Tensor:
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if rows is None:
+            return kernels.attention(F.linear(x, weight, bias.detach()), self.heads, bias=bias)
+        dim = x.shape[-1]
+        queries = F.linear(x[:, :rows], weight[:dim], bias[:dim])
+        return kernels.query_attention(queries, F.linear(x, weight[dim:], bias[dim:]), self.heads)
+
+    def heads_of(self, x: Tensor) -> QKV:
+        """Queries, keys and values `[B, heads, N, head_dim]` of `x`, for whoever compares them."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (exact), linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., dim]` -> `[..., dim]`."""
+        return kernels.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+def _layer_scale(config: ViTConfig) -> LayerScale | None:
+    return None if config.layer_scale is None else LayerScale(config.dim, config.layer_scale)
+
+
+def _gamma(scale: LayerScale | None) -> Tensor | None:
+    return None if scale is None else scale.gamma
+
+
+def _first(tokens: Tensor, rows: int | None) -> Tensor:
+    return tokens if rows is None else tokens[:, :rows]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then an MLP. Names of the parameters are those of timm's `Block`."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.attn = Attention(config.dim, config.heads)
+        self.ls1 = _layer_scale(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio))
+        self.ls2 = _layer_scale(config)
+
+    def forward(self, stream: Stream, keeps: Sequence[Tensor | None] = (None, None), rows: int | None = None) -> Stream:
+        """The tokens after the block.
+
+        keeps  drop-path factors, float32 `[B]` or None for 1, of the attention and of the MLP
+        rows   only that many of the first tokens come out, and only they are computed behind keys and values
+        """
+        residual, normed = stream.normed(self.norm1)
+        attention = self.attn.branch(normed, _gamma(self.ls1), keeps[0], rows)
+        residual, normed = Stream(_first(residual, rows), (attention,)).normed(self.norm2)
+        return Stream(residual, (Branch(self.mlp(normed), _gamma(self.ls2), keeps[1]),))
+
+    def qkv(self, tokens: Tensor) -> QKV:
+        """Queries, keys and values `[B, heads, N, head_dim]` of the tokens `[B, N, dim]` before the block."""
+        return self.attn.heads_of(Stream(tokens).normed(self.norm1)[1])
+
+
+class _ParallelAttention(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, eps=config.eps)
+        self.attn = Attention(config.dim, config.heads)
+        self.ls = _layer_scale(config)
+
+
+class _ParallelMlp(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, eps=config.eps)
+        self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio))
+        self.ls = _layer_scale(config)
+
+
+class ParallelBlock(nn.Module):
+    """`config.parallel` attentions side by side, then as many MLPs (Touvron et al., "Three things everyone should know
+    about vision transformers", ECCV 2022), each with a LayerNorm of its own:
+
+        x = x + sum_j keep_j * gamma_j * attn_j(norm_j(x))        x = x + sum_j keep_j * gamma_j * mlp_j(norm_j(x))
+
+    Names of the parameters are those of timm's `ParallelThingsBlock`.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.attns = nn.ModuleList(_ParallelAttention(config) for _ in range(config.parallel))
+        self.ffns = nn.ModuleList(_ParallelMlp(config) for _ in range(config.parallel))
+
+    def forward(self, stream: Stream, keeps: Sequence[Tensor | None] = (), rows: int | None = None) -> Stream:
+        """As `Block.forward`; `keeps` are those of all attentions, then those of all MLPs, or none for 1."""
+        count = len(self.attns)
+        keeps = keeps or (None,) * (2 * count)
+        residual, inputs = _normed_by_each(stream, self.attns)
+        *others, last = zip(self.attns, inputs, keeps[:count], strict=True)
+        branches = [Branch(part.attn(normed, rows), _gamma(part.ls), keep) for part, normed, keep in others]
+        part, normed, keep = last
+        branches.append(part.attn.branch(normed, _gamma(part.ls), keep, rows))
+        residual, inputs = _normed_by_each(Stream(_first(residual, rows), tuple(branches)), self.ffns)
+        branches = [
+            Branch(part.mlp(normed), _gamma(part.ls), keep)
+            for part, normed, keep in zip(self.ffns, inputs, keeps[count:], strict=True)
+        ]
+        return Stream(residual, tuple(branches))
+
+    def qkv(self, tokens: Tensor) -> QKV:
+        """As `Block.qkv`: the heads of the first attention, then those of the next."""
+        _, inputs = _normed_by_each(Stream(tokens), self.attns)
+        each = [part.attn.heads_of(normed) for part, normed in zip(self.attns, inputs, strict=True)]
+        q, k, v = (torch.cat(heads, 1) for heads in zip(*each, strict=True))
+        return q, k, v
+
+
+def _normed_by_each(stream: Stream, parts: nn.ModuleList) -> tuple[Tensor, list[Tensor]]:
+    """(tokens, their LayerNorm by the norm of each part). The additions are done once, with the first of them."""
+    residual, first = stream.normed(parts[0].norm)
+    return residual, [first, *(Stream(residual).normed(part.norm)[1] for part in parts[1:])]

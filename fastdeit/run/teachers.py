@@ -1,0 +1,61 @@
+"""Teachers with recipes of their own: they are trained first, each in a run inside the run of the student.
+
+RUN/teacher     the first teacher of `method.teacher`
+RUN/teacher_2   the second, and so on; a teacher without a recipe has no run here
+"""
+
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdeit.methods.config import MethodConfig, TeacherConfig
+from fastdeit.methods.frozen import freeze
+from fastdeit.methods.teacher import Teacher
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build, directory
+
+if TYPE_CHECKING:
+    from fastdeit.recipe.resolve import Recipe
+
+Known = Mapping[TeacherConfig, "Path | Recipe"]
+"""Of each teacher with a recipe of its own: its run, or that recipe while it is not trained yet."""
+
+_WHICH_DATA = "source", "root", "train", "val", "synthetic_samples", "synthetic_classes"
+
+
+def folders(method: MethodConfig) -> dict[TeacherConfig, str]:
+    """The name of the folder of each teacher that has a recipe of its own."""
+    named = enumerate(method.teachers(), 1)
+    return {config: directory.teacher_name(number) for number, config in named if config.recipe is not None}
+
+
+def trained(recipe: "Recipe", run: Path | None) -> dict[TeacherConfig, Path]:
+    """The runs of the teachers that were trained to their end in the run `run`."""
+    if run is None:
+        return {}
+    return {config: run / name for config, name in folders(recipe.method).items() if directory.finished(run / name)}
+
+
+def to_train(
+    recipe: "Recipe", run: Path | None = None, done: Container[TeacherConfig] = ()
+) -> dict[TeacherConfig, "Recipe"]:
+    """The recipes by which the teachers that are not `done` are to be trained, on the student's data.
+
+    A teacher that was begun in the run `run` goes on by the recipe there.
+    """
+    wanted = {config: name for config, name in folders(recipe.method).items() if config not in done}
+    return {config: _recipe(recipe, config, run and run / name) for config, name in wanted.items()}
+
+
+def _recipe(recipe: "Recipe", config: TeacherConfig, begun: Path | None) -> "Recipe":
+    has_begun = begun is not None and directory.has_checkpoint(begun)
+    own = directory.recipe_of(begun) if has_begun else recipes.load(config.recipe)
+    data = own.data.model_copy(update={name: getattr(recipe.data, name) for name in _WHICH_DATA})
+    return own.model_copy(update={"data": data, "engine": recipe.engine})
+
+
+def untrained(own: "Recipe", config: TeacherConfig, classes: int) -> Teacher:
+    """The teacher as it will be but for its weights: what is built around it can be checked before it is trained."""
+    frozen = freeze(build.model(own, classes, lambda text: None), build.image_size(own))
+    mean, std = (own.data.mean, own.data.std) if config.mean is None else (config.mean, config.std)
+    return Teacher(frozen, image_size=config.image_size or build.image_size(own), mean=mean, std=std)
