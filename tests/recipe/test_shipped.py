@@ -1,25 +1,29 @@
 """The recipes that come with the package: they load, run as their header says, and claim nothing without a source."""
 
+import json
+import re
 import shlex
 from itertools import pairwise
 
 import pytest
 
-from fastdeit import models
+from fastdeit import cli, models
 from fastdeit.cli import VERBS
 from fastdeit.data.plan import order
 from fastdeit.recipe import overlays
 from fastdeit.recipe import resolve as recipes
 
 IMAGENET = [name for name in recipes.names() if name.startswith("deit_")]
-PRETRAINING = [name for name in IMAGENET if not name.endswith("_384")]
+OURS = ["deit_base_24h", "deit_base_160", "deit_base_160_224"]
+"""Made by us of the paper's settings: other lengths and resolutions."""
+PRETRAINING = [name for name in IMAGENET if not name.endswith("_384") and name not in OURS]
 DEIT3 = [name for name in recipes.names() if name.startswith("deit3_")]
 DISTILLED = [name for name in recipes.names() if recipes.load(name).method.use == "distill"]
 LOW_RESOLUTION = {
     name: size
     for kind, sizes in {"": (192, 192, 154), "_cosub": (192, 192, 154)}.items()
     for name, size in zip([f"deit3_{size}{kind}" for size in ("base", "large", "huge")], sizes, strict=True)
-} | {"deit3_huge_21k": 126}
+} | {"deit3_huge_21k": 126, "deit_base_160": 160}
 """Recipes that train below the resolution of their model's name."""
 every = pytest.mark.parametrize("name", recipes.names())
 
@@ -37,7 +41,7 @@ def test_what_is_shipped():
         "_21k_to_1k": ("small", "base", "large", "huge"),
     }
     assert sorted(IMAGENET) == sorted(
-        [*(f"{size}{kind}" for size in deit for kind in of_deit), "deit_base_384", "deit_base_distilled_384"]
+        [*(f"{size}{kind}" for size in deit for kind in of_deit), "deit_base_384", "deit_base_distilled_384", *OURS]
     )
     assert sorted(DEIT3) == sorted(f"deit3_{size}{kind}" for kind, sizes in deit3.items() for size in sizes)
     assert set(recipes.names()) - {*IMAGENET, *DEIT3} >= {
@@ -145,7 +149,7 @@ def test_fine_tuning_at_384(name):
     recipe = recipes.load(name)
     assert recipe.data.group_size == 32  # 16 GPUs of 32 images
     if name == "deit_base_distilled_384":
-        assert recipe.method.teacher.image_size == 384
+        assert recipe.method.teacher[0].image_size == 384
     assert (recipe.optim.lr, recipe.optim.min_lr, recipe.optim.weight_decay) == (5e-6, 5e-6, 1e-8)
     assert (recipe.train.epochs, recipe.train.batch_size, recipe.model.image_size) == (30, 512, 384)
     assert (recipe.model.weights, recipe.model.drop_path) == (None, 0.0)
@@ -193,7 +197,8 @@ def test_deit_iii_s_settings(name):
         assert (recipe.method.loss, recipe.optim.name, recipe.optim.weight_decay) == ("ce", "lamb", 0.02)
     elif pretraining:
         assert (recipe.data.crop, recipe.data.augment) == ("random_resized", "three_augment")
-        assert (recipe.method.loss, recipe.optim.name, recipe.optim.weight_decay) == ("bce", "lamb", 0.05)
+        assert (recipe.optim.name, recipe.optim.weight_decay) == ("lamb", 0.05)
+        assert name.endswith("_cosub") or recipe.method.loss == "bce"  # cosub has no other
         assert recipe.optim.lr == (4e-3 if name.startswith("deit3_small") else 3e-3)
         assert (recipe.train.epochs, recipe.train.batch_size, recipe.data.repeats) == (800, 2048, 3)
         assert recipe.method.use == ("cosub" if name.endswith("_cosub") else "supervised")
@@ -215,3 +220,11 @@ def test_the_header_says_how_it_differs_from_the_public_code(name):
         assert all(f"{setting.field}:" in header for setting in overlays.OVERLAYS["public-code"].settings)
     else:
         assert "as deit_tiny does" in header or "`--as public-code`" in header
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_modelled_hours_are_those_of_plan(name, capsys):
+    assert cli.main(["plan", name, "--gpu", "H200", "--count", "1", "--json"]) == 0
+    plans = {plan["design"]: plan for plan in json.loads(capsys.readouterr().out)["plans"]}
+    stated = re.fullmatch(r"unverified; ([\d.]+) on one H200 .*", recipes.load(name).about.hours)
+    assert float(stated[1]) == pytest.approx(plans["fused"]["hours"], rel=0.05)
