@@ -59,7 +59,7 @@ def backbone(path: Path) -> dict[str, torch.Tensor]:
             own[f"{name}.weight"] = of(f"encoder/layer.{i}/{part}/MatMul").T
             own[f"{name}.bias"] = arrays[f"{layer}.{part.replace('/', '.')}.bias"]
         found |= {f"blocks.{i}.{name}": array for name, array in own.items()}
-    return {name: torch.from_numpy(np.array(array)) for name, array in found.items()}
+    return {name: torch.from_numpy(np.array(array, order="C")) for name, array in found.items()}
 
 
 _KINDS = "weight", "bias"
