@@ -181,6 +181,10 @@ def test_cliparts_leave_out_links_and_the_largest(run, tmp_path, monkeypatch):
     clips = tmp_path / "usr/share/openclipart/png"
     (clips / "food" / "three.png").symlink_to(clips / "animals" / "one_01.png")
     picture(clips / "food" / "poster.png", "black", (20, 20))
+    sheet = Image.new("RGBA", (16, 16))  # half transparent, half white, but for 2 x 1 pixels
+    sheet.paste("white", (0, 0, 16, 8))
+    sheet.paste("red", (7, 7, 9, 8))
+    sheet.save(clips / "people" / "one_01.png")
     monkeypatch.setattr(cliparts, "_LARGEST", 399)
     run(0, "cliparts", "--from", tmp_path, "--out", tmp_path / "made")
     made = sorted(str(path.relative_to(tmp_path / "made")) for path in (tmp_path / "made").rglob("*.png"))
@@ -189,6 +193,8 @@ def test_cliparts_leave_out_links_and_the_largest(run, tmp_path, monkeypatch):
     wide = np.asarray(Image.open(tmp_path / "made" / "train" / "food" / "one_01.png"))
     assert wide.shape == (64, 64, 3)
     assert [tuple(wide[row, 32]) for row in (10, 32, 53)] == [(255, 255, 255), (0, 128, 0), (255, 255, 255)]
+    trimmed = np.asarray(Image.open(tmp_path / "made" / "train" / "people" / "one_01.png"))
+    assert [tuple(trimmed[row, 2]) for row in (10, 32, 53)] == [(255, 255, 255), (255, 0, 0), (255, 255, 255)]
     assert (tmp_path / "made" / "LICENCE").read_text() == "public domain\n"
 
 
@@ -354,7 +360,7 @@ def test_words_that_name_no_set_or_folder(run, tmp_path):
 FINGERPRINTS = {
     "glyphs": "dfed13247cc08115094da7b5658a87bca9fe8982debac1d0b3ccacc370da7d49",
     "emoji": "b21a7aa1dac5547c51dd961b55f7f9fb6b8a089eb44d68326f147ff296c63b3e",
-    "cliparts": "16c7ac601b7b000b2109e61c5b59db912e9ddc26a632018c6ec55eefcaf8f6e4",
+    "cliparts": "5f9149baf180693eae2bcaa9a837b6d3f7f4a0561ce3c80ae83a25aa5895cca5",
 }
 
 

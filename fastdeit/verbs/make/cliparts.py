@@ -32,7 +32,7 @@ def _pictures(found: Found) -> Iterator[Picture]:
             # A link shows a drawing a second time, often in another class.
             if not path.is_symlink() and png_pixels(path) <= _LARGEST:
                 name = "-".join(path.relative_to(clips / folder).with_suffix("").parts)
-                yield Picture(_split(path.stem), label, name, on_white(path, _SIDE))
+                yield Picture(_split(path.stem), label, name, on_white(path, _SIDE, trim=True))
 
 
 def _split(stem: str) -> str:
@@ -50,8 +50,9 @@ SET = MadeSet(
     packages=(_PACKAGE,),
     expected={"train": _TRAINED, "val": _VALIDATED},
     origin=f"""
-Drawings of the Open Clip Art Library in six classes, scaled to fit {_SIDE} x {_SIDE} pixels, on white. All are in the
-public domain. Left out are links, which show a drawing a second time, and drawings of more than {_LARGEST:,} pixels.
+Drawings of the Open Clip Art Library in six classes, without their margins, scaled to fit {_SIDE} x {_SIDE}
+pixels, on white. All are in the public domain. Left out are links, which show a drawing a second time, and drawings of
+more than {_LARGEST:,} pixels.
 
 About one series of drawings in {_HELD_OUT} is for validation. A series is what has one name but for a number at its
 end: two drawings that are almost the same are not on both sides.

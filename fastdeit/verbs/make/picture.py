@@ -3,13 +3,15 @@
 import struct
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from fastdeit.errors import UsageError
 
 
-def on_white(path: Path, side: int) -> Image.Image:
+def on_white(path: Path, side: int, *, trim: bool = False) -> Image.Image:
     """The picture in the file `path`, laid on white, scaled to fit into a white square of `side` pixels, as RGB.
+
+    trim  cut off the margins that are transparent or white, before it is scaled
 
     Pillow's resampling of 8-bit pixels computes with integers, so every machine makes the same pixels. The picture is
     laid on white before it is scaled: the colour of transparent pixels means nothing.
@@ -23,6 +25,8 @@ def on_white(path: Path, side: int) -> Image.Image:
         raise _damaged(path, error) from error
     white = Image.new("RGBA", picture.size, "white")
     flat = Image.alpha_composite(white, picture).convert("RGB")
+    if trim:
+        flat = flat.crop(ImageChops.difference(flat, Image.new("RGB", flat.size, "white")).getbbox())
     longest = max(flat.size)
     width, height = (max(1, round(length * side / longest)) for length in flat.size)
     square = Image.new("RGB", (side, side), "white")
