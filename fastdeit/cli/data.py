@@ -46,8 +46,8 @@ MAKE = Verb(
     "NAME [--out DIR] [--from DIR] [--packages]",
     _data_make,
     examples=[
-        "fastdeit data make glyphs --packages | xargs npm install --no-save --prefix fonts",
-        "fastdeit data make glyphs --from fonts --out glyphs  # then: fastdeit train glyphs --data glyphs",
+        "fastdeit data make glyphs --packages  # pipe it into: xargs npm install --no-save --prefix packages",
+        "fastdeit data make glyphs --from packages --out glyphs  # then: fastdeit train glyphs --data glyphs",
     ],
 )
 MAKE.parser.description = "\n".join(
@@ -130,4 +130,4 @@ _add("--rows", type=positive, default=4, metavar="R", help="rows of training ima
 _add("--columns", type=positive, default=8, metavar="C", help="default: 8")
 _add("--out", type=path, required=True, metavar="FILE", help="the picture")
 
-VERBS = {"data make": MAKE, "data check": CHECK, "data pack": PACK, "data show": SHOW, "data preview": PREVIEW}
+VERBS = {"data check": CHECK, "data pack": PACK, "data show": SHOW, "data preview": PREVIEW, "data make": MAKE}

@@ -116,8 +116,9 @@ def _how_to_get(name: str, packages: Sequence[Package], missing: Sequence[Packag
         get = f"fastdeit data make {name} --packages | xargs npm install --no-save --prefix FOLDER"
     else:
         place = f"below {root or '/'}"
-        first = packages[0]
-        get = f"apt-get install {first.spec}; or apt-get download {first.spec} && dpkg-deb -x {first.name}_*.deb FOLDER"
+        # Without the version: a release has one, and with another the set is made and what differs is told.
+        package = packages[0].name
+        get = f"apt-get install {package}; or apt-get download {package} && dpkg-deb -x {package}_*.deb FOLDER"
     which = f"{len(missing)} of them are" if len(packages) > 1 else "it is"
     return (
         f"{name} is made from {len(packages)} package{'s' * (len(packages) > 1)}, and {which} not {place}: {names}. "
