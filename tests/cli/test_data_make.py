@@ -312,7 +312,7 @@ def test_pictures_that_are_missing_from_the_expected_version_are_counted(run, tm
     for path in (tmp_path / "packages" / CLIP / "tools").rglob("*.png"):
         path.unlink()
     err = run(2, "cliparts", "--from", tmp_path / "packages", "--out", tmp_path / "sets" / "made")[1]
-    assert "train/tools has 0 pictures, expected are 2; val/tools has 0 pictures, expected are 1" in err
+    assert "train/tools has 0 pictures, expected are 2, val/tools has 0 pictures, expected are 1" in err
     assert os.listdir(tmp_path / "sets") == []
 
 

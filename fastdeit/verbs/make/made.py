@@ -12,6 +12,7 @@ import PIL
 from PIL import Image, features
 
 from fastdeit.errors import FastdeitError, UsageError
+from fastdeit.text import some
 from fastdeit.verbs.make.packages import Found, Package
 
 SPLITS = "train", "val"
@@ -69,9 +70,9 @@ def write(name: str, wanted: MadeSet, found: Found, out: Path, progress: Callabl
     Raises UsageError if `out` exists, a package is damaged, or packages of the expected versions give other counts;
     FastdeitError if the folder cannot be written.
     """
-    if out.exists() or out.is_symlink():
-        raise UsageError(f"{out}: already there; name a folder that does not exist, or remove it first")
     try:
+        if out.exists() or out.is_symlink():
+            raise UsageError(f"{out}: already there; name a folder that does not exist, or remove it first")
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}-", dir=out.parent))
         try:
@@ -104,7 +105,7 @@ def _fill(root: Path, name: str, wanted: MadeSet, found: Found, progress: Callab
     if other_counts and not differences:
         raise UsageError(
             f"{name}: the packages have the expected versions, but not the expected pictures: "
-            f"{'; '.join(other_counts)}. Install them again"
+            f"{some(other_counts)}. Install them again"
         )
     result = Result(counts, digest.hexdigest(), (*differences, *other_counts))
     (root / "LICENCE").write_text(licence, encoding="utf-8")

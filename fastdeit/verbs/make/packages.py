@@ -32,6 +32,14 @@ class Package(ABC):
         None if it is not there."""
 
     @abstractmethod
+    def place(self, root: Path | None) -> str:
+        """Where `folder` looks, for a message."""
+
+    @abstractmethod
+    def command(self, made: str) -> str:
+        """The command that brings it, with all others of the set `made`, into the folder FOLDER."""
+
+    @abstractmethod
     def found_version(self, folder: Path) -> str | None:
         """Version of the package in `folder`; None if nothing there says it."""
 
@@ -48,6 +56,12 @@ class Npm(Package):
         root = root or Path()
         places = root / "node_modules" / self.name, root / self.name
         return next((place for place in places if (place / "package.json").is_file()), None)
+
+    def place(self, root: Path | None) -> str:
+        return f"in {root or 'this folder'} or its node_modules"
+
+    def command(self, made: str) -> str:
+        return f"fastdeit data make {made} --packages | xargs npm install --no-save --prefix FOLDER"
 
     def found_version(self, folder: Path) -> str | None:
         try:
@@ -67,6 +81,13 @@ class Debian(Package):
     def folder(self, root: Path | None) -> Path | None:
         root = root or Path("/")
         return root if (root / "usr/share/doc" / self.name / "copyright").is_file() else None
+
+    def place(self, root: Path | None) -> str:
+        return f"below {root or '/'}"
+
+    def command(self, made: str) -> str:
+        # Without the version: a release has one, and with another the set is made and what differs is told.
+        return f"apt-get install {self.name}; or apt-get download {self.name} && dpkg-deb -x {self.name}_*.deb FOLDER"
 
     def found_version(self, folder: Path) -> str | None:
         """From dpkg's list of what is installed, or else from the package's own list of changes."""
@@ -110,17 +131,10 @@ def find(name: str, packages: Sequence[Package], root: Path | None) -> Found:
 
 
 def _how_to_get(name: str, packages: Sequence[Package], missing: Sequence[Package], root: Path | None) -> str:
-    names = some([package.name for package in missing])
-    if isinstance(packages[0], Npm):
-        place = f"in {root or 'this folder'} or its node_modules"
-        get = f"fastdeit data make {name} --packages | xargs npm install --no-save --prefix FOLDER"
-    else:
-        place = f"below {root or '/'}"
-        # Without the version: a release has one, and with another the set is made and what differs is told.
-        package = packages[0].name
-        get = f"apt-get install {package}; or apt-get download {package} && dpkg-deb -x {package}_*.deb FOLDER"
+    first = missing[0]
     which = f"{len(missing)} of them are" if len(packages) > 1 else "it is"
     return (
-        f"{name} is made from {len(packages)} package{'s' * (len(packages) > 1)}, and {which} not {place}: {names}. "
-        f"This command downloads nothing. Get what is missing with: {get}. Then say where it lies: --from FOLDER"
+        f"{name} is made from {len(packages)} package{'s' * (len(packages) > 1)}, and {which} not {first.place(root)}: "
+        f"{some([package.name for package in missing])}. This command downloads nothing. Get what is missing with: "
+        f"{first.command(name)}. Then say where it lies: --from FOLDER"
     )
