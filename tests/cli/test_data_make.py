@@ -141,7 +141,9 @@ def test_the_same_packages_give_the_same_bytes(name, run, tmp_path):
     for copy in "ab":  # written in another order, and at another time
         LAY[name](tmp_path / copy)
         run(0, name, "--from", tmp_path / copy, "--out", tmp_path / f"made {copy}")
-    assert files(tmp_path / "made a") == files(tmp_path / "made b")
+    made = files(tmp_path / "made a")
+    assert len(made) > 5
+    assert made == files(tmp_path / "made b")
 
 
 def test_glyphs_keep_size_and_line(run, tmp_path):
