@@ -17,7 +17,8 @@ every = pytest.mark.parametrize("name", recipes.names())
 
 def test_what_is_shipped():
     sizes = [f"deit_{size}{kind}" for size in ("tiny", "small", "base") for kind in ("", "_distilled")]
-    assert recipes.names() == sorted(["digits", "digits_teacher", "deit_base_384", "finetune", *sizes])
+    made = ["glyphs", "emoji", "cliparts"]
+    assert recipes.names() == sorted(["digits", "digits_teacher", "deit_base_384", "finetune", *made, *sizes])
     assert sorted(["digits", *(name for name in sizes if name.endswith("_distilled"))]) == DISTILLED
 
 
