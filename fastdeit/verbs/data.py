@@ -7,10 +7,8 @@ fits; where several do, or none, the user is asked.
 import argparse
 import os
 import re
-import sys
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastdeit.data.sources import kinds, packed, tools
@@ -18,6 +16,7 @@ from fastdeit.data.sources.datasets import kinds_at, open_pair, open_source
 from fastdeit.data.sources.source import DataError, NamedSource
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.verbs import progress
 
 _SPLITS = "train", "val"
 _WILDCARD = re.compile(r"[-_.]*[{*?\[]")
@@ -29,8 +28,8 @@ def check(args: argparse.Namespace) -> int:
     """`fastdeit data check PATH`: a report of every split; 1 if a sample of any cannot be used."""
     sound = True
     for split, source in _open(args, _each):
-        with _progress(f"checking {split}") as progress:
-            report = tools.check(source, args.processes, progress)
+        with progress.shown(f"checking {split}") as report_progress:
+            report = tools.check(source, args.processes, report_progress)
         print(f"{split}: {report}", flush=True)
         sound &= report.ok
     return 0 if sound else 1
@@ -56,8 +55,8 @@ def pack(args: argparse.Namespace) -> None:
         raise UsageError(f"{out}: the folder for the packed files cannot be made: {error.strerror}") from error
     for (split, source), target in zip(sources, targets, strict=True):
         began = time.monotonic()
-        with _progress(f"packing {split}") as progress:
-            packed.pack(source, target, progress)
+        with progress.shown(f"packing {split}") as report_progress:
+            packed.pack(source, target, report_progress)
         seconds = max(time.monotonic() - began, 1e-3)
         size = target.stat().st_size / 2**20
         print(
@@ -152,30 +151,3 @@ def _matched(kind: str, root: Path, splits: Sequence[str]) -> Named:
     if len(splits) == 2:
         return list(zip(splits, open_pair(kind, root, *splits), strict=True))
     return _each(kind, root, splits)
-
-
-@contextmanager
-def _progress(what: str) -> Generator[Callable[[int, int], None], None, None]:
-    """progress(done, total) as a bar on a terminal, else a line for every tenth; on stderr, apart from the result."""
-    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield _lines(what)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _lines(what: str) -> Callable[[int, int], None]:
-    printed = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal printed
-        if 10 * done // total > printed:
-            printed = 10 * done // total
-            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
-
-    return progress

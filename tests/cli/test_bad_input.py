@@ -37,6 +37,7 @@ REQUIRED = {
     "data pack": {"path": "x", "out": "y"},
     "data show": {"--sample": "0", "--out": "x.png"},
     "data preview": {"--out": "x.png"},
+    "data make": {"name": "glyphs"},
     "show attention": {"--out": "x.png"},
     "runs diff": {"a": "x", "b": "y"},
 }

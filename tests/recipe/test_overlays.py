@@ -26,7 +26,7 @@ def test_public_code_changes_what_the_header_lists():
     lines = [*overlays.differences("deit_base_distilled", ["public-code"], [])]
     assert {line.split(" ")[2] for line in lines} == {one.field for one in OVERLAYS["public-code"].settings}
     assert len(lines) == len(OVERLAYS["public-code"].settings)
-    assert lines[0].startswith("--as public-code: method.fuse is logit, in the recipe softmax: ")
+    assert lines[0].startswith("--as public-code: method.fuse is 'logit', in the recipe 'softmax': ")
 
 
 def test_what_the_recipe_has_already_is_no_difference():
@@ -67,7 +67,10 @@ def test_train_says_each_difference(capsys):
     words = ["train", "deit_base", "--as", "public-code", "data.source=synthetic", "engine.precision=fp32", "--dry-run"]
     assert cli.main(words) == 0
     out = capsys.readouterr().out
-    assert "--as public-code: optim.schedule is deit-exact, in the recipe cosine: the rate changes once an epoch" in out
+    assert (
+        "--as public-code: optim.schedule is 'deit-exact', in the recipe 'cosine': the rate changes once an epoch"
+        in out
+    )
     assert "engine.precision" not in out.partition("--as")[0] + out[out.rindex("--as public-code") :].partition("\n")[0]
 
 
