@@ -38,7 +38,7 @@ from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
-from fastdeit.run import build, directory, request, threads
+from fastdeit.run import build, carry, directory, request, threads
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
 from fastdeit.run.groups import param_groups
@@ -101,7 +101,7 @@ def train(
     parts = Parts.of(recipe, world, begins, teacher or own)
     recipe = parts.recipe
     start = 0 if origin is None else origin.start(parts.length)
-    record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
+    record = Record() if origin is None else carry.over(origin, parts.saver, parts.log.say)
     if own is not None:
         Parts.of(own, world, True, teacher_recipe(own))
     directory.check_space(run_dir, parts.saver.size(), world, keep=recipe.engine.keep_checkpoints)
@@ -123,7 +123,7 @@ def train(
                 directory.write_recipe(run_dir, recipe)  # what to go on by, until the student has a checkpoint
             train(own, trained, world, resume=trained.exists(), student=run_dir)
             parts = Parts.of(recipe, world, begins, trained)
-            record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
+            record = Record() if origin is None else carry.over(origin, parts.saver, parts.log.say)
 
         # ---- go ----------------------------------------------------------------------------------------------------
         if resume:

@@ -13,8 +13,16 @@ def _address(args: argparse.Namespace, verb: str) -> str:
     return address
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Say what is wrong with the address before the import of torch."""
+    from fastdeit.run import chosen
+
+    chosen.check(args.address, args.overrides)
+
+
 def _eval(args: argparse.Namespace, argv: list[str]) -> int | None:
     args.address = _address(args, "eval ADDRESS --data DIR")
+    _check(args)
     if args.images is not None:
         args.top = 5
         from fastdeit.verbs import predict
@@ -36,6 +44,7 @@ def _predict(args: argparse.Namespace, argv: list[str]) -> None:
     args.address, *args.images = args.words or [None]
     if args.address is None or not args.images:
         raise UsageError("name the weights and a picture: fastdeit predict ADDRESS PICTURE ...")
+    _check(args)
     from fastdeit.verbs import predict
 
     predict.main(args)
@@ -45,6 +54,7 @@ def _attention(args: argparse.Namespace, argv: list[str]) -> None:
     if len(args.words) != 2:
         raise UsageError("name the weights and a picture: fastdeit show attention ADDRESS PICTURE --out FILE.png")
     args.address, args.picture = args.words
+    _check(args)
     from fastdeit.verbs import attention
 
     attention.main(args)

@@ -7,7 +7,7 @@ without storage; no data set is opened. What the figures mean, and how far they 
 import argparse
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -23,7 +23,8 @@ from fastdeit.engine.progress import table
 from fastdeit.errors import UsageError
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows as estimate_rows
-from fastdeit.estimate.gpus import DEFAULT_GPUS, GPU, GPUS, GPUS_PER_NODE
+from fastdeit.estimate.gpus import GPU
+from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.model import DESIGNS, GIB, Design, Network, ViT, Work
 from fastdeit.estimate.rows import MODELLED
 from fastdeit.fields import size_pair
@@ -31,14 +32,12 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, LengthError, length
 from fastdeit.run.address import parse
 from fastdeit.run.weights import open_weights
-from fastdeit.text import did_you_mean
 
 if TYPE_CHECKING:
     from fastdeit.methods.config import TeacherConfig
     from fastdeit.recipe.resolve import Recipe
 
 IMAGENET = 1_281_167, 50_000, 1000
-_HIGHEST_PRICE = 1_000_000
 # (training images, held-out images, classes) of sources that are the same everywhere, as their authors distribute them.
 SIZES = {
     "imagenet": IMAGENET,
@@ -52,73 +51,13 @@ SIZES = {
 }
 
 
-def main(args: argparse.Namespace, recipe: "Recipe") -> None:
+def main(args: argparse.Namespace, recipe: "Recipe", on: Sequence[Machine], prices: Mapping[str, float]) -> None:
     """`fastdeit plan`: print the report of a recipe, as tables or as JSON."""
-    machines = _machines(recipe, args)
-    prices = _prices(args)
-    found = report(recipe, machines, prices=prices, sharding=args.sharding, images=args.images)
+    found = report(recipe, on, prices=prices, sharding=args.sharding, images=args.images)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
         _show(found)
-
-
-# ---- what is asked for -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Machine:
-    """`count` GPUs in all, the same number in each of `nodes`."""
-
-    gpu: GPU
-    count: int
-    nodes: int
-
-
-def _machines(recipe: "Recipe", args: argparse.Namespace) -> list[Machine]:
-    gpus = [_gpu(name) for name in args.gpu or DEFAULT_GPUS]
-    # Unless asked for: one GPU, and a node of eight where the batch can be shared by it.
-    counts = args.count or [count for count in (1, GPUS_PER_NODE) if count == 1 or _unshared(recipe, count) is None]
-    machines = []
-    for count in counts:
-        nodes = args.nodes or -(-count // GPUS_PER_NODE)
-        if count % nodes or count // nodes > GPUS_PER_NODE:
-            raise UsageError(
-                f"--count {count} --nodes {nodes}: every node has the same number of GPUs, at most {GPUS_PER_NODE}"
-            )
-        if (problem := _unshared(recipe, count)) is not None:
-            raise UsageError(f"recipe {recipe.name} on {count} GPUs: {problem}")
-        machines += [Machine(gpu, count, nodes) for gpu in gpus]
-    return machines
-
-
-def _gpu(name: str) -> GPU:
-    if name.upper() not in GPUS:
-        raise UsageError(f"--gpu {name}: known are {', '.join(GPUS)}{did_you_mean(name.upper(), GPUS)}")
-    return GPUS[name.upper()]
-
-
-def _prices(args: argparse.Namespace) -> dict[str, float]:
-    """USD an hour, by GPU."""
-    if not args.price:
-        return {}
-    named = [_gpu(name).name for name in args.gpu or ()]
-    if not all(0 < price <= _HIGHEST_PRICE for price in args.price):
-        given = " ".join(f"{price:g}" for price in args.price)
-        raise UsageError(f"--price {given}: a price is a positive number of USD an hour, at most {_HIGHEST_PRICE:,}")
-    if len(named) != len(args.price):
-        raise UsageError(f"--price has {len(args.price)} numbers for {len(named)} --gpu; give one for each, in order")
-    return dict(zip(named, args.price, strict=True))
-
-
-def _unshared(recipe: "Recipe", world: int) -> str | None:
-    """Why the recipe's batch cannot be shared by so many processes."""
-    train = recipe.train
-    try:
-        order.groups_per_batch(train.batch_size, recipe.data.group_size, train.accumulate, world)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 # ---- what is trained -------------------------------------------------------------------------------------------------

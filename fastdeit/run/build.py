@@ -31,6 +31,7 @@ from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
 from fastdeit.models.freeze import freeze_parts
 from fastdeit.recipe.length import Length, LengthError, length
+from fastdeit.run.places import check_root
 from fastdeit.run.weights import load, network, open_weights
 from fastdeit.views import View, overridden, parse_policy, resolved
 
@@ -63,13 +64,9 @@ def held_out(recipe: "Recipe") -> Source:
 
 def _opened(recipe: "Recipe", opened: Callable[[str, str, str, str], Opened]) -> Opened:
     """What `opened` makes of the recipe's kind, root and splits, with errors that say what to do."""
+    check_root(recipe)
     data = recipe.data
     splits = data.train, data.val
-    if data.root is None:
-        raise UsageError(
-            f"recipe {recipe.name} needs images: add --data ROOT, which sets data.root; data.source is {data.source}, "
-            f"expected are {layout(data.source, *splits)}"
-        )
     try:
         return opened(data.source, data.root, *splits)
     except DataError as error:

@@ -9,7 +9,6 @@ a sentence.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isqrt
-from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
@@ -19,8 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastdeit import models
-from fastdeit.engine import checkpoint
-from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
+from fastdeit.engine.checkpoint import Checkpoint
 from fastdeit.errors import UsageError
 from fastdeit.fields import size_pair
 from fastdeit.models import convert, pickled
@@ -29,6 +27,7 @@ from fastdeit.models.weights import load_weights
 from fastdeit.run import classes as class_lists
 from fastdeit.run import hub
 from fastdeit.run.address import Address, parse
+from fastdeit.run.chosen import chosen, place_of, state_of
 from fastdeit.text import some
 
 KNOWN = "fastdeit"
@@ -141,55 +140,17 @@ def open_weights(address: str) -> Weights:
 
 
 def _run(address: Address) -> Weights:
-    """Of the checkpoint that is asked for, or of the newest that verifies."""
-    root, notes = address.path / "checkpoints", []
-    steps = checkpoint.steps(root)
-    if not steps:
-        raise UsageError(f"{address}: the run has no checkpoint yet")
-    try:
-        if address.step is not None:
-            found = _of_step(address, root, address.step, steps)
-        else:
-            found = checkpoint.newest(root, lambda path, why: notes.append(f"skipped {path}, which is damaged: {why}"))
-            if address.best:
-                step, note = _best(address, _state(address, found, "record"))
-                notes += note
-                found = found if found.step == step else _of_step(address, root, step, steps)
-    except CheckpointError as error:
-        raise UsageError(f"{address}: {error}") from error
+    """Of the checkpoint that an address of a run or a checkpoint means."""
+    found, notes = chosen(address)
     return _of_checkpoint(address, found, notes)
 
 
-def _of_step(address: Address, root: Path, step: int, steps: Sequence[int]) -> Checkpoint:
-    if step not in steps:
-        there = ", ".join(map(str, steps))
-        raise UsageError(f"{address}: there is no checkpoint of step {step}; there are those of the steps {there}")
-    return checkpoint.load(root / f"step_{step:08d}")
-
-
-def _best(address: Address, record: Mapping[str, Any]) -> tuple[int, list[str]]:
-    """(the step of the best evaluation, what is to be said of it)."""
-    step, metric = record.get("best_step"), record.get("best_by")
-    if not step:
-        raise UsageError(f"{address}: the run has no evaluation yet by which a best could be chosen; leave out @best")
-    if str(metric).endswith("_ema") and not address.ema:
-        return step, [f"the best {metric} is that of the averaged weights, which @best,ema gives"]
-    return step, []
-
-
-def _checkpoint(address: Address) -> Weights:
-    try:
-        return _of_checkpoint(address, checkpoint.load(address.path), [])
-    except CheckpointError as error:
-        raise UsageError(f"{address}: {error}") from error
-
-
 def _of_checkpoint(address: Address, found: Checkpoint, notes: list[str]) -> Weights:
-    recipe, identity = _state(address, found, "recipe"), _state(address, found, "identity")
+    recipe, identity = state_of(address, found, "recipe"), state_of(address, found, "identity")
     tensors = dict(found.tensors.get("model", {}))
     if not tensors:
         raise UsageError(f"{address}: {found.path} is a checkpoint without a model")
-    origin = f"{_place(found)}, step {found.step}"
+    origin = f"{place_of(found)}, step {found.step}"
     try:
         known = _known_of_run(recipe, identity)
     except (KeyError, TypeError, ValueError) as error:
@@ -211,18 +172,6 @@ def average_of(weights: Weights) -> Weights | None:
     # Under the names of the method, of which the student is the part `model`.
     tensors = {name: averages.get(f"model.{name}", tensor) for name, tensor in weights.tensors.items()}
     return replace(weights, origin=f"{weights.origin}, averaged weights", tensors=tensors, averaged=True)
-
-
-def _place(found: Checkpoint) -> Path:
-    """The run that the checkpoint lies in, or itself where it was taken out of one."""
-    return found.path.parent.parent if found.path.parent.name == "checkpoints" else found.path
-
-
-def _state(address: Address, found: Checkpoint, part: str) -> dict[str, Any]:
-    state = found.state.get(part)
-    if not isinstance(state, dict):
-        raise UsageError(f"{address}: {found.path} is no checkpoint of `fastdeit train`: its manifest has no {part}")
-    return state
 
 
 def _known_of_run(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> Known:
@@ -330,7 +279,7 @@ def _imagenet_classes(config: Any) -> tuple[str, ...] | None:
 
 _OPENERS: dict[str, Callable[[Address], Weights]] = {
     "run": _run,
-    "checkpoint": _checkpoint,
+    "checkpoint": _run,
     "safetensors": _safetensors,
     "pickle": _pickle,
     "timm": _timm,

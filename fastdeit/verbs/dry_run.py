@@ -17,7 +17,8 @@ from fastdeit.engine.metrics import check_sinks
 from fastdeit.errors import UsageError
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import report
-from fastdeit.estimate.gpus import GPUS
+from fastdeit.estimate.gpus import GPUS, GPUS_PER_NODE
+from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.rows import known_gpu
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import settled
@@ -38,7 +39,6 @@ def show(asked: Request, processes: int) -> None:
 def lines(asked: Request, processes: int) -> Iterator[str]:
     """What `show` prints: facts first, then estimates, which are marked as such, then the resolved recipe."""
     recipe = asked.recipe
-    recipes.check_complete(recipe)
     try:
         order.groups_per_batch(recipe.train.batch_size, recipe.data.group_size, recipe.train.accumulate, processes)
     except ValueError as error:
@@ -112,8 +112,8 @@ def _estimates(recipe: "Recipe", subject: report.Subject, processes: int, device
     """Memory and time, as `fastdeit plan` models them."""
     gpu = GPUS.get(known_gpu(_named(device)) or "")
     if gpu is not None:
-        nodes = -(-processes // report.GPUS_PER_NODE)
-        found = report.report(recipe, [report.Machine(gpu, processes, nodes)], images=subject.images)
+        nodes = -(-processes // GPUS_PER_NODE)
+        found = report.report(recipe, [Machine(gpu, processes, nodes)], images=subject.images)
         plans = {plan["design"]: plan for plan in found["plans"]}
         plan = plans.get("fused") or next(iter(plans.values()))
         memory, available = plan["memory"]["total"], plan["memory"]["available"]

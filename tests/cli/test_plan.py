@@ -12,6 +12,7 @@ from fastdeit.estimate import model as estimate
 from fastdeit.estimate import report
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import DEFAULT_GPUS, GPUS
+from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.model import FUSED, Work
 from fastdeit.recipe import resolve as recipe
 
@@ -228,7 +229,7 @@ def test_images_can_be_given(plan):
 
 def test_own_rows_are_used_and_named(tmp_path):
     found = recipe.load("deit_tiny", ["engine.precision=fp32", "data.source=synthetic"])
-    machine = report.Machine(GPUS["A100"], 1, 1)
+    machine = Machine(GPUS["A100"], 1, 1)
     student = report.subject(found).student
     slow = 3 * sum(estimate.step(student, Work(64, "fp32", drop_path=False), FUSED, GPUS["A100"]))
     row = {"what": "step", "device": "cuda", "model": "deit_tiny_patch16_224", "batch": 64}

@@ -218,7 +218,7 @@ def test_a_recipe_that_needs_weights_is_refused_before_anything_is_made(capsys, 
     monkeypatch.setattr("fastdeit.launch.launch.run", lambda args, argv, work: 0)
     assert cli.main(["train", "deit_base_384", *SYNTHETIC]) == 2
     assert "give model.weights=RUN or model.weights=FILE" in capsys.readouterr().err
-    assert cli.main(["train", "deit_base_384", *SYNTHETIC, "model.weights=x"]) == 0
+    assert cli.main(["train", "deit_base_384", *SYNTHETIC, "model.weights=timm:deit_base_patch16_384"]) == 0
     assert cli.main(["train", "deit_base_384", *SYNTHETIC, "model.needs_weights=false"]) == 0
     assert cli.main(["recipes", "show", "deit_base_384", "--resolved"]) == 0
 
