@@ -25,7 +25,7 @@ from fastdeit.models import convert, pickled
 from fastdeit.models.contract import ImageSize
 from fastdeit.models.weights import load_weights
 from fastdeit.run import classes as class_lists
-from fastdeit.run import hub
+from fastdeit.run import hub, reach
 from fastdeit.run.address import Address, parse
 from fastdeit.run.chosen import chosen, place_of, state_of
 from fastdeit.text import some
@@ -237,16 +237,13 @@ def _timm(address: Address) -> Weights:
     config = _published(address.text, address.name)
     if config is None or not config.has_weights:
         raise UsageError(f"{address}: timm publishes no weights for it")
+    if (why := _out_of_reach(config)) is not None:
+        raise UsageError(_no_weights(address, why))
     try:
         built = models.build_timm(address.name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0].removesuffix(".")
-        raise UsageError(
-            f"{address}: timm's weights are not on this machine and cannot be downloaded ({reason}). With no network, "
-            "copy their file here and give its path instead, as in PATH.safetensors; or run this where there is one, "
-            "and copy the cache of the hub (HF_HOME): "
-            f"python -c \"import timm; timm.create_model('{address.name}', pretrained=True)\""
-        ) from error
+        raise UsageError(_no_weights(address, reason)) from error
     known = Known(
         timm=address.name,
         image_size=built.image_size,
@@ -257,6 +254,22 @@ def _timm(address: Address) -> Weights:
         crop_ratio=config.crop_pct,
     )
     return Weights(f"timm's {address.name}", dict(built.state_dict()), known)
+
+
+def _out_of_reach(config: Any) -> str | None:
+    """Why timm's published weights can neither be found on this machine nor downloaded; None where they can."""
+    from fastdeit.models import timm_model
+
+    return None if timm_model.cached(config) is not None else reach.hindrance(config)
+
+
+def _no_weights(address: Address, reason: str) -> str:
+    return (
+        f"{address}: timm's weights are not on this machine and cannot be downloaded ({reason}). With no network, copy "
+        "their file here and give its path instead, as in PATH.safetensors; or run this where there is one, and copy "
+        f"the cache of the hub (HF_HOME): python -c \"import timm; timm.create_model('{address.name}', "
+        'pretrained=True)"'
+    )
 
 
 def _published(origin: str, name: str) -> Any:
