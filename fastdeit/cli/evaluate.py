@@ -64,7 +64,7 @@ EVAL = Verb(
     "eval",
     "accuracy, loss and calibration of weights on held-out images",
     "ADDRESS [section.field=value ...] [--data DIR] [--model NAME] [--nproc N] [--json]\n"
-    "       [--classes FILE.csv] [--confusion FILE.png]\n"
+    "       [--classes FILE.csv] [--confusion FILE.png] [--calibration FILE.png]\n"
     "       fastdeit eval ADDRESS --images PICTURE ...",
     _eval,
     examples=[
@@ -80,6 +80,7 @@ _add("--nproc", type=positive, metavar="N", help="processes on this machine, one
 _add("--json", action="store_true", help="print everything as JSON")
 _add("--classes", type=path, metavar="FILE", help="write the accuracy of every class to this CSV file")
 _add("--confusion", type=path, metavar="FILE", help="write the confusion matrix, as FILE.csv and FILE.png")
+_add("--calibration", type=path, metavar="FILE", help="write accuracy by confidence, as FILE.csv and FILE.png")
 _add("--images", type=path, nargs="+", metavar="PICTURE", help="print the classes of these pictures instead")
 
 PREDICT = Verb(

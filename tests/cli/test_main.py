@@ -77,7 +77,7 @@ def test_flags_are_pinned():
     """A flag is a promise: adding or dropping one is a decision, made here too."""
     assert {name: verb.parser.flags[2:] for name, verb in cli.VERBS.items()} == {
         "train": ["--data", "--nproc", "--run-dir", "--resume", "--from", "--dry-run"],
-        "eval": ["--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--images"],
+        "eval": ["--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--calibration", "--images"],
         "predict": ["--model", "--top", "--json"],
         "show attention": ["--model", "--block", "--out"],
         "export": ["--format", "--model", "--fuse", "--force"],
