@@ -233,10 +233,22 @@ def _of_file(address: Address, tensors: dict[str, Tensor], notes: list[str], kno
     return Weights(str(address), named, known or Known(), (*notes, *stripped), as_named=as_named)
 
 
-def _timm(address: Address) -> Weights:
+def is_cached(address: Address) -> bool:
+    """Whether the weights of a timm model are in the hub's cache. Raises UsageError where timm publishes none."""
+    from fastdeit.models import timm_model
+
+    return timm_model.cached(_with_weights(address)) is not None
+
+
+def _with_weights(address: Address) -> Any:
     config = _published(address.text, address.name)
     if config is None or not config.has_weights:
         raise UsageError(f"{address}: timm publishes no weights for it")
+    return config
+
+
+def _timm(address: Address) -> Weights:
+    config = _with_weights(address)
     if (why := _out_of_reach(config)) is not None:
         raise UsageError(_no_weights(address, why))
     try:

@@ -1,11 +1,12 @@
 """`fastdeit train --dry-run`: what would run, without running it.
 
-What can be checked is: the recipe, the data set, the networks, what they begin with, and how processes share a batch.
-Nothing is downloaded, and nothing is written.
+What can be checked is: the recipe, the data set, the networks, the weights that they begin with, opened and compared as
+a start would, and how processes share a batch. Nothing is downloaded, and nothing is written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import settled
 from fastdeit.run import address, build, directory
 from fastdeit.run.request import Request
+from fastdeit.run.weights import is_cached
 
 if TYPE_CHECKING:
     from fastdeit.recipe.length import Length
@@ -55,7 +57,7 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     known = recipe.model_copy(update={"model": recipe.model.model_copy(update={"num_classes": classes})})
     subject = replace(report.subject(known, len(training)), held_out=len(held_out))
     begins = _begins(asked, length)
-    _check_network(known, begins is None)
+    told = list(_opened(known, training.classes, begins is None))
 
     yield f"recipe    {recipe.name}, method {recipe.method.use}: nothing is trained, this is what would run"
     yield f"device    {processes} process{'es' * (processes > 1)} on {_named(device)}, {recipe.engine.precision}"
@@ -73,6 +75,7 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     )
     if begins is not None:
         yield f"begins    {begins}"
+    yield from (f"weights   {note}" for note in told)
     yield from (f"estimate  {line}" for line in _estimates(known, subject, processes, device))
     yield f"\n# the recipe in full\n{recipes.dump(recipe)}".rstrip("\n")
 
@@ -87,17 +90,34 @@ def _begins(asked: Request, length: "Length") -> str | None:
     return None
 
 
-def _check_network(recipe: "Recipe", anew: bool) -> None:
-    """Raise UsageError for parts that the student does not have, and for weights to begin with that are not there."""
-    model = recipe.model
-    if anew and model.weights is not None:
-        try:
-            address.parse(model.weights)
-        except UsageError as error:
-            raise UsageError(f"model.weights: {error}") from error
-    bare = recipe.model_copy(update={"model": model.model_copy(update={"weights": None})})
+def _opened(recipe: "Recipe", classes: Sequence[str], anew: bool) -> list[str]:
+    """Open what the student begins with and what the teacher is, as a start would; returns what is to be said of it.
+
+    Raises the errors of parts and weights that do not fit.
+    """
+    told: list[str] = []
+    bare = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
     with torch.device("meta"):  # without storage
-        build.model(bare, model.num_classes, lambda text: None)
+        build.model(bare, len(classes), told.append)
+    if anew and recipe.model.weights is not None and not _is_far(recipe.model.weights, told):
+        build.model(recipe, len(classes), told.append, classes)
+    config = getattr(recipe.method, "teacher", None)
+    if config is None or config.recipe is not None:
+        return told
+    name = f"timm:{config.timm}" if config.weights is None else config.weights
+    if not _is_far(name, told):
+        options = {"classes": classes, "say": told.append}
+        build.teacher(config, build.image_size(recipe), len(classes), Path(), recipe.engine.precision, **options)
+    return told
+
+
+def _is_far(text: str, told: list[str]) -> bool:
+    """Whether the weights of timm at the address `text` would have to be downloaded, which is then told."""
+    where = address.parse(text)
+    if where.kind != "timm" or is_cached(where):
+        return False
+    told.append(f"{text}: would be downloaded, so it is not opened here")
+    return True
 
 
 def _named(device: torch.device) -> str:
