@@ -266,6 +266,8 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
         while step < total and not log.ends_early(record):
             if step % steps_per_epoch == 0 or step == start:
                 epoch = step // steps_per_epoch
+                if schedule.ends_before(epoch) and step % log_every:  # a line of the log is of one phase
+                    log.training(step, engine, record, learning_rate(step - 1, **rates))
                 if schedule.enter(epoch, engine):
                     log.say(f"epoch {epoch}: phase {schedule.phase.name}")
                 method.on_epoch(epoch, engine)
@@ -400,6 +402,10 @@ class PhaseSchedule:
         phases.train_only(self._method, self.phase, self.trainable)
         self._method.on_phase(self.phase)
         return param_groups(self._method, self._recipe)
+
+    def ends_before(self, epoch: int) -> bool:
+        """Whether `epoch` is of another phase than the one that is under way."""
+        return self._phases[phases.index_at(self._phases, epoch)] is not self.phase
 
     def enter(self, epoch: int, engine: Engine) -> bool:
         """Make the phase of `epoch` that of the engine; whether it is another than before."""
