@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -230,6 +231,39 @@ def test_a_picture_that_cannot_be_read_is_told_once(run, held_out, capsys):
     (held_out / "val" / "red" / "0.png").write_text("no picture")
     assert cli(["eval", str(run), "--data", str(held_out), "data.max_bad_fraction=0.5"]) == 0
     assert capsys.readouterr().err.count("0.png") == 1
+
+
+def test_class_attention_of_cait(tmp_path, data, capsys):
+    """What is drawn is the attention with which the block made its class token."""
+    torch.manual_seed(0)
+    options = {"img_size": 32, "num_classes": 3, "depth": 1, "embed_dim": 24, "num_heads": 2}
+    cait = timm.create_model("cait_xxs24_224", **options).eval()
+    for parameter in cait.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        queries, keys, tokens = attention._of_class(cait, x, 1)
+        looks, _ = attention.maps(queries, keys, tokens, (32, 32))
+        chosen, normed = cait.blocks_token_only[1], []
+        chosen.attn.register_forward_pre_hook(lambda module, given: normed.append(given[0][0]))
+        chosen.attn.proj_drop.register_forward_hook(lambda module, given, out: normed.append(out[0, 0]))
+        cait(x)
+        weights = (queries @ keys.mT / queries.shape[-1] ** 0.5).softmax(-1)[:, 0]
+        values = chosen.attn.v(normed[0]).unflatten(-1, (2, -1)).transpose(0, 1)
+        torch.testing.assert_close(chosen.attn.proj((weights[:, None] @ values).flatten()), normed[1])
+    assert torch.equal(looks.flatten(1), weights[:, 1:])
+    assert len(attention.class_blocks(cait)) == 2
+    levit = timm.create_model("levit_128s", num_classes=3)
+    save_file(levit.state_dict(), tmp_path / "levit.safetensors")
+    argv = (
+        "show",
+        "attention",
+        tmp_path / "levit.safetensors",
+        data / "val" / "red" / "0.png",
+        "--out",
+        tmp_path / "a.png",
+    )
+    assert "timm:levit_128s cannot be shown; what can are" in refused(capsys, *argv, "--model", "timm:levit_128s")
 
 
 def test_maps_of_attention_are_those_of_the_tokens():
