@@ -9,6 +9,7 @@ a sentence.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isqrt
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import safetensors.torch
@@ -249,12 +250,17 @@ def _with_weights(address: Address) -> Any:
 
 def _timm(address: Address) -> Weights:
     config = _with_weights(address)
-    if (why := _out_of_reach(config)) is not None:
+    from fastdeit.models import timm_model
+
+    if timm_model.cached(config) is None and (why := reach.hindrance(config)) is not None:
         raise UsageError(_no_weights(address, why))
     try:
         built = models.build_timm(address.name, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0].removesuffix(".")
+        if (file := timm_model.cached(config)) is not None:
+            why = f"timm's weights in the cache of the hub, {file}, are damaged ({reason}); remove that file"
+            raise UsageError(f"{address}: {why}") from error
         raise UsageError(_no_weights(address, reason)) from error
     known = Known(
         timm=address.name,
@@ -266,13 +272,6 @@ def _timm(address: Address) -> Weights:
         crop_ratio=config.crop_pct,
     )
     return Weights(f"timm's {address.name}", dict(built.state_dict()), known)
-
-
-def _out_of_reach(config: Any) -> str | None:
-    """Why timm's published weights can neither be found on this machine nor downloaded; None where they can."""
-    from fastdeit.models import timm_model
-
-    return None if timm_model.cached(config) is not None else reach.hindrance(config)
 
 
 def _no_weights(address: Address, reason: str) -> str:
