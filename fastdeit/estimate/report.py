@@ -8,47 +8,22 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from fastdeit import methods, models
-from fastdeit.data.plan import order
+from fastdeit import methods
 from fastdeit.engine.progress import table
-from fastdeit.errors import UsageError
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import GPU
 from fastdeit.estimate.machines import Machine
-from fastdeit.estimate.model import DESIGNS, GIB, Design, Network, ViT, Work
+from fastdeit.estimate.model import DESIGNS, GIB, Design, Network, Work
 from fastdeit.estimate.rows import MODELLED
-from fastdeit.fields import size_pair
-from fastdeit.recipe import resolve as recipes
-from fastdeit.recipe.length import Length, LengthError, length
-from fastdeit.run.address import parse
-from fastdeit.run.weights import open_weights
+from fastdeit.estimate.subject import IMAGENET, Subject, network, subject
 
 if TYPE_CHECKING:
-    from fastdeit.methods.config import TeacherConfig
     from fastdeit.recipe.resolve import Recipe
-
-IMAGENET = 1_281_167, 50_000, 1000
-# (training images, held-out images, classes) of sources that are the same everywhere, as their authors distribute them.
-SIZES = {
-    "imagenet": IMAGENET,
-    "cifar10": (50_000, 10_000, 10),
-    "cifar100": (50_000, 10_000, 100),
-    "flowers102": (2_040, 6_149, 102),
-    "stanford_cars": (8_144, 8_041, 196),
-    "inat2018": (437_513, 24_426, 8_142),
-    "inat2019": (265_213, 3_030, 1_010),
-    "digits": (1_438, 359, 10),
-}
 
 
 def main(args: argparse.Namespace, recipe: "Recipe", on: Sequence[Machine], prices: Mapping[str, float]) -> None:
@@ -58,156 +33,6 @@ def main(args: argparse.Namespace, recipe: "Recipe", on: Sequence[Machine], pric
         print(json.dumps(found, indent=1))
     else:
         _show(found)
-
-
-# ---- what is trained -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A recipe as the estimate sees it. `teacher_run`: the training of a teacher that has a recipe of its own."""
-
-    recipe: "Recipe"
-    student: Network
-    teacher: Network | None
-    images: int
-    held_out: int
-    assumed: str | None
-    teacher_run: "Subject | None" = None
-
-    @property
-    def length(self) -> Length:
-        """Steps and evaluations of the run. Raises UsageError where the warm-up does not fit."""
-        try:
-            return length(self.recipe, self.images, order.steps_per_epoch(self.images, self.recipe.train.batch_size))
-        except LengthError as error:
-            raise UsageError(f"recipe {self.recipe.name}: {error}") from error
-
-    @property
-    def steps(self) -> int:
-        """Steps of the run."""
-        return self.length.total
-
-    @property
-    def evaluations(self) -> int:
-        """How often the run is evaluated."""
-        return self.length.evaluations
-
-
-def subject(recipe: "Recipe", images: int | None = None) -> Subject:
-    """The networks and the amount of data of a recipe; `images` replaces the number of training images."""
-    train, held_out, classes, assumed = _data(recipe)
-    if images is not None:
-        train, assumed = images, None
-    model = recipe.model
-    classes = model.num_classes or classes
-    student = _network(
-        model.name, model.timm, size_pair(model.image_size, "model.image_size"), classes, model.drop_path
-    )
-    config, teacher, own = getattr(recipe.method, "teacher", None), None, None
-    if config is not None and config.recipe is not None:
-        own = subject(recipes.load(config.recipe), images)
-        teacher = own.student
-    elif config is not None:
-        size = size_pair(config.image_size or model.image_size, "method.teacher.image_size")
-        teacher = _network(*_teacher(config), size, classes)
-    return Subject(recipe, student, teacher, train, held_out, assumed, own)
-
-
-def _teacher(config: "TeacherConfig") -> tuple[str | None, str | None]:
-    """(fastdeit's name, timm's name) of the teacher's network; its weights may tell it."""
-    if config.model is not None or config.timm is not None:
-        return config.model, config.timm
-    address = parse(config.weights)
-    if address.kind == "timm":
-        return None, address.name  # nothing of it has to be downloaded to make a plan
-    known = open_weights(config.weights).known
-    if known.name is None and known.timm is None:
-        raise UsageError(f"method.teacher: {address} does not tell which network it is of; add method.teacher.model")
-    return known.name, known.timm
-
-
-def _data(recipe: "Recipe") -> tuple[int, int, int, str | None]:
-    """(training images, held-out images, classes, what is assumed)."""
-    data = recipe.data
-    if data.source == "synthetic":
-        return data.synthetic_samples, max(data.synthetic_samples // 10, 1), data.synthetic_classes, None
-    if data.source in SIZES:
-        return *SIZES[data.source], None
-    return *IMAGENET, f"data.source {data.source} does not tell; assumed are ImageNet-1k's numbers (see --images)"
-
-
-@cache
-def _network(
-    name: str | None, timm: str | None, size: tuple[int, int] | None, classes: int, drop_path: float = 0.0
-) -> Network:
-    """A network built without storage, of its own image size for None; UsageError where it cannot be built, or its
-    FLOPs not be counted."""
-    options = {"num_classes": classes, "drop_path": drop_path} | ({"image_size": size} if size else {})
-    if timm is not None:
-        import_module("timm")  # inside torch.device its first import fails (torch 2.8)
-    try:
-        with torch.device("meta"):
-            built = models.build(name, **options) if timm is None else models.build_timm(timm, **options)
-    except ValueError as error:
-        raise UsageError(f"recipe: {error}") from error
-    size = size or built.config.image_size
-    other = {}
-    try:
-        flops = built.flops()
-        shape = _shape(built)
-        if shape is None or shape.flops != flops:  # some other network, or a transformer with something more in it
-            shape, other = None, _activations(built, size)
-    except (NotImplementedError, RuntimeError) as error:
-        raise UsageError(f"the FLOPs of {timm or name} cannot be counted on the meta device ({error})") from error
-    parameters = sum(parameter.numel() for parameter in built.parameters())
-    outputs = classes * len(built.head_names)
-    return Network(timm or name, parameters, flops, 3 * size[0] * size[1], outputs, timm is None, shape, **other)
-
-
-def _shape(built: nn.Module) -> ViT | None:
-    if isinstance(built, models.vit.VisionTransformer):
-        config = built.config
-        rows, columns = config.grid
-        hidden, values = int(config.dim * config.mlp_ratio), config.in_chans * config.patch_size**2
-        shape = rows * columns, built.prefix_tokens, values, config.dim, config.depth, config.heads, hidden
-        return ViT(*shape, config.num_classes)
-    inner = getattr(built, "inner", None)
-    mlp = getattr(getattr(inner, "blocks", [None])[0], "mlp", None)
-    if type(inner).__name__ not in ("VisionTransformer", "VisionTransformerDistilled") or not hasattr(mlp, "fc1"):
-        return None
-    rows, columns = built.grid
-    values, hidden = inner.patch_embed.proj.weight[0].numel(), mlp.fc1.out_features
-    shape = rows * columns, inner.num_prefix_tokens, values, inner.embed_dim, len(inner.blocks)
-    return ViT(*shape, inner.blocks[0].attn.num_heads, hidden, inner.num_classes, pruned=False)
-
-
-def _activations(built: nn.Module, size: tuple[int, int]) -> dict[str, int]:
-    """`saved`, `widest` and `layers` of a `Network`, counted on the meta device, where nothing is computed.
-
-    The batch has two images, since batch norm wants more than one. Wide is a layer's input and output together.
-    """
-    kept: dict[int, torch.UntypedStorage] = {}
-    weights = {parameter.untyped_storage()._cdata for parameter in built.parameters()}
-    widths: list[int] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
-    def measure(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, torch.Tensor)]
-        widths.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-
-    hooks = [module.register_forward_hook(measure) for module in built.modules() if not list(module.children())]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        built(torch.empty(2, 3, *size, device="meta"))
-    for hook in hooks:
-        hook.remove()
-    saved = sum(storage.nbytes() for storage in kept.values())
-    return {"saved": saved // 2, "widest": max(widths) // 2, "layers": len(widths)}
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -228,7 +53,7 @@ def report(
     """
     trained = subject(recipe, images)
     files = sorted(results.glob("*.jsonl"))
-    measured = estimate_rows.calibrations(files, lambda name, size: _network(name, None, size, IMAGENET[2]))
+    measured = estimate_rows.calibrations(files, lambda name, size: network(name, None, size, IMAGENET[2]))
     plans = [
         _plan(trained, machine, design, sharding, measured, (prices or {}).get(machine.gpu.name))
         for machine in machines
@@ -277,7 +102,7 @@ def _work(trained: Subject, machine: Machine) -> Work:
     recipe = trained.recipe
     micro = recipe.train.batch_size // (machine.count * recipe.train.accumulate)
     precision = _precision(recipe, machine.gpu)
-    return Work(micro, precision, recipe.model.drop_path > 0, recipe.optim.ema_decay is not None)
+    return Work(micro, precision, recipe.model.drop_path > 0, recipe.optim.ema_decay is not None, trained.trained)
 
 
 def _plan(
@@ -295,7 +120,7 @@ def _plan(
     sizes = trained.recipe.data.group_size, 1
     fits, unmixed = (estimate.largest_batch(student, work, design, gpu, size, **options) for size in sizes)
     peak = gpu.tf32 if work.precision == "fp32" else gpu.flops
-    flops = 3 * student.flops * train.batch_size
+    flops = estimate.useful_flops(student, work) * train.batch_size
     return {
         "gpu": gpu.name,
         "count": machine.count,
@@ -332,14 +157,14 @@ def _run(trained: Subject, machine: Machine, design: Design, sharding: str, fact
     gpu, train, teacher = machine.gpu, trained.recipe.train, trained.teacher
     work = _work(trained, machine)
     time = estimate.step(trained.student, work, design, gpu).scaled(factor)
-    unseen = replace(work, drop_path=False)
+    unseen = replace(work, drop_path=False, trained=None)
     judged = 0.0
     if teacher is not None:
         usual = design if teacher.own and teacher.vit else estimate.EAGER
         judged = estimate.step(teacher, unseen, usual, gpu).forward
     ring = {"world": machine.count, "nodes": machine.nodes, "sharding": sharding}
-    ring |= {"accumulate": train.accumulate, "width": work.bytes}
-    spent = estimate.communication(trained.student, time, gpu, **ring)
+    ring |= {"accumulate": train.accumulate}
+    spent = estimate.communication(trained.student, time, gpu, work, **ring)
     step = train.accumulate * (time.forward + time.backward + judged) + time.update + spent.exposed
     forward = factor * estimate.step(trained.student, unseen, design, gpu).forward
     share = trained.held_out / (machine.count * work.batch)
@@ -375,6 +200,10 @@ def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: 
         notes.append(
             f"{trained.student.name} is not a plain vision transformer: its speed follows FLOPs alone, roughly"
         )
+        if recipe.engine.checkpoint_blocks:
+            notes.append(f"engine.checkpoint_blocks is left out of the figures of {trained.student.name}")
+    if recipe.optim.name not in ("adamw", "sgd"):
+        notes.append(f"of an update by {recipe.optim.name} only what it reads and writes once is counted")
     if trained.teacher is not None and trained.teacher.vit is None:
         notes.append(f"the speed of the teacher {trained.teacher.name} follows its FLOPs alone, roughly")
     if recipe.method.use not in methods.METHODS:

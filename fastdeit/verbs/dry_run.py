@@ -21,6 +21,8 @@ from fastdeit.estimate import report
 from fastdeit.estimate.gpus import GPUS, GPUS_PER_NODE
 from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.rows import known_gpu
+from fastdeit.estimate.subject import Subject
+from fastdeit.estimate.subject import subject as subject_of
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import settled
 from fastdeit.run import address, build, directory
@@ -55,7 +57,7 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     if recipe.model.num_classes not in (None, classes):
         raise UsageError(f"model.num_classes is {recipe.model.num_classes}, but the data set has {classes} classes")
     known = recipe.model_copy(update={"model": recipe.model.model_copy(update={"num_classes": classes})})
-    subject = replace(report.subject(known, len(training)), held_out=len(held_out))
+    subject = replace(subject_of(known, len(training)), held_out=len(held_out))
     begins = _begins(asked, length)
     told = list(_opened(known, training.classes, begins is None))
 
@@ -128,7 +130,7 @@ def _network(network: estimate.Network) -> str:
     return f"{network.name}: {network.parameters / 1e6:,.2f} M parameters, {network.flops / 1e9:,.2f} GFLOP an image"
 
 
-def _estimates(recipe: "Recipe", subject: report.Subject, processes: int, device: torch.device) -> Iterator[str]:
+def _estimates(recipe: "Recipe", subject: Subject, processes: int, device: torch.device) -> Iterator[str]:
     """Memory and time, as `fastdeit plan` models them."""
     gpu = GPUS.get(known_gpu(_named(device)) or "")
     if gpu is not None:
@@ -141,7 +143,8 @@ def _estimates(recipe: "Recipe", subject: report.Subject, processes: int, device
         yield f"{plan['seconds']['total'] / 3600:,.2g} hours (speed is {plan['basis']['speed']}; input keeps up)"
         return
     micro = recipe.train.batch_size // (processes * recipe.train.accumulate)
-    work = estimate.Work(micro, recipe.engine.precision, recipe.model.drop_path > 0, recipe.optim.ema_decay is not None)
+    averaged = recipe.optim.ema_decay is not None
+    work = estimate.Work(micro, recipe.engine.precision, recipe.model.drop_path > 0, averaged, subject.trained)
     parts = estimate.memory(
         subject.student, work, estimate.EAGER, world=processes, sharding="ddp", teacher=subject.teacher
     )

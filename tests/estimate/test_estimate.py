@@ -354,8 +354,8 @@ def ring_bytes(world, size, *, gather, scatter):
 
 def communicated(world, sharding="ddp", nodes=1, gpu="A100", accumulate=1, network=BASE):
     step = estimate.step(network, Work(128), FUSED, GPUS[gpu])
-    options = {"world": world, "nodes": nodes, "sharding": sharding, "accumulate": accumulate, "width": 2}
-    return estimate.communication(network, step, GPUS[gpu], **options)
+    options = {"world": world, "nodes": nodes, "sharding": sharding, "accumulate": accumulate}
+    return estimate.communication(network, step, GPUS[gpu], Work(128), **options)
 
 
 def test_one_gpu_sends_nothing():

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from fastdeit import models
 from fastdeit.engine import checkpoint
 from fastdeit.errors import UsageError
-from fastdeit.estimate.report import subject
+from fastdeit.estimate.subject import subject
 from fastdeit.methods.config import FeatureTeacherConfig, TeacherConfig
 from fastdeit.models import timm_model
 from fastdeit.models.vit import VisionTransformer, ViTConfig
