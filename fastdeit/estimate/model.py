@@ -342,7 +342,7 @@ def _padded(length: int, tile: int) -> int:
     return -(-length // tile) * tile
 
 
-def _products(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int, share: float) -> Iterator[Op]:
+def _products(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int, share: float = 1.0) -> Iterator[Op]:
     """Linear layers of a block that returns `rows` tokens: a product forward, two backward, of which the second is of
     the weights: of a `share` of them."""
     all_tokens, out, dim, hidden = work.batch * vit.tokens, work.batch * rows, vit.dim, vit.hidden
@@ -385,7 +385,7 @@ def _between(design: Design, elements: dict[str, float], a: int) -> Iterator[Op]
             yield Op(piece.kind, piece.phase, bytes=moved, launches=piece.launches)
 
 
-def _block(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int, share: float) -> Iterator[Op]:
+def _block(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int, share: float = 1.0) -> Iterator[Op]:
     """Forward and backward of a block that returns `rows` tokens; a `share` of its weights is trained."""
     out = float(work.batch * rows * vit.dim)
     norm = out + work.batch * vit.tokens * vit.dim

@@ -104,8 +104,8 @@ def command(verb, kind, state, things, here):
         address = str(shutil.copytree(address, here / "copy"))  # others read the run
     size = f"model.image_size={'[32,48]' if state == 'other grid' else '[16,32]'}"
     model = ["--model", MODEL] if bare else []
-    told = f"model: {MODEL}, " if bare else ""
     grid = ["model.weights_grid=[2,4]"] if bare and state != "other grid" else []
+    told = f"model: {MODEL}, " + "weights_grid: [2, 4], " * bool(grid) if bare else ""
     method = f'method={{use: distill, tau: 1, teacher: {{{told}weights: "{address}"}}}}'
     train = ["train", things.recipe, f"data.root={data}", size]
     out = ["--out", "x.png"]
@@ -117,7 +117,7 @@ def command(verb, kind, state, things, here):
         "data show": ["data", "show", address, "--data", data, "--sample", "0", *out],
         "data preview": ["data", "preview", address, "--data", data, *out],
         "weights": [*train, f"model.weights={address}", *grid],
-        "teacher": [*train, method, *(["method.teacher.weights_grid=[2,4]"] if grid else [])],
+        "teacher": [*train, method],
         "plan": ["plan", things.recipe, method, "--gpu", "A100"],
         "resume": ["train", "--resume", address, f"data.root={data}"],
         "fork": ["train", "--from", address, f"data.root={data}", "train.epochs=3"],
@@ -127,7 +127,8 @@ def command(verb, kind, state, things, here):
 def works(verb, kind, state):
     """Whether it does what it says; None where that may be or not, by what is known of the weights."""
     if state in ("missing", "damaged"):
-        return verb == "plan" and kind == "timm"  # a plan looks at no tensor
+        # A plan looks at no tensor, where it is known without one which network they are of.
+        return verb == "plan" and kind in ("timm", "safetensors", "pth")
     if state != "good":
         return None
     if verb == "resume":
