@@ -27,6 +27,7 @@ from fastdeit.errors import UsageError
 from fastdeit.fields import Section, size_pair
 from fastdeit.methods.base import Context, Method, Momentum
 from fastdeit.methods.config import TeacherConfig
+from fastdeit.methods.evaluators import HeldOutLoss
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
 from fastdeit.models.freeze import freeze_parts
@@ -288,7 +289,22 @@ def method(
             "nn.ModuleList or nn.ModuleDict of it; the engine does not find it in a list or dict, and would never "
             "move it"
         )
+    _check_evaluators(made, recipe)
     return made
+
+
+def _check_evaluators(made: Method, recipe: "Recipe") -> None:
+    """Raise UsageError for a method that is judged by its loss and wants of a sample what held-out images have not."""
+    if not any(isinstance(evaluator, HeldOutLoss) for evaluator in made.evaluators().values()):
+        return
+    views, stores = recipe.method.views(), type(made).needs(recipe.method)
+    if len(views) > 1 or stores:
+        what = f"extras ({', '.join(stores)})" if stores else f"{len(views)} views"
+        raise UsageError(
+            f"method {recipe.method.use}: its evaluators have HeldOutLoss, but its loss wants {what} of a sample, and "
+            "held-out images have one view, which is not augmented, and no extras; judge it by Knn or LinearProbe, or "
+            "by an evaluator of its own"
+        )
 
 
 def class_counts(source: Source) -> list[int]:
