@@ -169,14 +169,14 @@ class Run:
         from fastdeit.run import build
         from fastdeit.run.settings import settings
         from fastdeit.run.weights import open_weights
-        from fastdeit.verbs.evaluate import judge
+        from fastdeit.verbs.evaluate import judge, known_classes
 
         weights = open_weights(f"{self.path}@{which}" if which else str(self.path))
         recipe = settings(weights, None, written(overrides))
         with join_world(recipe.engine.device) as world:
             recipe = threads.fixed(recipe, world)
             with threads.computing(recipe.engine.threads):
-                found = judge(weights, recipe, build.held_out(recipe), world)
+                found = judge(weights, recipe, known_classes(weights, build.held_out(recipe)), world)
         return {
             f"{name}{'_ema' if each.averaged and len(found) > 1 else ''}": value
             for each in found

@@ -36,7 +36,7 @@ from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe.length import Length, settled
-from fastdeit.run import build, cached, directory, request, teachers, threads
+from fastdeit.run import build, cached, carry, directory, request, teachers, threads
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
 from fastdeit.run.groups import param_groups
@@ -99,7 +99,7 @@ def train(
     parts = Parts.of(recipe, world, begins, trained | own)
     recipe = parts.recipe
     start = 0 if origin is None else origin.start(parts.length)
-    record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
+    record = Record() if origin is None else carry.over(origin, parts.saver, parts.log.say)
     for each in own.values():
         Parts.of(each, world, True, teachers.to_train(each))
     directory.check_space(run_dir, parts.saver.size(), world, keep=recipe.engine.keep_checkpoints)
@@ -123,7 +123,7 @@ def train(
                 trained[config] = run_dir / folders[config]
                 train(each, trained[config], world, resume=trained[config].exists(), student=run_dir)
             parts = Parts.of(recipe, world, begins, trained)
-            record = Record() if origin is None else origin.load(parts.saver, parts.log.say)
+            record = Record() if origin is None else carry.over(origin, parts.saver, parts.log.say)
 
         # ---- go ----------------------------------------------------------------------------------------------------
         if resume:
@@ -180,7 +180,7 @@ class Parts:
         def make_teacher(config: TeacherConfig) -> Teacher:
             own = known.get(config)
             if own is not None and not isinstance(own, Path):
-                return teachers.untrained(own, config, len(names)).to(world.device)
+                return build.untrained_teacher(own, config, len(names)).to(world.device)
             with world.main_first():  # timm may have to download; the others then find the files
                 options = {"classes": names, "say": log.say}
                 made = build.teacher(config, size, len(names), own, recipe.engine.precision, **options)
@@ -271,6 +271,8 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
         while step < total and not log.ends_early(record):
             if step % steps_per_epoch == 0 or step == start:
                 epoch = step // steps_per_epoch
+                if schedule.ends_before(epoch) and step % log_every:  # a line of the log is of one phase
+                    log.training(step, engine, record, learning_rate(step - 1, **rates))
                 if schedule.enter(epoch, engine):
                     log.say(f"epoch {epoch}: phase {schedule.phase.name}")
                 method.on_epoch(epoch, engine)
@@ -382,6 +384,10 @@ class PhaseSchedule:
         phases.train_only(self._method, self.phase, self.trainable)
         self._method.on_phase(self.phase)
         return param_groups(self._method, self._recipe)
+
+    def ends_before(self, epoch: int) -> bool:
+        """Whether `epoch` is of another phase than the one that is under way."""
+        return self._phases[phases.index_at(self._phases, epoch)] is not self.phase
 
     def enter(self, epoch: int, engine: Engine) -> bool:
         """Make the phase of `epoch` that of the engine; whether it is another than before."""

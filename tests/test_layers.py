@@ -120,7 +120,8 @@ WITHOUT_TORCH = [
         "launch/launch.py",
     ),
     *("data/nodes.py", "data/pixel_ops.py", "verbs/data.py"),
-    *("run/address.py", "run/classes.py"),
+    *("run/address.py", "run/classes.py", "run/chosen.py", "run/directory.py", "run/fork.py", "run/identity.py"),
+    *("run/places.py", "run/request.py", "estimate/machines.py", "verbs/formats.py"),
     *(
         str(path.relative_to(PACKAGE))
         for room in ("data/plan", "data/sources", "recipe", "cli", "verbs/make")

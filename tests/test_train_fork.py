@@ -140,6 +140,34 @@ def test_a_fork_that_is_interrupted_goes_on_as_a_run(parent, tmp_path, capsys):
     assert summary["lineage"][0]["differences"] == {"optim.lr": [0.001, 0.0005]}
 
 
+def test_a_fork_may_freeze_and_unfreeze(parent, tmp_path, capsys):
+    """What is frozen keeps its weights; what is trained again begins with an optimizer's state of zero."""
+    forked(f"{parent}@step=4", tmp_path / "frozen", "model.freeze=[head,rows]")
+    said = capsys.readouterr().out
+    assert "frozen now are model.head.bias, model.head.weight, model.rows, at their weights" in said
+    start, end = loaded(parent, 4).tensors, loaded(tmp_path / "frozen", TOTAL).tensors
+    for name, tensor in start["model"].items():
+        assert torch.equal(tensor, end["model"][name]) == (not name.startswith("head_dist")), name
+    assert set(end["ema"]) == {"model.head_dist.weight", "model.head_dist.bias"}
+    assert {name.rpartition(".")[0] for name in end["optim"]} == {
+        f"{kind}.model.head_dist" for kind in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+    forked(f"{tmp_path}/frozen@step=5", tmp_path / "thawed", "model.freeze=[]")
+    assert "trained now, and not there, are model.head.bias, model.head.weight, model.rows" in capsys.readouterr().out
+    begun = loaded(tmp_path / "thawed", 5).tensors
+    held = loaded(tmp_path / "frozen", 5).tensors
+    for name, tensor in begun["optim"].items():
+        kept = held["optim"].get(name)
+        assert torch.equal(tensor, torch.zeros_like(tensor) if kept is None else kept), name
+    assert torch.equal(begun["ema"]["model.rows"], held["model"]["rows"])
+    assert torch.equal(begun["ema"]["model.head_dist.weight"], held["ema"]["model.head_dist.weight"])
+    last = loaded(tmp_path / "thawed", TOTAL).tensors
+    assert last["optim"]["step.model.rows"] == 1
+    assert last["optim"]["step.model.head_dist.bias"] == TOTAL
+    assert not torch.equal(last["model"]["rows"], begun["model"]["rows"])
+
+
 REFUSED = {
     "RUN": "stands at epoch 2, and the fork has 2: nothing is left to train; give it more with train.epochs=N",
     "RUN@step=4 train.batch_size=4": "is in the middle of an epoch, and the fork's epochs have 6 steps instead of 3",

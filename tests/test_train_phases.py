@@ -1,5 +1,7 @@
 """A method in two phases through the whole loop: what is trained when, and that it resumes and shares out exactly."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,6 +39,14 @@ class HeadFirst(Supervised):
 
     def on_phase(self, phase):
         self.begun.append(phase.name)
+
+
+class OwnPart(HeadFirst):
+    """Each phase has a part of the loss that the other has not: twice the loss, under the name of the phase."""
+
+    def forward(self, batch):
+        out = super().forward(batch)
+        return replace(out, parts={self.begun[-1]: 2 * out.loss})
 
 
 class TooLong(HeadFirst):
@@ -84,6 +94,21 @@ def test_an_interrupted_run_goes_on_in_its_phase(load, whole, tmp_path, stop):
     train(load(), tmp_path / "run", World(torch.device("cpu")), resume=True)
     assert_same_weights(whole, tmp_path / "run", TOTAL)
     assert logged(whole) == logged(tmp_path / "run")
+
+
+@pytest.mark.parametrize("stop", [STEPS_PER_EPOCH, *(pytest.param(n, marks=pytest.mark.slow) for n in (None, 7))])
+def test_a_line_of_the_log_has_the_parts_of_its_phase_alone(load, tmp_path, stop):
+    """Also where the phase ends between two lines, and where the run is interrupted there."""
+    asked = load("method.use=tests.test_train_phases:OwnPart", "engine.log_every=4")
+    if stop is not None:
+        with pytest.raises(Interrupted):
+            train(asked, tmp_path / "run", StopAt(stop), resume=False)
+    train(asked, tmp_path / "run", World(torch.device("cpu")), resume=stop is not None)
+    lines = [line for line in logged(tmp_path / "run") if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [4, 6, 8, 12]
+    for line, (own, other) in zip(lines, [("head", "all")] * 2 + [("all", "head")] * 2, strict=True):
+        assert other not in line
+        assert line[own] == pytest.approx(2 * line["loss"], rel=1e-6)
 
 
 def test_two_processes_reach_the_result_of_one(path, whole, ranks, tmp_path):

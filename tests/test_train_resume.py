@@ -148,7 +148,8 @@ REFUSED = {
     "--resume RUN optim.lr=2e-3 train.epochs=3": r"optim.lr: the run has 0.001, asked for 0.002\n.*train.epochs: the "
     r"run has 2, asked for 3\n.* `fastdeit train --from RUN optim.lr=0.002 train.epochs=3`",
     "RECIPE --run-dir RUN --resume train.seed=4": "train.seed: the run has 0, asked for 4",
-    "--resume RUN model.freeze=[rows] optim.lr=2e-3": r"model.freeze: the run has \(\), .*\n.*\n.* `fastdeit train "
+    "--resume RUN model.freeze=[rows]": r"model.freeze: .*\n.* `fastdeit train --from RUN 'model.freeze=\[\"rows\"\]'`",
+    "--resume RUN model.image_size=64 optim.lr=2e-3": r"model.image_size: .*\n.*\n.* `fastdeit train "
     r"\S+ model.weights=RUN`",
     "RECIPE --resume RUN": "--resume RUN takes the recipe from the run; leave out RECIPE",
     "--resume RUN --run-dir x": "--resume RUN says which run; leave out --run-dir x",

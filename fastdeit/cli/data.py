@@ -1,6 +1,7 @@
 """`fastdeit data make`, `check`, `pack`, `show` and `preview`."""
 
 import argparse
+from pathlib import Path
 
 from fastdeit.cli.parser import Verb, add_recipe, one, path, positive
 from fastdeit.errors import UsageError
@@ -29,9 +30,32 @@ def _data_picture(args: argparse.Namespace, argv: list[str]) -> None:
     args.recipe = one(args.words, "recipe or address of weights")
     if args.recipe is None:
         raise UsageError(f"name a recipe or a run: fastdeit data {argv[1]} RECIPE --out FILE.png")
+    _check_picture(args.out)
+    _check_recipe(args)
     from fastdeit.verbs import pictures
 
     getattr(pictures, argv[1])(args)
+
+
+def _check_picture(out: str) -> None:
+    if Path(out).suffix != ".png":
+        raise UsageError(f"--out {out}: the picture is a PNG file; give a name that ends in .png")
+    if not Path(out).parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {Path(out).parent}")
+
+
+def _check_recipe(args: argparse.Namespace) -> None:
+    """Say what is wrong with the recipe or the address before the import of torch, and find the kind of `--data`."""
+    from fastdeit.recipe import resolve as recipe
+    from fastdeit.run import chosen, places
+    from fastdeit.run.address import is_address
+    from fastdeit.verbs import data as data_verbs
+
+    if is_address(args.recipe):
+        chosen.check(args.recipe, args.overrides)
+        return
+    args.overrides += data_verbs.implied(args.recipe, args.overrides, args.data)
+    places.check_root(recipe.load(args.recipe, args.overrides))
 
 
 def _add_source(verb: Verb) -> None:

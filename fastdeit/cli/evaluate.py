@@ -13,8 +13,16 @@ def _address(args: argparse.Namespace, verb: str) -> str:
     return address
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Say what is wrong with the address before the import of torch."""
+    from fastdeit.run import chosen
+
+    chosen.check(args.address, args.overrides)
+
+
 def _eval(args: argparse.Namespace, argv: list[str]) -> int | None:
     args.address = _address(args, "eval ADDRESS --data DIR")
+    _check(args)
     if args.images is not None:
         args.top = 5
         from fastdeit.verbs import predict
@@ -36,6 +44,7 @@ def _predict(args: argparse.Namespace, argv: list[str]) -> None:
     args.address, *args.images = args.words or [None]
     if args.address is None or not args.images:
         raise UsageError("name the weights and a picture: fastdeit predict ADDRESS PICTURE ...")
+    _check(args)
     from fastdeit.verbs import predict
 
     predict.main(args)
@@ -45,6 +54,7 @@ def _attention(args: argparse.Namespace, argv: list[str]) -> None:
     if len(args.words) != 2:
         raise UsageError("name the weights and a picture: fastdeit show attention ADDRESS PICTURE --out FILE.png")
     args.address, args.picture = args.words
+    _check(args)
     from fastdeit.verbs import attention
 
     attention.main(args)
@@ -54,7 +64,7 @@ EVAL = Verb(
     "eval",
     "accuracy, loss and calibration of weights on held-out images",
     "ADDRESS [section.field=value ...] [--data DIR] [--model NAME] [--nproc N] [--json]\n"
-    "       [--classes FILE.csv] [--confusion FILE.png]\n"
+    "       [--classes FILE.csv] [--confusion FILE.png] [--calibration FILE.png]\n"
     "       fastdeit eval ADDRESS --images PICTURE ...",
     _eval,
     examples=[
@@ -70,6 +80,7 @@ _add("--nproc", type=positive, metavar="N", help="processes on this machine, one
 _add("--json", action="store_true", help="print everything as JSON")
 _add("--classes", type=path, metavar="FILE", help="write the accuracy of every class to this CSV file")
 _add("--confusion", type=path, metavar="FILE", help="write the confusion matrix, as FILE.csv and FILE.png")
+_add("--calibration", type=path, metavar="FILE", help="write accuracy by confidence, as FILE.csv and FILE.png")
 _add("--images", type=path, nargs="+", metavar="PICTURE", help="print the classes of these pictures instead")
 
 PREDICT = Verb(

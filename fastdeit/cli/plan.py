@@ -15,9 +15,12 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
 
     # Before the import of torch, so that a mistake in the recipe is said at once.
     chosen = recipe.load(args.recipe, args.overrides)
+    from fastdeit.estimate import machines
+
+    asked = machines.machines(chosen, args), machines.prices(args)
     from fastdeit.estimate import report
 
-    report.main(args, chosen)
+    report.main(args, chosen, *asked)
 
 
 PLAN = Verb(

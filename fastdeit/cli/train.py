@@ -39,22 +39,22 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         if args.overlays:
             _say_overlays(args)
             lay_over(args)
-        if args.dry_run:
+        if args.dry_run or "RANK" not in os.environ:
+            # Before torch is loaded and before any worker exists, so that a mistake is reported at once, and once.
+            from fastdeit.recipe import resolve as recipe
             from fastdeit.run import request
+
+            asked = request.read(args, lambda text: None)
+            recipe.check_complete(asked.recipe)
+            if not asked.goes_on:
+                from fastdeit.run import places
+
+                places.check(asked.recipe)
+        if args.dry_run:
             from fastdeit.verbs import dry_run
 
-            dry_run.show(request.read(args, lambda text: None), args.nproc or 1)
+            dry_run.show(asked, args.nproc or 1)
             return 0
-        if "RANK" not in os.environ:
-            # Before any worker exists, so that a mistake is reported at once, and once.
-            if not of_a_run:
-                from fastdeit.recipe import resolve as recipe
-
-                recipe.check_complete(recipe.load(args.recipe, args.overrides))
-            elif (args.nproc or 1) > 1:
-                from fastdeit.run import request
-
-                request.read(args, lambda text: None)
         return launch.run(args, argv, _work)
 
 

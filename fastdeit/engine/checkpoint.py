@@ -23,14 +23,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fastdeit.engine import _fault
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -42,10 +40,6 @@ _TEMPORARY = re.compile(r"\.tmp-step_\d{8}-[0-9a-f]{8}-(?P<pid>\d+)-(?P<start>\d
 _MANIFEST_LIMIT = 1 << 28
 _CHUNK = 1 << 22
 _FOREIGN_SECONDS = 24 * 3600
-_DTYPES = frozenset(
-    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
-    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
-)
 
 
 class CheckpointError(Exception):
@@ -54,18 +48,21 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: `tensors[file][name]` on the CPU, and the JSON `state` it was saved with."""
+    """A verified checkpoint: `tensors[file][name]` on the CPU, and the JSON `state` it was saved with.
+
+    `tensors` is empty where it was read without them.
+    """
 
     path: Path
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, dict[str, "Tensor"]]
     state: dict[str, Any]
 
 
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+def save(root: Path, step: int, tensors: dict[str, dict[str, "Tensor"]], state: dict[str, Any]) -> Path:
     """Write `root/step_%08d` and return it; when this returns, the checkpoint survives a kill and a power cut.
 
     Each key of `tensors` becomes a file (`[a-z_]+`, ".safetensors" is added). Tensors of any device, stride and
@@ -80,7 +77,12 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
     if type(state) is not dict:
         raise CheckpointError(f"state is a {_type_name(state)}; it must be a dict")
     _check_state(state, "state")
-    files = {_file_name(name): _storable(group, name) for name, group in tensors.items()}
+    from fastdeit.engine import tensor_files  # torch takes seconds to import, which who reads a manifest need not wait
+
+    try:
+        files = {_file_name(name): tensor_files.storable(group, name) for name, group in tensors.items()}
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     final = _directory(root, step)
     if os.path.lexists(final):
         if not _is_directory(final):
@@ -91,9 +93,9 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
     try:
         root.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        _write_files(temporary, step, files, state)
+        _write_files(temporary, step, files, tensor_files.write, state)
         _commit(temporary, final)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(
             f"the checkpoint of step {step} was not saved to {root}: {error}; earlier checkpoints are intact"
         ) from error
@@ -103,12 +105,18 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
     return final
 
 
-def _write_files(directory: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+def _write_files(
+    directory: Path,
+    step: int,
+    files: dict[str, dict[str, "Tensor"]],
+    write: Callable[[dict[str, "Tensor"], Path], None],
+    state: dict[str, Any],
+) -> None:
     entries = {}
     for name, group in files.items():
         path = directory / name
         _fault.point(f"write {name}")
-        safetensors.torch.save_file(group, path, metadata={"format": "pt"})
+        write(group, path)
         # Some versions of safetensors give the owner alone access; the directory's mode tells what the umask allows.
         path.chmod(directory.stat().st_mode & 0o666)
         _sync(path)
@@ -133,31 +141,6 @@ def _file_name(name: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise CheckpointError(f"{name!r} cannot name a checkpoint file; use lower-case letters and underscores")
     return f"{name}.safetensors"
-
-
-def _storable(group: dict[str, Tensor], file: str) -> dict[str, Tensor]:
-    """The same values as dense CPU tensors, no two of which share memory, which is what safetensors can store."""
-    stored: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for key, tensor in group.items():
-        where = f"tensors[{file!r}][{key!r}]"
-        if not isinstance(key, str):
-            raise CheckpointError(f"{where} is keyed by a {_type_name(key)}; keys must be strings")
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{where} is a {_type_name(tensor)}, not a tensor; plain values belong into state")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise CheckpointError(
-                f"{where} is a {tensor.layout} tensor on {tensor.device}; only dense data can be saved"
-            )
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"{where} has dtype {tensor.dtype}, which safetensors cannot store")
-        tensor = tensor.detach().cpu().resolve_neg().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in seen:
-            tensor = tensor.clone()
-        seen.add(storage)
-        stored[key] = tensor
-    return stored
 
 
 def _check_state(value: Any, where: str) -> None:
@@ -191,19 +174,22 @@ def _encode(manifest: dict[str, Any]) -> bytes:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, tensors: bool = True) -> Checkpoint:
     """Read the checkpoint directory `path`; sizes and hashes are verified before any tensor file is parsed.
+
+    tensors  False: the files are verified and not parsed, for which torch need not be there
 
     Raises CheckpointError, which names the file and what is wrong with it, for anything but a sound checkpoint.
     """
     try:
-        return _load(Path(path))
+        return _load(Path(path), tensors)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
 
 
-def newest(root: Path, on_damaged: Callable[[Path, str], None]) -> Checkpoint | None:
-    """The newest checkpoint under `root` that verifies, or None if `root` holds no checkpoint at all.
+def newest(root: Path, on_damaged: Callable[[Path, str], None], tensors: bool = True) -> Checkpoint | None:
+    """The newest checkpoint under `root` that verifies, or None if `root` holds no checkpoint at all; `tensors` as of
+    `load`.
 
     Each newer one that is damaged is reported as `on_damaged(path, reason)` and skipped. Raises CheckpointError
     naming all of them if there are checkpoints and none verifies: starting over in silence would hide the loss.
@@ -212,7 +198,7 @@ def newest(root: Path, on_damaged: Callable[[Path, str], None]) -> Checkpoint | 
     for step in reversed(steps(root)):
         path = _directory(root, step)
         try:
-            return _load(path)
+            return _load(path, tensors)
         except CheckpointError as error:
             on_damaged(path, str(error))
             reasons.append(f"{path.name}: {error}")
@@ -248,14 +234,23 @@ def steps(root: Path) -> list[int]:
     return sorted(int(match[1]) for path in root.iterdir() if (match := _STEP.fullmatch(path.name)) and path.is_dir())
 
 
-def _load(path: Path) -> Checkpoint:
+def _load(path: Path, tensors: bool) -> Checkpoint:
     """`load`, with errors that give the reason only."""
     manifest = _read_manifest(path)
-    tensors = {
-        name.removesuffix(".safetensors"): _parse(_read_file(path / name, entry), name)
-        for name, entry in manifest["files"].items()
-    }
-    return Checkpoint(path, manifest["step"], tensors, manifest["state"])
+    if not tensors:
+        for name, entry in manifest["files"].items():
+            _verify(path / name, entry)
+        return Checkpoint(path, manifest["step"], {}, manifest["state"])
+    from fastdeit.engine import tensor_files
+
+    found = {}
+    for name, entry in manifest["files"].items():
+        data = _read_file(path / name, entry)
+        try:
+            found[name.removesuffix(".safetensors")] = tensor_files.parse(data)
+        except ValueError as error:
+            raise CheckpointError(f"{name} is not a safetensors file ({error})") from error
+    return Checkpoint(path, manifest["step"], found, manifest["state"])
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
@@ -322,22 +317,23 @@ def _read_bytes(path: Path, limit: int) -> bytes:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
 
 
-def _parse(data: bytes, name: str) -> dict[str, Tensor]:
+def _verify(path: Path, entry: dict[str, Any]) -> None:
+    """Raise CheckpointError unless a listed file has the size and hash it was written with; it is read in chunks."""
+    _check_size(path, entry)
     try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{name} is not a safetensors file ({reason})") from error
+        found = _hash_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
+    if found != entry["blake2b"]:
+        raise CheckpointError(f"{path.name} has changed since it was written: its hash differs from the manifest's")
 
 
 def _is_sound(directory: Path) -> bool:
     """Whether every file has the size and hash it was written with; reads all of it, a chunk at a time."""
     try:
         for name, entry in _read_manifest(directory)["files"].items():
-            _check_size(directory / name, entry)
-            if _hash_file(directory / name) != entry["blake2b"]:
-                return False
-    except (CheckpointError, OSError):
+            _verify(directory / name, entry)
+    except CheckpointError:
         return False
     return True
 

@@ -80,8 +80,10 @@ class Engine:
     def enter(self, groups: Sequence[ParamGroup]) -> None:
         """Train the parameters of `groups` from now on, as a phase of the run begins.
 
-        What depends on which parameters have gradients is made anew: the reduction over processes and the capture.
+        What depends on which parameters have gradients is made anew: the reduction over processes and the capture. The
+        sums for the log begin anew, because another phase may have other parts of the loss.
         """
+        self.sums = {}
         self.optimizer.regroup(groups)
         self.module = self._graphed = None
         gc.collect()  # DDP is full of cycles, and its hooks on the parameters go when it does

@@ -17,6 +17,7 @@ package's kernels read and write, with `a` bytes of an activation (2 in 16 bit) 
 Only the standard library is imported.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -121,6 +122,7 @@ class Op(NamedTuple):
     kind    which shares of `GPU` it reaches
     phase   "forward", "backward" or "update"
     spent   FLOPs that the time goes by, where padding or an epilogue makes them more than `flops`
+    again   whether it is an operation of the forward that backward repeats, for `engine.checkpoint_blocks`
     """
 
     kind: str
@@ -130,21 +132,53 @@ class Op(NamedTuple):
     launches: float = 1.0
     count: float = 1.0
     spent: float = 0.0
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What of a network is trained, and what a step keeps for that.
+
+    parameters  number of those that are trained
+    states      numbers that the optimizer keeps
+    still       layers (embedding, blocks, heads) before the first that is trained: nothing goes backward through them
+    share       of the parameters from there on, those that are trained: only they have products for their gradients
+    recomputed  blocks keep their input alone, and are computed again in backward
+    """
+
+    parameters: int
+    states: int
+    still: int = 0
+    share: float = 1.0
+    recomputed: bool = False
+
+    @property
+    def still_blocks(self) -> int:
+        """Blocks through which nothing goes backward."""
+        return max(0, self.still - 1)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A micro-batch of one process: images, precision (fp32, fp16, bf16), and what else a step has to do."""
+    """A micro-batch of one process: images, precision (fp32, fp16, bf16), and what else a step has to do.
+
+    `trained` None is everything, by AdamW.
+    """
 
     batch: int
     precision: str = "bf16"
     drop_path: bool = True
     ema: bool = False
+    trained: Trained | None = None
 
     @property
     def bytes(self) -> int:
         """Of an activation."""
         return 4 if self.precision == "fp32" else 2
+
+    def of(self, network: Network) -> Trained:
+        """What of the network is trained."""
+        return self.trained or Trained(network.parameters, 2 * network.parameters)
 
 
 class Piece(NamedTuple):
@@ -161,7 +195,8 @@ class Piece(NamedTuple):
 # (bytes: each, fixed; launches) of eager, compile and fused. The elements are, in a block, "norm": channels of the
 # tokens at both LayerNorms, "cast": the same, in 16 bit alone, "drop": the same, with drop-path, "qkv", "hidden",
 # "out": channels of the tokens that it returns, "copy": its share of the weights, in 16 bit alone; in a step, "ends":
-# one in 16 bit, "pixels", "tokens", "logits", "weights", and "average": the weights, where they are averaged.
+# one in 16 bit, "pixels", "tokens", "logits", "weights" and "states", which are of what is trained, and "average": the
+# weights that are trained, where they are averaged.
 _PIECES = (
     ("norm", "forward", "pointwise", (1, 16, 4), (2, 8, 2), (2, 8, 2)),  # LayerNorm in float32, residual addition
     ("norm", "backward", "pointwise", (0, 24, 4), (2, 12, 4), (2, 12, 4)),
@@ -184,7 +219,8 @@ _PIECES = (
     ("tokens", "forward", "pointwise", (1, 8, 2), (1, 8, 1), (1, 8, 1)),
     ("tokens", "backward", "reduction", (1, 8, 4), (1, 8, 2), (1, 8, 2)),
     ("logits", "forward", "pointwise", (0, 120, 30), (0, 120, 12), (0, 20, 1)),  # the loss
-    ("weights", "update", "pointwise", (0, 32, 8), (0, 32, 8), (0, 32, 6)),  # the gradients' norm, AdamW
+    ("weights", "update", "pointwise", (0, 16, 8), (0, 16, 8), (0, 16, 6)),  # the gradients' norm, the optimizer
+    ("states", "update", "pointwise", (0, 8, 0), (0, 8, 0), (0, 8, 0)),  # what it keeps, read and written
     ("average", "update", "pointwise", (0, 12, 4), (0, 12, 4), (0, 8, 0)),  # ours in the pass of AdamW
 )
 _EAGER, _COMPILE, _FUSED = (
@@ -263,7 +299,7 @@ DESIGNS = {design.name: design for design in (EAGER, COMPILE, FUSED, EPILOGUE)}
 # Designs of others, for what they have measured: timm's code, which packs once more; the same with an older PyTorch's
 # attention and an AdamW of many passes; an Inductor that takes a second pass for the gradients of LayerNorm's weights.
 TIMM = replace(EAGER, pieces=(*_EAGER, _QKV[1]))
-_FOREACH = tuple(piece._replace(fixed=88, launches=34) if piece.of == "weights" else piece for piece in TIMM.pieces)
+_FOREACH = tuple(piece._replace(fixed=72, launches=34) if piece.of == "weights" else piece for piece in TIMM.pieces)
 UNFUSED = replace(TIMM, name="unfused", pieces=_FOREACH, attention="unfused", launch=7e-6)
 _SECOND_PASS = Piece("norm", "backward", "reduction", 1, 4, 4)
 COMPILE_2_9 = replace(COMPILE, name="compile < 2.10", pieces=(*_COMPILE, _SECOND_PASS))
@@ -306,8 +342,9 @@ def _padded(length: int, tile: int) -> int:
     return -(-length // tile) * tile
 
 
-def _products(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int) -> Iterator[Op]:
-    """Linear layers of a block that returns `rows` tokens: a product forward, two backward."""
+def _products(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int, share: float = 1.0) -> Iterator[Op]:
+    """Linear layers of a block that returns `rows` tokens: a product forward, two backward, of which the second is of
+    the weights: of a `share` of them."""
     all_tokens, out, dim, hidden = work.batch * vit.tokens, work.batch * rows, vit.dim, vit.hidden
     slow = 1 + gpu.epilogue
     hidden_bytes = work.bytes * out * hidden * design.epilogue
@@ -318,7 +355,7 @@ def _products(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int) -> Iter
         flops, moved = 2.0 * m * n * k, work.bytes * float(m * k + n * k + m * n)
         yield Op(_kind(vit), "forward", flops, moved + forward, spent=flops * slow if forward else 0)
         yield Op(_kind(vit), "backward", flops, moved + 2 * backward, spent=flops * slow if backward else 0)
-        yield Op(_kind(vit), "backward", flops, moved)
+        yield Op(_kind(vit), "backward", flops, moved, count=share)
 
 
 def _kind(vit: ViT) -> str:
@@ -348,25 +385,25 @@ def _between(design: Design, elements: dict[str, float], a: int) -> Iterator[Op]
             yield Op(piece.kind, piece.phase, bytes=moved, launches=piece.launches)
 
 
-def _block(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int) -> Iterator[Op]:
-    """Forward and backward of a block that returns `rows` tokens."""
+def _block(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int, share: float = 1.0) -> Iterator[Op]:
+    """Forward and backward of a block that returns `rows` tokens; a `share` of its weights is trained."""
     out = float(work.batch * rows * vit.dim)
     norm = out + work.batch * vit.tokens * vit.dim
     elements = {"norm": norm, "cast": norm * (work.bytes < 4), "drop": norm * work.drop_path, "out": out}
     elements |= {"qkv": 2 * norm - out, "hidden": float(work.batch * rows * vit.hidden)}
-    yield from _products(vit, work, design, gpu, rows)
+    yield from _products(vit, work, design, gpu, rows, share)
     yield from _attention(vit, work, design, rows)
     yield from _between(design, elements, work.bytes)
 
 
-def _embedding_and_heads(vit: ViT, work: Work) -> Iterator[Op]:
-    """The products at both ends. Nobody asks for the gradient of the pixels."""
+def _embedding_and_heads(vit: ViT, work: Work, still: int) -> Iterator[Op]:
+    """The products at both ends. Nobody asks for the gradient of the pixels, nor for one before `still` layers."""
     pixels, tokens, prefix = (work.batch * count for count in (vit.patches * vit.patch_values, vit.patches, vit.prefix))
     embed = pixels + vit.patch_values * vit.dim + tokens * vit.dim
     heads = prefix * vit.dim + vit.prefix * vit.dim * vit.classes + prefix * vit.classes
     for flops, moved, gradients in (
-        (2.0 * pixels * vit.dim, embed, 1),
-        (2.0 * prefix * vit.dim * vit.classes, heads, 2),
+        (2.0 * pixels * vit.dim, embed, 0 if still else 1),
+        (2.0 * prefix * vit.dim * vit.classes, heads, 1 if still > vit.depth else 2),
     ):
         yield Op(_kind(vit), "forward", flops, float(work.bytes * moved))
         yield Op(_kind(vit), "backward", flops, float(work.bytes * moved), count=gradients)
@@ -374,27 +411,43 @@ def _embedding_and_heads(vit: ViT, work: Work) -> Iterator[Op]:
 
 def ops(network: Network, work: Work, design: Design, gpu: GPU) -> list[Op]:
     """Forward and backward of a micro-batch, and the update of a step."""
-    vit, batch, weights = network.vit, work.batch, float(network.parameters)
+    vit, batch, weights, trained = network.vit, work.batch, float(network.parameters), work.of(network)
     depth = vit.depth if vit else 1
-    elements = {"weights": weights, "average": weights * work.ema, "ends": float(work.bytes < 4)}
+    elements = {"weights": float(trained.parameters), "states": float(trained.states), "ends": float(work.bytes < 4)}
+    elements |= {"average": elements["weights"] * work.ema}
     if vit is None:
         flops = float(batch * network.flops)
         moved = flops / CONVNET_FLOPS_PER_BYTE * work.bytes / 2
-        found = [Op("convnet", phase, flops, moved, network.layers) for phase in ("forward", "backward", "backward")]
+        passes = ("forward", 1.0), ("backward", 1.0), ("backward", trained.share)
+        found = [Op("convnet", phase, flops, moved, network.layers, count) for phase, count in passes]
     else:
         design = selected(design, vit, work, gpu)
         pixels, tokens = batch * vit.patches * vit.patch_values, batch * vit.tokens * vit.dim
         elements |= {"pixels": pixels, "tokens": tokens, "logits": batch * vit.prefix * vit.classes}
-        blocks = [(vit.tokens, depth - 1)] * (depth > 1) + [(vit.rows[-1], 1)]
-        found = [op._replace(count=count) for rows, count in blocks for op in _block(vit, work, design, gpu, rows)]
-        found += _embedding_and_heads(vit, work)
+        blocks = Counter((rows, place >= trained.still_blocks) for place, rows in enumerate(vit.rows))
+        found = []
+        for (rows, learns), count in blocks.items():
+            both = [op._replace(count=op.count * count) for op in _block(vit, work, design, gpu, rows, trained.share)]
+            forward = [op for op in both if op.phase == "forward"]
+            found += both if learns else forward
+            if learns and trained.recomputed:
+                found += (op._replace(phase="backward", again=True) for op in forward)
+        found += _embedding_and_heads(vit, work, trained.still)
     copies = _between(design, {"copy": weights / depth * (work.bytes < 4)}, work.bytes)
     return [*found, *(op._replace(count=depth) for op in copies), *_between(design, elements, work.bytes)]
 
 
+def useful_flops(network: Network, work: Work) -> float:
+    """Of a step for one image, as MFU counts them: the forward, as many again for the gradients of what the blocks
+    passed on, and as many for those of the weights; of these two only the parts that training needs."""
+    trained = work.of(network)
+    learns = 1.0 if network.vit is None else 1 - trained.still_blocks / network.vit.depth
+    return network.flops * (1 + learns * (1 + trained.share))
+
+
 def seconds(op: Op, gpu: GPU, precision: str) -> float:
     """Of all `op.count` operations, on a busy stream: the roofline."""
-    backward = op.phase == "backward"
+    backward = op.phase == "backward" and not op.again
     math, memory = {
         "gemm": (gpu.gemm, gpu.pointwise),
         "narrow": (gpu.narrow, gpu.pointwise),
@@ -456,9 +509,9 @@ def bus(gpu: GPU, world: int, nodes: int) -> float:
 
 
 def communication(
-    network: Network, time: Step, gpu: GPU, *, world: int, nodes: int, sharding: str, accumulate: int, width: int
+    network: Network, time: Step, gpu: GPU, work: Work, *, world: int, nodes: int, sharding: str, accumulate: int
 ) -> Communication:
-    """Of a step; `time` is that of a micro-batch, `width` the bytes of a gathered weight.
+    """Of a step; `time` is that of the micro-batch `work`.
 
     ddp   a ring all-reduce of float32 gradients: 2 (W - 1) / W of their bytes, hidden behind the backward of the last
           micro-batch but for the last bucket
@@ -469,12 +522,13 @@ def communication(
     The latency of a collective, tens of microseconds, is left out.
     """
     share, rate = (world - 1) / world, bus(gpu, world, nodes)
-    gradients = 4.0 * network.parameters * share
+    trained = work.of(network).parameters
+    gradients = 4.0 * trained * share
     if sharding == "ddp":
         spent = 2 * gradients / rate
-        last = spent * min(1.0, _BUCKET / (4 * network.parameters))
+        last = spent * min(1.0, _BUCKET / (4 * trained))
         return Communication(2 * gradients, spent, max(spent - time.backward, last))
-    weights = width * network.parameters * share
+    weights = work.bytes * network.parameters * share
     unit = 1 / network.vit.depth if network.vit else 1.0
     exposed = sum(
         max(sent / rate - busy, sent / rate * unit)
@@ -506,18 +560,19 @@ def memory(
     """Bytes of a process at the peak, the begin of backward, by what they are for; `blocks` has one entry a block.
 
     casts: autocast's copies of the weights, or fsdp's two gathered blocks and a block of gradients. workspace: the
-    gradients of a block's activations. input: a uint8 batch, two more that are prefetched, and the rendered images
+    gradients of a block's activations. recomputed: of the block that is
+    computed again. input: a uint8 batch, two more that are prefetched, and the rendered images
     (a ViT's are those that `embedding` keeps).
     """
     a, vit, batch = work.bytes, network.vit, work.batch
-    own = network.parameters / (world if sharding == "fsdp" else 1)
+    trained, shards = work.of(network), world if sharding == "fsdp" else 1
     depth = vit.depth if vit else 1
     sharded = (2 * a + 4) * network.parameters / depth
     parts: dict[str, float | list[float]] = {
-        "weights": 4 * own,
-        "gradients": 4 * own,
-        "moments": 8 * own,
-        "ema": 4 * own * work.ema,
+        "weights": 4 * network.parameters / shards,
+        "gradients": 4 * trained.parameters / shards,
+        "moments": 4 * trained.states / shards,
+        "ema": 4 * trained.parameters / shards * work.ema,
         "casts": sharded if sharding == "fsdp" else a * network.parameters * (a < 4),
         "teacher": 0.0,
         "input": 3.0 * batch * network.values + (0 if vit else a * batch * network.values),
@@ -533,10 +588,21 @@ def memory(
         return parts
     wide = (3 if design.ours else 2) * a * vit.hidden
     return parts | {
-        "embedding": float(a * batch * vit.patches * vit.patch_values),
-        "blocks": blocks_saved(vit, work, design),
+        "embedding": float(a * batch * vit.patches * vit.patch_values) * (trained.still == 0),
+        **_kept(vit, work, design, trained),
         "workspace": float(batch * vit.tokens * (wide + (4 + 2 * a) * vit.dim)),
     }
+
+
+def _kept(vit: ViT, work: Work, design: Design, trained: Trained) -> dict[str, float | list[float]]:
+    """What the blocks keep for backward: nothing where nothing goes backward, and their input alone where they are
+    computed again, which then takes the whole of one block at a time."""
+    learn = [place >= trained.still_blocks for place in range(vit.depth)]
+    whole = [saved * learns for saved, learns in zip(blocks_saved(vit, work, design), learn, strict=True)]
+    if not trained.recomputed:
+        return {"blocks": whole}
+    inputs = [4.0 * work.batch * vit.tokens * vit.dim * learns for learns in learn]
+    return {"blocks": inputs, "recomputed": max(whole)}
 
 
 def _forward_peak(network: Network, a: int) -> float:

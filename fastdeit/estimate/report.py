@@ -7,279 +7,32 @@ without storage; no data set is opened. What the figures mean, and how far they 
 import argparse
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from importlib import import_module
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from fastdeit import methods, models
-from fastdeit.data.plan import order
+from fastdeit import methods
 from fastdeit.engine.progress import table
-from fastdeit.errors import UsageError
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows as estimate_rows
-from fastdeit.estimate.gpus import DEFAULT_GPUS, GPU, GPUS, GPUS_PER_NODE
-from fastdeit.estimate.model import DESIGNS, GIB, Design, Network, ViT, Work
+from fastdeit.estimate.gpus import GPU
+from fastdeit.estimate.machines import Machine
+from fastdeit.estimate.model import DESIGNS, GIB, Design, Network, Work
 from fastdeit.estimate.rows import MODELLED
-from fastdeit.fields import size_pair
-from fastdeit.recipe import resolve as recipes
-from fastdeit.recipe.length import Length, LengthError, length
-from fastdeit.run.address import parse
-from fastdeit.run.weights import open_weights
-from fastdeit.text import did_you_mean
+from fastdeit.estimate.subject import IMAGENET, Subject, network, subject
 
 if TYPE_CHECKING:
-    from fastdeit.methods.config import TeacherConfig
-    from fastdeit.models.contract import ImageSize
     from fastdeit.recipe.resolve import Recipe
 
-IMAGENET = 1_281_167, 50_000, 1000
-_HIGHEST_PRICE = 1_000_000
-# (training images, held-out images, classes) of sources that are the same everywhere, as their authors distribute them.
-SIZES = {
-    "imagenet": IMAGENET,
-    "cifar10": (50_000, 10_000, 10),
-    "cifar100": (50_000, 10_000, 100),
-    "flowers102": (2_040, 6_149, 102),
-    "stanford_cars": (8_144, 8_041, 196),
-    "inat2018": (437_513, 24_426, 8_142),
-    "inat2019": (265_213, 3_030, 1_010),
-    "digits": (1_438, 359, 10),
-}
 
-
-def main(args: argparse.Namespace, recipe: "Recipe") -> None:
+def main(args: argparse.Namespace, recipe: "Recipe", on: Sequence[Machine], prices: Mapping[str, float]) -> None:
     """`fastdeit plan`: print the report of a recipe, as tables or as JSON."""
-    machines = _machines(recipe, args)
-    prices = _prices(args)
-    found = report(recipe, machines, prices=prices, sharding=args.sharding, images=args.images)
+    found = report(recipe, on, prices=prices, sharding=args.sharding, images=args.images)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
         _show(found)
-
-
-# ---- what is asked for -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Machine:
-    """`count` GPUs in all, the same number in each of `nodes`."""
-
-    gpu: GPU
-    count: int
-    nodes: int
-
-
-def _machines(recipe: "Recipe", args: argparse.Namespace) -> list[Machine]:
-    gpus = [_gpu(name) for name in args.gpu or DEFAULT_GPUS]
-    # Unless asked for: one GPU, and a node of eight where the batch can be shared by it.
-    counts = args.count or [count for count in (1, GPUS_PER_NODE) if count == 1 or _unshared(recipe, count) is None]
-    machines = []
-    for count in counts:
-        nodes = args.nodes or -(-count // GPUS_PER_NODE)
-        if count % nodes or count // nodes > GPUS_PER_NODE:
-            raise UsageError(
-                f"--count {count} --nodes {nodes}: every node has the same number of GPUs, at most {GPUS_PER_NODE}"
-            )
-        if (problem := _unshared(recipe, count)) is not None:
-            raise UsageError(f"recipe {recipe.name} on {count} GPUs: {problem}")
-        machines += [Machine(gpu, count, nodes) for gpu in gpus]
-    return machines
-
-
-def _gpu(name: str) -> GPU:
-    if name.upper() not in GPUS:
-        raise UsageError(f"--gpu {name}: known are {', '.join(GPUS)}{did_you_mean(name.upper(), GPUS)}")
-    return GPUS[name.upper()]
-
-
-def _prices(args: argparse.Namespace) -> dict[str, float]:
-    """USD an hour, by GPU."""
-    if not args.price:
-        return {}
-    named = [_gpu(name).name for name in args.gpu or ()]
-    if not all(0 < price <= _HIGHEST_PRICE for price in args.price):
-        given = " ".join(f"{price:g}" for price in args.price)
-        raise UsageError(f"--price {given}: a price is a positive number of USD an hour, at most {_HIGHEST_PRICE:,}")
-    if len(named) != len(args.price):
-        raise UsageError(f"--price has {len(args.price)} numbers for {len(named)} --gpu; give one for each, in order")
-    return dict(zip(named, args.price, strict=True))
-
-
-def _unshared(recipe: "Recipe", world: int) -> str | None:
-    """Why the recipe's batch cannot be shared by so many processes."""
-    train = recipe.train
-    try:
-        order.groups_per_batch(train.batch_size, recipe.data.group_size, train.accumulate, world)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-# ---- what is trained -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A recipe as the estimate sees it. `teacher_runs`: the trainings of teachers that have recipes of their own."""
-
-    recipe: "Recipe"
-    student: Network
-    teachers: tuple[Network, ...]
-    images: int
-    held_out: int
-    assumed: str | None
-    teacher_runs: tuple["Subject", ...] = ()
-
-    @property
-    def length(self) -> Length:
-        """Steps and evaluations of the run. Raises UsageError where the warm-up does not fit."""
-        try:
-            return length(self.recipe, self.images, order.steps_per_epoch(self.images, self.recipe.train.batch_size))
-        except LengthError as error:
-            raise UsageError(f"recipe {self.recipe.name}: {error}") from error
-
-    @property
-    def steps(self) -> int:
-        """Steps of the run."""
-        return self.length.total
-
-    @property
-    def evaluations(self) -> int:
-        """How often the run is evaluated."""
-        return self.length.evaluations
-
-
-def subject(recipe: "Recipe", images: int | None = None) -> Subject:
-    """The networks and the amount of data of a recipe; `images` replaces the number of training images."""
-    train, held_out, classes, assumed = _data(recipe)
-    if images is not None:
-        train, assumed = images, None
-    model = recipe.model
-    classes = model.num_classes or classes
-    student = _network(
-        model.name, model.timm, size_pair(model.image_size, "model.image_size"), classes, model.drop_path
-    )
-    teachers, own = [], []
-    for config in recipe.method.teachers():
-        if config.recipe is not None:
-            own.append(subject(recipes.load(config.recipe), images))
-            trained = own[-1].recipe.model
-            name, timm, size = trained.name, trained.timm, trained.image_size
-        else:
-            name, timm, size = _teacher(config)
-        size = size_pair(config.image_size or size or model.image_size, "method.teacher.image_size")
-        teachers.append(_network(name, timm, size, classes))
-    return Subject(recipe, student, tuple(teachers), train, held_out, assumed, tuple(own))
-
-
-def _teacher(config: "TeacherConfig") -> tuple[str | None, str | None, "ImageSize | None"]:
-    """(fastdeit's name, timm's name, image size) of the teacher; its weights may tell them, the size those of a run."""
-    if config.model is not None or config.timm is not None:
-        return config.model, config.timm, None
-    address = parse(config.weights)
-    if address.kind == "timm":
-        return None, address.name, None  # nothing of it has to be downloaded to make a plan
-    found = open_weights(config.weights)
-    known = found.known
-    if known.name is None and known.timm is None:
-        raise UsageError(f"method.teacher: {address} does not tell which network it is of; add method.teacher.model")
-    return known.name, known.timm, known.image_size if found.checkpoint is not None else None
-
-
-def _data(recipe: "Recipe") -> tuple[int, int, int, str | None]:
-    """(training images, held-out images, classes, what is assumed)."""
-    data = recipe.data
-    if data.source == "synthetic":
-        return data.synthetic_samples, max(data.synthetic_samples // 10, 1), data.synthetic_classes, None
-    if data.source in SIZES:
-        return *SIZES[data.source], None
-    return *IMAGENET, f"data.source {data.source} does not tell; assumed are ImageNet-1k's numbers (see --images)"
-
-
-_ALIKE = 0.03
-"""Of a network's FLOPs: what the shape of a plain vision transformer may leave out of it."""
-
-
-@cache
-def _network(
-    name: str | None, timm: str | None, size: tuple[int, int] | None, classes: int, drop_path: float = 0.0
-) -> Network:
-    """A network built without storage, of its own image size for None; UsageError where it cannot be built, or its
-    FLOPs not be counted."""
-    options = {"num_classes": classes, "drop_path": drop_path} | ({"image_size": size} if size else {})
-    if timm is not None:
-        import_module("timm")  # inside torch.device its first import fails (torch 2.8)
-    try:
-        with torch.device("meta"):
-            built = models.build(name, **options) if timm is None else models.build_timm(timm, **options)
-    except ValueError as error:
-        raise UsageError(f"recipe: {error}") from error
-    size = size or built.config.image_size
-    other = {}
-    try:
-        flops = built.flops()
-        shape = _shape(built)
-        if shape is None or abs(shape.flops - flops) > _ALIKE * flops:  # some other network, or more in it than that
-            shape, other = None, _activations(built, size)
-    except (NotImplementedError, RuntimeError) as error:
-        raise UsageError(f"the FLOPs of {timm or name} cannot be counted on the meta device ({error})") from error
-    parameters = sum(parameter.numel() for parameter in built.parameters())
-    outputs = classes * len(built.head_names)
-    return Network(timm or name, parameters, flops, 3 * size[0] * size[1], outputs, timm is None, shape, **other)
-
-
-def _shape(built: nn.Module) -> ViT | None:
-    if isinstance(built, models.vit.VisionTransformer):
-        config = built.config
-        rows, columns = config.grid
-        # Parallel blocks count as blocks in turn, and the stem as one product of as many FLOPs.
-        patches, depth = rows * columns, config.depth * config.parallel
-        hidden, values = int(config.dim * config.mlp_ratio), built.patch_embed.multiply_adds(1) // config.dim
-        shape = patches, built.prefix_tokens, values, config.dim, depth, config.heads, hidden
-        return ViT(*shape, config.num_classes, pruned=config.pool == "token")
-    inner = getattr(built, "inner", None)
-    mlp = getattr(getattr(inner, "blocks", [None])[0], "mlp", None)
-    if type(inner).__name__ not in ("VisionTransformer", "VisionTransformerDistilled") or not hasattr(mlp, "fc1"):
-        return None
-    rows, columns = built.grid
-    values, hidden = inner.patch_embed.proj.weight[0].numel(), mlp.fc1.out_features
-    shape = rows * columns, inner.num_prefix_tokens, values, inner.embed_dim, len(inner.blocks)
-    return ViT(*shape, inner.blocks[0].attn.num_heads, hidden, inner.num_classes, pruned=False)
-
-
-def _activations(built: nn.Module, size: tuple[int, int]) -> dict[str, int]:
-    """`saved`, `widest` and `layers` of a `Network`, counted on the meta device, where nothing is computed.
-
-    The batch has two images, since batch norm wants more than one. Wide is a layer's input and output together.
-    """
-    kept: dict[int, torch.UntypedStorage] = {}
-    weights = {parameter.untyped_storage()._cdata for parameter in built.parameters()}
-    widths: list[int] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
-    def measure(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, torch.Tensor)]
-        widths.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-
-    hooks = [module.register_forward_hook(measure) for module in built.modules() if not list(module.children())]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        built(torch.empty(2, 3, *size, device="meta"))
-    for hook in hooks:
-        hook.remove()
-    saved = sum(storage.nbytes() for storage in kept.values())
-    return {"saved": saved // 2, "widest": max(widths) // 2, "layers": len(widths)}
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -300,7 +53,7 @@ def report(
     """
     trained = subject(recipe, images)
     files = sorted(results.glob("*.jsonl"))
-    measured = estimate_rows.calibrations(files, lambda name, size: _network(name, None, size, IMAGENET[2]))
+    measured = estimate_rows.calibrations(files, lambda name, size: network(name, None, size, IMAGENET[2]))
     plans = [
         _plan(trained, machine, design, sharding, measured, (prices or {}).get(machine.gpu.name))
         for machine in machines
@@ -350,7 +103,7 @@ def _work(trained: Subject, machine: Machine) -> Work:
     recipe = trained.recipe
     micro = recipe.method.passes * recipe.train.batch_size // (machine.count * recipe.train.accumulate)
     precision = _precision(recipe, machine.gpu)
-    return Work(micro, precision, recipe.model.drop_path > 0, recipe.optim.ema_decay is not None)
+    return Work(micro, precision, recipe.model.drop_path > 0, recipe.optim.ema_decay is not None, trained.trained)
 
 
 def _plan(
@@ -370,7 +123,7 @@ def _plan(
         estimate.largest_batch(student, work, design, gpu, passes * size, **options) // passes for size in sizes
     )
     peak = gpu.tf32 if work.precision == "fp32" else gpu.flops
-    flops = 3 * student.flops * passes * train.batch_size
+    flops = estimate.useful_flops(student, work) * passes * train.batch_size
     return {
         "gpu": gpu.name,
         "count": machine.count,
@@ -407,14 +160,14 @@ def _run(trained: Subject, machine: Machine, design: Design, sharding: str, fact
     gpu, train = machine.gpu, trained.recipe.train
     work = _work(trained, machine)
     time = estimate.step(trained.student, work, design, gpu).scaled(factor)
-    unseen = replace(work, drop_path=False)
+    unseen = replace(work, drop_path=False, trained=None)
     judged = 0.0
     for teacher in trained.teachers:
         usual = design if teacher.own and teacher.vit else estimate.EAGER
         judged += estimate.step(teacher, unseen, usual, gpu).forward
     ring = {"world": machine.count, "nodes": machine.nodes, "sharding": sharding}
-    ring |= {"accumulate": train.accumulate, "width": work.bytes}
-    spent = estimate.communication(trained.student, time, gpu, **ring)
+    ring |= {"accumulate": train.accumulate}
+    spent = estimate.communication(trained.student, time, gpu, work, **ring)
     step = train.accumulate * (time.forward + time.backward + judged) + time.update + spent.exposed
     forward = factor * estimate.step(trained.student, unseen, design, gpu).forward
     share = trained.held_out / (machine.count * work.batch)
@@ -448,6 +201,10 @@ def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: 
         notes.append(
             f"{trained.student.name} is not a plain vision transformer: its speed follows FLOPs alone, roughly"
         )
+        if recipe.engine.checkpoint_blocks:
+            notes.append(f"engine.checkpoint_blocks is left out of the figures of {trained.student.name}")
+    if recipe.optim.name not in ("adamw", "sgd"):
+        notes.append(f"of an update by {recipe.optim.name} only what it reads and writes once is counted")
     notes += [
         f"the speed of the teacher {teacher.name} follows its FLOPs alone, roughly"
         for teacher in trained.teachers

@@ -115,7 +115,8 @@ class HeldOutLoss:
     """`held_out_loss`, the method's own loss, and `held_out_PART` for its parts: their means over held-out images.
 
     What the loss draws at random comes from `batch.noise`, which depends on the image alone: every evaluation draws
-    the same, such as the same masks of a masked autoencoder.
+    the same, such as the same masks of a masked autoencoder. Held-out images have one view and no extras: a run of a
+    method that wants more is refused before it starts.
     """
 
     lower_is_better = True

@@ -166,7 +166,7 @@ def counted_flops(model: nn.Module, shape: tuple[int, ...]) -> int:
     Counted are convolutions, matrix products and attention, on a copy without storage (meta device): nothing is
     computed.
     """
-    twin = copy.deepcopy(model).to("meta").eval()
+    twin = copy.deepcopy(model).to("meta").eval().requires_grad_(False)  # the counter trips over views of parameters
     # As plain products: torch before 2.9 leaves some fused attention kernels out of its count.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         twin(torch.empty(shape, device="meta"))

@@ -245,7 +245,7 @@ def _create(
         options["num_classes"] = num_classes
     if image_size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size_pair(image_size, "image_size")
-    if pretrained and (file := _cached(config)) is not None:
+    if pretrained and (file := cached(config)) is not None:
         options["pretrained_cfg_overlay"] = {"file": file}
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
@@ -264,8 +264,8 @@ def _check_patches(name: str, inner: nn.Module, size: tuple[int, int]) -> None:
         raise ValueError(f"timm's {name}: image_size {height}x{width} is not a multiple of the patch size {patch}")
 
 
-def _cached(config: PretrainedCfg | None) -> str | None:
-    """Path of the published weights in the hub's cache.
+def cached(config: PretrainedCfg | None) -> str | None:
+    """Path of the published weights in the hub's cache, None where they are not there.
 
     Given the path, timm asks no server. Otherwise it does even where it has the file, which without a network takes it
     most of a minute.

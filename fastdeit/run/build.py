@@ -27,10 +27,12 @@ from fastdeit.errors import UsageError
 from fastdeit.fields import ImageSize, Section, size_pair
 from fastdeit.methods.base import Context, Method, Momentum
 from fastdeit.methods.config import MethodConfig, TeacherConfig
+from fastdeit.methods.evaluators import HeldOutLoss
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
 from fastdeit.models.freeze import freeze_parts
 from fastdeit.recipe.length import Length, LengthError, length
+from fastdeit.run.places import check_root
 from fastdeit.run.weights import load, network, open_weights
 from fastdeit.views import View, overridden, parse_policy, resolved
 
@@ -63,13 +65,9 @@ def held_out(recipe: "Recipe") -> Source:
 
 def _opened(recipe: "Recipe", opened: Callable[[str, str, str, str], Opened]) -> Opened:
     """What `opened` makes of the recipe's kind, root and splits, with errors that say what to do."""
+    check_root(recipe)
     data = recipe.data
     splits = data.train, data.val
-    if data.root is None:
-        raise UsageError(
-            f"recipe {recipe.name} needs images: add --data ROOT, which sets data.root; data.source is {data.source}, "
-            f"expected are {layout(data.source, *splits)}"
-        )
     try:
         return opened(data.source, data.root, *splits)
     except DataError as error:
@@ -309,6 +307,7 @@ def method(
             "nn.ModuleList or nn.ModuleDict of it; the engine does not find it in a list or dict, and would never "
             "move it"
         )
+    _check_evaluators(made, recipe)
     return made
 
 
@@ -319,6 +318,20 @@ def _check_fuse(config: MethodConfig, student: nn.Module) -> None:
         raise UsageError(
             f"method.fuse {config.fuse}: {type(student).__name__} has one head, and there is nothing to fuse; train a "
             f"distilled model, or leave method.fuse at {default}"
+        )
+
+
+def _check_evaluators(made: Method, recipe: "Recipe") -> None:
+    """Raise UsageError for a method that is judged by its loss and wants of a sample what held-out images have not."""
+    if not any(isinstance(evaluator, HeldOutLoss) for evaluator in made.evaluators().values()):
+        return
+    views, stores = recipe.method.views(), type(made).needs(recipe.method)
+    if len(views) > 1 or stores:
+        what = f"extras ({', '.join(stores)})" if stores else f"{len(views)} views"
+        raise UsageError(
+            f"method {recipe.method.use}: its evaluators have HeldOutLoss, but its loss wants {what} of a sample, and "
+            "held-out images have one view, which is not augmented, and no extras; judge it by Knn or LinearProbe, or "
+            "by an evaluator of its own"
         )
 
 
@@ -397,3 +410,10 @@ def teacher(
 def _pixels(size: ImageSize) -> str:
     height, width = size_pair(size, "image_size")
     return f"{height}x{width} pixels"
+
+
+def untrained_teacher(own: "Recipe", config: TeacherConfig, classes: int) -> Teacher:
+    """The teacher as it will be but for its weights: what is built around it can be checked before it is trained."""
+    frozen = freeze(model(own, classes, lambda text: None), image_size(own))
+    mean, std = (own.data.mean, own.data.std) if config.mean is None else (config.mean, config.std)
+    return Teacher(frozen, image_size=config.image_size or image_size(own), mean=mean, std=std)

@@ -58,6 +58,8 @@ class Classification:
     per_class  int64 `[K, 3]`, of the answer: images of the class, of these right, and right among five
     confusion  int64 `[K, K]`, of the answer: row the label, column the answer; images whose scores are not all finite
                have none and are left out; None unless asked for
+    bins       float64 `[BINS, 3]`, of the answer: images by their confidence, of these right, and the sum of their
+               confidences
     """
 
     lower_is_better = False
@@ -69,6 +71,7 @@ class Classification:
         self.names: list[str] = []
         self.per_class: Tensor | None = None
         self.confusion: Tensor | None = None
+        self.bins: Tensor | None = None
 
     def __call__(self, evaluation: Evaluation) -> dict[str, float]:
         sums: dict[str, Tensor] = {}
@@ -88,6 +91,7 @@ class Classification:
         self.names = names
         zero = torch.zeros(5 + 3 * BINS, dtype=torch.float64, device=processes.device)
         total = processes.sum(torch.stack([sums.get(name, zero) for name in names]))
+        self.bins = total[0][5:].reshape(BINS, 3).cpu()
         self._tables(answer, classes, evaluation)
         metrics = {name: _metrics(row) for name, row in zip(names, total, strict=True)}
         return {f"{measure}_{name}": metrics[name][measure] for measure in _MEASURES for name in names}

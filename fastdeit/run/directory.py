@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from fastdeit.engine import checkpoint, metrics
-from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run.lock import locked
 
 if TYPE_CHECKING:
+    from fastdeit.engine.dist import World
     from fastdeit.recipe.resolve import Recipe
 
 RUNS = Path("runs")
@@ -114,7 +114,7 @@ def checked_recipe(plain: Mapping[str, Any], where: Path) -> "Recipe":
         raise UsageError(f"the recipe in {where} is not one of this version of fastdeit: {error}") from error
 
 
-def command(run: Path, *overrides: str, verb: str = "--resume", world: World | None = None) -> str:
+def command(run: Path, *overrides: str, verb: str = "--resume", world: "World | None" = None) -> str:
     """The command that goes on with `run`, on as many processes as `world` has."""
     words = ["fastdeit", "train", verb, str(run), *overrides]
     size = 1 if world is None else world.size
@@ -144,7 +144,7 @@ def set_aside(path: Path) -> Path | None:
     return path.rename(next(name for name in free if not name.exists()))
 
 
-def check_space(run: Path | None, checkpoint_bytes: int, world: World, *, keep: int) -> None:
+def check_space(run: Path | None, checkpoint_bytes: int, world: "World", *, keep: int) -> None:
     """Raise UsageError, on every process, where the disk has no room for the checkpoints that a run is going to have.
 
     These are the newest `keep`, the best, and a new one before the oldest is removed; less those that are there. `run`
@@ -165,7 +165,7 @@ def check_space(run: Path | None, checkpoint_bytes: int, world: World, *, keep: 
 
 @contextmanager
 def claim(
-    given: Path | None, name: str, world: World, say: Callable[[str], None], *, resume: bool = False
+    given: Path | None, name: str, world: "World", say: Callable[[str], None], *, resume: bool = False
 ) -> Iterator[Path]:
     """The directory of a run of the recipe `name`, owned by this run for the time of the block.
 

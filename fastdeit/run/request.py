@@ -8,6 +8,7 @@ fastdeit train --from ADDRESS [section.field=value ...]               a new run 
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,7 @@ from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import left_open
 from fastdeit.run import directory, fork
-from fastdeit.run.build import Report
-from fastdeit.run.saver import refuse_other_run
+from fastdeit.run.identity import refuse_other_run
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -38,8 +38,13 @@ class Request:
     resume: bool = False
     origin: fork.Origin | None = None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there are weights of a run already, so that what the recipe begins with need not be there."""
+        return self.origin is not None or (self.resume and directory.has_checkpoint(self.run_dir))
 
-def read(args: argparse.Namespace, say: Report) -> Request:
+
+def read(args: argparse.Namespace, say: Callable[[str], None]) -> Request:
     """The request that the arguments of `fastdeit train` make, checked as far as it can be without the data.
 
     `args.resume` is None without the flag, "" for the flag alone, else the run that is named.
@@ -92,7 +97,7 @@ def given_again(recipe: "Recipe", before: "Recipe") -> "Recipe":
     return recipe.model_copy(update={"name": before.name, "engine": engine})
 
 
-def _fork(args: argparse.Namespace, given: Path | None, say: Report) -> Request:
+def _fork(args: argparse.Namespace, given: Path | None, say: Callable[[str], None]) -> Request:
     if args.resume is not None:
         raise UsageError("--from begins a new run and --resume goes on with one; give one of the two")
     _no_recipe(args, f"--from {args.origin}")

@@ -2,6 +2,8 @@
 
 RUN/teacher     the first teacher of `method.teacher`
 RUN/teacher_2   the second, and so on; a teacher without a recipe has no run here
+
+Importing this module imports no torch.
 """
 
 from collections.abc import Container, Mapping
@@ -9,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdeit.methods.config import MethodConfig, TeacherConfig
-from fastdeit.methods.frozen import freeze
-from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import build, directory
+from fastdeit.run import directory
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -52,10 +52,3 @@ def _recipe(recipe: "Recipe", config: TeacherConfig, begun: Path | None) -> "Rec
     own = directory.recipe_of(begun) if has_begun else recipes.load(config.recipe)
     data = own.data.model_copy(update={name: getattr(recipe.data, name) for name in _WHICH_DATA})
     return own.model_copy(update={"data": data, "engine": recipe.engine})
-
-
-def untrained(own: "Recipe", config: TeacherConfig, classes: int) -> Teacher:
-    """The teacher as it will be but for its weights: what is built around it can be checked before it is trained."""
-    frozen = freeze(build.model(own, classes, lambda text: None), build.image_size(own))
-    mean, std = (own.data.mean, own.data.std) if config.mean is None else (config.mean, config.std)
-    return Teacher(frozen, image_size=config.image_size or build.image_size(own), mean=mean, std=std)

@@ -9,7 +9,7 @@ a sentence.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isqrt
-from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import safetensors.torch
@@ -19,16 +19,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastdeit import models
-from fastdeit.engine import checkpoint
-from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
+from fastdeit.engine.checkpoint import Checkpoint
 from fastdeit.errors import UsageError
 from fastdeit.fields import size_pair
 from fastdeit.models import convert, pickled
 from fastdeit.models.contract import ImageSize
 from fastdeit.models.weights import load_weights
 from fastdeit.run import classes as class_lists
-from fastdeit.run import hub
+from fastdeit.run import hub, reach
 from fastdeit.run.address import Address, parse
+from fastdeit.run.chosen import chosen, place_of, state_of
 from fastdeit.text import some
 
 KNOWN = "fastdeit"
@@ -141,55 +141,17 @@ def open_weights(address: str) -> Weights:
 
 
 def _run(address: Address) -> Weights:
-    """Of the checkpoint that is asked for, or of the newest that verifies."""
-    root, notes = address.path / "checkpoints", []
-    steps = checkpoint.steps(root)
-    if not steps:
-        raise UsageError(f"{address}: the run has no checkpoint yet")
-    try:
-        if address.step is not None:
-            found = _of_step(address, root, address.step, steps)
-        else:
-            found = checkpoint.newest(root, lambda path, why: notes.append(f"skipped {path}, which is damaged: {why}"))
-            if address.best:
-                step, note = _best(address, _state(address, found, "record"))
-                notes += note
-                found = found if found.step == step else _of_step(address, root, step, steps)
-    except CheckpointError as error:
-        raise UsageError(f"{address}: {error}") from error
+    """Of the checkpoint that an address of a run or a checkpoint means."""
+    found, notes = chosen(address)
     return _of_checkpoint(address, found, notes)
 
 
-def _of_step(address: Address, root: Path, step: int, steps: Sequence[int]) -> Checkpoint:
-    if step not in steps:
-        there = ", ".join(map(str, steps))
-        raise UsageError(f"{address}: there is no checkpoint of step {step}; there are those of the steps {there}")
-    return checkpoint.load(root / f"step_{step:08d}")
-
-
-def _best(address: Address, record: Mapping[str, Any]) -> tuple[int, list[str]]:
-    """(the step of the best evaluation, what is to be said of it)."""
-    step, metric = record.get("best_step"), record.get("best_by")
-    if not step:
-        raise UsageError(f"{address}: the run has no evaluation yet by which a best could be chosen; leave out @best")
-    if str(metric).endswith("_ema") and not address.ema:
-        return step, [f"the best {metric} is that of the averaged weights, which @best,ema gives"]
-    return step, []
-
-
-def _checkpoint(address: Address) -> Weights:
-    try:
-        return _of_checkpoint(address, checkpoint.load(address.path), [])
-    except CheckpointError as error:
-        raise UsageError(f"{address}: {error}") from error
-
-
 def _of_checkpoint(address: Address, found: Checkpoint, notes: list[str]) -> Weights:
-    recipe, identity = _state(address, found, "recipe"), _state(address, found, "identity")
+    recipe, identity = state_of(address, found, "recipe"), state_of(address, found, "identity")
     tensors = dict(found.tensors.get("model", {}))
     if not tensors:
         raise UsageError(f"{address}: {found.path} is a checkpoint without a model")
-    origin = f"{_place(found)}, step {found.step}"
+    origin = f"{place_of(found)}, step {found.step}"
     try:
         known = _known_of_run(recipe, identity)
     except (KeyError, TypeError, ValueError) as error:
@@ -211,18 +173,6 @@ def average_of(weights: Weights) -> Weights | None:
     # Under the names of the method, of which the student is the part `model`.
     tensors = {name: averages.get(f"model.{name}", tensor) for name, tensor in weights.tensors.items()}
     return replace(weights, origin=f"{weights.origin}, averaged weights", tensors=tensors, averaged=True)
-
-
-def _place(found: Checkpoint) -> Path:
-    """The run that the checkpoint lies in, or itself where it was taken out of one."""
-    return found.path.parent.parent if found.path.parent.name == "checkpoints" else found.path
-
-
-def _state(address: Address, found: Checkpoint, part: str) -> dict[str, Any]:
-    state = found.state.get(part)
-    if not isinstance(state, dict):
-        raise UsageError(f"{address}: {found.path} is no checkpoint of `fastdeit train`: its manifest has no {part}")
-    return state
 
 
 def _known_of_run(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> Known:
@@ -284,20 +234,34 @@ def _of_file(address: Address, tensors: dict[str, Tensor], notes: list[str], kno
     return Weights(str(address), named, known or Known(), (*notes, *stripped), as_named=as_named)
 
 
-def _timm(address: Address) -> Weights:
+def is_cached(address: Address) -> bool:
+    """Whether the weights of a timm model are in the hub's cache. Raises UsageError where timm publishes none."""
+    from fastdeit.models import timm_model
+
+    return timm_model.cached(_with_weights(address)) is not None
+
+
+def _with_weights(address: Address) -> Any:
     config = _published(address.text, address.name)
     if config is None or not config.has_weights:
         raise UsageError(f"{address}: timm publishes no weights for it")
+    return config
+
+
+def _timm(address: Address) -> Weights:
+    config = _with_weights(address)
+    from fastdeit.models import timm_model
+
+    if timm_model.cached(config) is None and (why := reach.hindrance(config)) is not None:
+        raise UsageError(_no_weights(address, why))
     try:
         built = models.build_timm(address.name, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0].removesuffix(".")
-        raise UsageError(
-            f"{address}: timm's weights are not on this machine and cannot be downloaded ({reason}). With no network, "
-            "copy their file here and give its path instead, as in PATH.safetensors; or run this where there is one, "
-            "and copy the cache of the hub (HF_HOME): "
-            f"python -c \"import timm; timm.create_model('{address.name}', pretrained=True)\""
-        ) from error
+        if (file := timm_model.cached(config)) is not None:
+            why = f"timm's weights in the cache of the hub, {file}, are damaged ({reason}); remove that file"
+            raise UsageError(f"{address}: {why}") from error
+        raise UsageError(_no_weights(address, reason)) from error
     known = Known(
         timm=address.name,
         image_size=built.image_size,
@@ -308,6 +272,15 @@ def _timm(address: Address) -> Weights:
         crop_ratio=config.crop_pct,
     )
     return Weights(f"timm's {address.name}", dict(built.state_dict()), known)
+
+
+def _no_weights(address: Address, reason: str) -> str:
+    return (
+        f"{address}: timm's weights are not on this machine and cannot be downloaded ({reason}). With no network, copy "
+        "their file here and give its path instead, as in PATH.safetensors; or run this where there is one, and copy "
+        f"the cache of the hub (HF_HOME): python -c \"import timm; timm.create_model('{address.name}', "
+        'pretrained=True)"'
+    )
 
 
 def _published(origin: str, name: str) -> Any:
@@ -330,7 +303,7 @@ def _imagenet_classes(config: Any) -> tuple[str, ...] | None:
 
 _OPENERS: dict[str, Callable[[Address], Weights]] = {
     "run": _run,
-    "checkpoint": _checkpoint,
+    "checkpoint": _run,
     "safetensors": _safetensors,
     "pickle": _pickle,
     "timm": _timm,

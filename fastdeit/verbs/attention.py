@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdeit.engine.step import autocast
 from fastdeit.errors import FastdeitError, UsageError
@@ -28,10 +28,13 @@ def main(args: argparse.Namespace) -> None:
     weights = open_weights(args.address)
     recipe = settings(weights, args.model, args.overrides)
     model, device = network_of(weights, recipe, args.model)
-    if not isinstance(model, Tokens):
+    depth = len(model.blocks) if isinstance(model, Tokens) else len(class_blocks(model))
+    if depth == 0:
         name = recipe.model.name or f"timm:{recipe.model.timm}"
-        raise UsageError(f"{weights.origin}: {name} is no plain vision transformer, the only kind that can be shown")
-    depth = len(model.blocks)
+        raise UsageError(
+            f"{weights.origin}: {name} cannot be shown; what can are fastdeit's transformers, timm's plain vision "
+            "transformers (ViT, DeiT, DeiT III and their like) and CaiT"
+        )
     block = depth - 1 if args.block is None else args.block
     if not 0 <= block < depth:
         raise UsageError(f"--block {block}: the model has blocks 0 to {depth - 1}")
@@ -43,20 +46,61 @@ def main(args: argparse.Namespace) -> None:
     batch = batch.to(device)
     with autocast(device, recipe.engine.precision):
         try:
-            read = taps(model, images(batch), blocks=[block], qkv=[block])
+            queries, keys, tokens = (_plain if isinstance(model, Tokens) else _of_class)(model, images(batch), block)
         except ValueError as error:
             raise UsageError(f"{weights.origin}: {error}") from error
-    queries, keys, _ = (part[0].float() for part in read.qkv[block])
     height, width = batch.images[0].shape[1:3]
-    looks, alike = maps(queries, keys, read.tokens[block][0].float(), (height, width))
+    looks, alike = maps(queries, keys, tokens, (height, width))
     _draw(batch.images[0][0].cpu(), looks.cpu(), alike, f"{weights.origin}, block {block}", Path(args.out))
     print(f"picture in {args.out}")
+
+
+def _plain(model: nn.Module, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`queries`, `keys` and `tokens` of the first of the images `x`, as `maps` takes them."""
+    read = taps(model, x, blocks=[block], qkv=[block])
+    queries, keys, _ = (part[0].float() for part in read.qkv[block])
+    return queries, keys, read.tokens[block][0].float()
+
+
+def class_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of timm's CaiT in which the class token alone asks; empty for any other model.
+
+    In the blocks before there is no class token, and the heads' attention is mixed before and after the softmax.
+    """
+    blocks = list(getattr(model, "blocks_token_only", []))
+    if not blocks:
+        return []
+    from timm.models.cait import ClassAttn  # timm takes a second to import, and this is a model of timm's
+
+    return blocks if all(isinstance(getattr(each, "attn", None), ClassAttn) for each in blocks) else []
+
+
+def _of_class(model: nn.Module, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a class-attention block, with the class token as the one query."""
+    seen: dict[str, Tensor] = {}
+    chosen = class_blocks(model)[block]
+    hooks = [
+        chosen.attn.register_forward_pre_hook(lambda module, given: seen.update(normed=given[0])),
+        chosen.register_forward_hook(lambda module, given, out: seen.update(tokens=torch.cat((out, given[0]), 1))),
+    ]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    attention, normed = chosen.attn, seen["normed"][:1]
+    split = (attention.num_heads, -1)
+    queries, keys = (
+        layer(part)[0].unflatten(-1, split).transpose(0, 1).float()
+        for layer, part in ((attention.q, normed[:, :1]), (attention.k, normed))
+    )
+    return queries, keys, seen["tokens"][0].float()
 
 
 def maps(queries: Tensor, keys: Tensor, tokens: Tensor, size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
     """(attention `[heads, rows, columns]` of the first token to the patches, similarity `[rows, columns]` by title).
 
-    queries, keys  `[heads, N, head_dim]`, prefix tokens first
+    queries, keys  `[heads, N, head_dim]`, prefix tokens first; where there are any, the first query is enough
     tokens         `[N, dim]` after the block
     size           (height, width) of the image in pixels, by which the patches are laid out
 

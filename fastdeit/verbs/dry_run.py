@@ -1,10 +1,10 @@
 """`fastdeit train --dry-run`: what would run, without running it.
 
-What can be checked is: the recipe, the data set, the networks, what they begin with, and how processes share a batch.
-Nothing is downloaded, and nothing is written.
+What can be checked is: the recipe, the data set, the networks, the weights that they begin with, opened and compared as
+a start would, and how processes share a batch. Nothing is downloaded, and nothing is written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,16 @@ from fastdeit.engine.metrics import check_sinks
 from fastdeit.errors import UsageError
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import report
-from fastdeit.estimate.gpus import GPUS
+from fastdeit.estimate.gpus import GPUS, GPUS_PER_NODE
+from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.rows import known_gpu
+from fastdeit.estimate.subject import Subject
+from fastdeit.estimate.subject import subject as subject_of
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import settled
 from fastdeit.run import address, build, cached, directory
 from fastdeit.run.request import Request
+from fastdeit.run.weights import is_cached
 
 if TYPE_CHECKING:
     from fastdeit.recipe.length import Length
@@ -38,7 +42,6 @@ def show(asked: Request, processes: int) -> None:
 def lines(asked: Request, processes: int) -> Iterator[str]:
     """What `show` prints: facts first, then estimates, which are marked as such, then the resolved recipe."""
     recipe = asked.recipe
-    recipes.check_complete(recipe)
     try:
         order.groups_per_batch(recipe.train.batch_size, recipe.data.group_size, recipe.train.accumulate, processes)
     except ValueError as error:
@@ -54,9 +57,9 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     if recipe.model.num_classes not in (None, classes):
         raise UsageError(f"model.num_classes is {recipe.model.num_classes}, but the data set has {classes} classes")
     known = recipe.model_copy(update={"model": recipe.model.model_copy(update={"num_classes": classes})})
-    subject = replace(report.subject(known, len(training)), held_out=len(held_out))
+    subject = replace(subject_of(known, len(training)), held_out=len(held_out))
     begins = _begins(asked, length)
-    _check_network(known, begins is None)
+    told = list(_opened(known, training.classes, begins is None))
 
     yield f"recipe    {recipe.name}, method {recipe.method.use}: nothing is trained, this is what would run"
     yield f"device    {processes} process{'es' * (processes > 1)} on {_named(device)}, {recipe.engine.precision}"
@@ -77,6 +80,7 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     yield from (f"note      {note}" for note in build.notes(recipe, len(training)))
     if begins is not None:
         yield f"begins    {begins}"
+    yield from (f"weights   {note}" for note in told)
     yield from (f"estimate  {line}" for line in _estimates(known, subject, processes, device))
     yield f"\n# the recipe in full\n{recipes.dump(recipe)}".rstrip("\n")
 
@@ -91,17 +95,32 @@ def _begins(asked: Request, length: "Length") -> str | None:
     return None
 
 
-def _check_network(recipe: "Recipe", anew: bool) -> None:
-    """Raise UsageError for parts that the student does not have, and for weights to begin with that are not there."""
-    model = recipe.model
-    if anew and model.weights is not None:
-        try:
-            address.parse(model.weights)
-        except UsageError as error:
-            raise UsageError(f"model.weights: {error}") from error
-    bare = recipe.model_copy(update={"model": model.model_copy(update={"weights": None})})
+def _opened(recipe: "Recipe", classes: Sequence[str], anew: bool) -> list[str]:
+    """Open what the student begins with and what the teacher is, as a start would; returns what is to be said of it.
+
+    Raises the errors of parts and weights that do not fit.
+    """
+    told: list[str] = []
+    bare = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
     with torch.device("meta"):  # without storage
-        build.model(bare, model.num_classes, lambda text: None)
+        build.model(bare, len(classes), told.append)
+    if anew and recipe.model.weights is not None and not _is_far(recipe.model.weights, told):
+        build.model(recipe, len(classes), told.append, classes)
+    for config in recipe.method.teachers():
+        name = f"timm:{config.timm}" if config.weights is None else config.weights
+        if config.recipe is None and not _is_far(name, told):
+            options = {"classes": classes, "say": told.append}
+            build.teacher(config, build.image_size(recipe), len(classes), None, recipe.engine.precision, **options)
+    return told
+
+
+def _is_far(text: str, told: list[str]) -> bool:
+    """Whether the weights of timm at the address `text` would have to be downloaded, which is then told."""
+    where = address.parse(text)
+    if where.kind != "timm" or is_cached(where):
+        return False
+    told.append(f"{text}: would be downloaded, so it is not opened here")
+    return True
 
 
 def _named(device: torch.device) -> str:
@@ -112,12 +131,12 @@ def _network(network: estimate.Network) -> str:
     return f"{network.name}: {network.parameters / 1e6:,.2f} M parameters, {network.flops / 1e9:,.2f} GFLOP an image"
 
 
-def _estimates(recipe: "Recipe", subject: report.Subject, processes: int, device: torch.device) -> Iterator[str]:
+def _estimates(recipe: "Recipe", subject: Subject, processes: int, device: torch.device) -> Iterator[str]:
     """Memory and time, as `fastdeit plan` models them."""
     gpu = GPUS.get(known_gpu(_named(device)) or "")
     if gpu is not None:
-        nodes = -(-processes // report.GPUS_PER_NODE)
-        found = report.report(recipe, [report.Machine(gpu, processes, nodes)], images=subject.images)
+        nodes = -(-processes // GPUS_PER_NODE)
+        found = report.report(recipe, [Machine(gpu, processes, nodes)], images=subject.images)
         plans = {plan["design"]: plan for plan in found["plans"]}
         plan = plans.get("fused") or next(iter(plans.values()))
         memory, available = plan["memory"]["total"], plan["memory"]["available"]
@@ -125,7 +144,8 @@ def _estimates(recipe: "Recipe", subject: report.Subject, processes: int, device
         yield f"{plan['seconds']['total'] / 3600:,.2g} hours (speed is {plan['basis']['speed']}; input keeps up)"
         return
     micro = recipe.method.passes * recipe.train.batch_size // (processes * recipe.train.accumulate)
-    work = estimate.Work(micro, recipe.engine.precision, recipe.model.drop_path > 0, recipe.optim.ema_decay is not None)
+    averaged = recipe.optim.ema_decay is not None
+    work = estimate.Work(micro, recipe.engine.precision, recipe.model.drop_path > 0, averaged, subject.trained)
     parts = estimate.memory(
         subject.student, work, estimate.EAGER, world=processes, sharding="ddp", teachers=subject.teachers
     )

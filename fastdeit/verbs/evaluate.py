@@ -10,6 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdeit.data.loader import EvalLoader, OnBad
@@ -27,6 +28,7 @@ from fastdeit.run import build, teachers, threads
 from fastdeit.run.classification import Classification
 from fastdeit.run.evaluate import Result, evaluate, metric_rows
 from fastdeit.run.settings import doubt, settings
+from fastdeit.run.subset import Renumbered, is_subset
 from fastdeit.run.weights import Weights, average_of, load, open_weights
 
 _SCORES = {
@@ -55,11 +57,11 @@ class Found:
 
 def main(args: argparse.Namespace) -> None:
     """`fastdeit eval ADDRESS`: accuracy, loss and calibration on held-out images, of every head and fusion of heads."""
-    _refuse_no_folder(args.classes, args.confusion)
+    _refuse_no_folder(args.classes, args.confusion, args.calibration)
     weights = open_weights(args.address)
     recipe = settings(weights, args.model, args.overrides, args.data)
     with join_world(recipe.engine.device) as world:
-        source = build.held_out(recipe)
+        source = known_classes(weights, build.held_out(recipe), say=world.main)
         recipe = threads.fixed(recipe, world)
         with threads.computing(recipe.engine.threads):  # those of the run, so that its number is met to the last bit
             found = judge(weights, recipe, source, world, confusion=args.confusion is not None)
@@ -70,6 +72,20 @@ def main(args: argparse.Namespace) -> None:
         else:
             _print(weights, recipe, found)
         _write(args, found[0].details, source.classes)
+
+
+def known_classes(weights: Weights, source: Source, *, say: bool = False) -> Source:
+    """`source` with the classes of the weights, where it has some of them: the network may still answer with any.
+
+    Raises UsageError for classes that the weights do not know.
+    """
+    theirs, ours = weights.known.classes, source.classes
+    if theirs is None or not is_subset(theirs, ours, weights.origin):
+        return source
+    if say:
+        told = f"the data have {len(ours)} of the {len(theirs)} classes; an answer may be any of these"
+        print(f"{weights.origin}: {told}", file=sys.stderr)
+    return Renumbered(source, theirs)
 
 
 def judge(weights: Weights, recipe: Recipe, source: Source, world: World, *, confusion: bool = False) -> list[Found]:
@@ -91,7 +107,7 @@ def _judge(
     """What the evaluators of the method find. A method that is judged by its network's answers is judged in detail."""
 
     def training() -> EvalLoader:
-        return build.eval_loader(recipe, build.sources(recipe)[0], world, {}, unreadable)
+        return build.eval_loader(recipe, known_classes(weights, build.sources(recipe)[0]), world, {}, unreadable)
 
     method = _method(weights, recipe, source, world)
     details = None
@@ -200,10 +216,11 @@ def _refuse_no_folder(*files: str | None) -> None:
 
 def _write(args: argparse.Namespace, details: Classification | None, classes: Sequence[str]) -> None:
     """The tables that were asked for, of the first set of weights."""
-    if args.classes is None and args.confusion is None:
+    asked = [name for name in ("classes", "confusion", "calibration") if getattr(args, name) is not None]
+    if not asked:
         return
     if details is None:
-        raise UsageError("--classes and --confusion need a method that is judged by its network's answers")
+        raise UsageError(f"--{asked[0]} needs a method that is judged by its network's answers")
     try:
         if args.classes is not None:
             rows = zip(classes, details.per_class.tolist(), strict=True)
@@ -213,7 +230,14 @@ def _write(args: argparse.Namespace, details: Classification | None, classes: Se
             path = Path(args.confusion)
             lines = ((name, *row) for name, row in zip(classes, details.confusion.tolist(), strict=True))
             _write_csv(path.with_suffix(".csv"), ("label / answer", *classes), lines)
-            _draw(details.confusion, classes, path.with_suffix(".png"))
+            _draw_confusion(details.confusion, classes, path.with_suffix(".png"))
+        if args.calibration is not None:
+            path = Path(args.calibration)
+            rows = enumerate(details.bins.tolist(), 1)
+            ends = ((f"{number / len(details.bins):.4f}", int(n), sums) for number, (n, *sums) in rows)
+            shares = ((end, n, *(f"{100 * part / max(n, 1):.2f}" for part in sums)) for end, n, sums in ends)
+            _write_csv(path.with_suffix(".csv"), ("confidence up to", "images", "top1", "confidence"), shares)
+            _draw_calibration(details.bins, path.with_suffix(".png"))
     except OSError as error:
         raise FastdeitError(f"{error.filename or args.confusion}: cannot be written: {error.strerror}") from error
 
@@ -225,7 +249,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
         writer.writerows(rows)
 
 
-def _draw(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
+def _draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
     """The confusion matrix as a picture: of each label, the share of its images that got each answer."""
     from matplotlib.figure import Figure
 
@@ -239,4 +263,28 @@ def _draw(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
     if len(classes) <= _MOST_CLASSES_DRAWN:
         axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=6)
         axes.set_yticks(range(len(classes)), classes, fontsize=6)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_calibration(bins: Tensor, path: Path) -> None:
+    """A reliability diagram (Guo et al., ICML 2017, figure 1): accuracy by confidence, and how many images have it.
+
+    A network that is as sure as it is right has bars that end on the diagonal.
+    """
+    from matplotlib.figure import Figure
+
+    images, right, confidence = bins.unbind(1)
+    filled = images > 0
+    accuracy, mean = (sums[filled] / images[filled] for sums in (right, confidence))
+    width = 1 / len(bins)
+    middles = ((torch.arange(len(bins)) + 0.5) * width)[filled]
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.bar(middles.tolist(), accuracy.tolist(), width, edgecolor="white", color="#0072b2", label="accuracy")
+    upper.plot(mean.tolist(), accuracy.tolist(), "o", color="#d55e00", label="at the mean confidence of the bin")
+    upper.plot((0, 1), (0, 1), "--", color="#666666", label="as sure as right")
+    upper.set(ylabel="share of right answers", ylim=(0, 1), xlim=(0, 1))
+    upper.legend(loc="upper left")
+    lower.bar(middles.tolist(), (images / images.sum().clamp(min=1))[filled].tolist(), width, color="#0072b2")
+    lower.set(xlabel="confidence", ylabel="share of images")
     figure.savefig(path, dpi=150)

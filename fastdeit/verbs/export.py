@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from fastdeit.run import build
 from fastdeit.run.classification import named_scores
 from fastdeit.run.settings import doubt, settings
 from fastdeit.run.weights import KNOWN, Known, Weights, network, open_weights
+from fastdeit.verbs.formats import FORMATS
 
 _MOST_IMAGES = 4096
 """Largest batch that an exported program takes."""
@@ -36,11 +38,13 @@ _TOLERANCE = 1e-3
 class Job:
     """What is exported.
 
+    out      the name that the file or folder will have
     network  with its weights, in eval mode, on the CPU
     known    what the file is to tell of it
     fuse     how a program answers for a network with two heads; None: with both
     """
 
+    out: Path
     network: nn.Module
     known: Known
     fuse: Fuse | None
@@ -69,16 +73,13 @@ class Answer(nn.Module):
 
 def main(args: argparse.Namespace) -> None:
     """`fastdeit export ADDRESS OUT`: OUT.safetensors, .pth, .pt2, .onnx, or a folder for timm and the hub."""
-    out = Path(args.out).expanduser()
-    kind = args.format or _by_name(out)
-    if args.fuse is not None and kind not in PROGRAMS:
-        raise UsageError(f"--fuse {args.fuse}: {FORMATS[kind].words} has both heads; only .pt2 and .onnx fuse them")
+    out, kind = Path(args.out), args.format
     weights = open_weights(args.address)
     recipe = settings(weights, args.model, args.overrides)
-    job = _job(weights, recipe, args.model, args.fuse)
+    job = _job(out, weights, recipe, args.model, args.fuse)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        said = _written(job, out, kind)
+        said = _written(job, kind)
     except (OSError, SafetensorError) as error:
         raise FastdeitError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     height, width = build.image_size(recipe)
@@ -91,21 +92,43 @@ def main(args: argparse.Namespace) -> None:
         print(said)
 
 
-def _written(job: Job, out: Path, kind: str) -> str:
-    """Write `out`. A file takes its name when it is whole and checked; until then what had the name stays."""
-    if FORMATS[kind].suffix == "":
-        return FORMATS[kind].write(job, out)
-    temporary = out.with_name(f".tmp-{out.name}")
-    temporary.touch()  # torch tells a folder that cannot be written to in a RuntimeError
+def _written(job: Job, kind: str) -> str:
+    """Write `job.out`. A file or folder takes its name when it is whole and checked; until then what had the name
+    stays."""
+    temporary = job.out.with_name(f".tmp-{job.out.name}")
+    _remove(temporary)
     try:
-        said = FORMATS[kind].write(job, temporary)
-        os.replace(temporary, out)
+        if FORMATS[kind].suffix:
+            temporary.touch()  # torch tells a folder that cannot be written to in a RuntimeError
+        else:
+            temporary.mkdir()
+        said = _WRITERS[kind](job, temporary)
+        _take_place(temporary, job.out)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
     return said
 
 
-def _job(weights: Weights, recipe: Recipe, model: str | None, fuse: str | None) -> Job:
+def _take_place(temporary: Path, out: Path) -> None:
+    """Give `out`'s name to what is at `temporary`. A folder that is in the way is renamed first, and goes last."""
+    if not out.is_dir() or not any(out.iterdir()):
+        os.replace(temporary, out)
+        return
+    before = out.with_name(f".tmp-before-{out.name}")
+    _remove(before)
+    os.rename(out, before)
+    os.rename(temporary, out)
+    shutil.rmtree(before)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _job(out: Path, weights: Weights, recipe: Recipe, model: str | None, fuse: str | None) -> Job:
     for note in (*weights.notes, doubt(weights)):
         if note is not None:
             print(f"{weights.origin}: {note}")
@@ -131,22 +154,13 @@ def _job(weights: Weights, recipe: Recipe, model: str | None, fuse: str | None) 
         raise UsageError(f"--fuse {fuse}: {weights.origin} has one head, and there is nothing to fuse")
     if fuse is None:
         fuse = recipe.method.fuse
-    return Job(made, known, None if fuse == "none" else fuse)
+    return Job(out, made, known, None if fuse == "none" else fuse)
 
 
 @torch.no_grad()
 def _classes(model: nn.Module, size: tuple[int, int]) -> int:
     logits = model(torch.zeros(1, 3, *size))
     return (logits if isinstance(logits, Tensor) else logits[0]).shape[-1]
-
-
-def _by_name(out: Path) -> str:
-    """The format that the name of the file says; a name without a suffix is that of a folder."""
-    found = next((name for name, each in FORMATS.items() if each.suffix == out.suffix), None)
-    if found is None:
-        endings = ", ".join(f"{each.suffix or 'no ending'} ({each.words})" for each in FORMATS.values())
-        raise UsageError(f"{out}: the ending {out.suffix} says no format; there are {endings}")
-    return found
 
 
 def _short(values: tuple[float, ...]) -> str:
@@ -178,7 +192,7 @@ def _timm(job: Job, out: Path) -> str:
     try:
         inner = counterpart(job.network).inner
     except ValueError as error:
-        raise UsageError(f"{out}: {error}; export it as .safetensors, .pt2 or .onnx") from error
+        raise UsageError(f"{job.out}: {error}; export it as .safetensors, .pt2 or .onnx") from error
     known = job.known
     labels = {} if known.classes is None else {"label_names": list(known.classes)}
     data = {
@@ -193,7 +207,7 @@ def _timm(job: Job, out: Path) -> str:
     heads = (
         "; timm's model answers with the mean of both heads' logits" if isinstance(job.fuse, str) and _two(job) else ""
     )
-    return f"load it with timm.create_model('local-dir:{out}', pretrained=True){heads}"
+    return f"load it with timm.create_model('local-dir:{job.out}', pretrained=True){heads}"
 
 
 def _two(job: Job) -> bool:
@@ -273,26 +287,11 @@ def _real_pictures(known: Known) -> Tensor:
     return kernels.pixels(images, mean=known.mean, std=known.std)
 
 
-@dataclass(frozen=True)
-class Format:
-    """A form of export.
-
-    words   what it is, for a person
-    suffix  of the file; "" for a folder
-    write   (job, path) -> what is to be said
-    """
-
-    words: str
-    suffix: str
-    write: Callable[[Job, Path], str]
-
-
-FORMATS: Mapping[str, Format] = {
-    "safetensors": Format("safetensors", ".safetensors", _safetensors),
-    "deit": Format("a checkpoint as DeiT's public code writes it", ".pth", _deit),
-    "timm": Format("a folder for timm and the Hugging Face hub", "", _timm),
-    "torch": Format("a program of torch.export", ".pt2", _torch),
-    "onnx": Format("ONNX", ".onnx", _onnx),
+_WRITERS: Mapping[str, Callable[[Job, Path], str]] = {
+    "safetensors": _safetensors,
+    "deit": _deit,
+    "timm": _timm,
+    "torch": _torch,
+    "onnx": _onnx,
 }
-PROGRAMS = "torch", "onnx"
-"""The formats that compute answers."""
+"""(job, path) -> what is to be said, by the names of `formats.FORMATS`."""

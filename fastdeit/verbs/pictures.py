@@ -32,7 +32,6 @@ from fastdeit.run import build
 from fastdeit.run.address import is_address
 from fastdeit.run.settings import settings
 from fastdeit.run.weights import open_weights
-from fastdeit.verbs import data as data_verbs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,20 +139,15 @@ def locate(recipe: "Recipe", n: int, sample: int, epoch: int, copy: int) -> Plac
 
 
 def _begin(args: argparse.Namespace) -> tuple[Path, "Recipe", Source]:
-    path = Path(args.out)
-    if path.suffix != ".png":
-        raise UsageError(f"--out {path}: the picture is a PNG file; give a name that ends in .png")
-    if not path.parent.is_dir():
-        raise UsageError(f"--out {path}: there is no folder {path.parent}")
     recipe = _recipe(args.recipe, args)
     source, _ = build.sources(recipe)
-    return path, recipe, source
+    return Path(args.out), recipe, source
 
 
 def _recipe(name: str, args: argparse.Namespace) -> "Recipe":
     """The recipe of this name, or the one that the weights at this address were trained by."""
     if not is_address(name):
-        return recipes.load(name, [*args.overrides, *data_verbs.implied(name, args.overrides, args.data)])
+        return recipes.load(name, args.overrides)
     weights = open_weights(name)
     recipe = settings(weights, None, args.overrides, args.data)
     if weights.checkpoint is None:

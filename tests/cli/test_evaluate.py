@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -66,14 +67,34 @@ def test_other_data_are_matched_by_the_names_of_their_classes(run, tmp_path, cap
     fewer, others = paint(tmp_path / "fewer", ("val",), ("blue", "red")), tmp_path / "others"
     for number, name in enumerate(CLASSES):
         shutil.copytree(fewer.parent / "fewer" / "val" / "red", others / "val" / f"shade {number} of {name}")
-    assert "3 classes" in refused(capsys, "eval", run, "--data", fewer)
+    shutil.copytree(fewer / "val" / "red", tmp_path / "unknown" / "val" / "mauve")
+    shutil.copytree(fewer / "val" / "red", tmp_path / "unknown" / "val" / "red")
+    assert "do not know mauve, of the 2 classes of the data" in refused(
+        capsys, "eval", run, "--data", tmp_path / "unknown"
+    )
     assert "shade 0 of blue" in refused(capsys, "eval", run, "--data", others)
     assert "no subfolder 'val'" in refused(capsys, "eval", run, "--data", fewer / "val")
 
 
+def test_data_of_some_classes_are_judged_among_all(run, data, tmp_path, capsys):
+    """Every image has the answer that it has in the whole data set, which may be a class that the data have not."""
+    for name in "blue", "red":
+        shutil.copytree(data / "val" / name, tmp_path / "some" / "val" / name)
+    rows = {}
+    for place in data, tmp_path / "some":
+        table = tmp_path / f"{place.name}.csv"
+        assert cli(["eval", str(run), "--data", str(place), "--confusion", str(table)]) == 0
+        rows[place.name] = list(csv.reader(table.read_text().splitlines()))
+    assert "the data have 2 of the 3 classes; an answer may be any of these" in capsys.readouterr().err
+    whole, some = rows[data.name], rows["some"]
+    assert (some[0], some[1], some[3]) == (whole[0], whole[1], whole[3])
+    assert some[2] == ["green", "0", "0", "0"]
+
+
 def test_tables_of_classes(run, tmp_path, capsys):
     facts = found(
-        capsys, "eval", run, "--json", "--classes", tmp_path / "c.csv", "--confusion", tmp_path / "confusion.png"
+        *(capsys, "eval", run, "--json", "--classes", tmp_path / "c.csv", "--confusion", tmp_path / "confusion.png"),
+        *("--calibration", tmp_path / "calibration.png"),
     )
     table = list(csv.DictReader((tmp_path / "c.csv").open()))
     assert [row["class"] for row in table] == list(CLASSES)
@@ -82,13 +103,22 @@ def test_tables_of_classes(run, tmp_path, capsys):
     confusion = list(csv.reader((tmp_path / "confusion.csv").open()))
     assert confusion[0][1:] == [row[0] for row in confusion[1:]] == list(CLASSES)
     assert [sum(map(int, row[1:])) for row in confusion[1:]] == [6, 6, 6]
-    with Image.open(tmp_path / "confusion.png") as picture:
-        assert picture.size[0] > 100
+    bins = list(csv.DictReader((tmp_path / "calibration.csv").open()))
+    assert [row["confidence up to"] for row in bins[::7]] == ["0.0667", "0.5333", "1.0000"]
+    assert sum(int(row["images"]) for row in bins) == 18
+    right, sure = (sum(int(row["images"]) * float(row[name]) / 18 for row in bins) for name in ("top1", "confidence"))
+    assert right == pytest.approx(facts["results"][0]["metrics"]["top1_softmax"], abs=0.01)
+    apart = sum(int(row["images"]) * abs(float(row["top1"]) - float(row["confidence"])) / 18 for row in bins)
+    assert apart == pytest.approx(facts["results"][0]["metrics"]["ece_softmax"], abs=0.01)
+    assert 100 / 3 < sure < 100
+    for name in "confusion.png", "calibration.png":
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size[0] > 100
 
 
 def test_a_file_without_a_folder_is_refused_before_the_images_are_read(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "judge", lambda *args, **options: pytest.fail("the images were read"))
-    for flag in ("--classes", "--confusion"):
+    for flag in ("--classes", "--confusion", "--calibration"):
         told = refused(capsys, "eval", run, flag, tmp_path / "no" / "c.csv", code=1)
         assert f"cannot be written: there is no folder {tmp_path / 'no'}" in told
 
@@ -201,6 +231,39 @@ def test_a_picture_that_cannot_be_read_is_told_once(run, held_out, capsys):
     (held_out / "val" / "red" / "0.png").write_text("no picture")
     assert cli(["eval", str(run), "--data", str(held_out), "data.max_bad_fraction=0.5"]) == 0
     assert capsys.readouterr().err.count("0.png") == 1
+
+
+def test_class_attention_of_cait(tmp_path, data, capsys):
+    """What is drawn is the attention with which the block made its class token."""
+    torch.manual_seed(0)
+    options = {"img_size": 32, "num_classes": 3, "depth": 1, "embed_dim": 24, "num_heads": 2}
+    cait = timm.create_model("cait_xxs24_224", **options).eval()
+    for parameter in cait.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        queries, keys, tokens = attention._of_class(cait, x, 1)
+        looks, _ = attention.maps(queries, keys, tokens, (32, 32))
+        chosen, normed = cait.blocks_token_only[1], []
+        chosen.attn.register_forward_pre_hook(lambda module, given: normed.append(given[0][0]))
+        chosen.attn.proj_drop.register_forward_hook(lambda module, given, out: normed.append(out[0, 0]))
+        cait(x)
+        weights = (queries @ keys.mT / queries.shape[-1] ** 0.5).softmax(-1)[:, 0]
+        values = chosen.attn.v(normed[0]).unflatten(-1, (2, -1)).transpose(0, 1)
+        torch.testing.assert_close(chosen.attn.proj((weights[:, None] @ values).flatten()), normed[1])
+    assert torch.equal(looks.flatten(1), weights[:, 1:])
+    assert len(attention.class_blocks(cait)) == 2
+    levit = timm.create_model("levit_128s", num_classes=3)
+    save_file(levit.state_dict(), tmp_path / "levit.safetensors")
+    argv = (
+        "show",
+        "attention",
+        tmp_path / "levit.safetensors",
+        data / "val" / "red" / "0.png",
+        "--out",
+        tmp_path / "a.png",
+    )
+    assert "timm:levit_128s cannot be shown; what can are" in refused(capsys, *argv, "--model", "timm:levit_128s")
 
 
 def test_maps_of_attention_are_those_of_the_tokens():

@@ -10,11 +10,12 @@ import torch
 
 from fastdeit import models
 from fastdeit.cli import main as cli
-from fastdeit.errors import FastdeitError
+from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.models.counterpart import counterpart
 from fastdeit.run.classification import named_scores
 from fastdeit.run.weights import Known, network, open_weights
 from fastdeit.verbs import export
+from fastdeit.verbs.formats import FORMATS, check_place
 from tests.painted_runs import CLASSES, refused
 
 SIZE = 16, 32
@@ -126,14 +127,52 @@ def test_a_file_that_cannot_be_written_is_told_in_every_format(run, tmp_path, ca
         assert f"{out}: cannot be written: No space left on device" in told
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_there_is_replaced_by_force_alone(format, tmp_path):
+    """And only by its like: a folder of other things stays whatever is said."""
+    whole, other = tmp_path / "out", tmp_path / "other"
+    check_place(whole, format, False)
+    (whole if FORMATS[format].suffix else whole / "config.json").parent.mkdir(exist_ok=True)
+    (whole if FORMATS[format].suffix else whole / "config.json").write_text("")
+    (other / "inside").mkdir(parents=True)
+    with pytest.raises(UsageError, match="out is there already; --force replaces it"):
+        check_place(whole, format, False)
+    check_place(whole, format, True)
+    with pytest.raises(UsageError, match=r"is a folder, and|has other things in it, such as inside"):
+        check_place(other, format, True)
+    (tmp_path / "file").write_text("")
+    if not FORMATS[format].suffix:
+        with pytest.raises(UsageError, match="file is a file, and a folder for timm"):
+            check_place(tmp_path / "file", format, True)
+
+
+def test_a_folder_is_whole_or_as_it_was(run, tmp_path, capsys, monkeypatch):
+    """Neither a failure nor a process that was killed at any moment leaves half a folder under the name."""
+    (tmp_path / ".tmp-hub" / "left").mkdir(parents=True)  # of a process that was killed
+    assert cli(["export", str(run), str(tmp_path / "hub")]) == 0
+    assert "is there already; --force replaces it" in refused(capsys, "export", run, tmp_path / "hub")
+    before = (tmp_path / "hub" / "model.safetensors").read_bytes()
+    assert cli(["export", f"{run}@ema", str(tmp_path / "hub"), "--force"]) == 0
+    written = (tmp_path / "hub" / "model.safetensors").read_bytes()
+    assert written != before
+
+    def full(job, out):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "_safetensors", full)  # the last file of the folder
+    assert "No space left" in refused(capsys, "export", run, tmp_path / "hub", "--force", code=1)
+    assert (tmp_path / "hub" / "model.safetensors").read_bytes() == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
+
+
 def test_a_program_that_is_wrong_takes_no_name(run, tmp_path, capsys, monkeypatch):
     def wrong(job, out):
         out.write_text("half of a file")
         raise FastdeitError("the exported program is wrong")
 
     (tmp_path / "w.pt2").write_text("the file before")
-    monkeypatch.setitem(export.FORMATS, "torch", export.Format("a program", ".pt2", wrong))
-    assert "is wrong" in refused(capsys, "export", run, tmp_path / "w.pt2", code=1)
+    monkeypatch.setitem(export._WRITERS, "torch", wrong)
+    assert "is wrong" in refused(capsys, "export", run, tmp_path / "w.pt2", "--force", code=1)
     assert [file.name for file in tmp_path.iterdir()] == ["w.pt2"]
     assert (tmp_path / "w.pt2").read_text() == "the file before"
 
@@ -152,5 +191,5 @@ def test_layer_scale_has_the_names_of_deit_in_its_file(tmp_path):
             self.register_buffer("gamma", torch.ones(2))
 
     network = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.ModuleDict({"ls1": Block()})])})
-    export.FORMATS["deit"].write(export.Job(network, Known(), None), tmp_path / "w.pth")
+    export._WRITERS["deit"](export.Job(tmp_path / "w.pth", network, Known(), None), tmp_path / "w.pth")
     assert list(torch.load(tmp_path / "w.pth")["model"]) == ["blocks.0.gamma_1"]

@@ -1,20 +1,24 @@
 """The command line: what is parsed, what is refused and how, and the exit codes."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import fastdeit
-from fastdeit import bench, cli, verbs
+from fastdeit import bench, cli, run, verbs
 from fastdeit import recipe as recipes
+from fastdeit.engine import checkpoint
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.recipe import resolve as recipe
 
-importlib.import_module("fastdeit.verbs.data")  # it keeps the `resolve` that `calls` replaces for a test
+for name in ("fastdeit.verbs.data", "fastdeit.run.places"):  # they keep the `resolve` that `calls` replaces for a test
+    importlib.import_module(name)
 ROOT = Path(fastdeit.__file__).parent.parent
 
 
@@ -42,10 +46,18 @@ def calls(monkeypatch):
         (verbs, "doctor"),
     ):
         monkeypatch.setattr(package, name, SimpleNamespace(main=main), raising=False)
-    load = SimpleNamespace(
-        load=lambda name, overrides: seen.loaded.append((name, overrides)), check_complete=lambda recipe: None
-    )
-    monkeypatch.setattr(recipes, "resolve", load, raising=False)
+
+    def read(args, say):
+        seen.loaded.append((args.recipe, args.overrides))
+        return SimpleNamespace(recipe=None, goes_on=True)
+
+    nothing = SimpleNamespace(check=lambda *given: None, check_complete=lambda *given: None, load=lambda *given: None)
+    for package, name, instead in (
+        (recipes, "resolve", nothing),
+        (run, "chosen", nothing),
+        (run, "request", SimpleNamespace(read=read)),
+    ):
+        monkeypatch.setattr(package, name, instead, raising=False)
     return seen
 
 
@@ -66,10 +78,10 @@ def test_flags_are_pinned():
     assert {name: verb.parser.flags[2:] for name, verb in cli.VERBS.items()} == {
         "train": ["--data", "--nproc", "--run-dir", "--resume", "--from", "--dry-run"],
         "cache": ["--data", "--teacher", "--top-k", "--out", "--epochs", "--nproc"],
-        "eval": ["--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--images"],
+        "eval": ["--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--calibration", "--images"],
         "predict": ["--model", "--top", "--json"],
         "show attention": ["--model", "--block", "--out"],
-        "export": ["--format", "--model", "--fuse"],
+        "export": ["--format", "--model", "--fuse", "--force"],
         "recipes": [],
         "recipes show": ["--resolved"],
         "explain": [],
@@ -344,6 +356,29 @@ for overrides in (
         assert cli.main([verb, "digits", *overrides]) == 2, overrides
 print(*sys.modules)
 """
+PLACES = """
+import sys
+from fastdeit import cli
+for line in (
+    "train --resume nowhere", "train --resume {run} optim.lr=-1", "train --resume {run} optim.lr=2",
+    "train --from nowhere", "train --from {run}@step=7", "train --from {run} optim.lr=x", "train --from timm:x",
+    "train --resume {run} --dry-run optim.lr=2", "train digits --dry-run optim.lr=-1", "train --resume . ",
+    "train deit_tiny", "train deit_tiny --data nowhere", "train digits model.weights=nowhere",
+    "train digits method.teacher=nowhere", "train deit_base_384", "train --resume {run} --nproc 2 optim.lr=2",
+    "eval nowhere", "eval {run}@bets", "eval {run} optim.lr=x", "predict nowhere x.png", "predict {run} x.png x=1",
+    "show attention nowhere x.png --out y.png", "export nowhere x.pth", "export {run} x.gguf",
+    "export {run} {run}/recipe.yaml --format deit",
+    "export {run} y.pth --fuse class", "export {run} y.pth optim.lr=x",
+    "data show digitz --sample 0 --out x.png", "data show digits --sample 0 --out x.gif",
+    "data preview nowhere.pth --out x.png", "data preview {run} optim.lr=x --out x.png",
+    "data preview deit_tiny --out x.png", "data preview deit_tiny --data nowhere --out x.png", "data check nowhere",
+    "bench train --recipe nope", "bench data --recipe digits optim.lr=x", "plan digits --gpu H300",
+    "plan digits --gpu H200 --price 1 2", "runs list nowhere", "runs diff a b", "runs curves a",
+):
+    line = line.format(run=sys.argv[1])
+    assert cli.main(line.split()) == 2, line
+print(*sys.modules)
+"""
 HEAVY = {"torch", "numpy", "scipy", "PIL", "matplotlib", "timm", "triton", "nvidia.dali", "sklearn", "safetensors"}
 
 
@@ -353,3 +388,24 @@ def test_looking_around_and_mistakes_load_nothing_that_takes_long(code):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "fastdeit.recipe.resolve" in done.stdout.split()
     assert not HEAVY & set(done.stdout.splitlines()[-1].split())
+
+
+def test_mistakes_in_places_are_said_without_torch(tmp_path):
+    """Such as a run that is not there, or an override that its recipe does not take. Data sources take numpy."""
+    state = {
+        "identity": {"classes": ["a"]},
+        "record": {"phase": "all"},
+        "steps": 9,
+        "steps_per_epoch": 3,
+        "lineage": [],
+    }
+    state["recipe"] = recipe.load("digits").model_dump(mode="json")
+    checkpoint.save(tmp_path / "run" / "checkpoints", 5, {"model": {"w": torch.ones(1)}}, state)
+    (tmp_path / "run" / "recipe.yaml").touch()
+    words = [sys.executable, "-c", PLACES, str(tmp_path / "run")]
+    done = subprocess.run(
+        words, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr[-800:]
+    assert not HEAVY - {"numpy", "PIL"} & set(done.stdout.splitlines()[-1].split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

@@ -8,12 +8,17 @@ import torch
 from fastdeit import cli
 from fastdeit.data.sources import digits, kinds
 from fastdeit.data.sources.datasets import open_pair
+from fastdeit.engine import optimizers
+from fastdeit.engine.options import OPTIMIZERS
 from fastdeit.estimate import model as estimate
-from fastdeit.estimate import report
+from fastdeit.estimate import report, subject
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import DEFAULT_GPUS, GPUS
+from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.model import FUSED, Work
 from fastdeit.recipe import resolve as recipe
+from fastdeit.run import build
+from fastdeit.run.groups import param_groups
 
 TINY = "deit_tiny", "--gpu", "A100", "--count", "8"
 KEYS = {"recipe", "model", "teachers", "data", "run", "published", "plans", "notes"}
@@ -73,6 +78,54 @@ def test_text_names_every_plan_and_what_it_rests_on(capsys):
     errors = estimate_rows.errors(whole=False)
     assert f"{min(errors):+.0%} to {max(errors):+.0%}" in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def planned(*overrides):
+    """The first plan of the student of DeiT-Ti on an A100."""
+    found = recipe.load("deit_tiny", ["data.group_size=8", "train.batch_size=64", "optim.ema_decay=0.9", *overrides])
+    return report.report(found, [Machine(GPUS["A100"], 8, 1)])["plans"][0]
+
+
+def test_what_is_frozen_has_no_gradients_and_nothing_goes_back_below_it():
+    whole, probe, half, attention = (
+        planned(f"model.freeze=[{words}]")
+        for words in ("", "all_but_head", "embedding,blocks.0-5", "all_but_attention")
+    )
+    parts = {name: plan["memory"]["parts"] for name, plan in zip("wpha", (whole, probe, half, attention), strict=True)}
+    assert parts["p"]["gradients"] == 4 * (192 * 1000 + 1000)
+    assert parts["p"]["moments"] == 2 * parts["p"]["gradients"] == 2 * parts["p"]["ema"]
+    assert sum(parts["p"]["blocks"]) == parts["p"]["embedding"] == parts["h"]["embedding"] == 0
+    assert parts["h"]["blocks"] == [0] * 6 + parts["w"]["blocks"][6:]
+    assert parts["a"]["blocks"] == parts["w"]["blocks"]  # positions are trained, so gradients go through every block
+    assert parts["p"]["weights"] == parts["w"]["weights"]
+    order = [plan["step"]["seconds"] for plan in (probe, half, attention, whole)]
+    assert order == sorted(set(order))
+    sent = [plan["communication"]["bytes"] for plan in (whole, half)]
+    assert sent[1] / sent[0] == pytest.approx(parts["h"]["gradients"] / parts["w"]["gradients"])
+    assert 0 < probe["mfu"] < 1
+
+
+def test_blocks_that_are_computed_again_keep_their_input():
+    whole, again = planned(), planned("engine.checkpoint_blocks=true")
+    parts = again["memory"]["parts"]
+    assert parts["blocks"] == [4.0 * 8 * 197 * 192] * 12
+    assert parts["recomputed"] == max(whole["memory"]["parts"]["blocks"])
+    assert again["memory"]["total"] < whole["memory"]["total"]
+    assert again["step"]["seconds"] > whole["step"]["seconds"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("freeze", ["", "embedding,blocks.0-2", "all_but_head"])
+def test_an_optimizer_keeps_what_it_says(name, freeze):
+    """As it does on real parameters, whatever is frozen."""
+    words = [f"optim.name={name}", "optim.lr=1e-3", f"model.freeze=[{freeze}]", "model.name=deit_digits_patch8_32"]
+    asked = recipe.load("deit_tiny", [*words, "model.image_size=32"])
+    student = build.model(asked, 10, print)
+    method = build.method(asked, student, 10, 1, None)
+    state = optimizers.find(name)(param_groups(method, asked), asked.optim).state
+    expected = sum(tensor.numel() for kind in state.values() for tensor in kind.values())
+    known = asked.model_copy(update={"model": asked.model.model_copy(update={"num_classes": 10})})
+    assert subject.subject(known).trained.states == expected
 
 
 def test_the_same_command_prints_the_same(capsys):
@@ -228,8 +281,8 @@ def test_images_can_be_given(plan):
 
 def test_own_rows_are_used_and_named(tmp_path):
     found = recipe.load("deit_tiny", ["engine.precision=fp32", "data.source=synthetic"])
-    machine = report.Machine(GPUS["A100"], 1, 1)
-    student = report.subject(found).student
+    machine = Machine(GPUS["A100"], 1, 1)
+    student = subject.subject(found).student
     slow = 3 * sum(estimate.step(student, Work(64, "fp32", drop_path=False), FUSED, GPUS["A100"]))
     row = {"what": "step", "device": "cuda", "model": "deit_tiny_patch16_224", "batch": 64}
     row |= {"seconds": {"fastdeit": [slow]}, "environment": {"gpus": [{"name": "NVIDIA A100-SXM4-80GB"}]}}
@@ -268,19 +321,19 @@ def test_other_timm_models_follow_their_flops(plan):
 
 def test_activations_of_other_networks_are_those_that_torch_keeps():
     layer = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU()).to("meta")
-    counted = report._activations(layer, (16, 16))
+    counted = subject._activations(layer, (16, 16))
     pixels = 16 * 16 * 4
     assert counted == {"saved": (3 + 8) * pixels, "widest": (8 + 8) * pixels, "layers": 2}
 
 
 def test_sizes_of_data_sets():
     of_one_size = {kind.name for kind in kinds.shipped() if not kind.named_splits}
-    assert set(report.SIZES) == {*of_one_size, "imagenet", "digits"}
+    assert set(subject.SIZES) == {*of_one_size, "imagenet", "digits"}
 
 
 def test_size_of_the_digits(tmp_path):
     train, held_out = open_pair("folder", digits.prepare(tmp_path))
-    assert report.SIZES["digits"] == (len(train), len(held_out), len(train.classes))
+    assert subject.SIZES["digits"] == (len(train), len(held_out), len(train.classes))
 
 
 def test_size_of_synthetic_data(plan):

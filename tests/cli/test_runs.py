@@ -23,6 +23,8 @@ from fastdeit.run.request import Request
 from fastdeit.verbs import dry_run
 from fastdeit.verbs import models as models_verb
 from fastdeit.verbs import runs as runs_verbs
+from tests.painted_runs import RECIPE as PAINTED
+from tests.painted_runs import paint
 
 SYNTHETIC = ["data.source=synthetic", "data.synthetic_samples=640", "data.synthetic_classes=7", "data.group_size=8"]
 
@@ -213,12 +215,40 @@ def test_a_dry_run_refuses_what_the_run_would(capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
+DISTILL = "{use: distill, alpha: 0.5, tau: 1, teacher: ADDRESS}"
+
+
+def test_a_dry_run_opens_weights_as_a_start_would(run, bare, data, tmp_path, write, capsys):
+    """And says what it finds; of weights that would have to be downloaded it says that."""
+    (tmp_path / "other").mkdir()
+    other = paint(tmp_path / "other" / "data", names=("blue", "red"))
+    (tmp_path / "cut.safetensors").write_bytes(bare.read_bytes()[:-9])
+    recipe = write(PAINTED)
+
+    def dry(*overrides, root=data, code=0):
+        assert cli.main(["train", recipe, f"data.root={root}", *overrides, "--dry-run"]) == code, overrides
+        return capsys.readouterr().err if code else capsys.readouterr().out
+
+    def teacher(address):
+        return f"method={DISTILL.replace('ADDRESS', str(address))}"
+
+    assert f"weights   weights of {run}, step 2: all tensors fit" in dry(f"model.weights={run}")
+    assert "heads initialised anew" in dry(f"model.weights={run}", root=other)
+    assert "say it with model.weights_grid=" in dry(f"model.weights={bare}", "model.image_size=32", code=2)
+    assert "is damaged" in dry(f"model.weights={tmp_path}/cut.safetensors", code=2)
+    assert "it needs blocks.4.norm1.weight" in dry(f"model.weights={run}", "model.name=deit_tiny_patch16_224", code=2)
+    assert "the weights know 3 classes, but the data set has 2" in dry(teacher(run), root=other, code=2)
+    assert "does not tell which network it is of" in dry(teacher(bare), code=2)
+    assert "weights   timm:test_vit: would be downloaded" in dry(teacher("timm:test_vit"))
+    assert "timm publishes no weights" in dry(teacher("timm:vit_small_patch16_18x2_224"), code=2)
+
+
 def test_a_recipe_that_needs_weights_is_refused_before_anything_is_made(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fastdeit.launch.launch.run", lambda args, argv, work: 0)
     assert cli.main(["train", "deit_base_384", *SYNTHETIC]) == 2
     assert "give model.weights=RUN or model.weights=FILE" in capsys.readouterr().err
-    assert cli.main(["train", "deit_base_384", *SYNTHETIC, "model.weights=x"]) == 0
+    assert cli.main(["train", "deit_base_384", *SYNTHETIC, "model.weights=timm:deit_base_patch16_384"]) == 0
     assert cli.main(["train", "deit_base_384", *SYNTHETIC, "model.needs_weights=false"]) == 0
     assert cli.main(["recipes", "show", "deit_base_384", "--resolved"]) == 0
 

@@ -65,7 +65,14 @@ def test_the_command_line_has_the_peers_that_there_are():
 
 PATHS = {
     "train": {"words": "~/r.yaml", "--data": "~/d", "--run-dir": "~/run"},
-    "eval": {"words": "~/run", "--data": "~/d", "--classes": "~/c", "--confusion": "~/c", "--images": "~/i"},
+    "eval": {
+        "words": "~/run",
+        "--data": "~/d",
+        "--classes": "~/c",
+        "--confusion": "~/c",
+        "--calibration": "~/c",
+        "--images": "~/i",
+    },
     "predict": {"words": "~/run"},
     "show attention": {"words": "~/run", "--out": "~/a.png"},
     "export": {"words": "~/run"},

@@ -74,7 +74,7 @@ def test_flops_and_parameters_are_the_model_s(name):
 )
 def test_relatives_of_deit_have_the_shape_of_a_vision_transformer(name, depth, pruned):
     """Nearly: blocks in turn for parallel ones, and a stem of as many FLOPs."""
-    network = report._network(name, None, None, 1000)
+    network = subject.network(name, None, None, 1000)
     assert (network.vit.depth, network.vit.pruned) == (depth, pruned)
     assert network.flops == on_meta(name).flops() == pytest.approx(network.vit.flops, rel=0.03)
 
@@ -237,7 +237,7 @@ def test_the_last_block_s_queries_have_the_split_backward(choose):
         )
         for pruned in (True, False)
     ]
-    assert counts == [[(2, 11), (3, 1)], [(2, 1), (2, 11)]]
+    assert counts == [[(2, 11), (3, 1)], [(2, 12)]]
 
 
 @pytest.mark.parametrize(("precision", "same"), [("bf16", True), ("fp32", False)])
@@ -373,8 +373,8 @@ def ring_bytes(world, size, *, gather, scatter):
 
 def communicated(world, sharding="ddp", nodes=1, gpu="A100", accumulate=1, network=BASE):
     step = estimate.step(network, Work(128), FUSED, GPUS[gpu])
-    options = {"world": world, "nodes": nodes, "sharding": sharding, "accumulate": accumulate, "width": 2}
-    return estimate.communication(network, step, GPUS[gpu], **options)
+    options = {"world": world, "nodes": nodes, "sharding": sharding, "accumulate": accumulate}
+    return estimate.communication(network, step, GPUS[gpu], Work(128), **options)
 
 
 def test_one_gpu_sends_nothing():

@@ -158,6 +158,11 @@ def test_decay_groups_hold_each_parameter_once(model):
     assert set(with_token) - set(decay) == {name for name in parameters if name == "dist_token"}
 
 
+def test_flops_of_a_model_that_reads_views_of_its_parameters():
+    """Attention pooling (timm's test_vit3) expands a parameter; torch's counter raises if that asks for gradients."""
+    assert models.build_timm("test_vit3").flops() > 0
+
+
 def test_flops_grow_with_the_image(model):
     own = model.flops()
     assert own == model.flops((32, 48)) > 0

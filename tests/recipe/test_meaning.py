@@ -311,6 +311,13 @@ def test_an_error_inside_a_teacher_names_the_nearest_field(write):
     )
 
 
+def test_a_teacher_that_is_trained_takes_no_weights(write):
+    """Which of the two it was would show nowhere: the weights were taken, after the training of the other."""
+    path = write(DISTILL.replace("timm: resnet18, weights: w.safetensors", "recipe: digits_teacher"))
+    (message,) = refusal(path, ["method.teacher={weights: w.safetensors}"])
+    assert "a teacher with a recipe is trained here, and takes no weights; leave one of the two out" in message
+
+
 def test_lists_of_a_teacher_are_read(write):
     words = ["mean=[0.1, 0.2, 0.3]", "std=[1, 1, 1]", "weights_grid=[2, 4]"]
     read = recipes.load(write(DISTILL), [f"method.teacher.{word}" for word in words]).method.teacher[0]

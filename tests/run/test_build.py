@@ -13,6 +13,7 @@ from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.methods.config import SupervisedConfig
+from fastdeit.methods.evaluators import HeldOutLoss
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
@@ -220,6 +221,26 @@ def test_no_data_at_all_names_field_and_layout(data):
         UsageError, match=r"add --data ROOT, which sets data\.root; data\.source is tar, expected are ROOT"
     ):
         build.sources(recipes.load(data[0], ["data.source=tar"]))
+
+
+class JudgedByItsLoss(MultiCrop):
+    def evaluators(self):
+        return {"loss": HeldOutLoss()}
+
+
+class WithExtras(Supervised):
+    evaluators = JudgedByItsLoss.evaluators
+
+    @classmethod
+    def needs(cls, config):
+        return {"answers": None}
+
+
+@pytest.mark.parametrize(("kind", "what"), [("JudgedByItsLoss", r"5 views"), ("WithExtras", r"extras \(answers\)")])
+def test_a_loss_that_held_out_images_cannot_have_is_refused_at_the_start(path, student, kind, what):
+    recipe = recipes.load(path, [f"method.use=tests.run.test_build:{kind}"])
+    with pytest.raises(UsageError, match=f"HeldOutLoss, but its loss wants {what} of a sample"):
+        build.method(recipe, student(), 4, 10, None)
 
 
 class Averages(Supervised):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import time
 from dataclasses import replace
 from functools import cache
 
@@ -14,12 +15,12 @@ from safetensors.torch import save_file
 from fastdeit import models
 from fastdeit.engine import checkpoint
 from fastdeit.errors import UsageError
-from fastdeit.estimate.report import subject
+from fastdeit.estimate.subject import subject
 from fastdeit.methods.config import FeatureTeacherConfig, TeacherConfig
 from fastdeit.models import timm_model
 from fastdeit.models.vit import VisionTransformer, ViTConfig
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import build
+from fastdeit.run import build, reach
 from fastdeit.run.weights import Known, Weights, load, network, open_weights
 
 NAME, DISTILLED = "tests.run.test_weights:small", "tests.run.test_weights:small_distilled"
@@ -644,6 +645,7 @@ def cached(here, monkeypatch):
 
     monkeypatch.setattr(timm_model, "try_to_load_from_cache", look_up)
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", no_network)
+    monkeypatch.setattr(reach.socket, "create_connection", no_network)
 
 
 SAFE = "model.safetensors"
@@ -682,6 +684,28 @@ def test_without_a_network_the_way_out_is_told(cached):
     assert message.startswith("timm:test_vit2: timm's weights are not on this machine and cannot be downloaded (")
     assert "give its path instead, as in PATH.safetensors" in message
     assert "timm.create_model('test_vit2', pretrained=True)" in message
+
+
+def test_without_a_network_nothing_is_tried_twice(cached, monkeypatch):
+    """The client of the hub tries ten times with growing pauses, for more than a minute."""
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", lambda *args, **options: pytest.fail("asked the hub"))
+    with pytest.raises(UsageError, match=r"cannot be downloaded \(huggingface.co: Name or service not known\)"):
+        open_weights("timm:test_vit2")
+    monkeypatch.setenv("https_proxy", "http://proxy.example:8080")
+    with pytest.raises(UsageError, match=r"\(proxy.example: Name or service not known\)"):
+        open_weights("timm:test_vit2")
+    monkeypatch.setattr(reach, "PATIENCE_S", 0.01)
+
+    def late(*args):
+        time.sleep(0.1)
+        raise OSError
+
+    monkeypatch.setattr(reach.socket, "create_connection", late)
+    with pytest.raises(UsageError, match=r"\(proxy.example: no answer within 0.01 s\)"):
+        open_weights("timm:test_vit2")
+    monkeypatch.setattr(reach.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"\(HF_HUB_OFFLINE is set\)"):
+        open_weights("timm:test_vit2")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,44 @@
+"""What a recipe names on the disk, and whether it is there. No torch is imported, so a mistake is said at once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdeit.data.sources.datasets import layout
+from fastdeit.data.sources.kinds import GENERATED
+from fastdeit.data.sources.source import DataError
+from fastdeit.errors import UsageError
+from fastdeit.run.address import parse
+
+if TYPE_CHECKING:
+    from fastdeit.recipe.resolve import Recipe
+
+
+def check(recipe: "Recipe") -> None:
+    """Raise UsageError or DataError where the data set or the weights that a new run begins with are not there."""
+    check_root(recipe)
+    named = [("model.weights", recipe.model.weights)]
+    named += [("method.teacher.weights", config.weights) for config in recipe.method.teachers()]
+    for field, text in named:
+        if text is not None:
+            try:
+                parse(text)
+            except UsageError as error:
+                raise UsageError(f"{field}: {error}") from error
+
+
+def check_root(recipe: "Recipe") -> None:
+    """Raise UsageError where the recipe needs a folder of data and none is given, DataError where there is none."""
+    data = recipe.data
+    if data.source in GENERATED or (data.root is not None and Path(data.root).expanduser().is_dir()):
+        return
+    try:
+        expected = layout(data.source, data.train, data.val)
+    except DataError as error:
+        raise DataError(f"data.source {data.source}: {error}") from error
+    if data.root is None:
+        raise UsageError(
+            f"recipe {recipe.name} needs images: add --data ROOT, which sets data.root; data.source is {data.source}, "
+            f"expected are {expected}"
+        )
+    what = "not a directory" if Path(data.root).expanduser().exists() else "no such directory"
+    raise DataError(f"data.source {data.source}: {data.root}: {what}; the expected layout is {expected}")

@@ -1,0 +1,55 @@
+"""Data that have some of the classes of a network: their labels become the places of these classes in its head."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdeit.data.sources.source import Source
+from fastdeit.errors import UsageError
+from fastdeit.run import classes as class_lists
+from fastdeit.text import some
+
+
+class Renumbered:
+    """`source` with the class list `classes`, in which each of its own classes has another place. A `Source`."""
+
+    def __init__(self, source: Source, classes: Sequence[str]) -> None:
+        places = {name: place for place, name in enumerate(classes)}
+        self.classes = list(classes)
+        self.fingerprint = source.fingerprint
+        self._source = source
+        self._labels = [places[name] for name in source.classes]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """The encoded image, as the source has it."""
+        return self._source.read(index)
+
+    def label(self, index: int) -> int:
+        """The class number, an index into `classes`."""
+        return self._labels[self._source.label(index)]
+
+    def path(self, index: int) -> str:
+        """Where the image lies, for messages."""
+        return self._source.path(index)
+
+
+def is_subset(theirs: Sequence[str] | None, ours: Sequence[str], origin: str) -> bool:
+    """Whether the data's classes `ours` are fewer than `theirs`, of weights, and all among them.
+
+    False where nothing can be said: names that cannot be compared, or as many, or more. Raises UsageError where they
+    are fewer and some are not among them; `origin` names the weights.
+    """
+    if theirs is None or len(ours) >= len(theirs) or len(set(theirs)) < len(theirs):
+        return False
+    if not class_lists.comparable(theirs, ours):
+        return False
+    if unknown := sorted(set(ours) - set(theirs)):
+        raise UsageError(
+            f"{origin}: the weights do not know {some(unknown)}, of the {len(ours)} classes of the data; images of the "
+            f"{len(theirs)} classes that they know can be judged, or of some of these"
+        )
+    return True
