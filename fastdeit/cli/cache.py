@@ -41,7 +41,6 @@ CACHE = Verb(
     _cache,
     examples=[
         "fastdeit cache deit_small_distilled --teacher timm:regnety_160 --data /path/to/imagenet --nproc 8",
-        "fastdeit train deit_small_distilled method.cached=caches/deit_small_distilled --data /path/to/imagenet",
         "fastdeit cache deit_small_distilled --teacher timm:regnety_160 --epochs 0:150  # one half, on this machine",
     ],
 )

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -136,7 +136,15 @@ def _fields(models: Models, path: Sequence[str | int]) -> Iterable[str]:
             kind = get_args(kind)[1]
             continue
         fields = getattr(kind, "model_fields", {})
-        annotation = fields[part].annotation if part in fields else None
-        inner = [(inner, get_origin(inner) or inner) for inner in (annotation, *get_args(annotation))]
-        kind = next((kind for kind, of in inner if isinstance(of, type) and issubclass(of, BaseModel | dict)), None)
+        kind = next(_models_in(fields[part].annotation), None) if part in fields else None
     return getattr(kind, "model_fields", ())
+
+
+def _models_in(annotation: Any) -> Iterator[Any]:
+    """The models and dictionaries in a field's annotation, such as the one in a tuple of them or None."""
+    of = get_origin(annotation) or annotation
+    if isinstance(of, type) and issubclass(of, BaseModel | dict):
+        yield annotation
+    else:
+        for inner in get_args(annotation):
+            yield from _models_in(inner)

@@ -76,17 +76,17 @@ MEASURING = "--device", "--rounds", "--out"
 def test_flags_are_pinned():
     """A flag is a promise: adding or dropping one is a decision, made here too."""
     assert {name: verb.parser.flags[2:] for name, verb in cli.VERBS.items()} == {
-        "train": ["--data", "--nproc", "--run-dir", "--resume", "--from", "--dry-run"],
+        "train": ["--data", "--nproc", "--run-dir", "--resume", "--from", "--as", "--dry-run"],
         "cache": ["--data", "--teacher", "--top-k", "--out", "--epochs", "--nproc"],
         "eval": ["--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--calibration", "--images"],
         "predict": ["--model", "--top", "--json"],
         "show attention": ["--model", "--block", "--out"],
         "export": ["--format", "--model", "--fuse", "--force"],
         "recipes": [],
-        "recipes show": ["--resolved"],
+        "recipes show": ["--resolved", "--as"],
         "explain": [],
         "models": [],
-        "plan": ["--gpu", "--count", "--nodes", "--price", "--sharding", "--images", "--json"],
+        "plan": ["--as", "--gpu", "--count", "--nodes", "--price", "--sharding", "--images", "--json"],
         "runs list": [],
         "runs diff": [],
         "runs curves": ["--out"],
@@ -109,6 +109,7 @@ def test_flags_are_pinned():
         "bench data": ["--recipe", "--threads", "--eval", "--batch", "--peer", *MEASURING],
         "bench suite": ["--time-limit", "--capture", "--peer", *MEASURING],
         "bench calibrate": ["--batch", *MEASURING],
+        "bench parity": ["--case", "--steps", "--batch", "--image-size", "--out"],
         "bench report": ["--results"],
         "completion": [],
     }
@@ -141,7 +142,7 @@ def test_train_without_a_recipe_says_what_it_does(calls, capsys):
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert "'digits'" in out
-    assert "fastdeit train deit_small_distilled --data /path/to/imagenet --nproc 8" in out
+    assert "fastdeit train deit_base_distilled --data /path/to/imagenet --nproc 8" in out
     assert cli.main(["train", "digits"]) == 0
     assert capsys.readouterr().out == "starting: digits\n"
 

@@ -20,7 +20,7 @@ from fastdeit.recipe import resolve as recipe
 from fastdeit.run import build
 from fastdeit.run.groups import param_groups
 
-TINY = "deit_tiny", "--gpu", "A100", "--count", "8"
+TINY = "deit_tiny", "data.group_size=64", "--gpu", "A100", "--count", "8"
 KEYS = {"recipe", "model", "teachers", "data", "run", "published", "plans", "notes"}
 PLAN_KEYS = {
     *("gpu", "count", "nodes", "design", "precision", "batch_per_gpu", "images_per_second", "mfu", "step"),
@@ -55,7 +55,7 @@ def fails(capsys, *argv):
 
 
 def test_json_is_complete(plan):
-    found = plan("deit_tiny")
+    found = plan("deit_tiny", "data.group_size=64")
     assert found.keys() == KEYS
     assert {row["gpu"] for row in found["plans"]} == set(DEFAULT_GPUS)
     assert {row["count"] for row in found["plans"]} == {1, 8}
@@ -164,7 +164,9 @@ def test_averaged_weights_are_evaluated_too(plan):
 
 
 def test_more_gpus_take_less_time_and_communicate(plan):
-    one, eight, sixteen = (fused(plan("deit_tiny", "--gpu", "A100", "--count", count)) for count in ("1", "8", "16"))
+    one, eight, sixteen = (
+        fused(plan("deit_tiny", "data.group_size=64", "--gpu", "A100", "--count", count)) for count in ("1", "8", "16")
+    )
     assert one["communication"]["seconds"] == 0
     assert one["seconds"]["total"] > eight["seconds"]["total"] > sixteen["seconds"]["total"]
     assert [row["nodes"] for row in (one, eight, sixteen)] == [1, 1, 2]
@@ -192,7 +194,7 @@ def test_a_teacher_with_a_recipe_is_trained_first(plan):
 
 
 def test_bf16_on_a_v100_is_planned_in_fp16_and_said(plan):
-    found = plan("deit_tiny", "--gpu", "V100", "--gpu", "A100", "--count", "8")
+    found = plan("deit_tiny", "data.group_size=64", "--gpu", "V100", "--gpu", "A100", "--count", "8")
     assert {row["gpu"]: row["precision"] for row in found["plans"]} == {"V100": "fp16", "A100": "bf16"}
     assert any("engine.precision=fp16" in note for note in found["notes"])
     assert not any("V100" in note for note in plan(*TINY)["notes"])
@@ -307,7 +309,7 @@ def test_timm_transformers_are_recognised(plan, name):
 
 
 def test_a_transformer_with_something_else_in_it_is_not(plan):
-    found = plan(*TINY, "model.timm=vit_medium_patch16_gap_256", "model.image_size=256")
+    found = plan(*TINY, "model.timm=vit_small_r26_s32_224")
     assert [row["design"] for row in found["plans"]] == ["eager"]
     assert any("not a plain vision transformer" in note for note in found["notes"])
 
@@ -351,7 +353,7 @@ def test_size_of_synthetic_data(plan):
         (("deit_tin",), "did you mean deit_tiny"),
         (("deit_tiny", "digits"), "expected one recipe"),
         (("deit_tiny", "--gpu", "H10"), "did you mean H100"),
-        (("deit_tiny", "--count", "3"), "multiple of 64 x 1 x 3"),
+        (("deit_tiny", "--count", "3"), "multiple of 256 x 1 x 3"),
         (("deit_tiny", "--count", "0"), "not a positive number"),
         (("deit_tiny", "--count", "16", "--nodes", "1"), "at most 8"),
         (("deit_tiny", "--count", "8", "--nodes", "3"), "the same number of GPUs"),
@@ -361,7 +363,7 @@ def test_size_of_synthetic_data(plan):
         (("deit_tiny", "--gpu", "A100", "--price", "inf"), "at most 1,000,000"),
         (("deit_tiny", "--gpu", "A100", "--price", "1e308"), "at most 1,000,000"),
         (("deit_tiny", "--gpu", ""), "known are V100, A100"),
-        (("deit_tiny", "--count", "1000"), "multiple of 64 x 1 x 1000"),
+        (("deit_tiny", "--count", "1000"), "multiple of 256 x 1 x 1000"),
         (("deit_tiny", "--images", "1" + 400 * "0"), "401 digits does not fit 64 bits"),
         (("deit_tiny", "--nodes", str(2**63)), "19 digits does not fit 64 bits"),
         (("deit_tiny", "train.epochs=1e400"), "must be a finite number"),

@@ -287,7 +287,7 @@ def test_bash_completes_verbs_flags_values_and_recipes():
         ["--precision"],
         ["fp32", "fp16", "bf16"],
         ["--resume"],
-        ["deit_tiny_distilled"],
+        ["deit_tiny_distilled", "deit_tiny_distilled_1000ep", "deit_tiny_soft"],
     ]
     assert "show" in offered[6]
     assert {"lint", "bench", "--help"} <= set(offered[7])
