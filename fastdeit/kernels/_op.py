@@ -126,20 +126,28 @@ class Op:
 
     def differentiable(self, save: Callable, differentiate: Callable) -> None:
         """The derivative, for the registered op and for eager mode: `save(ctx, inputs, output)` and
-        `differentiate(ctx, *grads)`, which calls `run_backward`, as of `torch.library.register_autograd`. It reads
-        `ctx.saved_tensors` once: hooks on saved tensors, such as those of activation checkpointing, may unpack each
-        tensor a single time."""
+        `differentiate(ctx, *grads)`, which calls `run_backward` and returns a tuple, as of
+        `torch.library.register_autograd`. It reads `ctx.saved_tensors` once: hooks on saved tensors, such as those of
+        activation checkpointing, may unpack each tensor a single time.
+
+        The gradient of a result that nobody differentiates is None, and no zeros are made for it. `differentiate` gets
+        at least one gradient: where none came, those of all arguments are None, as native autograd has it."""
+        nothing = (None,) * len(self._cast)
+
+        def save_for_gradients(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            save(ctx, inputs, output)
 
         def save_choices(ctx: Any, inputs: tuple, output: Any) -> None:
             ctx.choices = _used.get()
-            save(ctx, inputs, output)
+            save_for_gradients(ctx, inputs, output)
 
-        def differentiate_once(ctx: Any, *grads: Tensor) -> Any:
+        def differentiate_once(ctx: Any, *grads: Tensor | None) -> tuple:
             _derivatives.check_first_order(self.name)
-            return differentiate(ctx, *grads)
+            return nothing if all(grad is None for grad in grads) else differentiate(ctx, *grads)
 
         self.registered.register_autograd(differentiate_once, setup_context=save_choices)
-        self._function = _derivatives.function(self.name, save, differentiate_once)
+        self._function = _derivatives.function(self.name, save_for_gradients, differentiate_once)
 
     def __call__(self, *args: Any) -> Any:
         """Run on the arguments of the reference: directly in eager mode, else as the module's docstring says."""
@@ -286,6 +294,8 @@ class Op:
         def run(*args: Any) -> Any:
             refusals = []
             like = args[after_gradient:]
+            while like[0] is None:  # no gradient came for that result
+                like = like[1:]
             for backend, _ in self._able(_device(args), like, trained if role == "forward" else None):
                 if backend.name == INDUCTOR:  # here it is opaque to the compiler; the reference defines the same
                     backend = self.backends[-1]
@@ -308,8 +318,10 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
 
 
 def _first(args: Sequence[Any]) -> Tensor:
-    """The first argument, or the first of its tensors where it is a list."""
+    """The first argument that is there, or the first of its tensors where it is a list."""
     first = args[0]
+    if first is None:  # a gradient that did not come
+        first = next(arg for arg in args if arg is not None)
     return first if isinstance(first, Tensor) else first[0]
 
 

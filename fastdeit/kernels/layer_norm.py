@@ -116,8 +116,8 @@ def native(
 
 
 def reference_backward(
-    dresidual: Tensor,
-    dnormed: Tensor,
+    dresidual: Tensor | None,
+    dnormed: Tensor | None,
     new_residual: Tensor,
     branch: Tensor,
     weight: Tensor,
@@ -129,10 +129,19 @@ def reference_backward(
     branch_samples: Tensor | None,
     norm_samples: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, branch, weight, bias, gamma and branch_bias (the last two empty where there is none)."""
-    x = _selected(new_residual, norm_samples)
-    dx, dweight, dbias = normalize_backward(dnormed, x, weight, mean, rstd)
-    all_samples = dresidual + dx if norm_samples is None else dresidual.to(dx.dtype).index_add(0, norm_samples, dx)
+    """Gradients of residual, branch, weight, bias, gamma and branch_bias, empty where there is none: the last two
+    without that argument, those of weight and bias without `dnormed`. A None for `dresidual` or `dnormed` is zero."""
+    dweight, dbias = weight.new_empty(0), weight.new_empty(0)
+    if dnormed is None:
+        all_samples = dresidual.to(mean.dtype, copy=True)
+    else:
+        x = _selected(new_residual, norm_samples)
+        all_samples, dweight, dbias = normalize_backward(dnormed, x, weight, mean, rstd)
+        if norm_samples is not None:
+            before = torch.zeros_like(new_residual) if dresidual is None else dresidual
+            all_samples = before.to(all_samples.dtype).index_add(0, norm_samples, all_samples)
+        elif dresidual is not None:
+            all_samples = dresidual + all_samples
     dr = _selected(all_samples, branch_samples)
     scale = branch_scale(dr, gamma, keep)
     # An op's results must not share memory, hence a copy where the branch's gradient is the residual's.
@@ -374,7 +383,7 @@ def triton_forward(
 
 def triton_backward(
     dresidual: Tensor | None,
-    dnormed: Tensor,
+    dnormed: Tensor | None,
     new_residual: Tensor,
     branch: Tensor | None,
     weight: Tensor,
@@ -386,7 +395,11 @@ def triton_backward(
     branch_samples: Tensor | None,
     norm_samples: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """`reference_backward` in one pass over the rows and a sum of the programs' partial sums."""
+    """`reference_backward` in one pass over the rows and a sum of the programs' partial sums. Without `dnormed` there is
+    nothing to normalise, and the reference makes what little is left."""
+    if dnormed is None:
+        passed = new_residual, branch, weight, mean, rstd, gamma, keep, branch_bias, branch_samples, norm_samples
+        return reference_backward(dresidual, None, *passed)
     values = None if gamma is None else branch
     inputs = dresidual, dnormed, new_residual, values, weight, mean, rstd, gamma, keep
     _require(new_residual, dnormed, branch, weight, gamma, keep)
@@ -506,8 +519,9 @@ def _(x, weight, bias, eps, out_dtype):
 
 @OP.registered_backward.register_fake
 def _(dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep, branch_bias, *_):
-    optional = (weight.new_empty(0) if v is None else v.new_empty(v.shape) for v in (gamma, branch_bias))
-    return *(like.new_empty(like.shape) for like in (new_residual, branch, weight, weight)), *optional
+    affine = None if dnormed is None else weight
+    optional = (weight.new_empty(0) if v is None else v.new_empty(v.shape) for v in (affine, affine, gamma, branch_bias))
+    return *(like.new_empty(like.shape) for like in (new_residual, branch)), *optional
 
 
 @PLAIN.registered_backward.register_fake
@@ -531,10 +545,12 @@ def _differentiate(ctx, dresidual, dnormed, *_):
     if branch is None:
         shape, dtype = ctx.branch
         branch = new_residual.new_empty((), dtype=dtype).expand(shape)
-    *grads, dgamma, dbranch_bias = OP.run_backward(ctx, dresidual, dnormed, new_residual, branch, *saved)
+    incoming = dresidual, dnormed
+    dr, dbranch, dweight, dbias, dgamma, dbranch_bias = OP.run_backward(ctx, *incoming, new_residual, branch, *saved)
+    affine = (None, None) if dnormed is None else (dweight, dbias)
     dgamma = None if gamma is None else dgamma
     dbranch_bias = None if branch_bias is None else dbranch_bias
-    return *grads, None, dgamma, None, dbranch_bias, None, None, None
+    return dr, dbranch, *affine, None, dgamma, None, dbranch_bias, None, None, None
 
 
 def _save_plain(ctx, inputs, output):
