@@ -395,8 +395,8 @@ def triton_backward(
     branch_samples: Tensor | None,
     norm_samples: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """`reference_backward` in one pass over the rows and a sum of the programs' partial sums. Without `dnormed` there is
-    nothing to normalise, and the reference makes what little is left."""
+    """`reference_backward` in one pass over the rows and a sum of the programs' partial sums. Without `dnormed` nothing
+    was normalised, and the reference makes what little is left."""
     if dnormed is None:
         passed = new_residual, branch, weight, mean, rstd, gamma, keep, branch_bias, branch_samples, norm_samples
         return reference_backward(dresidual, None, *passed)
@@ -520,8 +520,9 @@ def _(x, weight, bias, eps, out_dtype):
 @OP.registered_backward.register_fake
 def _(dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep, branch_bias, *_):
     affine = None if dnormed is None else weight
-    optional = (weight.new_empty(0) if v is None else v.new_empty(v.shape) for v in (affine, affine, gamma, branch_bias))
-    return *(like.new_empty(like.shape) for like in (new_residual, branch)), *optional
+    optional = affine, affine, gamma, branch_bias
+    nothing_or = (weight.new_empty(0) if like is None else like.new_empty(like.shape) for like in optional)
+    return *(like.new_empty(like.shape) for like in (new_residual, branch)), *nothing_or
 
 
 @PLAIN.registered_backward.register_fake
