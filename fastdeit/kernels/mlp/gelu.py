@@ -99,8 +99,8 @@ _triton.expect(_column_sums_kernel, stores=64)
 def _plan(x: Tensor) -> tuple[tuple[int, int], Tensor, dict[str, int]]:
     """Grid, partial sums and tile for `[rows, width]`."""
     rows, width = x.shape
-    columns = min(_COLUMNS, max(16, triton.next_power_of_2(width)))
-    grid = min(_PROGRAMS, triton.cdiv(rows, _ROWS)), triton.cdiv(width, columns)
+    columns = min(_COLUMNS, max(16, _triton.power_of_two(width)))
+    grid = min(_PROGRAMS, _triton.cdiv(rows, _ROWS)), _triton.cdiv(width, columns)
     partial = torch.empty(grid[0], width, dtype=torch.float32, device=x.device)
     return grid, partial, {"WIDTH": width, "COLUMNS": columns, "ROWS": _ROWS, "warps": 4}
 
