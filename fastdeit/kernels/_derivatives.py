@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def function(name: str, save: Callable, differentiate: Callable) -> type[torch.autograd.Function]:
-    """The `autograd.Function` of (backend, *arguments); `differentiate` returns a tuple."""
+    """The `autograd.Function` of (backend, *arguments)."""
 
     # Without `setup_context`: with one, `apply` asks for the signature of `forward` in every call.
     def forward(ctx: Any, backend: Any, *args: Any) -> Any:
@@ -18,7 +18,8 @@ def function(name: str, save: Callable, differentiate: Callable) -> type[torch.a
         return output
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return None, *differentiate(ctx, *grads)
+        result = differentiate(ctx, *grads)
+        return (None, *result) if isinstance(result, tuple) else (None, result)
 
     body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"fastdeit_{name}", (torch.autograd.Function,), body)

@@ -126,9 +126,9 @@ class Op:
 
     def differentiable(self, save: Callable, differentiate: Callable) -> None:
         """The derivative, for the registered op and for eager mode: `save(ctx, inputs, output)` and
-        `differentiate(ctx, *grads)`, which calls `run_backward` and returns a tuple, as of
-        `torch.library.register_autograd`. It reads `ctx.saved_tensors` once: hooks on saved tensors, such as those of
-        activation checkpointing, may unpack each tensor a single time.
+        `differentiate(ctx, *grads)`, which calls `run_backward`, as of `torch.library.register_autograd`. It reads
+        `ctx.saved_tensors` once: hooks on saved tensors, such as those of activation checkpointing, may unpack each
+        tensor a single time.
 
         The gradient of a result that nobody differentiates is None, and no zeros are made for it. `differentiate` gets
         at least one gradient: where none came, those of all arguments are None, as native autograd has it."""
@@ -142,7 +142,7 @@ class Op:
             ctx.choices = _used.get()
             save_for_gradients(ctx, inputs, output)
 
-        def differentiate_once(ctx: Any, *grads: Tensor | None) -> tuple:
+        def differentiate_once(ctx: Any, *grads: Tensor | None) -> Any:
             _derivatives.check_first_order(self.name)
             for grad in grads:
                 if grad is not None:

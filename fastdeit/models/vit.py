@@ -138,10 +138,12 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.recompute = True
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` -> `[..., dim]`."""
-        return kernels.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        return kernels.mlp(x, *weights, recompute=self.recompute)
 
 
 class Block(nn.Module):
@@ -416,6 +418,11 @@ class VisionTransformer(nn.Module):
         """Keep only the tokens between blocks for backward, and compute each block again there: less memory, a third
         more time, the same result."""
         self._checkpoints = enable
+
+    def set_keep_activations(self, enable: bool = True) -> None:
+        """Keep the hidden activations of the MLPs for backward instead of making them again there."""
+        for block in self.blocks:
+            block.mlp.recompute = not enable
 
     def layers(self) -> list[list[str]]:
         """Names of the parameters by layer, from the embedding to the heads (`models.layers`)."""

@@ -282,6 +282,15 @@ def test_blocks_are_computed_again_where_the_recipe_says_so(student):
         assert len(calls) == 2
 
 
+def test_activations_are_kept_where_the_recipe_says_so(student, monkeypatch):
+    asked = []
+    monkeypatch.setattr("fastdeit.kernels.mlp", lambda x, *_, recompute: asked.append(recompute) or x)
+    for made in (student(), student("engine.keep_activations=true")):
+        made(torch.randn(1, 3, 32, 32))
+    depth = len(asked) // 2
+    assert asked == [True] * depth + [False] * depth
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -290,6 +299,14 @@ def test_blocks_are_computed_again_where_the_recipe_says_so(student):
         (
             ["model.name=convnet_digits", "engine.checkpoint_blocks=true"],
             r"engine.checkpoint_blocks: ConvNet has no set_grad_checkpointing\(enable\)",
+        ),
+        (
+            ["model.name=convnet_digits", "engine.keep_activations=true"],
+            r"engine.keep_activations: ConvNet has no set_keep_activations\(enable\): nothing of it is made again",
+        ),
+        (
+            ["engine.keep_activations=true", "engine.checkpoint_blocks=true"],
+            "engine.keep_activations: engine.checkpoint_blocks computes all activations of a block again",
         ),
         (
             ["model.timm=test_vit", "engine.checkpoint_blocks=true", "engine.capture=graph"],
