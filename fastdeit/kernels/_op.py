@@ -274,10 +274,9 @@ class Op:
             _warn_once(f"{self.name} does not run on {', nor on '.join(refusals)}")
 
     def _eager(self, backend: Backend, args: Sequence[Any]) -> Any:
-        if not torch.is_autocast_enabled(_device(args).type):
-            return self.run_on(backend, *args)
+        args = self.cast(args)
         with _no_autocast():
-            return self.run_on(backend, *self.cast(args))
+            return self.run_on(backend, *args)
 
     def run_on(self, backend: Backend, *args: Any) -> Any:
         """Run on one of the op's backends, whether it was to be chosen or not, without a look at autocast. Where
