@@ -81,6 +81,22 @@ def _arch_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+_SMS = 132
+"""Of the card that launches are recorded for: an H200."""
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors (SMs) of the card, or of the part of it that this process has. The interpreter has one,
+    the card of a recording 132.
+
+    A launch with a whole number of programs for each leaves none idle at its end. Sums that such programs add up have
+    one order on all cards with that number."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if device.type == "cpu" else _SMS
+
+
 @contextmanager
 def recording(arch: int) -> Iterator[Recording]:
     """Inside, kernels are not run: their launches, which may have tensors on the meta device, are recorded."""

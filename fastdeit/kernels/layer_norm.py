@@ -17,8 +17,8 @@ the stream and its gradient pass unchanged.
 
 Bytes moved at best per element of a float32 residual and a 16-bit branch: forward reads 6 and writes 6; backward reads
 10 (and 2 more for dgamma) and writes 6. The Triton backward makes one pass over the rows: each of a fixed number of
-programs adds up its share of the four column sums, and their partial sums are added in a fixed order, so that the
-result does not depend on the card or on timing.
+programs on every SM adds up its share of the four column sums, and their partial sums are added in a fixed order. So
+the result does not depend on timing, and of the card on its number of SMs alone.
 """
 
 from functools import cache, partial
@@ -170,8 +170,8 @@ def reference_backward(
 
 _ELEMENTS = 2048
 """Elements that a program of four warps works on at a time: 16 of each tensor in every thread."""
-_PROGRAMS = 512
-"""Programs, and therefore partial sums, of a backward pass: four on every SM of the largest card."""
+_PROGRAMS = 4
+"""Programs, and therefore partial sums, of a backward pass, on every SM."""
 _WIDEST = 8192
 
 
@@ -418,7 +418,7 @@ def triton_backward(
     rows, tokens = _rows_and_tokens(new_residual)
     batch, *_, width = new_residual.shape
     tile = _tile(width)
-    grid = (min(_triton.cdiv(rows, tile["ROWS"]), _PROGRAMS),)
+    grid = (min(_triton.cdiv(rows, tile["ROWS"]), _PROGRAMS * _triton.processors(dr.device)),)
     sums = 4 if gamma is not None else 3 if branch_bias is not None else 2
     partial = torch.empty(grid[0], sums, width, dtype=torch.float32, device=dr.device)
     slots = _slots(branch_samples, batch), _slots(norm_samples, batch)
