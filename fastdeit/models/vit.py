@@ -203,6 +203,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self._checkpoints = False
+        self._residual: torch.dtype | None = None
         patches = config.grid[0] * config.grid[1]
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
         self.pos_embed = nn.Parameter(torch.empty(1, patches + self.prefix_tokens, config.dim))
@@ -350,7 +351,8 @@ class VisionTransformer(nn.Module):
             patches, positions = kept(patches, keep), positions[0, keep]
         prefix = (self.cls_token, self.dist_token) if self.config.distilled else (self.cls_token,)
         prefix = torch.cat(prefix, 1) + self.pos_embed[:, : self.prefix_tokens]
-        return torch.cat((prefix.expand(len(patches), -1, -1), self.patch_embed(patches) + positions), 1)
+        parts = prefix.expand(len(patches), -1, -1), self.patch_embed(patches) + positions
+        return torch.cat(parts if self._residual is None else [part.to(self._residual) for part in parts], 1)
 
     def _keeps(self, noise: Tensor | None, batch: int) -> Sequence[Tensor | None]:
         """Drop-path factors of all branches: float32 `[B]` each, or None for 1."""
@@ -418,6 +420,11 @@ class VisionTransformer(nn.Module):
         """Keep only the tokens between blocks for backward, and compute each block again there: less memory, a third
         more time, the same result."""
         self._checkpoints = enable
+
+    def set_residual(self, dtype: torch.dtype | None) -> None:
+        """Keep the residual stream between the blocks, and its gradient, in this dtype; None: that of the parameters.
+        LayerNorm computes in float32 all the same."""
+        self._residual = dtype
 
     def set_keep_activations(self, enable: bool = True) -> None:
         """Keep the hidden activations of the MLPs for backward instead of making them again there."""

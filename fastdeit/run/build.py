@@ -217,6 +217,8 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
         _checkpoint_blocks(built, recipe)
     if recipe.engine.keep_activations:
         _keep_activations(built, recipe)
+    if recipe.engine.residual != "fp32":
+        _keep_residual(built, recipe)
     if config.weights is not None:
         with _naming("model.weights"):
             found = open_weights(config.weights)
@@ -259,6 +261,15 @@ def _keep_activations(network: nn.Module, recipe: "Recipe") -> None:
             "made again in backward, so leave it out"
         )
     network.set_keep_activations(True)
+
+
+def _keep_residual(network: nn.Module, recipe: "Recipe") -> None:
+    residual, precision = recipe.engine.residual, recipe.engine.precision
+    if precision != residual:
+        raise UsageError(f"engine.residual {residual}: needs engine.precision {residual}, not {precision}")
+    if not hasattr(network, "set_residual"):
+        raise UsageError(f"engine.residual {residual}: {type(network).__name__} has no set_residual(dtype); use fp32")
+    network.set_residual(DTYPES[residual])
 
 
 @contextmanager
