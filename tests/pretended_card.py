@@ -138,7 +138,7 @@ def pretended_card(capturing: bool = False) -> Iterator[Card]:
         patch.setattr(nn.Module, "to", _moved)
         patch.setattr(Tensor, "data_ptr", lambda self: addresses.setdefault(id(self), (len(addresses) + 1) << 30))
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: ARCH)
-        properties = SimpleNamespace(multi_processor_count=SMS)
+        properties = SimpleNamespace(name="NVIDIA H200", multi_processor_count=SMS)
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
