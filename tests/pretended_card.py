@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 from fastdeit.kernels import _op, _triton
 from fastdeit.kernels.optimizer import _multi_tensor
 
-ARCH = 9, 0
+ARCH, SMS = (9, 0), 132
 _SEEN_BY_CPP = torch.device("meta")
 _MOST_PROGRAMS = 2**31 - 1, 65_535, 65_535
-_CACHES = _triton._arch_of, _op.card, _multi_tensor._reserve
+_CACHES = _triton._arch_of, _triton.processors, _op.card, _multi_tensor._reserve
 _COPIES = {
     torch.ops.aten._to_copy.default: lambda result, x, **options: (x, result, options.get("non_blocking")),
     torch.ops.aten.copy_.default: lambda _, target, source, non_blocking=False: (source, target, non_blocking),
@@ -138,6 +138,8 @@ def pretended_card(capturing: bool = False) -> Iterator[Card]:
         patch.setattr(nn.Module, "to", _moved)
         patch.setattr(Tensor, "data_ptr", lambda self: addresses.setdefault(id(self), (len(addresses) + 1) << 30))
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: ARCH)
+        properties = SimpleNamespace(name="NVIDIA H200", multi_processor_count=SMS)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda device=None: stream)

@@ -305,6 +305,18 @@ _SECOND_PASS = Piece("norm", "backward", "reduction", 1, 4, 4)
 COMPILE_2_9 = replace(COMPILE, name="compile < 2.10", pieces=(*_COMPILE, _SECOND_PASS))
 
 
+def keeping(design: Design) -> Design:
+    """The design with `engine.keep_activations`: backward reads GELU's result instead of making it again."""
+    if not design.ours:
+        return design
+    pieces = tuple(
+        piece._replace(each=piece.each - 1) if (piece.of, piece.phase) == ("hidden", "backward") else piece
+        for piece in design.pieces
+    )
+    channels, hidden = design.kept
+    return replace(design, pieces=pieces, kept=(channels, hidden + 1))
+
+
 def designs(gpu: GPU, precision: str, network: Network) -> list[Design]:
     """Those that differ for the network on that GPU."""
     if network.vit is None:
@@ -354,7 +366,9 @@ def _products(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int, share: 
     for m, n, k, forward, backward in [*plain, *mlp]:
         flops, moved = 2.0 * m * n * k, work.bytes * float(m * k + n * k + m * n)
         yield Op(_kind(vit), "forward", flops, moved + forward, spent=flops * slow if forward else 0)
-        yield Op(_kind(vit), "backward", flops, moved + 2 * backward, spent=flops * slow if backward else 0)
+        # Read is what comes in front of GELU; written is its result, where that is not kept.
+        backward *= 1 + (design.kept[1] == 1)
+        yield Op(_kind(vit), "backward", flops, moved + backward, spent=flops * slow if backward else 0)
         yield Op(_kind(vit), "backward", flops, moved, count=share)
 
 
@@ -586,7 +600,7 @@ def memory(
     if vit is None:
         parts |= {"blocks": [network.saved * a / 4 * batch], "workspace": float(network.widest * a / 4 * batch)}
         return parts
-    wide = (3 if design.ours else 2) * a * vit.hidden
+    wide = (2 + (design.kept[1] == 1)) * a * vit.hidden  # the gradients on both sides of GELU, and its result
     return parts | {
         "embedding": float(a * batch * vit.patches * vit.patch_values) * (trained.still == 0),
         **_kept(vit, work, design, trained),

@@ -57,7 +57,7 @@ def report(
     plans = [
         _plan(trained, machine, design, sharding, measured, (prices or {}).get(machine.gpu.name))
         for machine in machines
-        for design in estimate.designs(machine.gpu, _precision(recipe, machine.gpu), trained.student)
+        for design in _designs(trained, machine)
     ]
     train = recipe.train
     return {
@@ -104,6 +104,12 @@ def _work(trained: Subject, machine: Machine) -> Work:
     micro = recipe.method.passes * recipe.train.batch_size // (machine.count * recipe.train.accumulate)
     precision = _precision(recipe, machine.gpu)
     return Work(micro, precision, recipe.model.drop_path > 0, recipe.optim.ema_decay is not None, trained.trained)
+
+
+def _designs(trained: Subject, machine: Machine) -> list[Design]:
+    recipe = trained.recipe
+    found = estimate.designs(machine.gpu, _precision(recipe, machine.gpu), trained.student)
+    return [estimate.keeping(design) for design in found] if recipe.engine.keep_activations else found
 
 
 def _plan(
@@ -193,6 +199,9 @@ def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: 
         notes.append(trained.assumed)
     if recipe.engine.precision == "bf16" and any(machine.gpu.name == "V100" for machine in machines):
         notes.append("V100 has no bf16: planned there with engine.precision=fp16, which train has to be told")
+    if recipe.engine.residual != "fp32":
+        notes.append("bytes and memory are those of a float32 residual stream; that in 16 bit takes fewer of both")
+    notes += _cost_of_kept_activations(trained, machines[0], sharding)
     if sharding == "fsdp":
         notes.append("train runs ddp; fsdp is what full sharding would change")
     if recipe.train.batch_size > trained.images:
@@ -213,6 +222,22 @@ def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: 
     if recipe.method.use not in methods.METHODS:
         notes.append(f"modules that method {recipe.method.use} owns beside the student are not counted")
     return notes
+
+
+def _cost_of_kept_activations(trained: Subject, machine: Machine, sharding: str) -> list[str]:
+    """What `engine.keep_activations` costs and saves, whether it is on or not."""
+    student, work = trained.student, _work(trained, machine)
+    fused = any(design.name == "fused" for design in _designs(trained, machine))
+    if not fused or trained.recipe.engine.checkpoint_blocks:
+        return []
+    sides = estimate.FUSED, estimate.keeping(estimate.FUSED)
+    options = {"world": machine.count, "sharding": sharding}
+    less, more = (estimate.total(estimate.memory(student, work, design, **options)) / GIB for design in sides)
+    slow, fast = (sum(estimate.step(student, work, design, machine.gpu)) for design in sides)
+    return [
+        f"engine.keep_activations=true takes {more - less:,.2f} GiB of a GPU more, and {1 - fast / slow:.1%} less time "
+        f"for a fused step ({machine.gpu.name}, modelled)"
+    ]
 
 
 # ---- for people ------------------------------------------------------------------------------------------------------

@@ -10,22 +10,18 @@ from torch import Tensor
 def function(name: str, save: Callable, differentiate: Callable) -> type[torch.autograd.Function]:
     """The `autograd.Function` of (backend, *arguments)."""
 
-    def forward(backend: Any, *args: Any) -> Any:
-        return backend.forward(*args)
+    # Without `setup_context`: with one, `apply` asks for the signature of `forward` in every call.
+    def forward(ctx: Any, backend: Any, *args: Any) -> Any:
+        ctx.backend = backend
+        output = backend.forward(*args)
+        save(ctx, args, output)
+        return output
 
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.backend = inputs[0]
-        save(ctx, inputs[1:], output)
-
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         result = differentiate(ctx, *grads)
-        return None, *(result if isinstance(result, tuple) else (result,))
+        return (None, *result) if isinstance(result, tuple) else (None, result)
 
-    body = {
-        "forward": staticmethod(forward),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(backward),
-    }
+    body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"fastdeit_{name}", (torch.autograd.Function,), body)
 
 

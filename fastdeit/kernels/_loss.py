@@ -101,7 +101,7 @@ def binary_cross_entropy(tail, z, target, BINARY: tl.constexpr):
 
 def tile(classes: int) -> dict[str, int]:
     """Classes of a row and how many of them at a time, rows that are added up at a time, and warps."""
-    block = min(_WIDEST, max(16, triton.next_power_of_2(classes)))
+    block = min(_WIDEST, max(16, _triton.power_of_two(classes)))
     return {"K": classes, "BLOCK": block, "ROWS": _ELEMENTS, "warps": max(4, block // _WARP)}
 
 
@@ -162,7 +162,7 @@ def scaled(
     count = first.numel()
     tensors = grad, first_unit, second_unit, first, second
     _triton.launch(
-        _scale_kernel, (triton.cdiv(count, _ELEMENTS),), *tensors, count, BLOCK=_ELEMENTS, warps=_ELEMENTS // _WARP
+        _scale_kernel, (_triton.cdiv(count, _ELEMENTS),), *tensors, count, BLOCK=_ELEMENTS, warps=_ELEMENTS // _WARP
     )
     return first, second
 

@@ -128,18 +128,29 @@ class Op:
         """The derivative, for the registered op and for eager mode: `save(ctx, inputs, output)` and
         `differentiate(ctx, *grads)`, which calls `run_backward`, as of `torch.library.register_autograd`. It reads
         `ctx.saved_tensors` once: hooks on saved tensors, such as those of activation checkpointing, may unpack each
-        tensor a single time."""
+        tensor a single time.
+
+        The gradient of a result that nobody differentiates is None, and no zeros are made for it. `differentiate` gets
+        at least one gradient: where none came, those of all arguments are None, as native autograd has it."""
+        nothing = (None,) * len(self._cast)
+
+        def save_for_gradients(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            save(ctx, inputs, output)
 
         def save_choices(ctx: Any, inputs: tuple, output: Any) -> None:
             ctx.choices = _used.get()
-            save(ctx, inputs, output)
+            save_for_gradients(ctx, inputs, output)
 
-        def differentiate_once(ctx: Any, *grads: Tensor) -> Any:
+        def differentiate_once(ctx: Any, *grads: Tensor | None) -> Any:
             _derivatives.check_first_order(self.name)
-            return differentiate(ctx, *grads)
+            for grad in grads:
+                if grad is not None:
+                    return differentiate(ctx, *grads)
+            return nothing
 
         self.registered.register_autograd(differentiate_once, setup_context=save_choices)
-        self._function = _derivatives.function(self.name, save, differentiate_once)
+        self._function = _derivatives.function(self.name, save_for_gradients, differentiate_once)
 
     def __call__(self, *args: Any) -> Any:
         """Run on the arguments of the reference: directly in eager mode, else as the module's docstring says."""
@@ -207,7 +218,7 @@ class Op:
                 f"the backward of {self.name} on {backend.name} cannot run inside torch.func: call the whole function "
                 "inside it, forward included, which then runs on PyTorch's own operations"
             )
-        with _no_autocast(_device(args)):
+        with _no_autocast():
             return backend.backward(*args)
 
     def select(self, device: torch.device) -> tuple[Backend, str]:
@@ -264,7 +275,7 @@ class Op:
 
     def _eager(self, backend: Backend, args: Sequence[Any]) -> Any:
         args = self.cast(args)
-        with _no_autocast(_device(args)):
+        with _no_autocast():
             return self.run_on(backend, *args)
 
     def run_on(self, backend: Backend, *args: Any) -> Any:
@@ -286,6 +297,8 @@ class Op:
         def run(*args: Any) -> Any:
             refusals = []
             like = args[after_gradient:]
+            while like[0] is None:  # no gradient came for that result
+                like = like[1:]
             for backend, _ in self._able(_device(args), like, trained if role == "forward" else None):
                 if backend.name == INDUCTOR:  # here it is opaque to the compiler; the reference defines the same
                     backend = self.backends[-1]
@@ -308,8 +321,10 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
 
 
 def _first(args: Sequence[Any]) -> Tensor:
-    """The first argument, or the first of its tensors where it is a list."""
+    """The first argument that is there, or the first of its tensors where it is a list."""
     first = args[0]
+    if first is None:  # a gradient that did not come
+        first = next(arg for arg in args if arg is not None)
     return first if isinstance(first, Tensor) else first[0]
 
 
@@ -529,14 +544,9 @@ def _to_autocast(args: Sequence[Any], chosen: Sequence[bool], dtype: torch.dtype
     ]
 
 
-@contextmanager
-def _no_autocast(device: torch.device) -> Iterator[None]:
-    """Autocast off, at no cost where it is off. There is none for the meta device."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
-        yield
+_no_autocast = torch._C._DisableAutocast
+"""A context: inside, autocast is off for every device. `torch.autocast(device, enabled=False)` takes ten times as long,
+which is as much as many a launch."""
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -557,7 +567,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
     """ValueError unless `tensor` has `shape`; `meaning` names the dimensions, such as "[B, K] like `cls`"."""
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != tuple(shape):
         raise ValueError(f"{name} has shape {list(tensor.shape)}, but must be {meaning} = {list(shape)}")
 
 

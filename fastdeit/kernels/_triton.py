@@ -5,7 +5,7 @@ card that need not be there: `lint.py` compiles what it saw.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -81,6 +81,22 @@ def _arch_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+_SMS = 132
+"""Of the card that launches are recorded for: an H200."""
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors (SMs) of the card, or of the part of it that this process has. The interpreter has one,
+    the card of a recording 132.
+
+    A launch with a whole number of programs for each leaves none idle at its end. Sums that such programs add up have
+    one order on all cards with that number."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if device.type == "cpu" else _SMS
+
+
 @contextmanager
 def recording(arch: int) -> Iterator[Recording]:
     """Inside, kernels are not run: their launches, which may have tensors on the meta device, are recorded."""
@@ -104,9 +120,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: i
         arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
         _recording.launches.append(Launch(kernel, grid, arguments, warps, stages))
         return
+    run = kernel[grid]
     device = next(a.device for a in args if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run(*args, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
+    else:
+        run(*args, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
+
+
+def cdiv(amount: int, part: int) -> int:
+    """How many parts cover the amount. On the host `triton.cdiv`, a function of the compiler, takes microseconds."""
+    return -(-amount // part)
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is at least `size`, which is at least 1."""
+    return 1 << (size - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -143,7 +173,5 @@ def require_products(*tensors: Tensor) -> None:
 def require_dtypes(*tensors: Tensor | None) -> None:
     """Triton backends compute in float32: float64 is the reference's."""
     for tensor in tensors:
-        if tensor is not None:
-            require(
-                tensor.dtype in (torch.float32, torch.float16, torch.bfloat16), f"it does not compute in {tensor.dtype}"
-            )
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            raise Unsupported(f"it does not compute in {tensor.dtype}")

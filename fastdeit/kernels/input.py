@@ -404,7 +404,7 @@ def _render(
     images, *plan = (None if t is None else t.contiguous() for t in (images, partner, lam, box, boxes, keys))
     # Runs fill a store of 128 bits where the cells' width and the address of the images let them.
     run = math.gcd(cell[1], 16 // out.element_size(), images.data_ptr())
-    grid = (batch * triton.cdiv(height * width, _PIXELS),)
+    grid = (batch * _triton.cdiv(height * width, _PIXELS),)
     numbers = *(1 / (255 * s) for s in std), *(-m / s for m, s in zip(mean, std, strict=True))
     sizes = {"H": height, "W": width, "CELL_H": cell[0], "CELL_W": cell[1], "PLANE": plane}
     tile = {"RUN": run, "WORD": _WORDS[run], "RUNS": _PIXELS // run}

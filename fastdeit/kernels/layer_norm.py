@@ -17,11 +17,11 @@ the stream and its gradient pass unchanged.
 
 Bytes moved at best per element of a float32 residual and a 16-bit branch: forward reads 6 and writes 6; backward reads
 10 (and 2 more for dgamma) and writes 6. The Triton backward makes one pass over the rows: each of a fixed number of
-programs adds up its share of the four column sums, and their partial sums are added in a fixed order, so that the
-result does not depend on the card or on timing.
+programs on every SM adds up its share of the four column sums, and their partial sums are added in a fixed order. So
+the result does not depend on timing, and of the card on its number of SMs alone.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -76,6 +76,13 @@ def _selected(tensor: Tensor, samples: Tensor | None) -> Tensor:
     return tensor if samples is None else tensor[samples]
 
 
+def _empty_of_selected(tensor: Tensor, samples: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Memory for the selected samples of a dense tensor."""
+    if samples is None:
+        return torch.empty_like(tensor, dtype=dtype)
+    return tensor.new_empty((samples.shape[0], *tensor.shape[1:]), dtype=dtype)
+
+
 def reference(
     residual: Tensor,
     branch: Tensor,
@@ -116,10 +123,10 @@ def native(
 
 
 def reference_backward(
-    dresidual: Tensor,
-    dnormed: Tensor,
+    dresidual: Tensor | None,
+    dnormed: Tensor | None,
     new_residual: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -128,15 +135,26 @@ def reference_backward(
     branch_bias: Tensor | None,
     branch_samples: Tensor | None,
     norm_samples: Tensor | None,
+    branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, branch, weight, bias, gamma and branch_bias (the last two empty where there is none)."""
-    x = _selected(new_residual, norm_samples)
-    dx, dweight, dbias = normalize_backward(dnormed, x, weight, mean, rstd)
-    all_samples = dresidual + dx if norm_samples is None else dresidual.to(dx.dtype).index_add(0, norm_samples, dx)
+    """Gradients of residual, branch, weight, bias, gamma and branch_bias, empty where there is none: the last two
+    without that argument, those of weight and bias without `dnormed`. A None for `dresidual` or `dnormed` is zero. The
+    branch is there with gamma only."""
+    dweight, dbias = weight.new_empty(0), weight.new_empty(0)
+    if dnormed is None:
+        all_samples = dresidual.to(mean.dtype, copy=True)
+    else:
+        x = _selected(new_residual, norm_samples)
+        all_samples, dweight, dbias = normalize_backward(dnormed, x, weight, mean, rstd)
+        if norm_samples is not None:
+            before = torch.zeros_like(new_residual) if dresidual is None else dresidual
+            all_samples = before.to(all_samples.dtype).index_add(0, norm_samples, all_samples)
+        elif dresidual is not None:
+            all_samples = dresidual + all_samples
     dr = _selected(all_samples, branch_samples)
     scale = branch_scale(dr, gamma, keep)
     # An op's results must not share memory, hence a copy where the branch's gradient is the residual's.
-    dbranch = dr.to(branch.dtype, copy=True) if scale is None else (dr * scale).to(branch.dtype)
+    dbranch = dr.to(branch_dtype, copy=True) if scale is None else (dr * scale).to(branch_dtype)
     rows = tuple(range(dr.dim() - 1))
     dgamma = dbranch_bias = weight.new_empty(0)
     if gamma is not None:
@@ -152,8 +170,8 @@ def reference_backward(
 
 _ELEMENTS = 2048
 """Elements that a program of four warps works on at a time: 16 of each tensor in every thread."""
-_PROGRAMS = 512
-"""Programs, and therefore partial sums, of a backward pass: four on every SM of the largest card."""
+_PROGRAMS = 4
+"""Programs, and therefore partial sums, of a backward pass, on every SM."""
 _WIDEST = 8192
 
 
@@ -309,8 +327,9 @@ def _apply_kernel(x, weight, bias, mean, rstd, normed, rows, C: tl.constexpr, BL
     tl.store(normed + row[:, None] * C + column[None, :], y.to(normed.dtype.element_ty), mask=mask)
 
 
+@cache
 def _tile(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
+    block = _triton.power_of_two(width)
     return {"C": width, "BLOCK": block, "ROWS": max(1, _ELEMENTS // block), "warps": max(4, block // 512)}
 
 
@@ -323,22 +342,20 @@ def _slots(samples: Tensor | None, batch: int) -> Tensor | None:
 
 
 def _rows_and_tokens(x: Tensor) -> tuple[int, int]:
-    rows = x.numel() // x.shape[-1] if x.numel() else 0
-    return rows, rows // x.shape[0] if rows else 1
+    numel, shape = x.numel(), x.shape
+    rows = numel // shape[-1] if numel else 0
+    return rows, rows // shape[0] if rows else 1
 
 
 def _require(*tensors: Tensor | None) -> None:
     _triton.require_dtypes(*tensors)
     width = tensors[0].shape[-1]
-    _triton.require(width <= _WIDEST, f"rows of {width} elements do not fit its registers (at most {_WIDEST})")
+    if width > _WIDEST:
+        raise _op.Unsupported(f"rows of {width} elements do not fit its registers (at most {_WIDEST})")
 
 
 def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device) for _ in range(2))
 
 
 def triton_forward(
@@ -359,22 +376,22 @@ def triton_forward(
     _require(*inputs)
     residual, *others = _dense(*inputs)
     new_residual = None if branch is None else torch.empty_like(residual)
-    batch = len(residual)
-    selected = batch if norm_samples is None else len(norm_samples)
-    normed = torch.empty(selected, *residual.shape[1:], dtype=out_dtype, device=residual.device)
-    mean, rstd = _statistics(normed)
+    normed = _empty_of_selected(residual, norm_samples, out_dtype)
+    *shape, width = normed.shape
+    mean = residual.new_empty((*shape, 1), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     rows, tokens = _rows_and_tokens(residual)
-    tile = _tile(residual.shape[-1])
+    batch, tile = residual.shape[0], _tile(width)
     slots = _slots(branch_samples, batch), _slots(norm_samples, batch)
     results = new_residual, normed, mean, rstd
-    grid = (triton.cdiv(rows, tile["ROWS"]),)
+    grid = (_triton.cdiv(rows, tile["ROWS"]),)
     _triton.launch(_forward_kernel, grid, residual, *others, *slots, *results, rows, tokens, eps, **tile)
     return results
 
 
 def triton_backward(
     dresidual: Tensor | None,
-    dnormed: Tensor,
+    dnormed: Tensor | None,
     new_residual: Tensor,
     branch: Tensor | None,
     weight: Tensor,
@@ -385,27 +402,31 @@ def triton_backward(
     branch_bias: Tensor | None,
     branch_samples: Tensor | None,
     norm_samples: Tensor | None,
+    branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """`reference_backward` in one pass over the rows and a sum of the programs' partial sums."""
-    values = None if gamma is None else branch
-    inputs = dresidual, dnormed, new_residual, values, weight, mean, rstd, gamma, keep
+    """`reference_backward` in one pass over the rows and a sum of the programs' partial sums. Without `dnormed` nothing
+    was normalised, and the reference makes what little is left. Without a branch there is no `branch_dtype`."""
+    if dnormed is None:
+        selection = branch_samples, norm_samples, branch_dtype
+        scales = gamma, keep, branch_bias
+        return reference_backward(dresidual, None, new_residual, branch, weight, mean, rstd, *scales, *selection)
+    inputs = dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep
     _require(new_residual, dnormed, branch, weight, gamma, keep)
-    dbranch = None if branch is None else torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     dresidual, dnormed, new_residual, branch, *others = _dense(*inputs)
     dr = torch.empty_like(new_residual)
+    dbranch = None if branch_dtype is None else _empty_of_selected(new_residual, branch_samples, branch_dtype)
     rows, tokens = _rows_and_tokens(new_residual)
-    width, batch = new_residual.shape[-1], len(new_residual)
+    batch, *_, width = new_residual.shape
     tile = _tile(width)
-    grid = (min(triton.cdiv(rows, tile["ROWS"]), _PROGRAMS),)
+    grid = (min(_triton.cdiv(rows, tile["ROWS"]), _PROGRAMS * _triton.processors(dr.device)),)
     sums = 4 if gamma is not None else 3 if branch_bias is not None else 2
     partial = torch.empty(grid[0], sums, width, dtype=torch.float32, device=dr.device)
     slots = _slots(branch_samples, batch), _slots(norm_samples, batch)
     tensors = dresidual, dnormed, new_residual, branch, *others, *slots, dr, dbranch, partial
     _triton.launch(_backward_kernel, grid, *tensors, rows, tokens, SUMS=sums, **tile)
-    dweight, dbias, *rest = partial.sum(0)
-    nothing = weight.new_empty(0)
-    dbranch_bias = rest[0].to(branch_bias.dtype) if branch_bias is not None else nothing
-    dgamma = rest[1].to(gamma.dtype) if gamma is not None else nothing.clone()
+    dweight, dbias, *rest = partial.sum(0).unbind()
+    dbranch_bias = rest[0].to(branch_bias.dtype) if branch_bias is not None else weight.new_empty(0)
+    dgamma = rest[1].to(gamma.dtype) if gamma is not None else weight.new_empty(0)
     return dr, dbranch, dweight.to(weight.dtype), dbias.to(weight.dtype), dgamma, dbranch_bias
 
 
@@ -420,7 +441,7 @@ def plain_triton_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, in their dtypes."""
-    dx, _, dweight, dbias, *_ = triton_backward(None, grad, x, None, weight, mean, rstd, *[None] * 5)
+    dx, _, dweight, dbias, *_ = triton_backward(None, grad, x, None, weight, mean, rstd, *[None] * 6)
     return dx, dweight, dbias
 
 
@@ -430,7 +451,7 @@ def triton_apply(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Te
     normed = torch.empty_like(x, dtype=out_dtype)
     rows, _ = _rows_and_tokens(x)
     tile = _tile(x.shape[-1])
-    grid = (triton.cdiv(rows, tile["ROWS"]),)
+    grid = (_triton.cdiv(rows, tile["ROWS"]),)
     _triton.launch(_apply_kernel, grid, x, weight, bias, mean, rstd, normed, rows, **tile)
     return normed
 
@@ -505,9 +526,14 @@ def _(x, weight, bias, eps, out_dtype):
 
 
 @OP.registered_backward.register_fake
-def _(dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep, branch_bias, *_):
-    optional = (weight.new_empty(0) if v is None else v.new_empty(v.shape) for v in (gamma, branch_bias))
-    return *(like.new_empty(like.shape) for like in (new_residual, branch, weight, weight)), *optional
+def _(dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep, branch_bias, samples, _, dtype):
+    dbranch = new_residual.new_empty(
+        (len(new_residual if samples is None else samples), *new_residual.shape[1:]), dtype=dtype
+    )
+    affine = None if dnormed is None else weight
+    optional = affine, affine, gamma, branch_bias
+    nothing_or = (weight.new_empty(0) if like is None else like.new_empty(like.shape) for like in optional)
+    return new_residual.new_empty(new_residual.shape), dbranch, *nothing_or
 
 
 @PLAIN.registered_backward.register_fake
@@ -519,22 +545,21 @@ def _save(ctx, inputs, output):
     _, branch, weight, _, _, *optional, _ = inputs
     new_residual, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.branch = branch.shape, branch.dtype
-    # Without LayerScale only the shape and dtype of the branch are wanted: no memory is kept for it.
+    ctx.branch_dtype = branch.dtype
+    # Without LayerScale only the dtype of the branch is wanted: no memory is kept for it.
     kept = None if optional[0] is None else branch
     ctx.save_for_backward(new_residual, kept, weight, mean, rstd, *optional)
 
 
 def _differentiate(ctx, dresidual, dnormed, *_):
-    new_residual, branch, *saved = ctx.saved_tensors
+    saved = ctx.saved_tensors
     *_, gamma, _, branch_bias, _, _ = saved
-    if branch is None:
-        shape, dtype = ctx.branch
-        branch = new_residual.new_empty((), dtype=dtype).expand(shape)
-    *grads, dgamma, dbranch_bias = OP.run_backward(ctx, dresidual, dnormed, new_residual, branch, *saved)
+    grads = OP.run_backward(ctx, dresidual, dnormed, *saved, ctx.branch_dtype)
+    dr, dbranch, dweight, dbias, dgamma, dbranch_bias = grads
+    affine = (None, None) if dnormed is None else (dweight, dbias)
     dgamma = None if gamma is None else dgamma
     dbranch_bias = None if branch_bias is None else dbranch_bias
-    return *grads, None, dgamma, None, dbranch_bias, None, None, None
+    return dr, dbranch, *affine, None, dgamma, None, dbranch_bias, None, None, None
 
 
 def _save_plain(ctx, inputs, output):
@@ -614,8 +639,7 @@ def _check(
     norm_samples: Tensor | None,
 ) -> None:
     _op.check_floating("residual", residual)
-    vectors = {"weight": weight, "bias": bias, "gamma": gamma, "branch_bias": branch_bias}
-    for name, vector in vectors.items():
+    for name, vector in (("weight", weight), ("bias", bias), ("gamma", gamma), ("branch_bias", branch_bias)):
         if vector is not None:
             _op.check_shape(name, vector, residual.shape[-1:], "[C], C the last dimension of residual,")
             _op.check_device(name, vector, residual, "residual")

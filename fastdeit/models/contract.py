@@ -31,9 +31,10 @@ class Model(Protocol):
     Its `state_dict` is all that a checkpoint keeps of it. In eval mode its result is a function of the parameters, the
     buffers and the input alone.
 
-    Two methods are optional, and a recipe that needs one is refused where it is missing: `layers()` (see
-    `models.layers`), and `set_grad_checkpointing(enable)`, which computes activations again in backward instead of
-    keeping them.
+    Four methods are optional, and a recipe that needs one is refused where it is missing: `layers()` (see
+    `models.layers`), `set_grad_checkpointing(enable)`, which computes activations again in backward instead of keeping
+    them, `set_keep_activations(enable)`, which keeps those that the kernels would make again, and
+    `set_residual(dtype)`, the dtype of the residual stream.
     """
 
     noise_per_sample: int

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdeit import kernels
-from fastdeit.models.blocks import Block, ParallelBlock, Stream
+from fastdeit.models.blocks import Block, Mlp, ParallelBlock, Stream
 from fastdeit.models.config import ViTConfig
 from fastdeit.models.contract import ImageSize, Logits, Owner, TokenMaps, refuse_patches, split_decay
 from fastdeit.models.init import SCHEMES
@@ -40,6 +40,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self._checkpoints = False
+        self._residual: torch.dtype | None = None
         patches, dim = config.grid[0] * config.grid[1], config.dim
         if config.class_token:
             self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -213,11 +214,12 @@ class VisionTransformer(nn.Module):
             patches = self.patch_embed(kept(x, keep)) if self.patch_size else kept(self.patch_embed(x), keep)
             patches = patches + positions[0, keep]
         if not self.config.class_token:
-            return patches
+            return patches if self._residual is None else patches.to(self._residual)
         prefix = torch.cat((self.cls_token, self.dist_token), 1) if self.config.distilled else self.cls_token
         if self.prefix_positions:
             prefix = prefix + self.pos_embed[:, : self.prefix_positions]
-        return torch.cat((prefix.expand(len(patches), -1, -1), patches), 1)
+        parts = prefix.expand(len(patches), -1, -1), patches
+        return torch.cat(parts if self._residual is None else [part.to(self._residual) for part in parts], 1)
 
     def _keeps(self, noise: Tensor | None, batch: int) -> Keeps:
         """Drop-path factors of the branches of each block: float32 `[B]` each, or None for 1."""
@@ -273,6 +275,17 @@ class VisionTransformer(nn.Module):
         """Keep only the tokens between blocks for backward, and compute each block again there: less memory, a third
         more time, the same result."""
         self._checkpoints = enable
+
+    def set_residual(self, dtype: torch.dtype | None) -> None:
+        """Keep the residual stream between the blocks, and its gradient, in this dtype; None: that of the parameters.
+        LayerNorm computes in float32 all the same."""
+        self._residual = dtype
+
+    def set_keep_activations(self, enable: bool = True) -> None:
+        """Keep the hidden activations of the MLPs for backward instead of making them again there."""
+        for module in self.blocks.modules():
+            if isinstance(module, Mlp):
+                module.recompute = not enable
 
     def layers(self) -> list[list[str]]:
         """Names of the parameters by layer, from the embedding to the heads (`models.layers`)."""

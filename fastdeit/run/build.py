@@ -230,6 +230,10 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
         raise UsageError(f"model: {error}") from error
     if recipe.engine.checkpoint_blocks:
         _checkpoint_blocks(built, recipe)
+    if recipe.engine.keep_activations:
+        _keep_activations(built, recipe)
+    if recipe.engine.residual != "fp32":
+        _keep_residual(built, recipe)
     if config.weights is not None:
         with _naming("model.weights"):
             found = open_weights(config.weights)
@@ -259,6 +263,28 @@ def _checkpoint_blocks(network: nn.Module, recipe: "Recipe") -> None:
         network.set_grad_checkpointing(True)
     except ValueError as error:
         raise UsageError(f"engine.checkpoint_blocks: {error}") from error
+
+
+def _keep_activations(network: nn.Module, recipe: "Recipe") -> None:
+    if recipe.engine.checkpoint_blocks:
+        raise UsageError(
+            "engine.keep_activations: engine.checkpoint_blocks computes all activations of a block again; choose one"
+        )
+    if not hasattr(network, "set_keep_activations"):
+        raise UsageError(
+            f"engine.keep_activations: {type(network).__name__} has no set_keep_activations(enable): nothing of it is "
+            "made again in backward, so leave it out"
+        )
+    network.set_keep_activations(True)
+
+
+def _keep_residual(network: nn.Module, recipe: "Recipe") -> None:
+    residual, precision = recipe.engine.residual, recipe.engine.precision
+    if precision != residual:
+        raise UsageError(f"engine.residual {residual}: needs engine.precision {residual}, not {precision}")
+    if not hasattr(network, "set_residual"):
+        raise UsageError(f"engine.residual {residual}: {type(network).__name__} has no set_residual(dtype); use fp32")
+    network.set_residual(DTYPES[residual])
 
 
 @contextmanager

@@ -173,6 +173,17 @@ def test_more_gpus_take_less_time_and_communicate(plan):
     assert sixteen["communication"]["seconds"] > eight["communication"]["seconds"] > 0
 
 
+def test_kept_activations_are_said_to_cost_memory(plan):
+    without, kept = (plan(*TINY, f"engine.keep_activations={on}") for on in ("false", "true"))
+    said = [note for note in kept["notes"] if note.startswith("engine.keep_activations=true takes ")]
+    assert said == [note for note in without["notes"] if note.startswith("engine.keep")]
+    more = (fused(kept)["memory"]["total"] - fused(without)["memory"]["total"]) / 2**30
+    assert f"takes {more:,.2f} GiB of a GPU more" in said[0]
+    assert more > 0
+    assert fused(kept)["step"]["seconds"] < fused(without)["step"]["seconds"]
+    assert not any("keep_activations" in note for note in plan(*TINY, "engine.checkpoint_blocks=true")["notes"])
+
+
 def test_fsdp_is_said_to_be_hypothetical(plan):
     found = plan(*TINY, "--sharding", "fsdp")
     assert found["run"]["sharding"] == "fsdp"

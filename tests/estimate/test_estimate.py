@@ -16,7 +16,7 @@ from fastdeit import kernels, models
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
-from fastdeit.estimate import gpus, report
+from fastdeit.estimate import gpus, subject
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import GPUS
@@ -261,6 +261,17 @@ def test_gelu_is_made_again_as_the_mlp_does_by_default():
     assert FUSED.kept[1] == EPILOGUE.kept[1] == 2 - recomputed
 
 
+@pytest.mark.parametrize("design", [FUSED, EPILOGUE])
+def test_kept_activations_take_memory_and_save_bytes(design):
+    """One more of the MLP's hidden values is kept, and one fewer written, in every block."""
+    kept, work = estimate.keeping(design), Work(256)
+    rows = 256 * sum(BASE.vit.rows) * BASE.vit.hidden * work.bytes
+    memory = [sum(estimate.blocks_saved(BASE.vit, work, side)) for side in (design, kept)]
+    moved = [sum(op.bytes * op.count for op in estimate.ops(BASE, work, side, GPUS["A100"])) for side in (design, kept)]
+    assert memory[1] - memory[0] == moved[0] - moved[1] == rows
+    assert estimate.keeping(EAGER) is EAGER
+
+
 def test_designs_that_cannot_run_are_not_offered():
     def names(gpu, precision="bf16", network=BASE):
         return [design.name for design in estimate.designs(GPUS[gpu], precision, network)]
@@ -280,9 +291,10 @@ def test_other_networks_follow_their_flops():
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def saved_bytes(backend, batch, depth):
+def saved_bytes(backend, batch, depth, keep_activations=False):
     """Bytes that torch keeps for the backward of a small model in bf16, weights left out."""
     model = models.build("deit_tiny_distilled_patch16_224", image_size=64, depth=depth, drop_path=0.1)
+    model.set_keep_activations(keep_activations)
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept = {}
 
@@ -300,12 +312,14 @@ def saved_bytes(backend, batch, depth):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize(("design", "backend"), [("eager", "auto"), ("fused", "reference")])
-def test_blocks_keep_what_torch_keeps(design, backend):
+@pytest.mark.parametrize(
+    ("design", "backend", "keep"), [(EAGER, "auto", False), (FUSED, "reference", False), (FUSED, "reference", True)]
+)
+def test_blocks_keep_what_torch_keeps(design, backend, keep):
     """The registered references keep what the fused kernels keep. Differences leave copies of weights out."""
-    two, three = (saved_bytes(backend, 3, depth) - saved_bytes(backend, 2, depth) for depth in (2, 3))
+    two, three = (saved_bytes(backend, 3, depth, keep) - saved_bytes(backend, 2, depth, keep) for depth in (2, 3))
     vit = ViT(16, 2, 768, 192, 3, 3, 768, 1000)
-    full, _, last = estimate.blocks_saved(vit, Work(1), DESIGNS[design])
+    full, _, last = estimate.blocks_saved(vit, Work(1), estimate.keeping(design) if keep else design)
     assert full == pytest.approx(three - two, rel=0.01)
     patches = 2 * 16 * 768
     assert full + last + patches == pytest.approx(two, rel=0.05)

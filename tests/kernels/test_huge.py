@@ -46,11 +46,14 @@ def test_attention_far_into_a_sample(far, tokens):
     def placed(q, kv):
         strides = rows * STRIDE, STRIDE, 1
         q, kv = (sparse(q, strides), kv) if far == "queries" else (q, sparse(kv, strides))
-        return Operands.of(q, kv, 1, 0.25)
+        return Operands(q, *kv.chunk(2, -1), 1, 0.25)
 
     results = []
     for operands, gradients in (
-        (Operands.of(q, kv, 1, 0.25), Operands.of(torch.zeros_like(q), torch.zeros_like(kv), 1, 0.25)),
+        (
+            Operands(q, *kv.chunk(2, -1), 1, 0.25),
+            Operands(torch.zeros_like(q), *torch.zeros_like(kv).chunk(2, -1), 1, 0.25),
+        ),
         (placed(q, kv), placed(torch.zeros_like(q), torch.zeros_like(kv))),
     ):
         out, lse = forward.forward(operands)

@@ -1,5 +1,8 @@
 """add_layer_norm in Triton: every combination of what it fuses, any shape, any incoming gradient."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +10,10 @@ from hypothesis import strategies as st
 
 from fastdeit import kernels
 from fastdeit.kernels import layer_norm
+from fastdeit.kernels._example import SMALL, Maker
+from fastdeit.kernels.mlp import gelu
 from tests.kernels.proof import few, layouts, normal, prove, repeated
+from tests.pretended_card import pretended_card
 
 WIDTHS = 1, 24, 100, 192
 
@@ -101,6 +107,21 @@ def test_more_rows_than_a_pass_has_programs(device, monkeypatch):
     rows = 3 * 7
     assert rows / layer_norm._tile(768)["ROWS"] > 2 * 4
     prove(kernels.add_layer_norm, arguments(device, torch.float32, 3, rows // 3, 768))
+
+
+@pytest.mark.parametrize(("sms", "programs"), [(108, 432), (132, 528)])
+def test_programs_of_a_backward_fill_the_card(sms, programs, monkeypatch):
+    """A whole number of them on every SM: a last wave of a few would take as long as a full one."""
+    with pretended_card() as card:
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=sms)
+        )
+        args = layer_norm.OP.examples[0].build(Maker(replace(SMALL, batch=64), torch.bfloat16, torch.device("cuda", 0)))
+        _, normed, _, _ = layer_norm.OP.run_on(layer_norm._TRITON, *args)
+        normed.backward(torch.empty_like(normed))
+    grids = {kernel.fn.__name__: grid for kernel, grid, _ in card.launches}
+    assert grids["_backward_kernel"] == (programs,)
+    assert gelu._plan(torch.empty(4096, 768, device="meta"))[0] == (2 * 132, 2)
 
 
 def test_no_rows(device):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastdeit import kernels
+from fastdeit.kernels import _op
 from tests.kernels.examples import differentiable, every_example, few, leaves
 
 B, N, C, H, F, K = 2, 5, 8, 2, 12, 7
@@ -330,3 +331,29 @@ def test_imports_nothing_else_of_fastdeit():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['fastdeit.version']"  # of the package itself, which imports nothing
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", [name for name, op in _op.OPS.items() if any(op._cast)])
+def test_a_backend_in_eager_mode_gets_the_autocast_dtype_and_no_autocast(name, trained, monkeypatch):
+    op, seen = _op.OPS[name], []
+    reference = op.backends[-1]
+
+    def forward(*args):
+        dtypes = {a.dtype for a, cast in zip(args, op._cast, strict=True) if cast and isinstance(a, torch.Tensor)}
+        seen.append((dtypes, torch.is_autocast_enabled("cpu")))
+        return reference.forward(*args)
+
+    def backward(*args):
+        seen.append(({torch.bfloat16}, torch.is_autocast_enabled("cpu")))
+        return reference.backward(*args)
+
+    other = _op.Backend("other", lambda device, forced: (True, ""), forward, backward)
+    monkeypatch.setattr(op, "backends", (other, reference))
+    args = few(op.examples[0])
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(trained):
+        results = op(*args)
+        if trained:
+            sum(t.float().sum() for t in differentiable(results)).backward()
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [({torch.bfloat16}, False)] * (1 + trained)

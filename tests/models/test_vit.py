@@ -140,6 +140,30 @@ def test_blocks_that_are_computed_again_change_no_bit(options):
     assert runs == dict.fromkeys(range(4), 1)
 
 
+def test_a_residual_stream_in_16_bit_is_as_good_as_products_in_16_bit():
+    """Each output and gradient is at most twice as far from float64 as with the stream in float32."""
+    vit, x = model(), images(32)
+
+    def outcome(network, x):
+        logits = network(x)
+        return [
+            *logits,
+            *torch.autograd.grad(sum(part.float().square().sum() for part in logits), network.parameters()),
+        ]
+
+    exact = outcome(model().double(), x.double())
+    errors = []
+    for dtype in (None, torch.bfloat16):
+        vit.set_residual(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert vit.tokens(x, stop=4).dtype == (dtype or torch.float32)
+            errors.append(
+                [(mine.double() - theirs).norm() for mine, theirs in zip(outcome(vit, x), exact, strict=True)]
+            )
+    assert errors[0] != errors[1]
+    assert all(rounded <= 2 * error for error, rounded in zip(*errors, strict=True))
+
+
 def test_drop_path_gradients_skip_dropped_branches():
     vit = model(drop_path=0.5).train()
     noise = torch.ones(2, 8)

@@ -307,6 +307,21 @@ def test_blocks_are_computed_again_where_the_recipe_says_so(student):
         assert len(calls) == 2
 
 
+def test_the_residual_stream_has_the_type_of_the_recipe(student):
+    for words, dtype in (((), torch.float32), (("engine.precision=bf16", "engine.residual=bf16"), torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert student(*words).tokens(torch.randn(1, 3, 32, 32), stop=1).dtype == dtype
+
+
+def test_activations_are_kept_where_the_recipe_says_so(student, monkeypatch):
+    asked = []
+    monkeypatch.setattr("fastdeit.kernels.mlp", lambda x, *_, recompute: asked.append(recompute) or x)
+    for made in (student(), student("engine.keep_activations=true")):
+        made(torch.randn(1, 3, 32, 32))
+    depth = len(asked) // 2
+    assert asked == [True] * depth + [False] * depth
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -315,6 +330,22 @@ def test_blocks_are_computed_again_where_the_recipe_says_so(student):
         (
             ["model.name=convnet_digits", "engine.checkpoint_blocks=true"],
             r"engine.checkpoint_blocks: ConvNet has no set_grad_checkpointing\(enable\)",
+        ),
+        (
+            ["model.name=convnet_digits", "engine.keep_activations=true"],
+            r"engine.keep_activations: ConvNet has no set_keep_activations\(enable\): nothing of it is made again",
+        ),
+        (
+            ["engine.residual=bf16"],
+            "engine.residual bf16: needs engine.precision bf16, not fp32",
+        ),
+        (
+            ["model.name=convnet_digits", "engine.residual=bf16", "engine.precision=bf16"],
+            r"engine.residual bf16: ConvNet has no set_residual\(dtype\); use fp32",
+        ),
+        (
+            ["engine.keep_activations=true", "engine.checkpoint_blocks=true"],
+            "engine.keep_activations: engine.checkpoint_blocks computes all activations of a block again",
         ),
         (
             ["model.timm=test_vit", "engine.checkpoint_blocks=true", "engine.capture=graph"],

@@ -132,8 +132,7 @@ def backward(
     grad: Tensor, operands: Operands, out: Tensor, lse: Tensor, gradients: Operands, *, sums: bool
 ) -> tuple[Tensor, Tensor] | None:
     """Fill the gradients; with `sums`, return float32 column sums of dq `[H*d]` and of dk and dv `[2*H*d]`."""
-    operands.check()
-    q, tile = operands.q, operands.constants
+    q, tile = operands.q, operands.check()
     batch, queries, width = q.shape
     tokens, step = operands.k.shape[1], tile["ROWS"]
     grad = grad.contiguous()
@@ -141,11 +140,11 @@ def backward(
     query_grid, key_grid = operands.grid(queries, step), operands.grid(tokens, step)
     query_sums = key_sums = None
     if sums:
-        query_blocks, key_blocks = triton.cdiv(queries, step), triton.cdiv(tokens, step)
+        query_blocks, key_blocks = _triton.cdiv(queries, step), _triton.cdiv(tokens, step)
         query_sums = torch.empty(batch * query_blocks, width, dtype=torch.float32, device=q.device)
         key_sums = torch.empty(batch * key_blocks, 2 * width, dtype=torch.float32, device=q.device)
     inputs = q, operands.k, operands.v
-    constants = tile | {"KEYS": step, "warps": 4 if tile["BLOCK"] <= 64 and q.element_size() == 2 else 8}
+    constants = tile | {"KEYS": step, "warps": 4 if tile["BLOCK"] <= 64 and q.itemsize == 2 else 8}
     tensors = *inputs, out, grad, lse, delta, gradients.q, query_sums
     _triton.launch(_query_gradient_kernel, query_grid, *tensors, *operands.sizes, **constants)
     tensors = *inputs, grad, lse, delta, gradients.k, gradients.v, key_sums

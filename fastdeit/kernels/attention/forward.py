@@ -138,8 +138,7 @@ _triton.expect(_online_kernel, products=True)
 
 def forward(operands: Operands) -> tuple[Tensor, Tensor]:
     """(out `[B, M, H*d]` in q's dtype, lse float32 `[B, H, M]`) in one launch; `Unsupported` as of `Operands.check`."""
-    operands.check()
-    q, tile = operands.q, operands.constants
+    q, tile = operands.q, operands.check()
     batch, queries, width = q.shape
     tokens = operands.k.shape[1]
     out = torch.empty(batch, queries, width, dtype=q.dtype, device=q.device)
@@ -148,9 +147,9 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor]:
     grid = operands.grid(queries, tile["ROWS"])
     warps = 4 if tile["BLOCK"] <= 64 else 8
     one_pass = _ONE_PASS if _triton.arch(q.device) >= 90 else _ONE_PASS_BEFORE_HOPPER
-    if tokens <= one_pass and q.element_size() == 2:
+    if tokens <= one_pass and q.itemsize == 2:
         first, second, third = chunks(tokens)
-        blocks = triton.cdiv(queries, tile["ROWS"])
+        blocks = _triton.cdiv(queries, tile["ROWS"])
         constants = tile | {"FIRST": first, "SECOND": second, "THIRD": third, "BLOCKS": blocks}
         _triton.launch(_one_pass_kernel, grid, *tensors, *operands.sizes, warps=warps, **constants)
     else:

@@ -161,7 +161,7 @@ def backward(
     width = packed // (3 * num_heads)
     dqkv = torch.empty_like(qkv)
     partial = torch.empty(batch, packed, dtype=torch.float32, device=qkv.device) if sums else None
-    block = max(32, triton.next_power_of_2(width))
+    block = max(32, _triton.power_of_two(width))
     first, second, third = chunks(tokens)
     constants = {"TOKENS": tokens, "HEADS": num_heads, "WIDTH": width, "BLOCK": block, "ROWS": block // 2}
     constants |= {"FIRST": first, "SECOND": second, "THIRD": third}

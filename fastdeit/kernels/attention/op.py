@@ -114,8 +114,11 @@ def query_reference_backward(
 
 
 def _operands(qkv: Tensor, num_heads: int, scale: float) -> Operands:
-    width = qkv.shape[2] // 3
-    return Operands.of(qkv[..., :width], qkv[..., width:], num_heads, scale)
+    return Operands(*qkv.split(qkv.shape[2] // 3, 2), num_heads, scale)
+
+
+def _query_operands(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Operands:
+    return Operands(q, *kv.split(kv.shape[2] // 2, 2), num_heads, scale)
 
 
 def triton_forward(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -150,7 +153,7 @@ def fused_backward(
 
 def query_triton_forward(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     """`query_reference` in one launch."""
-    return forward.forward(Operands.of(q.contiguous(), kv.contiguous(), num_heads, scale))
+    return forward.forward(_query_operands(q.contiguous(), kv.contiguous(), num_heads, scale))
 
 
 def query_triton_backward(
@@ -159,7 +162,7 @@ def query_triton_backward(
     """`query_reference_backward` in two launches."""
     q, kv = q.contiguous(), kv.contiguous()
     dq, dkv = torch.empty_like(q), torch.empty_like(kv)
-    operands, gradients = (Operands.of(a, b, num_heads, scale) for a, b in ((q, kv), (dq, dkv)))
+    operands, gradients = (_query_operands(a, b, num_heads, scale) for a, b in ((q, kv), (dq, dkv)))
     backward.backward(grad, operands, out, lse, gradients, sums=False)
     return dq, dkv
 

@@ -1,14 +1,15 @@
 """What the Triton kernels of attention share: loads and stores of a head's rows, products, and how a launch addresses
 packed tensors."""
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _triton
+from fastdeit.kernels._op import Unsupported
 
 ROWS = 64
 """Queries of a program, and keys of a step of a loop: the smallest tile of the tensor cores of sm_90."""
@@ -81,21 +82,14 @@ def chunks(tokens: int) -> tuple[int, int, int]:
     return min(covers, key=lambda cover: (sum(cover), sum(size > 0 for size in cover)))
 
 
-@dataclass(frozen=True)
-class Operands:
-    """q, k and v as the kernels address them: pointers into packed tensors, and strides."""
+class Operands(NamedTuple):
+    """q `[B, M, H*d]`, k and v `[B, N, H*d]` as the kernels address them: slices of packed tensors, and strides."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     num_heads: int
     scale: float
-
-    @staticmethod
-    def of(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> "Operands":
-        """q `[B, M, H*d]` and kv `[B, N, 2*H*d]`, which may be slices of one qkv."""
-        width = kv.shape[2] // 2
-        return Operands(q, kv[..., :width], kv[..., width:], num_heads, scale)
 
     @property
     def width(self) -> int:
@@ -105,27 +99,34 @@ class Operands:
     @property
     def sizes(self) -> tuple[int | float, ...]:
         """Run-time numbers of a launch: queries, keys, the scale, and strides of q and k by sample and by token."""
-        strides = *self.q.stride()[:2], *self.k.stride()[:2]
-        return self.q.shape[1], self.k.shape[1], self.scale, *strides
+        (q_batch, q_row, _), (k_batch, k_row, _) = self.q.stride(), self.k.stride()
+        return self.q.shape[1], self.k.shape[1], self.scale, q_batch, q_row, k_batch, k_row
 
     @property
     def constants(self) -> dict[str, int]:
         """Constants of a launch. float32 has no tensor cores here and twice the bytes: smaller tiles."""
-        rows = ROWS if self.q.element_size() == 2 else ROWS // 2
-        block = max(16, triton.next_power_of_2(self.width))
-        return {"HEADS": self.num_heads, "WIDTH": self.width, "BLOCK": block, "ROWS": rows}
+        width = self.width
+        rows = ROWS if self.q.itemsize == 2 else ROWS // 2
+        block = max(16, _triton.power_of_two(width))
+        return {"HEADS": self.num_heads, "WIDTH": width, "BLOCK": block, "ROWS": rows}
 
     def grid(self, rows: int, step: int) -> tuple[int]:
         """Of one program for each `step` of the `rows` of each head: one dimension, which alone holds enough."""
-        return (triton.cdiv(rows, step) * len(self.q) * self.num_heads,)
+        return (_triton.cdiv(rows, step) * self.q.shape[0] * self.num_heads,)
 
-    def check(self) -> None:
-        """`Unsupported` for dtypes, widths, sizes and numbers of heads that the kernels do not take."""
-        _triton.require_dtypes(self.q, self.k)
-        _triton.require_products(self.q)
-        _triton.require(self.q.dtype == self.k.dtype, f"q is {self.q.dtype}, but kv is {self.k.dtype}")
-        _triton.require(self.width <= WIDEST_HEAD, f"heads are {self.width} wide, at most {WIDEST_HEAD} fit")
-        empty = 0 in self.q.shape or 0 in self.k.shape
-        _triton.require(not empty, f"q {list(self.q.shape)} or keys {list(self.k.shape)} are empty")
-        (programs,) = self.grid(max(self.q.shape[1], self.k.shape[1]), self.constants["ROWS"])
-        _triton.require(programs <= MOST_PROGRAMS, f"{programs} programs, at most {MOST_PROGRAMS} fit a launch")
+    def check(self) -> dict[str, int]:
+        """The constants. `Unsupported` for dtypes, widths, sizes and numbers of heads that the kernels do not take."""
+        q, k = self.q, self.k
+        _triton.require_dtypes(q, k)
+        _triton.require_products(q)
+        if q.dtype != k.dtype:
+            raise Unsupported(f"q is {q.dtype}, but kv is {k.dtype}")
+        constants = self.constants
+        if constants["WIDTH"] > WIDEST_HEAD:
+            raise Unsupported(f"heads are {self.width} wide, at most {WIDEST_HEAD} fit")
+        if 0 in q.shape or 0 in k.shape:
+            raise Unsupported(f"q {list(q.shape)} or keys {list(k.shape)} are empty")
+        (programs,) = self.grid(max(q.shape[1], k.shape[1]), constants["ROWS"])
+        if programs > MOST_PROGRAMS:
+            raise Unsupported(f"{programs} programs, at most {MOST_PROGRAMS} fit a launch")
+        return constants

@@ -8,7 +8,8 @@ would make these kernels wait for arithmetic instead of memory. P is the minimax
 P(4.4**2) fixed so that Phi reaches 0 and 1. float32 results use erf.
 
 Both kernels read every element once: in 16 bit `backward` reads 4 bytes and writes 2 (4 with `act`), `column_sums`
-reads 2. A fixed number of programs for each column block adds up rows; their partial sums are added in a fixed order.
+reads 2. A fixed number of programs on every SM for each column block adds up rows; their partial sums are added in a
+fixed order, which depends on the card's number of SMs alone.
 """
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from fastdeit.kernels import _triton
 
-_PROGRAMS = 256
-"""Programs of a column block, and therefore partial sums: with the 2 to 6 blocks of DeiT, four on every SM."""
+_PROGRAMS = 2
+"""Programs of a column block, and therefore partial sums, on every SM: with the 2 to 6 blocks of DeiT, four or more."""
 _COLUMNS, _ROWS = 512, 4
 """Tile of four warps: every thread holds two times 8 neighbouring 16-bit elements of a tensor."""
 
@@ -99,8 +100,9 @@ _triton.expect(_column_sums_kernel, stores=64)
 def _plan(x: Tensor) -> tuple[tuple[int, int], Tensor, dict[str, int]]:
     """Grid, partial sums and tile for `[rows, width]`."""
     rows, width = x.shape
-    columns = min(_COLUMNS, max(16, triton.next_power_of_2(width)))
-    grid = min(_PROGRAMS, triton.cdiv(rows, _ROWS)), triton.cdiv(width, columns)
+    columns = min(_COLUMNS, max(16, _triton.power_of_two(width)))
+    programs = _PROGRAMS * _triton.processors(x.device)
+    grid = min(programs, _triton.cdiv(rows, _ROWS)), _triton.cdiv(width, columns)
     partial = torch.empty(grid[0], width, dtype=torch.float32, device=x.device)
     return grid, partial, {"WIDTH": width, "COLUMNS": columns, "ROWS": _ROWS, "warps": 4}
 

@@ -142,7 +142,7 @@ def product_gelu(x: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
     pre = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     act = torch.empty_like(pre)
     tiles = _tiles(x.device, warps=4)
-    grid = (triton.cdiv(rows, tiles["ROWS"]) * triton.cdiv(width, tiles["COLUMNS"]),)
+    grid = (_triton.cdiv(rows, tiles["ROWS"]) * _triton.cdiv(width, tiles["COLUMNS"]),)
     _triton.launch(_product_gelu_kernel, grid, x, w1, b1, pre, act, rows, DEPTH=depth, WIDTH=width, **tiles)
     return pre, act
 
@@ -155,9 +155,9 @@ def product_gelu_backward(dout: Tensor, w2: Tensor, pre: Tensor, *, act: bool) -
     dpre = torch.empty_like(pre)
     value = torch.empty_like(pre) if act else None
     tiles = _tiles(dout.device, warps=8)
-    blocks = triton.cdiv(rows, tiles["ROWS"])
+    blocks = _triton.cdiv(rows, tiles["ROWS"])
     partial = torch.empty(blocks, width, dtype=torch.float32, device=dout.device)
-    grid = (blocks * triton.cdiv(width, tiles["COLUMNS"]),)
+    grid = (blocks * _triton.cdiv(width, tiles["COLUMNS"]),)
     tensors = dout, w2, pre, dpre, value, partial
     _triton.launch(_product_gelu_backward_kernel, grid, *tensors, rows, DEPTH=depth, WIDTH=width, **tiles)
     return dpre, value, partial.sum(0)

@@ -111,7 +111,7 @@ def _part(kind: tuple, columns: Sequence[Sequence[int]], places: Sequence[int | 
     aligned, *dtypes = kind
     sizes, *addresses = columns
     *starts, chunks = accumulate((-(-size // CHUNK) for size in sizes), initial=0)
-    padded = triton.next_power_of_2(len(sizes))
+    padded = _triton.power_of_two(len(sizes))
     starts += [chunks] * (padded - len(starts))
     size_row, start_row, *rows = _rows([sizes, starts, *addresses], device)
     return Lists(
