@@ -4,6 +4,7 @@ packed tensors."""
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,6 +59,16 @@ def logits(q, keys, column, tokens, scale, RAGGED: tl.constexpr):
 
 
 @triton.jit
+def visible(key_mask, batch, first, column, tokens):
+    """Which of the keys from `first` on take part: those that exist, and where there is a mask, are not 0 in it."""
+    there = column < tokens - first
+    if key_mask is not None:
+        at = batch * tokens + first + column
+        there = tl.load(key_mask + at, mask=there, other=0) != 0
+    return there
+
+
+@triton.jit
 def of_head(q, k, v, q_batch, k_batch, blocks, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """The pointers moved to this program's head, its sample and head, and which of the head's `blocks` it takes. Those
     of a head follow one another, so that they find its keys and values in cache."""
@@ -83,19 +94,24 @@ def chunks(tokens: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Operands:
-    """q, k and v as the kernels address them: pointers into packed tensors, and strides."""
+    """q, k and v as the kernels address them: pointers into packed tensors, and strides.
+
+    key_mask  uint8 `[B, N]`, contiguous: 0 for keys that take no part; None where all do
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     num_heads: int
     scale: float
+    key_mask: Tensor | None = None
 
     @staticmethod
-    def of(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> "Operands":
-        """q `[B, M, H*d]` and kv `[B, N, 2*H*d]`, which may be slices of one qkv."""
+    def of(q: Tensor, kv: Tensor, num_heads: int, scale: float, key_mask: Tensor | None = None) -> "Operands":
+        """q `[B, M, H*d]` and kv `[B, N, 2*H*d]`, which may be slices of one qkv; key_mask bool `[B, N]`."""
         width = kv.shape[2] // 2
-        return Operands(q, kv[..., :width], kv[..., width:], num_heads, scale)
+        bytes_of_mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+        return Operands(q, kv[..., :width], kv[..., width:], num_heads, scale, bytes_of_mask)
 
     @property
     def width(self) -> int:
