@@ -46,7 +46,11 @@ LAYERS: dict[str, set[str]] = {
     "kernels.optimizer": _OPS,
     "kernels.lint": _OPS | {"kernels.optimizer"},
     "kernels.trial": {"kernels._op", "kernels._tried"},
-    "kernels.nn": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp"},
+    "kernels.positions": set(),
+    "kernels.nn": {
+        *("kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp", "kernels.positions"),
+        *("kernels.rms_norm", "kernels.swiglu"),
+    },
     "kernels.accelerate": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp", "kernels.nn"},
     "kernels": {
         *("kernels._op", "kernels.accelerate", "kernels.attention", "kernels.cosub", "kernels.input"),
