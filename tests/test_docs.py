@@ -139,7 +139,7 @@ def test_models_of_timm_and_torchvision_as_the_page_uses_them(monkeypatch, capsy
 @pytest.mark.slow
 def test_models_of_transformers_as_the_page_uses_them(monkeypatch):
     """Without their weights, which are not here."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5.24")
     monkeypatch.setattr(
         transformers.PreTrainedModel, "from_pretrained", classmethod(lambda cls, _: cls(cls.config_class(**SMALL)))
     )
