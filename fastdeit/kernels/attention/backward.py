@@ -145,9 +145,17 @@ _triton.expect(_key_gradient_kernel, products=True)
 
 
 def backward(
-    grad: Tensor, operands: Operands, out: Tensor, lse: Tensor, gradients: Operands, *, sums: bool
+    grad: Tensor,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    gradients: Operands,
+    key_mask: Tensor | None = None,
+    *,
+    sums: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """Fill the gradients; with `sums`, return float32 column sums of dq `[H*d]` and of dk and dv `[2*H*d]`."""
+    """Fill the gradients; with `sums`, return float32 column sums of dq `[H*d]` and of dk and dv `[2*H*d]`. key_mask is
+    that of `forward`."""
     operands.check()
     q, tile = operands.q, operands.constants
     batch, queries, width = q.shape
@@ -160,7 +168,7 @@ def backward(
         query_blocks, key_blocks = triton.cdiv(queries, step), triton.cdiv(tokens, step)
         query_sums = torch.empty(batch * query_blocks, width, dtype=torch.float32, device=q.device)
         key_sums = torch.empty(batch * key_blocks, 2 * width, dtype=torch.float32, device=q.device)
-    inputs = q, operands.k, operands.v, operands.key_mask
+    inputs = q, operands.k, operands.v, key_mask
     constants = tile | {"KEYS": step, "warps": 4 if tile["BLOCK"] <= 64 and q.element_size() == 2 else 8}
     tensors = *inputs, out, grad, lse, delta, gradients.q, query_sums
     _triton.launch(_query_gradient_kernel, query_grid, *tensors, *operands.sizes, **constants)

@@ -149,8 +149,11 @@ def _online_kernel(
 _triton.expect(_online_kernel, products=True)
 
 
-def forward(operands: Operands) -> tuple[Tensor, Tensor]:
-    """(out `[B, M, H*d]` in q's dtype, lse float32 `[B, H, M]`) in one launch; `Unsupported` as of `Operands.check`."""
+def forward(operands: Operands, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out `[B, M, H*d]` in q's dtype, lse float32 `[B, H, M]`) in one launch; `Unsupported` as of `Operands.check`.
+
+    key_mask  contiguous uint8 `[B, N]`, 0 for keys that take no part; None where all do
+    """
     operands.check()
     q, tile = operands.q, operands.constants
     batch, queries, width = q.shape
@@ -161,13 +164,13 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor]:
     grid = operands.grid(queries, tile["ROWS"])
     warps = 4 if tile["BLOCK"] <= 64 else 8
     one_pass = _ONE_PASS if _triton.arch(q.device) >= 90 else _ONE_PASS_BEFORE_HOPPER
-    if tokens <= one_pass and q.element_size() == 2 and operands.key_mask is None:
+    if tokens <= one_pass and q.element_size() == 2 and key_mask is None:
         first, second, third = chunks(tokens)
         blocks = triton.cdiv(queries, tile["ROWS"])
         constants = tile | {"FIRST": first, "SECOND": second, "THIRD": third, "BLOCKS": blocks}
         _triton.launch(_one_pass_kernel, grid, *inputs, *results, *operands.sizes, warps=warps, **constants)
     else:
         constants = tile | {"KEYS": tile["ROWS"]}
-        tensors = *inputs, operands.key_mask, *results
+        tensors = *inputs, key_mask, *results
         _triton.launch(_online_kernel, grid, *tensors, *operands.sizes, warps=warps, stages=2, **constants)
     return out, lse

@@ -152,16 +152,21 @@ def query_reference_backward(
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
-def _operands(qkv: Tensor, num_heads: int, scale: float, key_mask: Tensor | None = None) -> Operands:
+def _operands(qkv: Tensor, num_heads: int, scale: float) -> Operands:
     width = qkv.shape[2] // 3
-    return Operands.of(qkv[..., :width], qkv[..., width:], num_heads, scale, key_mask)
+    return Operands.of(qkv[..., :width], qkv[..., width:], num_heads, scale)
+
+
+def _bytes_of(key_mask: Tensor | None) -> Tensor | None:
+    """A mask as the kernels read it."""
+    return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
 
 
 def triton_forward(
     qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`reference` in one launch."""
-    return forward.forward(_operands(qkv.contiguous(), num_heads, scale, key_mask))
+    return forward.forward(_operands(qkv.contiguous(), num_heads, scale), _bytes_of(key_mask))
 
 
 def triton_backward(
@@ -177,8 +182,8 @@ def triton_backward(
     """`reference_backward` in two launches, and a small sum for the bias."""
     qkv = qkv.contiguous()
     dqkv = torch.empty_like(qkv)
-    operands, gradients = _operands(qkv, num_heads, scale, key_mask), _operands(dqkv, num_heads, scale)
-    sums = backward.backward(grad, operands, out, lse, gradients, sums=with_bias)
+    operands, gradients = (_operands(packed, num_heads, scale) for packed in (qkv, dqkv))
+    sums = backward.backward(grad, operands, out, lse, gradients, _bytes_of(key_mask), sums=with_bias)
     return dqkv, torch.cat(sums) if sums else lse.new_empty(0)
 
 

@@ -4,7 +4,6 @@ packed tensors."""
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -94,24 +93,19 @@ def chunks(tokens: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Operands:
-    """q, k and v as the kernels address them: pointers into packed tensors, and strides.
-
-    key_mask  uint8 `[B, N]`, contiguous: 0 for keys that take no part; None where all do
-    """
+    """q, k and v as the kernels address them: pointers into packed tensors, and strides."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     num_heads: int
     scale: float
-    key_mask: Tensor | None = None
 
     @staticmethod
-    def of(q: Tensor, kv: Tensor, num_heads: int, scale: float, key_mask: Tensor | None = None) -> "Operands":
-        """q `[B, M, H*d]` and kv `[B, N, 2*H*d]`, which may be slices of one qkv; key_mask bool `[B, N]`."""
+    def of(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> "Operands":
+        """q `[B, M, H*d]` and kv `[B, N, 2*H*d]`, which may be slices of one qkv."""
         width = kv.shape[2] // 2
-        bytes_of_mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-        return Operands(q, kv[..., :width], kv[..., width:], num_heads, scale, bytes_of_mask)
+        return Operands(q, kv[..., :width], kv[..., width:], num_heads, scale)
 
     @property
     def width(self) -> int:
