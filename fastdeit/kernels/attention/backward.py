@@ -63,9 +63,8 @@ def _query_gradient_kernel(
     for first in range(0, tokens, KEYS):
         keys = load_tile(rows_from(k, first, k_row), column, tokens - first, k_row, WIDTH, BLOCK)
         # Masked: the exponential of a missing key could be infinite, and times zero that is NaN.
-        s = logits(queried, keys, column, tokens - first, scale * LOG2E, key_mask is None)
-        if key_mask is not None:
-            s = tl.where(visible(key_mask, batch, first, column, tokens)[None, :], s, float("-inf"))
+        s = logits(queried, keys, column, tokens - first, scale * LOG2E, False)
+        s = tl.where(visible(key_mask, batch, first, column, tokens)[None, :], s, float("-inf"))
         p = tl.exp2(s - base[:, None])
         values = load_tile(rows_from(v, first, k_row), column, tokens - first, k_row, WIDTH, BLOCK)
         dp = dot(grad, tl.trans(values))

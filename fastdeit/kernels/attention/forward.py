@@ -121,9 +121,8 @@ def _online_kernel(
     column = tl.arange(0, KEYS)
     for first in range(0, tokens, KEYS):
         keys = load_tile(rows_from(k, first, k_row), column, tokens - first, k_row, WIDTH, BLOCK)
-        s = logits(queried, keys, column, tokens - first, scale * LOG2E, key_mask is None)
-        if key_mask is not None:
-            s = tl.where(visible(key_mask, batch, first, column, tokens)[None, :], s, float("-inf"))
+        s = logits(queried, keys, column, tokens - first, scale * LOG2E, False)
+        s = tl.where(visible(key_mask, batch, first, column, tokens)[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         base = new_top
         if key_mask is not None:  # no key so far: minus infinity less itself would be NaN
