@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
+import torchvision
 from torch import nn
 
 from fastdeit import cli
@@ -101,6 +103,77 @@ def test_files_that_the_readme_lists_exist():
         if not path.exists():
             missing.append(str(path))
     assert missing == []
+
+
+# ---- docs/use.md -----------------------------------------------------------------------------------------------------
+
+USE = dict(blocks(ROOT / "docs" / "use.md", "python"))
+SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
+
+
+def run_use(*titles):
+    names = {}
+    for title in titles:
+        exec(USE[title], names)
+    return names
+
+
+def test_every_example_of_the_page_is_run():
+    titles = ["timm", "transformers", "torchvision", "vit-pytorch", "vit-pytorch, fused", "modules"]
+    assert list(USE) == titles
+
+
+def test_models_of_timm_and_torchvision_as_the_page_uses_them(monkeypatch, capsys):
+    """Shallow ones of the same families."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=1, embed_dim=96, **options))
+    small = torchvision.models.VisionTransformer(32, 16, 1, 2, 24, 32)
+    monkeypatch.setattr(torchvision.models, "vit_b_16", lambda: small)
+    assert type(run_use("timm")["model"].blocks[0]).__module__.startswith("timm")
+    run_use("torchvision")
+    said = capsys.readouterr().out
+    assert all(f"  {op}" in said for op in ("add_layer_norm", "attention", "mlp", "query_attention"))
+    assert type(small.encoder.layers[0]).__name__ == "AcceleratedEncoderBlock"
+
+
+@pytest.mark.slow
+def test_models_of_transformers_as_the_page_uses_them(monkeypatch):
+    """Without their weights, which are not here."""
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "from_pretrained", classmethod(lambda cls, _: cls(cls.config_class(**SMALL)))
+    )
+    names = run_use("transformers")
+    for name, model in (("vit", names["vit"].vit.layers), ("dinov2", names["dinov2"].encoder.layer)):
+        assert type(model[0]).__name__.startswith("Accelerated"), name
+        assert type(model[0].mlp).__name__.startswith("Accelerated"), name
+    assert type(names["siglip"].encoder.layers[0]).__name__ == "AcceleratedSiglipEncoderLayer"
+
+
+def test_another_forward_of_code_in_the_manner_of_vit_pytorch():
+    names = run_use("vit-pytorch", "vit-pytorch, fused")
+    sizes = {"dim": 16, "depth": 2, "heads": 2, "dim_head": 4, "hidden": 24}
+    theirs, fused = names["Transformer"](**sizes).double(), names["FusedTransformer"](**sizes).double()
+    fused.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    outs = [model(x) for model in (theirs, fused)]
+    torch.testing.assert_close(*outs)
+    grads = [
+        torch.autograd.grad(out.square().sum(), list(m.parameters()))
+        for out, m in zip(outs, (theirs, fused), strict=True)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+def test_an_encoder_of_the_modules():
+    encoder = run_use("modules")["Encoder"](dim=24, depth=2, heads=2, grid=(2, 3)).eval()
+    patches, mask = torch.randn(2, 6, 24), torch.ones(2, 11, dtype=torch.bool)
+    mask[:, 9:] = False
+    out = encoder(patches, key_mask=mask)
+    assert out.shape == (2, 24)
+    patches[:, 4:] = 7.0  # behind the mask
+    torch.testing.assert_close(encoder(patches, key_mask=mask), out)
+    assert not torch.equal(encoder(patches), out)
 
 
 # ---- what the site adds ----------------------------------------------------------------------------------------------

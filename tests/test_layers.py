@@ -37,6 +37,8 @@ LAYERS: dict[str, set[str]] = {
     "kernels.noise": set(),
     "kernels.input": _OPS | {"kernels.noise"},
     "kernels.layer_norm": _OPS | {"kernels._derivatives"},
+    "kernels.rms_norm": _OPS | {"kernels.layer_norm"},
+    "kernels.swiglu": _OPS,
     "kernels.attention": _OPS | {"kernels._derivatives"},
     "kernels.mlp": _OPS | {"kernels.layer_norm"},
     "kernels.losses": _OPS | {"kernels._loss"},
@@ -44,11 +46,16 @@ LAYERS: dict[str, set[str]] = {
     "kernels.optimizer": _OPS,
     "kernels.lint": _OPS | {"kernels.optimizer"},
     "kernels.trial": {"kernels._op", "kernels._tried"},
-    "kernels.nn": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp"},
+    "kernels.positions": set(),
+    "kernels.nn": {
+        *("kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp", "kernels.positions"),
+        *("kernels.rms_norm", "kernels.swiglu"),
+    },
     "kernels.accelerate": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp", "kernels.nn"},
     "kernels": {
         *("kernels._op", "kernels.accelerate", "kernels.attention", "kernels.cosub", "kernels.input"),
         *("kernels.layer_norm", "kernels.losses", "kernels.mlp", "kernels.nn", "kernels.optimizer", "kernels.trial"),
+        *("kernels.rms_norm", "kernels.swiglu"),
     },
     # ---- what a batch is, and where it comes from
     "batch": {"kernels"},

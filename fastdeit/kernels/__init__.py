@@ -16,6 +16,8 @@ from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.losses import DistillationLoss, distillation_loss
 from fastdeit.kernels.mlp.op import layer_norm_mlp, mlp
 from fastdeit.kernels.optimizer.calls import fused_adamw, fused_lamb, fused_sgd, global_norm
+from fastdeit.kernels.rms_norm import add_rms_norm
+from fastdeit.kernels.swiglu import swiglu
 from fastdeit.kernels.trial.tuning import Tuning
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Tuning",
     "accelerate",
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "cosub_loss",
     "distillation_loss",
@@ -41,6 +44,7 @@ __all__ = [
     "pixels",
     "query_attention",
     "restore",
+    "swiglu",
     "to_patches",
     "use",
 ]

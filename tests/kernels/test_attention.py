@@ -270,3 +270,92 @@ def test_every_run_has_the_same_bits(device, times):
             return out, *torch.autograd.grad(out.float().square().sum(), (qkv, bias))
 
     repeated(run, times)
+
+
+def some_keys(device, batch, tokens):
+    """Masks of keys: without the first tile, of none at all, of one alone, and without each third."""
+    mask = (torch.arange(tokens) % 3 > 0).repeat(batch, 1)
+    mask[0, : tokens - 3] = False
+    mask[1] = False
+    mask[2:3] = torch.arange(tokens) == tokens // 2
+    return mask.to(device)
+
+
+def prove_masked(device, dtype, batch, tokens, heads, width):
+    bias = normal(3 * heads * width, dtype=torch.float32, device=device, seed=1).requires_grad_()
+    qkv, mask = packed(device, dtype, batch, tokens, heads, width), some_keys(device, batch, tokens)
+    prove(kernels.attention, {"qkv": qkv, "num_heads": heads, "key_mask": mask, "bias": bias})
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")  # the logarithm of no key at all
+def test_a_mask_of_keys(device):
+    prove_masked(device, torch.float16, 2, 67, 1, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize(("tokens", "width"), [(5, 8), (150, 24)])
+def test_masks_of_any_size(device, product_dtype, tokens, width):
+    prove_masked(device, product_dtype, 4, tokens, 2, width)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_masked_keys_are_as_good_as_absent(backend):
+    qkv, there = packed("cpu", torch.float64, 1, 9, 2, 8), torch.tensor([0, 2, 3, 7])
+    mask = torch.zeros(1, 9, dtype=torch.bool).index_fill(1, there, True)
+    with kernels.use(backend):
+        out = kernels.attention(qkv, 2, key_mask=mask)
+        (grad,) = torch.autograd.grad(out[:, there].square().sum(), qkv)
+    expected = kernels.attention(qkv[:, there], 2)
+    torch.testing.assert_close(out[:, there], expected)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), qkv)[0])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_sample_without_any_key_is_zero_without_a_gradient(biased):
+    qkv = packed("cpu", torch.float32, 2, 5, 2, 8)
+    mask = torch.tensor([[True] * 5, [False] * 5])
+    logit_bias = torch.randn(2, 5, 5) if biased else None
+    out = kernels.attention(qkv, 2, key_mask=mask, logit_bias=logit_bias)
+    (grad,) = torch.autograd.grad(out.sum(), qkv)
+    assert not out[1].any()
+    assert not grad[1].any()
+    torch.testing.assert_close(out[:1], kernels.attention(qkv[:1], 2, logit_bias=logit_bias))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_bias_of_the_logits_is_added_and_has_a_gradient(masked):
+    qkv, bias = packed("cpu", torch.float64, 2, 5, 2, 8), torch.randn(2, 5, 5, dtype=torch.float64).requires_grad_()
+    mask = torch.tensor([[True, True, False, True, False], [True] * 5]) if masked else None
+    out = kernels.attention(qkv, 2, key_mask=mask, logit_bias=bias)
+    q, k, v = qkv.view(2, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    logits = q @ k.mT * 8**-0.5 + bias
+    if masked:
+        logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
+    expected = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, expected)
+    grads = (torch.autograd.grad(result.square().sum(), (qkv, bias)) for result in (out, expected))
+    torch.testing.assert_close(*grads)
+
+
+def test_what_no_kernel_does_is_refused_by_name(device):
+    qkv = packed(device, torch.float16, 1, 5, 2, 32)
+    with kernels.use("triton"), pytest.raises(RuntimeError, match="attention=triton is asked for, which does not add"):
+        kernels.attention(qkv, 2, logit_bias=torch.zeros(2, 5, 5, device=device))
+    mask = torch.ones(1, 5, dtype=torch.bool, device=device)
+    with kernels.use("fused_backward"), pytest.raises(RuntimeError, match="does not take a mask of keys yet"):
+        kernels.attention(qkv, 2, key_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"key_mask": torch.ones(1, 5)}, TypeError, r"key_mask is torch.float32, but must be torch.bool"),
+        ({"key_mask": torch.ones(1, 4, dtype=torch.bool)}, ValueError, r"key_mask has shape \[1, 4\]"),
+        ({"logit_bias": torch.ones(5, 5)}, ValueError, r"logit_bias has shape \[5, 5\], but must be \[H, N, N\]"),
+        ({"logit_bias": torch.ones(2, 5, 5, dtype=torch.bool)}, TypeError, "logit_bias is"),
+    ],
+)
+def test_mistaken_masks_and_biases(given, error, message):
+    with pytest.raises(error, match=message):
+        kernels.attention(torch.ones(1, 5, 24), 2, **given)

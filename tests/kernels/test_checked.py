@@ -22,7 +22,7 @@ _PRODUCT, _PRODUCT_BACKWARD = (f"mlp.gelu_products._product_gelu_{name}kernel" f
 ALLOWED = {
     "losses._forward_kernel: in _loss.binary_cross_entropy: branch `BINARY`": "called where BINARY; cosub's is not",
     **{
-        f"attention.{kernel}: in attention.tiles.logits: branch `RAGGED`": "any chunk may be the last"
+        f"attention.{kernel}: in attention.tiles.logits: branch `RAGGED`": "`visible` masks"
         for kernel in ("forward._online_kernel", "backward._query_gradient_kernel")
     },
     **{

@@ -73,14 +73,20 @@ def input_of(name):
 
 
 def distorted(out):
-    """Another result, in which tokens depend on each other."""
+    """Another result, in which tokens depend on each other; of a pair, the first is the result."""
+    if isinstance(out, tuple):
+        return distorted(out[0]), *out[1:]
     return 1.5 * out + (out.mean(1, keepdim=True) if out.dim() == 3 else 0)
+
+
+def shape_of(out):
+    return (out[0] if isinstance(out, tuple) else out).shape
 
 
 def distorting(forward, seen):
     def other(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
-        seen.append(out.shape)
+        seen.append(shape_of(out))
         return distorted(out)
 
     return other
@@ -134,7 +140,7 @@ def own_forward(root, path, seen):
 
 
 def hook(root, path, seen):
-    root.get_submodule(path).register_forward_hook(lambda m, args, out: seen.append(out.shape) or distorted(out))
+    root.get_submodule(path).register_forward_hook(lambda m, args, out: seen.append(shape_of(out)) or distorted(out))
 
 
 def pre_hook(root, path, seen):

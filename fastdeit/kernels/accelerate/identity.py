@@ -29,6 +29,10 @@ _SWITCHED = frozenset({"distilled_training", *vars(nn.Module())})
 """Attributes that change in ordinary use: modules are tried out with either value of `training` and of
 `distilled_training`; the other ones of every module are looked at elsewhere."""
 
+_CHECKPOINTS = "transformers.modeling_layers"
+"""Where the forward of a layer of transformers is wrapped by one that may checkpoint it. That is done to every subclass
+as well, and so to the class of an accelerated module."""
+
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, type, FunctionType, BuiltinFunctionType)
 _ABSENT = object()
 
@@ -182,6 +186,8 @@ def _patched(cls: type[nn.Module]) -> str | None:
     keep them for later."""
     cls = next(base for base in cls.__mro__ if "forward" in vars(base))
     forward = vars(cls)["forward"]
+    if getattr(forward, "__globals__", {}).get("__name__") == _CHECKPOINTS:
+        forward = forward.__wrapped__
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
         return f"{cls.__name__}.forward is wrapped, and the wrapper would not run"
     if (forward.__module__, forward.__qualname__) != (cls.__module__, f"{cls.__qualname__}.forward"):

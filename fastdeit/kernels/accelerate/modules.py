@@ -44,7 +44,8 @@ def passed_by(module: nn.Module, *tensors: str) -> str | None:
     return None
 
 
-def _called(module: nn.Module) -> str | None:
+def called_as_it_is(module: nn.Module) -> str | None:
+    """None: whatever `module` is, its own code runs."""
     return None
 
 
@@ -63,24 +64,34 @@ def layer_norm(module: nn.Module) -> str | None:
     return passed_by(module, "weight", "bias")
 
 
-def _gelu(module: nn.Module) -> str | None:
-    if type(module).__name__ != "GELU" or getattr(module, "approximate", "none") != "none":
+def exact_gelu(module: nn.Module) -> str | None:
+    """Why `module` is not GELU by the error function."""
+    name, kind = type(module).__name__, getattr(module, "approximate", "none")
+    of_transformers = name == "GELUActivation" and getattr(module, "act", None) is F.gelu
+    if not (of_transformers or (name == "GELU" and kind == "none")):
         return f"is {module}, not the exact GELU"
     return passed_by(module)
 
 
-def _nothing(module: nn.Module) -> str | None:
+def nothing(module: nn.Module) -> str | None:
+    """Why `module` computes something."""
     if type(module) is not nn.Identity and not (type(module) is nn.Dropout and module.p == 0):
         return f"is {module}, which the op does not compute"
     return passed_by(module)
 
 
 def _layer_scale(module: nn.Module) -> str | None:
-    return passed_by(module, "gamma") if type(module).__name__ == "LayerScale" else _nothing(module)
+    return passed_by(module, "gamma") if type(module).__name__ == "LayerScale" else nothing(module)
 
 
-def _drop_path(module: nn.Module) -> str | None:
-    return passed_by(module) if type(module).__name__ == "DropPath" else _nothing(module)
+def drops(module: nn.Module | None) -> bool:
+    """Whether `module` is called a drop-path: timm's, or that of a model of transformers."""
+    return type(module).__name__.endswith("DropPath")
+
+
+def drop_path(module: nn.Module) -> str | None:
+    """Why `module` is neither a drop-path nor computes nothing."""
+    return passed_by(module) if drops(module) else nothing(module)
 
 
 class Structure(NamedTuple):
@@ -93,10 +104,10 @@ class Structure(NamedTuple):
     def remember(self, module: nn.Module, original: type[nn.Module]) -> Remembered:
         """What an op stands for in `module`, which fits, and whose own code is that of `original`; `Unknown`."""
         present = [name for name, child in module._modules.items() if child is not None]
-        leaves = [name for name in present if self.children[name] is not _called]
+        leaves = [name for name in present if self.children[name] is not called_as_it_is]
         if getattr(module, "q_bias", None) is not None:
             leaves.append("qkv")  # whose weight is read, because its bias is apart
-        called = [name for name in leaves if self.children[name] is _drop_path]
+        called = [name for name in leaves if self.children[name] is drop_path]
         return remember(module, original, leaves, called)
 
     def misfit(self, module: nn.Module) -> str | None:
@@ -123,33 +134,33 @@ class Structure(NamedTuple):
 BLOCK = Structure(
     children={
         "norm1": layer_norm,
-        "attn": _called,
+        "attn": called_as_it_is,
         "ls1": _layer_scale,
-        "drop_path1": _drop_path,
+        "drop_path1": drop_path,
         "norm2": layer_norm,
-        "mlp": _called,
+        "mlp": called_as_it_is,
         "ls2": _layer_scale,
-        "drop_path2": _drop_path,
-        "drop_path": _drop_path,
+        "drop_path2": drop_path,
+        "drop_path": drop_path,
     },
     required=("norm1", "attn", "norm2", "mlp"),
     tensors=("gamma_1", "gamma_2"),
 )
 _ATTENTION = Structure(
     children={
-        "qkv": _called,
-        "q_norm": _nothing,
-        "k_norm": _nothing,
-        "attn_drop": _nothing,
-        "norm": _nothing,
-        "proj": _called,
-        "proj_drop": _nothing,
+        "qkv": called_as_it_is,
+        "q_norm": nothing,
+        "k_norm": nothing,
+        "attn_drop": nothing,
+        "norm": nothing,
+        "proj": called_as_it_is,
+        "proj_drop": nothing,
     },
     required=("qkv", "proj"),
     tensors=("q_bias", "k_bias", "v_bias"),
 )
 _MLP = Structure(
-    children={"fc1": linear, "act": _gelu, "drop1": _nothing, "norm": _nothing, "fc2": linear, "drop2": _nothing},
+    children={"fc1": linear, "act": exact_gelu, "drop1": nothing, "norm": nothing, "fc2": linear, "drop2": nothing},
     required=("fc1", "act", "fc2"),
 )
 
@@ -340,10 +351,33 @@ def _sharded(module: nn.Module) -> bool:
     return bool(owners) and all(type(owner).__module__.startswith("torch.distributed.fsdp.") for owner in owners)
 
 
-class BlockMixin(Accelerated):
-    """A block on `add_layer_norm`. Asked for the first tokens, it makes their queries, projection and MLP alone."""
+class Names(NamedTuple):
+    """What a block calls its norms, its attention and its MLP."""
+
+    norm1: str
+    attn: str
+    norm2: str
+    mlp: str
+
+
+class AnyBlock(Accelerated):
+    """A block on `add_layer_norm`, whoever's it is.
+
+    names       of its children
+    arguments   what its own forward has to be given beside tokens
+    makes_pair  whether its attention returns the result and something else
+    """
 
     op = "add_layer_norm"
+    names: Names
+    arguments: Mapping[str, Any] = {}
+    makes_pair = False
+
+
+class BlockMixin(AnyBlock):
+    """A block on `add_layer_norm`. Asked for the first tokens, it makes their queries, projection and MLP alone."""
+
+    names = Names("norm1", "attn", "norm2", "mlp")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the original computes; its own forward for what the ops do not do."""
@@ -375,12 +409,16 @@ def sum_of(block: nn.Module, x: Tensor, branch: Tensor, number: str) -> drop_in.
     if gamma is not None:
         dtype = torch.promote_types(dtype, gamma.dtype)
     drop = getattr(block, f"drop_path{number}", None) or getattr(block, "drop_path", None)
-    keep = None
-    if type(drop).__name__ == "DropPath" and drop.training:
+    return drop_in.Tokens(x.to(dtype), branch, gamma, kept(drop, x))
+
+
+def kept(drop: nn.Module | None, x: Tensor) -> Tensor | None:
+    """Factors of the samples of a branch, by the drop-path of its block; None for none."""
+    if drops(drop) and drop.training:
         # Its own code draws, so that the draws are those of the original model. In float32, because 1 / (1 - p) rounded
         # to bfloat16 would shrink or grow all branches alike.
-        keep = drop(x.new_ones((len(x),) + (1,) * (x.dim() - 1), dtype=_op.statistics_dtype(x.dtype))).flatten()
-    return drop_in.Tokens(x.to(dtype), branch, gamma, keep)
+        return drop(x.new_ones((len(x),) + (1,) * (x.dim() - 1), dtype=_op.statistics_dtype(x.dtype))).flatten()
+    return None
 
 
 class AttentionMixin(Accelerated):

@@ -32,6 +32,7 @@ from torch import nn
 
 from fastdeit.kernels import nn as drop_in
 from fastdeit.kernels.accelerate import last_block as patch_last_block
+from fastdeit.kernels.accelerate import others
 from fastdeit.kernels.accelerate.identity import Unknown, difference
 from fastdeit.kernels.accelerate.last_block import LastBlockMixin
 from fastdeit.kernels.accelerate.modules import (
@@ -45,6 +46,8 @@ from fastdeit.kernels.accelerate.modules import (
     put_back,
 )
 from fastdeit.kernels.accelerate.trial import disagreement, signature
+
+_KINDS = (*KINDS, *others.KINDS)
 
 
 class Row(NamedTuple):
@@ -190,7 +193,8 @@ def _not_tried_out(mixin: type[Accelerated], original: type[nn.Module]) -> type[
     def setstate(self: nn.Module, state: dict) -> None:
         original.__setstate__(self, state)
         self.__class__ = original
-        kind = next((kind for kind in KINDS if kind.mixin is mixin), None)
+        kinds = [kind for kind in (*_KINDS, others.SEQUENCE) if kind.mixin is mixin]
+        kind = next((kind for kind in kinds if not kind.misfit(self)), kinds[0] if kinds else None)
         cls = _asking(self) if kind is None else kind.misfit(self) or _swapped(kind, self, _TRIED)
         if isinstance(cls, str):
             warnings.warn(f"{original.__name__} was accelerated, but runs its own code here: {cls}", stacklevel=2)
@@ -232,4 +236,7 @@ def _kind(path: str, module: nn.Module) -> Kind | None:
         return None  # squeeze-and-excitation has an MLP's names, but works on images
     name = path.rpartition(".")[2]
     children = module._modules.keys()
-    return next((k for k in KINDS if k.name == name or children >= set(k.structure.required)), None)
+    if isinstance(module, nn.Sequential) and name == others.SEQUENCE.name:
+        return others.SEQUENCE
+    by_children = (kind for kind in _KINDS if children >= set(kind.structure.required))
+    return next(by_children, next((kind for kind in _KINDS if kind.name == name), None))

@@ -8,6 +8,7 @@ is left alone.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,9 @@ from torch import Tensor, nn
 
 from fastdeit.kernels.accelerate.identity import Remembered, difference, hooks
 from fastdeit.kernels.accelerate.modules import (
+    AnyBlock,
     AttentionMixin,
-    BlockMixin,
     Kind,
-    MlpMixin,
     accelerated,
     given,
     linear,
@@ -35,18 +35,28 @@ class _StandIn(nn.Linear):
         return super().forward(x)
 
 
+class _StandInOfPair(nn.Linear):
+    """In place of an attention that returns its result and something else, and is told more than tokens."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return super().forward(hidden_states), None
+
+
 def _width_of(kind: Kind, module: nn.Module) -> int | None:
     """Channels of the tokens that the module takes."""
-    if kind.mixin is BlockMixin:
-        return module.norm1.normalized_shape[0]
-    first = module.fc1 if kind.mixin is MlpMixin else module.qkv
+    if issubclass(kind.mixin, AnyBlock):
+        return module._modules[kind.mixin.names.norm1].normalized_shape[0]
+    first = module._modules[kind.structure.required[0]]
     return next((layer.in_features for layer in first.modules() if hasattr(layer, "in_features")), None)
 
 
 def _stand_ins(kind: Kind, module: nn.Module, width: int) -> dict[int, nn.Module]:
     """What a copy has in the place of children that are called, whatever they are."""
-    if kind.mixin is BlockMixin:
-        return {id(child): _plain(width, width, module.norm1.weight.device) for child in (module.attn, module.mlp)}
+    if issubclass(kind.mixin, AnyBlock):
+        norm1, attn, _, mlp = (module._modules[name] for name in kind.mixin.names)
+        device = norm1.weight.device
+        of_attn = _StandInOfPair if kind.mixin.makes_pair else _StandIn
+        return {id(attn): _plain(width, width, device, of_attn), id(mlp): _plain(width, width, device)}
     if kind.mixin is AttentionMixin:
         # Quantised weights have no values that could be made random.
         layers = [layer for layer in (module.qkv, module.proj) if hasattr(layer, "out_features")]
@@ -58,8 +68,8 @@ def _stand_ins(kind: Kind, module: nn.Module, width: int) -> dict[int, nn.Module
     return {}
 
 
-def _plain(made_of: int, makes: int, device: torch.device) -> nn.Module:
-    return nn.utils.skip_init(_StandIn, made_of, makes, device=device)
+def _plain(made_of: int, makes: int, device: torch.device, cls: type[nn.Linear] = _StandIn) -> nn.Module:
+    return nn.utils.skip_init(cls, made_of, makes, device=device)
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -113,17 +123,22 @@ def disagreement(kind: Kind, module: nn.Module, remembered: Remembered) -> str |
             put_back(copy)
             double = deepcopy(copy).double()
             x = normal(2, 5, width, like=next(copy.parameters()), seed=0).requires_grad_()
-            theirs = results(copy.forward, copy, x)
-            exact = results(double.forward, double, x.detach().double().requires_grad_())
+            theirs = results(_on_tokens(kind, copy), copy, x)
+            exact = results(_on_tokens(kind, double), double, x.detach().double().requires_grad_())
         except Exception as error:  # whatever an unknown forward may raise is the reason
             return f"cannot be tried out on tokens alone: {first_line(error)}"
         copy.__class__ = accelerated(kind.mixin, type(copy), remembered)
         if reason := difference(copy):
             return f"cannot be tried out on a copy, which {reason}"
-        mine = results(copy.forward, copy, x)
+        mine = results(_on_tokens(kind, copy), copy, x)
         if odd := [name for name in copy._modules if "drop_path" in name and not _drops_samples(copy._modules[name])]:
             return f"{odd[0]} does more than drop samples"
         return None if all_close(mine, theirs, exact) else "computes something else than its structure suggests"
+
+
+def _on_tokens(kind: Kind, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module's forward, as a function of tokens alone."""
+    return partial(module.forward, **kind.mixin.arguments) if issubclass(kind.mixin, AnyBlock) else module.forward
 
 
 def _drops_samples(drop: nn.Module) -> bool:
@@ -169,9 +184,10 @@ def _as_close(mine: Tensor, theirs: Tensor, exact: Tensor) -> bool:
 
 def signature(kind: Kind, module: nn.Module) -> tuple:
     """Equal for modules that are alike: types, settings and shapes. Drop-path rates differ between all blocks."""
+    called = (kind.mixin.names.attn, kind.mixin.names.mlp) if issubclass(kind.mixin, AnyBlock) else ()
     parts = []
     for name, part in module.named_modules():
-        if kind.mixin is BlockMixin and name.partition(".")[0] in ("attn", "mlp"):
+        if name.partition(".")[0] in called:
             continue
         settings = [
             (key, value)

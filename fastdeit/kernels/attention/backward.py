@@ -7,7 +7,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _triton
-from fastdeit.kernels.attention.tiles import LOG2E, Operands, dot, load_tile, logits, of_head, rows_from, store_tile
+from fastdeit.kernels.attention.tiles import (
+    LOG2E,
+    Operands,
+    dot,
+    load_tile,
+    logits,
+    of_head,
+    rows_from,
+    store_tile,
+    visible,
+)
 
 
 @triton.jit
@@ -15,6 +25,7 @@ def _query_gradient_kernel(
     q,
     k,
     v,
+    key_mask,
     out,
     dout,
     lse,
@@ -52,7 +63,9 @@ def _query_gradient_kernel(
     for first in range(0, tokens, KEYS):
         keys = load_tile(rows_from(k, first, k_row), column, tokens - first, k_row, WIDTH, BLOCK)
         # Masked: the exponential of a missing key could be infinite, and times zero that is NaN.
-        p = tl.exp2(logits(queried, keys, column, tokens - first, scale * LOG2E, True) - base[:, None])
+        s = logits(queried, keys, column, tokens - first, scale * LOG2E, False)
+        s = tl.where(visible(key_mask, batch, first, column, tokens)[None, :], s, float("-inf"))
+        p = tl.exp2(s - base[:, None])
         values = load_tile(rows_from(v, first, k_row), column, tokens - first, k_row, WIDTH, BLOCK)
         dp = dot(grad, tl.trans(values))
         ds = p * (dp - d[:, None]) * scale
@@ -73,6 +86,7 @@ def _key_gradient_kernel(
     q,
     k,
     v,
+    key_mask,
     dout,
     lse,
     delta,
@@ -102,6 +116,7 @@ def _key_gradient_kernel(
     values = load_tile(rows_from(v, first, k_row), column, left, k_row, WIDTH, BLOCK)
     key_total = tl.zeros((KEYS, BLOCK), tl.float32)
     value_total = tl.zeros((KEYS, BLOCK), tl.float32)
+    there = visible(key_mask, batch, first, column, tokens)
     row = tl.arange(0, ROWS)
     for start in range(0, queries, ROWS):
         queried = load_tile(rows_from(q, start, q_row), row, queries - start, q_row, WIDTH, BLOCK)
@@ -109,7 +124,7 @@ def _key_gradient_kernel(
         at = (batch * HEADS + head) * queries + start + row
         base = tl.load(lse + at, mask=row < queries - start, other=float("inf")) * LOG2E
         d = tl.load(delta + at, mask=row < queries - start, other=0.0)
-        s = tl.where((column < left)[:, None], dot(keys, tl.trans(queried)) * (scale * LOG2E), float("-inf"))
+        s = tl.where(there[:, None], dot(keys, tl.trans(queried)) * (scale * LOG2E), float("-inf"))
         p = tl.exp2(s - base[None, :])
         value_total = dot(p.to(grad.dtype), grad, value_total)
         ds = p * (dot(values, tl.trans(grad)) - d[None, :]) * scale
@@ -129,9 +144,17 @@ _triton.expect(_key_gradient_kernel, products=True)
 
 
 def backward(
-    grad: Tensor, operands: Operands, out: Tensor, lse: Tensor, gradients: Operands, *, sums: bool
+    grad: Tensor,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    gradients: Operands,
+    key_mask: Tensor | None = None,
+    *,
+    sums: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """Fill the gradients; with `sums`, return float32 column sums of dq `[H*d]` and of dk and dv `[2*H*d]`."""
+    """Fill the gradients; with `sums`, return float32 column sums of dq `[H*d]` and of dk and dv `[2*H*d]`. key_mask is
+    that of `forward`."""
     q, tile = operands.q, operands.check()
     batch, queries, width = q.shape
     tokens, step = operands.k.shape[1], tile["ROWS"]
@@ -143,7 +166,7 @@ def backward(
         query_blocks, key_blocks = _triton.cdiv(queries, step), _triton.cdiv(tokens, step)
         query_sums = torch.empty(batch * query_blocks, width, dtype=torch.float32, device=q.device)
         key_sums = torch.empty(batch * key_blocks, 2 * width, dtype=torch.float32, device=q.device)
-    inputs = q, operands.k, operands.v
+    inputs = q, operands.k, operands.v, key_mask
     constants = tile | {"KEYS": step, "warps": 4 if tile["BLOCK"] <= 64 and q.itemsize == 2 else 8}
     tensors = *inputs, out, grad, lse, delta, gradients.q, query_sums
     _triton.launch(_query_gradient_kernel, query_grid, *tensors, *operands.sizes, **constants)

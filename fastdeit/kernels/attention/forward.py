@@ -1,4 +1,5 @@
-"""Attention's forward in Triton: in one pass where all logits of 64 queries fit the registers, else online softmax."""
+"""Attention's forward in Triton: in one pass where all logits of 64 queries fit the registers, else, and with a mask of
+keys, online softmax."""
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from fastdeit.kernels.attention.tiles import (
     of_head,
     rows_from,
     store_tile,
+    visible,
 )
 
 _ONE_PASS, _ONE_PASS_BEFORE_HOPPER = 257, 208
@@ -90,6 +92,7 @@ def _online_kernel(
     q,
     k,
     v,
+    key_mask,
     out,
     lse,
     queries,
@@ -105,7 +108,8 @@ def _online_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """64 queries of one head against any number of keys, KEYS at a time."""
+    """64 queries of one head against any number of keys, KEYS at a time. Where a mask leaves no key at all, the result
+    is 0, and the log-sum-exp infinite, by which all probabilities of the backward are 0."""
     blocks = tl.cdiv(queries, ROWS)
     q, k, v, batch, head, block = of_head(q, k, v, q_batch, k_batch, blocks, HEADS, WIDTH)
     start, row = block * ROWS, tl.arange(0, ROWS)
@@ -117,42 +121,54 @@ def _online_kernel(
     column = tl.arange(0, KEYS)
     for first in range(0, tokens, KEYS):
         keys = load_tile(rows_from(k, first, k_row), column, tokens - first, k_row, WIDTH, BLOCK)
-        s = logits(queried, keys, column, tokens - first, scale * LOG2E, True)
+        s = logits(queried, keys, column, tokens - first, scale * LOG2E, False)
+        s = tl.where(visible(key_mask, batch, first, column, tokens)[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
-        shrink = tl.exp2(top - new_top)
-        p = tl.exp2(s - new_top[:, None])
+        base = new_top
+        if key_mask is not None:  # no key so far: minus infinity less itself would be NaN
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink = tl.exp2(top - base)
+        p = tl.exp2(s - base[:, None])
         total = total * shrink + tl.sum(p, 1)
         values = load_tile(rows_from(v, first, k_row), column, tokens - first, k_row, WIDTH, BLOCK)
         mixed = dot(p.to(v.dtype.element_ty), values, mixed * shrink[:, None])
         top = new_top
+    log_sum = (top + tl.log2(total)) / LOG2E
+    if key_mask is not None:
+        log_sum = tl.where(total > 0, log_sum, float("inf"))
+        total = tl.where(total > 0, total, 1.0)
     first_row = batch * queries + start
     store_tile(
         out + first_row * (HEADS * WIDTH) + head * WIDTH, mixed / total[:, None], row, left, HEADS * WIDTH, WIDTH, BLOCK
     )
     at = (batch * HEADS + head) * queries + start + row
-    tl.store(lse + at, (top + tl.log2(total)) / LOG2E, mask=row < left)
+    tl.store(lse + at, log_sum, mask=row < left)
 
 
 _triton.expect(_online_kernel, products=True)
 
 
-def forward(operands: Operands) -> tuple[Tensor, Tensor]:
-    """(out `[B, M, H*d]` in q's dtype, lse float32 `[B, H, M]`) in one launch; `Unsupported` as of `Operands.check`."""
+def forward(operands: Operands, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out `[B, M, H*d]` in q's dtype, lse float32 `[B, H, M]`) in one launch; `Unsupported` as of `Operands.check`.
+
+    key_mask  contiguous uint8 `[B, N]`, 0 for keys that take no part; None where all do
+    """
     q, tile = operands.q, operands.check()
     batch, queries, width = q.shape
     tokens = operands.k.shape[1]
     out = torch.empty(batch, queries, width, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, operands.num_heads, queries, dtype=torch.float32, device=q.device)
-    tensors = q, operands.k, operands.v, out, lse
+    inputs, results = (q, operands.k, operands.v), (out, lse)
     grid = operands.grid(queries, tile["ROWS"])
     warps = 4 if tile["BLOCK"] <= 64 else 8
     one_pass = _ONE_PASS if _triton.arch(q.device) >= 90 else _ONE_PASS_BEFORE_HOPPER
-    if tokens <= one_pass and q.itemsize == 2:
+    if tokens <= one_pass and q.itemsize == 2 and key_mask is None:
         first, second, third = chunks(tokens)
         blocks = _triton.cdiv(queries, tile["ROWS"])
         constants = tile | {"FIRST": first, "SECOND": second, "THIRD": third, "BLOCKS": blocks}
-        _triton.launch(_one_pass_kernel, grid, *tensors, *operands.sizes, warps=warps, **constants)
+        _triton.launch(_one_pass_kernel, grid, *inputs, *results, *operands.sizes, warps=warps, **constants)
     else:
         constants = tile | {"KEYS": tile["ROWS"]}
+        tensors = *inputs, key_mask, *results
         _triton.launch(_online_kernel, grid, *tensors, *operands.sizes, warps=warps, stages=2, **constants)
     return out, lse

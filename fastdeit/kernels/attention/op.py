@@ -4,6 +4,8 @@
     P = softmax(scale * q k^T)                              [B, H, N, N], never written to memory
     out = P v                                               [B, N, H*d]
 
+Keys that a mask leaves out have no share in P. A sample without any key has out = 0, and no gradient.
+
 Backward, with dP = dout v^T, D = rowsum(dout * out) and P = exp(scale * q k^T - lse), lse saved by the forward:
 
     dv = P^T dout      dS = scale * P * (dP - D)      dq = dS k      dk = dS^T q      dbias = sum_BN(dqkv)
@@ -20,9 +22,9 @@ are a few static chunks of powers of two, hence one pass without rescaling and l
 
 Two backends in Triton, which differ in the backward. "triton" has one kernel for dq and one for dk and dv, for any
 number of tokens (`backward.py`); they read queries, keys and values again for each 64 of the others, mostly
-from cache. "fused_backward" has one program for each head, for up to 208 tokens (`fused_backward.py`); it is
-taken where it was measured to be faster, or asked for. In both, each result is added up by one program, so there are no
-atomics, and every run has the same bits.
+from cache. "fused_backward" has one program for each head, for up to 208 tokens and without a mask
+(`fused_backward.py`); it is taken where it was measured to be faster, or asked for. In both, each result is added up by
+one program, so there are no atomics, and every run has the same bits.
 """
 
 import math
@@ -36,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit.kernels import _derivatives, _op, _triton
-from fastdeit.kernels._example import BASE, DEITS, Example, Maker
+from fastdeit.kernels._example import BASE, BASE_FP16, DEITS, Example, Maker
 from fastdeit.kernels.attention import backward, forward
 from fastdeit.kernels.attention import fused_backward as one_program_a_head
 from fastdeit.kernels.attention.tiles import Operands
@@ -56,44 +58,81 @@ def _packed(*parts: Tensor) -> Tensor:
     return torch.stack([part.transpose(1, 2) for part in parts], 2).flatten(2)
 
 
-def native(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> Tensor:
+def native(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, key_mask: Tensor | None) -> Tensor:
     """out `[B, N, H*d]` of qkv `[B, N, 3*H*d]`, in qkv's dtype, or the autocast dtype under autocast."""
     qkv = _derivatives.with_bias_gradient(qkv, bias)
-    return _packed(F.scaled_dot_product_attention(*_heads(qkv, 3, num_heads), scale=scale))
+    return _attended(*_heads(qkv, 3, num_heads), scale, key_mask)
+
+
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, logit_bias: Tensor | None = None
+) -> Tensor:
+    """out `[B, M, H*d]`, by PyTorch's own attention."""
+    if key_mask is None:
+        return _packed(F.scaled_dot_product_attention(q, k, v, attn_mask=logit_bias, scale=scale))
+    # PyTorch makes 0 or NaN of a sample without keys, as its own backend wills. So it gets all keys, and then 0.
+    none = ~key_mask.any(1)
+    taken = (key_mask | none[:, None])[:, None, None]
+    if logit_bias is not None:
+        taken = torch.where(taken, logit_bias, float("-inf"))
+    out = _packed(F.scaled_dot_product_attention(q, k, v, attn_mask=taken, scale=scale))
+    return out.masked_fill(none[:, None, None], 0)
 
 
 def _query_native(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Tensor:
     return _packed(F.scaled_dot_product_attention(*_heads(q, 1, num_heads), *_heads(kv, 2, num_heads), scale=scale))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    lse = torch.logsumexp(_logits(q, k, scale, key_mask), -1)
+    lse = lse.masked_fill(lse == -math.inf, math.inf)  # no key: all probabilities of the backward are then 0
+    return _attended(q, k, v, scale, key_mask), lse
+
+
+def _logits(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
     compute = _op.statistics_dtype(q.dtype)
-    lse = torch.logsumexp(scale * q.to(compute) @ k.to(compute).mT, -1)
-    return _packed(F.scaled_dot_product_attention(q, k, v, scale=scale)), lse
+    logits = scale * q.to(compute) @ k.to(compute).mT
+    return logits if key_mask is None else logits.masked_fill(~key_mask[:, None, None], -math.inf)
 
 
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, `[B, H, N, d]`, in the dtype of lse."""
     num_heads = q.shape[1]
     (grad,), (out,) = _heads(grad.to(lse.dtype), 1, num_heads), _heads(out.to(lse.dtype), 1, num_heads)
     q, k, v = (part.to(lse.dtype) for part in (q, k, v))
-    p = torch.exp(scale * q @ k.mT - lse[..., None])
+    p = torch.exp(_logits(q, k, scale, key_mask) - lse[..., None])
     ds = scale * p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
     return ds @ k, ds.mT @ q, p.mT @ grad
 
 
-def reference(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out, lse float32 `[B, H, N]`) as in the module's formula; lse is for backward."""
-    return _forward(*_heads(qkv, 3, num_heads), scale)
+def reference(
+    qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse float32 `[B, H, N]`) as in the module's formula; lse is for backward, and infinite without a key."""
+    return _forward(*_heads(qkv, 3, num_heads), scale, key_mask)
 
 
 def reference_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, with_bias: bool
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    scale: float,
+    with_bias: bool,
+    key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of qkv, packed as qkv, and its sum over all tokens, in the dtype of lse (empty unless `with_bias`)."""
-    dqkv = _packed(*_backward(grad, *_heads(qkv, 3, num_heads), out, lse, scale))
+    dqkv = _packed(*_backward(grad, *_heads(qkv, 3, num_heads), out, lse, scale, key_mask))
     return dqkv.to(qkv.dtype), dqkv.sum((0, 1)) if with_bias else dqkv.new_empty(0)
 
 
@@ -121,30 +160,54 @@ def _query_operands(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Oper
     return Operands(q, *kv.split(kv.shape[2] // 2, 2), num_heads, scale)
 
 
-def triton_forward(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _bytes_of(key_mask: Tensor | None) -> Tensor | None:
+    """A mask as the kernels read it."""
+    return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+
+
+def triton_forward(
+    qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`reference` in one launch."""
-    return forward.forward(_operands(qkv.contiguous(), num_heads, scale))
+    return forward.forward(_operands(qkv.contiguous(), num_heads, scale), _bytes_of(key_mask))
 
 
 def triton_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, with_bias: bool
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    scale: float,
+    with_bias: bool,
+    key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`reference_backward` in two launches, and a small sum for the bias."""
     qkv = qkv.contiguous()
     dqkv = torch.empty_like(qkv)
     operands, gradients = (_operands(packed, num_heads, scale) for packed in (qkv, dqkv))
-    sums = backward.backward(grad, operands, out, lse, gradients, sums=with_bias)
+    sums = backward.backward(grad, operands, out, lse, gradients, _bytes_of(key_mask), sums=with_bias)
     return dqkv, torch.cat(sums) if sums else lse.new_empty(0)
 
 
-def fused_forward(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def fused_forward(
+    qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`triton_forward`, of what `fused_backward` takes: refusing there would be too late."""
+    _triton.require(key_mask is None, "it does not take a mask of keys yet")
     one_program_a_head.check(qkv, num_heads)
-    return triton_forward(qkv, num_heads, scale, bias)
+    return triton_forward(qkv, num_heads, scale, bias, None)
 
 
 def fused_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, with_bias: bool
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    scale: float,
+    with_bias: bool,
+    key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`reference_backward` in one launch, and a small sum for the bias."""
     dqkv, sums = one_program_a_head.backward(grad, qkv, out, lse, num_heads, scale, sums=with_bias)
@@ -170,10 +233,14 @@ def query_triton_backward(
 # ---- examples --------------------------------------------------------------------------------------------------------
 
 
-def _packed_example(make: Maker, with_bias: bool) -> list[Any]:
-    heads = make.sizes.heads
-    scale = (make.sizes.dim // heads) ** -0.5
-    return [make.activations(3), heads, scale, make.vector(3) if with_bias else None]
+def _packed_example(make: Maker, with_bias: bool, masked: bool = False) -> list[Any]:
+    """`masked`: every third key of a sample takes no part, nor does any of the second sample."""
+    sizes = make.sizes
+    scale = (sizes.dim // sizes.heads) ** -0.5
+    sample, key = (torch.arange(n, device=make.device) for n in (sizes.batch, sizes.tokens))
+    key_mask = ((sample[:, None] + key) % 3 > 0) & (sample[:, None] != 1)
+    bias = make.vector(3) if with_bias else None
+    return [make.activations(3), sizes.heads, scale, bias, key_mask if masked else None]
 
 
 def _query_example(make: Maker) -> list[Any]:
@@ -201,6 +268,9 @@ _EXAMPLES = [
         bytes=_bytes,
     ),
     Example("no bias", partial(_packed_example, with_bias=False), compiled=[_of_tokens(197)]),
+    Example(
+        "key mask", partial(_packed_example, with_bias=True, masked=True), compiled=[*BASE_FP16, (BASE, torch.float32)]
+    ),
 ]
 
 # ---- registration ----------------------------------------------------------------------------------------------------
@@ -235,13 +305,13 @@ def _fake_lse(q: Tensor, num_heads: int) -> Tensor:
 
 
 @OP.registered.register_fake
-def _(qkv, num_heads, scale, bias):
+def _(qkv, num_heads, scale, bias, key_mask):
     batch, tokens, width = qkv.shape
     return qkv.new_empty(batch, tokens, width // 3), _fake_lse(qkv, num_heads)
 
 
 @OP.registered_backward.register_fake
-def _(grad, qkv, out, lse, num_heads, scale, with_bias):
+def _(grad, qkv, out, lse, num_heads, scale, with_bias, key_mask):
     return qkv.new_empty(qkv.shape), lse.new_empty(qkv.shape[2] if with_bias else 0)
 
 
@@ -256,16 +326,17 @@ def _(grad, q, kv, out, lse, num_heads, scale):
 
 
 def _save(ctx, inputs, output):
-    qkv, ctx.num_heads, ctx.scale, bias = inputs
+    qkv, ctx.num_heads, ctx.scale, bias, key_mask = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(qkv, *output)
+    ctx.save_for_backward(key_mask, qkv, *output)
 
 
 def _differentiate(ctx, grad, *_):
     wanted = ctx.bias_dtype is not None
-    dqkv, dbias = OP.run_backward(ctx, grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale, wanted)
-    return dqkv, None, None, dbias.to(ctx.bias_dtype) if wanted else None
+    key_mask, *saved = ctx.saved_tensors
+    dqkv, dbias = OP.run_backward(ctx, grad, *saved, ctx.num_heads, ctx.scale, wanted, key_mask)
+    return dqkv, None, None, dbias.to(ctx.bias_dtype) if wanted else None, None
 
 
 def _save_query(ctx, inputs, output):
@@ -285,7 +356,15 @@ QUERY.differentiable(_save_query, _differentiate_query)
 # ---- public ----------------------------------------------------------------------------------------------------------
 
 
-def attention(qkv: Tensor, num_heads: int, scale: float | None = None, *, bias: Tensor | None = None) -> Tensor:
+def attention(
+    qkv: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    *,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+) -> Tensor:
     """Softmax attention of packed queries, keys and values.
 
     qkv        floating `[B, N, 3*H*d]`, packed as timm's `reshape(B, N, 3, H, d)`
@@ -293,6 +372,11 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None, *, bias: 
     scale      factor on the logits; default d**-0.5
     bias       `[3*H*d]`, the bias that qkv already contains. It changes nothing but its own gradient, which is a
                by-product of qkv's here: make qkv with the detached bias
+    key_mask   bool `[B, N]`, False for keys that take no part, such as padding: the rows of these tokens, as queries,
+               are computed nevertheless. A sample without any key gives 0
+    logit_bias floating `[H, N, N]`, added to the scaled logits, such as a bias of relative positions; it has a
+               gradient. No kernel adds it yet: PyTorch's own attention runs, and where a kernel is asked for by
+               name, RuntimeError says so
 
     Returns `[B, N, H*d]` in qkv's dtype (the autocast dtype under autocast). Logits and softmax are at least float32.
     """
@@ -303,7 +387,26 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None, *, bias: 
     if scale is None:
         scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
     _op.check_number("scale", scale, -math.inf)
-    return _first(OP(qkv, num_heads, scale, bias))
+    if key_mask is not None:
+        _op.check_dtype("key_mask", key_mask, torch.bool)
+        _op.check_shape("key_mask", key_mask, qkv.shape[:2], "[B, N] of qkv [B, N, 3*H*d]")
+        _op.check_device("key_mask", key_mask, qkv, "qkv")
+    if logit_bias is not None:
+        return _with_logit_bias(qkv, num_heads, scale, bias, key_mask, logit_bias)
+    return _first(OP(qkv, num_heads, scale, bias, key_mask))
+
+
+def _with_logit_bias(
+    qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, key_mask: Tensor | None, logit_bias: Tensor
+) -> Tensor:
+    _op.check_floating("logit_bias", logit_bias)
+    _op.check_shape("logit_bias", logit_bias, (num_heads, *qkv.shape[1:2] * 2), "[H, N, N] of qkv [B, N, 3*H*d]")
+    _op.check_device("logit_bias", logit_bias, qkv, "qkv")
+    wanted = _op.choice(OP.name)
+    if wanted not in (_op.AUTO, _op.REFERENCE):
+        raise _op.ChoiceError(f"{OP.name}={wanted} is asked for, which does not add logit_bias yet: leave it out there")
+    qkv = _derivatives.with_bias_gradient(qkv, bias)
+    return _attended(*_heads(qkv, 3, num_heads), scale, key_mask, logit_bias.to(qkv.dtype))
 
 
 def query_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:

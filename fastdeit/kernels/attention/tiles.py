@@ -59,6 +59,16 @@ def logits(q, keys, column, tokens, scale, RAGGED: tl.constexpr):
 
 
 @triton.jit
+def visible(key_mask, batch, first, column, tokens):
+    """Which of the keys from `first` on take part: those that exist, and where there is a mask, are not 0 in it."""
+    there = column < tokens - first
+    if key_mask is not None:
+        at = batch * tokens + first + column
+        there = tl.load(key_mask + at, mask=there, other=0) != 0
+    return there
+
+
+@triton.jit
 def of_head(q, k, v, q_batch, k_batch, blocks, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """The pointers moved to this program's head, its sample and head, and which of the head's `blocks` it takes. Those
     of a head follow one another, so that they find its keys and values in cache."""
