@@ -72,7 +72,7 @@ def reference(
 
 
 def reference_backward(
-    dnormed: Tensor,
+    dnormed: Tensor | None,
     new_residual: Tensor,
     dresidual: Tensor | None,
     branch: Tensor,
@@ -81,10 +81,14 @@ def reference_backward(
     gamma: Tensor | None,
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, branch, weight and gamma (the last empty where there is none)."""
-    dr, dweight = _normalize_backward(dnormed, new_residual, weight, rstd)
-    if dresidual is not None:
-        dr = dresidual + dr
+    """Gradients of residual, branch, weight and gamma, empty where there is none: that of gamma without that argument,
+    that of weight without `dnormed`. A None for `dresidual` or `dnormed` is zero."""
+    if dnormed is None:
+        dr, dweight = dresidual.to(rstd.dtype, copy=True), weight.new_empty(0)
+    else:
+        dr, dweight = _normalize_backward(dnormed, new_residual, weight, rstd)
+        if dresidual is not None:
+            dr = dresidual + dr
     scale = branch_scale(dr, gamma, keep)
     # An op's results must not share memory, hence a copy where the branch's gradient is the residual's.
     dbranch = dr.to(branch.dtype, copy=True) if scale is None else (dr * scale).to(branch.dtype)
@@ -242,7 +246,7 @@ def triton_forward(
 
 
 def triton_backward(
-    dnormed: Tensor,
+    dnormed: Tensor | None,
     new_residual: Tensor,
     dresidual: Tensor | None,
     branch: Tensor | None,
@@ -251,7 +255,10 @@ def triton_backward(
     gamma: Tensor | None,
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """`reference_backward` in one pass over the rows and a sum of the programs' partial sums."""
+    """`reference_backward` in one pass over the rows and a sum of the programs' partial sums. Without `dnormed` nothing
+    was normalised, and the reference makes what little is left."""
+    if dnormed is None:
+        return reference_backward(None, new_residual, dresidual, branch, weight, rstd, gamma, keep)
     _require(new_residual, dnormed, dresidual, branch, weight, gamma, keep)
     dbranch = None if branch is None else torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     values = None if gamma is None else branch
@@ -331,8 +338,9 @@ def _(x, weight, eps, out_dtype):
 
 @OP.registered_backward.register_fake
 def _(dnormed, new_residual, dresidual, branch, weight, rstd, gamma, keep):
+    dweight = weight.new_empty(0 if dnormed is None else weight.shape)
     dgamma = weight.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
-    return *(like.new_empty(like.shape) for like in (new_residual, branch, weight)), dgamma
+    return *(like.new_empty(like.shape) for like in (new_residual, branch)), dweight, dgamma
 
 
 @PLAIN.registered_backward.register_fake
@@ -341,7 +349,7 @@ def _(grad, x, weight, rstd):
 
 
 def _save(ctx, inputs, output):
-    _, branch, weight, _, gamma, keep, ctx.out_dtype = inputs
+    _, branch, weight, _, gamma, keep, _ = inputs
     new_residual, _, rstd = output
     ctx.mark_non_differentiable(rstd)
     ctx.branch = branch.shape, branch.dtype
@@ -356,10 +364,9 @@ def _differentiate(ctx, dresidual, dnormed, *_):
     if branch is None:
         shape, dtype = ctx.branch
         branch = new_residual.new_empty((), dtype=dtype).expand(shape)
-    if dnormed is None:  # nothing came of the normalised tokens
-        dnormed = new_residual.new_zeros((), dtype=ctx.out_dtype).expand(new_residual.shape)
-    *grads, dgamma = OP.run_backward(ctx, dnormed, new_residual, dresidual, branch, *saved)
-    return *grads, None, None if gamma is None else dgamma, None, None
+    dr, dbranch, dweight, dgamma = OP.run_backward(ctx, dnormed, new_residual, dresidual, branch, *saved)
+    dweight = None if dnormed is None else dweight
+    return dr, dbranch, dweight, None, None if gamma is None else dgamma, None, None
 
 
 def _save_plain(ctx, inputs, output):
