@@ -1,19 +1,20 @@
 """A CUDA card that is not there: the host's part of what runs on one, without the device's.
 
 Tensors on "cuda" are fake (`torch._subclasses.FakeTensorMode`): they have shapes, dtypes and a device, but no values.
-So a mistake of the host shows: operands on two devices, dtypes that do not go together, and above all whatever waits
-for the card, since a value that is read has to be there. Launches of Triton kernels are checked and noted.
+So what a step asks of a card can be counted (`count.py`), and a mistake of the host shows: operands on two devices,
+dtypes that do not go together, and above all whatever waits for the card, since a value that is read has to be there.
+Launches of Triton kernels are checked and noted.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
+from unittest.mock import patch
 from weakref import WeakValueDictionary
 
-import pytest
 import torch
 import torch.nn.functional as F
 import triton.language as tl
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from fastdeit.kernels import _op, _triton
 from fastdeit.kernels.optimizer import _multi_tensor
 
-ARCH = 9, 0
+ARCH = 90
 _SEEN_BY_CPP = torch.device("meta")
 _MOST_PROGRAMS = 2**31 - 1, 65_535, 65_535
 _CACHES = _triton._arch_of, _op.card, _multi_tensor._reserve
@@ -35,10 +36,28 @@ _COPIES = {
 }
 """What copies between devices: (result, *arguments) as (source, target, non_blocking)."""
 _IN_16_BIT = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_IN_32_BIT = {F.layer_norm, F.log_softmax, F.cross_entropy, F.nll_loss}
+_HALVES = torch.float16, torch.bfloat16
+_WIDEST_HEAD = 256
+"""Of FlashAttention."""
 
 
 class Waits(AssertionError):
     """The host reads what the card has to compute first."""
+
+
+class Unsound(AssertionError):
+    """A launch that no card takes; the message names the kernel and what is wrong."""
+
+
+class Watcher(Protocol):
+    """What is told of all that is asked of the card."""
+
+    def operation(self, function: Any, inputs: tuple[Any, ...], result: Any) -> None:
+        """One operation of PyTorch has run: an overload of `torch.ops`, its arguments, and what it returned."""
+
+    def launch(self, kernel: Any, arguments: dict[str, Any]) -> None:
+        """A Triton kernel was launched with these arguments by name."""
 
 
 class WeakTensors:
@@ -58,9 +77,11 @@ class WeakTensors:
 class Card:
     """What the host asked of the card: kernels, grids and arguments by name, in the order of their launches; the
     names of PyTorch's operations that made tensors on it, and those of these tensors that are still referred to.
-    capturing: whether its stream is being captured into a CUDA graph."""
+    capturing: whether its stream is being captured into a CUDA graph. watcher: is told of everything, where there is
+    one."""
 
     capturing: bool = False
+    watcher: Watcher | None = None
     operations: list[str] = field(default_factory=list)
     memory: WeakTensors = field(default_factory=WeakTensors)
     launches: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = field(default_factory=list)
@@ -103,6 +124,8 @@ class _Fakes(FakeTensorMode):
         if made:
             self._card.operations.append(func.overloadpacket._qualified_op_name.removeprefix("aten::"))
             self._card.memory.update(made)
+        if self._card.watcher is not None:
+            self._card.watcher.operation(func, (args, kwargs or {}), result)
         if func in _COPIES:
             self._check_copy(*_COPIES[func](result, *args, **(kwargs or {})))
         return result
@@ -117,34 +140,49 @@ class _Fakes(FakeTensorMode):
 
 
 class _Functions(TorchFunctionMode):
-    """What autocast does to products, of which C++ leaves out tensors that it takes for meta tensors. No memory is
-    pinned, which would look for a driver."""
+    """What autocast does to products and to what it computes in float32, since C++ leaves out tensors that it takes for
+    meta tensors; and which kernel attention is on a card. No memory is pinned, which would look for a driver."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in _IN_16_BIT and torch.is_autocast_enabled("cuda"):
-            dtype = torch.get_autocast_dtype("cuda")
-            args = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
         options = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        if torch.is_autocast_enabled("cuda") and function in _IN_16_BIT | _IN_32_BIT:
+            dtype = torch.get_autocast_dtype("cuda") if function in _IN_16_BIT else torch.float32
+            args = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        if function is F.scaled_dot_product_attention and _is_flash(args, options):
+            scale = options.get("scale")
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3], scale=scale)[0]
         return function(*args, **options)
 
 
+def _is_flash(args: Sequence[Any], options: dict[str, Any]) -> bool:
+    """Whether this call of `F.scaled_dot_product_attention` runs FlashAttention on a card, as far as the models of
+    DeiT's family call it: 16 bit, and no mask."""
+    q, *others = args
+    halves = q.device.type == "cuda" and q.dtype in _HALVES and q.shape[-1] <= _WIDEST_HEAD
+    return halves and len(others) == 2 and options.get("attn_mask") is None
+
+
 @contextmanager
-def pretended_card(capturing: bool = False) -> Iterator[Card]:
-    """Inside, there is a card of sm_90."""
+def pretended_card(capturing: bool = False, arch: int = ARCH) -> Iterator[Card]:
+    """Inside, there is a card of that architecture, as a number: 90 is sm_90."""
     card = Card(capturing)
     addresses: dict[int, int] = {}
     stream = SimpleNamespace(cuda_stream=0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.Module, "to", _moved)
-        patch.setattr(Tensor, "data_ptr", lambda self: addresses.setdefault(id(self), (len(addresses) + 1) << 30))
-        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: ARCH)
-        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-        patch.setattr(torch.cuda, "device", lambda device: nullcontext())
-        patch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
-        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-        patch.setattr(_triton, "INTERPRETED", False)
-        patch.setattr(_triton, "launch", lambda *args, **options: _check_launch(card, *args, **options))
+    replaced = (
+        (nn.Module, "to", _moved),
+        (Tensor, "data_ptr", lambda self: addresses.setdefault(id(self), (len(addresses) + 1) << 30)),
+        (torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)),
+        (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+        (torch.cuda, "device", lambda device: nullcontext()),
+        (torch.cuda, "current_stream", lambda device=None: stream),
+        (torch.cuda, "is_current_stream_capturing", lambda: card.capturing),
+        (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        (_triton, "INTERPRETED", False),
+        (_triton, "launch", lambda *args, **options: _check_launch(card, *args, **options)),
+    )
+    with ExitStack() as stack:
+        for owner, name, value in replaced:
+            stack.enter_context(patch.object(owner, name, value))
         for cache in _CACHES:
             cache.cache_clear()
         try:
@@ -173,25 +211,30 @@ def _check_launch(card: Card, kernel: Any, grid: tuple[int, ...], *args: Any, wa
     if 0 in grid:
         return
     constants.pop("stages", None)
-    assert warps in (1, 2, 4, 8, 16), name
-    assert all(isinstance(n, int) and 0 < n <= most for n, most in zip(grid, _MOST_PROGRAMS, strict=False)), (
-        name,
-        grid,
-    )
+    _require(warps in (1, 2, 4, 8, 16), f"{name} has {warps} warps")
+    sizes = zip(grid, _MOST_PROGRAMS, strict=False)
+    _require(all(isinstance(n, int) and 0 < n <= most for n, most in sizes), f"{name} has the grid {grid}")
     declared = signature(kernel.fn)
     given = declared.bind(*args, **constants).arguments
-    assert given.keys() == declared.parameters.keys(), name
+    _require(given.keys() == declared.parameters.keys(), f"{name} is not given all its arguments")
     for argument, value in given.items():
         _check_argument(f"{name}: {argument}", declared.parameters[argument], value)
     card.launches.append((kernel, grid, given))
+    if card.watcher is not None:
+        card.watcher.launch(kernel, given)
 
 
 def _check_argument(name: str, parameter: Parameter, value: Any) -> None:
     if parameter.annotation is tl.constexpr:
-        assert value is None or isinstance(value, int | tl.dtype), f"{name} is a constant, but {value!r}"
+        _require(value is None or isinstance(value, int | tl.dtype), f"{name} is a constant, but {value!r}")
     elif isinstance(value, Tensor):
-        assert value.device.type == "cuda", f"{name} is on {value.device}"
+        _require(value.device.type == "cuda", f"{name} is on {value.device}")
         # Slices of packed tensors are pointers to their first element; the strides are arguments.
-        assert value.is_contiguous() or value.stride(-1) == 1, f"{name} has strides {value.stride()}"
+        _require(value.is_contiguous() or value.stride(-1) == 1, f"{name} has strides {value.stride()}")
     else:
-        assert value is None or type(value) in (int, float, bool), f"{name} is {value!r}"
+        _require(value is None or type(value) in (int, float, bool), f"{name} is {value!r}")
+
+
+def _require(sound: bool, what: str) -> None:
+    if not sound:
+        raise Unsound(what)
