@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -35,6 +36,8 @@ _COPIES = {
     torch.ops.aten.copy_.default: lambda _, target, source, non_blocking=False: (source, target, non_blocking),
 }
 """What copies between devices: (result, *arguments) as (source, target, non_blocking)."""
+_WITHOUT_META = {torch.ops.aten._fused_adamw_.tensor_lr}
+"""Operations in place that return nothing, and of which torch knows no more for tensors without values."""
 _IN_16_BIT = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _IN_32_BIT = {F.layer_norm, F.log_softmax, F.cross_entropy, F.nll_loss}
 _HALVES = torch.float16, torch.bfloat16
@@ -75,10 +78,9 @@ class WeakTensors:
 
 @dataclass
 class Card:
-    """What the host asked of the card: kernels, grids and arguments by name, in the order of their launches; the
-    names of PyTorch's operations that made tensors on it, and those of these tensors that are still referred to.
-    capturing: whether its stream is being captured into a CUDA graph. watcher: is told of everything, where there is
-    one."""
+    """What the host asked of the card: kernels, grids and arguments by name, in the order of their launches, unless
+    there is a watcher, who is told of them instead; the names of PyTorch's operations that made tensors on it, and those of these tensors that are still referred to.
+    capturing: whether its stream is being captured into a CUDA graph."""
 
     capturing: bool = False
     watcher: Watcher | None = None
@@ -119,7 +121,16 @@ class _Fakes(FakeTensorMode):
             return 0.5 if args[0].is_floating_point() else 0  # any value will do that ends a loop
         if kwargs and kwargs.get("device") == _SEEN_BY_CPP:
             kwargs = {**kwargs, "device": torch.device("cuda", 0)}
-        result = super().dispatch(func, types, args, kwargs)
+        if func.namespace == _op.NAMESPACE:
+            with self:  # not opaque, as to a compiler: on a card its own operations and launches run
+                return OPDEFS[func._name]._init_fn(*args, **(kwargs or {}))
+        if func is torch.ops.aten.scaled_dot_product_attention.default and _is_flash(args, kwargs or {}):
+            with self:
+                return _flash(args, kwargs or {})
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # below autograd, nobody else has taken it to pieces
+                return func.decompose(*args, **(kwargs or {}))
+        result = None if func in _WITHOUT_META else super().dispatch(func, types, args, kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.device.type == "cuda"]
         if made:
             self._card.operations.append(func.overloadpacket._qualified_op_name.removeprefix("aten::"))
@@ -149,9 +160,12 @@ class _Functions(TorchFunctionMode):
             dtype = torch.get_autocast_dtype("cuda") if function in _IN_16_BIT else torch.float32
             args = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
         if function is F.scaled_dot_product_attention and _is_flash(args, options):
-            scale = options.get("scale")
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3], scale=scale)[0]
+            return _flash(args, options)
         return function(*args, **options)
+
+
+def _flash(args: Sequence[Tensor], options: dict[str, Any]) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3], scale=options.get("scale"))[0]
 
 
 def _is_flash(args: Sequence[Any], options: dict[str, Any]) -> bool:
@@ -219,8 +233,9 @@ def _check_launch(card: Card, kernel: Any, grid: tuple[int, ...], *args: Any, wa
     _require(given.keys() == declared.parameters.keys(), f"{name} is not given all its arguments")
     for argument, value in given.items():
         _check_argument(f"{name}: {argument}", declared.parameters[argument], value)
-    card.launches.append((kernel, grid, given))
-    if card.watcher is not None:
+    if card.watcher is None:
+        card.launches.append((kernel, grid, given))
+    else:  # which keeps no tensor alive
         card.watcher.launch(kernel, given)
 
 
