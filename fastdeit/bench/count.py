@@ -16,7 +16,7 @@ Memory is that of tensors: `state` is what lies there before the step, `live` wh
 """
 
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,15 +38,13 @@ from fastdeit.kernels.optimizer import _multi_tensor
 CARD = torch.device("cuda", 0)
 PHASES = "forward", "backward", "update"
 
+_EPILOGUE = {"mlp": "epilogue", "layer_norm_mlp": "epilogue"}
 FORMS: dict[str, dict[str, str]] = {
     "auto": {"": "auto"},
     "triton": {"": "triton"},
-    "mlp=epilogue": {"": "auto", "mlp": "epilogue", "layer_norm_mlp": "epilogue"},
+    "mlp=epilogue": {"": "auto", **_EPILOGUE},
     "attention=fused_backward": {"": "auto", "attention": "fused_backward"},
-    "mlp=epilogue,attention=fused_backward": {
-        **{"": "auto", "mlp": "epilogue", "layer_norm_mlp": "epilogue"},
-        "attention": "fused_backward",
-    },
+    "mlp=epilogue,attention=fused_backward": {"": "auto", "attention": "fused_backward", **_EPILOGUE},
     "fused_adamw=aten": {"": "auto", "fused_adamw": "aten"},
     "reference": {"": "reference"},
 }
@@ -93,12 +91,13 @@ class Total(NamedTuple):
 
 @dataclass(frozen=True)
 class Count:
-    """A step: its launches in their order, and bytes of tensors before it, where its backward begins, and at most."""
+    """A step: its launches in their order, and bytes of tensors before it, where its backward begins, and at most; None
+    where that is not known."""
 
     launches: tuple[Launch, ...]
     state: int
     live: int
-    peak: int
+    peak: int | None
 
     @property
     def total(self) -> Total:
@@ -201,14 +200,16 @@ class Watch:
         fresh = [tensor for tensor in made if _storage(tensor) not in known]
         if not fresh and not changed:  # a view, or nothing of the card's
             return
-        read = [] if name in _OVERWRITES and not fresh else given
-        if name in _OVERWRITES:
-            targets = set(map(id, changed))
-            read = [tensor for tensor in given if id(tensor) not in targets]
+        overwritten = set(map(id, changed)) if name in _OVERWRITES else set()
+        read = [tensor for tensor in given if id(tensor) not in overwritten]
         flops = flop_registry.get(function.overloadpacket, lambda *_, **__: 0)(*args, **options, out_val=result)
-        moved = _moved(read) + _moved([*fresh, *changed])
+        moved = bytes_of(read) + bytes_of([*fresh, *changed])
         launches = _launches_of_lists(args) if name.startswith(("_foreach_", "_fused_")) else 1
-        self._add(Launch(name, self._now_in(), _kind_of_operation(name), moved, int(flops), launches))
+        if name == FLASH_BACKWARD:
+            self.launches.append(flash_backward(self._now_in(), args[1], moved, int(flops)))
+        else:
+            kind = kind_of_operation(name)
+            self.launches.append(Launch(name, self._now_in(), kind, moved, int(flops), launches))
 
     def launch(self, kernel: Any, arguments: dict[str, Any]) -> None:
         """One of our Triton kernels."""
@@ -225,10 +226,8 @@ class Watch:
             seen.add(key)
         module = kernel.fn.__module__.removeprefix("fastdeit.kernels.")
         name = f"{module}.{kernel.fn.__name__}"
-        self._add(Launch(name, self._now_in(), _kind_of_kernel(name), moved, _flops_of(kernel, arguments)))
-
-    def _add(self, launch: Launch) -> None:
-        self.launches.append(launch)
+        flops = _flops_of(kernel, arguments)
+        self.launches.append(Launch(name, self._now_in(), _kind_of_kernel(name), moved, flops))
 
     def _now_in(self) -> str:
         """The phase of a step that this is: autograd knows whether it is differentiating."""
@@ -289,7 +288,8 @@ def _dense(tensor: Tensor) -> int:
     return elements * tensor.element_size()
 
 
-def _moved(tensors: Iterable[Tensor]) -> int:
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements of these tensors, each once."""
     return sum({_place(tensor): _dense(tensor) for tensor in tensors}.values())
 
 
@@ -316,9 +316,32 @@ def _launches_of_lists(args: Sequence[Any]) -> int:
     return launches + (blocks > 0)
 
 
+FLASH_BACKWARD = "_scaled_dot_product_flash_attention_backward"
+
+
+def flash_backward(phase: str, q: Tensor, moved: int, flops: int) -> Launch:
+    """FlashAttention-2's backward (Dao, 2023), of which an operation's arguments show less than it moves: it is three
+    kernels, adds dq up in float32 (cleared, added to, read: 16 bytes an element), and reads the output and its gradient
+    for delta alone."""
+    return Launch(FLASH_BACKWARD, phase, "attention", moved + (16 + q.element_size()) * q.numel(), flops, 3)
+
+
 # ---- kinds -----------------------------------------------------------------------------------------------------------
 
-KINDS = ("products", "attention", "norm", "gelu", "sums", "casts", "copies", "zeros", "input", "loss", "update", "other")
+KINDS = (
+    "products",
+    "attention",
+    "norm",
+    "gelu",
+    "sums",
+    "casts",
+    "copies",
+    "zeros",
+    "input",
+    "loss",
+    "update",
+    "other",
+)
 """products: of matrices, GELU in their epilogue included; norm: LayerNorm with the residual addition and drop-path that
 are fused into it; sums: over rows, of bias gradients above all; copies: tensors put together or laid out anew."""
 
@@ -347,7 +370,8 @@ _OF_KERNELS = (
 """Beginnings of `module.kernel`, the first that fits."""
 
 
-def _kind_of_operation(name: str) -> str:
+def kind_of_operation(name: str) -> str:
+    """One of `KINDS`, by the name of an operation of PyTorch."""
     if "attention" in name:
         return "attention"
     if name.startswith(("_foreach_", "_fused_")):
@@ -364,7 +388,9 @@ def _kind_of_kernel(name: str) -> str:
 
 _SCORES = {
     **dict.fromkeys(("_one_pass_kernel", "_online_kernel"), 2),
-    **{"_query_gradient_kernel": 3, "_key_gradient_kernel": 4, "_fused_kernel": 5},
+    **dict.fromkeys(("_query_gradient_kernel",), 3),
+    **dict.fromkeys(("_key_gradient_kernel",), 4),
+    **dict.fromkeys(("_fused_kernel",), 5),
 }
 """Kernels of attention: how many products they make of all queries with all keys."""
 _WITH_GELU = {"_product_gelu_kernel": "x", "_product_gelu_backward_kernel": "dout"}

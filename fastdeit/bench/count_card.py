@@ -79,8 +79,9 @@ class WeakTensors:
 @dataclass
 class Card:
     """What the host asked of the card: kernels, grids and arguments by name, in the order of their launches, unless
-    there is a watcher, who is told of them instead; the names of PyTorch's operations that made tensors on it, and those of these tensors that are still referred to.
-    capturing: whether its stream is being captured into a CUDA graph."""
+    there is a watcher, who is told of them instead; the names of PyTorch's operations that made tensors on it, and
+    those of these tensors that are still referred to. capturing: whether its stream is being captured into a CUDA
+    graph."""
 
     capturing: bool = False
     watcher: Watcher | None = None
@@ -124,9 +125,9 @@ class _Fakes(FakeTensorMode):
         if func.namespace == _op.NAMESPACE:
             with self:  # not opaque, as to a compiler: on a card its own operations and launches run
                 return OPDEFS[func._name]._init_fn(*args, **(kwargs or {}))
-        if func is torch.ops.aten.scaled_dot_product_attention.default and _is_flash(args, kwargs or {}):
+        if func is torch.ops.aten.scaled_dot_product_attention.default and is_flash(args, kwargs or {}):
             with self:
-                return _flash(args, kwargs or {})
+                return flash(args, kwargs or {})
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # below autograd, nobody else has taken it to pieces
                 return func.decompose(*args, **(kwargs or {}))
@@ -156,24 +157,39 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
-        if torch.is_autocast_enabled("cuda") and function in _IN_16_BIT | _IN_32_BIT:
-            dtype = torch.get_autocast_dtype("cuda") if function in _IN_16_BIT else torch.float32
-            args = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        if function is F.scaled_dot_product_attention and _is_flash(args, options):
-            return _flash(args, options)
+        if torch.is_autocast_enabled("cuda"):
+            args = autocast(function, args, torch.get_autocast_dtype("cuda"))
+        if function is F.scaled_dot_product_attention and args[0].device.type == "cuda" and is_flash(args, options):
+            return flash(args, options)
         return function(*args, **options)
 
 
-def _flash(args: Sequence[Tensor], options: dict[str, Any]) -> Tensor:
+def autocast(function: Any, args: Sequence[Any], dtype: torch.dtype) -> Sequence[Any]:
+    """The arguments as autocast to that dtype gives them to a function of PyTorch on a card."""
+    if function not in _IN_16_BIT | _IN_32_BIT:
+        return args
+    wanted = dtype if function in _IN_16_BIT else torch.float32
+    return [a.to(wanted) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def flash(args: Sequence[Tensor], options: dict[str, Any]) -> Tensor:
+    """Attention by FlashAttention, with arguments of `F.scaled_dot_product_attention`."""
     return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3], scale=options.get("scale"))[0]
 
 
-def _is_flash(args: Sequence[Any], options: dict[str, Any]) -> bool:
+def is_flash(args: Sequence[Any], options: dict[str, Any]) -> bool:
     """Whether this call of `F.scaled_dot_product_attention` runs FlashAttention on a card, as far as the models of
     DeiT's family call it: 16 bit, and no mask."""
     q, *others = args
-    halves = q.device.type == "cuda" and q.dtype in _HALVES and q.shape[-1] <= _WIDEST_HEAD
+    halves = q.dtype in _HALVES and q.shape[-1] <= _WIDEST_HEAD
     return halves and len(others) == 2 and options.get("attn_mask") is None
+
+
+class _Generator(torch.Generator):
+    """Of the CPU, whatever card it is asked for."""
+
+    def __new__(cls, device: Any = None) -> "_Generator":
+        return super().__new__(cls)
 
 
 @contextmanager
@@ -185,6 +201,8 @@ def pretended_card(capturing: bool = False, arch: int = ARCH) -> Iterator[Card]:
     replaced = (
         (nn.Module, "to", _moved),
         (Tensor, "data_ptr", lambda self: addresses.setdefault(id(self), (len(addresses) + 1) << 30)),
+        (Tensor, "__deepcopy__", _copied),
+        (torch, "Generator", _Generator),
         (torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "device", lambda device: nullcontext()),
@@ -217,6 +235,13 @@ def _moved(module: nn.Module, *args: Any, **options: Any) -> nn.Module:
                     new = old.detach().to(device, dtype if old.is_floating_point() else None)
                     registry[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     return module
+
+
+def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """`copy.deepcopy`, which copies memory that fake tensors do not have."""
+    new = tensor.detach().clone()
+    memo[id(tensor)] = new = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return new
 
 
 def _check_launch(card: Card, kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **constants: Any) -> None:

@@ -112,7 +112,7 @@ def _step(
     scaler = torch.amp.GradScaler(device.type, enabled=wanted.precision == "fp16")
     average = _average(model, variant.mode is not None) if wanted.ema else lambda: None
     judged = _judge(judge, wanted, device, variant.mode)
-    loss_of = _compiled(_loss, variant.mode)
+    loss_of = _compiled(loss, variant.mode)
 
     def run(images: Tensor) -> None:
         torch.compiler.cudagraph_mark_step_begin()
@@ -127,7 +127,7 @@ def _step(
     return run
 
 
-def _loss(
+def loss(
     model: nn.Module, images: Tensor, targets: Tensor, judged: Tensor | None, backend: SDPBackend | None = None
 ) -> Tensor:
     """What our methods compute: with two heads and no teacher, of the mean of their logits."""
