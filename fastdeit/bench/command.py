@@ -28,11 +28,16 @@ BATCH = 16
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure what `args.what` says and append its rows to `--out`, or report what was measured."""
+    """Measure what `args.what` says and append its rows to `--out`, count a step, or report what was measured."""
     if args.what == "report":
         from fastdeit.bench import report
 
         report.main(args.results, args.folder)
+        return
+    if args.what == "count":
+        from fastdeit.bench import count_command
+
+        count_command.main(args)
         return
     measure.check_out(args.out)
     device = pick_device(args.device)

@@ -387,10 +387,11 @@ def _kind_of_kernel(name: str) -> str:
 
 
 _SCORES = {
-    **dict.fromkeys(("_one_pass_kernel", "_online_kernel"), 2),
-    **dict.fromkeys(("_query_gradient_kernel",), 3),
-    **dict.fromkeys(("_key_gradient_kernel",), 4),
-    **dict.fromkeys(("_fused_kernel",), 5),
+    "_one_pass_kernel": 2,
+    "_online_kernel": 2,
+    "_query_gradient_kernel": 3,
+    "_key_gradient_kernel": 4,
+    "_fused_kernel": 5,
 }
 """Kernels of attention: how many products they make of all queries with all keys."""
 _WITH_GELU = {"_product_gelu_kernel": "x", "_product_gelu_backward_kernel": "dout"}

@@ -112,6 +112,8 @@ class _Fakes(FakeTensorMode):
     def __init__(self, card: Card) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._card = card
+        self._inside = 0
+        """Operations that are being run. What torch puts one of them together of is not asked of the card."""
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
@@ -131,12 +133,16 @@ class _Fakes(FakeTensorMode):
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # below autograd, nobody else has taken it to pieces
                 return func.decompose(*args, **(kwargs or {}))
-        result = None if func in _WITHOUT_META else super().dispatch(func, types, args, kwargs)
+        self._inside += 1
+        try:
+            result = None if func in _WITHOUT_META else super().dispatch(func, types, args, kwargs)
+        finally:
+            self._inside -= 1
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.device.type == "cuda"]
         if made:
             self._card.operations.append(func.overloadpacket._qualified_op_name.removeprefix("aten::"))
             self._card.memory.update(made)
-        if self._card.watcher is not None:
+        if self._card.watcher is not None and self._inside == 0:
             self._card.watcher.operation(func, (args, kwargs or {}), result)
         if func in _COPIES:
             self._check_copy(*_COPIES[func](result, *args, **(kwargs or {})))
