@@ -95,6 +95,7 @@ def test_flags_are_pinned():
         "bench data": ["--recipe", "--threads", "--eval", "--batch", "--peer", *MEASURING],
         "bench suite": ["--time-limit", "--capture", "--peer", *MEASURING],
         "bench calibrate": ["--batch", *MEASURING],
+        "bench count": ["--model", "--batch", "--arch", "--json", "--update-golden"],
         "bench report": ["--results"],
         "completion": [],
     }
