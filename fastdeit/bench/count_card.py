@@ -70,6 +70,7 @@ class WeakTensors:
         self._alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
     def update(self, tensors: Iterable[Tensor]) -> None:
+        """Know these tensors, too."""
         self._alive.update((id(tensor), tensor) for tensor in tensors)
 
     def __len__(self) -> int:
