@@ -17,7 +17,7 @@ package's kernels read and write, with `a` bytes of an activation (2 in 16 bit) 
 Only the standard library is imported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -239,6 +239,7 @@ class Design:
     epilogue   GELU and its derivative are inside the products
     launch     seconds of the host for a kernel, autograd and autocast included
     kept       bytes of a block kept for backward, in units of a: per channel of a token, and per hidden channel
+    peer       timm's code, which computes the last block for all tokens
     """
 
     name: str
@@ -249,24 +250,26 @@ class Design:
     epilogue: bool = False
     launch: float = 6e-6
     kept: tuple[int, int] = (7, 2)
+    peer: bool = False
 
 
 EAGER = Design("eager", "PyTorch references of the kernels, one operation after the other", _EAGER)
-_COMPILE_HELP = "the references under torch.compile >= 2.10, for comparison: train compiles around its kernels"
-COMPILE = Design("compile", _COMPILE_HELP, _COMPILE, launch=3e-6, kept=(6, 2))
+TIMM = replace(EAGER, name="timm", help="the peer: timm's model in eager mode", pieces=(*_EAGER, _QKV[1]), peer=True)
+"""timm's code packs once more."""
+_COMPILED_HELP = "the peer: timm's model and loss under torch.compile of torch 2.10 or newer, FlashAttention"
+TIMM_COMPILE = Design("timm_compile", _COMPILED_HELP, _COMPILE, launch=3e-6, kept=(6, 2), peer=True)
 _FUSED_HELP = "this package's Triton kernels, as train selects them"
 FUSED = Design("fused", _FUSED_HELP, _FUSED, attention="triton", ours=True, launch=10e-6, kept=(6, 1))
 _EPILOGUE_HELP = "the same, with FASTDEIT_KERNELS=mlp=epilogue"
 EPILOGUE = replace(FUSED, name="epilogue", help=_EPILOGUE_HELP, pieces=_WITHOUT_GELU, epilogue=True)
-DESIGNS = {design.name: design for design in (EAGER, COMPILE, FUSED, EPILOGUE)}
+DESIGNS = {design.name: design for design in (EAGER, TIMM, TIMM_COMPILE, FUSED, EPILOGUE)}
 
-# Designs of others, for what they have measured: timm's code, which packs once more; the same with an older PyTorch's
-# attention and an AdamW of many passes; an Inductor that takes a second pass for the gradients of LayerNorm's weights.
-TIMM = replace(EAGER, pieces=(*_EAGER, _QKV[1]))
+# Designs of others, for what they have measured: timm's code with an older PyTorch's attention and an AdamW of many
+# passes; an Inductor that takes a second pass for the gradients of LayerNorm's weights.
 _FOREACH = tuple(piece._replace(fixed=88, launches=34) if piece.of == "weights" else piece for piece in TIMM.pieces)
 UNFUSED = replace(TIMM, name="unfused", pieces=_FOREACH, attention="unfused", launch=7e-6)
 _SECOND_PASS = Piece("norm", "backward", "reduction", 1, 4, 4)
-COMPILE_2_9 = replace(COMPILE, name="compile < 2.10", pieces=(*_COMPILE, _SECOND_PASS))
+COMPILE_2_9 = replace(TIMM_COMPILE, name="compile < 2.10", pieces=(*_COMPILE, _SECOND_PASS))
 
 
 def designs(gpu: GPU, precision: str, network: Network) -> list[Design]:
@@ -274,10 +277,17 @@ def designs(gpu: GPU, precision: str, network: Network) -> list[Design]:
     if network.vit is None:
         return [EAGER]
     if not network.own:
-        return [TIMM, COMPILE]
+        return [TIMM, TIMM_COMPILE]
     if gpu.triton_products and precision != "fp32":
-        return list(DESIGNS.values())
-    return [EAGER, COMPILE, FUSED]
+        return [TIMM, TIMM_COMPILE, FUSED, EPILOGUE]
+    return [TIMM, TIMM_COMPILE, FUSED]
+
+
+def computed(network: Network, design: Design) -> Network:
+    """The network as the design computes it."""
+    if network.vit is None or not design.peer:
+        return network
+    return replace(network, vit=replace(network.vit, pruned=False))
 
 
 _FUSED_BACKWARD_TOKENS, _FUSED_BACKWARD_WIDTH = 208, 64
@@ -374,7 +384,7 @@ def _embedding_and_heads(vit: ViT, work: Work) -> Iterator[Op]:
 
 def ops(network: Network, work: Work, design: Design, gpu: GPU) -> list[Op]:
     """Forward and backward of a micro-batch, and the update of a step."""
-    vit, batch, weights = network.vit, work.batch, float(network.parameters)
+    vit, batch, weights = computed(network, design).vit, work.batch, float(network.parameters)
     depth = vit.depth if vit else 1
     elements = {"weights": weights, "average": weights * work.ema, "ends": float(work.bytes < 4)}
     if vit is None:
@@ -426,7 +436,11 @@ class Step(NamedTuple):
 def step(network: Network, work: Work, design: Design, gpu: GPU) -> Step:
     """Time of a training step on one GPU, its input ready there, without communication: the GPU's time, or the host's
     where launching it all takes longer."""
-    found = ops(network, work, design, gpu)
+    return time(ops(network, work, design, gpu), work, design, gpu)
+
+
+def time(found: Iterable[Op], work: Work, design: Design, gpu: GPU) -> Step:
+    """`step` of these operations."""
     busy, host = (
         Step(*(sum(of(op) for op in found if op.phase == phase) for phase in Step._fields))
         for of in (lambda op: seconds(op, gpu, work.precision), lambda op: op.count * op.launches * design.launch)
@@ -509,7 +523,7 @@ def memory(
     gradients of a block's activations. input: a uint8 batch, two more that are prefetched, and the rendered images
     (a ViT's are those that `embedding` keeps).
     """
-    a, vit, batch = work.bytes, network.vit, work.batch
+    a, vit, batch = work.bytes, computed(network, design).vit, work.batch
     own = network.parameters / (world if sharding == "fsdp" else 1)
     depth = vit.depth if vit else 1
     sharded = (2 * a + 4) * network.parameters / depth

@@ -1,0 +1,98 @@
+"""How far a modelled step may be off, since the shares of `gpus.GPUS` are judgements.
+
+`DRAWS` times, each share is drawn anew from a range around its judged value (`HALF_WIDTHS`), and the same operations
+are timed again. A draw is one for all designs of a GPU: a faster library product makes ours and the peer's step faster.
+
+The interval is what these ranges make of the model. It knows nothing of what the model leaves out.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+from fastdeit.estimate import model as estimate
+from fastdeit.estimate.gpus import GPU
+from fastdeit.estimate.model import Design, Network, Op, Step, Work
+
+DRAWS = 64
+LOW, HIGH = 0.05, 0.95
+HALF_WIDTHS = {
+    "products": 0.13,
+    "pointwise": 0.07,
+    "reduction": 0.24,
+    "library": 0.30,
+    "ours": 0.33,
+    "epilogue": 0.80,
+    "gap": 0.43,
+}
+"""Judged, like the shares: a share of 0.5 with 0.3 is drawn evenly from 0.35 to 0.65. Narrowest is what many published
+measurements bound, libraries' products and copies; widest what nobody has measured, ours and GELU in a product."""
+
+
+class Interval(NamedTuple):
+    """The 5th and the 95th percentile."""
+
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of these values, as many as there are draws."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return Interval(ordered[round(LOW * last)], ordered[round(HIGH * last)])
+
+
+@cache
+def drawn(gpu: GPU) -> tuple[GPU, ...]:
+    """The GPU with its shares drawn, the same in every call."""
+    source = random.Random(0)
+
+    def draw() -> GPU:
+        factor = {name: source.uniform(1 - width, 1 + width) for name, width in HALF_WIDTHS.items()}
+
+        def share(value: float, name: str) -> float:
+            return min(1.0, value * factor[name])
+
+        return replace(
+            gpu,
+            gemm=share(gpu.gemm, "products"),
+            narrow=share(gpu.narrow, "products"),
+            pointwise=share(gpu.pointwise, "pointwise"),
+            reduction=share(gpu.reduction, "reduction"),
+            library=tuple(share(value, "library") for value in gpu.library),
+            ours=tuple(share(value, "ours") for value in gpu.ours),
+            epilogue=gpu.epilogue * factor["epilogue"],
+            gap=gpu.gap * factor["gap"],
+        )
+
+    return tuple(draw() for _ in range(DRAWS))
+
+
+@cache
+def steps(network: Network, work: Work, design: Design, gpu: GPU) -> tuple[Step, ...]:
+    """`model.step` in each draw."""
+    fixed = _merged(estimate.ops(network, work, design, gpu))
+    return tuple(estimate.time(_slowed(fixed, gpu, card), work, design, card) for card in drawn(gpu))
+
+
+def _merged(ops: Sequence[Op]) -> list[Op]:
+    """The same in fewer operations: those that multiply nothing add up, by kind and phase."""
+    sums: dict[tuple[str, str], Op] = {}
+    kept: dict[Op, float] = {}
+    for op in ops:
+        if op.flops:
+            kept[op._replace(count=1.0)] = kept.get(op._replace(count=1.0), 0.0) + op.count
+        else:
+            old = sums.get((op.kind, op.phase), Op(op.kind, op.phase, launches=0.0))
+            moved, launches = old.bytes + op.count * op.bytes, old.launches + op.count * op.launches
+            sums[op.kind, op.phase] = old._replace(bytes=moved, launches=launches)
+    return [op._replace(count=count) for op, count in kept.items()] + list(sums.values())
+
+
+def _slowed(ops: Sequence[Op], judged: GPU, card: GPU) -> list[Op]:
+    """Products with an epilogue by the slowdown of the drawn card. (Padding is that of attention, which has none.)"""
+    factor = (1 + card.epilogue) / (1 + judged.epilogue)
+    return [op._replace(spent=op.spent * factor) if op.spent and op.kind in ("gemm", "narrow") else op for op in ops]
