@@ -72,7 +72,7 @@ def test_every_backend_of_the_ops_with_a_choice_has_a_form():
             (name, backend.name)
             for name in ("attention", "mlp", "layer_norm_mlp", "fused_adamw")
             for backend in _op.OPS[name].backends
-            if backend.capability(CARD, True)[0]
+            if backend.capability(CARD, True)[0] and backend.name not in ("apex", "quack")  # others' packages
         }
         taken = {
             (name, _op.OPS[name].select(CARD)[0].name if choice == _op.AUTO else choice)

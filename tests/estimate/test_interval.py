@@ -32,7 +32,7 @@ def test_a_step_does_and_moves_what_is_counted_of_it(size, design, form):
     _, moved, flops = map(sum, zip(*(row for kind, row in counted.items() if kind != "memory"), strict=True))
     ops = estimate.ops(network(WIDTHS[size]), WORK, design, H200)
     assert sum(op.count * op.flops for op in ops) == flops
-    assert sum(op.count * op.bytes for op in ops) == pytest.approx(moved, rel=0.1)
+    assert sum(op.count * op.bytes for op in ops) == pytest.approx(moved, rel=0.06)
 
 
 def test_the_peer_computes_the_last_block_for_all_tokens():
@@ -61,7 +61,7 @@ def test_shares_are_drawn_from_their_ranges_and_alike_in_every_call():
     assert max(card.gemm for card in full) == 1.0
 
 
-@pytest.mark.parametrize("design", [TIMM_COMPILE, FUSED, EPILOGUE], ids=str)
+@pytest.mark.parametrize("design", [TIMM_COMPILE, FUSED, EPILOGUE], ids=lambda design: design.name)
 def test_draws_are_steps_of_the_same_model(monkeypatch, design):
     slower = replace(H200, gemm=0.5, epilogue=0.9, gap=5e-6)
     for card in (H200, slower):
