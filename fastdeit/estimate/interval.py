@@ -1,6 +1,6 @@
 """How far a modelled step may be off, since the shares of `gpus.GPUS` are judgements.
 
-`DRAWS` times, each share is drawn anew from a range around its judged value (`HALF_WIDTHS`), and the same operations
+`DRAWS` times, each share is drawn anew from a range around its judged value (`RANGES`), and the same operations
 are timed again. A draw is one for all designs of a GPU: a faster library product makes ours and the peer's step faster.
 
 The interval is what these ranges make of the model. It knows nothing of what the model leaves out.
@@ -18,17 +18,18 @@ from fastdeit.estimate.model import Design, Network, Op, Step, Work
 
 DRAWS = 64
 LOW, HIGH = 0.05, 0.95
-HALF_WIDTHS = {
-    "products": 0.13,
-    "pointwise": 0.07,
-    "reduction": 0.24,
-    "library": 0.30,
-    "ours": 0.33,
-    "epilogue": 0.80,
-    "gap": 0.43,
+RANGES = {
+    "products": (0.87, 1.13),
+    "pointwise": (0.93, 1.07),
+    "reduction": (0.76, 1.24),
+    "library": (0.70, 1.30),
+    "ours": (0.67, 1.33),
+    "epilogue": (0.50, 7.00),
+    "gap": (0.57, 1.43),
 }
-"""Judged, like the shares: a share of 0.5 with 0.3 is drawn evenly from 0.35 to 0.65. Narrowest is what many published
-measurements bound, libraries' products and copies; widest what nobody has measured, ours and GELU in a product."""
+"""Least and largest factor of each share, judged like the shares. Narrowest is what many published measurements bound,
+libraries' products and copies. Widest is what nobody has measured: ours, and above all how much the GELU in its epilogue
+slows a product down, which may be little, or on Hopper so much that it does not pay."""
 
 
 class Interval(NamedTuple):
@@ -51,7 +52,7 @@ def drawn(gpu: GPU) -> tuple[GPU, ...]:
     source = random.Random(0)
 
     def draw() -> GPU:
-        factor = {name: source.uniform(1 - width, 1 + width) for name, width in HALF_WIDTHS.items()}
+        factor = {name: source.uniform(*ends) for name, ends in RANGES.items()}
 
         def share(value: float, name: str) -> float:
             return min(1.0, value * factor[name])

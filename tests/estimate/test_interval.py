@@ -54,9 +54,9 @@ def test_shares_are_drawn_from_their_ranges_and_alike_in_every_call():
     assert len(set(drawn)) == interval.DRAWS
     for of, name in (("gemm", "products"), ("pointwise", "pointwise"), ("gap", "gap"), ("epilogue", "epilogue")):
         factors = [getattr(card, of) / getattr(H200, of) for card in drawn]
-        width = interval.HALF_WIDTHS[name]
-        assert 1 - width <= min(factors) < 1 - width / 2
-        assert 1 + width / 2 < max(factors) <= 1 + width
+        low, high = interval.RANGES[name]
+        assert low <= min(factors) < (3 * low + high) / 4
+        assert (low + 3 * high) / 4 < max(factors) <= high
     full = interval.drawn(replace(H200, gemm=1.0))
     assert max(card.gemm for card in full) == 1.0
 
