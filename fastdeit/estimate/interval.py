@@ -28,7 +28,7 @@ RANGES = {
     "gap": (0.57, 1.43),
 }
 """Least and largest factor of each share, judged like the shares. Narrowest is what many published measurements bound,
-libraries' products and copies. Widest is what nobody has measured: ours, and above all how much the GELU in its epilogue
+libraries' products and copies. Widest is what nobody has measured: ours, and above all how much a GELU in the epilogue
 slows a product down, which may be little, or on Hopper so much that it does not pay."""
 
 
