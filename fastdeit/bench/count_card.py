@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from unittest.mock import patch
 from weakref import WeakValueDictionary
 
@@ -43,6 +43,23 @@ _IN_32_BIT = {F.layer_norm, F.log_softmax, F.cross_entropy, F.nll_loss}
 _HALVES = torch.float16, torch.bfloat16
 _WIDEST_HEAD = 256
 """Of FlashAttention."""
+
+
+class Properties(NamedTuple):
+    """Of a card: its streaming multiprocessors, and KiB of shared memory that a block and a multiprocessor can have."""
+
+    name: str
+    processors: int
+    of_block: int
+    of_processor: int
+
+
+# NVIDIA's CUDA C++ Programming Guide, technical specifications by compute capability, and datasheets.
+CARDS = {
+    80: Properties("NVIDIA A100", 108, 163, 164),
+    90: Properties("NVIDIA H200", 132, 227, 228),
+    100: Properties("NVIDIA B200", 148, 227, 228),
+}
 
 
 class Waits(AssertionError):
@@ -201,16 +218,18 @@ class _Generator(torch.Generator):
 
 @contextmanager
 def pretended_card(capturing: bool = False, arch: int = ARCH) -> Iterator[Card]:
-    """Inside, there is a card of that architecture, as a number: 90 is sm_90."""
+    """Inside, there is a card of that architecture, one of `CARDS`: 90 is sm_90."""
     card = Card(capturing)
     addresses: dict[int, int] = {}
     stream = SimpleNamespace(cuda_stream=0)
+    properties = SimpleNamespace(name=CARDS[arch].name, multi_processor_count=CARDS[arch].processors)
     replaced = (
         (nn.Module, "to", _moved),
         (Tensor, "data_ptr", lambda self: addresses.setdefault(id(self), (len(addresses) + 1) << 30)),
         (Tensor, "__deepcopy__", _copied),
         (torch, "Generator", _Generator),
         (torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)),
+        (torch.cuda, "get_device_properties", lambda device=None: properties),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "device", lambda device: nullcontext()),
         (torch.cuda, "current_stream", lambda device=None: stream),

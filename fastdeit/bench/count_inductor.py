@@ -1,8 +1,8 @@
 """What Inductor makes of timm's training step for a card that is not there: its kernels, and the bytes they move.
 
 The step's forward, loss and backward are traced as `torch.compile` traces them, on tensors without values, and lowered
-for a card whose properties stand in `CARDS`. Inductor's scheduler then knows which kernels there are and which buffers
-each reads and writes. Nothing is compiled further and nothing runs.
+for a card whose properties stand in `count_card.CARDS`. Inductor's scheduler then knows which kernels there are and
+which buffers each reads and writes. Nothing is compiled further and nothing runs.
 
 This calls Inductor's own parts, which change with every release: it is written for `TORCH`.
 """
@@ -23,15 +23,12 @@ from torch.utils.flop_counter import flop_registry
 
 from fastdeit.bench import count_card, peers
 from fastdeit.bench.count import FLASH_BACKWARD, Launch, bytes_of, flash_backward, kind_of_operation
+from fastdeit.bench.count_card import CARDS
 from fastdeit.bench.measure import CLASSES, CannotRun
 from fastdeit.bench.step import DTYPES, Cell
 
 TORCH = (2, 14)
 """The release whose Inductor is called."""
-
-# What Inductor asks of a card: name, SMs, and shared memory of a block and of an SM in KiB. Source: NVIDIA's CUDA C++
-# Programming Guide, technical specifications by compute capability; datasheets of A100, H200 and B200.
-CARDS = {80: ("NVIDIA A100", 108, 163, 164), 90: ("NVIDIA H200", 132, 227, 228), 100: ("NVIDIA B200", 148, 227, 228)}
 
 
 def launches(model: nn.Module, cell: Cell, arch: int) -> tuple[list[Launch], int]:
@@ -121,21 +118,21 @@ def _card_for_inductor(arch: int) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    name, processors, of_block, of_processor = CARDS[arch]
+    card = CARDS[arch]
     major, minor = divmod(arch, 10)
     properties = SimpleNamespace(
-        name=name,
+        name=card.name,
         major=major,
         minor=minor,
-        multi_processor_count=processors,
+        multi_processor_count=card.processors,
         total_memory=2**37,
         warp_size=32,
         max_threads_per_multi_processor=2048,
         max_threads_per_block=1024,
         regs_per_multiprocessor=65536,
         shared_memory_per_block=48 * 1024,
-        shared_memory_per_block_optin=of_block * 1024,
-        shared_memory_per_multiprocessor=of_processor * 1024,
+        shared_memory_per_block_optin=card.of_block * 1024,
+        shared_memory_per_multiprocessor=card.of_processor * 1024,
         gcnArchName="",
     )
     target = SimpleNamespace(

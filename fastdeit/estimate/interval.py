@@ -80,17 +80,20 @@ def steps(network: Network, work: Work, design: Design, gpu: GPU) -> tuple[Step,
 
 
 def _merged(ops: Sequence[Op]) -> list[Op]:
-    """The same in fewer operations: those that multiply nothing add up, by kind and phase."""
-    sums: dict[tuple[str, str], Op] = {}
-    kept: dict[Op, float] = {}
+    """The same in fewer operations: equal ones count together, and those that multiply nothing and else differ in bytes
+    and launches alone add up."""
+    sums: dict[Op, tuple[float, float]] = {}
+    counts: dict[Op, float] = {}
     for op in ops:
         if op.flops:
-            kept[op._replace(count=1.0)] = kept.get(op._replace(count=1.0), 0.0) + op.count
+            key = op._replace(count=1.0)
+            counts[key] = counts.get(key, 0.0) + op.count
         else:
-            old = sums.get((op.kind, op.phase), Op(op.kind, op.phase, launches=0.0))
-            moved, launches = old.bytes + op.count * op.bytes, old.launches + op.count * op.launches
-            sums[op.kind, op.phase] = old._replace(bytes=moved, launches=launches)
-    return [op._replace(count=count) for op, count in kept.items()] + list(sums.values())
+            key = op._replace(bytes=0.0, launches=0.0, count=1.0)
+            moved, launches = sums.get(key, (0.0, 0.0))
+            sums[key] = moved + op.count * op.bytes, launches + op.count * op.launches
+    added = [key._replace(bytes=moved, launches=launches) for key, (moved, launches) in sums.items()]
+    return [key._replace(count=count) for key, count in counts.items()] + added
 
 
 def _slowed(ops: Sequence[Op], judged: GPU, card: GPU) -> list[Op]:
