@@ -28,7 +28,7 @@ BATCH = 16
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure what `args.what` says and append its rows to `--out`, or report what was measured."""
+    """Measure what `args.what` says and append its rows to `--out`, count a step, or report what was measured."""
     if args.what == "report":
         from fastdeit.bench import report
 
@@ -38,6 +38,11 @@ def main(args: argparse.Namespace) -> None:
         from fastdeit.bench import parity
 
         parity.main(args)
+        return
+    if args.what == "count":
+        from fastdeit.bench import count_command
+
+        count_command.main(args)
         return
     measure.check_out(args.out)
     device = pick_device(args.device)

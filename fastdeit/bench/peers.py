@@ -74,7 +74,7 @@ def step_of(name: str, wanted: Cell, device: torch.device) -> tuple[Callable[[Te
             raise CannotRun(f"accelerate swaps nothing in timm's {wanted.model}: {report}")
     if wanted.what == "forward":
         return _forward(model, wanted, device, variant), flops
-    return _step(model, judge, wanted, device, variant), flops
+    return training_step(model, judge, wanted, device, variant), flops
 
 
 def _compiled(function: Callable, mode: str | None) -> Callable:
@@ -101,9 +101,10 @@ def _forward(model: nn.Module, wanted: Cell, device: torch.device, variant: Vari
     return run
 
 
-def _step(
+def training_step(
     model: nn.Module, judge: nn.Module | None, wanted: Cell, device: torch.device, variant: Variant
 ) -> Callable[[Tensor], None]:
+    """A step of timm's `model`, taught by `judge` if there is one, on the images `[B, 3, H, W]` it is given."""
     model.train()
     targets = torch.rand(wanted.batch, CLASSES, device=device).softmax(-1)
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
@@ -112,7 +113,7 @@ def _step(
     scaler = torch.amp.GradScaler(device.type, enabled=wanted.precision == "fp16")
     average = _average(model, variant.mode is not None) if wanted.ema else lambda: None
     judged = _judge(judge, wanted, device, variant.mode)
-    loss_of = _compiled(_loss, variant.mode)
+    loss_of = _compiled(loss, variant.mode)
 
     def run(images: Tensor) -> None:
         torch.compiler.cudagraph_mark_step_begin()
@@ -127,7 +128,7 @@ def _step(
     return run
 
 
-def _loss(
+def loss(
     model: nn.Module, images: Tensor, targets: Tensor, judged: Tensor | None, backend: SDPBackend | None = None
 ) -> Tensor:
     """What our methods compute: with two heads and no teacher, of the mean of their logits."""

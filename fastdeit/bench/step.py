@@ -219,11 +219,16 @@ def _rate(amount: float, seconds: list[float] | None) -> float | None:
 # ---- what goes in ----------------------------------------------------------------------------------------------------
 
 
-def batch(wanted: Cell, noise: Mapping[str, int], device: torch.device) -> Batch:
-    """Random uint8 images, mixed in pairs with weight 0.7."""
+def random_images(wanted: Cell) -> Tensor:
+    """uint8 `[B, H, W, 3]`, the same in every process."""
     size, count = wanted.image_size, wanted.batch
     words = rng.bits(rng.key(0, "bench"), range(count), size * size)
-    images = torch.from_numpy(words.view("uint8").reshape(count, size, size, 4)[..., :3].copy())
+    return torch.from_numpy(words.view("uint8").reshape(count, size, size, 4)[..., :3].copy())
+
+
+def batch(wanted: Cell, noise: Mapping[str, int], device: torch.device, images: Tensor | None = None) -> Batch:
+    """These images, by default random ones, mixed in pairs with weight 0.7."""
+    images, count = random_images(wanted) if images is None else images, wanted.batch
     y1 = torch.arange(count) % CLASSES
     weight = torch.full((count,), 0.7)
     return Batch(

@@ -1,4 +1,4 @@
-"""`fastdeit bench step`, `forward`, `train`, `data`, `suite`, `calibrate`, `parity` and `report`."""
+"""`fastdeit bench step`, `forward`, `train`, `data`, `suite`, `calibrate`, `count`, `parity` and `report`."""
 
 import argparse
 
@@ -6,6 +6,7 @@ from fastdeit.cli.parser import Verb, path, positive
 
 STEP_PEERS = ("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph")
 PARITY_CASES = ("supervised", "soft", "hard", "bce_lamb", "cosub", "accumulate", "clip", "finetune")
+COUNTED = 80, 90, 100
 DATA_PEERS = ("timm", "deit", "torchvision", "dali")
 
 
@@ -165,6 +166,26 @@ _add("--batch", type=positive, default=16, metavar="N", help="images per batch, 
 _add("--image-size", type=positive, default=64, metavar="N", help="pixels of a side, a multiple of 32 (default: 64)")
 _add("--out", type=path, metavar="FILE", help="append the rows to this file")
 
+COUNT = _verb(
+    "count",
+    "launches, bytes, FLOPs and memory of a step on a card that need not be there",
+    "[--model NAME ...] [--batch N] [--arch N ...] [--json] [--update-golden]",
+    "fastdeit bench count --model deit_base_distilled_patch16_224 --arch 90  # ours in every form, and timm's",
+)
+_add = COUNT.parser.add_argument
+_add("--model", action="append", metavar="NAME", help="may be repeated (default: DeiT-B, S and Ti, distilled)")
+_add("--batch", type=positive, metavar="N", help="images of a step (default: 256)")
+_add(
+    "--arch",
+    type=int,
+    choices=(80, 90, 100),
+    action="append",
+    metavar="N",
+    help="80, 90 or 100; may be repeated (default: 90)",
+)
+_add("--json", action="store_true", help="print a row of JSON for each model and architecture")
+_add("--update-golden", action="store_true", help="keep our counts in tests/golden/counts")
+
 REPORT = _verb(
     "report",
     "what was measured, as tables and a picture",
@@ -185,5 +206,6 @@ VERBS = {
     "bench suite": SUITE,
     "bench calibrate": CALIBRATE,
     "bench parity": PARITY,
+    "bench count": COUNT,
     "bench report": REPORT,
 }

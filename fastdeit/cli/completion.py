@@ -71,7 +71,7 @@ def script(shell: str, known: Mapping[str, Verb]) -> str:
         for action in verb.parser._actions:
             if action.choices:
                 for flag in action.option_strings or [name.split()[-1]]:
-                    values.append(_case(f"{name} {flag}", [*action.choices], 8))
+                    values.append(_case(f"{name} {flag}", [*map(str, action.choices)], 8))
     text = _BASH.format(
         families="\n".join(f'    "{name}") verb="{name}" ;;' for name in known if " " in name),
         first=" ".join([*families, "--help", "--version"]),

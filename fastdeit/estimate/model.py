@@ -18,7 +18,7 @@ Only the standard library is imported.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -275,6 +275,7 @@ class Design:
     epilogue   GELU and its derivative are inside the products
     launch     seconds of the host for a kernel, autograd and autocast included
     kept       bytes of a block kept for backward, in units of a: per channel of a token, and per hidden channel
+    peer       timm's code, which computes the last block for all tokens
     """
 
     name: str
@@ -285,24 +286,26 @@ class Design:
     epilogue: bool = False
     launch: float = 6e-6
     kept: tuple[int, int] = (7, 2)
+    peer: bool = False
 
 
 EAGER = Design("eager", "PyTorch references of the kernels, one operation after the other", _EAGER)
-_COMPILE_HELP = "the references under torch.compile >= 2.10, for comparison: train compiles around its kernels"
-COMPILE = Design("compile", _COMPILE_HELP, _COMPILE, launch=3e-6, kept=(6, 2))
+TIMM = replace(EAGER, name="timm", help="the peer: timm's model in eager mode", pieces=(*_EAGER, _QKV[1]), peer=True)
+"""timm's code packs once more."""
+_COMPILED_HELP = "the peer: timm's model and loss under torch.compile of torch 2.10 or newer, FlashAttention"
+TIMM_COMPILE = Design("timm_compile", _COMPILED_HELP, _COMPILE, launch=3e-6, kept=(6, 2), peer=True)
 _FUSED_HELP = "this package's Triton kernels, as train selects them"
 FUSED = Design("fused", _FUSED_HELP, _FUSED, attention="triton", ours=True, launch=10e-6, kept=(6, 1))
 _EPILOGUE_HELP = "the same, with FASTDEIT_KERNELS=mlp=epilogue"
 EPILOGUE = replace(FUSED, name="epilogue", help=_EPILOGUE_HELP, pieces=_WITHOUT_GELU, epilogue=True)
-DESIGNS = {design.name: design for design in (EAGER, COMPILE, FUSED, EPILOGUE)}
+DESIGNS = {design.name: design for design in (EAGER, TIMM, TIMM_COMPILE, FUSED, EPILOGUE)}
 
-# Designs of others, for what they have measured: timm's code, which packs once more; the same with an older PyTorch's
-# attention and an AdamW of many passes; an Inductor that takes a second pass for the gradients of LayerNorm's weights.
-TIMM = replace(EAGER, pieces=(*_EAGER, _QKV[1]))
+# Designs of others, for what they have measured: timm's code with an older PyTorch's attention and an AdamW of many
+# passes; an Inductor that takes a second pass for the gradients of LayerNorm's weights.
 _FOREACH = tuple(piece._replace(fixed=72, launches=34) if piece.of == "weights" else piece for piece in TIMM.pieces)
 UNFUSED = replace(TIMM, name="unfused", pieces=_FOREACH, attention="unfused", launch=7e-6)
 _SECOND_PASS = Piece("norm", "backward", "reduction", 1, 4, 4)
-COMPILE_2_9 = replace(COMPILE, name="compile < 2.10", pieces=(*_COMPILE, _SECOND_PASS))
+COMPILE_2_9 = replace(TIMM_COMPILE, name="compile < 2.10", pieces=(*_COMPILE, _SECOND_PASS))
 
 
 def keeping(design: Design) -> Design:
@@ -322,10 +325,17 @@ def designs(gpu: GPU, precision: str, network: Network) -> list[Design]:
     if network.vit is None:
         return [EAGER]
     if not network.own:
-        return [TIMM, COMPILE]
+        return [TIMM, TIMM_COMPILE]
     if gpu.triton_products and precision != "fp32":
-        return list(DESIGNS.values())
-    return [EAGER, COMPILE, FUSED]
+        return [TIMM, TIMM_COMPILE, FUSED, EPILOGUE]
+    return [TIMM, TIMM_COMPILE, FUSED]
+
+
+def computed(network: Network, design: Design) -> Network:
+    """The network as the design computes it."""
+    if network.vit is None or not design.peer:
+        return network
+    return replace(network, vit=replace(network.vit, pruned=False))
 
 
 _FUSED_BACKWARD_TOKENS, _FUSED_BACKWARD_WIDTH = 208, 64
@@ -425,7 +435,8 @@ def _embedding_and_heads(vit: ViT, work: Work, still: int) -> Iterator[Op]:
 
 def ops(network: Network, work: Work, design: Design, gpu: GPU) -> list[Op]:
     """Forward and backward of a micro-batch, and the update of a step."""
-    vit, batch, weights, trained = network.vit, work.batch, float(network.parameters), work.of(network)
+    vit, batch, weights = computed(network, design).vit, work.batch, float(network.parameters)
+    trained = work.of(network)
     depth = vit.depth if vit else 1
     elements = {"weights": float(trained.parameters), "states": float(trained.states), "ends": float(work.bytes < 4)}
     elements |= {"average": elements["weights"] * work.ema}
@@ -493,7 +504,11 @@ class Step(NamedTuple):
 def step(network: Network, work: Work, design: Design, gpu: GPU) -> Step:
     """Time of a training step on one GPU, its input ready there, without communication: the GPU's time, or the host's
     where launching it all takes longer."""
-    found = ops(network, work, design, gpu)
+    return time(ops(network, work, design, gpu), work, design, gpu)
+
+
+def time(found: Iterable[Op], work: Work, design: Design, gpu: GPU) -> Step:
+    """`step` of these operations."""
     busy, host = (
         Step(*(sum(of(op) for op in found if op.phase == phase) for phase in Step._fields))
         for of in (lambda op: seconds(op, gpu, work.precision), lambda op: op.count * op.launches * design.launch)
@@ -578,7 +593,7 @@ def memory(
     computed again. input: a uint8 batch, two more that are prefetched, and the rendered images
     (a ViT's are those that `embedding` keeps).
     """
-    a, vit, batch = work.bytes, network.vit, work.batch
+    a, vit, batch = work.bytes, computed(network, design).vit, work.batch
     trained, shards = work.of(network), world if sharding == "fsdp" else 1
     depth = vit.depth if vit else 1
     sharded = (2 * a + 4) * network.parameters / depth

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastdeit import methods
 from fastdeit.engine.progress import table
+from fastdeit.estimate import interval as estimate_interval
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import GPU
 from fastdeit.estimate.machines import Machine
-from fastdeit.estimate.model import DESIGNS, GIB, Design, Network, Work
+from fastdeit.estimate.model import DESIGNS, GIB, TIMM_COMPILE, Design, Network, Step, Work
 from fastdeit.estimate.rows import MODELLED
 from fastdeit.estimate.subject import IMAGENET, Subject, network, subject
 
@@ -55,9 +56,9 @@ def report(
     files = sorted(results.glob("*.jsonl"))
     measured = estimate_rows.calibrations(files, lambda name, size: network(name, None, size, IMAGENET[2]))
     plans = [
-        _plan(trained, machine, design, sharding, measured, (prices or {}).get(machine.gpu.name))
+        plan
         for machine in machines
-        for design in _designs(trained, machine)
+        for plan in _plans(trained, machine, sharding, measured, (prices or {}).get(machine.gpu.name))
     ]
     train = recipe.train
     return {
@@ -112,14 +113,33 @@ def _designs(trained: Subject, machine: Machine) -> list[Design]:
     return [estimate.keeping(design) for design in found] if recipe.engine.keep_activations else found
 
 
+def _plans(
+    trained: Subject, machine: Machine, sharding: str, measured: dict[Any, Any], price: float | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a machine, one for each design."""
+    precision, designs = _precision(trained.recipe, machine.gpu), _designs(trained, machine)
+    found = {
+        design: measured.get((machine.gpu.name, design.name, precision), estimate_rows.NOT_CALIBRATED)
+        for design in designs
+    }
+    runs = {design: _run(trained, machine, design, sharding, found[design]) for design in designs}
+    for design in designs:
+        yield _plan(trained, machine, design, sharding, found[design], runs[design], runs.get(TIMM_COMPILE), price)
+
+
 def _plan(
-    trained: Subject, machine: Machine, design: Design, sharding: str, measured: dict[Any, Any], price: float | None
+    trained: Subject,
+    machine: Machine,
+    design: Design,
+    sharding: str,
+    calibration: estimate_rows.Calibration,
+    run: dict[str, Any],
+    peer: dict[str, Any] | None,
+    price: float | None,
 ) -> dict[str, Any]:
-    """One row of the report."""
+    """One row of the report; `peer` is the run that it is compared with, where there is one."""
     gpu, train, student = machine.gpu, trained.recipe.train, trained.student
     work = _work(trained, machine)
-    calibration = measured.get((gpu.name, design.name, work.precision), estimate_rows.NOT_CALIBRATED)
-    run = _run(trained, machine, design, sharding, calibration.factor)
     seconds = {name: run[name] for name in ("training", "evaluation", "teacher")}
     seconds["total"] = sum(seconds.values())
     options = {"world": machine.count, "sharding": sharding, "teachers": trained.teachers}
@@ -138,6 +158,8 @@ def _plan(
         "precision": work.precision,
         "batch_per_gpu": work.batch // passes,
         "images_per_second": train.batch_size / run["step"],
+        "interval": [train.batch_size / end for end in reversed(run["interval"])],
+        "ratio": None if peer is None else _ratio(run, peer),
         "mfu": flops / (run["step"] * machine.count * peak),
         "step": {"seconds": run["step"], "teacher_seconds": run["teacher_step"]},
         "communication": run["communication"],
@@ -152,6 +174,13 @@ def _plan(
     }
 
 
+def _ratio(run: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    """How many times as fast a step is as the peer's, and the interval of that: the draws are the same for both."""
+    drawn = [theirs / own for theirs, own in zip(peer["drawn"], run["drawn"], strict=True)]
+    value = peer["step"] / run["step"]
+    return {"to": TIMM_COMPILE.name, "value": value, **estimate_interval.interval(drawn)._asdict()}
+
+
 def _accumulate(recipe: "Recipe", world: int, fits: int) -> int | None:
     """The least `train.accumulate` whose micro-batches fit and share the mixing groups evenly; None where none does."""
     size = recipe.data.group_size
@@ -161,8 +190,15 @@ def _accumulate(recipe: "Recipe", world: int, fits: int) -> int | None:
     )
 
 
-def _run(trained: Subject, machine: Machine, design: Design, sharding: str, factor: float) -> dict[str, Any]:
-    """Seconds of a step and of the run; `factor` calibrates the student's computation, and nothing else."""
+def _run(
+    trained: Subject, machine: Machine, design: Design, sharding: str, calibration: estimate_rows.Calibration
+) -> dict[str, Any]:
+    """Seconds of a step and of the run; the calibration is of the student's computation, and of nothing else.
+
+    drawn     the step's seconds in each draw of the shares
+    interval  of these, or where the speed rests on measurements, of their rows
+    """
+    factor = calibration.factor
     gpu, train = machine.gpu, trained.recipe.train
     work = _work(trained, machine)
     time = estimate.step(trained.student, work, design, gpu).scaled(factor)
@@ -174,13 +210,26 @@ def _run(trained: Subject, machine: Machine, design: Design, sharding: str, fact
     ring = {"world": machine.count, "nodes": machine.nodes, "sharding": sharding}
     ring |= {"accumulate": train.accumulate}
     spent = estimate.communication(trained.student, time, gpu, work, **ring)
-    step = train.accumulate * (time.forward + time.backward + judged) + time.update + spent.exposed
+
+    def whole(time: Step) -> float:
+        return train.accumulate * (time.forward + time.backward + judged) + time.update + spent.exposed
+
+    draws = estimate_interval.steps(trained.student, work, design, gpu)
+    step, drawn = whole(time), [whole(draw.scaled(factor)) for draw in draws]
+    if calibration.rows:
+        low, high = (whole(time.scaled(end / factor)) for end in (calibration.low, calibration.high))
+        interval = estimate_interval.Interval(low, high)
+    else:
+        interval = estimate_interval.interval(drawn)
     forward = factor * estimate.step(trained.student, unseen, design, gpu).forward
     share = trained.held_out / (machine.count * work.batch)
-    first = [_run(each, machine, estimate.EAGER, sharding, 1.0) for each in trained.teacher_runs]
+    not_measured = estimate_rows.NOT_CALIBRATED
+    first = [_run(each, machine, estimate.EAGER, sharding, not_measured) for each in trained.teacher_runs]
     own = sum(each["training"] + each["evaluation"] for each in first)
     return {
         "step": step,
+        "drawn": drawn,
+        "interval": interval,
         "teacher_step": train.accumulate * judged,
         "communication": spent._asdict(),
         "training": trained.steps * step,
@@ -259,10 +308,11 @@ def _show(found: dict[str, Any]) -> None:
         table(list(_memory_rows([shown[name]["memory"] for name in names])), ["", *names])
     print()
     for design in dict.fromkeys(plan["design"] for plan in found["plans"]):
-        print(f"{design:9} {DESIGNS[design].help}")
-    print("exposed   communication that no computation hides; fits: images of the largest micro-batch of a GPU")
+        print(f"{design:12}  {DESIGNS[design].help}")
+    print("5 to 95 %     what a step's time makes of the ranges of the model's shares, not of what it leaves out")
+    print("exposed       communication that no computation hides; fits: images of the largest micro-batch of a GPU")
     for note in found["notes"]:
-        print(f"note      {note}")
+        print(f"note          {note}")
 
 
 def _head(found: dict[str, Any]) -> Iterator[str]:
@@ -295,6 +345,8 @@ def _cells(plan: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
     hours = plan["seconds"]["total"] / 3600
     speed = {
         "images/s": f"{plan['images_per_second']:,.0f}",
+        "5 to 95 %": "{:,.0f} to {:,.0f}".format(*plan["interval"]),
+        f"x {TIMM_COMPILE.name}": _ratio_in_words(plan),
         "MFU": f"{plan['mfu']:.0%}",
         "step ms": f"{1e3 * plan['step']['seconds']:,.1f}",
         "teacher ms": f"{1e3 * plan['step']['teacher_seconds']:,.1f}",
@@ -314,6 +366,13 @@ def _cells(plan: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
         del speed["USD"]
     nodes = f" / {plan['nodes']} nodes" if plan["nodes"] > 1 else ""
     return {"GPUs": _machine(plan) + nodes, "design": plan["design"], **speed}
+
+
+def _ratio_in_words(plan: dict[str, Any]) -> str:
+    ratio = plan["ratio"]
+    if ratio is None or plan["design"] == ratio["to"]:
+        return ""
+    return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
 def _machine(plan: dict[str, Any]) -> str:

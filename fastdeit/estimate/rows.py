@@ -13,13 +13,12 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastdeit.errors import UsageError
 from fastdeit.estimate.gpus import GPUS
-from fastdeit.estimate.model import COMPILE, COMPILE_2_9, DESIGNS, TIMM, UNFUSED, Design, Network, ViT, Work, step
+from fastdeit.estimate.model import COMPILE_2_9, DESIGNS, UNFUSED, Design, Network, ViT, Work, step
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 """Of a checkout; an installed package has none."""
@@ -131,9 +130,6 @@ def sound(row: dict[str, Any]) -> bool:
 
 Size = tuple[int, int] | None
 
-_PEERS = {"timm": TIMM, "timm_compile": COMPILE}
-"""Designs of the peers' sides, which are timm's code."""
-
 
 def calibrations(
     files: Iterable[Path], network: Callable[[str, Size], Network]
@@ -164,14 +160,11 @@ def _modelled(row: dict, side: str, network: Callable[[str, Size], Network]) -> 
     """What the estimate has for a side of a row; None for a side that is no design of its."""
     # Rows that say nothing of it are older: float32, without drop-path and average of weights, and peers not tuned.
     complete = "drop_path" in row
-    design = DESIGNS.get("fused" if side == "fastdeit" else side) or (_PEERS.get(side) if complete else None)
-    if design is None:
+    design = DESIGNS.get("fused" if side == "fastdeit" else side)
+    if design is None or (design.peer and not complete):
         return None
     work = Work(row["batch"], row.get("precision", "fp32"), bool(row.get("drop_path")), bool(row.get("ema")))
-    student = network(row["model"], (row["image_size"],) * 2 if complete else None)
-    if side in _PEERS:
-        student = replace(student, own=False, vit=replace(student.vit, pruned=False))
-    return design, work, student
+    return design, work, network(row["model"], (row["image_size"],) * 2 if complete else None)
 
 
 def _gpu_of(row: dict) -> str | None:

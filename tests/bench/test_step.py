@@ -158,7 +158,7 @@ def test_both_sides_minimise_the_same_loss(model, taught):
     targets = lam * one_hot[0] + (1 - lam) * one_hot[1]
     judged = judge(images) if taught else None
     theirs.inner.train()
-    expected = bench_peers._loss(theirs.inner, images, targets, judged)
+    expected = bench_peers.loss(theirs.inner, images, targets, judged)
     torch.testing.assert_close(method(batch).loss, expected)
 
 

@@ -24,7 +24,19 @@ TINY = "deit_tiny", "data.group_size=64", "--gpu", "A100", "--count", "8"
 KEYS = {"recipe", "model", "teachers", "data", "run", "published", "plans", "notes"}
 PLAN_KEYS = {
     *("gpu", "count", "nodes", "design", "precision", "batch_per_gpu", "images_per_second", "mfu", "step"),
-    *("communication", "memory", "largest_batch", "largest_group", "fits", "accumulate", "seconds", "usd", "basis"),
+    *(
+        "interval",
+        "ratio",
+        "communication",
+        "memory",
+        "largest_batch",
+        "largest_group",
+        "fits",
+        "accumulate",
+        "seconds",
+        "usd",
+        "basis",
+    ),
 }
 
 
@@ -142,6 +154,22 @@ def test_figures_follow_from_each_other(plan):
     assert row["seconds"]["training"] == pytest.approx(300 * (1_281_167 // 1024) * row["step"]["seconds"])
     assert row["usd"] == pytest.approx(2.5 * 8 * row["seconds"]["total"] / 3600)
     assert row["batch_per_gpu"] == 128
+
+
+def test_speeds_and_ratios_to_the_peer_have_intervals(plan, capsys):
+    rows = plan("deit_small", "--gpu", "H200", "--count", "1")["plans"]
+    by_design = {row["design"]: row for row in rows}
+    peer = by_design["timm_compile"]
+    for row in rows:
+        low, high = row["interval"]
+        assert low < row["images_per_second"] < high
+        assert row["ratio"]["to"] == "timm_compile"
+        assert row["ratio"]["value"] == pytest.approx(row["images_per_second"] / peer["images_per_second"])
+        assert row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"]
+    assert [peer["ratio"][name] for name in ("low", "value", "high")] == [1, 1, 1]
+    assert cli.main(["plan", "deit_small", "--gpu", "H200", "--count", "1"]) == 0
+    ratio = by_design["fused"]["ratio"]
+    assert f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recipe_name", ["deit_tiny", "deit_tiny_distilled"])
@@ -316,7 +344,7 @@ def test_own_rows_are_used_and_named(tmp_path):
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "deit_tiny_distilled_patch16_224"])
 def test_timm_transformers_are_recognised(plan, name):
     found = plan(*TINY, f"model.timm={name}")
-    assert [row["design"] for row in found["plans"]] == ["eager", "compile"]
+    assert [row["design"] for row in found["plans"]] == ["timm", "timm_compile"]
 
 
 def test_a_transformer_with_something_else_in_it_is_not(plan):

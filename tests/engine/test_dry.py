@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastdeit import kernels, methods, models
+from fastdeit.bench.count_card import Waits, pretended_card
 from fastdeit.engine.capture import WARM_STEPS
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema
@@ -16,7 +17,6 @@ from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 from fastdeit.methods.teacher import Teacher
-from tests.pretended_card import Waits, pretended_card
 from tests.toys import batch_norm_convnet, toy_batch, toy_context
 
 B, SIDE, CLASSES = 8, 32, 10

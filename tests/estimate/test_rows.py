@@ -9,7 +9,7 @@ from fastdeit.errors import UsageError
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows
 from fastdeit.estimate.gpus import GPUS
-from fastdeit.estimate.model import COMPILE, FUSED, TIMM, Network, ViT, Work
+from fastdeit.estimate.model import FUSED, TIMM, TIMM_COMPILE, Network, ViT, Work
 
 VIT = ViT(patches=196, prefix=1, patch_values=768, dim=192, depth=12, heads=3, hidden=768, classes=1000)
 OURS = Network("tiny", VIT.parameters, VIT.flops, 3 * 224 * 224, 1000, vit=VIT)
@@ -42,7 +42,7 @@ def test_sides_are_designs(tmp_path):
     sides = {
         "fastdeit": 2 * seconds(OURS, FUSED),
         "timm": 3 * seconds(TIMMS, TIMM),
-        "timm_compile": 4 * seconds(TIMMS, COMPILE),
+        "timm_compile": 4 * seconds(TIMMS, TIMM_COMPILE),
         "timm_compile_cudnn": 1.0,
         "accelerate": 1.0,
         "fastdeit_graph": 1.0,
@@ -51,8 +51,8 @@ def test_sides_are_designs(tmp_path):
     found = calibrated(tmp_path, row(seconds={name: [value] * 3 for name, value in sides.items()}), asked)
     assert found == {
         ("H200", "fused", "bf16"): pytest.approx((2, 1, 2, 2)),
-        ("H200", "eager", "bf16"): pytest.approx((3, 1, 3, 3)),
-        ("H200", "compile", "bf16"): pytest.approx((4, 1, 4, 4)),
+        ("H200", "timm", "bf16"): pytest.approx((3, 1, 3, 3)),
+        ("H200", "timm_compile", "bf16"): pytest.approx((4, 1, 4, 4)),
     }
     assert set(asked) == {("tiny", (384, 384))}
 
@@ -62,7 +62,7 @@ def test_the_work_is_what_the_row_says(tmp_path, ema, drop_path):
     taken = seconds(TIMMS, TIMM, ema=ema, drop_path=bool(drop_path))
     assert taken != seconds(TIMMS, TIMM)
     found = calibrated(tmp_path, row(seconds={"timm": [taken]}, ema=ema, drop_path=drop_path))
-    assert found["H200", "eager", "bf16"].factor == pytest.approx(1)
+    assert found["H200", "timm", "bf16"].factor == pytest.approx(1)
 
 
 def test_a_step_with_a_teacher_does_not_calibrate(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastdeit.bench import kernels
+from fastdeit.bench.count_card import pretended_card
 from fastdeit.bench.kernels import Work
 from fastdeit.bench.measure import CannotRun
 from fastdeit.kernels import _triton
@@ -12,7 +13,6 @@ from fastdeit.kernels._op import OPS
 from fastdeit.kernels.optimizer import _multi_tensor
 from fastdeit.kernels.optimizer.norm import _root_kernel
 from tests.kernels.examples import dry_calls
-from tests.pretended_card import pretended_card
 
 CARD = torch.device("cuda", 0)
 CALLS = dry_calls()

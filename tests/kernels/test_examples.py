@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 
 from fastdeit.bench import kernels
+from fastdeit.bench.count_card import pretended_card
 from fastdeit.kernels import _op, _triton
 from fastdeit.kernels._example import FEW, Example, Maker
 from fastdeit.kernels.lint import cases, lint
 from tests.kernels.examples import dry_calls, every_example
-from tests.pretended_card import pretended_card
 
 
 @pytest.mark.parametrize("name", _op.OPS)

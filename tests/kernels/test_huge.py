@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit import kernels
+from fastdeit.bench.count_card import pretended_card
 from fastdeit.kernels import _triton
 from fastdeit.kernels.attention import backward, forward
 from fastdeit.kernels.attention.tiles import Operands
 from fastdeit.kernels.mlp.gelu_products import _product
-from tests.pretended_card import pretended_card
 
 TOO_FAR = 2**31
 STRIDE = 2**20

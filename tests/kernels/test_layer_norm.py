@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeit import kernels
+from fastdeit.bench.count_card import pretended_card
 from fastdeit.kernels import layer_norm
 from fastdeit.kernels._example import SMALL, Maker
 from fastdeit.kernels.mlp import gelu
 from tests.kernels.proof import few, layouts, normal, prove, repeated
-from tests.pretended_card import pretended_card
 
 WIDTHS = 1, 24, 100, 192
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastdeit import kernels
+from fastdeit.bench.count_card import pretended_card
 from fastdeit.kernels import Tuning, _op
 from fastdeit.kernels._op import REFERENCE
 from fastdeit.kernels.trial import store
@@ -17,7 +18,6 @@ from tests.kernels.trials import (
     step,
     x,
 )
-from tests.pretended_card import pretended_card
 
 
 def test_the_next_run_takes_what_was_found(make, begin, cache):

@@ -60,14 +60,16 @@ def pointer(row, tensor, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 class Lists(NamedTuple):
-    """What a kernel takes: `rows` (None for an empty list), `sizes`, `starts`, the number of tensors and of chunks, the
-    dtype of each list and the constants of `chunk` and `pointer`. The caller keeps the tensors until it is launched."""
+    """What a kernel takes: `rows` (None for an empty list), `sizes`, `starts`, the number of tensors, of chunks and of
+    elements in each list, the dtype of each list and the constants of `chunk` and `pointer`. The caller keeps the
+    tensors until it is launched."""
 
     rows: list[Tensor | None]
     sizes: Tensor
     starts: Tensor
     tensors: int
     chunks: int
+    elements: int
     types: list[tl.dtype | None]
     constants: dict[str, int]
 
@@ -120,6 +122,7 @@ def _part(kind: tuple, columns: Sequence[Sequence[int]], places: Sequence[int | 
         start_row,
         len(sizes),
         chunks,
+        sum(sizes),
         [None if place is None else _TYPES[dtypes[place]] for place in places],
         {"TENSORS": padded, "ALIGNED": aligned},
     )

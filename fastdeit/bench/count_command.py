@@ -1,0 +1,194 @@
+"""`fastdeit bench count`: a training step as launches, bytes, FLOPs, memory and host time, ours and timm's.
+
+One row for each model and architecture. Everything but the host's time is counted (`count.py`, `count_peers.py`) and
+the same on every machine; the golden file pins our part of it.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdeit.bench import count, count_host, count_peers, measure
+from fastdeit.bench import step as bench_step
+from fastdeit.bench.count import FORMS, KINDS, Count, Counted
+from fastdeit.engine.progress import table
+from fastdeit.errors import UsageError
+
+MODELS = tuple(f"deit_{size}_distilled_patch16_224" for size in ("base", "small", "tiny"))
+ARCHS = 80, 90, 100
+BATCH = 256
+GIB = 2**30
+
+GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "counts"
+SHORT = 2
+"""Blocks of the model that is pinned in every form: one whole, and the last, which is pruned."""
+
+OURS = {"fastdeit" if form == "auto" else f"fastdeit {form}": form for form in FORMS}
+PEERS: dict[str, Callable[[Counted, int], Count]] = {"timm": count_peers.eager, "timm_compile": count_peers.compiled}
+SIDES: dict[str, Callable[[Counted, int], Count]] = {
+    **{name: partial(count.ours, form=form) for name, form in OURS.items()},
+    **PEERS,
+}
+"""Every side of a row, by name: what counts its step for a cell and an architecture."""
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the counts of the models and architectures that are asked for, or write the golden file."""
+    if args.update_golden:
+        update_golden()
+        return
+    for model in args.model or MODELS:
+        for arch in args.arch or (90,):
+            found = row(cell(model, args.batch or BATCH), arch)
+            if args.json:
+                print(json.dumps(found), flush=True)
+            else:
+                show(found)
+
+
+def cell(model: str, batch: int, depth: int | None = None) -> Counted:
+    """DeiT's step: bf16, drop-path, averaged weights. UsageError for a model that cannot be built."""
+    known = bench_step.cell("step", model, torch.device("cpu"), batch=batch, precision="bf16", ema=True)
+    return Counted(**asdict(known), depth=depth)
+
+
+def row(cell: Counted, arch: int) -> dict[str, Any]:
+    """Everything that is counted of a cell, as plain values that JSON can hold; a side that cannot be counted is named
+    in `failed`, with the reason."""
+    sides: dict[str, Count] = {}
+    failed: dict[str, str] = {}
+    for name, counted in SIDES.items():
+        try:
+            sides[name] = counted(cell, arch)
+        except Exception as error:  # named in the row; the others go on
+            failed[name] = measure.reason(error)
+    try:
+        host = count_host.seconds(cell.model, ema=cell.ema)
+    except Exception as error:
+        host, failed["host"] = {}, measure.reason(error)
+    return {
+        **asdict(cell),
+        "what": "count",
+        "arch": arch,
+        "drop_path": cell.drop_path,
+        "launches": {name: found.total.launches for name, found in sides.items()},
+        "bytes": {name: found.total.bytes for name, found in sides.items()},
+        "flops": {name: found.total.flops for name, found in sides.items()},
+        "kinds": {name: _plain(found, "kind") for name, found in sides.items()},
+        "phases": {name: _plain(found, "phase") for name, found in sides.items()},
+        "state_bytes": {name: found.state for name, found in sides.items()},
+        "live_bytes": {name: found.live for name, found in sides.items()},
+        "peak_bytes": {name: found.peak for name, found in sides.items()},
+        "host_seconds": host,
+        "failed": failed,
+        "environment": measure.environment(),
+    }
+
+
+def _plain(found: Count, column: str) -> dict[str, dict[str, int]]:
+    return {name: total._asdict() for name, total in found.by(column).items()}
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row as two tables with a line for each side: all of it, and its bytes by kind of work."""
+    print(
+        f"{row['model']}, batch {row['batch']}, {row['image_size']} px, {row['precision']}, drop-path "
+        f"{row['drop_path']}, EMA, sm_{row['arch']}: counted without a card"
+    )
+    table(list(_sides(row)), ["", "launches", "GB", "TFLOP", "live GiB", "peak GiB", "host ms"])
+    used = [kind for kind in KINDS if any(kind in kinds for kinds in row["kinds"].values())]
+    print("\nGB by kind")
+    table([[name, *_by_kind(row["kinds"][name], used)] for name in row["launches"]], ["", *used])
+    for name, why in row["failed"].items():
+        print(f"{name} is not counted: {why}")
+    print()
+
+
+def _sides(row: dict[str, Any]) -> Iterator[list[str]]:
+    for name in row["launches"]:
+        memory = (row[column][name] for column in ("live_bytes", "peak_bytes"))
+        host = row["host_seconds"].get(name)
+        yield [
+            name,
+            f"{row['launches'][name]:,}",
+            f"{row['bytes'][name] / 1e9:.1f}",
+            f"{row['flops'][name] / 1e12:.2f}",
+            *("" if size is None else f"{size / GIB:.2f}" for size in memory),
+            "" if host is None else f"{1e3 * host:.1f}",
+        ]
+
+
+def _by_kind(found: dict[str, dict[str, int]], kinds: Sequence[str]) -> list[str]:
+    return [f"{found[kind]['bytes'] / 1e9:.2f}" if kind in found else "" for kind in kinds]
+
+
+# ---- the golden file -------------------------------------------------------------------------------------------------
+
+
+def golden_file() -> Path:
+    """File of the counts that the installed torch makes: another release may launch other operations."""
+    return GOLDEN / f"torch-{'.'.join(torch.__version__.split('.')[:2])}.json"
+
+
+def pinned(
+    models: Sequence[str], archs: Sequence[int] = ARCHS, forms: Sequence[str] = tuple(FORMS), depth: int | None = None
+) -> dict[str, Any]:
+    """Our counts by "model | depth | form | sm", as the golden file holds them: launches, bytes and FLOPs of each kind,
+    and bytes of memory."""
+    found = {}
+    for model in models:
+        wanted = cell(model, BATCH, depth)
+        for arch in archs:
+            for form in forms:
+                counted = count.ours(wanted, arch, form)
+                kinds = {kind: list(total) for kind, total in sorted(counted.by("kind").items())}
+                memory = {"state": counted.state, "live": counted.live, "peak": counted.peak}
+                found[f"{model} | {depth or 'all'} blocks | {form} | sm_{arch}"] = kinds | {"memory": memory}
+    return found
+
+
+def read_golden() -> dict[str, Any]:
+    """The golden counts of the installed torch; empty where it has none."""
+    return json.loads(golden_file().read_text()) if golden_file().exists() else {}
+
+
+def update_golden() -> None:
+    """Count everything that is pinned and write it. UsageError outside of a checkout."""
+    if not GOLDEN.parent.is_dir():
+        raise UsageError(f"--update-golden writes to {GOLDEN}, but there is no {GOLDEN.parent}: this is no checkout")
+    found = pinned(MODELS[-1:], depth=SHORT) | pinned(MODELS, archs=(90,))
+    GOLDEN.mkdir(exist_ok=True)
+    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
+    golden_file().write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"wrote {len(found)} counts to {golden_file()}")
+
+
+def differences(golden: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """One line for every count and kind that differs from the golden one, and for every count that has none."""
+    lines = []
+    for key, new in found.items():
+        old = golden.get(key)
+        if old is None:
+            lines.append(f"{key}: not in the golden file")
+            continue
+        for kind in sorted(old.keys() | new.keys()):
+            before, now = old.get(kind, [0, 0, 0]), new.get(kind, [0, 0, 0])
+            if before != now:
+                lines.append(f"{key}: {kind}: {_words(before)} -> {_words(now)}")
+    return lines
+
+
+def _words(found: list[int] | dict[str, int]) -> str:
+    if isinstance(found, dict):
+        return ", ".join(f"{name} {size:,} bytes" for name, size in found.items())
+    launches, moved, flops = found
+    return f"{launches} launches, {moved:,} bytes, {flops:,} FLOPs"

@@ -1,0 +1,91 @@
+"""How far the estimate says it may be off, and how far its steps are from the counted ones."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastdeit.estimate import interval
+from fastdeit.estimate import model as estimate
+from fastdeit.estimate.gpus import GPUS
+from fastdeit.estimate.model import EPILOGUE, FUSED, TIMM_COMPILE, Network, Op, ViT, Work
+
+COUNTS = sorted((Path(__file__).parents[1] / "golden" / "counts").glob("torch-*.json"))[-1]
+WIDTHS = {"base": 768, "small": 384, "tiny": 192}
+WORK = Work(256, "bf16", drop_path=True, ema=True)
+H200 = GPUS["H200"]
+
+
+def network(width):
+    vit = ViT(196, 2, 768, width, 12, width // 64, 4 * width, 1000)
+    return Network("deit", vit.parameters, vit.flops, 3 * 224 * 224, 2000, vit=vit)
+
+
+# ---- counted ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("design", "form"), [(FUSED, "auto"), (EPILOGUE, "mlp=epilogue")], ids=["fused", "epilogue"])
+@pytest.mark.parametrize("size", WIDTHS)
+def test_a_step_does_and_moves_what_is_counted_of_it(size, design, form):
+    counted = json.loads(COUNTS.read_text())[f"deit_{size}_distilled_patch16_224 | all blocks | {form} | sm_90"]
+    _, moved, flops = map(sum, zip(*(row for kind, row in counted.items() if kind != "memory"), strict=True))
+    ops = estimate.ops(network(WIDTHS[size]), WORK, design, H200)
+    assert sum(op.count * op.flops for op in ops) == flops
+    assert sum(op.count * op.bytes for op in ops) == pytest.approx(moved, rel=0.06)
+
+
+def test_the_peer_computes_the_last_block_for_all_tokens():
+    step = {design: sum(op.count * op.flops for op in estimate.ops(network(768), WORK, design, H200))
+            for design in (FUSED, TIMM_COMPILE)}  # fmt: skip
+    assert step[TIMM_COMPILE] > 1.05 * step[FUSED]
+    kept = [estimate.memory(network(768), WORK, of, world=1, sharding="ddp")["blocks"] for of in (FUSED, TIMM_COMPILE)]
+    assert kept[0][-1] < kept[0][0]
+    assert kept[1][-1] == kept[1][0]
+
+
+# ---- drawn -----------------------------------------------------------------------------------------------------------
+
+
+def test_shares_are_drawn_from_their_ranges_and_alike_in_every_call():
+    drawn = interval.drawn(H200)
+    interval.drawn.cache_clear()
+    assert interval.drawn(H200) == drawn
+    assert len(set(drawn)) == interval.DRAWS
+    for of, name in (("gemm", "products"), ("pointwise", "pointwise"), ("gap", "gap"), ("epilogue", "epilogue")):
+        factors = [getattr(card, of) / getattr(H200, of) for card in drawn]
+        low, high = interval.RANGES[name]
+        assert low <= min(factors) < (3 * low + high) / 4
+        assert (low + 3 * high) / 4 < max(factors) <= high
+    full = interval.drawn(replace(H200, gemm=1.0))
+    assert max(card.gemm for card in full) == 1.0
+
+
+@pytest.mark.parametrize("design", [TIMM_COMPILE, FUSED, EPILOGUE], ids=lambda design: design.name)
+def test_draws_are_steps_of_the_same_model(monkeypatch, design):
+    slower = replace(H200, gemm=0.5, epilogue=0.9, gap=5e-6)
+    for card in (H200, slower):
+        monkeypatch.setattr(interval, "drawn", lambda gpu, card=card: (card,))
+        interval.steps.cache_clear()
+        (found,) = interval.steps(network(768), WORK, design, H200)
+        assert found == pytest.approx(estimate.step(network(768), WORK, design, card))
+    interval.steps.cache_clear()
+
+
+def test_a_ratio_is_known_better_than_a_speed():
+    ours, peer = ([sum(step) for step in interval.steps(network(768), WORK, of, H200)] for of in (FUSED, TIMM_COMPILE))
+    speed, ratio = interval.interval(ours), interval.interval([b / a for a, b in zip(ours, peer, strict=True)])
+    assert ratio.high / ratio.low < speed.high / speed.low
+
+
+def test_an_interval_leaves_out_the_extremes():
+    assert interval.interval([*range(100), 10_000]) == (5, 95)
+
+
+def test_what_multiplies_nothing_adds_up():
+    ops = [
+        Op("pointwise", "forward", bytes=8, count=2),
+        Op("pointwise", "forward", bytes=1),
+        Op("gemm", "forward", 3.0),
+    ]
+    assert interval._merged(ops) == [ops[2], Op("pointwise", "forward", bytes=17, launches=3.0)]
