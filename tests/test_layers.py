@@ -85,6 +85,10 @@ LAYERS: dict[str, set[str]] = {
         *("cores", "errors", "text", "kernels", "batch", "models", "methods", "engine", "recipe", "run", "estimate"),
         *("data.pixel_ops", "data.plan", "data.sources", "data.loader"),
     },
+    "experiments": {
+        *("errors", "rng", "text", "kernels", "batch", "methods", "engine", "recipe", "run", "training"),
+        *("data.sources",),
+    },
     "launch": {"errors"},
     "api": {"errors", "engine", "recipe", "run", "stepping", "training", "verbs"},
     "cli": {
@@ -98,6 +102,7 @@ LAYERS: dict[str, set[str]] = {
         "estimate",
         "bench",
         "verbs",
+        "experiments",
         "launch",
     },
     "fastdeit": {"version", "api"},

@@ -49,9 +49,8 @@ def _conditions(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     """Sizes, seeds and overrides, as the rows have them."""
     seeds = sorted({row.seed for row in rows})
     found = [f"Seeds: {', '.join(map(str, seeds))}."]
-    given = _given(experiment, rows)
-    if given:
-        found.append(f"Changed by the command: `{' '.join(given)}`.")
+    if changed := given(experiment, rows):
+        found.append(f"Changed by the command: `{' '.join(changed)}`.")
     lines = [" ".join(found), "", "| variant | recipe and overrides | parameters | images | steps | batch |"]
     lines.append("|---|---|---|---|---|---|")
     for variant in experiment.variants:
@@ -64,7 +63,7 @@ def _conditions(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _given(experiment: Experiment, rows: Sequence[Row]) -> tuple[str, ...]:
+def given(experiment: Experiment, rows: Sequence[Row]) -> tuple[str, ...]:
     """The overrides of the command, which stand behind the variant's own."""
     row = rows[0]
     variant = next(each for each in experiment.variants if each.name == row.variant)
