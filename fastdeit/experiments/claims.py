@@ -58,7 +58,6 @@ CLAIMS: tuple[Claim, ...] = (
         14,
         "Class and distillation token come nearer from layer to layer and stay different: cosine 0.06 to 0.93",
         TOKEN,
-        ("tests/experiments/test_probes.py::test_cosines_are_those_of_known_tokens",),
     ),
     Claim(15, "Two class tokens become the same (cosine 0.999) and bring no accuracy", TOKEN),
     Claim(16, "Distillation through the token is better than usual distillation", "section 5.2, table 3"),

@@ -119,7 +119,13 @@ def index(rows: Mapping[str, Sequence[Row]]) -> str:
         "# The paper's claims",
         "",
         "What the DeiT paper (Touvron et al., arXiv:2012.12877v2) claims, and what checks it here. A mechanism is held "
-        "by a test. A comparison of trainings is an experiment on small data, with seeds and confidence intervals.",
+        "by a test (`pytest -m slow` runs those that train). A comparison of trainings is an experiment on small data, "
+        "with seeds and confidence intervals.",
+        "",
+        "`fastdeit experiments run NAME` trains on the digits, which need no download. On a larger set an experiment says "
+        "more: `fastdeit experiments run NAME --data FOLDER data.source=folder train.epochs=100 --out OTHER`; transfer "
+        "takes `--data` alone. An experiment that was interrupted, or is run again with more `--seeds`, goes on where it "
+        "was.",
         "",
         "| | claim | where | checked by | state |",
         "|---|---|---|---|---|",
@@ -142,15 +148,9 @@ def _line(claim: Claim, rows: Mapping[str, Sequence[Row]]) -> str:
         about = [each for each in experiment.expectations if each.claim == claim.number]
         if about:
             checks.append(f"experiment {name}")
-            states += [
-                _state(each.says, name, rows.get(name, ()), judge(each, rows.get(name, ())).verdict) for each in about
-            ]
-    found = "<br>".join(dict.fromkeys(states))
-    return f"| {claim.number} | {claim.says} | {claim.where} | {'<br>'.join(checks)} | {found} |"
-
-
-def _state(says: str, name: str, rows: Sequence[Row], verdict: str) -> str:
-    return f"{says}: {verdict}" if rows else f"{name}: not run here"
+            found = rows.get(name, ())
+            states += [f"{each.says}: {judge(each, found).verdict}" for each in about] if found else ["not run here"]
+    return f"| {claim.number} | {claim.says} | {claim.where} | {'<br>'.join(checks)} | {'<br>'.join(states)} |"
 
 
 def read(folder: Path) -> dict[str, list[Row]]:

@@ -1,6 +1,7 @@
 """The table of claims and experiments, and an experiment in small: trained, resumed, written down."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 
 from fastdeit import cli, training
 from fastdeit.data.sources import digits
+from fastdeit.data.sources.source import DataError
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.experiments import command, page, probes, rows, runner
 from fastdeit.experiments.claims import CLAIMS
 from fastdeit.experiments.experiment import Expectation, Experiment, Term, Variant
+from fastdeit.experiments.halves import open_half
 from fastdeit.experiments.table import EXPERIMENTS
 from fastdeit.recipe.resolve import RecipeError
 from fastdeit.run import directory
@@ -53,6 +56,51 @@ def test_an_experiment_resolves(name, monkeypatch, tmp_path):
     for term in chain.from_iterable(each.terms for each in experiment.expectations):
         assert term.variant in before
         assert term.metric in experiment.metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_runs_from_end_to_end(name, few_digits, tmp_path):
+    """On few images of a folder, with one epoch: every variant trains, and everything that is expected is measured."""
+    experiment = EXPERIMENTS[name]
+    data = [] if name == "transfer" else ["data.source=folder", "data.repeats=1"]  # halves are a source of their own
+    words = [f"data.root={few_digits}", "train.epochs=1", "optim.warmup_epochs=0", "engine.device=cpu", *data]
+    found = runner.run(experiment, 1, tmp_path, words)
+    assert [row.variant for row in found] == [variant.name for variant in experiment.variants]
+    metrics = {row.variant: row.metrics for row in found}
+    for expectation in experiment.expectations:
+        assert all(math.isfinite(metrics[term.variant][term.metric]) for term in expectation.terms)
+    if name == "resolution":
+        start = metrics["start"]
+        assert 1 > start["norm_bicubic"] > start["norm_bilinear"] > 0
+        said = {each: (tmp_path / name / f"{each}-seed0.log").read_text() for each in ("teacher_32", "teacher_48")}
+        assert "sees 32x32 pixels, the student 48x48 pixels" in said["teacher_32"]
+        assert "sees" not in said["teacher_48"]
+    if name == "transfer":
+        assert {row.facts["training_images"] for row in found} == {200}
+        assert "the heads are of other classes" in (tmp_path / name / "transfer-seed0.log").read_text()
+
+
+@pytest.mark.parametrize(("split", "classes"), [("train/first", "01234"), ("val/second", "56789")])
+def test_half_of_the_classes_is_a_data_set(few_digits, split, classes):
+    half = open_half(few_digits, split)
+    assert half.classes == list(classes)
+    name, count = split.split("/")[0], 40 if split.startswith("train") else 10
+    assert [half.label(index) for index in range(len(half))] == [label for label in range(5) for _ in range(count)]
+    for index in (0, len(half) - 1):
+        assert Path(half.path(index)).parent == few_digits / name / classes[half.label(index)]
+        assert bytes(half.read(index)) == Path(half.path(index)).read_bytes()
+    assert half.fingerprint != open_half(few_digits, f"{name}/{'second' if 'first' in split else 'first'}").fingerprint
+
+
+def test_a_half_that_is_none_is_refused(few_digits, tmp_path):
+    with pytest.raises(DataError, match="'train/third': must end in /first or /second"):
+        open_half(few_digits, "train/third")
+    for name in "abc":
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "x.jpg").touch()
+    with pytest.raises(DataError, match="has 3 classes; halves need at least 4"):
+        open_half(tmp_path, "train/first")
 
 
 # ---- what is in docs/experiments -------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from fastdeit import api
+from fastdeit import api, methods
 from fastdeit.models.positions import interpolated
 from fastdeit.models.vit import VisionTransformer, ViTConfig
+from tests.toys import toy_batch, toy_context
 
+TWO = "fastdeit.experiments.two_tokens:TwoClassTokens"
 SMALL = ViTConfig(image_size=16, patch_size=8, dim=32, depth=3, heads=2, num_classes=5, distilled=True)
 
 
@@ -63,6 +65,27 @@ def test_bicubic_interpolation_keeps_more_of_the_norm_than_bilinear():
     kept, lost = (each.norm(dim=-1).mean() / learned.norm(dim=-1).mean() for each in (ours, bilinear))
     assert kept.item() == pytest.approx(0.86, abs=0.01)
     assert lost.item() == pytest.approx(0.68, abs=0.01)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_two_class_tokens_both_learn_the_label(smoothing):
+    config = methods.config(TWO)(smoothing=smoothing)
+    method = methods.find(TWO)(model(), config, toy_context(5)).eval()
+    labels, others = torch.tensor([0, 3, 4]), torch.tensor([1, 3, 2])
+    pixels = torch.randint(256, (3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    batch = toy_batch(pixels, labels, y2=others, lam=torch.tensor([1.0, 0.3, 0.6]), pixel_lam=torch.ones(3))
+    out = method(batch)
+    expected = sum(
+        lam * F.cross_entropy(logits[i], label[i], label_smoothing=smoothing) / (2 * 3)
+        for logits in method.model(batch.pixels(0))
+        for i in range(3)
+        for label, lam in ((labels, batch.targets.lam[i]), (others, 1 - batch.targets.lam[i]))
+    )
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    out.loss.backward()
+    assert all(head.weight.grad.abs().max() > 0 for head in (method.model.head, method.model.head_dist))
+    with pytest.raises(ValueError, match="need a model with two heads"):
+        methods.find(TWO)(model(distilled=False), config, toy_context(5)).eval()(batch)
 
 
 SWAPPED = torch.tensor([1, 0, 3, 2, *range(4, 10)])
