@@ -122,10 +122,10 @@ def index(rows: Mapping[str, Sequence[Row]]) -> str:
         "by a test (`pytest -m slow` runs those that train). A comparison of trainings is an experiment on small data, "
         "with seeds and confidence intervals.",
         "",
-        "`fastdeit experiments run NAME` trains on the digits, which need no download. On a larger set an experiment says "
-        "more: `fastdeit experiments run NAME --data FOLDER data.source=folder train.epochs=100 --out OTHER`; transfer "
-        "takes `--data` alone. An experiment that was interrupted, or is run again with more `--seeds`, goes on where it "
-        "was.",
+        "`fastdeit experiments run NAME` trains on the digits, which need no download. On a larger set an experiment "
+        "says more: `fastdeit experiments run NAME --data FOLDER data.source=folder train.epochs=100 --out OTHER`; "
+        "transfer takes `--data` alone. An experiment that was interrupted, or is run again with more `--seeds`, goes "
+        "on where it was.",
         "",
         "| | claim | where | checked by | state |",
         "|---|---|---|---|---|",

@@ -190,10 +190,10 @@ def test_what_has_a_row_is_not_trained_again(small, done, tmp_path, trained):
 def test_what_has_no_row_is_trained_and_nothing_else(small, done, tmp_path, trained):
     out, found = copied(done, tmp_path)
     lines = (out / "small.jsonl").read_text().splitlines(keepends=True)
-    (out / "small.jsonl").write_text("".join(lines[:3]) + lines[3][:40])  # killed while it wrote the fourth
+    (out / "small.jsonl").write_text("".join(lines[:3]) + lines[3][:40] + 1000 * "x")  # killed in the fourth
     again = runner.run(small, 2, out)
     assert again == found
-    assert rows.read(out / "small.jsonl") == found
+    assert (out / "small.jsonl").read_text() == "".join(lines)
     assert trained == ["first-seed1", "second-seed1"]  # the run of the first is not in the copy, and is needed
 
 
@@ -280,7 +280,7 @@ def test_the_command_runs_and_writes_its_pages(small, done, tmp_path, monkeypatc
     assert cli.main(["experiments", "list", str(out)]) == 0
     said = capsys.readouterr().out
     assert "claims 10; 2 trainings for each seed; seeds run: 2" in said
-    assert "(tests, experiment tokens)" in said
+    assert "(tests, experiment resolution)" in said
 
 
 @pytest.mark.parametrize(

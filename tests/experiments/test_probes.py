@@ -45,10 +45,10 @@ def test_cosines_are_those_of_known_tokens():
 
 def test_the_centred_cosine_forgets_what_all_images_share():
     first = torch.tensor([[5.0, 1.0], [5.0, -1.0]])
-    output = torch.stack((first, first * torch.tensor([1.0, -1.0])), 1)
+    output = torch.stack((first, first * torch.tensor([-1.0, 1.0])), 1)
     found = probes.tokens(SimpleNamespace(model=Tokens(output, output, output, logits=(first, first)), images=None))
-    assert found["cosine_output"] == pytest.approx((25 - 1) / (25 + 1))
-    assert found["cosine_centred"] == pytest.approx(-1.0)
+    assert found["cosine_output"] == pytest.approx((1 - 25) / (1 + 25))
+    assert found["cosine_centred"] == pytest.approx(1.0)
 
 
 def answering(function, images, labels=None):

@@ -37,7 +37,7 @@ def test_one_value_has_no_interval_and_none_no_mean():
 
 def test_differences_are_those_of_a_seed():
     """The means overlap widely, but every seed says the same."""
-    found = judge(Expectation(1, "", A, B), rows(a=[10.0, 50.0, 90.0], b=[9.0, 48.9, 89.1]))
+    found = judge(Expectation(1, "", A, B), rows(a=[50.0, 10.0, 90.0], b=[48.9, 9.0, 89.1]))
     assert found.difference.mean == pytest.approx(1.0)
     assert found.difference.half == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)  # t(0.975, 2)
     assert found.verdict == "shown"
