@@ -25,9 +25,9 @@ class Variant:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The names behind `$` in the overrides, each once."""
-        found = (match["named"] for word in self.overrides for match in Template.pattern.finditer(word))
-        return tuple(dict.fromkeys(found))
+        """The names behind `$` in the overrides, each once, and `teacher` where the probe of that name asks it."""
+        found = [match["named"] for word in self.overrides for match in Template.pattern.finditer(word)]
+        return tuple(dict.fromkeys([*found, *(["teacher"] if "teacher" in self.probes else [])]))
 
     def words(self, values: Mapping[str, str]) -> list[str]:
         """The overrides with `values` in the place of the names behind `$`. Raises KeyError for one that is missing."""

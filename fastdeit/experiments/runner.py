@@ -4,7 +4,7 @@ A row is written as soon as a training is done, and what has a row is not traine
 interrupted, or that is wanted with more seeds, goes on where it was.
 """
 
-import sys
+import shlex
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -31,16 +31,17 @@ def run(experiment: Experiment, seeds: int, out: Path, overrides: Sequence[str] 
     rows.check(path, found, experiment, overrides)
     for variant in experiment.variants:  # before hours are spent on the first of them
         recipe_of(variant, overrides, 0, {name: Path(name) for name in variant.needs})
+    command = ["fastdeit", "experiments", "run", experiment.name, "--seeds", str(seeds), "--out", str(out), *overrides]
     done = {(row.variant, row.seed) for row in found}
     (out / experiment.name).mkdir(parents=True, exist_ok=True)
     for seed in range(seeds):
         missing = {each.name for each in experiment.variants if (each.name, seed) not in done}
         runs = {each.name: out / experiment.name / f"{each.name}-seed{seed}" for each in experiment.variants}
         for variant in experiment.variants:
-            again = directory.finished(runs[variant.name]) is None and _is_needed(variant, experiment, missing)
-            if variant.name not in missing and not again:
+            gone = directory.finished(runs[variant.name]) is None and _is_needed(variant, experiment, missing)
+            if variant.name not in missing and not gone:
                 continue
-            row = _train(experiment, variant, overrides, seed, runs)
+            row = _train(variant, overrides, seed, runs, f"`{shlex.join(command)}`")
             if variant.name in missing:
                 rows.append(path, row)
                 found.append(row)
@@ -63,16 +64,14 @@ def _is_needed(variant: Variant, experiment: Experiment, missing: set[str]) -> b
     return any(each.name in missing or _is_needed(each, experiment, missing) for each in users)
 
 
-def _train(experiment: Experiment, variant: Variant, overrides: Sequence[str], seed: int, runs: dict[str, Path]) -> Row:
+def _train(variant: Variant, overrides: Sequence[str], seed: int, runs: dict[str, Path], again: str) -> Row:
+    """Train and measure one variant; `again` is the command to go on with."""
     recipe, place = recipe_of(variant, overrides, seed, runs), runs[variant.name]
     log = place.with_suffix(".log")
     with open(log, "a") as said, redirect_stdout(said):
         try:
             summary = training.alone(recipe, place, resume=True)
         except Interrupted as error:
-            words = ["--out", str(place.parent.parent), *overrides]
-            print(f"interrupted: {error}", file=sys.stderr)
-            again = f"`fastdeit experiments run {experiment.name} {' '.join(words)}`"
             raise Interrupted(f"stopped in {place}; everything is saved, go on with {again}") from error
         measured = probes.measure(variant.probes, probes.Trained(recipe, place, runs))
         images = [len(source) for source in build.sources(recipe)]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -56,6 +57,13 @@ def test_an_experiment_resolves(name, monkeypatch, tmp_path):
     for term in chain.from_iterable(each.terms for each in experiment.expectations):
         assert term.variant in before
         assert term.metric in experiment.metrics
+
+
+def test_a_variant_needs_the_runs_that_it_names_and_the_teacher_that_is_asked():
+    variant = Variant("a", "", "digits", ("model.weights=$start", "method={teacher: $other, x: $start}"), ("shifts",))
+    assert variant.needs == ("start", "other")
+    assert replace(variant, probes=("teacher",)).needs == ("start", "other", "teacher")
+    assert variant.words({"start": "/a", "other": "/b"})[1] == "method={teacher: /b, x: /a}"
 
 
 @pytest.mark.slow
@@ -239,8 +247,9 @@ def test_a_stop_says_how_to_go_on(small, tmp_path, monkeypatch):
         raise Interrupted("go on with something else")
 
     monkeypatch.setattr(training, "alone", stop)
-    with pytest.raises(Interrupted, match=rf"`fastdeit experiments run small --out {tmp_path} train.epochs=2`"):
-        runner.run(small, 1, tmp_path, ["train.epochs=2"])
+    again = f"`fastdeit experiments run small --seeds 1 --out {tmp_path} 'method={{use: supervised}}'`"
+    with pytest.raises(Interrupted, match=re.escape(again)):
+        runner.run(small, 1, tmp_path, ["method={use: supervised}"])
 
 
 def test_the_page_has_means_and_intervals(small, done, tmp_path):
