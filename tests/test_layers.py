@@ -347,8 +347,9 @@ def test_importing_the_package_and_the_command_line_imports_no_torch():
     assert not {"torch", "numpy", "pydantic", "rich"} & loaded
 
 
-def test_the_data_verbs_and_recipes_load_no_torch():
-    assert "torch" not in loaded_after("import fastdeit.verbs.data, fastdeit.recipe.resolve, fastdeit.recipe.describe")
+def test_the_data_verbs_recipes_and_the_list_of_experiments_load_no_torch():
+    modules = "verbs.data", "recipe.resolve", "recipe.describe", "experiments.command"
+    assert "torch" not in loaded_after(f"import {', '.join(f'fastdeit.{each}' for each in modules)}")
 
 
 def test_kernels_stand_alone():

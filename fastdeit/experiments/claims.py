@@ -47,7 +47,12 @@ CLAIMS: tuple[Claim, ...] = (
         9, "Hard distillation is CE / 2 with the label and CE / 2 with the teacher's answer", HARD, (_FORMULA, _LOSSES)
     ),
     Claim(10, "Hard distillation is better than soft, through the class token as well", "section 5.2, table 3"),
-    Claim(12, "The teacher's answer follows the crop, the label does not", HARD),
+    Claim(
+        12,
+        "The teacher's answer follows the crop, the label does not",
+        HARD,
+        (f"{_METHODS}::test_teacher_is_shown_the_student_image_in_its_own_normalisation",),
+    ),
     Claim(
         13,
         "Labels are smoothed by 0.1, the teacher's answers are not",
