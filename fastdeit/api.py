@@ -19,13 +19,13 @@ from typing import Any
 
 from torch import nn
 
+from fastdeit import training
 from fastdeit.engine.dist import world as join_world
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
-from fastdeit.run import directory, overview, request, threads
+from fastdeit.run import directory, overview, threads
 from fastdeit.stepping import Stepper
-from fastdeit.training import train as train_by
 
 Overrides = Mapping[str, Any] | Sequence[str]
 """Fields that a recipe is changed by: {"train.epochs": 3, "data.augment": None}, or ["train.epochs=3"]."""
@@ -53,13 +53,7 @@ def train(
     path = None if run_dir is None else Path(run_dir).expanduser()
     if resume and path is None:
         raise UsageError("resume=True goes on with the run in run_dir; say which")
-    if resume and directory.can_go_on(path):
-        chosen = request.given_again(chosen, directory.recipe_of(path))
-    with join_world(chosen.engine.device) as world, world.stop_on_signals():
-        chosen = threads.fixed(chosen, world)
-        with threads.computing(chosen.engine.threads):
-            summary = train_by(chosen, path, world, resume=resume)
-    return Run(summary["run_dir"])
+    return Run(training.alone(chosen, path, resume=resume)["run_dir"])
 
 
 def stepper(recipe: str | os.PathLike[str] | Recipe, overrides: Overrides = (), *, steps: int) -> Stepper:

@@ -63,6 +63,21 @@ def main(args: argparse.Namespace) -> None:
             train(recipe, asked.run_dir, world, resume=asked.resume, origin=asked.origin)
 
 
+def alone(recipe: "Recipe", run_dir: Path | None, *, resume: bool = False) -> dict[str, Any]:
+    """`train` in this process by itself, which computes with as many threads as the recipe says.
+
+    resume  go on from the newest checkpoint in `run_dir`, if there is one
+
+    A signal to stop saves the run and raises Interrupted.
+    """
+    if resume and run_dir is not None and directory.can_go_on(run_dir):
+        recipe = request.given_again(recipe, directory.recipe_of(run_dir))
+    with join_world(recipe.engine.device) as world, world.stop_on_signals():
+        recipe = threads.fixed(recipe, world)
+        with threads.computing(recipe.engine.threads):
+            return train(recipe, run_dir, world, resume=resume)
+
+
 def _say_once(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)

@@ -93,6 +93,10 @@ LAYERS: dict[str, set[str]] = {
         *("version", "cores", "errors", "text", "kernels", "batch", "models", "methods", "engine", "recipe", "run"),
         *("estimate", "data.pixel_ops", "data.plan", "data.sources", "data.loader", "data.logits"),
     },
+    "experiments": {
+        *("errors", "rng", "text", "kernels", "batch", "methods", "engine", "recipe", "run", "training"),
+        *("data.sources",),
+    },
     "launch": {"errors"},
     "api": {"errors", "engine", "recipe", "run", "stepping", "training", "verbs"},
     "cli": {
@@ -106,6 +110,7 @@ LAYERS: dict[str, set[str]] = {
         "estimate",
         "bench",
         "verbs",
+        "experiments",
         "launch",
     },
     "fastdeit": {"version", "api"},
@@ -351,8 +356,9 @@ def test_importing_the_package_and_the_command_line_imports_no_torch():
     assert not {"torch", "numpy", "pydantic", "rich"} & loaded
 
 
-def test_the_data_verbs_and_recipes_load_no_torch():
-    assert "torch" not in loaded_after("import fastdeit.verbs.data, fastdeit.recipe.resolve, fastdeit.recipe.describe")
+def test_the_data_verbs_recipes_and_the_list_of_experiments_load_no_torch():
+    modules = "verbs.data", "recipe.resolve", "recipe.describe", "experiments.command"
+    assert "torch" not in loaded_after(f"import {', '.join(f'fastdeit.{each}' for each in modules)}")
 
 
 def test_kernels_stand_alone():

@@ -17,6 +17,7 @@ from fastdeit.cli import (
     data,
     doctor,
     evaluate,
+    experiments,
     explain,
     export,
     kernels,
@@ -35,7 +36,7 @@ from fastdeit.version import __version__
 GROUPS: dict[str, dict[str, Verb]] = {
     "train and judge": {**train.VERBS, **cache.VERBS, **evaluate.VERBS, **export.VERBS},
     "find out before": {**recipes.VERBS, **explain.VERBS, **models.VERBS, **plan.VERBS},
-    "look at runs": runs.VERBS,
+    "look at runs": {**runs.VERBS, **experiments.VERBS},
     "data": data.VERBS,
     "this machine": {**doctor.VERBS, **kernels.VERBS, **bench.VERBS, "completion": completion.verb(lambda: VERBS)},
 }
