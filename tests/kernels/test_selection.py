@@ -114,8 +114,8 @@ def test_registered_backward_goes_by_the_width_after_the_gradient(scale, monkeyp
     spied = Backend("triton", works, None, lambda *args: taken.append(args) or attention.backends[-1].backward(*args))
     monkeypatch.setattr(attention, "backends", (spied, attention.backends[-1]))
     qkv, out = torch.ones(1, 2, 6), torch.ones(1, 2, 2)  # as wide as the row says, and not
-    lse = attention.backends[-1].forward(qkv, 1, 1.0, None)[1]
-    attention.registered_backward(out, qkv, out, lse, 1, 1.0, False)
+    lse = attention.backends[-1].forward(qkv, 1, 1.0, None, None)[1]
+    attention.registered_backward(out, qkv, out, lse, 1, 1.0, False, None)
     assert len(taken) == 1
 
 

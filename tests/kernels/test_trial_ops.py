@@ -110,7 +110,7 @@ def test_a_call_under_autocast_is_tried_in_its_dtype(begin, cache, monkeypatch):
     monkeypatch.setitem(op.__dict__, "inductor", op.native)
     tuner = begin()
     with torch.autocast("cpu", torch.bfloat16):
-        step(tuner, op, x(2, 3, 12), 2, 1.0, None)
+        step(tuner, op, x(2, 3, 12), 2, 1.0, None, None)
     assert set(seen) == {torch.bfloat16}
     assert tuner.rows[0].shape.dtype == "float32 in bfloat16"
 
