@@ -33,7 +33,7 @@ RESOLUTION = Experiment(
             "teacher_48",
             "fine-tuned at 48 pixels, the teacher sees 48",
             "digits",
-            (*_TUNED, "method={use: distill, teacher: {weights: $teacher, image_size: 48}}"),
+            (*_TUNED, "method={use: distill, teacher: {recipe: null, weights: $teacher, image_size: 48}}"),
         ),
     ),
     metrics={

@@ -136,6 +136,7 @@ def test_a_step_of_an_optimizer_is_counted_by_its_lists():
     assert [launches for *_, launches in tensors] == [2]  # of 110 tensors
 
 
+@pytest.mark.slow
 def test_adamw_of_our_own_moves_36_bytes_a_parameter():
     step = count.ours(SMALL, 90, "auto")
     adamw = [launch for launch in step.launches if launch.name == "optimizer.adamw._adamw_kernel"]

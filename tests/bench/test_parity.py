@@ -40,6 +40,7 @@ def test_another_setting_shows(settings, monkeypatch):
     assert max(row["loss"] / ROUNDING, row["weights"] / 5e-4, row["average"] / 5e-4) > 1
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     words = ["--case", "finetune", "--steps", "5", "--batch", "4", "--image-size", "32", "--out", str(out)]

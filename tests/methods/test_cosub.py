@@ -212,6 +212,7 @@ def test_a_resumed_run_has_the_same_bits(whole, recipe_file, tmp_path):
     assert_same_weights(whole, tmp_path / "run", TOTAL)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_but_rounding(whole, recipe_file, tmp_path):
     recipe = recipes.load(recipe_file, ["train.accumulate=2"])
     train(recipe, tmp_path / "run", World(torch.device("cpu")), resume=False)

@@ -55,7 +55,10 @@ MULTIPLY_ADDS = {"vitc_1gf_224": 1.1, "vitc_4gf_224": 4.0, "vitc_18gf_224": 17.7
 """Billions, with all tokens in the last block; the same table."""
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+LARGE = "deit3_large_patch16_224", "deit3_huge_patch14_224", "vitc_18gf_224", "vitc_36gf_224"
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in PUBLISHED])
 def test_parameters_are_as_many_as_published(name):
     with torch.device("meta"):
         vit = models.build(name)
