@@ -13,6 +13,7 @@ import base64
 import html
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def train(
     For several processes use the command line. An interrupt (Ctrl-C, a notebook's stop button) saves and raises
     `fastdeit.errors.Interrupted`.
     """
+    began = time.monotonic()
     chosen = _chosen(recipe, overrides)
     recipes.check_complete(chosen)
     path = None if run_dir is None else Path(run_dir).expanduser()
@@ -58,7 +60,7 @@ def train(
     with join_world(chosen.engine.device) as world, world.stop_on_signals():
         chosen = threads.fixed(chosen, world)
         with threads.computing(chosen.engine.threads):
-            summary = train_by(chosen, path, world, resume=resume)
+            summary = train_by(chosen, path, world, resume=resume, began=began)
     return Run(summary["run_dir"])
 
 

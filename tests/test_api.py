@@ -42,7 +42,7 @@ def test_a_run_tells_what_it_was(run):
 
 def test_the_history_is_a_table(run):
     assert [(record["step"], record["epoch"]) for record in run.history] == [(6, 1.0), (12, 2.0)]
-    assert run.history.columns == ["step", "epoch", "images", "bad_images", "top1_class", "top5_class"]
+    assert run.history.columns == ["step", "epoch", "seconds", "images", "bad_images", "top1_class", "top5_class"]
     assert [record["step"] for record in run.training] == [3, 6, 9, 12]
     assert {"loss", "lr", "images_per_second"} <= set(run.training.columns)
     uneven = api.History([{"a": 1, "b": 0.123456789}, {"a": 2, "c": "<x>"}])
