@@ -68,7 +68,7 @@ def test_a_run_goes_on_and_is_not_overwritten(run, few_digits):
 
 def test_new_runs_get_directories_of_their_own(monkeypatch, tmp_path):
     """Training makes them, in one step, so that two processes cannot choose the same."""
-    monkeypatch.setattr(api, "train_by", lambda recipe, path, world, resume: {"run_dir": f"where it is, not {path}"})
+    monkeypatch.setattr(api, "train_by", lambda recipe, path, world, resume, began: {"run_dir": f"where it is, not {path}"})
     monkeypatch.setattr(api, "Run", str)
     assert api.train("digits", ["train.epochs=3"]) == "where it is, not None"
 
@@ -78,7 +78,7 @@ def test_a_run_that_goes_on_keeps_its_threads(run, monkeypatch):
     monkeypatch.setattr(cores, "available", lambda: 7)
     given = []
     monkeypatch.setattr(
-        api, "train_by", lambda recipe, path, world, resume: given.append(recipe) or {"run_dir": str(path)}
+        api, "train_by", lambda recipe, path, world, resume, began: given.append(recipe) or {"run_dir": str(path)}
     )
     path = Path(shutil.copytree(run.path, run.path.parent / "copy"))
     api.train("digits_teacher", {"engine.threads": None}, run_dir=path, resume=True)
