@@ -68,7 +68,9 @@ def test_a_run_goes_on_and_is_not_overwritten(run, few_digits):
 
 def test_new_runs_get_directories_of_their_own(monkeypatch, tmp_path):
     """Training makes them, in one step, so that two processes cannot choose the same."""
-    monkeypatch.setattr(api, "train_by", lambda recipe, path, world, resume, began: {"run_dir": f"where it is, not {path}"})
+    monkeypatch.setattr(
+        api, "train_by", lambda recipe, path, world, resume, began: {"run_dir": f"where it is, not {path}"}
+    )
     monkeypatch.setattr(api, "Run", str)
     assert api.train("digits", ["train.epochs=3"]) == "where it is, not None"
 

@@ -11,10 +11,14 @@ DATA_PEERS = ("timm", "deit", "torchvision", "dali")
 
 
 def _bench(args: argparse.Namespace, argv: list[str]) -> None:
+    # First all that needs no torch, so that a mistake is said at once.
     if "recipe" in args:
         from fastdeit.recipe import resolve as recipe
 
-        recipe.load(args.recipe, args.overrides)  # before the import of torch, so that a mistake is said at once
+        recipe.load(args.recipe, args.overrides)
+    from fastdeit.bench import places
+
+    places.check(args)
     from fastdeit.bench import command as bench
 
     bench.main(args)

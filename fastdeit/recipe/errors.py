@@ -64,7 +64,9 @@ def _explained(detail: Mapping[str, Any], written: bool, models: Models, path: F
         return ("has too few entries", "") if isinstance(detail["loc"][-1], int) else ("is required", "")
     got = f", got {format_value(value)}" + ("" if written else " by default")
     if kind == "value_error":
-        return str(limits["error"]), "" if value is None or isinstance(value, dict) else got
+        reason = str(limits["error"])
+        told = value is None or isinstance(value, dict) or repr(value) in reason
+        return reason, "" if told else got
     if kind == "literal_error":
         choices = re.findall("'([^']*)'", limits["expected"])
         one_of = "must be one of " if len(choices) > 1 else "must be "

@@ -24,6 +24,7 @@ from fastdeit.errors import UsageError
 from fastdeit.fields import size_pair
 from fastdeit.models import convert, pickled
 from fastdeit.models.contract import ImageSize
+from fastdeit.models.families import names_by_shapes
 from fastdeit.models.weights import load_weights
 from fastdeit.run import classes as class_lists
 from fastdeit.run import hub, reach
@@ -441,7 +442,7 @@ def _rows_of_head(weights: Weights, known: Known) -> int | None:
 
 def likely_models(weights: Weights) -> str:
     """The end of a sentence that asks for the name of a model: those whose shapes these are, or whose they could be."""
-    fitting = models.names_by_shapes({name: tuple(tensor.shape) for name, tensor in weights.tensors.items()})
+    fitting = names_by_shapes({name: tuple(tensor.shape) for name, tensor in weights.tensors.items()})
     if fitting:
         return f"; by their shapes they can be of {' or '.join(fitting)}"
     return f", a model of fastdeit or timm:NAME; they have {some(weights.tensors)}"

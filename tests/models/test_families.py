@@ -12,7 +12,7 @@ from torch import nn
 from fastdeit import models
 from fastdeit.models.convert import deit_names, timm_names
 from fastdeit.models.counterpart import counterpart, traceable
-from fastdeit.models.families import CONFIGS
+from fastdeit.models.families import CONFIGS, names_by_shapes
 from fastdeit.models.freeze import freeze_parts
 from fastdeit.models.layers import layer_scales, layers
 from fastdeit.models.vit import VisionTransformer
@@ -99,7 +99,7 @@ def shapes_of(name):
     ],
 )
 def test_shapes_tell_the_model(name):
-    assert models.names_by_shapes(shapes_of(name)) == (name,)
+    assert names_by_shapes(shapes_of(name)) == (name,)
 
 
 def test_shapes_tell_the_model_under_deits_names_and_with_other_heads():
@@ -107,9 +107,9 @@ def test_shapes_tell_the_model_under_deits_names_and_with_other_heads():
         theirs = deit_names(shapes_of(name))
         assert theirs.keys() != shapes_of(name).keys()
         theirs = {key: shape for key, shape in theirs.items() if not key.startswith("head")}
-        assert models.names_by_shapes(theirs) == (name,)
-        assert models.names_by_shapes(theirs | {"head.weight": (7, 768)}) == (name,)
-        assert models.names_by_shapes(theirs | {"pos_embed": (1, 5, 768)}) == ()
+        assert names_by_shapes(theirs) == (name,)
+        assert names_by_shapes(theirs | {"head.weight": (7, 768)}) == (name,)
+        assert names_by_shapes(theirs | {"pos_embed": (1, 5, 768)}) == ()
 
 
 # ---- published layouts -----------------------------------------------------------------------------------------------

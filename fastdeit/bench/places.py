@@ -1,0 +1,33 @@
+"""What the words of a measurement name. Importing this module imports no torch, so that a mistake is said at once."""
+
+import argparse
+from pathlib import Path
+
+from fastdeit.errors import UsageError
+from fastdeit.models import names
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UsageError for a `--model` that we do not have, or rows that cannot be appended to the file `--out`."""
+    given = getattr(args, "model", None) or []
+    try:
+        for name in [given] if isinstance(given, str) else given:
+            names.check(name)
+    except ValueError as error:
+        raise UsageError(f"--model: {error}") from error
+    check_out(getattr(args, "out", None))
+
+
+def check_out(out: str | None) -> None:
+    """UsageError, before anything is measured, where rows cannot be appended to the file `out`."""
+    if out is None:
+        return
+    path = Path(out)
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
+    if not existed:
+        path.unlink()
