@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from fastdeit.engine.options import OPTIMIZERS
+from fastdeit.methods.config import METHODS
 from fastdeit.recipe import flags
 from fastdeit.recipe.yaml import NOWHERE, FieldPath, Item, Problems, format_value, is_written, place_of, plain
 from fastdeit.text import did_you_mean
@@ -110,6 +111,10 @@ def unknown_field(value: Any, models: Models, path: FieldPath) -> str:
         hint = f"; did you mean {flags.written(flag, value if isinstance(value, str) else format_value(value))}?{note}"
     elif owners := _optimizers_with(key) if parents == ["optim"] else []:
         hint = f"; it belongs to optim.name {' or '.join(owners)}"
+    elif owners := [
+        use for use, shipped in METHODS.items() if parents == ["method"] and key in shipped.config.model_fields
+    ]:
+        hint = f"; it belongs to method.use {' or '.join(owners)}"
     else:
         hint = did_you_mean(str(key), _fields(models, parents) if parents else models)
     return f"unknown field ({format_value(value)}){hint}"

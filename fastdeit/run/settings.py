@@ -64,7 +64,7 @@ def _recipe(weights: Weights, model: str | None) -> recipes.Recipe:
     data = {"mean": known.mean, "std": known.std, "eval_crop_ratio": known.crop_ratio}
     if known.mean is None and timm is not None:
         data = _timm_data(timm)
-    size = known.image_size or weights.square or bare.IMAGENET_SIZE
+    size = known.image_size or weights.square(name) or bare.IMAGENET_SIZE
     return bare.recipe(name, timm, size=size, data={key: value for key, value in data.items() if value is not None})
 
 

@@ -99,7 +99,7 @@ def test_tables_of_classes(run, tmp_path, capsys):
     table = list(csv.DictReader((tmp_path / "c.csv").open()))
     assert [row["class"] for row in table] == list(CLASSES)
     mean = sum(float(row["top1"]) for row in table) / 3
-    assert mean == pytest.approx(facts["results"][0]["metrics"]["top1_softmax"], abs=0.01)
+    assert mean == pytest.approx(facts["results"][0]["metrics"]["top1_logit"], abs=0.01)
     confusion = list(csv.reader((tmp_path / "confusion.csv").open()))
     assert confusion[0][1:] == [row[0] for row in confusion[1:]] == list(CLASSES)
     assert [sum(map(int, row[1:])) for row in confusion[1:]] == [6, 6, 6]
@@ -107,9 +107,9 @@ def test_tables_of_classes(run, tmp_path, capsys):
     assert [row["confidence up to"] for row in bins[::7]] == ["0.0667", "0.5333", "1.0000"]
     assert sum(int(row["images"]) for row in bins) == 18
     right, sure = (sum(int(row["images"]) * float(row[name]) / 18 for row in bins) for name in ("top1", "confidence"))
-    assert right == pytest.approx(facts["results"][0]["metrics"]["top1_softmax"], abs=0.01)
+    assert right == pytest.approx(facts["results"][0]["metrics"]["top1_logit"], abs=0.01)
     apart = sum(int(row["images"]) * abs(float(row["top1"]) - float(row["confidence"])) / 18 for row in bins)
-    assert apart == pytest.approx(facts["results"][0]["metrics"]["ece_softmax"], abs=0.01)
+    assert apart == pytest.approx(facts["results"][0]["metrics"]["ece_logit"], abs=0.01)
     assert 100 / 3 < sure < 100
     for name in "confusion.png", "calibration.png":
         with Image.open(tmp_path / name) as picture:
