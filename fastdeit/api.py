@@ -13,6 +13,7 @@ import base64
 import html
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,13 @@ def train(
     For several processes use the command line. An interrupt (Ctrl-C, a notebook's stop button) saves and raises
     `fastdeit.errors.Interrupted`.
     """
+    began = time.monotonic()
     chosen = _chosen(recipe, overrides)
     recipes.check_complete(chosen)
     path = None if run_dir is None else Path(run_dir).expanduser()
     if resume and path is None:
         raise UsageError("resume=True goes on with the run in run_dir; say which")
-    return Run(training.alone(chosen, path, resume=resume)["run_dir"])
+    return Run(training.alone(chosen, path, resume=resume, began=began)["run_dir"])
 
 
 def stepper(recipe: str | os.PathLike[str] | Recipe, overrides: Overrides = (), *, steps: int) -> Stepper:

@@ -37,6 +37,7 @@ from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe.length import Length, settled
 from fastdeit.run import build, cached, carry, directory, request, teachers, threads
+from fastdeit.run.clock import Clock
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
 from fastdeit.run.groups import param_groups
@@ -60,13 +61,16 @@ def main(args: argparse.Namespace) -> None:
         world.agree("the run that they go on with", (asked.run_dir, asked.origin and asked.origin.path))
         recipe = threads.fixed(asked.recipe, world)
         with threads.computing(recipe.engine.threads):
-            train(recipe, asked.run_dir, world, resume=asked.resume, origin=asked.origin)
+            train(recipe, asked.run_dir, world, resume=asked.resume, origin=asked.origin, began=args.began)
 
 
-def alone(recipe: "Recipe", run_dir: Path | None, *, resume: bool = False) -> dict[str, Any]:
+def alone(
+    recipe: "Recipe", run_dir: Path | None, *, resume: bool = False, began: float | None = None
+) -> dict[str, Any]:
     """`train` in this process by itself, which computes with as many threads as the recipe says.
 
     resume  go on from the newest checkpoint in `run_dir`, if there is one
+    began   as of `train`
 
     A signal to stop saves the run and raises Interrupted.
     """
@@ -75,7 +79,7 @@ def alone(recipe: "Recipe", run_dir: Path | None, *, resume: bool = False) -> di
     with join_world(recipe.engine.device) as world, world.stop_on_signals():
         recipe = threads.fixed(recipe, world)
         with threads.computing(recipe.engine.threads):
-            return train(recipe, run_dir, world, resume=resume)
+            return train(recipe, run_dir, world, resume=resume, began=began)
 
 
 def _say_once(text: str) -> None:
@@ -91,6 +95,7 @@ def train(
     resume: bool = False,
     origin: Origin | None = None,
     student: Path | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Train by the recipe and return the summary, which also says the `run_dir`.
 
@@ -98,6 +103,7 @@ def train(
     resume   go on from the newest checkpoint in `run_dir`, if there is one
     origin   begin with this checkpoint of another run
     student  of a run that trains a teacher: the run that it is for, which messages name
+    began    when the command was started, by `time.monotonic()`: the clock of the run begins then; None: now
 
     All that can be checked is checked before a directory is made and before a teacher is trained, and a start that
     fails leaves no directory behind. Raises UsageError for what does not fit, and when `run_dir` holds another run or
@@ -105,6 +111,7 @@ def train(
     a row had non-finite gradients.
     """
     # ---- check -----------------------------------------------------------------------------------------------------
+    began = time.monotonic() if began is None else began
     world.agree("the kernels that they choose", {row.name: row.backend for row in kernels.info()})
     check_sinks(recipe.engine.sinks)
     begins = origin is None and not (resume and run_dir is not None and directory.has_checkpoint(run_dir))
@@ -121,6 +128,7 @@ def train(
 
     with directory.claim(run_dir, recipe.name, world, parts.log.say, resume=resume) as run_dir:
         again = partial(directory.command, student or run_dir, world=world)
+        clock = Clock.going_on(run_dir, began) if resume and world.main else Clock(began)
         parts.log.say(f"recipe {recipe.name}, run directory {run_dir}")
         if origin is not None:
             parts.log.say(f"a fork of {origin.run} at step {origin.step}, with its weights and its optimizer")
@@ -145,9 +153,12 @@ def train(
             start, record = parts.saver.restore(run_dir, parts.log.say)
         facts = describe(recipe, parts.method, *parts.sources, world, parts.length)
         try:
+            if record.clock is not None:
+                clock.restore(record.clock)
             parts.tuning.begin(0 if origin is not None else start, record.kernels)
-            parts.log.begin(run_dir, start, record, parts.saver.lineage, facts)
+            parts.log.begin(run_dir, start, record, parts.saver.lineage, facts, clock)
             if origin is not None:
+                record.clock = clock.state()
                 parts.saver.save(run_dir, start, record)
             return {"run_dir": str(run_dir), **run_steps(parts, run_dir, start, record, again)}
         finally:
@@ -323,7 +334,7 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
                 log.training(step, engine, record, lr)
             if saves or ends or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
                 measure_average()
-                record.kernels = parts.tuning.state()
+                record.kernels, record.clock = parts.tuning.state(), log.clock.state()
                 parts.saver.save(run_dir, step, record)
                 save_is_due = False
             if stop:

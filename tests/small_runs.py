@@ -68,5 +68,5 @@ def assert_same_weights(run, other, step):
 def logged(run):
     """What was measured, and at which step, without what depends on the clock."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    clocks = "images_per_second", "data_wait_percent"
+    clocks = "images_per_second", "data_wait_percent", "seconds"
     return [{key: value for key, value in record.items() if key not in clocks} for record in records]

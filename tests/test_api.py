@@ -42,7 +42,7 @@ def test_a_run_tells_what_it_was(run):
 
 def test_the_history_is_a_table(run):
     assert [(record["step"], record["epoch"]) for record in run.history] == [(6, 1.0), (12, 2.0)]
-    assert run.history.columns == ["step", "epoch", "images", "bad_images", "top1_class", "top5_class"]
+    assert run.history.columns == ["step", "epoch", "seconds", "images", "bad_images", "top1_class", "top5_class"]
     assert [record["step"] for record in run.training] == [3, 6, 9, 12]
     assert {"loss", "lr", "images_per_second"} <= set(run.training.columns)
     uneven = api.History([{"a": 1, "b": 0.123456789}, {"a": 2, "c": "<x>"}])
@@ -68,7 +68,9 @@ def test_a_run_goes_on_and_is_not_overwritten(run, few_digits):
 
 def test_new_runs_get_directories_of_their_own(monkeypatch, tmp_path):
     """Training makes them, in one step, so that two processes cannot choose the same."""
-    monkeypatch.setattr(api.training, "alone", lambda recipe, path, resume: {"run_dir": f"where it is, not {path}"})
+    monkeypatch.setattr(
+        api.training, "alone", lambda recipe, path, resume, began: {"run_dir": f"where it is, not {path}"}
+    )
     monkeypatch.setattr(api, "Run", str)
     assert api.train("digits", ["train.epochs=3"]) == "where it is, not None"
 
@@ -78,7 +80,7 @@ def test_a_run_that_goes_on_keeps_its_threads(run, monkeypatch):
     monkeypatch.setattr(cores, "available", lambda: 7)
     given = []
     monkeypatch.setattr(
-        api.training, "train", lambda recipe, path, world, resume: given.append(recipe) or {"run_dir": str(path)}
+        api.training, "train", lambda recipe, path, world, resume, began: given.append(recipe) or {"run_dir": str(path)}
     )
     path = Path(shutil.copytree(run.path, run.path.parent / "copy"))
     api.train("digits_teacher", {"engine.threads": None}, run_dir=path, resume=True)

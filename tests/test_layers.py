@@ -73,7 +73,7 @@ LAYERS: dict[str, set[str]] = {
     "methods": {"models", "kernels", "batch", "data.logits", "views", "fields", "plugins"},
     "engine": {"kernels", "batch", "plugins"},
     # ---- a run
-    "recipe": {"methods", "engine", "data.sources", "views", "fields", "text"},
+    "recipe": {"models", "methods", "engine", "data.sources", "views", "fields", "text"},
     "run": {
         *("version", "cores", "errors", "rng", "text", "fields", "kernels", "batch", "views", "models", "methods"),
         *("engine", "recipe", "data.plan", "data.sources", "data.loader", "data.logits"),
@@ -127,13 +127,14 @@ WITHOUT_TORCH = [
         "plugins.py",
         "fields.py",
         "views.py",
+        "models/names.py",
         "methods/config.py",
         "engine/options.py",
         "launch/launch.py",
     ),
     *("data/nodes.py", "data/pixel_ops.py", "verbs/data.py"),
     *("run/address.py", "run/classes.py", "run/chosen.py", "run/directory.py", "run/fork.py", "run/identity.py"),
-    *("run/places.py", "run/request.py", "estimate/machines.py", "verbs/formats.py"),
+    *("run/bare.py", "run/places.py", "run/request.py", "estimate/machines.py", "verbs/formats.py"),
     *(
         str(path.relative_to(PACKAGE))
         for room in ("data/plan", "data/sources", "recipe", "cli", "verbs/make")

@@ -12,7 +12,6 @@ import torch
 from fastdeit.bench import (
     cells,
     data_peers,
-    measure,
 )
 from fastdeit.bench import (
     step as bench_step,
@@ -44,7 +43,6 @@ def main(args: argparse.Namespace) -> None:
 
         count_command.main(args)
         return
-    measure.check_out(args.out)
     device = pick_device(args.device)
     if args.what in ("suite", "calibrate"):
         from fastdeit.bench import calibrate, suite

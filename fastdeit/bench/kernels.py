@@ -57,7 +57,6 @@ def main(args: argparse.Namespace) -> None:
     if args.predict:
         print(prediction(config, args))
         return
-    bench_measure.check_out(args.out)
     rows = []
     for name in _op.OPS:
         if not args.op or name in args.op:

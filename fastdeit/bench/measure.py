@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from fastdeit.errors import UsageError
 from fastdeit.run.environment import report
 
 Timer = Callable[[], tuple[float, float]]
@@ -172,21 +171,6 @@ def flops_of_products(shapes: Sequence[tuple[int, int, int]]) -> int:
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-def check_out(out: str | None) -> None:
-    """UsageError, before anything is measured, where rows cannot be appended to the file `out`."""
-    if out is None:
-        return
-    path = Path(out)
-    existed = path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
-    if not existed:
-        path.unlink()
 
 
 def median(row: dict[str, Any], name: str, of: str = "seconds") -> float:

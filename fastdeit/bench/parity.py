@@ -69,7 +69,6 @@ CASES = {
 
 def main(args: argparse.Namespace) -> None:
     """Compare the cases that are asked for; print a line and append a row for each."""
-    measure.check_out(args.out)
     if args.steps % EPOCHS:
         raise UsageError(f"--steps {args.steps}: must be a multiple of {EPOCHS}, the epochs of the schedule")
     if args.batch % 4:

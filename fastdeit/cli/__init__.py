@@ -7,6 +7,7 @@ person can do something about it, in one message instead of a traceback.
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 
@@ -29,6 +30,7 @@ from fastdeit.cli import (
 )
 from fastdeit.cli.parser import Parser, Verb
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.launch.began import process_began
 from fastdeit.text import did_you_mean
 from fastdeit.version import __version__
 
@@ -62,9 +64,10 @@ _COMMON_CODES = {UsageError.exit_code, NonFiniteError.exit_code, Interrupted.exi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process) and return its exit code."""
+    began = process_began() if argv is None else time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(argv)
+        return _dispatch(argv, began)
     except SystemExit as stop:  # argparse, after --help or --version
         return int(stop.code or 0)
     except BrokenPipeError:  # the reader, such as head, has seen enough
@@ -98,7 +101,7 @@ def _report(error: Exception) -> int:
     return FastdeitError.exit_code if code is None else code
 
 
-def _dispatch(argv: list[str]) -> int:
+def _dispatch(argv: list[str], began: float) -> int:
     if not argv or argv[0].startswith("-"):
         top = _top()
         top.parse(argv)
@@ -113,7 +116,9 @@ def _dispatch(argv: list[str]) -> int:
         known, word = family or VERBS, " ".join(argv[: 2 if family else 1])
         raise UsageError(f"there is no verb {word!r} (verbs: {', '.join(known)}){did_you_mean(word, known)}")
     verb = VERBS[name]
-    return verb.run(verb.parse(argv[len(name.split()) :]), argv) or 0
+    args = verb.parse(argv[len(name.split()) :])
+    args.began = began
+    return verb.run(args, argv) or 0
 
 
 def _top() -> Parser:

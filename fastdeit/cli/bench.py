@@ -11,10 +11,9 @@ DATA_PEERS = ("timm", "deit", "torchvision", "dali")
 
 
 def _bench(args: argparse.Namespace, argv: list[str]) -> None:
-    if "recipe" in args:
-        from fastdeit.recipe import resolve as recipe
+    from fastdeit.bench import places
 
-        recipe.load(args.recipe, args.overrides)  # before the import of torch, so that a mistake is said at once
+    places.check(args)  # before the import of torch, so that a mistake is said at once
     from fastdeit.bench import command as bench
 
     bench.main(args)

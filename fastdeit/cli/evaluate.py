@@ -17,7 +17,7 @@ def _check(args: argparse.Namespace) -> None:
     """Say what is wrong with the address before the import of torch."""
     from fastdeit.run import chosen
 
-    chosen.check(args.address, args.overrides)
+    chosen.check(args.address, args.overrides, args.model)
 
 
 def _eval(args: argparse.Namespace, argv: list[str]) -> int | None:

@@ -15,7 +15,7 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
     from fastdeit.run import chosen
 
     # Before the import of torch, so that a mistake is said at once.
-    chosen.check(args.address, args.overrides)
+    chosen.check(args.address, args.overrides, args.model)
     args.format = args.format or by_name(args.out)
     if args.fuse is not None and not FORMATS[args.format].program:
         what = FORMATS[args.format].words

@@ -8,12 +8,18 @@ from fastdeit.errors import UsageError
 
 
 def _kernels_bench(args: argparse.Namespace, argv: list[str]) -> None:
+    from fastdeit.bench import places
+
+    places.check(args)
     from fastdeit.bench import kernels as bench_kernels
 
     bench_kernels.main(args)
 
 
 def _kernels_tune(args: argparse.Namespace, argv: list[str]) -> None:
+    from fastdeit.bench import places
+
+    places.check(args)
     from fastdeit.bench import tune
 
     tune.main(args)

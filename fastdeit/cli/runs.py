@@ -1,4 +1,4 @@
-"""`fastdeit runs list`, `runs diff` and `runs curves`."""
+"""`fastdeit runs list`, `runs diff`, `runs curves` and `runs time`."""
 
 import argparse
 
@@ -9,6 +9,12 @@ def _runs(args: argparse.Namespace, argv: list[str]) -> None:
     from fastdeit.verbs import runs
 
     getattr(runs, f"show_{argv[1]}")(args)
+
+
+def _time(args: argparse.Namespace, argv: list[str]) -> None:
+    from fastdeit.verbs import time_to
+
+    time_to.main(args)
 
 
 LIST = Verb(
@@ -42,4 +48,21 @@ _add = CURVES.parser.add_argument
 _add("runs", nargs="+", type=path, metavar="RUN", help="run directory, or its name in runs/")
 _add("--out", type=path, default="curves.png", metavar="FILE", help="the picture (default: curves.png)")
 
-VERBS = {"runs list": LIST, "runs diff": DIFF, "runs curves": CURVES}
+TIME = Verb(
+    "runs time",
+    "how long a run took to reach an accuracy, as a row of JSON",
+    "RUN --target VALUE [--metric NAME]",
+    _time,
+    examples=["fastdeit runs time runs/record --metric top1 --target 76.7"],
+)
+_add = TIME.parser.add_argument
+_add("run", type=path, metavar="RUN", help="run directory, or its name in runs/")
+_add(
+    "--metric",
+    default="top1",
+    metavar="NAME",
+    help="as in metrics.jsonl; top1 and top5 are those of the method's answer, top1_ema of its average (default: top1)",
+)
+_add("--target", type=float, required=True, metavar="VALUE", help="in the metric's unit, for top1 per cent")
+
+VERBS = {"runs list": LIST, "runs diff": DIFF, "runs curves": CURVES, "runs time": TIME}

@@ -83,7 +83,7 @@ def compare(logs: Mapping[str, Path], out_path: Path) -> None:
     _draw(drawn, span, Path(out_path))
 
 
-_NO_METRIC = ("step", "kind", "epoch", "images", "bad_images")
+_NO_METRIC = ("step", "kind", "epoch", "seconds", "images", "bad_images", "lower_is_better")
 
 
 def _draw(panels: Sequence[tuple[float, Callable[["Axes"], None]]], span: float, out_path: Path) -> None:

@@ -15,22 +15,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from fastdeit.errors import Interrupted, UsageError
+from fastdeit.launch.began import process_began
 
 GRACE_S = 60.0
 GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torch's own name for it
 LAUNCHER_VARIABLE = "FASTDEIT_LAUNCHER_PID"
+BEGAN_VARIABLE = "FASTDEIT_BEGAN"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(args: argparse.Namespace, argv: list[str], work: Callable[[argparse.Namespace], None]) -> int:
     """Do `work(args)` in this process, or `fastdeit argv` in `args.nproc` new ones; return the exit code.
 
-    In this process the errors of `work` come through as exceptions.
+    In this process the errors of `work` come through as exceptions. `args.began` is the start of the command, by
+    `time.monotonic()`; a worker gets that of its launcher.
     """
     ranks = rank_environment(os.environ)
     if ranks is not None:
         check_nproc(args.nproc, ranks)
         os.environ.update(ranks)
+        args.began = launcher_began(os.environ, args.began)
     elif (args.nproc or 1) > 1:
         from fastdeit.launch.agent import elastic
 
@@ -38,7 +42,7 @@ def run(args: argparse.Namespace, argv: list[str], work: Callable[[argparse.Name
             [sys.executable, "-m", "fastdeit", *argv],
             args.nproc,
             grace_s=grace_seconds(os.environ),
-            env=worker_environment(),
+            env=worker_environment(args.began),
         )
     work(args)
     return 0
@@ -142,9 +146,19 @@ def check_nproc(nproc: int | None, ranks: Mapping[str, str]) -> None:
         )
 
 
-def worker_environment() -> dict[str, str]:
-    """What the workers find in their environment besides their ranks."""
-    return {LAUNCHER_VARIABLE: str(os.getpid())}
+def worker_environment(began: float) -> dict[str, str]:
+    """What the workers find in their environment besides their ranks; `began` as of `launcher_began`."""
+    return {LAUNCHER_VARIABLE: str(os.getpid()), BEGAN_VARIABLE: repr(began)}
+
+
+def launcher_began(env: Mapping[str, str], began: float) -> float:
+    """When the command of a worker was started, by `time.monotonic()`: its launcher, or torchrun, on this machine.
+
+    srun tells no worker when it began: then it is `began`, the start of this process.
+    """
+    if BEGAN_VARIABLE in env:
+        return float(env[BEGAN_VARIABLE])
+    return process_began(os.getppid()) if "TORCHELASTIC_RUN_ID" in env else began
 
 
 def grace_seconds(env: Mapping[str, str]) -> float:

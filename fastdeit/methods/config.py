@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from fastdeit.fields import ImageSize, PathText
+from fastdeit.models import names
 from fastdeit.views import View
 
 Fuse = Literal["softmax", "logit", "class", "distillation"]
@@ -89,7 +90,7 @@ class TeacherConfig(BaseModel):
     """Recipe of a teacher that is trained first, into RUN/teacher."""
     timm: str | None = None
     """Name of a timm model; `weights: null` takes timm's pretrained weights."""
-    model: str | None = None
+    model: Annotated[str, AfterValidator(names.check)] | None = None
     """Name of a fastdeit model; needs `weights`."""
     weights: PathText | None = None
     """Address of its weights, as that of model.weights. A run and timm:NAME also tell which network it is."""

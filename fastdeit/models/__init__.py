@@ -1,30 +1,22 @@
 """Models by name or by import path. All follow one contract (`contract.Model`).
 
-State dicts of the DeiT family are interchangeable with timm's.
+State dicts of the DeiT family are interchangeable with timm's. Importing this package imports no torch; building a
+model does.
 """
 
 import inspect
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from fastdeit.models.contract import missing
-from fastdeit.models.convnet import convnet_digits
-from fastdeit.models.families import CONFIGS, names_by_shapes, transformer
+from fastdeit.models.names import CONFIGS, MODELS, OTHERS, check
 from fastdeit.plugins import load
-from fastdeit.text import did_you_mean
 
-__all__ = ["MODELS", "build", "build_timm", "names_by_shapes", "of"]
+if TYPE_CHECKING:
+    from torch import nn
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    **{name: partial(transformer, name) for name in CONFIGS},
-    "convnet_digits": convnet_digits,
-}
+__all__ = ["MODELS", "build", "build_timm", "of"]
 
 
-def build(name: str, **options: Any) -> nn.Module:
+def build(name: str, **options: Any) -> "nn.Module":
     """The model `name`, freshly initialised from torch's generator: a `contract.Model`.
 
     name     one of `MODELS`, or the import path `package.module:callable` of a class or function that makes a model
@@ -34,16 +26,21 @@ def build(name: str, **options: Any) -> nn.Module:
     Raises ValueError for a name or an option that does not exist, for a value that makes no model, and for an object
     that lacks a part of the contract.
     """
-    if name in MODELS:
-        return MODELS[name](**options)
-    if ":" in name:
-        return _imported(name, options)
-    paths = f"; known are {', '.join(MODELS)}, and import paths 'package.module:callable'"
-    raise ValueError(f"there is no model {name!r}{did_you_mean(name, MODELS) or paths}")
+    if name in CONFIGS:
+        from fastdeit.models.families import transformer
+
+        return transformer(name, **options)
+    if name in OTHERS:
+        return load(OTHERS[name], "model")(**options)
+    return _imported(check(name), options)
 
 
-def _imported(path: str, options: dict[str, Any]) -> nn.Module:
+def _imported(path: str, options: dict[str, Any]) -> "nn.Module":
     """The model that the callable at an import path makes."""
+    from torch import nn
+
+    from fastdeit.models.contract import missing
+
     make = load(path, "model")
     if not callable(make):
         raise ValueError(f"model {path!r} is a {type(make).__name__}, not a class or function that makes a model")
@@ -59,12 +56,12 @@ def _imported(path: str, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def of(name: str | None, timm: str | None, **options: Any) -> nn.Module:
+def of(name: str | None, timm: str | None, **options: Any) -> "nn.Module":
     """fastdeit's model `name`, or timm's model `timm` where that is not None; raises ValueError as `build` does."""
     return build(name, **options) if timm is None else build_timm(timm, **options)
 
 
-def build_timm(name: str, **options: Any) -> nn.Module:
+def build_timm(name: str, **options: Any) -> "nn.Module":
     """timm's model `name` under the same contract; `options` as `timm_model.build` has them."""
     # timm takes a second to import, and only runs that name one of its models need it.
     from fastdeit.models import timm_model

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
-from fastdeit.fields import size_pair
-from fastdeit.models.contract import ImageSize
+from fastdeit.fields import ImageSize, size_pair
 
 DropPathMode = Literal["linear", "constant"]
 Positions = Literal["learned", "sincos"]

@@ -1,4 +1,4 @@
-"""The vision transformers that have a name, and which of them a file of weights can be of."""
+"""Vision transformers by name, and which of them a file of weights can be of."""
 
 import re
 from collections.abc import Mapping
@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from fastdeit.models import deit, deit3, plain_vit
 from fastdeit.models.contract import with_options
 from fastdeit.models.convert import timm_names
+from fastdeit.models.names import CONFIGS
 from fastdeit.models.vit import VisionTransformer
-
-CONFIGS = {**deit.CONFIGS, **deit3.CONFIGS, **plain_vit.CONFIGS}
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -11,6 +11,7 @@ from pydantic_core import PydanticKnownError
 
 from fastdeit.data.sources import kinds
 from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, PathText, Positive, Range, Section, Side, Text
+from fastdeit.models import names
 from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, ViewSettings
 
 Classes = Annotated[int, Field(ge=1, le=100_000_000)]
@@ -24,6 +25,7 @@ def _known_source(source: str) -> str:
 
 
 Source = Annotated[str, AfterValidator(_known_source)]
+ModelName = Annotated[Text, AfterValidator(names.check)]
 
 
 def _sourced(figure: Any) -> str:
@@ -53,7 +55,7 @@ class About(Section):
 class ModelConfig(Section):
     """The student."""
 
-    name: Text | None = None
+    name: ModelName | None = None
     """A model of `fastdeit.models`; either this or `timm`."""
     timm: Text | None = None
     """A model of timm, which is trained unchanged."""

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from fastdeit.engine.options import OPTIMIZERS
+from fastdeit.methods.config import METHODS
 from fastdeit.recipe import flags
 from fastdeit.recipe.yaml import NOWHERE, FieldPath, Item, Problems, format_value, is_written, place_of, plain
 from fastdeit.text import did_you_mean
@@ -64,7 +65,9 @@ def _explained(detail: Mapping[str, Any], written: bool, models: Models, path: F
         return ("has too few entries", "") if isinstance(detail["loc"][-1], int) else ("is required", "")
     got = f", got {format_value(value)}" + ("" if written else " by default")
     if kind == "value_error":
-        return str(limits["error"]), "" if value is None or isinstance(value, dict) else got
+        reason = str(limits["error"])
+        told = value is None or isinstance(value, dict) or repr(value) in reason
+        return reason, "" if told else got
     if kind == "literal_error":
         choices = re.findall("'([^']*)'", limits["expected"])
         one_of = "must be one of " if len(choices) > 1 else "must be "
@@ -108,6 +111,10 @@ def unknown_field(value: Any, models: Models, path: FieldPath) -> str:
         hint = f"; did you mean {flags.written(flag, value if isinstance(value, str) else format_value(value))}?{note}"
     elif owners := _optimizers_with(key) if parents == ["optim"] else []:
         hint = f"; it belongs to optim.name {' or '.join(owners)}"
+    elif owners := [
+        use for use, shipped in METHODS.items() if parents == ["method"] and key in shipped.config.model_fields
+    ]:
+        hint = f"; it belongs to method.use {' or '.join(owners)}"
     else:
         hint = did_you_mean(str(key), _fields(models, parents) if parents else models)
     return f"unknown field ({format_value(value)}){hint}"

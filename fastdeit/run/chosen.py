@@ -8,7 +8,7 @@ from fastdeit.engine import checkpoint
 from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import directory
+from fastdeit.run import bare, directory
 from fastdeit.run.address import Address, parse
 
 
@@ -41,12 +41,20 @@ def chosen(address: Address, tensors: bool = True) -> tuple[Checkpoint, list[str
     return found, notes
 
 
-def check(text: str, overrides: Sequence[str]) -> None:
-    """Raise UsageError or RecipeError for a mistake in the address `text`, or in overrides of the recipe of its run.
+def check(text: str, overrides: Sequence[str], model: str | None = None) -> None:
+    """Raise UsageError or RecipeError for a mistake in the address `text`, in the `model` that a bare file is said to
+    be of, or in overrides of the recipe of the run, or of that of a bare file.
 
-    Mistakes that only the tensors tell, and overrides for weights that are of no run, are found later.
+    Mistakes that only the tensors or timm tell are found later.
     """
     address = parse(text)
+    if model is not None:
+        try:
+            bare.split(model)
+        except ValueError as error:
+            raise UsageError(f"--model {model}: {error}") from error
+    if address.kind in ("safetensors", "pickle", "timm"):
+        recipes.override(bare.stand_in(), overrides)
     if address.kind == "run" and checkpoint.steps(address.path / directory.CHECKPOINTS):
         recipes.override(directory.recipe_of(address.path), overrides)
 

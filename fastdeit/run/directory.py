@@ -56,9 +56,14 @@ def teacher_name(number: int) -> str:
     return "teacher" if number == 1 else f"teacher_{number}"
 
 
+def teachers_in(run: Path) -> list[Path]:
+    """The folders of teachers in the directory `run`."""
+    return [path for path in run.iterdir() if _TEACHER.fullmatch(path.name)] if run.is_dir() else []
+
+
 def _has_teacher(run: Path) -> bool:
     """Whether a teacher in the run has a checkpoint."""
-    return run.is_dir() and any(has_checkpoint(path) for path in run.iterdir() if _TEACHER.fullmatch(path.name))
+    return any(map(has_checkpoint, teachers_in(run)))
 
 
 def finished(run: Path | None) -> Path | None:

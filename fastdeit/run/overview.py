@@ -20,6 +20,7 @@ from fastdeit.text import did_you_mean
 
 RUNS = Path("runs")
 LOG, SUMMARY, RECIPE, LOCK = "metrics.jsonl", "summary.json", "recipe.yaml", "lock.json"
+ENVIRONMENT = "environment.json"
 
 State = Literal["finished", "running", "interrupted"]
 
@@ -41,6 +42,11 @@ class Overview:
     summary: Mapping[str, Any]
     state: State
     seconds: float
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What the run ran on, as environment.json has it; empty where that cannot be read."""
+        return _json(self.path / ENVIRONMENT)
 
     @property
     def step(self) -> int:
@@ -69,7 +75,7 @@ class Overview:
         return {name: value for name, value in last.items() if name not in _NOT_MEASURED}
 
 
-_NOT_MEASURED = ("kind", "step", "epoch", "images", "bad_images")
+_NOT_MEASURED = ("kind", "step", "epoch", "seconds", "images", "bad_images", "lower_is_better")
 
 
 def is_run(path: Path) -> bool:

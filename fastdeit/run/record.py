@@ -19,6 +19,7 @@ from fastdeit.errors import UsageError
 from fastdeit.methods.base import Method
 from fastdeit.recipe.length import Length
 from fastdeit.run import build, directory, environment
+from fastdeit.run.clock import Clock
 from fastdeit.run.evaluate import Result, metric_rows, named_metrics
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Record:
     waited: float = 0.0
     kernels: list[list[Any]] | None = None
     """What trials have chosen (`Tuning.state`), so that a resumed run has the same kernels."""
+    clock: dict[str, float] | None = None
+    """`Clock.state` when the checkpoint was made; None before the first one."""
 
     def add(self, images: int, seconds: float, waited: float) -> None:
         """Account for one step: images of the global batch, its wall time, and how much of it was waiting for data."""
@@ -69,6 +72,7 @@ class RunLog:
         self.recipe, self.world = recipe, world
         self.steps, self.steps_per_epoch = steps, steps_per_epoch
         self.run_dir: Path | None = None
+        self.clock = Clock()
         self.lineage: list[dict[str, Any]] = []
         self.progress: Progress | None = None
         self.metrics: MetricsLog | None = None
@@ -91,9 +95,17 @@ class RunLog:
         else:
             print(text, flush=True)
 
-    def begin(self, run_dir: Path, start: int, record: Record, lineage: list[dict[str, Any]], facts: list[str]) -> None:
+    def begin(
+        self,
+        run_dir: Path,
+        start: int,
+        record: Record,
+        lineage: list[dict[str, Any]],
+        facts: list[str],
+        clock: Clock,
+    ) -> None:
         """Open the log in `run_dir` at step `start` and write down what is going to be run, and on what."""
-        self.run_dir, self.lineage = run_dir, lineage
+        self.run_dir, self.lineage, self.clock = run_dir, lineage, clock
         self.mark = (record.images, record.seconds, record.waited)
         if not self.world.main:
             return
@@ -169,7 +181,9 @@ class RunLog:
             record.evaluations_since_best = 0
         else:
             record.evaluations_since_best += 1
-        self._write("eval", step, images=results[""].images, bad_images=results[""].bad, **record.metrics)
+        lower = sorted(results[""].lower)
+        told = {"lower_is_better": lower} if lower else {}
+        self._write("eval", step, images=results[""].images, bad_images=results[""].bad, **told, **record.metrics)
         listed = [f"{name} {value:.4g}" for name, value in record.metrics.items() if not name.startswith("top5_")]
         self.say(f"epoch {step / self.steps_per_epoch:g}: held-out {', '.join(listed)}")
         if step < self.steps:
@@ -207,7 +221,7 @@ class RunLog:
     def _write(self, kind: str, step: int, **values: Any) -> None:
         if self.metrics is None:
             return
-        values = {"kind": kind, "epoch": step / self.steps_per_epoch, **values}
+        values = {"kind": kind, "epoch": step / self.steps_per_epoch, "seconds": self.clock.seconds, **values}
         self.metrics.write(step, **values)
         for sink in self.sinks:
             sink.write(step, **values)
@@ -225,6 +239,8 @@ class RunLog:
             "train_loss": record.train_loss,
             "images_per_second": speed,
             "data_wait_percent": waiting,
+            "seconds": self.clock.seconds,
+            "paused_seconds": self.clock.paused,
             "bad_images": bad_images,
             "epochs": step / self.steps_per_epoch,
             "steps": self.steps,

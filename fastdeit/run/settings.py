@@ -12,10 +12,9 @@ from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.errors import UsageError
 from fastdeit.methods.base import Method
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run import bare
 from fastdeit.run.directory import checked_recipe
 from fastdeit.run.weights import Weights, likely_models
-
-_IMAGENET_SIZE = 224
 
 
 def settings(weights: Weights, model: str | None, overrides: Sequence[str], root: str | None = None) -> recipes.Recipe:
@@ -35,7 +34,7 @@ def settings(weights: Weights, model: str | None, overrides: Sequence[str], root
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
     else:
         try:
-            recipe = recipes.Recipe.model_validate(_fields(weights, model))
+            recipe = _recipe(weights, model)
         except ValidationError as error:
             wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
             raise UsageError(f"{weights.origin}: its model cannot be evaluated: {'; '.join(wrong)}") from error
@@ -55,29 +54,18 @@ def doubt(weights: Weights) -> str | None:
     return f"trained by {kind.__name__}, which is judged in its own way: the heads may have learned nothing"
 
 
-def _fields(weights: Weights, model: str | None) -> dict[str, Any]:
-    """What a recipe needs. Nothing is trained by it, so length and learning rate mean nothing."""
+def _recipe(weights: Weights, model: str | None) -> recipes.Recipe:
+    """The recipe of weights that are of no run; ValueError where what is known of them makes none."""
     known = weights.known
-    name, timm = known.name, known.timm
-    if model is not None:
-        name, timm = (None, model.removeprefix("timm:")) if model.startswith("timm:") else (model, None)
+    name, timm = (known.name, known.timm) if model is None else bare.split(model)
     if name is None and timm is None:
         why = "nothing tells which model these weights are of"
         raise UsageError(f"{weights.origin}: {why}; add --model NAME{likely_models(weights)}")
     data = {"mean": known.mean, "std": known.std, "eval_crop_ratio": known.crop_ratio}
     if known.mean is None and timm is not None:
         data = _timm_data(timm)
-    size = known.image_size or weights.square or _IMAGENET_SIZE
-    return {
-        "name": "evaluation",
-        "about": {},
-        "model": {"name": name, "timm": timm, "image_size": size},
-        "method": {"use": "supervised"},
-        "data": {"repeats": 1} | {key: value for key, value in data.items() if value is not None},
-        "optim": {"lr": 1.0, "warmup_epochs": 0},
-        "train": {"epochs": 1, "batch_size": 64},
-        "engine": {},
-    }
+    size = known.image_size or weights.square(name) or bare.IMAGENET_SIZE
+    return bare.recipe(name, timm, size=size, data={key: value for key, value in data.items() if value is not None})
 
 
 def _timm_data(name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fastdeit.errors import UsageError
 from fastdeit.fields import size_pair
 from fastdeit.models import convert, pickled
 from fastdeit.models.contract import ImageSize
+from fastdeit.models.families import CONFIGS, names_by_shapes
 from fastdeit.models.weights import load_weights
 from fastdeit.run import classes as class_lists
 from fastdeit.run import hub, reach
@@ -98,15 +99,20 @@ class Weights:
         grid = size[0] // patch.shape[2], size[1] // patch.shape[3]
         return grid if 0 <= positions.shape[1] - grid[0] * grid[1] < _MOST_PREFIX_TOKENS else None
 
-    @property
-    def square(self) -> int | None:
-        """Pixels per side that the positional embedding is for, if it is that of a square."""
+    def square(self, name: str | None) -> int | None:
+        """Pixels per side that the positional embedding is for, if it is that of a square.
+
+        name  a model of fastdeit, which tells the size of its patches where they go through more than one layer
+        """
         patch, positions = self.tensors.get("patch_embed.proj.weight"), self.tensors.get("pos_embed")
-        if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
+        pixels = patch.shape[2] if patch is not None and patch.ndim == 4 else None
+        if pixels is None and name in CONFIGS:
+            pixels = CONFIGS[name].patch_size
+        if pixels is None or positions is None or positions.ndim != 3:
             return None
         counts = [positions.shape[1] - prefix for prefix in range(3)]
         side = next((isqrt(count) for count in counts if count > 0 and isqrt(count) ** 2 == count), None)
-        return None if side is None else side * patch.shape[2]
+        return None if side is None else side * pixels
 
     @property
     def method(self) -> dict[str, Tensor]:
@@ -401,7 +407,7 @@ def network(
         raise UsageError(
             f"{weights.origin}: nothing tells which model these weights are of; name it{likely_models(weights)}"
         )
-    size = image_size or known.image_size or weights.square
+    size = image_size or known.image_size or weights.square(known.name)
     options: dict[str, Any] = {} if size is None else {"image_size": size}
     count = num_classes or known.num_classes or _rows_of_head(weights, known)
     if count is not None:
@@ -441,7 +447,7 @@ def _rows_of_head(weights: Weights, known: Known) -> int | None:
 
 def likely_models(weights: Weights) -> str:
     """The end of a sentence that asks for the name of a model: those whose shapes these are, or whose they could be."""
-    fitting = models.names_by_shapes({name: tuple(tensor.shape) for name, tensor in weights.tensors.items()})
+    fitting = names_by_shapes({name: tuple(tensor.shape) for name, tensor in weights.tensors.items()})
     if fitting:
         return f"; by their shapes they can be of {' or '.join(fitting)}"
     return f", a model of fastdeit or timm:NAME; they have {some(weights.tensors)}"

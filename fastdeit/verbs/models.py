@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-import torch
-
 from fastdeit import models
 from fastdeit.engine.progress import table
 from fastdeit.errors import UsageError
@@ -38,6 +36,8 @@ def main(args: argparse.Namespace) -> None:
 def described(name: str) -> tuple[str, ...]:
     """A row of the table of our models, which are built on the meta device: name, parameters in millions, GFLOP, size
     of the image, side of a patch."""
+    import torch
+
     with torch.device("meta"):
         built = models.build(name)
     height, width = built.config.image_size

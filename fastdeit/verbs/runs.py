@@ -56,7 +56,7 @@ def show_diff(args: argparse.Namespace) -> None:
     """Print where the recipes of two runs differ, and what both have measured."""
     a, b = (overview.read(overview.find(name)) for name in (args.a, args.b))
     names = a.path.name, b.path.name
-    fields = list(_different(dict(_flat(a.recipe)), dict(_flat(b.recipe))))
+    fields = list(_different(dict(flat(a.recipe)), dict(flat(b.recipe))))
     if fields:
         table(fields, ("field", *names))
     else:
@@ -68,10 +68,11 @@ def show_diff(args: argparse.Namespace) -> None:
     table(rows, ("measured last", *names, "difference"))
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted field, value) of a recipe as its file has it, without `about`."""
     for key, inner in value.items():
         if isinstance(inner, Mapping):
-            yield from _flat(inner, f"{prefix}{key}.")
+            yield from flat(inner, f"{prefix}{key}.")
         elif not prefix.startswith("about"):
             yield f"{prefix}{key}", inner
 

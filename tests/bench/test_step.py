@@ -15,6 +15,7 @@ from fastdeit.bench import (
     cells,
     kernels,
     measure,
+    places,
     step,
 )
 from fastdeit.bench import (
@@ -319,7 +320,7 @@ def test_looking_whether_rows_can_be_written_changes_nothing(tmp_path):
     new, old = tmp_path / "new" / "rows.jsonl", tmp_path / "old.jsonl"
     old.write_text("{}\n")
     for path in (new, old):
-        measure.check_out(str(path))
+        places.check_out(str(path))
     assert not new.exists()
     assert old.read_text() == "{}\n"
 

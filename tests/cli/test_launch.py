@@ -12,6 +12,7 @@ import pytest
 from fastdeit.errors import UsageError
 from fastdeit.launch import agent, launch
 from fastdeit.launch.agent import elastic, verdict
+from fastdeit.launch.began import process_began
 
 WORKER = """
 import os, signal, sys, time
@@ -56,7 +57,7 @@ with launch.process_of_a_run():
 LAUNCHER = """
 import sys
 from fastdeit.launch import agent, launch
-sys.exit(agent.elastic([sys.executable, *sys.argv[1:]], 2, grace_s=20, env=launch.worker_environment()))
+sys.exit(agent.elastic([sys.executable, *sys.argv[1:]], 2, grace_s=20, env=launch.worker_environment(0.0)))
 """
 
 
@@ -75,7 +76,7 @@ def importable(monkeypatch):
 
 def run(worker: Path, mode: str, *more: str, grace_s: float = 20.0) -> int:
     command = [sys.executable, str(worker), mode, str(worker.parent), *more]
-    return elastic(command, 2, grace_s, launch.worker_environment())
+    return elastic(command, 2, grace_s, launch.worker_environment(0.0))
 
 
 def wait_for(condition, seconds: float = 30.0) -> None:
@@ -232,6 +233,23 @@ SRUN = SLURM_BATCH | {
     "SLURM_STEP_NODELIST": "gpu[03-04]",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
 }
+
+
+def test_when_a_process_began():
+    before = time.monotonic()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert before - 0.02 < process_began(process.pid) < time.monotonic() + 0.02
+        process.kill()
+    assert process_began() < before - 0.02, "this interpreter has been running for a while"
+    now = time.monotonic()
+    assert process_began(1 << 22) >= now, "there is no such process"
+
+
+def test_a_worker_takes_the_beginning_of_its_launcher():
+    assert launch.launcher_began(launch.worker_environment(12.345678901), 99.0) == 12.345678901
+    assert launch.launcher_began(SRUN, 99.0) == 99.0
+    now = time.monotonic()
+    assert launch.launcher_began({"TORCHELASTIC_RUN_ID": "none"}, now) == pytest.approx(process_began(os.getppid()))
 
 
 def test_ranks_given_from_outside():

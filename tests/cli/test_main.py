@@ -90,6 +90,7 @@ def test_flags_are_pinned():
         "runs list": [],
         "runs diff": [],
         "runs curves": ["--out"],
+        "runs time": ["--metric", "--target"],
         "data check": ["--source", "--split", "--processes"],
         "data pack": ["--source", "--split", "--force"],
         "data show": ["--data", "--sample", "--epoch", "--copy", "--out"],
@@ -168,6 +169,7 @@ def test_eval_and_bench(calls):
     assert (calls.args.address, calls.args.overrides) == ("runs/a", ["data.val=test", 'data.root="/images"'])
     assert cli.main(["bench", "forward"]) == 0
     assert vars(calls.args) == {
+        "began": calls.args.began,
         "what": "forward",
         "peer": None,
         "device": "auto",
@@ -352,7 +354,7 @@ for overrides in (
     ["data.flip=2"], ["data.augment=rand-m9-x1"], ["data.augment=trivial", "data.color_jitter=0.4"],
     ["data.views.main.color_jitter=2", "data.augment=original"], ["data.views.local.size=96"], ["data.source=x"],
     ["train.batch_size=3"], ["train.epochs=1"], ["engine.precision=int4"], ["model.image_size=0"],
-    ["modle.name=x"], ["x"],
+    ["modle.name=x"], ["x"], ["model.name=deit_tini"], ["method.teacher={model: deit_tini, weights: x}"],
 ):
     for verb in ("train", "plan"):
         assert cli.main([verb, "digits", *overrides]) == 2, overrides
@@ -375,6 +377,12 @@ for line in (
     "data preview nowhere.pth --out x.png", "data preview {run} optim.lr=x --out x.png",
     "data preview deit_tiny --out x.png", "data preview deit_tiny --data nowhere --out x.png", "data check nowhere",
     "bench train --recipe nope", "bench data --recipe digits optim.lr=x", "plan digits --gpu H300",
+    "eval {run}/w.pth optim.lr=x", "eval {run}/w.pth --model deit_tini", "predict {run}/w.pth x.png data.crop=1",
+    "eval timm:x data.mean=1", "show attention {run}/w.pth x.png --model deit_tini --out y.png",
+    "export {run}/w.pth x.pth --model deit_tini", "export {run}/w.pth x.pth modle.name=x", "models deit_tini",
+    "bench step --model deit_tini", "bench count --model deit_tini", "bench forward --out {run}",
+    "bench parity --out {run}", "kernels bench --model deit_tini", "kernels bench --out {run}",
+    "kernels tune --model deit_tini",
     "plan digits --gpu H200 --price 1 2", "runs list nowhere", "runs diff a b", "runs curves a",
 ):
     line = line.format(run=sys.argv[1])
@@ -403,7 +411,8 @@ def test_mistakes_in_places_are_said_without_torch(tmp_path):
     }
     state["recipe"] = recipe.load("digits").model_dump(mode="json")
     checkpoint.save(tmp_path / "run" / "checkpoints", 5, {"model": {"w": torch.ones(1)}}, state)
-    (tmp_path / "run" / "recipe.yaml").touch()
+    for name in ("recipe.yaml", "w.pth"):
+        (tmp_path / "run" / name).touch()
     words = [sys.executable, "-c", PLACES, str(tmp_path / "run")]
     done = subprocess.run(
         words, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}

@@ -253,6 +253,75 @@ def test_a_recipe_that_needs_weights_is_refused_before_anything_is_made(capsys, 
     assert cli.main(["recipes", "show", "deit_base_384", "--resolved"]) == 0
 
 
+# ---- time to a target ------------------------------------------------------------------------------------------------
+
+
+def judged(step, seconds, **metrics):
+    return {
+        "step": step,
+        "kind": "eval",
+        "epoch": step / 2,
+        "seconds": seconds,
+        "images": 9,
+        "bad_images": 0,
+        **metrics,
+    }
+
+
+def test_the_row_of_a_run_is_of_its_first_evaluation_at_the_target(runs, capsys):
+    summary = {"images_per_second": 5.0, "data_wait_percent": 1.5, "paused_seconds": 7.0, "lineage": []}
+    run = runs("a", summary=summary)
+    (run / "recipe.yaml").write_text(recipes.dump(recipes.load("vit_small_90", ["train.seed=2", "engine.threads=3"])))
+    (run / "environment.json").write_text('{"gpus": ["one"], "space": {}}')
+    both = [(2, 10.0, 60.0, 61.0), (4, 20.5, 70.0, 80.0), (6, 30.0, 90.0, 70.0)]
+    lines = [
+        judged(step, seconds, top1_fused=top1, top1_class=99.0, held_out_loss=100 - top1, top1_fused_ema=averaged)
+        | {"lower_is_better": ["held_out_loss"]}
+        for step, seconds, top1, averaged in both
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def row(*argv):
+        return json.loads(said(capsys, "runs", "time", "a", *argv))
+
+    assert row("--target", "70") == {
+        "run": "runs/a",
+        "seconds": 20.5,
+        "metric": "top1_fused",
+        "target": 70.0,
+        "reached": 70.0,
+        "epoch": 2.0,
+        "step": 4,
+        "paused_seconds": 7.0,
+        "images_per_second": 5.0,
+        "data_wait_percent": 1.5,
+        "recipe": {"train.seed": 2, "engine.threads": 3},
+        "lineage": [],
+        "environment": {"gpus": ["one"]},
+    }
+    assert row("--metric", "top1_ema", "--target", "75")["seconds"] == 20.5
+    assert row("--metric", "top1_class", "--target", "75")["seconds"] == 10.0
+    missed = row("--metric", "top1", "--target", "90.5")
+    assert [missed[name] for name in ("seconds", "reached", "epoch", "step")] == [None] * 4
+    loss = row("--metric", "held_out_loss", "--target", "30")
+    assert (loss["seconds"], loss["reached"]) == (20.5, 30.0), "for a loss, at most"
+
+
+def test_what_has_no_time_to_a_target_is_refused(runs, capsys):
+    run = runs("a")
+    for line, metric, message in (
+        (None, "top1", "another version of fastdeit has written them"),
+        ({"step": 1, "kind": "train"}, "top1", "has no evaluation yet"),
+        (judged(1, 2.0, top1_class=1.0), "top_1", "has no metric top_1; did you mean top1"),
+        (judged(1, 2.0, knn_top1=1.0), "top1", "has no metric top1; did you mean knn_top1"),
+        (judged(1, 2.0), "top1", "it has none"),
+    ):
+        if line is not None:
+            (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        assert cli.main(["runs", "time", "a", "--metric", metric, "--target", "1"]) == 2
+        assert message in capsys.readouterr().err
+
+
 # ---- completion ------------------------------------------------------------------------------------------------------
 
 

@@ -12,11 +12,12 @@ from torch import nn
 from fastdeit import models
 from fastdeit.models.convert import deit_names, timm_names
 from fastdeit.models.counterpart import counterpart, traceable
-from fastdeit.models.families import CONFIGS
+from fastdeit.models.families import CONFIGS, names_by_shapes
 from fastdeit.models.freeze import freeze_parts
 from fastdeit.models.layers import layer_scales, layers
 from fastdeit.models.vit import VisionTransformer
 from fastdeit.models.weights import load_weights
+from fastdeit.run.settings import settings
 from fastdeit.run.weights import network, open_weights
 
 SHAPE = {"image_size": (32, 48), "patch_size": 8, "dim": 48, "depth": 2, "heads": 3, "num_classes": 5}
@@ -102,7 +103,7 @@ def shapes_of(name):
     ],
 )
 def test_shapes_tell_the_model(name):
-    assert models.names_by_shapes(shapes_of(name)) == (name,)
+    assert names_by_shapes(shapes_of(name)) == (name,)
 
 
 def test_shapes_tell_the_model_under_deits_names_and_with_other_heads():
@@ -110,9 +111,9 @@ def test_shapes_tell_the_model_under_deits_names_and_with_other_heads():
         theirs = deit_names(shapes_of(name))
         assert theirs.keys() != shapes_of(name).keys()
         theirs = {key: shape for key, shape in theirs.items() if not key.startswith("head")}
-        assert models.names_by_shapes(theirs) == (name,)
-        assert models.names_by_shapes(theirs | {"head.weight": (7, 768)}) == (name,)
-        assert models.names_by_shapes(theirs | {"pos_embed": (1, 5, 768)}) == ()
+        assert names_by_shapes(theirs) == (name,)
+        assert names_by_shapes(theirs | {"head.weight": (7, 768)}) == (name,)
+        assert names_by_shapes(theirs | {"pos_embed": (1, 5, 768)}) == ()
 
 
 # ---- published layouts -----------------------------------------------------------------------------------------------
@@ -178,6 +179,22 @@ def test_a_published_file_is_loaded_by_its_address(name, layout, tmp_path, monke
     larger = network(open_weights(address), name=name, image_size=(64, 48), grid=(4, 6))
     assert larger.pos_embed.shape == (1, 48, 48)
     assert torch.equal(larger.cls_token, tensors["cls_token"])
+
+
+@pytest.mark.parametrize("name", ["deit3_small_patch16_hmlp_224", "vitc_1gf_224", "deit3_small_patch16_224"])
+def test_a_bare_file_has_the_size_that_its_positions_are_for(name, tmp_path, monkeypatch):
+    """Also where the patches go through several layers, whose weights do not tell the size of a patch."""
+    shape = {"image_size": 96, "patch_size": 16, "dim": 48, "depth": 1, "heads": 3}
+    monkeypatch.setitem(CONFIGS, name, replace(CONFIGS[name], **shape, **stem(name)))
+    save_file(small(name, **CONFIGS[name].__dict__).state_dict(), tmp_path / "w.safetensors")
+    weights = open_weights(str(tmp_path / "w.safetensors"))
+    monkeypatch.setitem(CONFIGS, name, replace(CONFIGS[name], image_size=224))
+    assert settings(weights, name, []).model.image_size == 96
+    assert network(weights, name=name).config.image_size == (96, 96)
+
+
+def stem(name):
+    return {"conv_widths": (8, 16, 32, 48)} if CONFIGS[name].stem == "conv" else {}
 
 
 @torch.no_grad()

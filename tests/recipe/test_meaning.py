@@ -32,8 +32,8 @@ def test_numbers_are_numbers(write, written, value):
 )
 def test_words_are_words(write, word):
     """YAML 1.1 would make a truth value, a number in base 60 or a date of most of these."""
-    loaded = recipes.load(write(GOOD.replace("name: deit_tiny_patch16_224", f"name: {word}")))
-    assert loaded.model.name == word.strip("'")
+    loaded = recipes.load(write(GOOD.replace("source: synthetic", f"source: synthetic\n  val: {word}")))
+    assert loaded.data.val == word.strip("'")
 
 
 def test_octal_is_not_guessed(write):

@@ -23,7 +23,7 @@ FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     ("optim.momentum", "0.9", "unknown field (0.9); it belongs to optim.name sgd"),
     ("optim.xyzzy", "yes", "unknown field ('yes')"),
     ("method.smothing", "0.1", "unknown field (0.1); did you mean smoothing?"),
-    ("method.tau", "2.0", "unknown field (2.0)"),
+    ("method.tau", "2.0", "unknown field (2.0); it belongs to method.use distill"),
     ("about.sumary", "x", "unknown field ('x'); did you mean summary?"),
     ("optim.<<", "{lr: 2e-3}", "unknown field (a mapping)"),
     # types
@@ -381,3 +381,16 @@ def test_no_traceback_and_exit_code_2(write, capsys):
     error = capsys.readouterr().err
     assert "r.yaml:12: optim.lr: must be a number, got 'fast'" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("use", "field"), [("distill", "class_weights"), ("cosub", "class_weights"), ("cosub", "loss")]
+)
+def test_a_setting_of_another_method_is_refused_with_its_name(write, use, field):
+    """Such as class weights, which only the loss of method supervised has."""
+    owners = {"class_weights": "supervised", "loss": "supervised or distill"}[field]
+    section = {"distill": "distill, teacher: {timm: resnet18}", "cosub": "cosub"}[use]
+    text = GOOD.replace("method:\n  use: supervised", f"method: {{use: {section}}}")
+    assert f"method.{field}: unknown field ('ce'); it belongs to method.use {owners}" in str(
+        refusal(write(text), [f"method.{field}=ce"])
+    )
