@@ -7,7 +7,6 @@ from fastdeit.errors import UsageError
 from fastdeit.models import names
 from fastdeit.recipe import resolve
 
-
 SETS = (
     *("data.root", "data.source", "data.train", "data.val", "data.repeats", "data.threads", "data.group_size"),
     *("train.batch_size", "train.accumulate"),
