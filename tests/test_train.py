@@ -374,6 +374,17 @@ def test_a_teacher_trained_here_reads_the_students_data():
         assert seen.flip == own.flip  # how it is augmented is the teacher's own
 
 
+def test_a_teacher_trained_here_is_computed_as_its_own_recipe_says():
+    """The digits' teacher is a convolutional network, which has neither blocks nor a residual stream."""
+    student = ["engine.checkpoint_blocks=true", "engine.precision=bf16", "engine.residual=bf16", "engine.log_every=7"]
+    (own,) = teachers.to_train(recipes.load("digits", student)).values()
+    assert (own.engine.checkpoint_blocks, own.engine.residual) == (False, "fp32")
+    assert (own.engine.precision, own.engine.log_every) == ("bf16", 7)
+    build.model(own, 10, print)
+    (own,) = teachers.to_train(recipes.load("digits", ["engine.keep_activations=true"])).values()
+    build.model(own, 10, print)
+
+
 def test_a_teacher_sees_the_resolution_and_normalisation_it_was_trained_at(load, whole):
     recipe = load("model.image_size=64", "data.mean=[0.4, 0.4, 0.4]")
     teacher = build.teacher(*recipe.method.teachers(), (64, 64), 10, whole[0] / "teacher")
