@@ -35,6 +35,7 @@ from fastdeit.methods.base import Method, Phase
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import Teacher
+from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
 from fastdeit.run import build, cached, carry, directory, request, teachers, threads
 from fastdeit.run.evaluate import Result, evaluate
@@ -175,7 +176,7 @@ class Parts:
         recipe = settled(recipe, length)
         log = RunLog(recipe, world, length.total, length.steps_per_epoch)
         cache = cached.checked(recipe, train_source, length)
-        student = build.model(recipe if begins else without_weights(recipe), len(names), log.say, names)
+        student = build.model(recipe if begins else recipes.without_weights(recipe), len(names), log.say, names)
 
         def make_teacher(config: TeacherConfig) -> Teacher:
             own = known.get(config)
@@ -352,11 +353,6 @@ def gave_up(
     if kept[-1] == first - 1 and len(kept) > 1:
         lines.append(f"  if these weights are bad already, as the next step failed: {fork(kept[-2])}")
     return NonFiniteError("\n".join(lines))
-
-
-def without_weights(recipe: "Recipe") -> "Recipe":
-    """The recipe with a student that begins at random."""
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
 
 
 class PhaseSchedule:

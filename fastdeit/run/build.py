@@ -338,12 +338,11 @@ def method(
 
 
 def _check_fuse(config: MethodConfig, student: nn.Module) -> None:
-    """Refuse a fusion that was asked for where there is nothing to fuse; every method has a default of its own."""
-    default = type(config).model_fields["fuse"].default
-    if config.fuse != default and len(student.head_names) < 2:
+    """Refuse the choice of one of two heads where there is one. Both means of one head are that head."""
+    if config.fuse in ("class", "distillation") and len(student.head_names) < 2:
         raise UsageError(
-            f"method.fuse {config.fuse}: {type(student).__name__} has one head, and there is nothing to fuse; train a "
-            f"distilled model, or leave method.fuse at {default}"
+            f"method.fuse {config.fuse}: {type(student).__name__} has one head, and there is nothing to choose; train "
+            "a distilled model, or leave method.fuse out"
         )
 
 
