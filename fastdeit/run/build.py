@@ -87,6 +87,12 @@ def _expected(error: DataError, kind: str, root: str, train: str, val: str) -> s
     return "" if expected in str(error) else f"; expected are {expected}"
 
 
+def compared_classes(recipe: "Recipe", source: Source) -> Sequence[str] | None:
+    """Names of the classes of `source` in the order of their labels, with which those of weights are compared; None for
+    synthetic images, whose classes have no names."""
+    return None if recipe.data.source == "synthetic" else source.classes
+
+
 def image_size(recipe: "Recipe") -> tuple[int, int]:
     """(height, width) in pixels of the model's input."""
     return size_pair(recipe.model.image_size, "model.image_size")

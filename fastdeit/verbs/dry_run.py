@@ -104,19 +104,19 @@ def _opened(recipe: "Recipe", source: Source, length: "Length", anew: bool) -> l
     Raises the errors of parts and weights that do not fit.
     """
     told: list[str] = []
-    classes = source.classes
+    count, classes = len(source.classes), build.compared_classes(recipe, source)
     with torch.device("meta"):  # without storage
-        student = build.model(recipes.without_weights(recipe), len(classes), told.append)
+        student = build.model(recipes.without_weights(recipe), count, told.append)
     if recipe.method.use in METHODS:  # what a method of somebody else does with its networks may need their storage
-        method = build.method(recipe, student, len(classes), length.total, lambda config: None, source)
+        method = build.method(recipe, student, count, length.total, lambda config: None, source)
         param_groups(method, recipe)
     if anew and recipe.model.weights is not None and not _is_far(recipe.model.weights, told):
-        build.model(recipe, len(classes), told.append, classes)
+        build.model(recipe, count, told.append, classes)
     for config in recipe.method.teachers():
         name = f"timm:{config.timm}" if config.weights is None else config.weights
         if config.recipe is None and not _is_far(name, told):
             options = {"classes": classes, "say": told.append}
-            build.teacher(config, build.image_size(recipe), len(classes), None, recipe.engine.precision, **options)
+            build.teacher(config, build.image_size(recipe), count, None, recipe.engine.precision, **options)
     return told
 
 
