@@ -155,8 +155,8 @@ class Method(nn.Module):
         return type(self).predict is Method.predict
 
     def features(self, x: Tensor) -> Tensor:
-        """Features `[B, D]` of normalised images `[B, 3, H, W]`, for neighbours and probes: the class token, or the mean
-        of the patches of a model that says it has no `prefix_tokens`."""
+        """Features `[B, D]` of normalised images `[B, 3, H, W]`, for neighbours and probes: the class token, or, of a
+        model that says it has no `prefix_tokens`, the mean of the patches."""
         tokens = self.model.tokens(x)
         return tokens[:, 0] if getattr(self.model, "prefix_tokens", 1) else tokens.mean(1)
 
