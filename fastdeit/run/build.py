@@ -237,7 +237,7 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
     if recipe.engine.checkpoint_blocks:
         _checkpoint_blocks(built, recipe)
     if recipe.engine.keep_activations:
-        _keep_activations(built, recipe)
+        _keep_activations(built)
     if recipe.engine.residual != "fp32":
         _keep_residual(built, recipe)
     if config.weights is not None:
@@ -271,11 +271,7 @@ def _checkpoint_blocks(network: nn.Module, recipe: "Recipe") -> None:
         raise UsageError(f"engine.checkpoint_blocks: {error}") from error
 
 
-def _keep_activations(network: nn.Module, recipe: "Recipe") -> None:
-    if recipe.engine.checkpoint_blocks:
-        raise UsageError(
-            "engine.keep_activations: engine.checkpoint_blocks computes all activations of a block again; choose one"
-        )
+def _keep_activations(network: nn.Module) -> None:
     if not hasattr(network, "set_keep_activations"):
         raise UsageError(
             f"engine.keep_activations: {type(network).__name__} has no set_keep_activations(enable): nothing of it is "
@@ -285,9 +281,7 @@ def _keep_activations(network: nn.Module, recipe: "Recipe") -> None:
 
 
 def _keep_residual(network: nn.Module, recipe: "Recipe") -> None:
-    residual, precision = recipe.engine.residual, recipe.engine.precision
-    if precision != residual:
-        raise UsageError(f"engine.residual {residual}: needs engine.precision {residual}, not {precision}")
+    residual = recipe.engine.residual
     if not hasattr(network, "set_residual"):
         raise UsageError(f"engine.residual {residual}: {type(network).__name__} has no set_residual(dtype); use fp32")
     network.set_residual(DTYPES[residual])
@@ -414,6 +408,13 @@ def teacher(
             )
         told = [f"{found.origin}: {note}" for note in found.notes]
         of_a_run = found.checkpoint is not None
+        trained_as = known.name if known.timm is None else f"timm:{known.timm}"
+        if of_a_run and name not in (None, trained_as):
+            field = "model" if config.timm is None else "timm"
+            raise UsageError(
+                f"{found.origin} is of {trained_as}, but method.teacher.{field} says {name}; a run tells its network "
+                f"itself: add method.teacher.{field}=null"
+            )
         side = config.image_size or (known.image_size if of_a_run else None)
         built = network(
             found,

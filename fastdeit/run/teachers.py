@@ -54,5 +54,8 @@ def _recipe(recipe: "Recipe", config: TeacherConfig, begun: Path | None) -> "Rec
     has_begun = begun is not None and directory.has_checkpoint(begun)
     own = directory.recipe_of(begun) if has_begun else recipes.load(config.recipe)
     data = own.data.model_copy(update={name: getattr(recipe.data, name) for name in _WHICH_DATA})
-    engine = recipe.engine.model_copy(update={name: getattr(own.engine, name) for name in _OF_ITS_NETWORK})
+    its = {name: getattr(own.engine, name) for name in _OF_ITS_NETWORK}
+    if recipe.engine.precision != own.engine.precision:
+        its["residual"] = "fp32"  # one in 16 bit goes with products in 16 bit alone
+    engine = recipe.engine.model_copy(update=its)
     return own.model_copy(update={"data": data, "engine": engine})
