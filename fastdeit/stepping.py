@@ -8,12 +8,13 @@ A step is the engine's own: precision, accumulation, guard, clipping, optimizer 
 recipe. So another trainer that is given the same batches can be compared with it, which `fastdeit bench parity` does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdeit import methods
 from fastdeit.batch import Batch, Labels, Step
 from fastdeit.data.plan import plan
 from fastdeit.engine.dist import World, pick_device
@@ -21,7 +22,7 @@ from fastdeit.engine.schedule import learning_rate
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
-from fastdeit.run import teachers
+from fastdeit.run import build, teachers
 from fastdeit.training import Parts, schedule_of, seed_torch
 
 
@@ -29,22 +30,20 @@ class Stepper:
     """Makes the steps of a run of `steps` steps by `recipe`, on the batches that it is given.
 
     recipe   as of a run; its `data:` section says the normalisation alone, and `model.num_classes` the classes (1,000
-             where it is null). Of train, batch_size and accumulate are used, and `epochs` for the schedule: an epoch is
-             the `epochs`-th part of the steps
+             where it is null). Of train, batch_size and accumulate are used, and `epochs` for the schedule and the
+             phases of the method: an epoch is the `epochs`-th part of the steps
     steps    of the whole run, which the schedule is made for
 
-    `number` counts the steps made so far. Raises UsageError and RecipeError as a run does.
+    `number` counts the steps made so far. On a CPU it computes with torch's threads as they are set, whatever
+    `engine.threads` says. Raises UsageError and RecipeError as a run does, and UsageError for a method that needs a
+    data set.
     """
 
     def __init__(self, recipe: Recipe, *, steps: int) -> None:
-        if teachers.to_train(recipe):
-            raise UsageError(
-                f"recipe {recipe.name}: its teacher has a recipe of its own and would have to be trained first, which "
-                "a stepper does not do; train it, and give method.teacher=RUN"
-            )
+        _refuse_what_needs_data(recipe)
         epochs = recipe.train.epochs or 1
-        if steps % epochs:
-            raise ValueError(f"steps is {steps}, but must be a multiple of train.epochs ({epochs})")
+        if steps < 1 or steps % epochs:
+            raise ValueError(f"steps is {steps}, but must be a multiple of train.epochs ({epochs}), and at least 1")
         classes = recipe.model.num_classes or 1000
         self.recipe = recipes.override(
             recipe,
@@ -111,9 +110,15 @@ class Stepper:
         labels  int64 `[batch_size]`, or the two labels of each mixed sample with their share
         noise   by name uniforms `[batch_size, columns]`; None: those of `noise()`
         """
-        length, size = self._parts.length, self.recipe.train.batch_size
-        if len(images) != size:
-            raise ValueError(f"images has {len(images)} samples, but must have train.batch_size ({size})")
+        parts, length, size = self._parts, self._parts.length, self.recipe.train.batch_size
+        if self.number == length.total:
+            raise ValueError(f"all {length.total} steps of the run are made; its schedule has none behind them")
+        expected = [size, 3, *build.image_size(self.recipe)]
+        if list(images.shape) != expected:
+            raise ValueError(
+                f"images has shape {list(images.shape)}, but must be [train.batch_size, 3, *model.image_size] = "
+                f"{expected}"
+            )
         targets = labels if isinstance(labels, Labels) else Labels(labels, labels, torch.ones(size))
         batch = Batch.ready(
             images,
@@ -123,8 +128,36 @@ class Stepper:
             std=self.recipe.data.std,
             noise=self.noise() if noise is None else noise,
         )
+        epoch, within = divmod(self.number, length.steps_per_epoch)
+        if within == 0:
+            parts.schedule.enter(epoch, self.engine)
+            self.method.on_epoch(epoch, self.engine)
         seed_torch(self.recipe.train.seed, self.number, 0)
         micro_batches = batch.split(self.recipe.train.accumulate)
         self.engine.step([one.to(self.engine.world.device) for one in micro_batches], self.rate)
         self.number += 1
         return self.engine.means()
+
+
+def _refuse_what_needs_data(recipe: Recipe) -> None:
+    """Raise UsageError for a method that asks for more than the images and labels of a batch."""
+    if why := next(_needs(recipe), None):
+        raise UsageError(f"recipe {recipe.name}: a stepper has no data set, and {why}")
+
+
+def _needs(recipe: Recipe) -> Iterator[str]:
+    method = recipe.method
+    if teachers.to_train(recipe):
+        yield (
+            "the teacher has a recipe of its own and would have to be trained first; train it, and give "
+            "method.teacher=RUN"
+        )
+    if stores := methods.find(method.use).needs(method):
+        yield (
+            f"method {method.use} reads what is stored of each image ({', '.join(stores)}); where that is a teacher's "
+            "answers (method.cached), give method.teacher=RUN"
+        )
+    if len(views := method.views()) > 1:
+        yield f"method {method.use} wants {len(views)} views of each image, but a step is given one"
+    if getattr(method, "class_weights", None) == "balanced":
+        yield "method.class_weights balanced counts the images of each class; give the weights as a list"

@@ -35,6 +35,7 @@ from fastdeit.methods.base import Method, Phase
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import Teacher
+from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
 from fastdeit.run import build, cached, carry, directory, request, teachers, threads
 from fastdeit.run.clock import Clock
@@ -196,23 +197,24 @@ class Parts:
         known   of teachers with recipes of their own: their runs, or these recipes while they are not trained yet
         """
         sources = train_source, val_source = build.sources(recipe)
-        names, size = train_source.classes, build.image_size(recipe)
+        count, size = len(train_source.classes), build.image_size(recipe)
+        names = build.compared_classes(recipe, train_source)
         length = build.run_length(recipe, len(train_source))
         recipe = settled(recipe, length)
         log = RunLog(recipe, world, length.total, length.steps_per_epoch)
         cache = cached.checked(recipe, train_source, length)
-        student = build.model(recipe if begins else without_weights(recipe), len(names), log.say, names)
+        student = build.model(recipe if begins else recipes.without_weights(recipe), count, log.say, names)
 
         def make_teacher(config: TeacherConfig) -> Teacher:
             own = known.get(config)
             if own is not None and not isinstance(own, Path):
-                return build.untrained_teacher(own, config, len(names)).to(world.device)
+                return build.untrained_teacher(own, config, count).to(world.device)
             with world.main_first():  # timm may have to download; the others then find the files
                 options = {"classes": names, "say": log.say}
-                made = build.teacher(config, size, len(names), own, recipe.engine.precision, **options)
+                made = build.teacher(config, size, count, own, recipe.engine.precision, **options)
             return made.to(world.device)
 
-        method = build.method(recipe, student, len(names), length.total, make_teacher, train_source).to(world.device)
+        method = build.method(recipe, student, count, length.total, make_teacher, train_source).to(world.device)
         if recipe.engine.sync_batchnorm and world.size > 1 and not batchnorm.synchronise(method, world.device):
             log.say("engine.sync_batchnorm changes nothing: this model has no BatchNorm")
         tuning = build.tuning(recipe, world, log.say)
@@ -230,7 +232,7 @@ class Parts:
         )
         loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image)
         val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image)
-        identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": names}
+        identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": train_source.classes}
         if cache is not None:
             log.say(f"teacher: {cached.described(cache)}")
             identity["cache"] = cache.fingerprint
@@ -378,11 +380,6 @@ def gave_up(
     if kept[-1] == first - 1 and len(kept) > 1:
         lines.append(f"  if these weights are bad already, as the next step failed: {fork(kept[-2])}")
     return NonFiniteError("\n".join(lines))
-
-
-def without_weights(recipe: "Recipe") -> "Recipe":
-    """The recipe with a student that begins at random."""
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
 
 
 class PhaseSchedule:

@@ -82,7 +82,7 @@ LAYERS: dict[str, set[str]] = {
         *("errors", "rng", "kernels", "methods", "engine", "recipe", "run"),
         *("data.sources", "data.loader"),
     },
-    "stepping": {"batch", "errors", "data.plan", "engine", "recipe", "run", "training"},
+    "stepping": {"batch", "errors", "data.plan", "methods", "engine", "recipe", "run", "training"},
     # ---- what the command line calls
     "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "bench": {

@@ -6,13 +6,20 @@ import pytest
 import torch
 
 import fastdeit
+from fastdeit import models
 from fastdeit.batch import Batch, Labels, Step
+from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.errors import UsageError
+from fastdeit.methods.base import Phase
+from fastdeit.methods.config import SupervisedConfig
+from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
 from fastdeit.stepping import Stepper
 from fastdeit.training import Parts, schedule_of, seed_torch
+from fastdeit.views import View
 
 SETTINGS = [
     *("method.use=supervised", "model.name=deit_digits_patch8_32", "model.num_classes=10", "model.drop_path=0.3"),
@@ -20,6 +27,29 @@ SETTINGS = [
     *("data.source=synthetic", "data.synthetic_classes=10", "data.synthetic_samples=16", "optim.ema_decay=0.9"),
     *("engine.device=cpu", "data.erase=0.5"),
 ]
+
+
+class HeadFirst(Supervised):
+    """The head alone for an epoch, then everything."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.epochs = []
+
+    def phases(self):
+        return Phase("head", until=1, trains=["model.head"]), Phase("all")
+
+    def on_epoch(self, epoch, engine):
+        self.epochs.append(epoch)
+
+
+class TwoViewsConfig(SupervisedConfig):
+    def views(self):
+        return View(), View("second")
+
+
+class TwoViews(Supervised):
+    Config = TwoViewsConfig
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +88,61 @@ def test_begins_with_given_weights(settings):
 
 
 def test_a_teacher_is_not_trained():
-    with pytest.raises(UsageError, match=r"its teacher has a recipe of its own .* give method.teacher=RUN"):
+    with pytest.raises(UsageError, match=r"the teacher has a recipe of its own .* give method.teacher=RUN"):
         fastdeit.stepper("digits", steps=30)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["method={use: distill, cached: x}"], r"method distill reads what is stored of each image \(teacher\)"),
+        (["method.class_weights=balanced"], "method.class_weights balanced counts the images of each class"),
+        (["method.use=tests.test_stepping:TwoViews"], "method .*TwoViews wants 2 views of each image"),
+    ],
+)
+def test_what_needs_a_data_set_is_refused(settings, overrides, why):
+    with pytest.raises(UsageError, match=f"a stepper has no data set, and {why}"):
+        fastdeit.stepper(settings, overrides, steps=4)
+
+
+def test_the_phases_of_a_method_and_its_epochs(settings):
+    """They begin where the epoch does, and what a phase does not train stands still."""
+    steps = fastdeit.stepper(settings, ["method.use=tests.test_stepping:HeadFirst"], steps=4)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    moved = []
+    for _ in range(4):
+        before = steps.model.pos_embed.detach().clone()
+        steps.step(images, labels)
+        moved.append(not torch.equal(before, steps.model.pos_embed))
+    assert moved == [False, False, True, True]
+    assert steps.method.epochs == [0, 1]
+    with pytest.raises(ValueError, match="all 4 steps of the run are made"):
+        steps.step(images, labels)
+
+
+def test_a_run_on_other_classes_can_teach(settings, tmp_path, monkeypatch):
+    """The labels of batches from outside have no names that could be compared with those of the teacher's data."""
+    monkeypatch.setattr(build, "freeze", lambda network, size, dtype: network)  # makes it faster, and takes a second
+    classes = [f"digit {number}" for number in range(10)]
+    checkpoint.save(
+        tmp_path / "run" / "checkpoints",
+        1,
+        {"model": models.build("deit_digits_patch8_32").state_dict()},
+        {"recipe": settings.model_dump(mode="json"), "identity": {"classes": classes}},
+    )
+    words = [f"method={{use: distill, teacher: {tmp_path / 'run'}}}"]
+    parts = fastdeit.stepper(settings, words, steps=4).step(torch.zeros(8, 3, 32, 32), torch.arange(8))
+    assert parts["distill"] > 0
+
+
 def test_other_numbers_are_refused(settings):
-    with pytest.raises(ValueError, match=r"steps is 5, but must be a multiple of train.epochs \(2\)"):
-        Stepper(settings, steps=5)
-    steps = Stepper(settings, steps=4)
-    with pytest.raises(ValueError, match=r"images has 3 samples, but must have train.batch_size \(8\)"):
-        steps.step(torch.zeros(3, 3, 32, 32), torch.zeros(3, dtype=torch.int64))
-    labels = torch.zeros(8, dtype=torch.int64)
+    for steps in (5, 0):
+        with pytest.raises(ValueError, match=rf"steps is {steps}, but must be a multiple of train.epochs \(2\)"):
+            Stepper(settings, steps=steps)
+    steps, labels = Stepper(settings, steps=4), torch.zeros(8, dtype=torch.int64)
+    for shape in ([3, 3, 32, 32], [8, 3, 64, 32], [8, 32, 32, 3]):
+        with pytest.raises(ValueError, match=r"images has shape .* but must be .* = \[8, 3, 32, 32\]"):
+            steps.step(torch.zeros(shape), labels)
     batch = Batch.ready(torch.zeros(8, 3, 32, 32), labels, Step.at(0, 1, 1), mean=(0,) * 3, std=(1,) * 3)
     with pytest.raises(ValueError, match="8 samples cannot be split into 3 equal micro-batches"):
         batch.split(3)

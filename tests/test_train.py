@@ -17,6 +17,7 @@ from fastdeit.cli import main as cli
 from fastdeit.data.sources import digits
 from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, images
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
@@ -374,10 +375,28 @@ def test_a_teacher_trained_here_reads_the_students_data():
         assert seen.flip == own.flip  # how it is augmented is the teacher's own
 
 
+def test_a_teacher_trained_here_is_computed_as_its_own_recipe_says():
+    """The digits' teacher is a convolutional network, which has neither blocks nor a residual stream."""
+    student = ["engine.checkpoint_blocks=true", "engine.precision=bf16", "engine.residual=bf16", "engine.log_every=7"]
+    (own,) = teachers.to_train(recipes.load("digits", student)).values()
+    assert (own.engine.checkpoint_blocks, own.engine.residual) == (False, "fp32")
+    assert (own.engine.precision, own.engine.log_every) == ("bf16", 7)
+    build.model(own, 10, print)
+    (own,) = teachers.to_train(recipes.load("digits", ["engine.keep_activations=true"])).values()
+    build.model(own, 10, print)
+
+
 def test_a_teacher_sees_the_resolution_and_normalisation_it_was_trained_at(load, whole):
     recipe = load("model.image_size=64", "data.mean=[0.4, 0.4, 0.4]")
     teacher = build.teacher(*recipe.method.teachers(), (64, 64), 10, whole[0] / "teacher")
     assert (teacher.size, teacher.mean, teacher.std) == ((32, 32), (0.5,) * 3, (0.5,) * 3)
+
+
+def test_a_run_as_a_teacher_beside_the_name_of_another_network_is_refused(load, whole):
+    """`method.teacher.weights=RUN` leaves the name of the teacher that the recipe had."""
+    config = TeacherConfig(timm="regnety_160", weights=str(whole[0] / "teacher"))
+    with pytest.raises(UsageError, match=r"is of convnet_digits, but .*timm says timm:regnety_160; .*timm=null"):
+        build.teacher(config, (32, 32), 10, None)
 
 
 @pytest.mark.parametrize("weights", ["teacher", "metrics.jsonl", "nothing/there"])

@@ -20,9 +20,10 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         args.recipe = args.named or DEFAULT_RECIPE
         by_directory = args.resume == "" and args.run_dir is not None and not args.named
         of_a_run = args.origin is not None or args.resume or by_directory
-        if args.overlays and (of_a_run or args.resume is not None):
+        if args.overlays and of_a_run:
             raise UsageError(
-                f"--as {args.overlays[0]} is for a new run by a recipe; a run that is there, or a fork, has its recipe"
+                f"--as {args.overlays[0]} is laid over a recipe, and none is named here: a run that is there, or a "
+                "fork, has its own"
             )
         if "RANK" not in os.environ:
             if not args.named and not of_a_run:

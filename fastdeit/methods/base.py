@@ -155,8 +155,10 @@ class Method(nn.Module):
         return type(self).predict is Method.predict
 
     def features(self, x: Tensor) -> Tensor:
-        """Features `[B, D]` of normalised images `[B, 3, H, W]`, for neighbours and probes: the class token."""
-        return self.model.tokens(x)[:, 0]
+        """Features `[B, D]` of normalised images `[B, 3, H, W]`, for neighbours and probes: the class token, or, of a
+        model that says it has no `prefix_tokens`, the mean of the patches."""
+        tokens = self.model.tokens(x)
+        return tokens[:, 0] if getattr(self.model, "prefix_tokens", 1) else tokens.mean(1)
 
     def evaluators(self) -> Mapping[str, Evaluator]:
         """What the method is judged by, in order, the first metric of the first above all (recipe: `train.best_by`).

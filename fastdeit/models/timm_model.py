@@ -113,6 +113,11 @@ class TimmModel(nn.Module):
         return getattr(getattr(self.inner, "patch_embed", None), "grid_size", None)
 
     @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patches."""
+        return getattr(self.inner, "num_prefix_tokens", 0)
+
+    @property
     def prefix_positions(self) -> int:
         """Positions in the positional embedding before those of the patches."""
         positions, grid = getattr(self.inner, "pos_embed", None), self.grid

@@ -299,3 +299,20 @@ class EngineConfig(Section):
     """Newest checkpoints kept. At least two, so that a damaged one costs an interval and not the run."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
+
+    @field_validator("keep_activations")
+    @classmethod
+    def _kept_or_made_again(cls, keep: bool, info: ValidationInfo) -> bool:
+        if keep and info.data.get("checkpoint_blocks"):
+            raise ValueError(
+                "has no effect beside engine.checkpoint_blocks, which computes all activations of a block again; "
+                "choose one"
+            )
+        return keep
+
+    @field_validator("residual")
+    @classmethod
+    def _as_the_products(cls, residual: str, info: ValidationInfo) -> str:
+        if residual not in ("fp32", precision := info.data.get("precision", residual)):
+            raise ValueError(f"{residual} needs engine.precision {residual}, not {precision}")
+        return residual

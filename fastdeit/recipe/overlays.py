@@ -65,9 +65,10 @@ OVERLAYS = {
 def overrides(names: Sequence[str], given: Sequence[str]) -> list[str]:
     """The overrides `field=value` that the overlays `names` stand for, but for fields that `given` overrides itself.
 
-    Raises RecipeError for an overlay that does not exist, and where two of them set one field to different values.
+    Raises RecipeError for an overlay that does not exist, where two of them set one field to different values, and
+    where `given` sets the whole section of such a field.
     """
-    own = {text.partition("=")[0] for text in given}
+    own = {text.partition("=")[0]: text for text in given}
     found: dict[str, tuple[str, str]] = {}
     for name in names:
         for setting in _overlay(name).settings:
@@ -77,6 +78,13 @@ def overrides(names: Sequence[str], given: Sequence[str]) -> list[str]:
                     f"--as {name} and --as {by} do not go together: one sets {setting.field}={setting.value}, the "
                     f"other {setting.field}={value}"
                 )
+    for field, (_, name) in found.items():
+        section, _, key = field.partition(".")
+        if section in own:
+            raise resolve.RecipeError(
+                f"--as {name} sets {field}, but {own[section]!r} sets the whole section; give its fields one by one, "
+                f"as in {section}.{key}=VALUE"
+            )
     return [f"{field}={value}" for field, (value, _) in found.items() if field not in own]
 
 

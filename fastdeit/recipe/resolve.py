@@ -129,6 +129,11 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return _validated(recipe.name, _merged(root, changes), problems)
 
 
+def without_weights(recipe: Recipe) -> Recipe:
+    """`recipe` with a student that begins at random, or with weights that are not those of a file."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
+
+
 def check_complete(recipe: Recipe) -> None:
     """Raise RecipeError where a run lacks what the recipe leaves to its user: trained weights to go on from.
 

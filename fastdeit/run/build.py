@@ -87,6 +87,12 @@ def _expected(error: DataError, kind: str, root: str, train: str, val: str) -> s
     return "" if expected in str(error) else f"; expected are {expected}"
 
 
+def compared_classes(recipe: "Recipe", source: Source) -> Sequence[str] | None:
+    """Names of the classes of `source` in the order of their labels, with which those of weights are compared; None for
+    synthetic images, whose classes have no names."""
+    return None if recipe.data.source == "synthetic" else source.classes
+
+
 def image_size(recipe: "Recipe") -> tuple[int, int]:
     """(height, width) in pixels of the model's input."""
     return size_pair(recipe.model.image_size, "model.image_size")
@@ -231,7 +237,7 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
     if recipe.engine.checkpoint_blocks:
         _checkpoint_blocks(built, recipe)
     if recipe.engine.keep_activations:
-        _keep_activations(built, recipe)
+        _keep_activations(built)
     if recipe.engine.residual != "fp32":
         _keep_residual(built, recipe)
     if config.weights is not None:
@@ -265,11 +271,7 @@ def _checkpoint_blocks(network: nn.Module, recipe: "Recipe") -> None:
         raise UsageError(f"engine.checkpoint_blocks: {error}") from error
 
 
-def _keep_activations(network: nn.Module, recipe: "Recipe") -> None:
-    if recipe.engine.checkpoint_blocks:
-        raise UsageError(
-            "engine.keep_activations: engine.checkpoint_blocks computes all activations of a block again; choose one"
-        )
+def _keep_activations(network: nn.Module) -> None:
     if not hasattr(network, "set_keep_activations"):
         raise UsageError(
             f"engine.keep_activations: {type(network).__name__} has no set_keep_activations(enable): nothing of it is "
@@ -279,9 +281,7 @@ def _keep_activations(network: nn.Module, recipe: "Recipe") -> None:
 
 
 def _keep_residual(network: nn.Module, recipe: "Recipe") -> None:
-    residual, precision = recipe.engine.residual, recipe.engine.precision
-    if precision != residual:
-        raise UsageError(f"engine.residual {residual}: needs engine.precision {residual}, not {precision}")
+    residual = recipe.engine.residual
     if not hasattr(network, "set_residual"):
         raise UsageError(f"engine.residual {residual}: {type(network).__name__} has no set_residual(dtype); use fp32")
     network.set_residual(DTYPES[residual])
@@ -338,12 +338,11 @@ def method(
 
 
 def _check_fuse(config: MethodConfig, student: nn.Module) -> None:
-    """Refuse a fusion that was asked for where there is nothing to fuse; every method has a default of its own."""
-    default = type(config).model_fields["fuse"].default
-    if config.fuse != default and len(student.head_names) < 2:
+    """Refuse the choice of one of two heads where there is one. Both means of one head are that head."""
+    if config.fuse in ("class", "distillation") and len(student.head_names) < 2:
         raise UsageError(
-            f"method.fuse {config.fuse}: {type(student).__name__} has one head, and there is nothing to fuse; train a "
-            f"distilled model, or leave method.fuse at {default}"
+            f"method.fuse {config.fuse}: {type(student).__name__} has one head, and there is nothing to choose; train "
+            "a distilled model, or leave method.fuse out"
         )
 
 
@@ -409,6 +408,13 @@ def teacher(
             )
         told = [f"{found.origin}: {note}" for note in found.notes]
         of_a_run = found.checkpoint is not None
+        trained_as = known.name if known.timm is None else f"timm:{known.timm}"
+        if of_a_run and name not in (None, trained_as):
+            field = "model" if config.timm is None else "timm"
+            raise UsageError(
+                f"{found.origin} is of {trained_as}, but method.teacher.{field} says {name}; a run tells its network "
+                f"itself: add method.teacher.{field}=null"
+            )
         side = config.image_size or (known.image_size if of_a_run else None)
         built = network(
             found,

@@ -130,7 +130,7 @@ def checked(recipe: "Recipe", source: Source, length: Length) -> Cache | None:
     found = differences(cache.fingerprint, images_of(recipe, source), ignored)
     if found:
         raise UsageError(
-            f"method.cached {folder}: its teacher judged other images than this run has:\n{lines(found, 'this run')}\n"
+            f"method.cached {folder}: its records are not those of this run:\n{lines(found, 'this run')}\n"
             "Set the fields as the cache has them, or make another with `fastdeit cache`"
         )
     missing = [shard for shard in cache.layout.shards(range(length.epochs_begun)) if not cache.is_there(shard)]
@@ -138,7 +138,8 @@ def checked(recipe: "Recipe", source: Source, length: Length) -> Cache | None:
         epochs = list(dict.fromkeys(shard.epoch for shard in missing))
         raise UsageError(
             f"method.cached {folder}: of the {length.epochs_begun} epochs of this run the cache lacks {len(epochs)}: "
-            f"{some(list(map(str, epochs)))}; the `fastdeit cache` command that began it makes what is missing"
+            f"{some(list(map(str, epochs)))}; the `fastdeit cache` command that began it makes them, with the run's "
+            "own train.epochs or train.steps"
         )
     return cache
 

@@ -21,6 +21,8 @@ Known = Mapping[TeacherConfig, "Path | Recipe"]
 """Of each teacher with a recipe of its own: its run, or that recipe while it is not trained yet."""
 
 _WHICH_DATA = "source", "root", "train", "val", "synthetic_samples", "synthetic_classes"
+_OF_ITS_NETWORK = "checkpoint_blocks", "keep_activations", "residual"
+"""Fields of `engine:` that say how a network is computed, and that not every network knows."""
 
 
 def folders(method: MethodConfig) -> dict[TeacherConfig, str]:
@@ -39,9 +41,10 @@ def trained(recipe: "Recipe", run: Path | None) -> dict[TeacherConfig, Path]:
 def to_train(
     recipe: "Recipe", run: Path | None = None, done: Container[TeacherConfig] = ()
 ) -> dict[TeacherConfig, "Recipe"]:
-    """The recipes by which the teachers that are not `done` are to be trained, on the student's data.
+    """The recipes by which the teachers that are not `done` are to be trained, on the student's data and engine.
 
-    A teacher that was begun in the run `run` goes on by the recipe there.
+    What the engine does with the student's network alone (`_OF_ITS_NETWORK`) is as in the teacher's own recipe. A
+    teacher that was begun in the run `run` goes on by the recipe there.
     """
     wanted = {config: name for config, name in folders(recipe.method).items() if config not in done}
     return {config: _recipe(recipe, config, run and run / name) for config, name in wanted.items()}
@@ -51,4 +54,8 @@ def _recipe(recipe: "Recipe", config: TeacherConfig, begun: Path | None) -> "Rec
     has_begun = begun is not None and directory.has_checkpoint(begun)
     own = directory.recipe_of(begun) if has_begun else recipes.load(config.recipe)
     data = own.data.model_copy(update={name: getattr(recipe.data, name) for name in _WHICH_DATA})
-    return own.model_copy(update={"data": data, "engine": recipe.engine})
+    its = {name: getattr(own.engine, name) for name in _OF_ITS_NETWORK}
+    if recipe.engine.precision != own.engine.precision:
+        its["residual"] = "fp32"  # one in 16 bit goes with products in 16 bit alone
+    engine = recipe.engine.model_copy(update=its)
+    return own.model_copy(update={"data": data, "engine": engine})

@@ -93,7 +93,7 @@ def fill(
     source = build.sources(recipe)[0]
     length, classes = build.run_length(recipe, len(source)), source.classes
     with world.main_first():  # timm may have to download
-        options = {"classes": classes, "say": say}
+        options = {"classes": build.compared_classes(recipe, source), "say": say}
         sizes = build.image_size(recipe), len(classes)
         made = [build.teacher(config, *sizes, None, recipe.engine.precision, **options) for config in configs]
         addresses = [config.weights or f"timm:{config.timm}" for config in configs]

@@ -4,13 +4,14 @@ What can be checked is: the recipe, the data set, the networks, the weights that
 a start would, and how processes share a batch. Nothing is downloaded, and nothing is written.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastdeit.data.plan import order
+from fastdeit.data.sources.source import Source
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import pick_device
 from fastdeit.engine.metrics import check_sinks
@@ -22,9 +23,11 @@ from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.rows import known_gpu
 from fastdeit.estimate.subject import Subject
 from fastdeit.estimate.subject import subject as subject_of
+from fastdeit.methods.config import METHODS
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import settled
 from fastdeit.run import address, build, cached, directory
+from fastdeit.run.groups import param_groups
 from fastdeit.run.request import Request
 from fastdeit.run.weights import is_cached
 
@@ -59,7 +62,7 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     known = recipe.model_copy(update={"model": recipe.model.model_copy(update={"num_classes": classes})})
     subject = replace(subject_of(known, len(training)), held_out=len(held_out))
     begins = _begins(asked, length)
-    told = list(_opened(known, training.classes, begins is None))
+    told = list(_opened(known, training, length, begins is None))
 
     yield f"recipe    {recipe.name}, method {recipe.method.use}: nothing is trained, this is what would run"
     yield f"device    {processes} process{'es' * (processes > 1)} on {_named(device)}, {recipe.engine.precision}"
@@ -95,22 +98,25 @@ def _begins(asked: Request, length: "Length") -> str | None:
     return None
 
 
-def _opened(recipe: "Recipe", classes: Sequence[str], anew: bool) -> list[str]:
+def _opened(recipe: "Recipe", source: Source, length: "Length", anew: bool) -> list[str]:
     """Open what the student begins with and what the teacher is, as a start would; returns what is to be said of it.
 
     Raises the errors of parts and weights that do not fit.
     """
     told: list[str] = []
-    bare = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
+    count, classes = len(source.classes), build.compared_classes(recipe, source)
     with torch.device("meta"):  # without storage
-        build.model(bare, len(classes), told.append)
+        student = build.model(recipes.without_weights(recipe), count, told.append)
+    if recipe.method.use in METHODS:  # what a method of somebody else does with its networks may need their storage
+        method = build.method(recipe, student, count, length.total, lambda config: None, source)
+        param_groups(method, recipe)
     if anew and recipe.model.weights is not None and not _is_far(recipe.model.weights, told):
-        build.model(recipe, len(classes), told.append, classes)
+        build.model(recipe, count, told.append, classes)
     for config in recipe.method.teachers():
         name = f"timm:{config.timm}" if config.weights is None else config.weights
         if config.recipe is None and not _is_far(name, told):
             options = {"classes": classes, "say": told.append}
-            build.teacher(config, build.image_size(recipe), len(classes), None, recipe.engine.precision, **options)
+            build.teacher(config, build.image_size(recipe), count, None, recipe.engine.precision, **options)
     return told
 
 

@@ -171,6 +171,20 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(capsys, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (["method.fuse=class"], "method.fuse class: VisionTransformer has one head, and there is nothing to choose"),
+        (["method.class_weights=[1, 2]"], "class_weights has 2 numbers, but the data set has 7 classes"),
+    ],
+)
+def test_a_dry_run_builds_the_method(words, refusal, capsys):
+    """What a start refuses, a dry run refuses as well."""
+    argv = ["train", "deit_tiny", *SYNTHETIC, "train.batch_size=64", "model.image_size=32", "engine.device=cpu"]
+    assert cli.main([*argv, *words, "--dry-run"]) == 2
+    assert refusal in capsys.readouterr().err
+
+
 def test_a_dry_run_on_a_known_card_estimates_its_time(monkeypatch):
     monkeypatch.setattr(dry_run, "pick_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")

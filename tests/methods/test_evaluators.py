@@ -5,14 +5,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 
+from fastdeit import models
 from fastdeit.engine.dist import World
 from fastdeit.methods import evaluators
-from fastdeit.methods.base import Out
+from fastdeit.methods.base import Method, Out
+from fastdeit.methods.config import SupervisedConfig
 from fastdeit.methods.evaluators import Evaluation, HeldOutLoss, Knn, LinearProbe
+from fastdeit.models.timm_model import TimmVisionTransformer
 from fastdeit.run.evaluate import evaluate
-from tests.toys import toy_batch
+from tests.toys import toy_batch, toy_context
 
 CLASSES = 4
 
@@ -136,3 +140,18 @@ def test_two_evaluators_with_one_metric_are_refused():
     world = World(torch.device("cpu"))
     with pytest.raises(ValueError, match="evaluator 'b' returns the metric 'knn_top1', which an earlier one has"):
         evaluate(Features(), {"a": Knn(3), "b": Other(3)}, Stream(HELD_OUT), lambda: Stream(TRAINING), world, "fp32")
+
+
+def test_the_features_of_a_model_are_what_its_head_reads():
+    """Without a class token they are the mean of the patches, and not the patch in the corner."""
+    small = {"depth": 1, "dim": 8, "heads": 2, "image_size": 32, "patch_size": 8, "num_classes": 3}
+    networks = [models.build(name, **small) for name in ("deit_digits_patch8_32", "vit_small_patch16_gap_224")]
+    sizes = {"depth": 1, "embed_dim": 8, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
+    for options in ({}, {"class_token": False, "global_pool": "avg", "fc_norm": False}):
+        inner = timm.create_model("vit_tiny_patch16_224", **sizes, **options)
+        networks.append(TimmVisionTransformer("vit_tiny_patch16_224", inner, (32, 32)))
+    for network in networks:
+        torch.nn.init.normal_(network.head.weight)  # some begin at zero
+        x = torch.randn(2, 3, 32, 32)
+        features = Method(network.eval(), SupervisedConfig(), toy_context()).features(x)
+        torch.testing.assert_close(network.head(features), network(x))

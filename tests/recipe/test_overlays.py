@@ -7,6 +7,8 @@ from fastdeit.cli import VERBS
 from fastdeit.recipe import overlays
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.overlays import OVERLAYS
+from fastdeit.run import build
+from fastdeit.verbs import dry_run
 
 # Recipes whose fields an overlay is made for.
 FITTING = {name: "augreg_small" if name.startswith("augreg") else "deit_base_distilled" for name in OVERLAYS}
@@ -49,6 +51,23 @@ def test_overlays_add_up_or_are_refused():
         overlays.overrides(["augreg-light2", "augreg-none"], [])
 
 
+def test_beside_a_whole_section():
+    with pytest.raises(recipes.RecipeError) as refused:
+        overlays.overrides(["public-code"], ["optim.lr=1", "method={use: supervised}"])
+    assert str(refused.value) == (
+        "--as public-code sets method.fuse, but 'method={use: supervised}' sets the whole section; give its fields one "
+        "by one, as in method.fuse=VALUE"
+    )
+    assert overlays.overrides(["augreg-none"], ["method={use: supervised}"])
+
+
+def test_a_student_with_one_head_is_distilled_as_by_the_public_code():
+    """Its one head is its answer, whatever the overlay says of two."""
+    recipe = recipes.load("deit_tiny_soft", overlays.overrides(["public-code"], []))
+    student = build.model(recipes.override(recipe, ["model.image_size=32"]), 10, print)
+    build.method(recipe, student, 10, 1, lambda config: None)
+
+
 def test_a_name_that_is_none():
     with pytest.raises(recipes.RecipeError, match="there is no such overlay; did you mean public-code"):
         overlays.overrides(["public_code"], [])
@@ -74,10 +93,25 @@ def test_train_says_each_difference(capsys):
     assert "engine.precision" not in out.partition("--as")[0] + out[out.rindex("--as public-code") :].partition("\n")[0]
 
 
-@pytest.mark.parametrize("words", [["--resume", "x"], ["--from", "x"]])
+@pytest.mark.parametrize("words", [["--resume", "x"], ["--from", "x"], ["--run-dir", "x", "--resume"]])
 def test_a_run_that_is_there_has_its_recipe(words, capsys):
     assert cli.main(["train", "--as", "public-code", *words]) == 2
-    assert "--as public-code is for a new run by a recipe" in capsys.readouterr().err
+    assert "--as public-code is laid over a recipe, and none is named here" in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_given_again_is_laid_over_again(tmp_path, monkeypatch, capsys):
+    """So a job that is started again and again has one command: it begins the run, and goes on with it."""
+    recipe, run = recipes.load("digits", overlays.overrides(["public-code"], [])), tmp_path / "run"
+    (run / "teacher" / "checkpoints" / "step_00000001").mkdir(parents=True)  # begun: the run is there
+    (run / "recipe.yaml").write_text(recipes.dump(recipe))
+    asked = []
+    monkeypatch.setattr(dry_run, "show", lambda request, processes: asked.append(request))
+    words = ["train", "digits", "--run-dir", str(run), "--resume", "--dry-run"]
+    assert cli.main([*words, "--as", "public-code"]) == 0
+    assert asked[0].resume
+    assert asked[0].recipe.optim == recipe.optim
+    assert cli.main(words) == 2
+    assert "optim.schedule: the run has 'deit-exact', asked for 'cosine'" in capsys.readouterr().err
 
 
 def test_the_parsers_know_the_flag():

@@ -336,16 +336,8 @@ def test_activations_are_kept_where_the_recipe_says_so(student, monkeypatch):
             r"engine.keep_activations: ConvNet has no set_keep_activations\(enable\): nothing of it is made again",
         ),
         (
-            ["engine.residual=bf16"],
-            "engine.residual bf16: needs engine.precision bf16, not fp32",
-        ),
-        (
             ["model.name=convnet_digits", "engine.residual=bf16", "engine.precision=bf16"],
             r"engine.residual bf16: ConvNet has no set_residual\(dtype\); use fp32",
-        ),
-        (
-            ["engine.keep_activations=true", "engine.checkpoint_blocks=true"],
-            "engine.keep_activations: engine.checkpoint_blocks computes all activations of a block again",
         ),
         (
             ["model.timm=test_vit", "engine.checkpoint_blocks=true", "engine.capture=graph"],
@@ -356,6 +348,22 @@ def test_activations_are_kept_where_the_recipe_says_so(student, monkeypatch):
 def test_what_a_model_cannot_do_is_refused(student, overrides, words):
     with pytest.raises(UsageError, match=words):
         student(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["engine.residual=bf16", "engine.precision=fp32"], "bf16 needs engine.precision bf16, not fp32"),
+        (
+            ["engine.keep_activations=true", "engine.checkpoint_blocks=true"],
+            "engine.keep_activations: has no effect beside engine.checkpoint_blocks",
+        ),
+    ],
+)
+def test_settings_of_the_engine_that_exclude_each_other_are_refused_with_the_recipe(path, overrides, words):
+    """So that a plan and a dry run refuse them as well."""
+    with pytest.raises(recipes.RecipeError, match=words):
+        recipes.load(path, overrides)
 
 
 def test_a_model_without_checkpointing_in_timm_is_refused(student, monkeypatch):
