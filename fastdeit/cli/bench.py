@@ -10,6 +10,17 @@ COUNTED = 80, 90, 100
 DATA_PEERS = ("timm", "deit", "torchvision", "dali")
 
 
+def _rate(text: str) -> float:
+    """The number in `text`, in [0, 1); a `type` of argparse."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value:g} is no rate: it must be at least 0 and below 1")
+    return value
+
+
+_rate.__name__ = "float"  # argparse names the type in its message
+
+
 def _bench(args: argparse.Namespace, argv: list[str]) -> None:
     if "recipe" in args:
         from fastdeit.recipe import resolve as recipe
@@ -169,12 +180,13 @@ _add("--out", type=path, metavar="FILE", help="append the rows to this file")
 COUNT = _verb(
     "count",
     "launches, bytes, FLOPs and memory of a step on a card that need not be there",
-    "[--model NAME ...] [--batch N] [--arch N ...] [--json] [--update-golden]",
+    "[--model NAME ...] [--batch N] [--drop-path P] [--arch N ...] [--json] [--update-golden]",
     "fastdeit bench count --model deit_base_distilled_patch16_224 --arch 90  # ours in every form, and timm's",
 )
 _add = COUNT.parser.add_argument
 _add("--model", action="append", metavar="NAME", help="may be repeated (default: DeiT-B, S and Ti, distilled)")
 _add("--batch", type=positive, metavar="N", help="images of a step (default: 256)")
+_add("--drop-path", type=_rate, default=0.1, metavar="P", help="rate of drop-path (default: 0.1)")
 _add(
     "--arch",
     type=int,

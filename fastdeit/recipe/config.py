@@ -66,6 +66,9 @@ class ModelConfig(Section):
     drop_path_mode: Literal["linear", "constant"] | None = None
     """linear: the rates of the blocks rise from 0 to drop_path, as in DeiT; constant: all are drop_path (DeiT III);
     null: the one of the two that the model's authors use."""
+    drop_path_skip: bool = False
+    """Compute no branch of a sample that drops it: less work, but another draw. Of every data.group_size samples a
+    fixed number drop a branch, the rate rounded to whole samples. false: each sample is drawn by itself."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Rate at which features in front of the heads are zeroed in training (timm: drop_rate)."""
     weights: PathText | None = None
@@ -98,6 +101,15 @@ class ModelConfig(Section):
         if mode == "constant" and info.data.get("timm") is not None:
             raise ValueError("must be linear beside model.timm: timm's models have no other drop-path")
         return mode
+
+    @field_validator("drop_path_skip")
+    @classmethod
+    def _something_to_skip(cls, skip: bool, info: ValidationInfo) -> bool:
+        if skip and info.data.get("drop_path") == 0:
+            raise ValueError("skips what model.drop_path drops, which is 0 here; set model.drop_path, or leave it out")
+        if skip and info.data.get("timm") is not None:
+            raise ValueError("must be false beside model.timm: timm's models compute what they drop")
+        return skip
 
 
 class DataSplits(Section):
