@@ -4,7 +4,9 @@ import argparse
 
 from fastdeit.cli.parser import Verb, path, positive
 
-STEP_PEERS = ("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph")
+_ATTENTIONS = ("timm_compile", "timm_compile_cudnn", "timm_compile_fa3", "timm_compile_fa4")
+_GRAPHED = ("timm_compile_graph", "timm_compile_graph_pruned")
+STEP_PEERS = ("timm", *_ATTENTIONS, *(f"{name}_pruned" for name in _ATTENTIONS), "accelerate", *_GRAPHED)
 PARITY_CASES = ("supervised", "soft", "hard", "bce_lamb", "cosub", "accumulate", "clip", "finetune")
 COUNTED = 80, 90, 100
 DATA_PEERS = ("timm", "deit", "torchvision", "dali")
