@@ -21,6 +21,7 @@ from torch import nn
 
 from fastdeit.engine.dist import world as join_world
 from fastdeit.errors import UsageError
+from fastdeit.estimate import capture
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import directory, overview, request, threads
@@ -56,7 +57,7 @@ def train(
     if resume and directory.can_go_on(path):
         chosen = request.given_again(chosen, directory.recipe_of(path))
     with join_world(chosen.engine.device) as world, world.stop_on_signals():
-        chosen = threads.fixed(chosen, world)
+        chosen = capture.fixed(threads.fixed(chosen, world), world, print)
         with threads.computing(chosen.engine.threads):
             summary = train_by(chosen, path, world, resume=resume)
     return Run(summary["run_dir"])

@@ -31,6 +31,7 @@ from fastdeit.engine.metrics import check_sinks
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.estimate import capture
 from fastdeit.methods.base import Method, Phase
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
@@ -58,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.allow_tf32 = True
     with join_world(asked.recipe.engine.device) as world, world.stop_on_signals():
         world.agree("the run that they go on with", (asked.run_dir, asked.origin and asked.origin.path))
-        recipe = threads.fixed(asked.recipe, world)
+        recipe = capture.fixed(threads.fixed(asked.recipe, world), world, _say_once)
         with threads.computing(recipe.engine.threads):
             train(recipe, asked.run_dir, world, resume=asked.resume, origin=asked.origin)
 

@@ -285,8 +285,10 @@ class EngineConfig(Section):
     share of the processors; the run keeps that number. OMP_NUM_THREADS wins."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss."""
-    capture: Literal["none", "compile", "graph"] = "none"
-    """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph."""
+    capture: Literal["none", "compile", "graph", "auto"] = "none"
+    """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph;
+    auto: graph where the modelled time of a step on the GPU is below twice the host's, else none. The run keeps the
+    answer."""
     autotune: Literal["auto", "on", "off"] = "auto"
     """auto: the first steps on a GPU without measurements try kernels out, and keep the fastest that is right; on: on
     any device, whatever was measured."""
