@@ -20,6 +20,7 @@ from fastdeit.data.plan import plan
 from fastdeit.engine.dist import World, pick_device
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.errors import UsageError
+from fastdeit.estimate import capture
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build, teachers
@@ -56,7 +57,9 @@ class Stepper:
                 *([] if recipe.train.epochs else ["train.epochs=1", "train.steps=null"]),
             ],
         )
-        self._parts = Parts.of(self.recipe, World(pick_device(recipe.engine.device)), True, {})
+        world = World(pick_device(recipe.engine.device))
+        self.recipe = capture.fixed(self.recipe, world, print)
+        self._parts = Parts.of(self.recipe, world, True, {})
         self._rates = schedule_of(self._parts.recipe, self._parts.length)
         self.number = 0
         self.method.train()

@@ -31,6 +31,7 @@ from fastdeit.engine.metrics import check_sinks
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.estimate import capture
 from fastdeit.methods.base import Method, Phase
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.allow_tf32 = True
     with join_world(asked.recipe.engine.device) as world, world.stop_on_signals():
         world.agree("the run that they go on with", (asked.run_dir, asked.origin and asked.origin.path))
-        recipe = threads.fixed(asked.recipe, world)
+        recipe = capture.fixed(threads.fixed(asked.recipe, world), world, _say_once)
         with threads.computing(recipe.engine.threads):
             train(recipe, asked.run_dir, world, resume=asked.resume, origin=asked.origin, began=args.began)
 
@@ -78,7 +79,7 @@ def alone(
     if resume and run_dir is not None and directory.can_go_on(run_dir):
         recipe = request.given_again(recipe, directory.recipe_of(run_dir))
     with join_world(recipe.engine.device) as world, world.stop_on_signals():
-        recipe = threads.fixed(recipe, world)
+        recipe = capture.fixed(threads.fixed(recipe, world), world, _say_once)
         with threads.computing(recipe.engine.threads):
             return train(recipe, run_dir, world, resume=resume, began=began)
 

@@ -78,13 +78,13 @@ LAYERS: dict[str, set[str]] = {
         *("version", "cores", "errors", "rng", "text", "fields", "kernels", "batch", "views", "models", "methods"),
         *("engine", "recipe", "data.plan", "data.sources", "data.loader", "data.logits"),
     },
+    "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "training": {
-        *("errors", "rng", "kernels", "methods", "engine", "recipe", "run"),
+        *("errors", "rng", "kernels", "methods", "engine", "recipe", "run", "estimate"),
         *("data.sources", "data.loader"),
     },
-    "stepping": {"batch", "errors", "data.plan", "methods", "engine", "recipe", "run", "training"},
+    "stepping": {"batch", "errors", "data.plan", "methods", "engine", "recipe", "run", "estimate", "training"},
     # ---- what the command line calls
-    "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "bench": {
         *("errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe", "run"),
         *("estimate", "stepping", "data.pixel_ops", "data.plan", "data.sources"),

@@ -18,7 +18,9 @@ from fastdeit.bench import (
 )
 from fastdeit.bench.measure import median
 
-STEP_PEERS = ("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph")
+_ATTENTIONS = ("timm_compile", "timm_compile_cudnn", "timm_compile_fa3", "timm_compile_fa4")
+GRAPHED_PEERS = ("timm_compile_graph", "timm_compile_graph_pruned")
+STEP_PEERS = ("timm", *_ATTENTIONS, *(f"{name}_pruned" for name in _ATTENTIONS), "accelerate", *GRAPHED_PEERS)
 CPU_NOTE = "These are figures of a CPU: they say nothing of a GPU."
 
 # ---- who takes part --------------------------------------------------------------------------------------------------
@@ -64,6 +66,16 @@ def compared_to(peer: str, row: dict[str, Any]) -> str | None:
     return next((name for name in row["seconds"] if name.startswith("fastdeit")), None)
 
 
+def told(row: dict[str, Any]) -> list[str]:
+    """The sides of a row in the order in which they are told: ours as they ran, then the peers, the fastest first, so
+    that the least flattering ratio is read before the others. Rows without a side of ours keep their order."""
+    names = list(row["seconds"])
+    ours = [name for name in names if name.startswith("fastdeit")]
+    if not ours:
+        return names
+    return [*ours, *sorted((name for name in names if name not in ours), key=lambda name: median(row, name))]
+
+
 # ---- what it says ----------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +83,7 @@ def sentence(row: dict[str, Any]) -> str:
     """A row in words: what and where, each side's speed, and how the peers compare."""
     lines = [f"{_title(row)}, {row['rounds']} interleaved rounds, medians"]
     width = max(map(len, [*row["seconds"], *row.get("failed", {})]), default=0)
-    lines += [f"  {name:{width}}  {_speed(row, name)}" for name in row["seconds"]]
+    lines += [f"  {name:{width}}  {_speed(row, name)}" for name in told(row)]
     lines += [f"  {name:{width}}  cannot run: {why}" for name, why in row.get("failed", {}).items()]
     return "\n".join(lines)
 

@@ -31,11 +31,13 @@ from torch.utils.flop_counter import flop_registry
 from fastdeit import kernels
 from fastdeit.bench import step as bench_step
 from fastdeit.bench.count_card import Card, pretended_card
-from fastdeit.bench.step import LR, Cell
+from fastdeit.bench.step import DROP_PATH, LR, Cell
 from fastdeit.kernels import _triton
 from fastdeit.kernels.optimizer import _multi_tensor
 
 CARD = torch.device("cuda", 0)
+SKIP_GROUP = 64
+"""Samples of which a fixed number drops a branch where dropped samples are skipped: the default of data.group_size."""
 PHASES = "forward", "backward", "update"
 
 _EPILOGUE = {"mlp": "epilogue", "layer_norm_mlp": "epilogue"}
@@ -57,9 +59,10 @@ class CountError(RuntimeError):
 
 @dataclass(frozen=True)
 class Counted(Cell):
-    """A step to be counted. depth: number of blocks; None for the model's own."""
+    """A step to be counted. depth: number of blocks; None for the model's own. drop_path: its rate."""
 
     depth: int | None = None
+    drop_path: float = DROP_PATH
 
     @property
     def options(self) -> dict[str, Any]:
@@ -117,12 +120,14 @@ def _total(launches: Iterable[Launch]) -> Total:
     return Total(*map(sum, zip(*rows, strict=True))) if rows else Total(0, 0, 0)
 
 
-def ours(cell: Counted, arch: int, form: str) -> Count:
-    """Our step in one of `FORMS`, on a card of that architecture: 90 is sm_90. RuntimeError where a backend that the
-    form forces cannot run there."""
+def ours(cell: Counted, arch: int, form: str, skip: bool = False) -> Count:
+    """Our step in one of `FORMS`, on a card of that architecture: 90 is sm_90. `skip`: with model.drop_path_skip.
+    RuntimeError where a backend that the form forces cannot run there, ValueError where the model cannot skip."""
     choices = dict(FORMS[form])
     with counted_card(arch) as (card, counter), kernels.use(choices.pop(""), **choices):
         engine, _, _ = bench_step.engine(cell, CARD, "none")
+        if skip:
+            engine.method.model.set_drop_path_skip(SKIP_GROUP)
         images = torch.zeros(cell.batch, cell.image_size, cell.image_size, 3, dtype=torch.uint8)
         batch = bench_step.batch(cell, engine.method.noise(), CARD, images)
         return counter.second(card, lambda: engine.step([batch], LR))

@@ -33,6 +33,7 @@ OURS = {"fastdeit" if form == "auto" else f"fastdeit {form}": form for form in F
 PEERS: dict[str, Callable[[Counted, int], Count]] = {"timm": count_peers.eager, "timm_compile": count_peers.compiled}
 SIDES: dict[str, Callable[[Counted, int], Count]] = {
     **{name: partial(count.ours, form=form) for name, form in OURS.items()},
+    "fastdeit drop_path_skip": partial(count.ours, form="auto", skip=True),
     **PEERS,
 }
 """Every side of a row, by name: what counts its step for a cell and an architecture."""
@@ -45,17 +46,17 @@ def main(args: argparse.Namespace) -> None:
         return
     for model in args.model or MODELS:
         for arch in args.arch or (90,):
-            found = row(cell(model, args.batch or BATCH), arch)
+            found = row(cell(model, args.batch or BATCH, drop_path=args.drop_path), arch)
             if args.json:
                 print(json.dumps(found), flush=True)
             else:
                 show(found)
 
 
-def cell(model: str, batch: int, depth: int | None = None) -> Counted:
+def cell(model: str, batch: int, depth: int | None = None, drop_path: float = bench_step.DROP_PATH) -> Counted:
     """DeiT's step: bf16, drop-path, averaged weights. UsageError for a model that cannot be built."""
     known = bench_step.cell("step", model, torch.device("cpu"), batch=batch, precision="bf16", ema=True)
-    return Counted(**asdict(known), depth=depth)
+    return Counted(**asdict(known), depth=depth, drop_path=drop_path)
 
 
 def row(cell: Counted, arch: int) -> dict[str, Any]:
@@ -76,7 +77,6 @@ def row(cell: Counted, arch: int) -> dict[str, Any]:
         **asdict(cell),
         "what": "count",
         "arch": arch,
-        "drop_path": cell.drop_path,
         "launches": {name: found.total.launches for name, found in sides.items()},
         "bytes": {name: found.total.bytes for name, found in sides.items()},
         "flops": {name: found.total.flops for name, found in sides.items()},

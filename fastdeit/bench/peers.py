@@ -4,7 +4,9 @@ timm                 eager, autocast, torch's choice of attention kernel, `AdamW
 timm_compile         the same tuned: forward and loss in one `torch.compile`, FlashAttention, averages by one foreach
                      call, the teacher compiled and in 16-bit weights, channels last
 timm_compile_cudnn   that with cuDNN's attention
+timm_compile_fa3     that with FlashAttention-3, timm_compile_fa4 with FlashAttention-4, where they are installed
 timm_compile_graph   timm_compile in torch's mode `reduce-overhead`: forward, backward and teacher are CUDA graphs
+..._pruned           each compiled peer with a last block that computes what the heads read alone, as ours does
 accelerate           timm's eager script with `fastdeit.kernels.accelerate(model)`
 """
 
@@ -23,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastdeit import kernels, models
 from fastdeit.bench.measure import CLASSES, CannotRun
 from fastdeit.bench.step import DTYPES, EMA_DECAY, LR, WEIGHT_DECAY, Cell, Side, floats, step_flops, teacher
+from fastdeit.bench.stronger_peers import check_flash, flash, prune
 from fastdeit.engine.step import autocast
 
 _ALPHA = 0.5
@@ -30,19 +33,28 @@ _GRAPHS = "reduce-overhead"
 
 
 class Variant(NamedTuple):
-    """mode: of `torch.compile`; None is eager. backend: of attention; None is torch's choice."""
+    """mode: of `torch.compile`; None is eager. backend: of attention; None is torch's choice. flash: which release of
+    FlashAttention; None is torch's. pruned: whether the last block computes what the heads read alone."""
 
     mode: str | None = None
     backend: SDPBackend | None = None
     accelerated: bool = False
+    flash: str | None = None
+    pruned: bool = False
 
 
-VARIANTS = {
-    "timm": Variant(),
+_COMPILED = {
     "timm_compile": Variant("default", SDPBackend.FLASH_ATTENTION),
     "timm_compile_cudnn": Variant("default", SDPBackend.CUDNN_ATTENTION),
-    "accelerate": Variant(accelerated=True),
+    "timm_compile_fa3": Variant("default", SDPBackend.FLASH_ATTENTION, flash="FA3"),
+    "timm_compile_fa4": Variant("default", SDPBackend.FLASH_ATTENTION, flash="FA4"),
     "timm_compile_graph": Variant(_GRAPHS, SDPBackend.FLASH_ATTENTION),
+}
+VARIANTS = {
+    "timm": Variant(),
+    "accelerate": Variant(accelerated=True),
+    **_COMPILED,
+    **{f"{name}_pruned": variant._replace(pruned=True) for name, variant in _COMPILED.items()},
 }
 
 
@@ -50,7 +62,7 @@ def side(wanted: Cell, device: torch.device, *, name: str) -> Side:
     """The peer on one batch of random floats."""
     run, flops = step_of(name, wanted, device)
     images = floats(wanted, device)
-    return Side(lambda: run(images), flops)
+    return Side(lambda: run(images), flops, around=partial(flash, VARIANTS[name].flash))
 
 
 def step_of(name: str, wanted: Cell, device: torch.device) -> tuple[Callable[[Tensor], None], float]:
@@ -61,10 +73,14 @@ def step_of(name: str, wanted: Cell, device: torch.device) -> tuple[Callable[[Te
             raise CannotRun("cuDNN's attention needs a CUDA device")
         if variant.mode == _GRAPHS:
             raise CannotRun("a CUDA graph needs a CUDA device")
+    if variant.flash is not None:
+        check_flash(variant.flash, device)
     try:
         known = models.build_timm(wanted.model, **wanted.options)
     except ValueError as error:
         raise CannotRun(str(error)) from error
+    if variant.pruned:
+        prune(known.inner)
     judge = teacher(wanted)
     flops = step_flops(known, judge, wanted)
     model = known.inner.to(device)

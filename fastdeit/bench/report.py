@@ -127,7 +127,8 @@ def cell(row: Row) -> str:
 
 
 def comparisons(row: Row, of: str = "seconds") -> list[Comparison]:
-    """Every side of ours against every peer that did the same, by the clock or by `cpu_seconds`."""
+    """Every side of ours against every peer that did the same, by the clock or by `cpu_seconds`; the least flattering
+    first."""
     sides = [name for name in row["seconds"] if row["what"] != "train" or not name.endswith(train.RESIDENT)]
     ours = [name for name in sides if name.startswith("fastdeit")]
     found = []
@@ -137,7 +138,7 @@ def comparisons(row: Row, of: str = "seconds") -> list[Comparison]:
             if own in sides:
                 ratio = median(row, peer, of) / median(row, own, of)
                 found.append(Comparison(own, peer, ratio, *bench_cells.by_round(row, peer, own, of)))
-    return found
+    return sorted(found, key=lambda item: item.ratio)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -156,7 +157,8 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| cell | side | {' | '.join(columns)} | slowest / fastest round | code |"
         yield "|---" * (len(columns) + 4) + "|"
         for row in sorted(group, key=cell):
-            for name, seconds in row["seconds"].items():
+            for name in bench_cells.told(row):
+                seconds = row["seconds"][name]
                 cells = [cell(row), name, *(tell(row, name) for tell in columns.values())]
                 cells += [f"{max(seconds) / min(seconds):.2f}", row["environment"]["fastdeit"]["code"] or "?"]
                 yield f"| {' | '.join(cells)} |"

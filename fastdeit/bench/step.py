@@ -14,6 +14,7 @@ forward  inference of finished floats in eval mode, the same for all sides
 import gc
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -82,12 +83,13 @@ class Cell:
 
 
 class Side(NamedTuple):
-    """One step or forward to be timed, the FLOPs of it by the model's own count, and the calls before the first that
-    is like all others."""
+    """One step or forward to be timed, the FLOPs of it by the model's own count, the calls before the first that is
+    like all others, and what has to be entered around its calls, which is not timed."""
 
     run: Callable[[], Any]
     flops: float
     warm: int = 0
+    around: Callable[[], AbstractContextManager] = nullcontext
 
 
 def cell(
@@ -187,12 +189,23 @@ def ready(
     torch.manual_seed(0)
     if device.type == "cpu":
         side = build(wanted, device)
-        return timed(side.run, device, side.warm), side.flops, None
+        return _timed(side, device), side.flops, None
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     side = build(wanted, device)
-    timer = timed(side.run, device, side.warm)
+    timer = _timed(side, device)
     return timer, side.flops, torch.cuda.max_memory_allocated(device) - before
+
+
+def _timed(side: Side, device: torch.device) -> Timer:
+    with side.around():
+        timer = timed(side.run, device, side.warm)
+
+    def inside() -> tuple[float, float]:
+        with side.around():
+            return timer()
+
+    return inside
 
 
 def release(device: torch.device) -> None:

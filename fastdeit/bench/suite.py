@@ -44,7 +44,7 @@ def captures(cell: Cell, device: torch.device) -> tuple[str, ...]:
 
 def peers(cell: Cell, asked: Sequence[str]) -> list[str]:
     """Those that run in a cell of the suite."""
-    return [name for name in asked if cell.image_size <= GRAPHED_SIZE or name != "timm_compile_graph"]
+    return [name for name in asked if cell.image_size <= GRAPHED_SIZE or name not in bench_cells.GRAPHED_PEERS]
 
 
 def main(args: argparse.Namespace, device: torch.device) -> None:

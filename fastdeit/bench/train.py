@@ -22,7 +22,7 @@ from fastdeit.batch import map_tensors
 from fastdeit.bench import data, data_peers
 from fastdeit.bench import step as bench_step
 from fastdeit.bench.data import Setting
-from fastdeit.bench.measure import WARM_CALLS, Timer, clocks, interleave, reason
+from fastdeit.bench.measure import WARM_CALLS, CannotRun, Timer, clocks, interleave, reason
 from fastdeit.bench.step import LR, Cell
 from fastdeit.engine.dist import World
 
@@ -98,6 +98,8 @@ def _ours(wanted: Cell, setting: Setting, *, capture: str) -> tuple[Step, int, O
 def _peer(wanted: Cell, setting: Setting, *, name: str) -> tuple[Step, int, Open, str]:
     from fastdeit.bench import peers as bench_peers  # imports timm, which takes a second
 
+    if bench_peers.VARIANTS[name].flash is not None:
+        raise CannotRun("the process's FlashAttention is not changed between steps; measure this peer by bench step")
     step, _ = bench_peers.step_of(name, wanted, setting.device)
     loader = data_peers.timm(setting)
     return step, 0, loader.stream, loader.work

@@ -4,10 +4,23 @@ import argparse
 
 from fastdeit.cli.parser import Verb, path, positive
 
-STEP_PEERS = ("timm", "timm_compile", "timm_compile_cudnn", "accelerate", "timm_compile_graph")
+_ATTENTIONS = ("timm_compile", "timm_compile_cudnn", "timm_compile_fa3", "timm_compile_fa4")
+_GRAPHED = ("timm_compile_graph", "timm_compile_graph_pruned")
+STEP_PEERS = ("timm", *_ATTENTIONS, *(f"{name}_pruned" for name in _ATTENTIONS), "accelerate", *_GRAPHED)
 PARITY_CASES = ("supervised", "soft", "hard", "bce_lamb", "cosub", "accumulate", "clip", "finetune")
 COUNTED = 80, 90, 100
 DATA_PEERS = ("timm", "deit", "torchvision", "dali")
+
+
+def _rate(text: str) -> float:
+    """The number in `text`, in [0, 1); a `type` of argparse."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value:g} is no rate: it must be at least 0 and below 1")
+    return value
+
+
+_rate.__name__ = "float"  # argparse names the type in its message
 
 
 def _bench(args: argparse.Namespace, argv: list[str]) -> None:
@@ -168,12 +181,13 @@ _add("--out", type=path, metavar="FILE", help="append the rows to this file")
 COUNT = _verb(
     "count",
     "launches, bytes, FLOPs and memory of a step on a card that need not be there",
-    "[--model NAME ...] [--batch N] [--arch N ...] [--json] [--update-golden]",
+    "[--model NAME ...] [--batch N] [--drop-path P] [--arch N ...] [--json] [--update-golden]",
     "fastdeit bench count --model deit_base_distilled_patch16_224 --arch 90  # ours in every form, and timm's",
 )
 _add = COUNT.parser.add_argument
 _add("--model", action="append", metavar="NAME", help="may be repeated (default: DeiT-B, S and Ti, distilled)")
 _add("--batch", type=positive, metavar="N", help="images of a step (default: 256)")
+_add("--drop-path", type=_rate, default=0.1, metavar="P", help="rate of drop-path (default: 0.1)")
 _add(
     "--arch",
     type=int,

@@ -9,7 +9,7 @@ from fastdeit.errors import UsageError
 def _list(args: argparse.Namespace, argv: list[str]) -> None:
     from fastdeit.experiments import command
 
-    command.show_list(args)
+    command.show_list(_FOLDER if args.folder is None else args.folder, args.folder is not None)
 
 
 def _run(args: argparse.Namespace, argv: list[str]) -> None:
@@ -30,7 +30,7 @@ LIST = Verb(
     _list,
     examples=["fastdeit experiments list", "fastdeit experiments list docs/experiments  # with what lies there"],
 )
-LIST.parser.add_argument("folder", nargs="?", type=path, default=_FOLDER, metavar="DIR", help=f"default: {_FOLDER}")
+LIST.parser.add_argument("folder", nargs="?", type=path, metavar="DIR", help=f"default: {_FOLDER}")
 
 RUN = Verb(
     "experiments run",

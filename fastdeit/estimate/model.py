@@ -509,11 +509,17 @@ def step(network: Network, work: Work, design: Design, gpu: GPU) -> Step:
 
 def time(found: Iterable[Op], work: Work, design: Design, gpu: GPU) -> Step:
     """`step` of these operations."""
+    busy, host = both(found, work, design, gpu)
+    return busy if sum(busy) >= sum(host) else host
+
+
+def both(found: Iterable[Op], work: Work, design: Design, gpu: GPU) -> tuple[Step, Step]:
+    """The time that a step of these operations takes the GPU, and that of the host to launch them."""
     busy, host = (
         Step(*(sum(of(op) for op in found if op.phase == phase) for phase in Step._fields))
         for of in (lambda op: seconds(op, gpu, work.precision), lambda op: op.count * op.launches * design.launch)
     )
-    return busy if sum(busy) >= sum(host) else host
+    return busy, host
 
 
 # ---- communication ---------------------------------------------------------------------------------------------------

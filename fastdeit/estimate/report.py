@@ -250,6 +250,8 @@ def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: 
         notes.append("V100 has no bf16: planned there with engine.precision=fp16, which train has to be told")
     if recipe.engine.residual != "fp32":
         notes.append("bytes and memory are those of a float32 residual stream; that in 16 bit takes fewer of both")
+    if recipe.model.drop_path_skip:
+        notes.append("model.drop_path_skip is left out: the figures are of a step that computes all that is dropped")
     notes += _cost_of_kept_activations(trained, machines[0], sharding)
     if sharding == "fsdp":
         notes.append("train runs ddp; fsdp is what full sharding would change")

@@ -11,9 +11,16 @@ from fastdeit.experiments.table import EXPERIMENTS
 from fastdeit.text import did_you_mean
 
 
-def show_list(args: argparse.Namespace) -> None:
-    """Print every experiment with its claims, its size and what lies of it in `args.folder`, and the tested claims."""
-    found = page.read(Path(args.folder))
+def show_list(folder: str, must_have_rows: bool) -> None:
+    """Print every experiment with its claims, its size and what lies of it in the folder, and the tested claims.
+
+    Raises UsageError for a folder that has no rows, if it must have some.
+    """
+    found = page.read(Path(folder))
+    if must_have_rows and not found:
+        raise UsageError(
+            f"{folder} has no rows of an experiment; `fastdeit experiments run NAME --out {folder}` makes some"
+        )
     width = max(map(len, EXPERIMENTS))
     for name, experiment in EXPERIMENTS.items():
         seeds = len({row.seed for row in found.get(name, ())})

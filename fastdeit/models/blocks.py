@@ -14,22 +14,23 @@ from torch import Tensor, nn
 from fastdeit import kernels
 from fastdeit.kernels.nn import LayerScale
 from fastdeit.models.config import ViTConfig
+from fastdeit.models.drop_path import Kept
 from fastdeit.models.tokens import QKV
 
 
 class Branch(NamedTuple):
-    """What a sublayer adds to the tokens: `keep * gamma * value`.
+    """What a sublayer adds to the tokens: `kept.factor * gamma * value`, to those of `kept.samples`.
 
-    value  `[B, N, dim]`, of any floating dtype
+    value  `[B', N, dim]`, of any floating dtype, for the B' samples that are kept
     gamma  LayerScale `[dim]`; None is 1
-    keep   drop-path factors, float32 `[B]`; None is 1
+    kept   what drop-path leaves of the branch; by default all
     bias   `[dim]`: a bias that value was made with, but without its gradient, which the LayerNorm behind the addition
            has as a by-product. Only the last branch in front of a LayerNorm may have one
     """
 
     value: Tensor
     gamma: Tensor | None = None
-    keep: Tensor | None = None
+    kept: Kept = Kept()
     bias: Tensor | None = None
 
 
@@ -43,21 +44,24 @@ class Stream(NamedTuple):
         """The tokens in residual's dtype, where no LayerNorm follows that could do the addition."""
         return _added(self.residual, self.branches)
 
-    def normed(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """(the tokens, their LayerNorm). The last branch is added by the kernel of the LayerNorm."""
+    def normed(self, norm: nn.LayerNorm, samples: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(the tokens, their LayerNorm, of these samples alone). The last branch is added by LayerNorm's kernel."""
         weight, bias, eps = norm.weight, norm.bias, norm.eps
         if not self.branches:
-            return kernels.add_layer_norm(self.residual, None, weight, bias, eps)
+            return kernels.add_layer_norm(self.residual, None, weight, bias, eps, norm_samples=samples)
         *others, last = self.branches
-        options = {"gamma": last.gamma, "keep": last.keep, "branch_bias": last.bias}
-        return kernels.add_layer_norm(_added(self.residual, others), last.value, weight, bias, eps, **options)
+        options = {"gamma": last.gamma, "keep": last.kept.factor, "branch_bias": last.bias}
+        selection = {"branch_samples": last.kept.samples, "norm_samples": samples}
+        residual = _added(self.residual, others)
+        return kernels.add_layer_norm(residual, last.value, weight, bias, eps, **options, **selection)
 
 
 def _added(residual: Tensor, branches: Iterable[Branch]) -> Tensor:
-    for value, gamma, keep, _ in branches:
+    for value, gamma, (factor, samples), _ in branches:
         value = value if gamma is None else value * gamma
-        value = value if keep is None else value * keep[:, None, None]
-        residual = residual + value.to(residual.dtype)
+        value = value if factor is None else value * factor[:, None, None]
+        value = value.to(residual.dtype)
+        residual = residual + value if samples is None else residual.index_add(0, samples, value)
     return residual
 
 
@@ -74,10 +78,10 @@ class Attention(nn.Module):
         """`[B, N, dim]`, or `[B, rows, dim]`: the result of the first `rows` tokens, made from their queries alone."""
         return F.linear(self._mixed(x, rows), self.proj.weight, self.proj.bias)
 
-    def branch(self, x: Tensor, gamma: Tensor | None, keep: Tensor | None, rows: int | None = None) -> Branch:
+    def branch(self, x: Tensor, gamma: Tensor | None, kept: Kept, rows: int | None = None) -> Branch:
         """`forward` as the last branch in front of a LayerNorm, which has the gradient of `proj.bias`."""
         bias = self.proj.bias
-        return Branch(F.linear(self._mixed(x, rows), self.proj.weight, bias.detach()), gamma, keep, bias)
+        return Branch(F.linear(self._mixed(x, rows), self.proj.weight, bias.detach()), gamma, kept, bias)
 
     def _mixed(self, x: Tensor, rows: int | None) -> Tensor:
         weight, bias = self.qkv.weight, self.qkv.bias
@@ -132,16 +136,17 @@ class Block(nn.Module):
         self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio))
         self.ls2 = _layer_scale(config)
 
-    def forward(self, stream: Stream, keeps: Sequence[Tensor | None] = (None, None), rows: int | None = None) -> Stream:
+    def forward(self, stream: Stream, keeps: Sequence[Kept] = (Kept(), Kept()), rows: int | None = None) -> Stream:
         """The tokens after the block.
 
-        keeps  drop-path factors, float32 `[B]` or None for 1, of the attention and of the MLP
+        keeps  what drop-path leaves of the attention and of the MLP
         rows   only that many of the first tokens come out, and only they are computed behind keys and values
         """
-        residual, normed = stream.normed(self.norm1)
-        attention = self.attn.branch(normed, _gamma(self.ls1), keeps[0], rows)
-        residual, normed = Stream(_first(residual, rows), (attention,)).normed(self.norm2)
-        return Stream(residual, (Branch(self.mlp(normed), _gamma(self.ls2), keeps[1]),))
+        of_attention, of_mlp = keeps
+        residual, normed = stream.normed(self.norm1, of_attention.samples)
+        attention = self.attn.branch(normed, _gamma(self.ls1), of_attention, rows)
+        residual, normed = Stream(_first(residual, rows), (attention,)).normed(self.norm2, of_mlp.samples)
+        return Stream(residual, (Branch(self.mlp(normed), _gamma(self.ls2), of_mlp),))
 
     def qkv(self, tokens: Tensor) -> QKV:
         """Queries, keys and values `[B, heads, N, head_dim]` of the tokens `[B, N, dim]` before the block."""
@@ -178,31 +183,33 @@ class ParallelBlock(nn.Module):
         self.attns = nn.ModuleList(_ParallelAttention(config) for _ in range(config.parallel))
         self.ffns = nn.ModuleList(_ParallelMlp(config) for _ in range(config.parallel))
 
-    def forward(self, stream: Stream, keeps: Sequence[Tensor | None] = (), rows: int | None = None) -> Stream:
-        """As `Block.forward`; `keeps` are those of all attentions, then those of all MLPs, or none for 1."""
+    def forward(self, stream: Stream, keeps: Sequence[Kept] = (), rows: int | None = None) -> Stream:
+        """As `Block.forward`; `keeps` are those of all attentions, then those of all MLPs, or none for all."""
         count = len(self.attns)
-        keeps = keeps or (None,) * (2 * count)
-        residual, inputs = _normed_by_each(stream, self.attns)
+        keeps = keeps or (Kept(),) * (2 * count)
+        residual, inputs = _normed_by_each(stream, self.attns, keeps[:count])
         *others, last = zip(self.attns, inputs, keeps[:count], strict=True)
-        branches = [Branch(part.attn(normed, rows), _gamma(part.ls), keep) for part, normed, keep in others]
-        part, normed, keep = last
-        branches.append(part.attn.branch(normed, _gamma(part.ls), keep, rows))
-        residual, inputs = _normed_by_each(Stream(_first(residual, rows), tuple(branches)), self.ffns)
+        branches = [Branch(part.attn(normed, rows), _gamma(part.ls), kept) for part, normed, kept in others]
+        part, normed, kept = last
+        branches.append(part.attn.branch(normed, _gamma(part.ls), kept, rows))
+        residual, inputs = _normed_by_each(Stream(_first(residual, rows), tuple(branches)), self.ffns, keeps[count:])
         branches = [
-            Branch(part.mlp(normed), _gamma(part.ls), keep)
-            for part, normed, keep in zip(self.ffns, inputs, keeps[count:], strict=True)
+            Branch(part.mlp(normed), _gamma(part.ls), kept)
+            for part, normed, kept in zip(self.ffns, inputs, keeps[count:], strict=True)
         ]
         return Stream(residual, tuple(branches))
 
     def qkv(self, tokens: Tensor) -> QKV:
         """As `Block.qkv`: the heads of the first attention, then those of the next."""
-        _, inputs = _normed_by_each(Stream(tokens), self.attns)
+        _, inputs = _normed_by_each(Stream(tokens), self.attns, (Kept(),) * len(self.attns))
         each = [part.attn.heads_of(normed) for part, normed in zip(self.attns, inputs, strict=True)]
         q, k, v = (torch.cat(heads, 1) for heads in zip(*each, strict=True))
         return q, k, v
 
 
-def _normed_by_each(stream: Stream, parts: nn.ModuleList) -> tuple[Tensor, list[Tensor]]:
-    """(tokens, their LayerNorm by the norm of each part). The additions are done once, with the first of them."""
-    residual, first = stream.normed(parts[0].norm)
-    return residual, [first, *(Stream(residual).normed(part.norm)[1] for part in parts[1:])]
+def _normed_by_each(stream: Stream, parts: nn.ModuleList, keeps: Sequence[Kept]) -> tuple[Tensor, list[Tensor]]:
+    """(tokens, their LayerNorm by the norm of each part, of the samples that keep it). The additions are done once,
+    with the first of them."""
+    residual, first = stream.normed(parts[0].norm, keeps[0].samples)
+    others = zip(parts[1:], keeps[1:], strict=True)
+    return residual, [first, *(Stream(residual).normed(part.norm, kept.samples)[1] for part, kept in others)]

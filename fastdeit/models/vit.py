@@ -23,13 +23,14 @@ from fastdeit import kernels
 from fastdeit.models.blocks import Block, Mlp, ParallelBlock, Stream
 from fastdeit.models.config import ViTConfig
 from fastdeit.models.contract import ImageSize, Logits, Owner, TokenMaps, refuse_patches, split_decay
+from fastdeit.models.drop_path import Kept, drawn, dropped_of, skipping
 from fastdeit.models.init import SCHEMES
 from fastdeit.models.layers import block_layers
 from fastdeit.models.positions import interpolated, sincos
 from fastdeit.models.stems import STEMS
 from fastdeit.models.tokens import QKV, block_stages, kept, last_block, mapped
 
-Keeps = Sequence[Sequence[Tensor | None]]
+Keeps = Sequence[Sequence[Kept]]
 
 
 class VisionTransformer(nn.Module):
@@ -41,6 +42,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         self._checkpoints = False
         self._residual: torch.dtype | None = None
+        self._skip: tuple[int, tuple[int, ...]] | None = None
         patches, dim = config.grid[0] * config.grid[1], config.dim
         if config.class_token:
             self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -113,10 +115,10 @@ class VisionTransformer(nn.Module):
         grid   (rows, columns) of patchified input; None for the model's own
         noise  float32 `[B, noise_per_sample]` uniforms in [0, 1); needed for training with drop-path or dropout, unused
                in eval mode. With drop-path, columns 2i and 2i+1 belong to attention and MLP of block i; a block of n
-               parallel branches has 2n columns, those of its attentions first. A branch of rate p is kept, and scaled
-               by 1 / (1 - p), where its uniform is >= p (Huang et al., "Deep networks with stochastic depth", ECCV
-               2016). The columns of dropout follow, and are read in the same way, one for each feature that the first
-               head reads, and then for each that the second reads
+               parallel branches has 2n columns, those of its attentions first. `models.drop_path` says how they are
+               read: for each sample by itself, or, after `set_drop_path_skip`, by groups. The columns of dropout
+               follow, one for each feature that the first head reads, and then for each that the second reads: a
+               feature is kept, and scaled by 1 / (1 - p), where its uniform is >= p
 
         Raises ValueError for input that is no grid of patches, and for missing or ill-shaped noise.
         """
@@ -222,10 +224,10 @@ class VisionTransformer(nn.Module):
         return torch.cat(parts if self._residual is None else [part.to(self._residual) for part in parts], 1)
 
     def _keeps(self, noise: Tensor | None, batch: int) -> Keeps:
-        """Drop-path factors of the branches of each block: float32 `[B]` each, or None for 1."""
+        """What drop-path leaves of the branches of each block."""
         config, count = self.config, self.noise_per_sample
         each = 2 * config.parallel
-        none = [[None] * each] * config.depth
+        none = [[Kept()] * each] * config.depth
         if not self.training or count == 0:
             return none
         if noise is None:
@@ -238,11 +240,12 @@ class VisionTransformer(nn.Module):
         columns, _ = self._noise_columns
         if columns == 0:
             return none
-        # Made on the device, every step: a buffer would be broadcast by DDP, a list copied from the host.
-        first = 0.0 if config.drop_path_mode == "linear" else config.drop_path
-        rates = torch.linspace(first, config.drop_path, config.depth, dtype=torch.float32, device=noise.device)
-        rates = rates.repeat_interleave(each)
-        keeps = ((noise[:, :columns] >= rates) / (1 - rates)).t().contiguous().unbind(0)
+        uniforms = noise[:, :columns]
+        if self._skip is None:
+            keeps = drawn(uniforms, config)
+        else:
+            group, dropped = self._skip
+            keeps = skipping(uniforms, dropped, group)
         return [keeps[start : start + each] for start in range(0, columns, each)]
 
     def _dropped(self, features: Tensor, noise: Tensor | None) -> Tensor:
@@ -280,6 +283,16 @@ class VisionTransformer(nn.Module):
         """Keep the residual stream between the blocks, and its gradient, in this dtype; None: that of the parameters.
         LayerNorm computes in float32 all the same."""
         self._residual = dtype
+
+    def set_drop_path_skip(self, group: int) -> None:
+        """In training, compute the branches of those samples alone that keep them: of every `group` samples in a row a
+        fixed number (`drop_path.skipping`). Batches are then multiples of `group`.
+
+        Raises ValueError for a model without drop-path, and for a group too small for its rate.
+        """
+        if self.config.drop_path == 0:
+            raise ValueError("drop_path is 0, so that there is nothing to skip")
+        self._skip = group, dropped_of(self.config, group)
 
     def set_keep_activations(self, enable: bool = True) -> None:
         """Keep the hidden activations of the MLPs for backward instead of making them again there."""

@@ -68,6 +68,9 @@ class ModelConfig(Section):
     drop_path_mode: Literal["linear", "constant"] | None = None
     """linear: the rates of the blocks rise from 0 to drop_path, as in DeiT; constant: all are drop_path (DeiT III);
     null: the one of the two that the model's authors use."""
+    drop_path_skip: bool = False
+    """Compute no branch of a sample that drops it: less work, but another draw. Of every data.group_size samples a
+    fixed number drop a branch, the rate rounded to whole samples. false: each sample is drawn by itself."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Rate at which features in front of the heads are zeroed in training (timm: drop_rate)."""
     weights: PathText | None = None
@@ -100,6 +103,15 @@ class ModelConfig(Section):
         if mode == "constant" and info.data.get("timm") is not None:
             raise ValueError("must be linear beside model.timm: timm's models have no other drop-path")
         return mode
+
+    @field_validator("drop_path_skip")
+    @classmethod
+    def _something_to_skip(cls, skip: bool, info: ValidationInfo) -> bool:
+        if skip and info.data.get("drop_path") == 0:
+            raise ValueError("skips what model.drop_path drops, which is 0 here; set model.drop_path, or leave it out")
+        if skip and info.data.get("timm") is not None:
+            raise ValueError("must be false beside model.timm: timm's models compute what they drop")
+        return skip
 
 
 class DataSplits(Section):
@@ -275,8 +287,10 @@ class EngineConfig(Section):
     share of the processors; the run keeps that number. OMP_NUM_THREADS wins."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss."""
-    capture: Literal["none", "compile", "graph"] = "none"
-    """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph."""
+    capture: Literal["none", "compile", "graph", "auto"] = "none"
+    """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph;
+    auto: graph where the modelled time of a step on the GPU is below twice the host's, else none. The run keeps the
+    answer."""
     autotune: Literal["auto", "on", "off"] = "auto"
     """auto: the first steps on a GPU without measurements try kernels out, and keep the fastest that is right; on: on
     any device, whatever was measured."""

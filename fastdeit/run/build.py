@@ -234,6 +234,8 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
         built = models.of(config.name, config.timm, **options)
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
+    if config.drop_path_skip:
+        _skip_dropped(built, recipe)
     if recipe.engine.checkpoint_blocks:
         _checkpoint_blocks(built, recipe)
     if recipe.engine.keep_activations:
@@ -255,6 +257,15 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
 
 def _is_set(section: Section, name: str) -> bool:
     return getattr(section, name) != type(section).model_fields[name].default
+
+
+def _skip_dropped(network: nn.Module, recipe: "Recipe") -> None:
+    if not hasattr(network, "set_drop_path_skip"):
+        raise UsageError(f"model.drop_path_skip: {type(network).__name__} has no set_drop_path_skip(group)")
+    try:
+        network.set_drop_path_skip(recipe.data.group_size)
+    except ValueError as error:
+        raise UsageError(f"model.drop_path_skip: with groups of data.group_size, {error}") from error
 
 
 def _checkpoint_blocks(network: nn.Module, recipe: "Recipe") -> None:

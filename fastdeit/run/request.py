@@ -91,9 +91,10 @@ def _resume(run: Path, args: argparse.Namespace) -> Request:
 
 def given_again(recipe: "Recipe", before: "Recipe") -> "Recipe":
     """`recipe`, which is given again to go on with a run by the recipe `before`: with the run's name, and its threads
-    if none are given, as its results depend on them."""
+    if none are given, as its results depend on them. What it leaves to be chosen is what the run has chosen."""
     threads = recipe.engine.threads or before.engine.threads
-    engine = recipe.engine.model_copy(update={"threads": threads})
+    capture = before.engine.capture if recipe.engine.capture == "auto" else recipe.engine.capture
+    engine = recipe.engine.model_copy(update={"threads": threads, "capture": capture})
     return recipe.model_copy(update={"name": before.name, "engine": engine})
 
 

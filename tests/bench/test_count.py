@@ -4,6 +4,7 @@
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,15 @@ def test_every_backend_of_the_ops_with_a_choice_has_a_form():
             for choice in [choices.get(name, choices[""])]
         }
     assert able == taken
+
+
+@pytest.mark.slow
+def test_skipping_what_is_dropped_asks_less_of_a_card():
+    cell = replace(SMALL, batch=count.SKIP_GROUP, drop_path=0.5)
+    whole, less = (count.ours(cell, 90, "auto", skip).by("kind") for skip in (False, True))
+    for kind in ("products", "attention", "gelu", "norm"):
+        assert less[kind].bytes < whole[kind].bytes
+    assert 0.7 < less["products"].flops / whole["products"].flops < 0.9  # one of two blocks keeps half of the samples
 
 
 # ---- how a step is counted -------------------------------------------------------------------------------------------

@@ -55,6 +55,15 @@ def test_tables_and_the_picture(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["benchmarks.png"]
 
 
+def test_the_least_flattering_ratio_is_told_first(tmp_path, capsys):
+    seconds = {"timm": [4.0], "fastdeit": [2.0], "timm_compile": [1.0], "accelerate": [3.0]}
+    found = row(seconds=seconds, flops=dict.fromkeys(seconds, 1.0))
+    printed = report(tmp_path, capsys, found)
+    table = [line for line in printed.splitlines() if line.startswith("| deit_base")]
+    assert [line.split(" | ")[1] for line in table] == ["fastdeit", "timm_compile", "accelerate", "timm"]
+    assert [item.peer for item in bench_report.comparisons(found)] == ["timm_compile", "accelerate", "timm"]
+
+
 def test_what_is_drawn(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 

@@ -1,6 +1,7 @@
 """`fastdeit bench step` and `bench forward`: both sides do the same work, and what cannot run is told."""
 
 import json
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -17,10 +18,12 @@ from fastdeit.bench import (
     measure,
     places,
     step,
+    stronger_peers,
 )
 from fastdeit.bench import (
     peers as bench_peers,
 )
+from fastdeit.bench.measure import CannotRun
 from fastdeit.bench.step import Cell
 from fastdeit.errors import UsageError
 from fastdeit.methods.teacher import Teacher
@@ -263,6 +266,82 @@ def test_compiled_sides_in_one_process_have_the_attention_that_they_name(what, o
         monkeypatch.setitem(bench_peers.VARIANTS, "pinned", bench_peers.Variant("default", backend))
         bench_peers.side(tiny(what, PLAIN), CPU, name="pinned").run()
     assert ["flash" in str(forward) for forward in compiled[:: 2 if what == "step" else 1]] == [True, False]
+
+
+@pytest.mark.parametrize("model", [PLAIN, DISTILLED])
+def test_a_pruned_peer_is_the_peer(model, one_block):
+    """In float64: outputs and the gradients of all parameters, and fewer FLOPs."""
+    torch.manual_seed(0)
+    known = models.build_timm(model, **(tiny(model=model).options | {"drop_path": 0.0}))
+    known.inner.train()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    found, flops = [], []
+    for _ in range(2):
+        flops.append(known.flops())
+        out = known.inner.double()(x)
+        loss = sum((part * part.softmax(1)).sum() for part in (out if isinstance(out, tuple) else (out,)))
+        found.append([loss, *torch.autograd.grad(loss, list(known.inner.parameters()))])
+        if not flops[1:]:
+            stronger_peers.prune(known.inner.float())
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+    assert flops[1] < flops[0]
+
+
+def test_a_model_whose_heads_read_more_is_not_pruned():
+    with pytest.raises(CannotRun, match="heads of timm's ResNet read more than the class token"):
+        stronger_peers.prune(models.build_timm("test_resnet").inner)
+    known = models.build_timm("test_vit")
+    stronger_peers.prune(known.inner)
+    with pytest.raises(CannotRun, match="last block of timm's VisionTransformer is not a plain one"):
+        stronger_peers.prune(known.inner)
+
+
+@pytest.mark.parametrize(
+    ("side", "capability", "device", "why"),
+    [
+        ("timm_compile_fa3", (9, 0), "cpu", "FA3 needs a CUDA device"),
+        ("timm_compile_fa4_pruned", (9, 0), "cpu", "FA4 needs a CUDA device"),
+        ("timm_compile_fa3", (8, 0), "cuda", "FA3 needs sm_90, not sm_80"),
+        ("timm_compile_fa3", (10, 0), "cuda", "FA3 needs sm_90, not sm_100"),
+        ("timm_compile_fa4", (8, 9), "cuda", "FA4 needs sm_90 or sm_100, not sm_89"),
+        ("timm_compile_fa3", (9, 0), "cuda", "FA3 is not installed: there is no package absent"),
+        ("timm_compile_fa4", (10, 0), "cuda", "FA4 is not installed: there is no package absent.inner"),
+    ],
+)
+def test_newer_flash_attention_that_cannot_run_says_why(side, capability, device, why, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for name, package in (("FA3", "absent"), ("FA4", "absent.inner")):
+        monkeypatch.setitem(stronger_peers.FLASH, name, stronger_peers.FLASH[name]._replace(package=package))
+    with pytest.raises(CannotRun, match=f"^{why}$"):
+        bench_peers.PEERS[side](tiny(), torch.device(device, 0 if device == "cuda" else None))
+
+
+def test_a_torch_that_no_flash_attention_can_be_given_to(monkeypatch):
+    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
+    with pytest.raises(CannotRun, match="FA3 needs a torch that other FlashAttentions can be given to, not 2"):
+        bench_peers.PEERS["timm_compile_fa3"](tiny(), CPU)
+
+
+def test_flash_attention_is_changed_for_the_calls_of_its_side_alone_and_outside_of_the_time(monkeypatch):
+    events = []
+
+    class Handle:
+        def remove(self):
+            events.append("restored")
+
+    def activate():
+        events.append("activated")
+        return Handle()
+
+    monkeypatch.setitem(torch.nn.attention._registry._FLASH_ATTENTION_IMPLS, "fake", activate)
+    clock = time.perf_counter
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: events.append("clock") or clock())
+    fast = step.Side(lambda: events.append("run"), 1.0, around=partial(stronger_peers.flash, "fake"))
+    timer, _, _ = step.ready(lambda wanted, device: fast, tiny(), CPU)
+    assert (events[0], events[-1]) == ("activated", "restored")
+    events.clear()
+    timer()
+    assert events == ["activated", "clock", "run", "clock", "restored"]
 
 
 @pytest.mark.gpu

@@ -111,7 +111,7 @@ def test_flags_are_pinned():
         "bench suite": ["--time-limit", "--capture", "--peer", *MEASURING],
         "bench calibrate": ["--batch", *MEASURING],
         "bench parity": ["--case", "--steps", "--batch", "--image-size", "--out"],
-        "bench count": ["--model", "--batch", "--arch", "--json", "--update-golden"],
+        "bench count": ["--model", "--batch", "--drop-path", "--arch", "--json", "--update-golden"],
         "bench report": ["--results"],
         "completion": [],
     }

@@ -212,6 +212,12 @@ def test_kept_activations_are_said_to_cost_memory(plan):
     assert not any("keep_activations" in note for note in plan(*TINY, "engine.checkpoint_blocks=true")["notes"])
 
 
+def test_what_skipping_dropped_samples_saves_is_said_to_be_left_out(plan):
+    for skip in (True, False):
+        notes = plan(*TINY, f"model.drop_path_skip={str(skip).lower()}")["notes"]
+        assert any(note.startswith("model.drop_path_skip is left out") for note in notes) == skip
+
+
 def test_fsdp_is_said_to_be_hypothetical(plan):
     found = plan(*TINY, "--sharding", "fsdp")
     assert found["run"]["sharding"] == "fsdp"

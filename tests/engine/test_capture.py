@@ -201,14 +201,17 @@ def test_every_phase_is_compiled_however_many_there_are(monkeypatch):
     assert method.eager == 0
 
 
-def method_and_batch(name):
-    """A method with drop-path on a small distilled model, and a batch of two images."""
+def method_and_batch(name, skip=False):
+    """A method with drop-path on a small distilled model, which may skip what it drops, and a batch of two images."""
     torch.manual_seed(0)
     config = ViTConfig(32, 16, dim=8, depth=2, heads=2, num_classes=CLASSES, distilled=True, drop_path=0.5)
     teacher = Teacher(VisionTransformer(config), image_size=32, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
     settings = {"teacher": {"timm": "resnet18"}} if name == "distill" else {}
     context = toy_context(CLASSES, teacher)
-    method = methods.find(name)(VisionTransformer(config), methods.config(name)(**settings), context).train()
+    student = VisionTransformer(config)
+    if skip:
+        student.set_drop_path_skip(2)
+    method = methods.find(name)(student, methods.config(name)(**settings), context).train()
     return method, batch(Cell("step", "", 2, 32, "fp32"), method.noise(), CPU)
 
 
@@ -233,6 +236,18 @@ def test_a_method_compiles_to_one_graph_that_is_eager_mode(name, precision):
     torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-7)
     inputs = {"patchify", "pixels"} if name == "distill" else {"patchify"}
     assert ours == [{f"fastdeit.{op}.default" for op in inputs}, set()]
+
+
+@pytest.mark.slow
+def test_skipping_what_is_dropped_compiles_to_one_graph_that_is_eager_mode():
+    torch.compiler.reset()
+    method, images = method_and_batch("supervised", skip=True)
+    compiled = torch.compile(method, fullgraph=True, dynamic=False, backend="aot_eager")
+    outcomes = []
+    for forward in (method, compiled):
+        out = forward(images)
+        outcomes.append((out.loss, torch.autograd.grad(out.loss, list(method.parameters()))))
+    torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-7)
 
 
 def run(capture, world=None):

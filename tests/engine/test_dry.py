@@ -37,9 +37,15 @@ def batch(noise, device=CARD):
     return toy_batch(images, key, partner=key, box=box[None], noise=drawn, erase=((box, key),))
 
 
-def supervised():
-    model = models.build("deit_tiny_patch16_224", image_size=SIDE, depth=2, num_classes=CLASSES, drop_path=0.1)
+def supervised(rate=0.1):
+    model = models.build("deit_tiny_patch16_224", image_size=SIDE, depth=2, num_classes=CLASSES, drop_path=rate)
     return methods.find("supervised")(model, methods.config("supervised")(), toy_context(CLASSES))
+
+
+def skipping():
+    method = supervised(rate=0.5)
+    method.model.set_drop_path_skip(B // 2)
+    return method
 
 
 def distill(kind="hard", size=SIDE):
@@ -89,6 +95,15 @@ def test_a_step_on_the_reference_waits_for_nothing(name):
         assert card.launched == set()
 
 
+def test_skipping_the_samples_that_drop_a_branch_waits_for_nothing():
+    with pretended_card() as card:
+        running = engine(skipping(), accumulate=2)
+        batches = [batch(running.method.noise())] * 2
+        with card.never_waited_for():
+            running.step(batches, 1e-3)
+        assert card.launched == STEP
+
+
 def batch_norm():
     model = batch_norm_convnet(image_size=SIDE, num_classes=CLASSES)
     return methods.find("supervised")(model, methods.config("supervised")(), toy_context(CLASSES))
@@ -133,10 +148,11 @@ class Graphs:
         self.recorded, self.capturing = len(self.card.launches) - before, False
 
 
-def test_a_recorded_step_is_the_step_and_waits_for_nothing(monkeypatch):
+@pytest.mark.parametrize("make", [supervised, pytest.param(skipping, marks=pytest.mark.slow)])
+def test_a_recorded_step_is_the_step_and_waits_for_nothing(make, monkeypatch):
     with pretended_card() as card:
         graphs = Graphs(monkeypatch, card)
-        running = engine(supervised(), "fp16", capture="graph")
+        running = engine(make(), "fp16", capture="graph")
         batches = [batch(running.method.noise())]
         with card.never_waited_for():
             for step in range(WARM_STEPS + 3):

@@ -135,8 +135,8 @@ def test_drop_path_is_timms_with_the_same_draws(case):
 
 def test_deit_3_drops_all_blocks_at_one_rate():
     vit = ours_of("deit3_small_patch16_224", drop_path=0.5)
-    assert [float(keep) for block in vit._keeps(torch.full((1, 6), 0.49), 1) for keep in block] == [0.0] * 6
-    assert [float(keep) for block in vit._keeps(torch.full((1, 6), 0.5), 1) for keep in block] == [2.0] * 6
+    assert [float(kept.factor) for block in vit._keeps(torch.full((1, 6), 0.49), 1) for kept in block] == [0.0] * 6
+    assert [float(kept.factor) for block in vit._keeps(torch.full((1, 6), 0.5), 1) for kept in block] == [2.0] * 6
 
 
 # ---- the last block --------------------------------------------------------------------------------------------------

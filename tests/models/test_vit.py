@@ -49,7 +49,7 @@ def by_hand(vit, x, noise):
 
 def factors(vit, noise):
     """Drop-path factors `[B]` of all branches, in the order of the computation."""
-    return [keep for block in vit._keeps(noise, len(noise)) for keep in block]
+    return [kept.factor for block in vit._keeps(noise, len(noise)) for kept in block]
 
 
 def close(left, right, tolerance=2e-5):

@@ -108,6 +108,7 @@ FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     ("train.stop_after", "0", "must be at least 1, got 0"),
     ("train.epochs", "null", "is required, or train.steps; only a run that starts from model.weights may leave both"),
     ("model.drop_path_mode", "uniform", "must be one of linear, constant, got 'uniform'"),
+    ("model.drop_path_skip", "true", "skips what model.drop_path drops, which is 0 here"),
     ("model.dropout", "1", "must be below 1, got 1"),
     ("model.dropout", "-0.1", "must be at least 0, got -0.1"),
     ("engine.checkpoint_blocks", "all", "must be true or false, got 'all'"),

@@ -23,7 +23,7 @@ LOW_RESOLUTION = {
     name: size
     for kind, sizes in {"": (192, 192, 154), "_cosub": (192, 192, 154)}.items()
     for name, size in zip([f"deit3_{size}{kind}" for size in ("base", "large", "huge")], sizes, strict=True)
-} | {"deit3_huge_21k": 126, "deit_base_160": 160}
+} | {"deit3_huge_21k": 126, "deit_base_160": 160, "deit3_base_skip": 192}
 """Recipes that train below the resolution of their model's name."""
 every = pytest.mark.parametrize("name", recipes.names())
 
@@ -35,6 +35,7 @@ def test_what_is_shipped():
     deit3 = {
         "": ("small", "medium", "base", "large", "huge"),
         "_cosub": ("small", "medium", "base", "large", "huge"),
+        "_skip": ("base",),  # an experiment; the others differ in nothing else
         "_224": ("base", "large", "huge"),  # the others are trained at 224
         "_384": ("small", "base", "large"),
         "_21k": ("small", "base", "large", "huge"),

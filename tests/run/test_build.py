@@ -313,6 +313,17 @@ def test_the_residual_stream_has_the_type_of_the_recipe(student):
             assert student(*words).tokens(torch.randn(1, 3, 32, 32), stop=1).dtype == dtype
 
 
+def test_dropped_samples_are_skipped_in_groups_of_the_recipe(student):
+    words = "model.drop_path=0.4", "data.group_size=6", "data.mixup=0", "data.cutmix=0", "train.batch_size=12"
+    for made, expected in ((student(*words, "model.drop_path_skip=true"), 8), (student(*words), 12)):
+        computed = []
+        made.train().blocks[-1].mlp.register_forward_pre_hook(
+            lambda _, args, found=computed: found.append(len(args[0]))
+        )
+        made(torch.zeros(12, 3, *made.config.image_size), torch.rand(12, made.noise_per_sample))
+        assert computed == [expected]  # of 6 samples round(2.4) drop the last branches
+
+
 def test_activations_are_kept_where_the_recipe_says_so(student, monkeypatch):
     asked = []
     monkeypatch.setattr("fastdeit.kernels.mlp", lambda x, *_, recompute: asked.append(recompute) or x)
@@ -338,6 +349,11 @@ def test_activations_are_kept_where_the_recipe_says_so(student, monkeypatch):
         (
             ["model.name=convnet_digits", "engine.residual=bf16", "engine.precision=bf16"],
             r"engine.residual bf16: ConvNet has no set_residual\(dtype\); use fp32",
+        ),
+        (
+            ["model.drop_path_skip=true", "model.drop_path=0.01"],
+            r"model.drop_path_skip: with groups of data.group_size, of \d+ samples none would lose a branch at "
+            r"drop_path 0.01; use larger groups",
         ),
         (
             ["model.timm=test_vit", "engine.checkpoint_blocks=true", "engine.capture=graph"],
