@@ -265,6 +265,7 @@ def test_compiled_sides_in_one_process_have_the_attention_that_they_name(what, o
 
 
 @pytest.mark.gpu
+@pytest.mark.card
 @pytest.mark.parametrize("what", ["step", "forward"])
 def test_every_side_on_a_card(what):
     device = torch.device("cuda", 0)

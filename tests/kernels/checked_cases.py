@@ -5,7 +5,7 @@ Coverage is measured over these cases (`test_kernel_coverage.py`), and faults ar
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -62,10 +62,10 @@ class CheckedCase:
             self.change(args)
         return args
 
-    def run(self, order: str | None, seed: int = 0) -> Outcome:
-        """Results, gradients and changed arguments, by our kernels in the checked interpreter; without an order in the
-        plain one. Empty where the backend refuses the arguments."""
-        with self.smaller(), checked(order, seed) if order else nullcontext():
+    def run(self, order: str | None, seed: int = 0, within: Callable[..., AbstractContextManager] = checked) -> Outcome:
+        """Results, gradients and changed arguments, by our kernels in the checked interpreter, or `within` what runs
+        them instead; without an order in the plain one. Empty where the backend refuses the arguments."""
+        with self.smaller(), within(order, seed) if order else nullcontext():
             try:
                 return _outcome(self.op, self.backend, self.arguments())
             except Unsupported:
