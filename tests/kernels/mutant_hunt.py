@@ -193,6 +193,9 @@ data are taken where the data is 0.
 
 **Lint** (`fastdeit kernels lint`). A kernel compiles, fits, does not spill, and has the instructions it had.
 
+A fifth is optional, because it needs Python 3.12: [compiled kernels run on the CPU](compiled.md), where products of
+bfloat16 are right, too. It has a table of its own of the faults that it finds.
+
 Each line is one fault, planted alone, with the proof that finds it first.
 
 | fault | kind | file | found by | in |
