@@ -117,9 +117,10 @@ def same_bits(one: Outcome, other: Outcome) -> bool:
 
 
 def _rounded_once(product: Tensor, exact: Tensor) -> None:
-    """AssertionError unless every element of a float16 product of the size of 1 is the exact one, rounded: at most half
+    """AssertionError unless every element of a 16-bit product of the size of 1 is the exact one, rounded: at most half
     a unit in the last place off, and what sums in float32 lose. Sums in float16 lose fifty times that."""
-    unit = 2.0 ** (exact.abs().clamp(min=2.0**-14).log2().floor() - 10)
+    kind = torch.finfo(product.dtype)
+    unit = kind.eps * 2.0 ** exact.abs().clamp(min=kind.smallest_normal).log2().floor()
     lost = ((product.double() - exact).abs() - 0.5 * unit).max()
     assert lost <= 1e-5, f"an element of a product lost {lost:.3g} before it was rounded"
 

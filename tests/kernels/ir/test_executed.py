@@ -93,6 +93,15 @@ def test_only_an_acquire_and_release_behind_a_barrier_lets_the_last_program_read
             total(kernel)
 
 
+def test_another_order_shows_what_depends_on_it(compiled):
+    results = set()
+    for order in ORDERS:
+        ticket = torch.zeros(1, dtype=torch.int32)
+        y = launch(compiled, faulty.first_come_first_served, ticket, grid=(5,), order=order)
+        results.add(tuple(y.tolist()))
+    assert len(results) == 3
+
+
 def test_a_line_is_that_of_the_helper_that_was_inlined(compiled):
     """The ticket has no element, and the access to it is in `_loss.is_last`."""
     with pytest.raises(Fault, match=r"atomic addition.*, _loss\.py:\d+: .*atomic_add"):
