@@ -114,7 +114,8 @@ def _outcome(function: Callable[..., Any], inputs: dict[str, Any], layout: str, 
 
 def assert_as_good(mine: Tensor, same: Tensor, exact: Tensor, name: str) -> None:
     """Error against float64 at most twice that of PyTorch in the same dtype, plus one unit in the last place, in the
-    largest element and in the mean square; no sign preferred; NaN and infinity where PyTorch has them."""
+    largest element and in the mean square; no sign preferred; NaN and infinity where PyTorch has them. A single number
+    may be four units off, because PyTorch's error of it may be small by chance."""
     assert (mine.dtype, mine.shape) == (same.dtype, same.shape), name
     if not mine.is_floating_point():
         assert torch.equal(mine, same), name
@@ -127,6 +128,7 @@ def assert_as_good(mine: Tensor, same: Tensor, exact: Tensor, name: str) -> None
         return
     error, their_error = mine[finite].double() - exact, same[finite].double() - exact
     ulp = torch.finfo(mine.dtype).eps * (2 if INTERPRETED and mine.dtype == torch.bfloat16 else 1)
+    ulp *= 4 if mine.dim() == 0 else 1
     for size in (lambda e: e.abs().max(), rms):
         bound = 2 * size(their_error) + ulp * size(exact)
         assert size(error) <= bound, f"{name}: error {size(error):.3g}, but PyTorch's is {size(their_error):.3g}"
