@@ -1,5 +1,5 @@
 """Shared by all tests: one compute thread, so that results do not depend on the core count; Triton's interpreter where
-there is no card; two workers for whole folders; and `ranks`."""
+there is no card, or with FASTDEIT_IR=90 compiled kernels on the CPU; two workers for whole folders; and `ranks`."""
 
 import os
 import shutil
@@ -18,7 +18,9 @@ TIMEOUT_S = 120
 WORKERS = 2
 PRELOADED = "torch", "torch.distributed", "torch._dynamo", "fastdeit.kernels", "fastdeit.training"
 """What a rank needs besides the test's own module; DistributedDataParallel imports torch._dynamo, for a second."""
-if not torch.cuda.is_available():
+COMPILED = "FASTDEIT_IR" in os.environ and not torch.cuda.is_available()
+"""Whether tests marked gpu run without a card, on kernels compiled for the architecture that the variable names."""
+if not torch.cuda.is_available() and not COMPILED:
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of fastdeit.kernels
 
 
@@ -39,9 +41,10 @@ def pytest_cmdline_main(config):
 def pytest_collection_modifyitems(config, items):
     """Without a card, tests of one are not even skipped: they would fill the report."""
     if not torch.cuda.is_available():
-        kept = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
-        items[:] = kept
+        without = ("card",) if COMPILED else ("card", "gpu")
+        left_out = [item for item in items if any(map(item.get_closest_marker, without))]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture

@@ -96,6 +96,7 @@ def test_every_side_ends_with_the_models_input(setting, name, kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.card
 @pytest.mark.parametrize("evaluation", [False, True])
 @pytest.mark.parametrize("name", FLOATS)
 def test_on_a_gpu_every_side_ends_there(setting, name, evaluation):

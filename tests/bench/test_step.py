@@ -345,6 +345,7 @@ def test_flash_attention_is_changed_for_the_calls_of_its_side_alone_and_outside_
 
 
 @pytest.mark.gpu
+@pytest.mark.card
 @pytest.mark.parametrize("what", ["step", "forward"])
 def test_every_side_on_a_card(what):
     device = torch.device("cuda", 0)

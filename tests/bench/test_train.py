@@ -117,6 +117,7 @@ def test_mistakes(argv, message, capsys):
 
 
 @pytest.mark.gpu
+@pytest.mark.card
 def test_every_side_on_a_card(short):
     device = torch.device("cuda", 0)
     args = cli.VERBS["bench train"].parser.parse_args(["--image-size", "32", "--batch", "16", "--rounds", "2"])

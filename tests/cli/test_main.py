@@ -90,6 +90,8 @@ def test_flags_are_pinned():
         "runs list": [],
         "runs diff": [],
         "runs curves": ["--out"],
+        "experiments list": [],
+        "experiments run": ["--data", "--seeds", "--out"],
         "runs time": ["--metric", "--target"],
         "data check": ["--source", "--split", "--processes"],
         "data pack": ["--source", "--split", "--force"],

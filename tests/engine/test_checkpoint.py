@@ -82,6 +82,7 @@ def test_loaded_tensors_are_writable_and_independent(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.card
 def test_cuda_tensors_are_saved_from_the_device(tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -11,7 +11,7 @@ from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import Engine
 from tests.toys import toy_batch, toy_context
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.card]
 B, SIDE, CLASSES = 8, 32, 10
 
 

@@ -182,6 +182,19 @@ def checked(order: str = "forward", seed: int = 0) -> Iterator[list[str]]:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
         interpreter.run(kernel, grid, arguments, memory, programs(grid, order, seed))
 
+    with (
+        interpreter.session(),
+        poisoned(),
+        mock.patch.object(_triton, "launch", launch),
+        knowing_lists(memory),
+    ):
+        yield launched
+
+
+@contextmanager
+def knowing_lists(memory: Memory) -> Iterator[None]:
+    """Inside, kernels may go to the tensors of the lists that were split last, whose addresses are in tables."""
+
     def split(*lists: Any) -> list[Any]:
         memory.known = [
             Extent.of(f"tensor {i} of list {number}", tensor)
@@ -192,13 +205,8 @@ def checked(order: str = "forward", seed: int = 0) -> Iterator[list[str]]:
         return original(*lists)
 
     original = _multi_tensor.split
-    with (
-        interpreter.session(),
-        poisoned(),
-        mock.patch.object(_triton, "launch", launch),
-        mock.patch.object(_multi_tensor, "split", split),
-    ):
-        yield launched
+    with mock.patch.object(_multi_tensor, "split", split):
+        yield
 
 
 def programs(grid: tuple[int, ...], order: str, seed: int) -> list[tuple[int, int, int]]:

@@ -5,7 +5,7 @@ Coverage is measured over these cases (`test_kernel_coverage.py`), and faults ar
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -62,10 +62,10 @@ class CheckedCase:
             self.change(args)
         return args
 
-    def run(self, order: str | None, seed: int = 0) -> Outcome:
-        """Results, gradients and changed arguments, by our kernels in the checked interpreter; without an order in the
-        plain one. Empty where the backend refuses the arguments."""
-        with self.smaller(), checked(order, seed) if order else nullcontext():
+    def run(self, order: str | None, seed: int = 0, within: Callable[..., AbstractContextManager] = checked) -> Outcome:
+        """Results, gradients and changed arguments, by our kernels in the checked interpreter, or `within` what runs
+        them instead; without an order in the plain one. Empty where the backend refuses the arguments."""
+        with self.smaller(), within(order, seed) if order else nullcontext():
             try:
                 return _outcome(self.op, self.backend, self.arguments())
             except Unsupported:
@@ -117,9 +117,10 @@ def same_bits(one: Outcome, other: Outcome) -> bool:
 
 
 def _rounded_once(product: Tensor, exact: Tensor) -> None:
-    """AssertionError unless every element of a float16 product of the size of 1 is the exact one, rounded: at most half
+    """AssertionError unless every element of a 16-bit product of the size of 1 is the exact one, rounded: at most half
     a unit in the last place off, and what sums in float32 lose. Sums in float16 lose fifty times that."""
-    unit = 2.0 ** (exact.abs().clamp(min=2.0**-14).log2().floor() - 10)
+    kind = torch.finfo(product.dtype)
+    unit = kind.eps * 2.0 ** exact.abs().clamp(min=kind.smallest_normal).log2().floor()
     lost = ((product.double() - exact).abs() - 0.5 * unit).max()
     assert lost <= 1e-5, f"an element of a product lost {lost:.3g} before it was rounded"
 

@@ -1,3 +1,6 @@
+import os
+from functools import partial
+
 import pytest
 import torch
 
@@ -21,10 +24,27 @@ def force(monkeypatch):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """Where Triton kernels run: in the interpreter on the CPU, or on a card (`pytest -m gpu`)."""
+    """Where Triton kernels run: in the interpreter on the CPU, or on a card (`pytest -m gpu`), for which a CPU that
+    runs compiled kernels may stand in (`FASTDEIT_IR=90 pytest -m gpu`)."""
     if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("there is a card, hence no interpreter; TRITON_INTERPRET=1 forces it")
-    return request.param
+        pytest.skip("kernels are compiled, hence no interpreter; TRITON_INTERPRET=1 forces it")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        with request.getfixturevalue("compiled")():
+            yield "cpu"
+    else:
+        yield request.param
+
+
+@pytest.fixture
+def compiled():
+    """`executed`, for the architecture that FASTDEIT_IR names. Skips the test where it cannot be."""
+    if (arch := os.environ.get("FASTDEIT_IR")) is None:
+        pytest.skip("FASTDEIT_IR=90 (an architecture) runs compiled kernels on the CPU")
+    from tests.kernels.ir import executed  # of newer versions of Triton than the oldest that is supported
+
+    if reason := executed.unavailable():
+        pytest.skip(reason)
+    return partial(executed.executed, arch=int(arch))
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])

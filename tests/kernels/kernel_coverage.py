@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+from triton import JITFunction
 from triton.runtime import interpreter as triton_interpreter
 
 from fastdeit import kernels
@@ -86,7 +87,10 @@ def jit_functions() -> dict[str, Any]:
     found = {}
     for module in _modules():
         for value in vars(module).values():
-            if isinstance(value, triton_interpreter.InterpretedFunction) and value.fn.__module__ == module.__name__:
+            if (
+                isinstance(value, (triton_interpreter.InterpretedFunction, JITFunction))
+                and value.fn.__module__ == module.__name__
+            ):
                 found[interpreter.title(value.fn)] = value
     return found
 

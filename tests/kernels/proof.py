@@ -5,6 +5,7 @@ from a card in three ways: it is slow, `tl.dot` of bfloat16 is wrong in it, and 
 card rounds.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from fastdeit import kernels
 from fastdeit.kernels._triton import INTERPRETED
+
+COMPILED = "FASTDEIT_IR" in os.environ
+"""Whether kernels compiled for a card that is not there run on the CPU (`tests/kernels/ir`)."""
 
 TOKENS = 1, 49, 65, 145, 196, 197, 198, 257, 577, 578
 """Tokens of the models in use: images of 16 to 384 pixels, with and without class and distillation token."""
@@ -114,7 +118,9 @@ def _outcome(function: Callable[..., Any], inputs: dict[str, Any], layout: str, 
 
 def assert_as_good(mine: Tensor, same: Tensor, exact: Tensor, name: str) -> None:
     """Error against float64 at most twice that of PyTorch in the same dtype, plus one unit in the last place, in the
-    largest element and in the mean square; no sign preferred; NaN and infinity where PyTorch has them."""
+    largest element and in the mean square; no sign preferred; NaN and infinity where PyTorch has them. Where compiled
+    code runs on a CPU, a single number may be four units off: sums have the order of a card there, and PyTorch's own
+    error of one number may be small by chance."""
     assert (mine.dtype, mine.shape) == (same.dtype, same.shape), name
     if not mine.is_floating_point():
         assert torch.equal(mine, same), name
@@ -127,6 +133,7 @@ def assert_as_good(mine: Tensor, same: Tensor, exact: Tensor, name: str) -> None
         return
     error, their_error = mine[finite].double() - exact, same[finite].double() - exact
     ulp = torch.finfo(mine.dtype).eps * (2 if INTERPRETED and mine.dtype == torch.bfloat16 else 1)
+    ulp *= 4 if mine.dim() == 0 and COMPILED else 1
     for size in (lambda e: e.abs().max(), rms):
         bound = 2 * size(their_error) + ulp * size(exact)
         assert size(error) <= bound, f"{name}: error {size(error):.3g}, but PyTorch's is {size(their_error):.3g}"

@@ -258,7 +258,7 @@ def test_two_kernels_take_what_does_not_fit_one_program(device, unforced, monkey
     assert calls == [1]
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.card)])
 def test_every_run_has_the_same_bits(device, times):
     batch, tokens, heads = (64, 198, 12) if device == "cuda" else (1, 70, 1)
     qkv = packed(device, torch.float16, batch, tokens, heads, 64)

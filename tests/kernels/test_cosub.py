@@ -250,7 +250,7 @@ def test_registered_op_runs_triton(device):
         assert torch.equal(cosub.OP.registered(*arguments)[0], function(**inputs))
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.card)])
 def test_every_run_has_the_same_bits(device, times):
     batch, classes = (256, 1000) if device == "cuda" else (5, 40)
     function, inputs = case(device, torch.float16, batch, classes, "smooth")

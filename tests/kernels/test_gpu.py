@@ -7,7 +7,7 @@ from fastdeit import kernels
 from tests.kernels.proof import poisoned, repeated
 from tests.kernels.test_ops import NAMES, public_calls, run
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.card]
 
 
 def calls_on_card(name):

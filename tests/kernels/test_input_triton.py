@@ -281,7 +281,7 @@ def test_opcheck(device, name):
         torch.library.opcheck(op, (images, *sizes, list(MEAN), list(STD), *arrays, torch.float16))
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.card)])
 def test_every_run_has_the_same_bits(device, times):
     batch, size = (64, 224) if device == "cuda" else (3, 32)
     images, arguments = random_images(device, batch, size, size), plan(device, batch, size, size)

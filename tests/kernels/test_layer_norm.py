@@ -144,7 +144,7 @@ def test_what_triton_does_not_take_is_the_references(device):
         kernels.add_layer_norm(wide, wide, wide[0, 0], wide[0, 0])
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.card)])
 def test_every_run_has_the_same_bits(device, times):
     n, width = (197, 768) if device == "cuda" else (5, 32)
     inputs = arguments(device, torch.float32, 64 if device == "cuda" else 3, n, width, branch_dtype=torch.float16)

@@ -219,7 +219,7 @@ def test_registered_op_runs_triton(device, distillation):
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.card)])
 def test_every_run_has_the_same_bits(device, times):
     batch, classes = (256, 1000) if device == "cuda" else (5, 40)
     function, inputs = case(device, torch.float16, batch, classes, "ce", "soft")
@@ -234,6 +234,7 @@ def test_every_run_has_the_same_bits(device, times):
 
 
 @pytest.mark.gpu
+@pytest.mark.card
 def test_two_graphs_of_one_stream_replayed_at_once():
     """Next to each other and to eager calls, each adds up its own rows: no ticket is shared."""
     function, inputs = case("cuda", torch.float16, 4096, 1000, "ce", "soft")
@@ -261,6 +262,7 @@ def test_two_graphs_of_one_stream_replayed_at_once():
 
 
 @pytest.mark.gpu
+@pytest.mark.card
 def test_no_call_waits_for_the_device():
     function, inputs = case("cuda", torch.float16, 64, 1000, "ce", "soft")
     function(**inputs).total.backward()

@@ -196,7 +196,7 @@ def test_not_finite_where_pytorch_is_not(device, value):
     torch.testing.assert_close(dpre, theirs.grad, equal_nan=True, atol=1e-4, rtol=2e-3)
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.card)])
 def test_every_run_has_the_same_bits(device, times):
     rows = 50_688 if device == "cuda" else 70
     dact, pre = (normal(rows, 96, dtype=torch.float16, device=device, seed=i) for i in range(2))

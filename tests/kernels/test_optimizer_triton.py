@@ -308,7 +308,7 @@ def test_norm_of_nothing_is_zero(device):
 # ---- bits, launches, registration ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.card)])
 def test_every_run_has_the_same_bits(device, name, times):
     shapes = [(768, 768), (768,), (3072, 768)] if device == "cuda" else [(64, 33), (3, CHUNK)]
     grads = gradients(device, shapes, 9, HALF)
@@ -388,6 +388,7 @@ def test_compiled_is_eager(device, name):
 
 
 @pytest.mark.gpu
+@pytest.mark.card
 def test_graph_replays_and_the_host_never_waits(name):
     """With a rate changed on the device, and other updates and another graph between the replays."""
     shapes = [(768, 768), (768,), (1000, 768), (5,)]

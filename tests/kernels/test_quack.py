@@ -185,6 +185,7 @@ def test_an_older_quack_counts_as_none(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.card
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 198, 192), (130, 16)])

@@ -341,6 +341,7 @@ def test_a_transformer_of_timm_runs_on_the_fused_ops():
 
 
 @pytest.mark.gpu
+@pytest.mark.card
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "regnety_002"])
 def test_on_a_card(name, dtype):

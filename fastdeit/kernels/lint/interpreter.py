@@ -54,7 +54,7 @@ class Fault(Exception):
 
     def __init__(self, kind: str, what: str) -> None:
         super().__init__(f"{kind}: {what}")
-        self.kind = kind
+        self.kind, self.what = kind, what
 
 
 @cache
