@@ -321,7 +321,7 @@ AS_OTHERS = {
 """Fields that do so, too, and by which name."""
 OTHERS = {
     "model": {"name", "timm", "num_classes", "drop_path", "drop_path_mode", "dropout", "weights", "weights_grid"}
-    | {"needs_weights", "freeze"},
+    | {"needs_weights", "freeze", "drop_path_skip"},
     "method": {"use", "loss", "smoothing", "alpha", "distillation", "reduction", "fuse", "cached", "teacher"},
     "data": {"source", "root", "train", "val", "eval_crop_ratio", "threads", "max_bad_fraction"},
     "train": {"epochs", "steps", "accumulate", "eval_every", "eval_every_steps", "stop_after", "best_by"},

@@ -228,7 +228,7 @@ FAILS = {
 def test_a_start_that_fails_leaves_no_directory(recipe_file, tmp_path, monkeypatch, capfd, overrides):
     monkeypatch.setattr("fastdeit.engine.metrics.find_spec", lambda name: None)
     teacher = recipe_file.with_name("teacher.yaml")
-    teacher.write_text(RECIPE.replace("tests.small_runs:Tiny", "unheard_of"))
+    teacher.write_text(RECIPE.replace("tests.small_runs:Tiny", "tests.small_runs:unheard_of"))
     assert cli(["train", str(recipe_file), *overrides.replace("TEACHER", str(teacher)).split()]) == 2
     assert re.search(FAILS[overrides], capfd.readouterr().err)
     assert os.listdir(tmp_path) == []

@@ -135,13 +135,15 @@ def test_two_processes_equal_one(case, ranks, tmp_path):
     judged, others = (logged(folder)[-1] for folder in (run, tmp_path / "run"))
     assert judged.keys() == others.keys()
     for name, value in judged.items():  # one image more or less is a per cent
-        assert others[name] == (value if name == "kind" else pytest.approx(value, rel=5e-3, abs=2.1 * ("top" in name)))
+        assert others[name] == (
+            value if name in ("kind", "lower_is_better") else pytest.approx(value, rel=5e-3, abs=2.1 * ("top" in name))
+        )
     one, two = (stored(folder, steps)["model.safetensors"] for folder in (run, tmp_path / "run"))
     difference = sum((one[n] - two[n]).abs().sum() for n in one) / sum(t.numel() for t in one.values())
     assert difference < 2e-4
 
 
-NOT_MEASURED = "kind", "step", "epoch", "images", "bad_images"
+NOT_MEASURED = "kind", "step", "epoch", "images", "bad_images", "lower_is_better"
 
 
 def test_eval_finds_again_what_the_run_found(case, capsys):

@@ -112,8 +112,8 @@ def test_the_answer_is_what_was_trained_unless_the_recipe_says_otherwise(fuse):
 
 
 def test_a_fusion_of_one_head_is_refused(path):
-    with pytest.raises(UsageError, match=r"method\.fuse softmax: VisionTransformer has one head, and there is nothing"):
-        method_of(path, "method.fuse=softmax")
+    with pytest.raises(UsageError, match=r"method\.fuse class: VisionTransformer has one head, and there is nothing"):
+        method_of(path, "method.fuse=class")
     assert method_of(path, "method.fuse=softmax", "model.name=deit_digits_distilled_patch8_32").config.fuse == "softmax"
 
 

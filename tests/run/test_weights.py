@@ -589,8 +589,16 @@ def test_a_teacher_by_an_address_sees_its_own_size_and_normalisation(here, write
         ({"weights": "gone"}, CLASSES, r"^method\.teacher\.weights: gone: there is no gone"),
         ({"weights": "run"}, ("cat", "dog"), "the weights know 4 classes, but the data set has 2"),
         ({"weights": "run"}, ("cat", "dog", "eel", "owl"), "the classes of the data are not those of the weights"),
-        ({"model": DISTILLED, "weights": "run"}, CLASSES, "it needs dist_token"),
-        ({"model": NAME, "weights": "double"}, CLASSES, "they have dist_token, head_dist"),
+        (
+            {"model": DISTILLED, "weights": "run"},
+            CLASSES,
+            r"is of .*:small, but method.teacher.model says .*:small_distilled",
+        ),
+        (
+            {"model": NAME, "weights": "double"},
+            CLASSES,
+            r"is of .*:small_distilled, but method.teacher.model says .*:small;",
+        ),
         ({"model": NAME, "weights": "more.safetensors"}, CLASSES, "they have extra.weight, for which it has no place"),
         ({"timm": "resnet1"}, CLASSES, r"^method\.teacher: timm:resnet1: timm .* has no model 'resnet1'; did you mean"),
     ],
