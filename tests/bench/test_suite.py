@@ -92,6 +92,7 @@ def test_the_grid_on_a_cpu_is_small():
     assert suite.captures(grid[0], CPU) == ("none",)
 
 
+@pytest.mark.slow
 def test_calibration_is_a_row_a_part(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setitem(suite.TEACHERS, "cpu", "test_resnet")

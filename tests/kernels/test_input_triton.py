@@ -47,11 +47,20 @@ def plan(device, batch, height, width, mix="both", erase=True, seed=0):
     return arguments
 
 
+# In the interpreter each of these takes seconds; float32 and float16 show what bfloat16 shows.
+MOST_DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+    ids=["fp32", "fp16", "bf16"],
+)
+
+
 def on_triton(function, *args, **kwargs):
     with kernels.use("triton"):
         return function(*args, **kwargs)
 
 
+@MOST_DTYPES
 @given(
     batch=st.integers(1, 3),
     patch_size=st.sampled_from([1, 2, 3, 4, 6, 14, 16, 32]),
@@ -70,6 +79,7 @@ def test_patches_as_good_as_pytorch(device, dtype, batch, patch_size, grid, mix,
     prove(lambda dtype: kernels.patchify(images, patch_size=patch_size, **arguments, dtype=dtype), {"dtype": dtype})
 
 
+@MOST_DTYPES
 @given(
     batch=st.integers(1, 4),
     height=st.integers(1, 60),

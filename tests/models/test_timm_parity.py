@@ -75,7 +75,7 @@ def _free_memory():
     gc.collect()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("_384")) for name in ALL])
 def test_state_dict_and_logits_are_timms(name):
     ours, peer = pair(name)
     assert list(ours.state_dict()) == list(peer.state_dict())
