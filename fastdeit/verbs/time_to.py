@@ -49,7 +49,7 @@ def row(run: Overview, metric: str, target: float) -> dict[str, Any]:
         "data_wait_percent": run.summary.get("data_wait_percent"),
         "recipe": _differences(run.recipe),
         "lineage": run.summary.get("lineage", []),
-        "environment": {name: value for name, value in run.environment.items() if name != "space"},
+        "environment": _without_paths(run.environment),
     }
 
 
@@ -70,3 +70,11 @@ def _differences(recipe: Mapping[str, Any]) -> dict[str, Any]:
     ours = {field: value for field, value in flat(recipe) if field != "name"}
     fields = dict.fromkeys([*theirs, *ours])
     return {field: ours.get(field) for field in fields if ours.get(field) != theirs.get(field)}
+
+
+def _without_paths(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment as it may be sent to others: no paths of this machine, and not what its disk has free."""
+    told = {name: value for name, value in environment.items() if name != "space"}
+    if "python" in told:
+        told["python"] = {name: value for name, value in told["python"].items() if name != "executable"}
+    return told

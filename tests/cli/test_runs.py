@@ -286,7 +286,9 @@ def test_the_row_of_a_run_is_of_its_first_evaluation_at_the_target(runs, capsys)
     summary = {"images_per_second": 5.0, "data_wait_percent": 1.5, "paused_seconds": 7.0, "lineage": []}
     run = runs("a", summary=summary)
     (run / "recipe.yaml").write_text(recipes.dump(recipes.load("vit_small_90", ["train.seed=2", "engine.threads=3"])))
-    (run / "environment.json").write_text('{"gpus": ["one"], "space": {}}')
+    (run / "environment.json").write_text(
+        '{"gpus": ["one"], "space": {}, "python": {"version": "3", "executable": "/here"}}'
+    )
     both = [(2, 10.0, 60.0, 61.0), (4, 20.5, 70.0, 80.0), (6, 30.0, 90.0, 70.0)]
     lines = [
         judged(step, seconds, top1_fused=top1, top1_class=99.0, held_out_loss=100 - top1, top1_fused_ema=averaged)
@@ -311,7 +313,7 @@ def test_the_row_of_a_run_is_of_its_first_evaluation_at_the_target(runs, capsys)
         "data_wait_percent": 1.5,
         "recipe": {"train.seed": 2, "engine.threads": 3},
         "lineage": [],
-        "environment": {"gpus": ["one"]},
+        "environment": {"gpus": ["one"], "python": {"version": "3"}},
     }
     assert row("--metric", "top1_ema", "--target", "75")["seconds"] == 20.5
     assert row("--metric", "top1_class", "--target", "75")["seconds"] == 10.0
