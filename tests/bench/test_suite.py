@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_the_pytest_benchmarks_collect_and_one_runs(tmp_path):
     environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed, 23 deselected" in done.stdout
+    assert re.search(r"^1 passed, \d+ deselected", done.stdout, re.MULTILINE)
     (found,) = json.loads(results.read_text())["benchmarks"]
     assert found["group"] == "forward of deit_tiny_patch16_224, batch 8, 224 px"
     assert found["extra_info"]["side"] == "fastdeit"

@@ -204,7 +204,7 @@ def test_a_distilled_model_is_fine_tuned_at_a_higher_resolution_with_its_teacher
     assert "sees 32x32 pixels, the student 48x48 pixels (method.teacher.image_size)" in capsys.readouterr().out
     assert set(sizes) == {32}
     sizes.clear()
-    words[2] = f"method.teacher={{weights: {run}/teacher, image_size: 48}}"
+    words[2] = f"method.teacher={{recipe: null, weights: {run}/teacher, image_size: 48}}"
     assert cli(["train", write(small + DATA), *words, "--run-dir", str(tmp_path / "high")]) == 0
     assert set(sizes) == {48}
     assert "sees" not in capsys.readouterr().out
