@@ -80,6 +80,7 @@ def test_a_phase_begins_after_the_evaluation_and_before_the_epoch(whole):
     assert whole[1] == [call for epoch in epochs for call in epoch]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1, 2 * STEPS_PER_EPOCH])
 def test_a_run_resumes_exactly_around_boundaries(path, whole, tmp_path, stop):
     with pytest.raises(Interrupted):

@@ -83,6 +83,7 @@ def resized(setting: bench_data.Setting, side: int) -> list[np.ndarray]:
     return images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), ROWS)
 def test_every_side_ends_with_the_models_input(setting, name, kind):
     made = setting(*KINDS[kind], evaluation=kind == "evaluation")

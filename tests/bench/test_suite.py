@@ -40,6 +40,7 @@ def small(monkeypatch, tmp_path):
     return str(tmp_path / "rows.jsonl")
 
 
+@pytest.mark.slow
 def test_a_cell_without_room_is_recorded_and_the_suite_goes_on(small, monkeypatch, capsys):
     def full(wanted, device):
         if "distilled" in wanted.model:

@@ -62,6 +62,7 @@ def test_any_shape(device, product_dtype, batch, tokens, heads, width, scale, la
     prove(kernels.attention, {"qkv": qkv, "num_heads": heads, "scale": scale}, layout)
 
 
+@pytest.mark.slow
 @given(
     queries=st.sampled_from([1, 2, 65, 80]),
     tokens=st.sampled_from([1, 50, 198, 300]),

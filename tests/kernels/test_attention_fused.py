@@ -35,6 +35,7 @@ def test_as_good_as_pytorch(device, dtype, tokens):
     prove(kernels.attention, {"qkv": qkv, "num_heads": 2, "bias": bias}, mine=fused())
 
 
+@pytest.mark.slow
 @given(
     batch=st.integers(1, 3),
     tokens=st.integers(1, 208),

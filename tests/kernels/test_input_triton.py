@@ -134,6 +134,7 @@ def test_erase_box_anywhere_among_the_programs_of_an_image(device, patch_size):
     prove(lambda dtype: function(images, **arguments, dtype=dtype), {"dtype": torch.float32})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("patch_size", "lam"),
     [

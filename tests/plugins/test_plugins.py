@@ -79,7 +79,7 @@ def teacher():
     return Teacher(models.build("convnet_digits", num_classes=10))
 
 
-LONG = {"dino", "incubation"}
+LONG = {"dino", "incubation", "adversarial", "relations"}
 
 
 @pytest.fixture(
