@@ -191,7 +191,7 @@ _add("--drop-path", type=_rate, default=0.1, metavar="P", help="rate of drop-pat
 _add(
     "--arch",
     type=int,
-    choices=(80, 90, 100),
+    choices=COUNTED,
     action="append",
     metavar="N",
     help="80, 90 or 100; may be repeated (default: 90)",

@@ -21,7 +21,7 @@ programs on every SM adds up its share of the four column sums, and their partia
 the result does not depend on timing, and of the card on its number of SMs alone.
 """
 
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _derivatives, _op, _triton
+from fastdeit.kernels import _derivatives, _op, _rows, _triton
 from fastdeit.kernels._example import BASE, BASE_FP16, DEITS, Example, Maker
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -64,14 +64,6 @@ def _plain_backward(
     return dx.to(x.dtype), dweight, dbias
 
 
-def branch_scale(residual: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor | None:
-    """`keep * gamma`, shaped to multiply the branch; None when both are None."""
-    if keep is None:
-        return gamma
-    keep = keep.reshape(-1, *[1] * (residual.dim() - 1))
-    return keep if gamma is None else keep * gamma
-
-
 def _selected(tensor: Tensor, samples: Tensor | None) -> Tensor:
     return tensor if samples is None else tensor[samples]
 
@@ -97,7 +89,7 @@ def reference(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(new residual, normed, mean, rstd) as in the module's formula; the statistics, `[..., 1]`, are for backward."""
-    scale = branch_scale(residual, gamma, keep)
+    scale = _rows.branch_scale(residual, gamma, keep)
     held = _selected(residual, branch_samples)
     total = held + branch if scale is None else torch.addcmul(held, branch, scale)
     new_residual = total.to(residual.dtype)
@@ -152,13 +144,13 @@ def reference_backward(
         elif dresidual is not None:
             all_samples = dresidual + all_samples
     dr = _selected(all_samples, branch_samples)
-    scale = branch_scale(dr, gamma, keep)
+    scale = _rows.branch_scale(dr, gamma, keep)
     # An op's results must not share memory, hence a copy where the branch's gradient is the residual's.
     dbranch = dr.to(branch_dtype, copy=True) if scale is None else (dr * scale).to(branch_dtype)
     rows = tuple(range(dr.dim() - 1))
     dgamma = dbranch_bias = weight.new_empty(0)
     if gamma is not None:
-        kept = branch_scale(dr, None, keep)
+        kept = _rows.branch_scale(dr, None, keep)
         scaled = branch * dr if kept is None else branch * dr * kept
         dgamma = scaled.sum(rows).to(gamma.dtype)
     if branch_bias is not None:
@@ -168,11 +160,8 @@ def reference_backward(
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
-_ELEMENTS = 2048
-"""Elements that a program of four warps works on at a time: 16 of each tensor in every thread."""
 _PROGRAMS = 4
 """Programs, and therefore partial sums, of a backward pass, on every SM."""
-_WIDEST = 8192
 
 
 @triton.jit
@@ -327,35 +316,12 @@ def _apply_kernel(x, weight, bias, mean, rstd, normed, rows, C: tl.constexpr, BL
     tl.store(normed + row[:, None] * C + column[None, :], y.to(normed.dtype.element_ty), mask=mask)
 
 
-@cache
-def _tile(width: int) -> dict[str, int]:
-    block = _triton.power_of_two(width)
-    return {"C": width, "BLOCK": block, "ROWS": max(1, _ELEMENTS // block), "warps": max(4, block // 512)}
-
-
 def _slots(samples: Tensor | None, batch: int) -> Tensor | None:
     """int32 `[batch]`: place of every sample among the selected, -1 for the others."""
     if samples is None:
         return None
     places = torch.arange(len(samples), dtype=torch.int32, device=samples.device)
     return torch.full((batch,), -1, dtype=torch.int32, device=samples.device).index_copy_(0, samples, places)
-
-
-def _rows_and_tokens(x: Tensor) -> tuple[int, int]:
-    numel, shape = x.numel(), x.shape
-    rows = numel // shape[-1] if numel else 0
-    return rows, rows // shape[0] if rows else 1
-
-
-def _require(*tensors: Tensor | None) -> None:
-    _triton.require_dtypes(*tensors)
-    width = tensors[0].shape[-1]
-    if width > _WIDEST:
-        raise _op.Unsupported(f"rows of {width} elements do not fit its registers (at most {_WIDEST})")
-
-
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def triton_forward(
@@ -373,15 +339,15 @@ def triton_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference` in one launch."""
     inputs = residual, branch, weight, bias, gamma, keep
-    _require(*inputs)
-    residual, *others = _dense(*inputs)
+    _rows.require(*inputs)
+    residual, *others = _rows.dense(*inputs)
     new_residual = None if branch is None else torch.empty_like(residual)
     normed = _empty_of_selected(residual, norm_samples, out_dtype)
     *shape, width = normed.shape
     mean = residual.new_empty((*shape, 1), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    rows, tokens = _rows_and_tokens(residual)
-    batch, tile = residual.shape[0], _tile(width)
+    rows, tokens = _rows.rows_and_tokens(residual)
+    batch, tile = residual.shape[0], _rows.tile(width)
     slots = _slots(branch_samples, batch), _slots(norm_samples, batch)
     results = new_residual, normed, mean, rstd
     grid = (_triton.cdiv(rows, tile["ROWS"]),)
@@ -411,13 +377,13 @@ def triton_backward(
         scales = gamma, keep, branch_bias
         return reference_backward(dresidual, None, new_residual, branch, weight, mean, rstd, *scales, *selection)
     inputs = dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep
-    _require(new_residual, dnormed, branch, weight, gamma, keep)
-    dresidual, dnormed, new_residual, branch, *others = _dense(*inputs)
+    _rows.require(new_residual, dnormed, branch, weight, gamma, keep)
+    dresidual, dnormed, new_residual, branch, *others = _rows.dense(*inputs)
     dr = torch.empty_like(new_residual)
     dbranch = None if branch_dtype is None else _empty_of_selected(new_residual, branch_samples, branch_dtype)
-    rows, tokens = _rows_and_tokens(new_residual)
+    rows, tokens = _rows.rows_and_tokens(new_residual)
     batch, *_, width = new_residual.shape
-    tile = _tile(width)
+    tile = _rows.tile(width)
     grid = (min(_triton.cdiv(rows, tile["ROWS"]), _PROGRAMS * _triton.processors(dr.device)),)
     sums = 4 if gamma is not None else 3 if branch_bias is not None else 2
     partial = torch.empty(grid[0], sums, width, dtype=torch.float32, device=dr.device)
@@ -449,8 +415,8 @@ def triton_apply(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Te
     """The normalised tokens again, from statistics that are known."""
     x = x.contiguous()
     normed = torch.empty_like(x, dtype=out_dtype)
-    rows, _ = _rows_and_tokens(x)
-    tile = _tile(x.shape[-1])
+    rows, _ = _rows.rows_and_tokens(x)
+    tile = _rows.tile(x.shape[-1])
     grid = (_triton.cdiv(rows, tile["ROWS"]),)
     _triton.launch(_apply_kernel, grid, x, weight, bias, mean, rstd, normed, rows, **tile)
     return normed

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.kernels import _op
+from fastdeit.kernels._rows import branch_scale
 from fastdeit.kernels.attention.op import attention
-from fastdeit.kernels.layer_norm import add_layer_norm, branch_scale
+from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.mlp.op import mlp
 from fastdeit.kernels.positions import PrefixTokens, RelativePositionBias, Rope2d
 from fastdeit.kernels.rms_norm import add_rms_norm

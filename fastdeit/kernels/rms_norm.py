@@ -26,9 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _op, _triton
+from fastdeit.kernels import _op, _rows, _triton
 from fastdeit.kernels._example import BASE, BASE_FP16, DEITS, Example, Maker
-from fastdeit.kernels.layer_norm import branch_scale
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -65,7 +64,7 @@ def reference(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(new residual, normed, rstd) as in the module's formula; rstd, `[..., 1]`, is for backward."""
-    scale = branch_scale(residual, gamma, keep)
+    scale = _rows.branch_scale(residual, gamma, keep)
     total = residual + branch if scale is None else torch.addcmul(residual, branch, scale)
     new_residual = total.to(residual.dtype)
     return new_residual, *normalize(new_residual, weight, eps, out_dtype)
@@ -89,12 +88,12 @@ def reference_backward(
         dr, dweight = _normalize_backward(dnormed, new_residual, weight, rstd)
         if dresidual is not None:
             dr = dresidual + dr
-    scale = branch_scale(dr, gamma, keep)
+    scale = _rows.branch_scale(dr, gamma, keep)
     # An op's results must not share memory, hence a copy where the branch's gradient is the residual's.
     dbranch = dr.to(branch.dtype, copy=True) if scale is None else (dr * scale).to(branch.dtype)
     dgamma = weight.new_empty(0)
     if gamma is not None:
-        kept = branch_scale(dr, None, keep)
+        kept = _rows.branch_scale(dr, None, keep)
         scaled = branch * dr if kept is None else branch * dr * kept
         dgamma = scaled.sum(tuple(range(dr.dim() - 1))).to(gamma.dtype)
     return dr.to(new_residual.dtype), dbranch, dweight, dgamma
@@ -102,11 +101,8 @@ def reference_backward(
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
-_ELEMENTS = 2048
-"""Elements that a program of four warps works on at a time: 16 of each tensor in every thread."""
 _PROGRAMS = 4
 """Programs, and therefore partial sums, of a backward pass, on every SM."""
-_WIDEST = 8192
 
 
 @triton.jit
@@ -201,26 +197,6 @@ def _backward_kernel(
         tl.store(sums + C, dgamma, mask=real)
 
 
-def _tile(width: int) -> dict[str, int]:
-    block = _triton.power_of_two(width)
-    return {"C": width, "BLOCK": block, "ROWS": max(1, _ELEMENTS // block), "warps": max(4, block // 512)}
-
-
-def _rows_and_tokens(x: Tensor) -> tuple[int, int]:
-    rows = x.numel() // x.shape[-1] if x.numel() else 0
-    return rows, rows // x.shape[0] if rows else 1
-
-
-def _require(*tensors: Tensor | None) -> None:
-    _triton.require_dtypes(*tensors)
-    width = tensors[0].shape[-1]
-    _triton.require(width <= _WIDEST, f"rows of {width} elements do not fit its registers (at most {_WIDEST})")
-
-
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
 def triton_forward(
     residual: Tensor,
     branch: Tensor | None,
@@ -232,13 +208,13 @@ def triton_forward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """`reference` in one launch."""
     inputs = residual, branch, weight, gamma, keep
-    _require(*inputs)
-    residual, *others = _dense(*inputs)
+    _rows.require(*inputs)
+    residual, *others = _rows.dense(*inputs)
     new_residual = None if branch is None else torch.empty_like(residual)
     normed = torch.empty_like(residual, dtype=out_dtype)
     rstd = torch.empty(*residual.shape[:-1], 1, dtype=torch.float32, device=residual.device)
-    rows, tokens = _rows_and_tokens(residual)
-    tile = _tile(residual.shape[-1])
+    rows, tokens = _rows.rows_and_tokens(residual)
+    tile = _rows.tile(residual.shape[-1])
     results = new_residual, normed, rstd
     grid = (_triton.cdiv(rows, tile["ROWS"]),)
     _triton.launch(_forward_kernel, grid, residual, *others, *results, rows, tokens, eps, **tile)
@@ -259,14 +235,14 @@ def triton_backward(
     was normalised, and the reference makes what little is left."""
     if dnormed is None:
         return reference_backward(None, new_residual, dresidual, branch, weight, rstd, gamma, keep)
-    _require(new_residual, dnormed, dresidual, branch, weight, gamma, keep)
+    _rows.require(new_residual, dnormed, dresidual, branch, weight, gamma, keep)
     dbranch = None if branch is None else torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     values = None if gamma is None else branch
-    tensors = _dense(dnormed, new_residual, dresidual, values, weight, rstd, gamma, keep)
+    tensors = _rows.dense(dnormed, new_residual, dresidual, values, weight, rstd, gamma, keep)
     dr = torch.empty_like(tensors[1])
-    rows, tokens = _rows_and_tokens(dr)
+    rows, tokens = _rows.rows_and_tokens(dr)
     width = dr.shape[-1]
-    tile = _tile(width)
+    tile = _rows.tile(width)
     grid = (min(_triton.cdiv(rows, tile["ROWS"]), _PROGRAMS * _triton.processors(dr.device)),)
     sums = 1 if gamma is None else 2
     partial = torch.empty(grid[0], sums, width, dtype=torch.float32, device=dr.device)

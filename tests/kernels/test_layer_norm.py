@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastdeit import kernels
 from fastdeit.bench.count_card import pretended_card
-from fastdeit.kernels import layer_norm
+from fastdeit.kernels import _rows, layer_norm
 from fastdeit.kernels._example import SMALL, Maker
 from fastdeit.kernels.mlp import gelu
 from tests.kernels.proof import few, layouts, normal, prove, repeated
@@ -105,7 +105,7 @@ def test_arguments_of_any_layout(device):
 def test_more_rows_than_a_pass_has_programs(device, monkeypatch):
     monkeypatch.setattr(layer_norm, "_PROGRAMS", 4)
     rows = 3 * 7
-    assert rows / layer_norm._tile(768)["ROWS"] > 2 * 4
+    assert rows / _rows.tile(768)["ROWS"] > 2 * 4
     prove(kernels.add_layer_norm, arguments(device, torch.float32, 3, rows // 3, 768))
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeit import kernels
-from fastdeit.kernels import rms_norm
+from fastdeit.kernels import _rows, rms_norm
 from tests.kernels.proof import few, layouts, normal, prove, repeated
 
 
@@ -75,7 +75,7 @@ def test_huge_and_tiny_values(device, scale):
 
 def test_more_rows_than_a_pass_has_programs(device, monkeypatch):
     monkeypatch.setattr(rms_norm, "_PROGRAMS", 4)
-    assert 21 / rms_norm._tile(768)["ROWS"] > 2 * 4
+    assert 21 / _rows.tile(768)["ROWS"] > 2 * 4
     prove(kernels.add_rms_norm, arguments(device, torch.float32, 3, 7, 768))
 
 
