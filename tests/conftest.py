@@ -47,6 +47,27 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in set(left_out)]
 
 
+def modes():
+    """What PyTorch keeps for a whole thread, and a test that leaves it changed passes on to those after it."""
+    return {
+        "saved tensor hooks are refused because": torch._C._autograd._saved_tensors_hooks_get_disabled_error_message(),
+        "level of torch.func": torch._C._functorch.maybe_current_level(),
+        "level of forward-mode AD": torch.autograd.forward_ad._current_level,
+        "grad mode": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def modes_stay():
+    """Fails the test that leaves a mode of PyTorch changed, rather than one that happens to run after it."""
+    before = modes()
+    yield
+    assert modes() == before
+
+
 @pytest.fixture
 def ranks(tmp_path: Path):
     """`ranks(size, function, *arguments)` -> [function(rank, size, *arguments) of every rank], over gloo.

@@ -89,6 +89,13 @@ def case(request):
     return op, args, place
 
 
+@pytest.fixture
+def hooks_of_saved_tensors():
+    """Dynamo can give up in the middle of `torch.func.grad`, and then leaves hooks on saved tensors refused."""
+    yield
+    torch._C._autograd._saved_tensors_hooks_enable()
+
+
 def first(result):
     return result[0] if isinstance(result, tuple) else result
 
@@ -151,6 +158,7 @@ def test_right_or_refused(case, backend, transform, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hooks_of_saved_tensors")
 @pytest.mark.parametrize("transform", ["jvp", "vmap", "grad"])
 @pytest.mark.parametrize("backend", [AUTO, REFERENCE])
 @pytest.mark.parametrize("case", FLOATING, indirect=True)
@@ -169,6 +177,7 @@ def test_right_or_refused_when_compiled(case, backend, transform):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hooks_of_saved_tensors")
 def test_a_compiled_jvp_of_a_forced_op_raises():
     torch.compiler.reset()
     x, weights = torch.randn(2, 4), [torch.randn(6, 4), torch.randn(6), torch.randn(4, 6), torch.randn(4)]
