@@ -1,4 +1,4 @@
-"""`fastdeit eval`, `fastdeit predict` and `fastdeit show attention`: what weights are worth, and what they see."""
+"""`fastdeit eval`, `published`, `predict` and `show attention`: what weights are worth, and what they see."""
 
 import argparse
 
@@ -38,6 +38,28 @@ def _evaluate(args: argparse.Namespace) -> None:
     from fastdeit.verbs import evaluate
 
     evaluate.main(args)
+
+
+def _published(args: argparse.Namespace, argv: list[str]) -> int | None:
+    from fastdeit.models import published
+
+    try:
+        rows = published.published(args.words)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if args.data is None:
+        print(published.listing(rows))
+        return None
+    from fastdeit.launch import launch
+
+    with launch.process_of_a_run():
+        return launch.run(args, argv, _measure)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    from fastdeit.verbs import published
+
+    published.main(args)
 
 
 def _predict(args: argparse.Namespace, argv: list[str]) -> None:
@@ -83,6 +105,22 @@ _add("--confusion", type=path, metavar="FILE", help="write the confusion matrix,
 _add("--calibration", type=path, metavar="FILE", help="write accuracy by confidence, as FILE.csv and FILE.png")
 _add("--images", type=path, nargs="+", metavar="PICTURE", help="print the classes of these pictures instead")
 
+PUBLISHED = Verb(
+    "published",
+    "accuracy of the weights that timm publishes, on your ImageNet and as published",
+    "[NAME ...] [section.field=value ...] [--data DIR] [--nproc N] [--json]",
+    _published,
+    examples=[
+        "fastdeit published  # the table of published numbers",
+        "fastdeit published 'deit*' 'cait_*_224' --data /path/to/imagenet",
+    ],
+)
+_add = PUBLISHED.parser.add_argument
+_add("words", nargs="*", metavar="NAME", help="timm's names, or patterns such as 'deit3*' (default: all of the table)")
+_add("--data", type=path, metavar="DIR", help="ImageNet's folder, of which only the held-out split is read")
+_add("--nproc", type=positive, metavar="N", help="processes on this machine, one per GPU (default: 1)")
+_add("--json", action="store_true", help="print a line of JSON for each model")
+
 PREDICT = Verb(
     "predict",
     "classes of pictures",
@@ -109,4 +147,4 @@ _add("--model", metavar="NAME", help="which model a bare file is of: one of fast
 _add("--block", type=int, metavar="N", help="block to look into, from 0 (default: the last)")
 _add("--out", type=path, required=True, metavar="FILE", help="the picture")
 
-VERBS = {"eval": EVAL, "predict": PREDICT, "show attention": ATTENTION}
+VERBS = {"eval": EVAL, "published": PUBLISHED, "predict": PREDICT, "show attention": ATTENTION}
