@@ -1,8 +1,9 @@
 """Losses of 30 training steps of every method and optimizer, printed as JSON of exact (hexadecimal) floats.
 
 Run by `test_golden.py` in a process of its own, where torch, MKL and oneDNN are told to use one portable code path,
-so that the numbers do not depend on the vector width or the core count of the machine. `losses/torch-VERSION` has them
-by the release of torch, because another release may sum in another order.
+so that the numbers do not depend on the vector width or the core count of the machine. Words name the
+runs to make; without any, all are made. `losses/torch-VERSION` has them by the release of torch, because another
+release may sum in another order.
 
 `python tests/golden/golden_losses.py --write` writes those of the installed torch: after a deliberate change, or to add
 a release. A deliberate change makes the other folders wrong; delete them.
@@ -44,7 +45,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False
     torch.use_deterministic_algorithms(True)
-    losses = {name: [loss.hex() for loss in train(*run)] for name, run in RUNS.items()}
+    names = [word for word in sys.argv[1:] if word != "--write"] or RUNS
+    losses = {name: [loss.hex() for loss in train(*RUNS[name])] for name in names}
     version = torch.__version__.split("+")[0]
     if "--write" in sys.argv:
         folder = FOLDER / f"torch-{version}"

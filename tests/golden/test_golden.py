@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ from tests.golden.golden_losses import FOLDER, PORTABLE, RUNS, STEPS
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def results():
+QUICK = "supervised", "distill_hard"
+
+
+@cache
+def results(names):
+    """What `golden_losses.py` prints of these runs."""
     # The variables must be set before torch is loaded, hence the process.
-    done = subprocess.run(
-        [sys.executable, str(HERE / "golden_losses.py")], env={**os.environ, **PORTABLE}, capture_output=True, text=True
-    )
+    command = [sys.executable, str(HERE / "golden_losses.py"), *names]
+    done = subprocess.run(command, env={**os.environ, **PORTABLE}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -40,11 +44,13 @@ def release(version):
     return tuple(map(int, version.split("."))) if version.replace(".", "").isdigit() else ()
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_losses(results, name):
-    expected, losses = recorded(name), exact(results["losses"][name])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
+def test_losses(name):
+    # Those of a tier in one process, which costs seconds to start.
+    found = results(QUICK if name in QUICK else tuple(n for n in RUNS if n not in QUICK))
+    expected, losses = recorded(name), exact(found["losses"][name])
     assert len(losses) == STEPS
-    version = release(results["torch"])
+    version = release(found["torch"])
     if version in expected:
         assert losses == expected[version]
     else:

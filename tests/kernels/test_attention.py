@@ -48,6 +48,16 @@ def test_every_width_of_heads(device, width, tokens):
     prove(kernels.attention, {"qkv": packed(device, torch.float16, 1, tokens, 1, width), "num_heads": 1})
 
 
+# Most of its seconds are of float32.
+@pytest.mark.parametrize(
+    "product_dtype",
+    [
+        pytest.param(torch.float32, marks=pytest.mark.slow),
+        torch.float16,
+        *([] if INTERPRETED else [torch.bfloat16]),
+    ],
+    ids=str,
+)
 @given(
     batch=st.integers(1, 3),
     tokens=st.integers(1, 100),
