@@ -41,7 +41,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _published(args: argparse.Namespace, argv: list[str]) -> int | None:
-    from fastdeit.models import published
+    from fastdeit.run import published
 
     try:
         rows = published.published(args.words)

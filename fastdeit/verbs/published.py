@@ -8,9 +8,9 @@ from typing import Any
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.errors import FastdeitError, UsageError
-from fastdeit.models.published import Published, published
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import bare, build, threads
+from fastdeit.run.published import Published, published
 from fastdeit.run.settings import settings
 from fastdeit.run.weights import open_weights
 from fastdeit.verbs.evaluate import judge, known_classes

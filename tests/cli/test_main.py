@@ -79,6 +79,7 @@ def test_flags_are_pinned():
         "train": ["--data", "--nproc", "--run-dir", "--resume", "--from", "--as", "--dry-run"],
         "cache": ["--data", "--teacher", "--top-k", "--out", "--epochs", "--nproc"],
         "eval": ["--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--calibration", "--images"],
+        "published": ["--data", "--nproc", "--json"],
         "predict": ["--model", "--top", "--json"],
         "show attention": ["--model", "--block", "--out"],
         "export": ["--format", "--model", "--fuse", "--force"],
@@ -202,7 +203,7 @@ def test_eval_and_bench(calls):
         (["--versoin"], "did you mean --version"),
         (
             ["xyzzy"],
-            "verbs: train, cache, eval, predict, show attention, export, recipes, recipes show, explain, models,",
+            "verbs: train, cache, eval, published, predict, show attention, export, recipes, recipes show, explain,",
         ),
         (["data"], "there is no verb 'data' (verbs: data check, data pack, data show, data preview, data make)"),
         (["data", "chek"], "there is no verb 'data chek'"),

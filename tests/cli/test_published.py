@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from fastdeit.cli import main as cli
-from fastdeit.models import published, timm_model
-from fastdeit.run import reach
+from fastdeit.models import timm_model
+from fastdeit.run import published, reach
 from tests.painted_runs import paint, refused
 
 SYNSETS = "n01440764", "n01443537", "n01484850"
