@@ -232,6 +232,13 @@ def test_what_is_missing_or_damaged_is_made_anew(place, cache, tmp_path, capsys)
     assert "2 of 2 shards are there\ntrain from it" in capsys.readouterr().out
 
 
+def test_overlays_are_laid_over_as_for_training(place, tmp_path):
+    words = str(place / "small.yaml"), "--as", "augreg-light2", "--out", str(tmp_path / "cache")
+    assert cli(["cache", *words, "--epochs", "0:1", "--top-k", "5"]) == 0
+    laid_over = "data.augment=augreg-light2", "data.mixup=0.2"
+    cached.checked(*run_of(recipe_of(place, f"method.cached={tmp_path / 'cache'}", "train.epochs=1", *laid_over)))
+
+
 def test_gaps_are_filled_whatever_lies_between(place, tmp_path, monkeypatch):
     monkeypatch.setattr(logits, "_SHARD_STEPS", 2)
     folder = made(recipe_of(place), tmp_path / "cache")

@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, add_recipe, one, path, positive
+from fastdeit.cli.parser import Verb, add_overlays, add_recipe, lay_over, one, path, positive
 from fastdeit.errors import UsageError
 
 
@@ -15,6 +15,7 @@ def _cache(args: argparse.Namespace, argv: list[str]) -> int:
         args.recipe = one(args.words, "recipe")
         if args.recipe is None:
             raise UsageError("name the recipe whose images the teacher is to judge: fastdeit cache RECIPE")
+        lay_over(args)
         args.out = Path(args.out or f"caches/{Path(args.recipe).stem}")
         return launch.run(args, argv, _work)
 
@@ -36,8 +37,8 @@ def epochs(text: str) -> range:
 CACHE = Verb(
     "cache",
     "store a teacher's logits of every image of a run",
-    "RECIPE [section.field=value ...] [--data DIR] [--teacher ADDRESS] [--top-k K] [--out DIR]\n"
-    "       [--epochs A:B] [--nproc N]",
+    "RECIPE [section.field=value ...] [--data DIR] [--as NAME ...] [--teacher ADDRESS] [--top-k K]\n"
+    "       [--out DIR] [--epochs A:B] [--nproc N]",
     _cache,
     examples=[
         "fastdeit cache deit_small_distilled --teacher timm:regnety_160 --data /path/to/imagenet --nproc 8",
@@ -45,6 +46,7 @@ CACHE = Verb(
     ],
 )
 add_recipe(CACHE)
+add_overlays(CACHE.parser)
 _add = CACHE.parser.add_argument
 _add("--teacher", metavar="ADDRESS", help="address of the teacher's weights (default: method.teacher of the recipe)")
 _add(

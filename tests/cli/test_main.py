@@ -77,7 +77,7 @@ def test_flags_are_pinned():
     """A flag is a promise: adding or dropping one is a decision, made here too."""
     assert {name: verb.parser.flags[2:] for name, verb in cli.VERBS.items()} == {
         "train": ["--data", "--nproc", "--run-dir", "--resume", "--from", "--as", "--dry-run"],
-        "cache": ["--data", "--teacher", "--top-k", "--out", "--epochs", "--nproc"],
+        "cache": ["--data", "--as", "--teacher", "--top-k", "--out", "--epochs", "--nproc"],
         "eval": ["--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--calibration", "--images"],
         "published": ["--data", "--nproc", "--json"],
         "predict": ["--model", "--top", "--json"],
