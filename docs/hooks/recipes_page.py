@@ -3,7 +3,7 @@ training scripts of timm and DeiT."""
 
 from collections.abc import Iterator
 
-from fastdeit.recipe import describe, flags
+from fastdeit.recipe import describe, flags, overlays
 from fastdeit.recipe import resolve as recipe
 
 INTRODUCTION = """\
@@ -26,10 +26,29 @@ A recipe may start from another one: `base: NAME` at its top takes over the othe
 """
 
 
+OVERLAYS = """
+## Settings that go together
+
+`--as NAME` lays several settings over a recipe at once. `fastdeit train`, `cache`, `plan` and `recipes show --resolved`
+take it, and it may be repeated. The command line's own overrides win. Training prints each field that an overlay
+changes, and why.
+
+| `--as` | what it is | what it sets |
+|---|---|---|
+"""
+
+
 def page() -> str:
     """The page, in Markdown."""
     shipped = (f"| `{name}` | {summary} |" for name, summary in recipe.summaries())
-    return "\n".join([INTRODUCTION.rstrip("\n"), *shipped, *_sections()])
+    laid_over = (
+        f"| `{name}` | {overlay.meaning} | {_settings(overlay)} |" for name, overlay in overlays.OVERLAYS.items()
+    )
+    return "\n".join([INTRODUCTION.rstrip("\n"), *shipped, OVERLAYS.rstrip("\n"), *laid_over, *_sections()])
+
+
+def _settings(overlay: overlays.Overlay) -> str:
+    return ", ".join(f"`{setting.field}={setting.value}`" for setting in overlay.settings)
 
 
 def _sections() -> Iterator[str]:
