@@ -121,8 +121,8 @@ class TeacherConfig(BaseModel):
             raise ValueError("a teacher is given by one of recipe, timm and model, or by weights alone")
         if self.recipe is not None and self.weights is not None:
             raise ValueError(
-                "a teacher with a recipe is trained here, and takes no weights; leave one of the two out, as by "
-                "recipe: null"
+                "a teacher with a recipe is trained here, and takes no weights; to take weights instead, name them "
+                "alone: method.teacher=ADDRESS"
             )
         if self.model is not None and self.weights is None:
             raise ValueError("a teacher given by model needs weights: an untrained network has nothing to teach")

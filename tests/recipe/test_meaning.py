@@ -315,7 +315,7 @@ def test_a_teacher_that_is_trained_takes_no_weights(write):
     """Which of the two it was would show nowhere: the weights were taken, after the training of the other."""
     path = write(DISTILL.replace("timm: resnet18, weights: w.safetensors", "recipe: digits_teacher"))
     (message,) = refusal(path, ["method.teacher={weights: w.safetensors}"])
-    assert "a teacher with a recipe is trained here, and takes no weights; leave one of the two out" in message
+    assert "a teacher with a recipe is trained here, and takes no weights; to take weights instead, name" in message
 
 
 def test_lists_of_a_teacher_are_read(write):
