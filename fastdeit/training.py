@@ -228,6 +228,7 @@ class Parts:
             accumulate=recipe.train.accumulate,
             **build.clipping(recipe, student),
             ema=None if decay is None else Ema(schedule.trainable, decay, method),
+            reduce=recipe.engine.reduce,
             capture=recipe.engine.capture,
             tuning=tuning,
         )

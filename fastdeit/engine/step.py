@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdeit.batch import Step
@@ -24,6 +25,8 @@ from fastdeit.engine.guard import Guard
 from fastdeit.engine.optim import Optimizer
 from fastdeit.kernels import Tuning
 
+_REDUCTIONS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+"""What sends a bucket of gradients in 16 bit: each process's share is rounded, and so is the sum."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -36,8 +39,8 @@ class Engine:
     """Runs the steps of a method, which is to it an `nn.Module` with `step` and `after_step`.
 
     capture: "none" runs a step kernel by kernel, "compile" compiles the method's forward and its gradient with
-    torch.compile, "graph" records the whole step as a CUDA graph. tuning: tries the backends of the ops in the first
-    steps.
+    torch.compile, "graph" records the whole step as a CUDA graph. reduce: the type in which gradients travel between
+    processes. tuning: tries the backends of the ops in the first steps.
 
     A method uses `run`, `backward`, `micro` and `input_gradient` in its `step`, and `now` there and in `after_step`,
     where `skipped` says what became of the update.
@@ -59,13 +62,14 @@ class Engine:
         clip_grad: float | None = None,
         clip_units: UnitClipping | None = None,
         ema: Ema | None = None,
+        reduce: str = "fp32",
         capture: str = "none",
         tuning: Tuning | None = None,
     ) -> None:
         if capture == "graph" and world.device.type != "cuda":
             raise DeviceError(f"engine.capture graph needs a CUDA device, not {world.device}; use none or compile")
         self.method, self.optimizer, self.world, self.ema = method, optimizer, world, ema
-        self.precision, self.accumulate, self.capture = precision, accumulate, capture
+        self.precision, self.accumulate, self.reduce, self.capture = precision, accumulate, reduce, capture
         self.tuning = tuning
         self.guard = Guard(precision, clip_grad, world.device)
         self.clip_units = clip_units
@@ -108,6 +112,8 @@ class Engine:
             self.module = DistributedDataParallel(
                 self.module, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
             )
+            if self.reduce in _REDUCTIONS:
+                self.module.register_comm_hook(None, _REDUCTIONS[self.reduce])
         self._graphed = GraphedStep(self._run_step, self.world.device, self.method) if self.capture == "graph" else None
 
     # ---- for methods -------------------------------------------------------------------------------------------------

@@ -544,11 +544,20 @@ def bus(gpu: GPU, world: int, nodes: int) -> float:
 
 
 def communication(
-    network: Network, time: Step, gpu: GPU, work: Work, *, world: int, nodes: int, sharding: str, accumulate: int
+    network: Network,
+    time: Step,
+    gpu: GPU,
+    work: Work,
+    *,
+    world: int,
+    nodes: int,
+    sharding: str,
+    accumulate: int,
+    reduced: int = 4,
 ) -> Communication:
-    """Of a step; `time` is that of the micro-batch `work`.
+    """Of a step; `time` is that of the micro-batch `work`, and a gradient travels in `reduced` bytes.
 
-    ddp   a ring all-reduce of float32 gradients: 2 (W - 1) / W of their bytes, hidden behind the backward of the last
+    ddp   a ring all-reduce of the gradients: 2 (W - 1) / W of their bytes, hidden behind the backward of the last
           micro-batch but for the last bucket
     fsdp  every micro-batch gathers the weights in forward and in backward, (W - 1) / W of their bytes each, and
           scatters float32 gradients, (W - 1) / W of theirs; a block is sent while its neighbour computes, but for the
@@ -558,11 +567,11 @@ def communication(
     """
     share, rate = (world - 1) / world, bus(gpu, world, nodes)
     trained = work.of(network).parameters
-    gradients = 4.0 * trained * share
     if sharding == "ddp":
-        spent = 2 * gradients / rate
-        last = spent * min(1.0, _BUCKET / (4 * trained))
-        return Communication(2 * gradients, spent, max(spent - time.backward, last))
+        sent = 2.0 * reduced * trained * share
+        last = min(1.0, _BUCKET / (4 * trained))
+        return Communication(sent, sent / rate, max(sent / rate - time.backward, sent / rate * last))
+    gradients = 4.0 * trained * share
     weights = work.bytes * network.parameters * share
     unit = 1 / network.vit.depth if network.vit else 1.0
     exposed = sum(

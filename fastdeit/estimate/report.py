@@ -208,7 +208,7 @@ def _run(
         usual = design if teacher.own and teacher.vit else estimate.EAGER
         judged += estimate.step(teacher, unseen, usual, gpu).forward
     ring = {"world": machine.count, "nodes": machine.nodes, "sharding": sharding}
-    ring |= {"accumulate": train.accumulate}
+    ring |= {"accumulate": train.accumulate, "reduced": 4 if trained.recipe.engine.reduce == "fp32" else 2}
     spent = estimate.communication(trained.student, time, gpu, work, **ring)
 
     def whole(time: Step) -> float:

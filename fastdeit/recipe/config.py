@@ -302,6 +302,9 @@ class EngineConfig(Section):
     residual: Literal["fp32", "bf16"] = "fp32"
     """Type of the residual stream between the blocks and of its gradient. bf16 moves fewer bytes and rounds them in
     every block; it needs precision bf16."""
+    reduce: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type in which gradients travel between processes. 16 bit halve the traffic and round every gradient twice; fp16
+    needs precision fp16, whose loss scale keeps small gradients from vanishing."""
     sync_batchnorm: bool = False
     """Normalise over the batches of all processes (SyncBatchNorm), so that several learn what one does; false: each
     process normalises its own, which is quicker."""
@@ -323,6 +326,16 @@ class EngineConfig(Section):
                 "choose one"
             )
         return keep
+
+    @field_validator("reduce")
+    @classmethod
+    def _scaled(cls, reduce: str, info: ValidationInfo) -> str:
+        if reduce == "fp16" and (precision := info.data.get("precision", reduce)) != "fp16":
+            raise ValueError(
+                f"fp16 needs engine.precision fp16, not {precision}: without a loss scale small gradients would become "
+                "0; bf16 keeps them"
+            )
+        return reduce
 
     @field_validator("residual")
     @classmethod

@@ -43,12 +43,12 @@ class Toy(nn.Module):
         pass
 
 
-def make(precision="fp32", accumulate=1, clip_grad=None, ema_decay=None, world=None, capture="none", tuning=None):
+def make(precision="fp32", accumulate=1, clip_grad=None, ema_decay=None, world=None, **others):
     toy = Toy()
     optimizer = AdamW(default_groups(toy.named_parameters(), 0.05))
     ema = Ema(optimizer.params, ema_decay, toy) if ema_decay is not None else None
     options = {"precision": precision, "accumulate": accumulate, "clip_grad": clip_grad, "ema": ema}
-    return Engine(toy, optimizer, world or World(CPU), capture=capture, tuning=tuning, **options)
+    return Engine(toy, optimizer, world or World(CPU), **options, **others)
 
 
 def weights(engine):
@@ -114,6 +114,30 @@ def test_two_processes_equal_one(ranks):
     for step in range(3):
         engine.step([X], 0.01 * (step + 1))
     assert means["loss"] == pytest.approx(engine.means()["loss"], rel=1e-5)
+
+
+def gradients_of_rank(rank, size, reduce):
+    """By name the gradients of this process alone, and those that the update gets."""
+    engine = make(world=World(CPU, rank, size), reduce=reduce)
+    part = X.chunk(size)[rank]
+    with engine.micro(last=False):
+        engine.backward(engine.run(part).loss)
+    alone = {name: p.grad.clone().numpy() for name, p in engine.method.named_parameters()}
+    engine.optimizer.zero_grad()
+    with engine.micro():
+        engine.backward(engine.run(part).loss)
+    return alone, {name: p.grad.clone().numpy() for name, p in engine.method.named_parameters()}
+
+
+@pytest.mark.parametrize("reduce", ["bf16", "fp16"])
+def test_gradients_that_travel_in_16_bit_are_rounded_sums_of_rounded_shares(ranks, reduce):
+    (first, given), (second, given_to_second) = ranks(2, gradients_of_rank, reduce)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[reduce]
+    for name in first:
+        shares = [torch.from_numpy(alone[name]).to(dtype) / 2 for alone in (first, second)]
+        assert np.array_equal(given[name], (shares[0] + shares[1]).float().numpy())
+        assert np.array_equal(given[name], given_to_second[name])
+        assert not np.array_equal(given[name], (first[name] + second[name]) / 2)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

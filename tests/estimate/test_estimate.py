@@ -386,9 +386,9 @@ def ring_bytes(world, size, *, gather, scatter):
     return turns * size / world
 
 
-def communicated(world, sharding="ddp", nodes=1, gpu="A100", accumulate=1, network=BASE):
+def communicated(world, sharding="ddp", nodes=1, gpu="A100", accumulate=1, network=BASE, **options):
     step = estimate.step(network, Work(128), FUSED, GPUS[gpu])
-    options = {"world": world, "nodes": nodes, "sharding": sharding, "accumulate": accumulate}
+    options |= {"world": world, "nodes": nodes, "sharding": sharding, "accumulate": accumulate}
     return estimate.communication(network, step, GPUS[gpu], Work(128), **options)
 
 
@@ -404,6 +404,7 @@ def test_bytes_are_those_of_rings(world):
     assert communicated(world).bytes == pytest.approx(ddp)
     assert communicated(world, "fsdp", accumulate=3).bytes == pytest.approx(3 * fsdp)
     assert communicated(world, accumulate=3).bytes == communicated(world).bytes
+    assert communicated(world, reduced=2) == tuple(figure / 2 for figure in communicated(world))
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])

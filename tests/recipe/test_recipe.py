@@ -116,6 +116,11 @@ FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     ("model.freeze[0]", "[3]", "must be text, got 3"),
     ("model.freeze[0]", "['']", "must not be empty, got ''"),
     # fields against each other
+    (
+        "engine.reduce",
+        "fp16",
+        "fp16 needs engine.precision fp16, not fp32: without a loss scale small gradients would become",
+    ),
     ("train.steps", "100", "is one length too many beside train.epochs 10; remove one of the two, got 100"),
     ("optim.clip_mode", "agc", "agc needs an optim.clip_grad below 1, such as 0.01; it is null, got 'agc'"),
     ("model.timm", "vit_tiny", "is one model too many beside model.name deit_tiny_patch16_224; remove one of the two"),
