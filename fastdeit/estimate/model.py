@@ -1,4 +1,4 @@
-"""What one training step costs on a GPU that need not be there: time, memory and communication, from shapes alone.
+"""How long one training step takes on a GPU that need not be there, from shapes alone.
 
 One roofline for everything: a step is a list of operations, each with its floating-point operations, the bytes it moves
 at best, and the kernels it launches. An operation takes
@@ -7,8 +7,8 @@ at best, and the kernels it launches. An operation takes
 
 with peaks and bandwidths of the makers' datasheets, and shares that kernels of its kind are expected to reach. Shares
 and gaps are the only judgements; they stand in `gpus.GPUS`. A step takes the sum, or the host's time to launch
-it all where that is longer. Of communication counts what no computation hides. `rows.py` tells how far this is
-from measurements.
+it all where that is longer. `memory.py` and `communication.py` have what else a step needs, and `rows.py` tells how
+far this is from measurements.
 
 Implementations of a step (`Design`) differ in three tables only: the backend of attention, the bytes and launches
 between the matrix products, and what a block keeps for backward. Bytes are those that PyTorch's autocast and this
@@ -18,20 +18,11 @@ Only the standard library is imported.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fastdeit.estimate.gpus import GPU, backend
-
-GIB = 2**30
-
-_COLLECTIVE_SHARE = 0.8
-"""Of a link, in NCCL's rings with large messages."""
-_USABLE_MEMORY = 0.95
-"""The rest is lost between the allocator's blocks."""
-_CONTEXT = 1.0 * GIB
-"""CUDA context, workspaces of cuBLAS, buffers of NCCL."""
 
 # ---- networks --------------------------------------------------------------------------------------------------------
 
@@ -520,150 +511,3 @@ def both(found: Iterable[Op], work: Work, design: Design, gpu: GPU) -> tuple[Ste
         for of in (lambda op: seconds(op, gpu, work.precision), lambda op: op.count * op.launches * design.launch)
     )
     return busy, host
-
-
-# ---- communication ---------------------------------------------------------------------------------------------------
-
-
-class Communication(NamedTuple):
-    """Bytes that a process sends in a step, the seconds that takes, and those that computation does not hide."""
-
-    bytes: float
-    seconds: float
-    exposed: float
-
-
-_BUCKET = 25 * 2**20
-"""Bytes of gradients that DistributedDataParallel sends at once."""
-
-
-def bus(gpu: GPU, world: int, nodes: int) -> float:
-    """Bytes/s at which rings through all GPUs run; a ring enters and leaves a node by each adapter, one a GPU."""
-    link = gpu.link if nodes == 1 else min(gpu.link, gpu.network * (world // nodes))
-    return _COLLECTIVE_SHARE * link
-
-
-def communication(
-    network: Network,
-    time: Step,
-    gpu: GPU,
-    work: Work,
-    *,
-    world: int,
-    nodes: int,
-    sharding: str,
-    accumulate: int,
-    reduced: int = 4,
-) -> Communication:
-    """Of a step; `time` is that of the micro-batch `work`, and a gradient travels in `reduced` bytes.
-
-    ddp   a ring all-reduce of the gradients: 2 (W - 1) / W of their bytes, hidden behind the backward of the last
-          micro-batch but for the last bucket
-    fsdp  every micro-batch gathers the weights in forward and in backward, (W - 1) / W of their bytes each, and
-          scatters float32 gradients, (W - 1) / W of theirs; a block is sent while its neighbour computes, but for the
-          first of each direction
-
-    The latency of a collective, tens of microseconds, is left out.
-    """
-    share, rate = (world - 1) / world, bus(gpu, world, nodes)
-    trained = work.of(network).parameters
-    if sharding == "ddp":
-        sent = 2.0 * reduced * trained * share
-        last = min(1.0, _BUCKET / (4 * trained))
-        return Communication(sent, sent / rate, max(sent / rate - time.backward, sent / rate * last))
-    gradients = 4.0 * trained * share
-    weights = work.bytes * network.parameters * share
-    unit = 1 / network.vit.depth if network.vit else 1.0
-    exposed = sum(
-        max(sent / rate - busy, sent / rate * unit)
-        for sent, busy in ((weights, time.forward), (weights + gradients, time.backward))
-    )
-    sent = 2 * weights + gradients
-    return Communication(accumulate * sent, accumulate * sent / rate, accumulate * exposed)
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-def blocks_saved(vit: ViT, work: Work, design: Design) -> list[float]:
-    """Bytes that each block keeps for backward.
-
-    For all tokens the input of the first LayerNorm in float32, its result, keys and values; for the tokens that come
-    out the rest: `Design.kept`. Besides, statistics of the LayerNorms and of the softmax.
-    """
-    a = work.bytes
-    channels, hidden = design.kept
-    of_input = (4 + 3 * a) * vit.dim + 8
-    of_output = (4 + (channels - 3) * a) * vit.dim + hidden * a * vit.hidden + 4 * vit.heads + 8
-    return [float(work.batch * (vit.tokens * of_input + rows * of_output)) for rows in vit.rows]
-
-
-def memory(
-    network: Network, work: Work, design: Design, *, world: int, sharding: str, teachers: Sequence[Network] = ()
-) -> dict[str, float | list[float]]:
-    """Bytes of a process at the peak, the begin of backward, by what they are for; `blocks` has one entry a block.
-
-    casts: autocast's copies of the weights, or fsdp's two gathered blocks and a block of gradients. workspace: the
-    gradients of a block's activations. recomputed: of the block that is
-    computed again. input: a uint8 batch, two more that are prefetched, and the rendered images
-    (a ViT's are those that `embedding` keeps).
-    """
-    a, vit, batch = work.bytes, computed(network, design).vit, work.batch
-    trained, shards = work.of(network), world if sharding == "fsdp" else 1
-    depth = vit.depth if vit else 1
-    sharded = (2 * a + 4) * network.parameters / depth
-    parts: dict[str, float | list[float]] = {
-        "weights": 4 * network.parameters / shards,
-        "gradients": 4 * trained.parameters / shards,
-        "moments": 4 * trained.states / shards,
-        "ema": 4 * trained.parameters / shards * work.ema,
-        "casts": sharded if sharding == "fsdp" else a * network.parameters * (a < 4),
-        "teacher": 0.0,
-        "input": 3.0 * batch * network.values + (0 if vit else a * batch * network.values),
-        "logits": float((8 + a) * batch * network.outputs),
-        "context": _CONTEXT,
-    }
-    if teachers:
-        # They answer one after the other.
-        most = max(a * batch * teacher.values + batch * _forward_peak(teacher, a) for teacher in teachers)
-        parts["teacher"] = 4.0 * sum(teacher.parameters for teacher in teachers) + most
-    if vit is None:
-        parts |= {"blocks": [network.saved * a / 4 * batch], "workspace": float(network.widest * a / 4 * batch)}
-        return parts
-    wide = (2 + (design.kept[1] == 1)) * a * vit.hidden  # the gradients on both sides of GELU, and its result
-    return parts | {
-        "embedding": float(a * batch * vit.patches * vit.patch_values) * (trained.still == 0),
-        **_kept(vit, work, design, trained),
-        "workspace": float(batch * vit.tokens * (wide + (4 + 2 * a) * vit.dim)),
-    }
-
-
-def _kept(vit: ViT, work: Work, design: Design, trained: Trained) -> dict[str, float | list[float]]:
-    """What the blocks keep for backward: nothing where nothing goes backward, and their input alone where they are
-    computed again, which then takes the whole of one block at a time."""
-    learn = [place >= trained.still_blocks for place in range(vit.depth)]
-    whole = [saved * learns for saved, learns in zip(blocks_saved(vit, work, design), learn, strict=True)]
-    if not trained.recomputed:
-        return {"blocks": whole}
-    inputs = [4.0 * work.batch * vit.tokens * vit.dim * learns for learns in learn]
-    return {"blocks": inputs, "recomputed": max(whole)}
-
-
-def _forward_peak(network: Network, a: int) -> float:
-    """Activation bytes of the widest place of a forward for one image: in a ViT the MLP, with the residual stream."""
-    vit = network.vit
-    if vit is None:
-        return network.widest * a / 4
-    return float(vit.tokens * (2 * a * vit.hidden + (4 + a) * vit.dim))
-
-
-def total(parts: dict[str, float | list[float]]) -> float:
-    """Bytes of all parts of `memory`."""
-    return sum(sum(part) if isinstance(part, list) else part for part in parts.values())
-
-
-def largest_batch(network: Network, work: Work, design: Design, gpu: GPU, multiple: int, **options: object) -> int:
-    """Images of the largest micro-batch of a process that fits, a multiple of `multiple`; 0 where none does."""
-    fixed = total(memory(network, replace(work, batch=0), design, **options))
-    each = total(memory(network, replace(work, batch=multiple), design, **options)) - fixed
-    return max(0, int((_USABLE_MEMORY * gpu.memory - fixed) // each)) * multiple

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastdeit import methods
 from fastdeit.engine.progress import table
+from fastdeit.estimate import communication, memory
 from fastdeit.estimate import interval as estimate_interval
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import GPU
 from fastdeit.estimate.machines import Machine
-from fastdeit.estimate.model import DESIGNS, GIB, TIMM_COMPILE, Design, Network, Step, Work
+from fastdeit.estimate.memory import GIB
+from fastdeit.estimate.model import DESIGNS, TIMM_COMPILE, Design, Network, Step, Work
 from fastdeit.estimate.rows import MODELLED
 from fastdeit.estimate.subject import IMAGENET, Subject, network, subject
 
@@ -143,10 +145,10 @@ def _plan(
     seconds = {name: run[name] for name in ("training", "evaluation", "teacher")}
     seconds["total"] = sum(seconds.values())
     options = {"world": machine.count, "sharding": sharding, "teachers": trained.teachers}
-    parts = estimate.memory(student, work, design, **options)
+    parts = memory.peak(student, work, design, **options)
     sizes, passes = (trained.recipe.data.group_size, 1), trained.recipe.method.passes
     fits, unmixed = (
-        estimate.largest_batch(student, work, design, gpu, passes * size, **options) // passes for size in sizes
+        memory.largest_batch(student, work, design, gpu, passes * size, **options) // passes for size in sizes
     )
     peak = gpu.tf32 if work.precision == "fp32" else gpu.flops
     flops = estimate.useful_flops(student, work) * passes * train.batch_size
@@ -163,7 +165,7 @@ def _plan(
         "mfu": flops / (run["step"] * machine.count * peak),
         "step": {"seconds": run["step"], "teacher_seconds": run["teacher_step"]},
         "communication": run["communication"],
-        "memory": {"total": estimate.total(parts), "parts": parts, "available": gpu.memory},
+        "memory": {"total": memory.total(parts), "parts": parts, "available": gpu.memory},
         "largest_batch": fits,
         "largest_group": unmixed,
         "fits": work.batch // passes <= fits,
@@ -209,7 +211,7 @@ def _run(
         judged += estimate.step(teacher, unseen, usual, gpu).forward
     ring = {"world": machine.count, "nodes": machine.nodes, "sharding": sharding}
     ring |= {"accumulate": train.accumulate, "reduced": 4 if trained.recipe.engine.reduce == "fp32" else 2}
-    spent = estimate.communication(trained.student, time, gpu, work, **ring)
+    spent = communication.of_step(trained.student, time, gpu, work, **ring)
 
     def whole(time: Step) -> float:
         return train.accumulate * (time.forward + time.backward + judged) + time.update + spent.exposed
@@ -283,7 +285,7 @@ def _cost_of_kept_activations(trained: Subject, machine: Machine, sharding: str)
         return []
     sides = estimate.FUSED, estimate.keeping(estimate.FUSED)
     options = {"world": machine.count, "sharding": sharding}
-    less, more = (estimate.total(estimate.memory(student, work, design, **options)) / GIB for design in sides)
+    less, more = (memory.total(memory.peak(student, work, design, **options)) / GIB for design in sides)
     slow, fast = (sum(estimate.step(student, work, design, machine.gpu)) for design in sides)
     return [
         f"engine.keep_activations=true takes {more - less:,.2f} GiB of a GPU more, and {1 - fast / slow:.1%} less time "

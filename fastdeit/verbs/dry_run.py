@@ -16,8 +16,8 @@ from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import pick_device
 from fastdeit.engine.metrics import check_sinks
 from fastdeit.errors import UsageError
+from fastdeit.estimate import memory, report
 from fastdeit.estimate import model as estimate
-from fastdeit.estimate import report
 from fastdeit.estimate.gpus import GPUS, GPUS_PER_NODE
 from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.rows import known_gpu
@@ -145,16 +145,16 @@ def _estimates(recipe: "Recipe", subject: Subject, processes: int, device: torch
         found = report.report(recipe, [Machine(gpu, processes, nodes)], images=subject.images)
         plans = {plan["design"]: plan for plan in found["plans"]}
         plan = plans.get("fused") or next(iter(plans.values()))
-        memory, available = plan["memory"]["total"], plan["memory"]["available"]
-        yield f"{memory / estimate.GIB:,.1f} of {available / estimate.GIB:,.0f} GiB of a GPU (modelled, not measured)"
+        needed, available = plan["memory"]["total"], plan["memory"]["available"]
+        yield f"{needed / memory.GIB:,.1f} of {available / memory.GIB:,.0f} GiB of a GPU (modelled, not measured)"
         yield f"{plan['seconds']['total'] / 3600:,.2g} hours (speed is {plan['basis']['speed']}; input keeps up)"
         return
     micro = recipe.method.passes * recipe.train.batch_size // (processes * recipe.train.accumulate)
     averaged = recipe.optim.ema_decay is not None
     work = estimate.Work(micro, recipe.engine.precision, recipe.model.drop_path > 0, averaged, subject.trained)
-    parts = estimate.memory(
+    parts = memory.peak(
         subject.student, work, estimate.EAGER, world=processes, sharding="ddp", teachers=subject.teachers
     )
     parts.pop("context")  # of CUDA
-    yield f"{estimate.total(parts) / estimate.GIB:,.2g} GiB a process besides the libraries (modelled, not measured)"
+    yield f"{memory.total(parts) / memory.GIB:,.2g} GiB a process besides the libraries (modelled, not measured)"
     yield f"no time: there is no model of the speed of {_named(device)}; `fastdeit plan {recipe.name}` knows some GPUs"

@@ -10,8 +10,8 @@ from fastdeit.data.sources import digits, kinds
 from fastdeit.data.sources.datasets import open_pair
 from fastdeit.engine import optimizers
 from fastdeit.engine.options import OPTIMIZERS
+from fastdeit.estimate import memory, report, subject
 from fastdeit.estimate import model as estimate
-from fastdeit.estimate import report, subject
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import DEFAULT_GPUS, GPUS
 from fastdeit.estimate.machines import Machine
@@ -75,7 +75,7 @@ def test_json_is_complete(plan):
         assert row.keys() == PLAN_KEYS
         assert row["basis"].keys() == {"speed", "teacher", "communication", "memory"}
         assert row["seconds"]["total"] == sum(row["seconds"][part] for part in ("training", "evaluation", "teacher"))
-        assert row["memory"]["total"] == pytest.approx(estimate.total(row["memory"]["parts"]))
+        assert row["memory"]["total"] == pytest.approx(memory.total(row["memory"]["parts"]))
         assert 0 < row["mfu"] < 1
     for row in found["published"]:
         assert row["source"]

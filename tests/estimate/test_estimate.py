@@ -16,11 +16,11 @@ from fastdeit import kernels, models
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
-from fastdeit.estimate import gpus, subject
+from fastdeit.estimate import communication, gpus, memory, subject
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import GPUS
-from fastdeit.estimate.model import DESIGNS, EAGER, EPILOGUE, FUSED, GIB, TIMM, TIMM_COMPILE, Network, ViT, Work
+from fastdeit.estimate.model import DESIGNS, EAGER, EPILOGUE, FUSED, TIMM, TIMM_COMPILE, Network, ViT, Work
 from fastdeit.kernels import _op
 from fastdeit.kernels.attention import fused_backward, tiles
 from fastdeit.models.deit import CONFIGS
@@ -267,9 +267,9 @@ def test_kept_activations_take_memory_and_save_bytes(design):
     """One more of the MLP's hidden values is kept, and one fewer written, in every block."""
     kept, work = estimate.keeping(design), Work(256)
     rows = 256 * sum(BASE.vit.rows) * BASE.vit.hidden * work.bytes
-    memory = [sum(estimate.blocks_saved(BASE.vit, work, side)) for side in (design, kept)]
+    held = [sum(memory.blocks_saved(BASE.vit, work, side)) for side in (design, kept)]
     moved = [sum(op.bytes * op.count for op in estimate.ops(BASE, work, side, GPUS["A100"])) for side in (design, kept)]
-    assert memory[1] - memory[0] == moved[0] - moved[1] == rows
+    assert held[1] - held[0] == moved[0] - moved[1] == rows
     assert estimate.keeping(EAGER) is EAGER
 
 
@@ -320,7 +320,7 @@ def test_blocks_keep_what_torch_keeps(design, backend, keep):
     """The registered references keep what the fused kernels keep. Differences leave copies of weights out."""
     two, three = (saved_bytes(backend, 3, depth, keep) - saved_bytes(backend, 2, depth, keep) for depth in (2, 3))
     vit = ViT(16, 2, 768, 192, 3, 3, 768, 1000)
-    full, _, last = estimate.blocks_saved(vit, Work(1), estimate.keeping(design) if keep else design)
+    full, _, last = memory.blocks_saved(vit, Work(1), estimate.keeping(design) if keep else design)
     assert full == pytest.approx(three - two, rel=0.01)
     patches = 2 * 16 * 768
     assert full + last + patches == pytest.approx(two, rel=0.05)
@@ -330,7 +330,7 @@ def test_weights_moments_and_average_are_the_optimizer_s():
     model = models.build("deit_tiny_patch16_224")
     optimizer = AdamW(default_groups(model.named_parameters(), 0.05))
     average = Ema(dict(model.named_parameters()), 0.9, model).average
-    parts = estimate.memory(network_of(vit_of(model)), Work(1, ema=True), FUSED, world=1, sharding="ddp")
+    parts = memory.peak(network_of(vit_of(model)), Work(1, ema=True), FUSED, world=1, sharding="ddp")
 
     def size(tensors):
         return sum(tensor.nbytes for tensor in tensors)
@@ -342,7 +342,7 @@ def test_weights_moments_and_average_are_the_optimizer_s():
 
 def test_sharding_divides_what_belongs_to_parameters():
     whole, sharded = (
-        estimate.memory(BASE, Work(8, ema=True), FUSED, world=8, sharding=sharding) for sharding in ("ddp", "fsdp")
+        memory.peak(BASE, Work(8, ema=True), FUSED, world=8, sharding=sharding) for sharding in ("ddp", "fsdp")
     )
     for part in ("weights", "gradients", "moments", "ema"):
         assert sharded[part] == whole[part] / 8
@@ -354,26 +354,24 @@ def test_sharding_divides_what_belongs_to_parameters():
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_the_largest_batch_fits_and_the_next_does_not(network, sharding):
     options = {"world": 8, "sharding": sharding, "teachers": [CONVNET]}
-    largest = estimate.largest_batch(network, Work(1), EAGER, GPUS["A100"], 64, **options)
-    sizes = [
-        estimate.total(estimate.memory(network, Work(batch), EAGER, **options)) for batch in (largest, largest + 64)
-    ]
+    largest = memory.largest_batch(network, Work(1), EAGER, GPUS["A100"], 64, **options)
+    sizes = [memory.total(memory.peak(network, Work(batch), EAGER, **options)) for batch in (largest, largest + 64)]
     assert largest % 64 == 0
     assert sizes[0] <= 0.95 * 80e9 < sizes[1]
 
 
 def test_nothing_fits_into_too_little():
-    card = replace(GPUS["A100"], memory=GIB)
-    assert estimate.largest_batch(BASE, Work(1), EAGER, card, 64, world=1, sharding="ddp") == 0
+    card = replace(GPUS["A100"], memory=memory.GIB)
+    assert memory.largest_batch(BASE, Work(1), EAGER, card, 64, world=1, sharding="ddp") == 0
 
 
 def test_a_teacher_takes_memory():
     without, with_it = (
-        estimate.memory(BASE, Work(64), FUSED, world=1, sharding="ddp", teachers=teachers) for teachers in ((), (BASE,))
+        memory.peak(BASE, Work(64), FUSED, world=1, sharding="ddp", teachers=teachers) for teachers in ((), (BASE,))
     )
     assert without["teacher"] == 0
     assert with_it["teacher"] > 4 * BASE.parameters
-    two = estimate.memory(BASE, Work(64), FUSED, world=1, sharding="ddp", teachers=(BASE, BASE))
+    two = memory.peak(BASE, Work(64), FUSED, world=1, sharding="ddp", teachers=(BASE, BASE))
     assert two["teacher"] - with_it["teacher"] == 4 * BASE.parameters
 
 
@@ -389,7 +387,7 @@ def ring_bytes(world, size, *, gather, scatter):
 def communicated(world, sharding="ddp", nodes=1, gpu="A100", accumulate=1, network=BASE, **options):
     step = estimate.step(network, Work(128), FUSED, GPUS[gpu])
     options |= {"world": world, "nodes": nodes, "sharding": sharding, "accumulate": accumulate}
-    return estimate.communication(network, step, GPUS[gpu], Work(128), **options)
+    return communication.of_step(network, step, GPUS[gpu], Work(128), **options)
 
 
 def test_one_gpu_sends_nothing():
@@ -418,7 +416,7 @@ def test_some_of_it_shows_and_never_more_than_all(sharding):
 
 def test_more_adapters_are_faster():
     assert communicated(16, nodes=2).seconds < communicated(16, nodes=4).seconds < communicated(16, nodes=8).seconds
-    assert estimate.bus(GPUS["A100"], 16, 2) < estimate.bus(GPUS["A100"], 8, 1)
+    assert communication.bus(GPUS["A100"], 16, 2) < communication.bus(GPUS["A100"], 8, 1)
 
 
 # ---- against measurements --------------------------------------------------------------------------------------------

@@ -1,0 +1,101 @@
+"""What a training step keeps in the memory of a GPU, and how large a batch fits, from shapes alone.
+
+Only the standard library is imported.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fastdeit.estimate.gpus import GPU
+from fastdeit.estimate.model import Design, Network, Trained, ViT, Work, computed
+
+GIB = 2**30
+
+_USABLE = 0.95
+"""Of the memory; the rest is lost between the allocator's blocks."""
+_CONTEXT = 1.0 * GIB
+"""CUDA context, workspaces of cuBLAS, buffers of NCCL."""
+
+
+def blocks_saved(vit: ViT, work: Work, design: Design) -> list[float]:
+    """Bytes that each block keeps for backward.
+
+    For all tokens the input of the first LayerNorm in float32, its result, keys and values; for the tokens that come
+    out the rest: `Design.kept`. Besides, statistics of the LayerNorms and of the softmax.
+    """
+    a = work.bytes
+    channels, hidden = design.kept
+    of_input = (4 + 3 * a) * vit.dim + 8
+    of_output = (4 + (channels - 3) * a) * vit.dim + hidden * a * vit.hidden + 4 * vit.heads + 8
+    return [float(work.batch * (vit.tokens * of_input + rows * of_output)) for rows in vit.rows]
+
+
+def peak(
+    network: Network, work: Work, design: Design, *, world: int, sharding: str, teachers: Sequence[Network] = ()
+) -> dict[str, float | list[float]]:
+    """Bytes of a process at the peak, the begin of backward, by what they are for; `blocks` has one entry a block.
+
+    casts: autocast's copies of the weights, or fsdp's two gathered blocks and a block of gradients. workspace: the
+    gradients of a block's activations. recomputed: of the block that is
+    computed again. input: a uint8 batch, two more that are prefetched, and the rendered images
+    (a ViT's are those that `embedding` keeps).
+    """
+    a, vit, batch = work.bytes, computed(network, design).vit, work.batch
+    trained, shards = work.of(network), world if sharding == "fsdp" else 1
+    depth = vit.depth if vit else 1
+    sharded = (2 * a + 4) * network.parameters / depth
+    parts: dict[str, float | list[float]] = {
+        "weights": 4 * network.parameters / shards,
+        "gradients": 4 * trained.parameters / shards,
+        "moments": 4 * trained.states / shards,
+        "ema": 4 * trained.parameters / shards * work.ema,
+        "casts": sharded if sharding == "fsdp" else a * network.parameters * (a < 4),
+        "teacher": 0.0,
+        "input": 3.0 * batch * network.values + (0 if vit else a * batch * network.values),
+        "logits": float((8 + a) * batch * network.outputs),
+        "context": _CONTEXT,
+    }
+    if teachers:
+        # They answer one after the other.
+        most = max(a * batch * teacher.values + batch * _forward_peak(teacher, a) for teacher in teachers)
+        parts["teacher"] = 4.0 * sum(teacher.parameters for teacher in teachers) + most
+    if vit is None:
+        parts |= {"blocks": [network.saved * a / 4 * batch], "workspace": float(network.widest * a / 4 * batch)}
+        return parts
+    wide = (2 + (design.kept[1] == 1)) * a * vit.hidden  # the gradients on both sides of GELU, and its result
+    return parts | {
+        "embedding": float(a * batch * vit.patches * vit.patch_values) * (trained.still == 0),
+        **_kept(vit, work, design, trained),
+        "workspace": float(batch * vit.tokens * (wide + (4 + 2 * a) * vit.dim)),
+    }
+
+
+def _kept(vit: ViT, work: Work, design: Design, trained: Trained) -> dict[str, float | list[float]]:
+    """What the blocks keep for backward: nothing where nothing goes backward, and their input alone where they are
+    computed again, which then takes the whole of one block at a time."""
+    learn = [place >= trained.still_blocks for place in range(vit.depth)]
+    whole = [saved * learns for saved, learns in zip(blocks_saved(vit, work, design), learn, strict=True)]
+    if not trained.recomputed:
+        return {"blocks": whole}
+    inputs = [4.0 * work.batch * vit.tokens * vit.dim * learns for learns in learn]
+    return {"blocks": inputs, "recomputed": max(whole)}
+
+
+def _forward_peak(network: Network, a: int) -> float:
+    """Activation bytes of the widest place of a forward for one image: in a ViT the MLP, with the residual stream."""
+    vit = network.vit
+    if vit is None:
+        return network.widest * a / 4
+    return float(vit.tokens * (2 * a * vit.hidden + (4 + a) * vit.dim))
+
+
+def total(parts: dict[str, float | list[float]]) -> float:
+    """Bytes of all parts of `peak`."""
+    return sum(sum(part) if isinstance(part, list) else part for part in parts.values())
+
+
+def largest_batch(network: Network, work: Work, design: Design, gpu: GPU, multiple: int, **options: object) -> int:
+    """Images of the largest micro-batch of a process that fits, a multiple of `multiple`; 0 where none does."""
+    fixed = total(peak(network, replace(work, batch=0), design, **options))
+    each = total(peak(network, replace(work, batch=multiple), design, **options)) - fixed
+    return max(0, int((_USABLE * gpu.memory - fixed) // each)) * multiple
