@@ -17,7 +17,8 @@ from fastdeit.text import some
 
 HEADS = ("head", "head_dist")
 """Heads of the DeiT family, which weights may have where a network has none."""
-
+_PREFIX = ("cls_token", "dist_token", "reg_token")
+"""Tokens in front of those of the patches, in their order."""
 
 _SAY_GRID = (
     "a run tells how they lie; of a file, say it with model.weights_grid=[height, width], or of a teacher with "
@@ -72,9 +73,10 @@ def load_weights(
                 of classes: what only the model has, and such a head, is initialised anew; what only the weights have is
                 left out. None: the heads, and the distillation token. Everything else must be there on both sides
 
-    A positional embedding for another image size is resized (`resize_pos_embed`). The names of LeViT's files and of
-    DeiT's parallel blocks are mapped, and LayerScale is renamed or folded (`convert`). Raises ValueError, before
-    anything is changed, where something is missing, left over, or of another shape or kind of number.
+    A positional embedding for another image size is resized (`resize_pos_embed`). Where the model adds its prefix
+    tokens without positions, those of the weights are added to the tokens. The names of LeViT's files and of DeiT's
+    parallel blocks are mapped, and LayerScale is renamed or folded (`convert`). Raises ValueError, before anything is
+    changed, where something is missing, left over, or of another shape or kind of number.
     """
     own = model.state_dict()
     if odd := [name for name, tensor in state_dict.items() if tensor.layout != torch.strided or tensor.is_meta]:
@@ -107,6 +109,9 @@ def load_weights(
     if "pos_embed" in taken and taken["pos_embed"].ndim == 3 and getattr(model, "grid", None) is not None:
         taken["pos_embed"], note = resize_pos_embed(tensors, model, grid)
         resized = (note,) if note else ()
+        if model.prefix_positions == 0:
+            tokens = _prefix_with_positions(tensors, tuple(model.grid), grid)
+            taken |= {name: tensor for name, tensor in tokens.items() if name in taken}
     _refuse_other_shapes(taken, own)
     model.load_state_dict(taken, strict=False)
     for head in heads:
@@ -153,11 +158,11 @@ def resize_pos_embed(
 
     Patch positions are interpolated as DeiT does for fine-tuning at another size (`positions.interpolated`). Positions
     of prefix tokens are copied; one that only the model has is 0 if the weights add the token without a position
-    (DeiT III), and else stays as initialised, as its token does.
+    (DeiT III), and else stays as initialised, as its token does. For a model that adds its prefix tokens without
+    positions there are none: the tokens themselves have them (`load_weights`).
 
     `grid` is the (height, width) of the weights' patches. Without it they are taken for a square. Raises ValueError
-    where they are none, or are as many as those of a model that is no square, and for a model that has no positions
-    for prefix tokens where the weights have them.
+    where they are none, or are as many as those of a model that is no square.
     """
     source, own = state_dict["pos_embed"], model.state_dict()["pos_embed"]
     new_grid, new_prefix = tuple(model.grid), model.prefix_positions
@@ -166,7 +171,7 @@ def resize_pos_embed(
         return source, ""
     note = f"pos_embed {old_prefix}+{_by(old_grid)} -> {new_prefix}+{_by(new_grid)}"
     if old_prefix and not new_prefix:
-        raise ValueError(f"{note}: the model adds its prefix tokens without positions, so these would be lost")
+        note += " (positions of the prefix tokens added to these)"
     patches = source[:, old_prefix:]
     if old_grid != new_grid:
         patches = interpolated(patches, old_grid, new_grid)
@@ -177,6 +182,19 @@ def resize_pos_embed(
         prefix = torch.cat((prefix, own[:, prefix.shape[1] : new_prefix].to(source)), 1)
         note += " (position of the distillation token kept as initialised)"
     return torch.cat((prefix, patches), 1), note
+
+
+def _prefix_with_positions(
+    state_dict: Mapping[str, Tensor], new_grid: tuple[int, int], grid: tuple[int, int] | None
+) -> dict[str, Tensor]:
+    """The prefix tokens of the weights with their positions added, which is what their own model does with both."""
+    positions, start, found = state_dict["pos_embed"], 0, {}
+    if _source_layout(positions, state_dict, new_grid, grid)[0]:
+        for name in (name for name in _PREFIX if name in state_dict):
+            token = state_dict[name]
+            found[name] = token + positions[:, start : start + token.shape[1]]
+            start += token.shape[1]
+    return found
 
 
 def _source_layout(
@@ -205,7 +223,7 @@ def _source_layout(
 
 def _tokens(state_dict: Mapping[str, Tensor]) -> int:
     """Number of prefix tokens of the model the weights come from."""
-    return sum(state_dict[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in state_dict)
+    return sum(state_dict[name].shape[1] for name in _PREFIX if name in state_dict)
 
 
 def _by(grid: tuple[int, int]) -> str:

@@ -5,6 +5,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 
 from fastdeit import models
+from fastdeit.models.vit import VisionTransformer, ViTConfig
 from fastdeit.models.weights import LoadReport, load_weights, resize_pos_embed
 
 PLAIN, DISTILLED = "deit_digits_patch8_32", "deit_digits_distilled_patch8_32"
@@ -206,11 +207,21 @@ def test_a_timm_model_is_loaded_as_ours_is():
     torch.testing.assert_close(peer.inner.pos_embed.detach(), timms(source["pos_embed"], (6, 6), prefix=2))
 
 
-def test_a_model_that_has_no_positions_for_its_prefix_refuses_to_lose_them():
-    peer = models.build_timm("deit3_small_patch16_224", image_size=64)
-    source = weights(dim=384, depth=12, patch_size=16, image_size=64, num_classes=1000)
-    source |= {f"blocks.{i}.ls{k}.gamma": torch.ones(384) for i in range(12) for k in (1, 2)}
-    with pytest.raises(
-        ValueError, match=r"pos_embed 1\+4x4 -> 0\+4x4: the model adds its prefix tokens without positions"
-    ):
-        load_weights(peer, source)
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_positions_of_the_prefix_go_into_its_tokens(distilled, size):
+    """DeiT's weights in a model that adds its class token behind the positions, as DeiT III does: the same function."""
+    common = {"patch_size": 8, "dim": 16, "depth": 1, "heads": 2, "num_classes": 4, "distilled": distilled}
+    torch.manual_seed(0)
+    theirs = VisionTransformer(ViTConfig(32, **common))
+    source = {name: torch.randn_like(tensor) for name, tensor in theirs.state_dict().items()}
+    ours, same = (VisionTransformer(ViTConfig(size, **common, no_embed_class=less)) for less in (True, False))
+    report = load_weights(ours, source)
+    load_weights(same, source)
+    prefix, side = 1 + distilled, size // 8
+    told = f"pos_embed {prefix}+4x4 -> 0+{side}x{side} (positions of the prefix tokens added to these)"
+    assert report.resized == (told,)
+    x = torch.randn(2, 3, size, size)
+    assert torch.equal(ours.tokens(x), same.tokens(x))
+    assert not torch.equal(ours.cls_token, source["cls_token"])
+    assert load_weights(ours, ours.state_dict()).exact
