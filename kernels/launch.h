@@ -45,12 +45,13 @@ struct LaunchShape {
   int shared_bytes;
 };
 
-constexpr int tile_bytes(int rows, int head_dim) { return rows * (head_dim + kTilePadding) * 2; }
+__host__ __device__ constexpr int tile_bytes(int rows, int head_dim) { return rows * (head_dim + kTilePadding) * 2; }
 
 constexpr int kStripBytes = kRows * kStripPitch * 4;
 
 // The row of the table above. `tokens` and `batch` are positive, and head_dim is one of the four.
-constexpr LaunchShape launch_shape(Kernel kernel, long long batch, long long tokens, long long heads, int head_dim) {
+__host__ __device__ constexpr LaunchShape launch_shape(Kernel kernel, long long batch, long long tokens,
+                                                       long long heads, int head_dim) {
   const long long blocks = (tokens + kRows - 1) / kRows * heads * batch;
   const int of_rows = tile_bytes(kRows, head_dim), of_columns = tile_bytes(kColumns, head_dim);
   switch (kernel) {
