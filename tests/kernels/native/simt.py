@@ -1,0 +1,147 @@
+"""The native kernels compiled by the host's compiler against the SIMT shim, and called through their C API.
+
+`shim/device.cuh` and `shim/cuda_runtime.h` take the place of the headers for CUDA. The rest is what is shipped: the
+files of `kernels/`, or copies of them with a fault planted (`mutants.py`).
+"""
+
+import ctypes
+import math
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KERNELS = Path(__file__).parents[3] / "kernels"
+SHIM = Path(__file__).parent / "shim"
+HEAD_DIMS = 32, 64, 96, 128
+COMPILER = shutil.which("g++")
+UNAVAILABLE = None if COMPILER else "there is no g++ to compile the kernels for the CPU"
+
+_FLAGS = "-std=c++17 -O2 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -x c++".split()
+_CHECKED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0".split()
+_LAUNCH_FAILED, _FLOAT16 = 7, 1
+
+
+class Fault(AssertionError):
+    """What a kernel did that no kernel may do: the shim's sentence about it."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The C API of kernels that run on the CPU."""
+
+    library: ctypes.CDLL
+
+    def status_text(self, status: int) -> str:
+        """The sentence of the API for a status."""
+        return self.library.fastdeit_status_text(status).decode()
+
+    def launch_shape(self, kernel: int, batch: int, tokens: int, heads: int, head_dim: int) -> tuple[int, int, int]:
+        """(blocks, threads of a block, bytes of shared memory) of the kernel of that number."""
+        shape = (ctypes.c_int64 * 3)()
+        sizes = [ctypes.c_int64(size) for size in (batch, tokens, heads, head_dim)]
+        status = self.library.fastdeit_attention_launch_shape(kernel, *sizes, shape)
+        assert status == 0, self.status_text(status)
+        return tuple(shape)
+
+    def forward(self, qkv: Tensor, heads: int, scale: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """(out, lse) of qkv float16 `[B, N, 3*H*d]`; raises `Fault`. Another seed is another order of the threads."""
+        batch, tokens, width = qkv.shape
+        out = _poisoned(batch, tokens, width // 3, dtype=torch.float16)
+        lse = _poisoned(batch, heads, tokens, dtype=torch.float32)
+        self._call("forward", {"qkv": qkv}, {"out": out, "lse": lse}, heads, scale, seed)
+        return out, lse
+
+    def backward(
+        self, grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, scale: float, bias: bool, seed: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """(gradient of qkv, float32 `[3*H*d]` gradient of its bias, or None); raises `Fault`."""
+        batch, tokens, width = qkv.shape
+        dqkv = _poisoned(batch, tokens, width, dtype=torch.float16)
+        delta = _poisoned(batch, heads, tokens, dtype=torch.float32)
+        dbias = _poisoned(width, dtype=torch.float32) if bias else None
+        partial = _poisoned(batch * math.ceil(tokens / 64), width, dtype=torch.float32) if bias else None
+        inputs = {"grad": grad, "qkv": qkv, "out": out, "lse": lse}
+        outputs = {"dqkv": dqkv, "dbias": dbias, "delta": delta, "partial": partial}
+        self._call("backward", inputs, outputs, heads, scale, seed)
+        return dqkv, dbias
+
+    def _call(
+        self,
+        name: str,
+        inputs: dict[str, Tensor],
+        outputs: dict[str, Tensor | None],
+        heads: int,
+        scale: float,
+        seed: int,
+    ) -> None:
+        batch, tokens, width = inputs["qkv"].shape
+        library, writers = self.library, []
+        library.simt_seed(ctypes.c_uint64(seed))
+        library.simt_forget_regions()
+        for key, tensor in (inputs | outputs).items():
+            if tensor is None:
+                continue
+            assert tensor.is_contiguous()
+            writer = None
+            if key in outputs:
+                writers.append(np.zeros(tensor.nbytes // 2, np.uint32))
+                writer = ctypes.c_void_p(writers[-1].ctypes.data)
+            library.simt_region(key.encode(), _address(tensor), ctypes.c_size_t(tensor.nbytes), writer)
+        sizes = [ctypes.c_int64(size) for size in (batch, tokens, heads, width // (3 * heads))]
+        pointers = [_address(tensor) for tensor in (inputs | outputs).values()]
+        function = getattr(library, f"fastdeit_attention_{name}")
+        status = function(*pointers, *sizes, ctypes.c_float(scale), _FLOAT16, None)
+        if status == _LAUNCH_FAILED:
+            raise Fault(library.simt_fault().decode())
+        assert status == 0, self.status_text(status)
+
+
+def _poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def _address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def laid_out(folder: Path, planted: dict[str, str] | None = None) -> None:
+    """The files to compile, in one folder: the kernels, some of them with other text, and the shim over both."""
+    for file in (*KERNELS.iterdir(), *SHIM.iterdir()):
+        shutil.copy(file, folder)
+    for name, text in (planted or {}).items():
+        (folder / name).write_text(text)
+
+
+def compiled(folder: Path, source: str, target: str, head_dims: tuple[int, ...] = HEAD_DIMS) -> Path:
+    """One object file of the source, both in the folder. Kernels get the checks of their accesses to memory."""
+    named = f"-DFASTDEIT_HEAD_DIMS(each)={' '.join(f'each({head_dim})' for head_dim in head_dims)}"
+    checks = _CHECKED if source.endswith((".cu", "_kernels.cpp")) and source != "api.cu" else []
+    _run(folder, *_FLAGS, *checks, named, f"-I{folder}", "-c", source, "-o", target)
+    return folder / target
+
+
+def linked(folder: Path, target: str, *objects: Path) -> ctypes.CDLL:
+    """The objects as a library of this process."""
+    _run(folder, "-shared", *map(str, objects), "-o", target)
+    library = ctypes.CDLL(str(folder / target))
+    for name in ("simt_fault", "fastdeit_status_text"):
+        getattr(library, name).restype = ctypes.c_char_p
+    return library
+
+
+def _run(folder: Path, *arguments: str) -> None:
+    done = subprocess.run([COMPILER, *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def built(folder: Path, planted: dict[str, str] | None = None, head_dims: tuple[int, ...] = HEAD_DIMS) -> Kernels:
+    """The kernels, compiled in the folder."""
+    laid_out(folder, planted)
+    sources = "simt.cpp", "api.cu", "attention.cu"
+    objects = [compiled(folder, source, f"{source}.o", head_dims) for source in sources]
+    return Kernels(linked(folder, "kernels.so", *objects))
