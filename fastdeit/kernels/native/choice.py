@@ -35,10 +35,11 @@ class Found:
         return ", and ".join(self.refused)
 
     def drop(self, kernels: Runnable, why: str) -> None:
-        """These kernels do not run on this card after all."""
+        """These kernels do not run on this card after all. Where no others take their place, the op says so."""
         self.able.remove(kernels)
         self.refused.append(why)
-        _say(why)
+        if self.able:
+            _say(why)
 
 
 def capability(device: torch.device, forced: bool) -> tuple[bool, str]:
