@@ -6,8 +6,8 @@ from dataclasses import dataclass
 HEAD_DIMS = 32, 64, 96, 128
 ROWS = 64
 """Tokens of a block."""
-MOST_BLOCKS = 2**31 - 1
-"""Of the one dimension that all grids have."""
+MOST_BLOCKS = 2**31 - 1 - ROWS
+"""Of the one dimension that all grids have: blocks, and what they divide, are counted in 32 bits."""
 
 FORWARD, QUERY_GRADIENT, KEY_GRADIENT, BIAS_GRADIENT = "forward", "query_gradient", "key_gradient", "bias_gradient"
 KERNELS = FORWARD, QUERY_GRADIENT, KEY_GRADIENT, BIAS_GRADIENT

@@ -15,7 +15,9 @@ API_VERSION = 1
 _PLACES = Path(__file__).parent / NAME, Path(__file__).parents[3] / "build" / NAME
 """In a wheel that was built with a CUDA compiler, and in a checkout, where `cmake --build build` puts it."""
 
-_OK, _NO_KERNEL_IMAGE, _FLOAT16 = 0, 6, 1
+_OK, _FLOAT16 = 0, 1
+_NOT_LAUNCHED = 6, 7
+"""Statuses of a library for other cards, or for a newer driver."""
 _SIZES = [c_int64, c_int64, c_int64, c_int64, c_float, c_int, c_void_p]
 _FUNCTIONS = {
     "fastdeit_native_api_version": [],
@@ -51,8 +53,8 @@ class Library:
     def forward(self, qkv: Tensor, out: Tensor, lse: Tensor, sizes: Sizes, stream: int) -> None:
         """As of `Runnable`."""
         status = self._library.fastdeit_attention_forward(*_pointers(qkv, out, lse), *_numbers(sizes, stream))
-        if status == _NO_KERNEL_IMAGE:
-            raise Unusable(f"{self.origin} was built for other cards: {self._text(status)}")
+        if status in _NOT_LAUNCHED:
+            raise Unusable(f"{self.origin} does not run here: {self._text(status)}")
         self._check(status)
 
     def backward(

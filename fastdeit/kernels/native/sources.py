@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 _SUFFIXES = ".cu", ".cuh", ".h"
-_COPY = Path(__file__).parent / "cuda"
+_COPY = Path(__file__).parent / "cu"
 _REPOSITORY = Path(__file__).parents[3] / "kernels"
 
 
