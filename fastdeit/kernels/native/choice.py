@@ -98,14 +98,17 @@ def _kernels(card: int, refused: list[str]) -> Iterator[Runnable]:
         except LibraryError as error:
             refused.append(_say(f"the library {path} is not used: {error}"))
     try:
+        system = driver()
         program = build.program(card)
         for note in program.notes:
             _say(note)
-        yield Module(program, driver())
+        yield Module(program, system)
     except build.Missing as error:
         refused.append(str(error))
-    except (CompileError, CudaError) as error:
+    except CompileError as error:
         refused.append(_say(f"the kernels could not be compiled for sm_{card}: {error}"))
+    except CudaError as error:
+        refused.append(_say(str(error)))
 
 
 def _say(sentence: str) -> str:
