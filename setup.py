@@ -1,5 +1,123 @@
-"""Metadata lives in pyproject.toml; this file is where the optional native library will be built."""
+"""Metadata lives in pyproject.toml. This file adds the CUDA sources to a wheel, and the native library where a CUDA
+compiler is here.
 
-from setuptools import setup
+`FASTDEIT_NATIVE` says what becomes of the library: `auto`, the default, builds it where nvcc and cmake are found, and
+goes on without it otherwise; `0` never does; `1` fails with the reason where it cannot be built. An editable install
+reads the sources where they are and builds the library into `build/`, only with `1`: one that was built without being
+asked for would be older than the sources after the next change.
+"""
 
-setup()
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+NATIVE = Path("fastdeit", "kernels", "native")
+LIBRARY = "libfastdeit_native.so"
+SOURCES = ".cu", ".cuh", ".h"
+MODES = "auto", "0", "1"
+
+
+def mode() -> str:
+    """What the user asks for."""
+    asked = os.environ.get("FASTDEIT_NATIVE") or "auto"
+    if asked not in MODES:
+        raise SystemExit(f"FASTDEIT_NATIVE is {asked!r}, but must be one of: {', '.join(MODES)}")
+    return asked
+
+
+def compiler() -> str | None:
+    """Path of nvcc; CUDACXX and CUDA_HOME are asked first."""
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    places = [os.environ.get("CUDACXX"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next(filter(None, map(shutil.which, filter(None, places))), None)
+
+
+def missing() -> str | None:
+    """Why the library cannot be built here, None where it can."""
+    if compiler() is None:
+        return "there is no CUDA compiler; set CUDACXX to nvcc"
+    return "cmake is not here: pip install cmake" if shutil.which("cmake") is None else None
+
+
+def wanted(editable: bool) -> bool:
+    """Whether this build has to try."""
+    return mode() == "1" or (mode() == "auto" and not editable and missing() is None)
+
+
+class BuildError(Exception):
+    """The library cannot be built; the message is the reason in a line, `output` what CMake said."""
+
+    def __init__(self, reason: str, output: str = "") -> None:
+        super().__init__(reason)
+        self.output = output
+
+
+def build_library(folder: Path) -> Path:
+    """Build the library in `folder` by CMake. Raises BuildError."""
+    if why := missing():
+        raise BuildError(why)
+    configure = ["cmake", "-B", str(folder), "-S", str(ROOT), f"-DCMAKE_CUDA_COMPILER={compiler()}"]
+    for command in (configure, ["cmake", "--build", str(folder)]):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            lines = done.stdout.strip().splitlines()
+            error = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no reason given")
+            raise BuildError(f"{' '.join(command)}: {error}", done.stdout)
+    return folder / LIBRARY
+
+
+class Build(build_py):
+    """The package, with the sources in `cu/` of `fastdeit/kernels/native`, and the library beside it."""
+
+    def run(self) -> None:
+        super().run()
+        target = Path(self.build_lib) / NATIVE
+        if not self.editable_mode:
+            (target / "cu").mkdir(parents=True, exist_ok=True)
+            for path in sorted((ROOT / "kernels").iterdir()):
+                if path.suffix in SOURCES:
+                    shutil.copy(path, target / "cu")
+        if not wanted(self.editable_mode):
+            print(f"fastdeit: the native library is not built: {self._why_not()}", file=sys.stderr)
+            return
+        try:
+            if self.editable_mode:
+                build_library(ROOT / "build")
+            else:
+                temporary = Path(self.get_finalized_command("build").build_temp) / "native"
+                shutil.copy(build_library(temporary), target)
+        except BuildError as error:
+            if mode() == "1":
+                print(error.output, file=sys.stderr)
+                raise SystemExit(f"FASTDEIT_NATIVE=1, but the native library cannot be built: {error}") from error
+            print(f"fastdeit: going on without the native library: {error}", file=sys.stderr)
+
+    def _why_not(self) -> str:
+        if mode() == "0":
+            return "FASTDEIT_NATIVE=0"
+        return missing() or "an editable install builds it with FASTDEIT_NATIVE=1 alone"
+
+
+class WithLibrary(Distribution):
+    """With the library the wheel is one for this platform."""
+
+    def has_ext_modules(self) -> bool:
+        return wanted(editable=False)
+
+
+class Wheel(bdist_wheel):
+    """The library does not know Python, so that the wheel is one for every version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+
+
+setup(distclass=WithLibrary, cmdclass={"build_py": Build, "bdist_wheel": Wheel})

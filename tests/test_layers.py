@@ -40,13 +40,14 @@ LAYERS: dict[str, set[str]] = {
     "kernels.layer_norm": _OPS | {"kernels._derivatives", "kernels._rows"},
     "kernels.rms_norm": _OPS | {"kernels._rows"},
     "kernels.swiglu": _OPS,
-    "kernels.attention": _OPS | {"kernels._derivatives"},
+    "kernels.native": {"kernels._op"},
+    "kernels.attention": _OPS | {"kernels._derivatives", "kernels.native"},
     "kernels.mlp": _OPS | {"kernels.layer_norm"},
     "kernels.losses": _OPS | {"kernels._loss"},
     "kernels.cosub": _OPS | {"kernels._loss"},
     "kernels.optimizer": _OPS,
     "kernels.lint": _OPS | {"kernels.optimizer"},
-    "kernels.trial": {"kernels._op", "kernels._tried"},
+    "kernels.trial": {"kernels._op", "kernels._tried", "kernels.native"},
     "kernels.positions": set(),
     "kernels.nn": {
         *(

@@ -56,6 +56,7 @@ class Properties(NamedTuple):
 
 # NVIDIA's CUDA C++ Programming Guide, technical specifications by compute capability, and datasheets.
 CARDS = {
+    70: Properties("NVIDIA V100", 80, 96, 96),
     80: Properties("NVIDIA A100", 108, 163, 164),
     90: Properties("NVIDIA H200", 132, 227, 228),
     100: Properties("NVIDIA B200", 148, 227, 228),
@@ -230,7 +231,8 @@ def pretended_card(capturing: bool = False, arch: int = ARCH) -> Iterator[Card]:
         (torch, "Generator", _Generator),
         (torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)),
         (torch.cuda, "get_device_properties", lambda device=None: properties),
-        (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+        (torch.cuda, "is_bf16_supported", lambda *_, **__: arch >= 80),
+        (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "device", lambda device: nullcontext()),
         (torch.cuda, "current_stream", lambda device=None: stream),
         (torch.cuda, "is_current_stream_capturing", lambda: card.capturing),

@@ -43,6 +43,7 @@ VARIABLE = "FASTDEIT_KERNELS"
 AUTO, REFERENCE = "auto", "reference"
 MEASURED = "measured: "
 """How the reason of a row of `choices.json` begins that was measured, and not judged by the compiled code."""
+_ALONE = "there is no other kernel for it yet"
 OPS: dict[str, "Op"] = {}
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -223,7 +224,17 @@ class Op:
 
     def select(self, device: torch.device) -> tuple[Backend, str]:
         """The backend for tensors on `device` and the reason; RuntimeError when the forced one cannot run."""
-        return self._able(device)[0]
+        backend, reason = self._able(device)[0]
+        return backend, self._why_no_other(device) or reason if reason == _ALONE else reason
+
+    def _why_no_other(self, device: torch.device) -> str:
+        """Why none of the other backends runs on a card."""
+        why: dict[str, list[str]] = {}
+        for backend in self.backends[:-1]:
+            able, reason = backend.capability(device, False)
+            if not able:
+                why.setdefault(reason, []).append(backend.name)
+        return "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in why.items())
 
     def _able(
         self, device: torch.device, args: Sequence[Any] = (), trained: Callable[[Sequence[Any]], bool] | None = None
@@ -347,7 +358,7 @@ def _contiguous(result: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Te
 
 
 def _reference_capability(device: torch.device, forced: bool) -> tuple[bool, str]:
-    return True, "no CUDA device" if device.type == "cpu" else "there is no other kernel for it yet"
+    return True, "no CUDA device" if device.type == "cpu" else _ALONE
 
 
 @cache

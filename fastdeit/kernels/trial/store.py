@@ -22,6 +22,7 @@ import triton
 
 from fastdeit.kernels._op import REFERENCE
 from fastdeit.kernels._tried import Shape
+from fastdeit.kernels.native import sources
 
 FORMAT = 1
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -88,7 +89,8 @@ def _code() -> str:
     """Hash of the sources of all kernels: a mended one has to prove itself anew."""
     root = Path(__file__).parent.parent
     files = sorted(root.rglob("*.py"))
-    return hashlib.sha256(b"".join(str(f.relative_to(root)).encode() + f.read_bytes() for f in files)).hexdigest()[:16]
+    code = b"".join(str(f.relative_to(root)).encode() + f.read_bytes() for f in files)
+    return hashlib.sha256(code + sources.digest().encode()).hexdigest()[:16]
 
 
 def folder() -> Path:
