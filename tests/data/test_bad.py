@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 from fastdeit.data import pixel_ops
 from fastdeit.data.execute import dali
 from fastdeit.data.execute.dali import Executor, Work
+from fastdeit.data.execute.route import Encoded, Route, routed
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import order, plan, policy
 from fastdeit.data.sources.folder import FolderSource
@@ -239,8 +240,8 @@ def test_opencv_prints_nothing_of_bad_files_unless_asked(tmp_path, encode, make_
 
 def test_decoder_is_guarded_even_without_the_header_check(kinds, varied):
     """Without the guard this ends the process: at 48 images and 4 threads every time it was tried."""
-    junk = [np.frombuffer(data, np.uint8) for data in kinds[0].values()]
-    sound = [np.frombuffer(data, np.uint8) for data in varied[:48]]
+    junk = [Encoded(np.frombuffer(data, np.uint8), Route("JPEG", 32, 32)) for data in kinds[0].values()]
+    sound = [routed(np.frombuffer(data, np.uint8)) for data in varied[:48]]
     repaired = []
 
     def repair(work, failures):
@@ -259,7 +260,7 @@ def test_decoder_is_guarded_even_without_the_header_check(kinds, varied):
 def test_where_even_a_sound_image_fails_no_sample_is_blamed(varied, monkeypatch):
     executor = Executor([(32, 32)], 1, threads=1, device="cpu", repair=None)
     box = np.array([[0, 0, 30, 30]], np.int32)
-    broken = Work([np.frombuffer(b"broken", np.uint8)], (plan.unaugmented(box, None, None),))
+    broken = Work([Encoded(np.frombuffer(b"broken", np.uint8), Route("JPEG", 30, 30))], (plan.unaugmented(box, None, None),))
     monkeypatch.setattr(dali, "_sound", lambda like, sizes: broken)
     executor.submit(broken)
     with pytest.raises(RuntimeError, match="peek_image_shape"):
@@ -293,7 +294,7 @@ def test_what_dali_says_of_a_sample_is_one_line_without_its_traceback(varied):
 
     executor = Executor([(32, 32)], 1, threads=1, device="cpu", repair=repair)
     outside = plan.unaugmented(np.array([[0, 0, 900, 900]], np.int32), None, None)
-    executor.submit(Work([np.frombuffer(varied[0], np.uint8)], (outside,)))
+    executor.submit(Work([routed(np.frombuffer(varied[0], np.uint8))], (outside,)))
     assert executor.collect()[1] is None
     (reason,) = reasons[0].values()
     assert re.fullmatch(r"DALI cannot decode it \(The cropping window \[.*\] is not valid for [^\n]*\)", reason)

@@ -14,12 +14,12 @@ from PIL import Image
 from fastdeit.data import pixel_ops
 from fastdeit.data.execute import dali, render
 from fastdeit.data.execute.dali import Executor, Work
+from fastdeit.data.execute.route import routed
 from fastdeit.data.loader import TrainLoader
 from fastdeit.data.pixel_ops import FILL, KINDS
 from fastdeit.data.plan import order, plan, policy
 from fastdeit.data.plan.operations import Ops
 from fastdeit.data.sources.folder import FolderSource
-from fastdeit.data.sources.source import check
 from tests.data import oracle, parity
 
 SIZE = (40, 48)
