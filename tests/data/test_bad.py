@@ -260,7 +260,8 @@ def test_decoder_is_guarded_even_without_the_header_check(kinds, varied):
 def test_where_even_a_sound_image_fails_no_sample_is_blamed(varied, monkeypatch):
     executor = Executor([(32, 32)], 1, threads=1, device="cpu", repair=None)
     box = np.array([[0, 0, 30, 30]], np.int32)
-    broken = Work([Encoded(np.frombuffer(b"broken", np.uint8), Route("JPEG", 30, 30))], (plan.unaugmented(box, None, None),))
+    file = Encoded(np.frombuffer(b"broken", np.uint8), Route("JPEG", 30, 30))
+    broken = Work([file], (plan.unaugmented(box, None, None),))
     monkeypatch.setattr(dali, "_sound", lambda like, sizes: broken)
     executor.submit(broken)
     with pytest.raises(RuntimeError, match="peek_image_shape"):

@@ -360,8 +360,8 @@ def test_a_window_needs_no_more_of_its_image_than_it_looks_at(dirt, monkeypatch)
 
 def test_a_window_has_the_same_pixels_when_only_a_part_is_decoded(varied, monkeypatch):
     """The decoder makes nothing up at the edge of a part, with chroma subsampling or without."""
-    encoded = [np.frombuffer(data, np.uint8) for data in varied]
-    width, height = np.array([check(data) for data in encoded]).T
+    encoded = [routed(np.frombuffer(data, np.uint8)) for data in varied]
+    width, height = np.array([(one.route.width, one.route.height) for one in encoded]).T
     resize, start = plan.eval_window(width, height, SIZE, 0.6)
     boxes = np.stack((0 * width, 0 * width, height, width), axis=1).astype(np.int32)
     view = plan.unaugmented(boxes, resize.astype(np.int32), start.astype(np.int32))
