@@ -291,9 +291,9 @@ def test_a_sample_that_cannot_be_augmented_is_named(varied, memory, monkeypatch)
     victim = parity.planned([varied[int(sound[1].index[3])]], augment).encoded[0]
     real = dali.Executor._pop
 
-    def failing(self, stream, work):
-        images = real(self, stream, work)
-        if any(np.array_equal(data, victim) for data in work.encoded):
+    def failing(self, stream, task):
+        images = real(self, stream, task)
+        if any(np.array_equal(one.data, victim.data) for one in task.work.encoded):
             raise dali.RenderError("it cannot be augmented (ValueError: no)")
         return images
 

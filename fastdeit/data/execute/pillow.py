@@ -21,12 +21,14 @@ def pixels(encoded: Encoded, box: Box | None = None) -> NDArray[np.uint8]:
     """
     route = encoded.route
     y, x, height, width = box or (0, 0, route.height, route.width)
+    if min(y, x) < 0 or y + height > route.height or x + width > route.width:
+        raise BadImage(f"the box {box} lies outside the picture, which has {route.width} x {route.height} pixels")
     try:
         with Image.open(io.BytesIO(memoryview(encoded.data)), formats=formats()) as image:
             image.load()
             found, white = image.size, _white(image)
             part = image.crop((x, y, x + width, y + height))
-            rgb = np.asarray(part.convert("RGB")) if white is None else _scaled(np.asarray(part), white)
+            rgb = np.array(part.convert("RGB")) if white is None else _scaled(np.asarray(part), white)
     except Exception as error:
         # As in `route`, whatever the decoder of a format trips over.
         raise BadImage(str(error) or type(error).__name__) from error
