@@ -3,7 +3,7 @@
 `python -m tests.data.parity` prints the table of docs/augmentation.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -100,11 +100,11 @@ def in_graph(like: Work, size: tuple[int, int] = SIZE) -> Run:
     )
 
     forms = dali_graph.forms([size], like.views)
-    pipe = dali_graph.whole(forms, False, batch_size=64, num_threads=2, device_id=None, prefetch_queue_depth=1)
+    pipe = dali_graph.whole(forms, False, batch_size=128, num_threads=2, device_id=None, prefetch_queue_depth=1)
     pipe.build()
 
-    def run(batch: Work) -> np.ndarray:
-        for name, value in (dali_graph.inputs([size], batch.views) | {"encoded": files(batch.encoded, {})}).items():
+    def run(batch: Work, drawn: Mapping[int, np.ndarray] = {}) -> np.ndarray:
+        for name, value in (dali_graph.inputs([size], batch.views) | {"encoded": files(batch.encoded, drawn)}).items():
             pipe.feed_input(name, value)
         (images,) = pipe.run()
         return np.asarray(images.as_tensor())

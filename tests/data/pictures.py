@@ -1,6 +1,5 @@
 """Files of every kind that people have: what Pillow writes, and what it reads but does not write."""
 
-import io
 import struct
 import zlib
 
@@ -85,9 +84,7 @@ def lossless_jpeg(image: Image.Image) -> bytes:
     frame = struct.pack(">BHHB", 8, height, width, count) + b"".join(bytes((name, 0x11, 0)) for name in names)
     table = bytes((0, 0, 0, 0, 9, *(0,) * 12, *range(9)))
     start = bytes((count,)) + b"".join(bytes((name, 0)) for name in names) + bytes((1, 0, 0))
-    return b"".join(
-        (b"\xff\xd8", segment(0xC3, frame), segment(0xC4, table), segment(0xDA, start), scan, b"\xff\xd9")
-    )
+    return b"".join((b"\xff\xd8", segment(0xC3, frame), segment(0xC4, table), segment(0xDA, start), scan, b"\xff\xd9"))
 
 
 # ---- TIFF, WebP and the others --------------------------------------------------------------------------------------
@@ -108,7 +105,8 @@ def tiff(width: int, height: int, data: bytes, **tags: int | tuple[int, ...]) ->
         if len(values) > 1:
             packed, more = struct.pack("<I", after + len(more)), more + packed
         entries.append(struct.pack("<HHI", ExifTags.Base[name], 4, len(values)) + packed)
-    return struct.pack("<2sHI", b"II", 42, end) + data + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4) + more
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return struct.pack("<2sHI", b"II", 42, end) + data + directory + more
 
 
 def webp_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
@@ -284,8 +282,10 @@ def odd() -> dict[str, bytes]:
 
 def deep() -> dict[str, tuple[bytes, np.ndarray]]:
     """Greys of more than 8 bits, which Pillow clips, and what they are meant to be: white is the largest level."""
-    whole, twelve, ten = (np.repeat(np.rint(levels * 255)[..., None], 3, axis=2).astype(np.uint8)
-                          for levels in (DEEP / 65535, (DEEP >> 4) / 4095, (DEEP >> 6) / 1023))
+    whole, twelve, ten = (
+        np.repeat(np.rint(levels * 255)[..., None], 3, axis=2).astype(np.uint8)
+        for levels in (DEEP / 65535, (DEEP >> 4) / 4095, (DEEP >> 6) / 1023)
+    )
     file = png(0, 16, unfiltered(DEEP.astype(">u2")))
     return {
         "16-bit png": (file, whole),

@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from fastdeit.data.execute import pillow
-from fastdeit.data.execute.dali import Executor, files
+from fastdeit.data.execute.dali import Work
 from fastdeit.data.execute.decode import pixels
-from fastdeit.data.execute.route import MAX_PIXELS, Route, route, routed
+from fastdeit.data.execute.route import Encoded, Route, route, routed
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import plan
 from fastdeit.data.sources.source import BadImage
-from tests.data import pictures
+from tests.data import parity, pictures
 
 SIZE = pictures.SIDE, pictures.SIDE
 
@@ -64,10 +64,9 @@ def test_pixels(matrix):
     assert wrong(matrix, seen) == {}
 
 
-@pytest.mark.parametrize("batch", [200, 7])
-def test_evaluation(matrix, source, batch):
-    """All kinds in one batch, and in batches of other neighbours."""
-    loader = EvalLoader(source, SIZE, 1.0, batch_size=batch, threads=1, max_bad_fraction=1, on_bad=lambda *_: None)
+def test_evaluation(matrix, source):
+    """Kinds that DALI and Pillow decode, and some that nobody reads, in batches of 25."""
+    loader = EvalLoader(source, SIZE, 1.0, batch_size=25, threads=1, max_bad_fraction=1, on_bad=lambda *_: None)
     seen = {}
     for samples in loader.batches():
         seen |= zip(samples.index.tolist(), samples.images[0].numpy(), strict=True)
@@ -75,7 +74,7 @@ def test_evaluation(matrix, source, batch):
 
 
 def test_training(matrix, source):
-    """The box is the whole picture, so that nothing is resized."""
+    """All kinds in one batch, in another order, with substitutes. The box is the whole picture: nothing is resized."""
     augment = plan.Augment(size=SIZE, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0.0)
     count = len(matrix) // 8 * 8
     loader = TrainLoader(
@@ -87,3 +86,42 @@ def test_training(matrix, source):
         seen |= zip(samples.index.tolist(), samples.images[0].numpy(), strict=True)
     assert len(seen) + len(loader.bad.reasons) == len(matrix)
     assert wrong(matrix, seen) == {}
+
+
+def test_the_graph_of_the_gpu_takes_what_pillow_decodes(matrix):
+    """On DALI's CPU backend: pictures that Pillow has decoded beside files."""
+    read = [(routed(array(data)), wanted) for _, data, wanted in matrix[:90] if wanted is not None]
+    drawn = {row: pillow.pixels(one) for row, (one, _) in enumerate(read) if one.route.by_pillow}
+    boxes = np.tile(np.array([0, 0, *SIZE], np.int32), (len(read), 1))
+    like = Work([one for one, _ in read], (plan.unaugmented(boxes, None, None),))
+    images = parity.in_graph(like, SIZE)(like, drawn)
+    assert {0 < len(drawn) < len(read)} == {True}
+    assert [row for row, (_, wanted) in enumerate(read) if not np.array_equal(images[row], wanted)] == []
+
+
+@pytest.mark.parametrize("kinds", [pictures.ordinary, pictures.damaged, pictures.forgiven], ids=lambda f: f.__name__)
+def test_headers_that_dali_decodes_need_no_pillow(kinds, monkeypatch):
+    """At no cost for them: nothing but their first bytes, and their last, is looked at."""
+    files = kinds()
+    monkeypatch.delattr(Image, "open")
+    assert {name: route(array(data)).why for name, data in files.items()} == dict.fromkeys(files, "")
+
+
+def test_routes_say_size_and_reason():
+    for kinds in (pictures.ordinary, pictures.odd):
+        for name, data in kinds().items():
+            found = route(array(data))
+            assert (found.width, found.height) == SIZE
+            assert found.by_pillow == (kinds is pictures.odd), name
+    odd = {name: (route(array(data)).format, route(array(data)).why) for name, data in pictures.odd().items()}
+    assert odd["gif"] == ("GIF", "GIF")
+    assert odd["tiff lzma"] == ("TIFF", "TIFF")
+    assert odd["jpeg CMYK"] == ("JPEG", "JPEG of 4 colours with 8 bits")
+    assert odd["png of 16-bit colours"] == ("PNG", "PNG with colours of 16 bits")
+    assert odd["webp lossless, odd, with EXIF"] == ("WEBP", "WebP with EXIF behind a chunk of odd size")
+
+
+def test_a_picture_of_other_sides_than_its_header_is_refused():
+    gif = array(pictures.odd()["gif"])
+    with pytest.raises(BadImage, match=f"the header says 16 x 16 pixels, but the picture has {SIZE[1]} x {SIZE[0]}"):
+        pillow.pixels(Encoded(gif, Route("GIF", 16, 16, "GIF")))
