@@ -24,11 +24,12 @@ from fastdeit import cores
 from fastdeit.batch import Batch, Labels, Step
 from fastdeit.data.execute.dali import Executor, Work
 from fastdeit.data.execute.prefetch import Prefetch
+from fastdeit.data.execute.route import Encoded, routed
 from fastdeit.data.plan import order, plan
-from fastdeit.data.sources.source import BadImage, DataError, Source, check, quieten_pillow
+from fastdeit.data.sources.source import BadImage, DataError, Source, quieten_pillow
 
 OnBad = Callable[[str, str], None]
-Read = tuple[NDArray[np.uint8], tuple[int, int]] | str
+Read = Encoded | str
 _AHEAD = 2
 _LISTED = 20
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -165,7 +166,8 @@ class TrainLoader:
                     self._substitute(rows, row, result)
                     failed.append(row)
                 else:
-                    rows.encoded[row], rows.size[row] = result
+                    rows.encoded[row] = result
+                    rows.size[row] = result.route.width, result.route.height
             wanted = failed
 
     def _substitute(self, rows: "_Rows", row: int, reason: str) -> None:
@@ -269,11 +271,11 @@ class EvalLoader:
                 if sound:
                     yield self._work(index[sound], [results[row] for row in sound])
 
-    def _work(self, index: NDArray[np.int64], results: list[Read]) -> Work:
-        source_size = np.array([size for _, size in results])[:, ::-1]
+    def _work(self, index: NDArray[np.int64], encoded: list[Encoded]) -> Work:
+        source_size = np.array([(one.route.height, one.route.width) for one in encoded])
         resize, start = plan.eval_window(source_size[:, 1], source_size[:, 0], self._size, self._crop_ratio)
         whole = np.concatenate((np.zeros_like(source_size), source_size), axis=1).astype(np.int32)
-        return Work([data for data, _ in results], (plan.unaugmented(whole, resize, start),), index)
+        return Work(encoded, (plan.unaugmented(whole, resize, start),), index)
 
     def _fields(self, work: Work) -> dict[str, Any]:
         """What a batch holds besides its images."""
@@ -391,12 +393,11 @@ def _parallel_read(source: Source, threads: int) -> Iterator[Callable[[NDArray[n
 
 
 def _read(source: Source, index: NDArray[np.int64]) -> list[Read]:
-    """(bytes, (width, height)) of every sample, or the reason why there are none."""
+    """The file of every sample, or the reason why it cannot be used."""
     results: list[Read] = []
     for i in index.tolist():
         try:
-            data = source.read(i)
-            results.append((data, check(data)))
+            results.append(routed(source.read(i)))
         except BadImage as error:
             results.append(str(error))
         except OSError as error:

@@ -3,16 +3,16 @@
 `python -m tests.data.parity` prints the table of docs/augmentation.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from fastdeit.data.execute.dali import Executor, Work
+from fastdeit.data.execute.dali import Executor, Work, files
+from fastdeit.data.execute.route import routed
 from fastdeit.data.pixel_ops import KINDS
 from fastdeit.data.plan import plan, policy
 from fastdeit.data.plan.operations import Ops
-from fastdeit.data.sources.source import header
 from tests.data.conftest import encoded, picture
 from tests.data.oracle import execute
 
@@ -71,13 +71,13 @@ def work(photos: list[bytes], kind: int, value: float) -> Work:
         flip=np.arange(n) % 2 == 1,
         ops=Ops(np.full((n, 1), kind, np.uint8), np.full((n, 1), value, np.float32)),
     )
-    return Work([np.frombuffer(data, np.uint8) for data in photos], (view,))
+    return Work([routed(np.frombuffer(data, np.uint8)) for data in photos], (view,))
 
 
 def planned(images: list[bytes], augment: plan.Augment, epoch: int = 0) -> Work:
     """One sample of every image, planned as in training."""
-    encoded = [np.frombuffer(data, np.uint8) for data in images]
-    width, height = np.array([header(data) for data in encoded]).T
+    encoded = [routed(np.frombuffer(data, np.uint8)) for data in images]
+    width, height = np.array([(one.route.width, one.route.height) for one in encoded]).T
     n = len(images)
     view = plan.samples(augment, 7, epoch, np.arange(n), np.zeros(n, int), width, height)
     return Work(encoded, (view,))
@@ -100,11 +100,11 @@ def in_graph(like: Work, size: tuple[int, int] = SIZE) -> Run:
     )
 
     forms = dali_graph.forms([size], like.views)
-    pipe = dali_graph.whole(forms, False, batch_size=64, num_threads=2, device_id=None, prefetch_queue_depth=1)
+    pipe = dali_graph.whole(forms, False, batch_size=128, num_threads=2, device_id=None, prefetch_queue_depth=1)
     pipe.build()
 
-    def run(batch: Work) -> np.ndarray:
-        for name, value in (dali_graph.inputs([size], batch.views) | {"encoded": batch.encoded}).items():
+    def run(batch: Work, drawn: Mapping[int, np.ndarray] = {}) -> np.ndarray:
+        for name, value in (dali_graph.inputs([size], batch.views) | {"encoded": files(batch.encoded, drawn)}).items():
             pipe.feed_input(name, value)
         (images,) = pipe.run()
         return np.asarray(images.as_tensor())

@@ -14,12 +14,12 @@ from PIL import Image
 from fastdeit.data import pixel_ops
 from fastdeit.data.execute import dali, render
 from fastdeit.data.execute.dali import Executor, Work
+from fastdeit.data.execute.route import routed
 from fastdeit.data.loader import TrainLoader
 from fastdeit.data.pixel_ops import FILL, KINDS
 from fastdeit.data.plan import order, plan, policy
 from fastdeit.data.plan.operations import Ops
 from fastdeit.data.sources.folder import FolderSource
-from fastdeit.data.sources.source import check
 from tests.data import oracle, parity
 
 SIZE = (40, 48)
@@ -291,9 +291,9 @@ def test_a_sample_that_cannot_be_augmented_is_named(varied, memory, monkeypatch)
     victim = parity.planned([varied[int(sound[1].index[3])]], augment).encoded[0]
     real = dali.Executor._pop
 
-    def failing(self, stream, work):
-        images = real(self, stream, work)
-        if any(np.array_equal(data, victim) for data in work.encoded):
+    def failing(self, stream, task):
+        images = real(self, stream, task)
+        if any(np.array_equal(one.data, victim.data) for one in task.work.encoded):
             raise dali.RenderError("it cannot be augmented (ValueError: no)")
         return images
 
@@ -360,8 +360,8 @@ def test_a_window_needs_no_more_of_its_image_than_it_looks_at(dirt, monkeypatch)
 
 def test_a_window_has_the_same_pixels_when_only_a_part_is_decoded(varied, monkeypatch):
     """The decoder makes nothing up at the edge of a part, with chroma subsampling or without."""
-    encoded = [np.frombuffer(data, np.uint8) for data in varied]
-    width, height = np.array([check(data) for data in encoded]).T
+    encoded = [routed(np.frombuffer(data, np.uint8)) for data in varied]
+    width, height = np.array([(one.route.width, one.route.height) for one in encoded]).T
     resize, start = plan.eval_window(width, height, SIZE, 0.6)
     boxes = np.stack((0 * width, 0 * width, height, width), axis=1).astype(np.int32)
     view = plan.unaugmented(boxes, resize.astype(np.int32), start.astype(np.int32))

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fastdeit import rng
-from fastdeit.data.execute.dali import Executor, Work
+from fastdeit.data.execute.dali import Executor, Work, files
+from fastdeit.data.execute.route import route, routed
 from fastdeit.data.loader import TrainLoader
 from fastdeit.data.plan import order, plan, policy
-from fastdeit.data.sources.source import header
 from tests.data.oracle import execute
 from tests.data.test_loader import AUGMENT, BATCH, MIXING, STEPS, train
 
@@ -76,8 +76,13 @@ def test_every_view_has_crops_and_colours_of_its_own(batches):
     assert not (samples.images[0] == samples.images[1]).flatten(1).all(1).any()
 
 
+def sides(routes):
+    """int `[2, B]`: widths and heights."""
+    return np.array([(one.width, one.height) for one in routes]).T
+
+
 def test_a_clean_and_a_jittered_view_show_the_same_pixels(source):
-    sample, copy, size = np.arange(136), np.zeros(136, int), np.array([header(data) for data in source.images]).T
+    sample, copy, size = np.arange(136), np.zeros(136, int), sides(map(route, source.images))
     clean, jitter = (plan.samples(view, 3, 0, sample, copy, *size) for view in (AUGMENT, JITTER))
     assert np.array_equal(clean.box, jitter.box)
     assert np.array_equal(clean.flip, jitter.flip)
@@ -105,8 +110,8 @@ def test_the_decoded_pair_differs_by_the_jitter_alone(batches):
 
 def test_views_are_the_planned_pixels(varied):
     views = AUGMENT, LOCAL, SIMPLE
-    encoded = [np.frombuffer(data, np.uint8) for data in varied[:32]]
-    size = np.array([header(data) for data in encoded]).T
+    encoded = [routed(np.frombuffer(data, np.uint8)) for data in varied[:32]]
+    size = sides(one.route for one in encoded)
     planned = tuple(plan.samples(view, 0, 0, np.arange(32), np.zeros(32, int), *size) for view in views)
     executor = Executor([view.size for view in views], 32, threads=2, device="cpu", repair=None)
     ((_, images),) = executor.run([Work(encoded, planned)])
@@ -121,15 +126,15 @@ def test_the_graph_of_the_gpu_renders_each_view_as_alone(varied):
     )
 
     views = GLOBAL, LOCAL, SIMPLE
-    encoded = [np.frombuffer(data, np.uint8) for data in varied[:16]]
-    size = np.array([header(data) for data in encoded]).T
+    encoded = [routed(np.frombuffer(data, np.uint8)) for data in varied[:16]]
+    size = sides(one.route for one in encoded)
     planned = [plan.samples(view, 0, 0, np.arange(16), np.zeros(16, int), *size) for view in views]
 
     def run(views, planned):
         sizes = [view.size for view in views]
         pipe = graph.whole(graph.forms(sizes, planned), False, batch_size=16, num_threads=2, device_id=None)
         pipe.build()
-        for name, value in (graph.inputs(sizes, planned) | {"encoded": encoded}).items():
+        for name, value in (graph.inputs(sizes, planned) | {"encoded": files(encoded, {})}).items():
             pipe.feed_input(name, value)
         return [np.asarray(images.as_tensor()) for images in pipe.run()]
 

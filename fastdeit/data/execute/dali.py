@@ -19,44 +19,47 @@ Rules, each from a failure:
   issue 55).
 * No EXIF rotation: neither torchvision nor timm apply it, so the published numbers are without.
 * A failed batch makes the pipeline invalid. The culprits are those samples that fail alone, in the same stages with the
-  same plan; they are replaced, and everything in flight runs again in a new pipeline. A verdict that needs nothing but
-  the sample keeps the stream independent of batches, threads and restarts.
+  same plan. What DALI refuses alone goes to Pillow; what both refuse is replaced. Then everything in flight runs again
+  in a new pipeline. A verdict that needs nothing but the sample keeps the stream independent of batches, threads and
+  restarts.
+
+What `route` says is not for DALI is decoded by Pillow before the batch is submitted, in threads of the executor. On the
+CPU its box joins those that DALI decodes. On the GPU the whole picture goes into the same graph, in a format that DALI
+takes bit for bit (`pillow.as_file`).
 """
 
-import atexit
 import io
-import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdeit.data.execute.prefetch import close_all
+from fastdeit.data.execute import pillow
+from fastdeit.data.execute.decode import REFUSED
 from fastdeit.data.execute.render import Renderer, RenderError, source_region
+from fastdeit.data.execute.route import Encoded, routed
+from fastdeit.data.execute.stream import Stream, graphs
 from fastdeit.data.plan.operations import Ops
 from fastdeit.data.plan.plan import Plan, unaugmented
-from fastdeit.data.sources.source import DataError, undecodable
-
-if TYPE_CHECKING:
-    from nvidia.dali import Pipeline
+from fastdeit.data.sources.source import BadImage
 
 IN_FLIGHT = 2
+Hull = tuple[NDArray[np.int32], NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """One batch of B samples to execute: `encoded` B byte arrays, and the plan of each view of them, of which erasing
+    """One batch of B samples to execute: `encoded` B files, and the plan of each view of them, of which erasing
     is left to the kernels. `owner`: whatever the owner wants back with the images."""
 
-    encoded: list[NDArray[np.uint8]]
+    encoded: list[Encoded]
     views: tuple[Plan, ...]
     owner: Any = None
 
@@ -65,12 +68,33 @@ class Work:
         return Work([self.encoded[row] for row in rows], tuple(view.take(rows) for view in self.views))
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A batch under way. `drawn`: of the rows that Pillow decodes its pixels, uint8 `[h, w, 3]`: on the CPU those of
+    `hull` (corner, extent), which is None on the GPU, where they are the whole picture."""
+
+    work: Work
+    hull: Hull | None
+    drawn: Mapping[int, NDArray[np.uint8]]
+
+    @property
+    def by_dali(self) -> list[int]:
+        """The rows that DALI decodes."""
+        return [row for row in range(len(self.work.encoded)) if row not in self.drawn]
+
+    def single(self, row: int) -> "_Task":
+        """A batch of this row alone."""
+        hull = None if self.hull is None else (self.hull[0][[row]], self.hull[1][[row]])
+        return _Task(self.work.take([row]), hull, {0: self.drawn[row]} if row in self.drawn else {})
+
+
 class Executor:
     """Runs `Work` in order, up to `IN_FLIGHT` batches ahead: `submit`, then `collect` in the same order, then `close`.
 
-    sizes: output (height, width) of each view. threads: of DALI, and on the CPU as many again that render a view.
-    device: "cpu" or a GPU's index. repair(work, {row: reason}) returns `work` without the undecodable rows, replaced or
-    removed. All works of an executor have the same form (number of operations, window or none). DataError without DALI.
+    sizes: output (height, width) of each view. threads: of DALI, and on the CPU as many again that render a view, and
+    as many that wait for what Pillow has to decode. device: "cpu" or a GPU's index. repair(work, {row: reason}) returns
+    `work` without the undecodable rows, replaced or removed. All works of an executor have the same form (number of
+    operations, window or none). DataError without DALI.
     """
 
     def __init__(
@@ -84,14 +108,16 @@ class Executor:
     ) -> None:
         self._sizes, self._batch_size, self._threads, self._device = sizes, batch_size, threads, device
         self._repair = repair
-        self._graphs = _graphs()
-        self._pending: deque[Work] = deque()
+        self._graphs = graphs()
+        self._pending: deque[_Task] = deque()
+        self._pillow = ThreadPoolExecutor(threads, "fastdeit-pillow")
         self._renderers = [Renderer(size, threads) for size in sizes] if device == "cpu" else []
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
 
     def close(self) -> None:
         """Ends the threads; what is still pending is dropped."""
         self._stream = None
+        self._pillow.shutdown()
         for renderer in self._renderers:
             renderer.close()
 
@@ -108,61 +134,87 @@ class Executor:
             self.close()
 
     def submit(self, work: Work) -> None:
-        """Start decoding; returns at once. Not more than `IN_FLIGHT` batches may wait for `collect`."""
-        self._pending.append(work)
+        """Start decoding; returns once Pillow has decoded what DALI does not. Not more than `IN_FLIGHT` batches may
+        wait for `collect`."""
+        task = self._task(work)
+        self._pending.append(task)
         if self._stream is None:
-            self._stream = self._open(work, self._batch_size, self._threads, IN_FLIGHT)
-        self._push(self._stream, work)
+            self._stream = self._open(task.work, self._batch_size, self._threads, IN_FLIGHT)
+        self._push(self._stream, task)
 
     def collect(self) -> tuple[Work, tuple[Any, ...] | None]:
         """The oldest batch, as repaired, and of each view its images, uint8 `[B, H, W, 3]`: on the CPU a torch tensor,
         on the GPU a DALI TensorList; None if no row is left."""
         while True:
-            work = self._pending[0]
-            if not work.encoded:
-                return self._pending.popleft(), None
+            task = self._pending[0]
+            if not task.work.encoded:
+                return self._pending.popleft().work, None
             try:
-                images = self._pop(self._stream, work)
+                images = self._pop(self._stream, task)
             except RuntimeError as error:
                 self._recover(error)
             else:
-                return self._pending.popleft(), images
+                return self._pending.popleft().work, images
+
+    def _task(self, work: Work) -> _Task:
+        """`work` with what Pillow decodes of it, repaired until it can."""
+        while True:
+            hull = _hull(work.views, self._sizes) if self._renderers and work.encoded else None
+            rows = [row for row, encoded in enumerate(work.encoded) if encoded.route.by_pillow]
+            drawn = dict(zip(rows, self._pillow.map(partial(_drawn, work.encoded, hull), rows), strict=True))
+            failures = {row: found for row, found in drawn.items() if isinstance(found, str)}
+            if not failures:
+                return _Task(work, hull, drawn)
+            work = self._repaired(work, failures)
+
+    def _repaired(self, work: Work, failures: dict[int, str]) -> Work:
+        """`work` after `repair`; what was found to be for Pillow stays so."""
+        routes = {id(encoded.data): encoded for encoded in work.encoded}
+        work = self._repair(work, failures)
+        return replace(work, encoded=[routes.get(id(encoded.data), encoded) for encoded in work.encoded])
 
     def _recover(self, error: RuntimeError) -> None:
         self._stream = None
         found = False
-        for position, work in enumerate(self._pending):
-            failures = self._failures(work)
-            if failures:
+        for position, task in enumerate(self._pending):
+            refused, failures = self._failures(task)
+            if refused or failures:
                 found = True
-                self._pending[position] = self._repair(work, failures)
+                encoded = list(task.work.encoded)
+                for row in refused:
+                    encoded[row] = encoded[row].by_pillow(REFUSED)
+                work = replace(task.work, encoded=encoded)
+                self._pending[position] = self._task(self._repaired(work, failures) if failures else work)
         if not found:
             raise error
-        self._stream = self._open(self._pending[0], self._batch_size, self._threads, IN_FLIGHT)
-        for work in self._pending:
-            self._push(self._stream, work)
+        self._stream = self._open(self._pending[0].work, self._batch_size, self._threads, IN_FLIGHT)
+        for task in self._pending:
+            self._push(self._stream, task)
 
-    def _failures(self, work: Work) -> dict[int, str]:
-        """Rows that cannot be executed, with the reason. A sound image goes first: where that fails, the machine is at
-        fault."""
-        sound = _sound(work, self._sizes)
-        alone = self._open(work, 1, 1, 1)
+    def _failures(self, task: _Task) -> tuple[list[int], dict[int, str]]:
+        """Rows that DALI refuses to decode, and those that fail later, with the reason. A sound image goes first: where
+        that fails, the machine is at fault."""
+        sound = self._task(_sound(task.work, self._sizes))
+        alone = self._open(task.work, 1, 1, 1)
         self._push(alone, sound)
         self._pop(alone, sound)
-        failures = {}
-        for row, data in enumerate(work.encoded):
-            single = work.take([row])
+        refused, failures = [], {}
+        for row in range(len(task.work.encoded)):
+            single = task.single(row)
             try:
                 self._push(alone, single)
                 self._pop(alone, single)
             except RenderError as error:
                 failures[row] = str(error)
             except RuntimeError as error:
-                failures[row] = undecodable(data) or _fault(error)
-                alone = self._open(work, 1, 1, 1)
-        return failures
+                if row in task.drawn or _operation(error):
+                    failures[row] = _fault(error)
+                else:
+                    refused.append(row)
+                alone = self._open(task.work, 1, 1, 1)
+        return refused, failures
 
-    def _open(self, like: Work, batch_size: int, threads: int, depth: int) -> "_Stream":
+    def _open(self, like: Work, batch_size: int, threads: int, depth: int) -> Stream:
         options = {"batch_size": batch_size, "num_threads": threads, "prefetch_queue_depth": depth}
         if self._renderers:
             pipe = self._graphs.decoded_box(**options, device_id=None)
@@ -170,82 +222,54 @@ class Executor:
             forms = self._graphs.forms(self._sizes, like.views)
             pipe = self._graphs.whole(forms, gpu=True, **options, device_id=int(self._device))
         pipe.build()
-        return _Stream(pipe, depth, self._inputs(_sound(like, self._sizes)))
+        return Stream(pipe, depth, self._inputs(self._task(_sound(like, self._sizes))))
 
-    def _push(self, stream: "_Stream", work: Work) -> None:
-        if work.encoded:
-            stream.push(self._inputs(work))
+    def _push(self, stream: Stream, task: _Task) -> None:
+        if self._uses(task):
+            stream.push(self._inputs(task))
 
-    def _pop(self, stream: "_Stream", work: Work) -> tuple[Any, ...]:
-        outputs = stream.pop()
-        if not self._renderers:
+    def _pop(self, stream: Stream, task: _Task) -> tuple[Any, ...]:
+        outputs = stream.pop() if self._uses(task) else ((),)
+        if task.hull is None:
             return outputs
-        decoded = [np.asarray(image) for image in outputs[0]]
-        corner, _ = _hull(work.views, self._sizes)
+        decoded = map(np.asarray, outputs[0])
+        sources = [task.drawn[row] if row in task.drawn else next(decoded) for row in range(len(task.work.encoded))]
+        corner, _ = task.hull
         return tuple(
-            renderer.batch(decoded, corner, view) for renderer, view in zip(self._renderers, work.views, strict=True)
+            renderer.batch(sources, corner, view)
+            for renderer, view in zip(self._renderers, task.work.views, strict=True)
         )
 
-    def _inputs(self, work: Work) -> dict[str, Any]:
-        if self._renderers:
-            corner, extent = _hull(work.views, self._sizes)
-            steps = {"corner": corner, "extent": extent}
-        else:
-            steps = self._graphs.inputs(self._sizes, work.views)
-        return {"encoded": work.encoded} | steps
+    def _uses(self, task: _Task) -> bool:
+        """Whether DALI has anything to do for `task`."""
+        return bool(task.by_dali if self._renderers else task.work.encoded)
+
+    def _inputs(self, task: _Task) -> dict[str, Any]:
+        if task.hull is None:
+            return {"encoded": files(task.work.encoded, task.drawn)} | self._graphs.inputs(self._sizes, task.work.views)
+        rows, (corner, extent) = task.by_dali, task.hull
+        return {
+            "encoded": [task.work.encoded[row].data for row in rows],
+            "corner": corner[rows],
+            "extent": extent[rows],
+        }
 
 
-class _Stream:
-    """A DALI pipeline as a queue: batches come out in the order in which they went in.
-
-    DALI's first `schedule_run` starts as many runs as the pipeline is deep, which keeps its threads busy from one batch
-    to the next. It is therefore held back until that many batches were fed, and if they never come, `filler` takes
-    their place and its images are dropped.
-    """
-
-    def __init__(self, pipe: "Pipeline", depth: int, filler: dict[str, Any]) -> None:
-        self._pipe, self._filler = pipe, filler
-        self._missing = depth
-        self._wanted: deque[bool] = deque()
-
-    def push(self, inputs: dict[str, Any], wanted: bool = True) -> None:
-        for name, value in inputs.items():
-            self._pipe.feed_input(name, value)
-        self._wanted.append(wanted)
-        self._missing -= 1
-        if self._missing <= 0:
-            self._pipe.schedule_run()
-
-    def pop(self) -> tuple[Any, ...]:
-        """The images of the oldest batch; raises RuntimeError if DALI could not make them."""
-        while self._missing > 0:
-            self.push(self._filler, wanted=False)
-        while True:
-            images = self._pipe.outputs()
-            if self._wanted.popleft():
-                return images
+def files(encoded: Sequence[Encoded], drawn: Mapping[int, NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """The files that DALI decodes on the GPU: in place of those in `drawn` the pixels that Pillow made of them."""
+    return [pillow.as_file(drawn[row]) if row in drawn else one.data for row, one in enumerate(encoded)]
 
 
-@cache
-def _graphs() -> ModuleType:
-    """The module of DALI's graphs, imported by whom images are decoded: all that decodes none does without DALI."""
-    # What DALI's copy of OpenCV would print for each damaged file is in our reports; read when it is loaded.
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "FATAL")
+def _drawn(encoded: Sequence[Encoded], hull: Hull | None, row: int) -> NDArray[np.uint8] | str:
+    """What Pillow makes of this row, the whole or its hull, or the reason why it makes nothing."""
+    box = None if hull is None else (*hull[0][row].tolist(), *hull[1][row].tolist())
     try:
-        module = import_module("fastdeit.data.execute.graph")
-    except ModuleNotFoundError as error:
-        if error.name not in ("nvidia", "nvidia.dali"):
-            raise
-        raise DataError(
-            "images are decoded by NVIDIA DALI, which is not installed: pip install nvidia-dali-cuda120"
-        ) from error
-    # What DALI does when the interpreter exits aborts the process where a thread still decodes, so that they are ended
-    # before. Handlers run in the reverse of the order in which they come: this one has to come after DALI's.
-    atexit.register(close_all)
-    return module
+        return pillow.pixels(encoded[row], box)
+    except BadImage as error:
+        return str(error)
 
 
-def _hull(views: Sequence[Plan], sizes: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _hull(views: Sequence[Plan], sizes: Sequence[tuple[int, int]]) -> Hull:
     """(corner, extent), both int32 `[B, 2]` as (y, x), of the smallest rectangle that holds the source regions of all
     views."""
     parts = [source_region(view, size) for view, size in zip(views, sizes, strict=True)]
@@ -256,8 +280,6 @@ def _hull(views: Sequence[Plan], sizes: Sequence[tuple[int, int]]) -> tuple[NDAr
 
 def _sound(like: Work, sizes: Sequence[tuple[int, int]]) -> Work:
     """A batch of the form of `like`: one image that can be decoded, without operations."""
-    out = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(out, "JPEG")
     views = []
     for view, size in zip(like.views, sizes, strict=True):
         layers, windowed = view.ops.kind.shape[1], view.resize is not None
@@ -267,14 +289,29 @@ def _sound(like: Work, sizes: Sequence[tuple[int, int]]) -> Work:
             np.zeros((1, 2), np.int32) if windowed else None,
         )
         views.append(replace(still, ops=Ops(np.zeros((1, layers), np.uint8), np.zeros((1, layers), np.float32))))
-    return Work([np.frombuffer(out.getvalue(), np.uint8)], tuple(views))
+    return Work([_plain()], tuple(views))
+
+
+@cache
+def _plain() -> Encoded:
+    """A picture of 16 x 16 pixels that every decoder reads."""
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(out, "JPEG")
+    return routed(np.frombuffer(out.getvalue(), np.uint8))
+
+
+def _operation(error: RuntimeError) -> str | None:
+    """The operation of DALI's graph that failed, if it was not the decoder."""
+    operator = re.search(r"operator `nvidia\.dali\.fn\.([\w.]+)`", str(error))
+    decoding = operator is None or operator[1] == "peek_image_shape" or operator[1].startswith("decoders.")
+    return None if decoding else operator[1]
 
 
 def _fault(error: RuntimeError) -> str:
     """What DALI could not do with a file that Pillow decodes."""
-    operator = re.search(r"operator `nvidia\.dali\.fn\.([\w.]+)`", str(error))
-    if operator and operator[1] != "peek_image_shape" and not operator[1].startswith("decoders."):
-        return f"the file is sound, but DALI's operation {operator[1]} failed ({_summary(error)})"
+    name = _operation(error)
+    if name:
+        return f"the file is sound, but DALI's operation {name} failed ({_summary(error)})"
     return f"DALI cannot decode it ({_summary(error)})"
 
 

@@ -1,0 +1,60 @@
+"""Pictures as Pillow decodes them, and 16-bit greys as they are meant."""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.ExifTags import Base as Tag
+
+from fastdeit.data.execute.route import Encoded, formats
+from fastdeit.data.sources.source import BadImage
+
+Box = tuple[int, int, int, int]
+
+
+def pixels(encoded: Encoded, box: Box | None = None) -> NDArray[np.uint8]:
+    """The picture in RGB, uint8 `[height, width, 3]`, or the `box` (y, x, height, width) of it in source pixels.
+
+    The pixels are those of `Image.convert("RGB")`, with one exception: Pillow clips greys of more than 8 bits to 255,
+    and here they are scaled, as DALI does. BadImage if Pillow cannot decode the file.
+    """
+    route = encoded.route
+    y, x, height, width = box or (0, 0, route.height, route.width)
+    if min(y, x) < 0 or y + height > route.height or x + width > route.width:
+        raise BadImage(f"the box {box} lies outside the picture, which has {route.width} x {route.height} pixels")
+    try:
+        with Image.open(io.BytesIO(memoryview(encoded.data)), formats=formats()) as image:
+            image.load()
+            found, white = image.size, _white(image)
+            part = image.crop((x, y, x + width, y + height))
+            rgb = np.array(part.convert("RGB")) if white is None else _scaled(np.asarray(part), white)
+    except Exception as error:
+        # As in `route`, whatever the decoder of a format trips over.
+        raise BadImage(str(error) or type(error).__name__) from error
+    if found != (route.width, route.height):
+        raise BadImage(
+            f"the header says {route.width} x {route.height} pixels, but the picture has {found[0]} x {found[1]}"
+        )
+    return rgb
+
+
+def as_file(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pixels, uint8 `[height, width, 3]`, as a PPM file, uint8 `[n]`, of which DALI makes the same pixels."""
+    height, width = rgb.shape[:2]
+    head = np.frombuffer(b"P6\n%d %d\n255\n" % (width, height), np.uint8)
+    return np.concatenate((head, rgb.reshape(-1)))
+
+
+def _white(image: Image.Image) -> int | None:
+    """The level that is white in a picture of greys of more than 8 bits, and None for any other."""
+    if image.mode.startswith("I;16"):
+        bits = image.tag_v2.get(Tag.BitsPerSample, (16,))[0] if image.format == "TIFF" else 16
+        return (1 << bits) - 1
+    # Of a PGM with such a maximum, Pillow makes 32-bit integers up to 65535.
+    return 65535 if (image.format, image.mode) == ("PPM", "I") else None
+
+
+def _scaled(grey: NDArray[np.generic], white: int) -> NDArray[np.uint8]:
+    levels = (grey.astype(np.uint32) * 255 + white // 2) // white
+    return np.repeat(levels.astype(np.uint8)[..., None], 3, axis=2)
