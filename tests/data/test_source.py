@@ -90,7 +90,7 @@ def test_folders_that_link_into_each_other_are_refused_and_not_multiplied(folder
     root = folder("cat/1.jpg", "dog/1.jpg", "dog/deep/1.jpg")
     for name, target in links.items():
         (root / name).symlink_to(root / target)
-    with pytest.raises(DataError, match="the same folder as .*, by a link, so that its images would count twice"):
+    with pytest.raises(DataError, match=r"the same folder as .*, by a link, so that its images would count twice"):
         FolderSource(root)
 
 

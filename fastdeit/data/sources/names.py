@@ -33,9 +33,14 @@ def group(name: str) -> str:
 
 
 def tell(root: object, left_out: LeftOut) -> None:
-    """Warn once, in the first process of a run, of what was left out of `root`."""
-    if not left_out or os.environ.get("RANK", "0") != "0":
-        return
-    shown = ", ".join(f"{count} {name}" for name, count in left_out.most_common(_SHOWN))
-    more = f", {len(left_out) - _SHOWN} other kinds" if len(left_out) > _SHOWN else ""
-    warnings.warn(f"{root}: left out, because they are no images in a class folder: {shown}{more}", stacklevel=3)
+    """Say what was left out of `root`, if anything was."""
+    if left_out:
+        shown = ", ".join(f"{count} {name}" for name, count in left_out.most_common(_SHOWN))
+        more = f", {len(left_out) - _SHOWN} other kinds" if len(left_out) > _SHOWN else ""
+        say(f"{root}: left out, because they are no images in a class folder: {shown}{more}")
+
+
+def say(text: str) -> None:
+    """Warn of something once: by the first process of a run."""
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(text, stacklevel=3)
