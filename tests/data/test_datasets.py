@@ -272,8 +272,22 @@ def test_imagenet_with_val_as_distributed(tmp_path, write):
         "n03": ["val/ILSVRC2012_val_00000002.JPEG"],
     }
     write("val/ILSVRC2012_val_00000004.JPEG")
-    with pytest.raises(DataError, match=r"val: 4 images, but .*ground_truth\.txt has 3 labels"):
+    with pytest.raises(DataError, match=r"1 are none of them: 'ILSVRC2012_val_00000004\.JPEG'; unpack"):
         open_pair("imagenet", tmp_path)
+
+
+def test_the_label_of_a_flat_image_is_that_of_its_number(tmp_path, write):
+    """One image removed and a file of macOS added would leave the count right, and shift every label behind."""
+    write("train/n01/a.JPEG", "train/n02/b.JPEG", "train/n03/c.JPEG")
+    write(*(f"val/ILSVRC2012_val_{number:08d}.JPEG" for number in (1, 2, 3)), "val/._ILSVRC2012_val_00000001.JPEG")
+    devkit(tmp_path, [2, 1, 3])
+    assert len(open_source("imagenet", tmp_path, "val")) == 3
+    (tmp_path / "val" / "ILSVRC2012_val_00000002.JPEG").unlink()
+    with pytest.raises(DataError, match=r"has 3 lines, but .* 1 are missing, as 'ILSVRC2012_val_00000002\.JPEG'; unp"):
+        open_source("imagenet", tmp_path, "val")
+    write("val/other.JPEG", "val/ILSVRC2012_val_00000003.jpg")
+    with pytest.raises(DataError, match=r"1 are missing.* and 2 are none of them: 'ILSVRC2012_val_00000003\.jpg', 'ot"):
+        open_source("imagenet", tmp_path, "val")
 
 
 def test_imagenet_with_val_in_class_folders_is_a_folder(tmp_path, write):

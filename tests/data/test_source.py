@@ -1,5 +1,6 @@
 import io
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -27,13 +28,16 @@ def folder(tmp_path, jpeg):
     return write
 
 
-def test_folder_lists_what_torchvision_lists(folder):
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_folder_lists_what_torchvision_lists(folder, tmp_path_factory):
     root = folder("b/2.JPG", "b/10.png", "b/deep/er/x.jpeg", "b/deep/a.webp", "a/z.jpg", "a/Z.jpg", "a/é.bmp")
     folder("a/notes.txt", "b/x.gif", "stray.jpg")
     (root / "a" / "folder.jpg").mkdir()
     (root / "a" / "dangling.jpg").symlink_to(root / "nowhere")
     folder("b/m/1.jpg", "b/a/1.jpg", "b/z/1.jpg", "b/k/1.jpg", "a/other/2.jpg")
-    (root / "b" / "link").symlink_to(root / "a" / "other")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "3.jpg").touch()
+    (root / "b" / "link").symlink_to(elsewhere)
     expected = torchvision.datasets.ImageFolder(root)
     ours = FolderSource(root)
     assert [(ours.path(i), ours.label(i)) for i in range(len(ours))] == expected.samples
@@ -77,7 +81,32 @@ def test_unusable_folders_are_one_sentence(folder, tmp_path, files, root, messag
 def test_a_link_back_is_refused_and_not_followed_for_ever(folder):
     root = folder("a/1.jpg", "b/deep/1.jpg")
     (root / "b" / "deep" / "up").symlink_to("../..")
-    with pytest.raises(DataError, match="b/deep/up: a link to a folder that it lies in itself; remove the link"):
+    with pytest.raises(DataError, match=r"b/deep/up/b: the same folder as .*/b, by a link, so that its .* remove"):
+        FolderSource(root)
+
+
+@pytest.mark.parametrize("links", [{"cat/x": "dog", "dog/y": "cat"}, {"eel": "cat"}, {"cat/x": "dog/deep"}])
+def test_folders_that_link_into_each_other_are_refused_and_not_multiplied(folder, links):
+    root = folder("cat/1.jpg", "dog/1.jpg", "dog/deep/1.jpg")
+    for name, target in links.items():
+        (root / name).symlink_to(root / target)
+    with pytest.raises(DataError, match=r"the same folder as .*, by a link, so that its images would count twice"):
+        FolderSource(root)
+
+
+def test_what_programs_leave_behind_is_neither_class_nor_image_and_told_once(folder, monkeypatch):
+    root = folder("cat/1.jpg", "cat/._1.jpg", "cat/.ipynb_checkpoints/1.jpg", "dog/1.jpg", "dog/__MACOSX/2.jpg")
+    with pytest.warns(UserWarning, match="left out"):
+        before = FolderSource(root).fingerprint
+    folder("cat/.DS_Store", "cat/Thumbs.db", "cat/a.txt", "cat/b.TXT", "dog/README", "dog/x.gz", "stray.jpg")
+    folder(*(f"{name}/1.jpg" for name in (".ipynb_checkpoints", ".git", "__MACOSX", "lost+found", "@eaDir")))
+    with pytest.warns(UserWarning, match=r"left out, because they are no images in a class folder: 2 ") as told:
+        source = FolderSource(root)
+    assert (list(source.classes), len(source), source.fingerprint, len(told)) == (["cat", "dog"], 2, before, 1)
+    once = [".DS_Store", "Thumbs.db", "README", ".gz", ".jpg", "._*", ".git/", "lost+found/", "@eaDir/"]
+    assert source.left_out == dict.fromkeys(once, 1) | {".txt": 2, ".ipynb_checkpoints/": 2, "__MACOSX/": 2}
+    monkeypatch.setenv("RANK", "1")
+    with warnings.catch_warnings(action="error"):
         FolderSource(root)
 
 

@@ -79,6 +79,45 @@ def test_names_long_nested_and_in_any_alphabet(root, varied, layout):
     assert ours.read(1).tobytes() == varied[0]
 
 
+@pytest.mark.parametrize("padding", [0, 3 * 512, 40 * 512])
+def test_a_file_of_several_tar_files_is_read_to_its_end(root, varied, padding):
+    """`cat a.tar b.tar`: tarfile itself ends at the first end mark, and loses the rest."""
+    first, second = (write(root / name, samples(varied[at : at + 3], at)) for at, name in ((0, "a.tar"), (3, "b.tar")))
+    (root / "c.tar").write_bytes(first.read_bytes() + bytes(padding) + second.read_bytes())
+    ours = TarSource(root, ["c.tar"])
+    assert [ours.name(i) for i in range(len(ours))] == [f"c.tar:{i:04d}.jpg" for i in range(6)]
+    assert [ours.read(i).tobytes() for i in range(6)] == varied[:6]
+
+
+def test_what_follows_the_end_and_is_no_tar_file_is_named(root, varied):
+    whole = write(root / "a.tar", samples(varied[:3])).read_bytes()
+    (root / "a.tar").write_bytes(whole + b"junk" * 200)
+    with pytest.warns(UserWarning, match=rf"a\.tar: the .* damaged at byte {len(whole)} of"):
+        assert len(TarSource(root, ["a.tar"])) == 3
+
+
+def test_keys_may_have_dots(root, varied):
+    members = [
+        (f"{key}.{end}", data)
+        for key in ("a/cat.v1", "a/cat.v2", "b.x")
+        for end, data in (("jpg", b"x"), ("cls", b"1"))
+    ]
+    write(root / "a.tar", [*members, ("c.jpg", b"y"), ("c.mask.png", b"z"), ("c.json", b'{"label": 0}')])
+    ours = TarSource(root, ["a.tar"])
+    expected = [("a/cat.v1.jpg", 1), ("a/cat.v2.jpg", 1), ("b.x.jpg", 1), ("c.jpg", 0)]
+    assert [(ours.name(i).removeprefix("a.tar:"), ours.label(i)) for i in range(len(ours))] == expected
+
+
+def test_what_programs_leave_behind_is_passed_over(root):
+    litter = ["._0000.jpg", ".DS_Store", "__MACOSX/a.jpg", "a/.git/b.jpg", "a/._0000.cls"]
+    write(
+        root / "a.tar",
+        [*samples([b"sound"] * 3), *((name, b"") for name in litter), ("./x.jpg", b""), ("./x.cls", b"0")],
+    )
+    ours = TarSource(root, ["a.tar"])
+    assert (len(ours), ours.skipped) == (4, [])
+
+
 def test_labels_may_be_a_field_of_json(root, varied):
     members = [
         ("a.jpg", varied[0]),
@@ -201,7 +240,6 @@ def test_samples_with_no_image_or_two(root):
     assert reasons == {
         "x": "a sample has one image; here is only cls",
         "y": "a sample has one image; here is 'y.jpg' and 'y.png'",
-        ".hidden": "the name is not KEY.EXTENSION",
         "README": "the name is not KEY.EXTENSION",
     }
 
@@ -346,6 +384,16 @@ def test_a_shard_of_the_same_size_but_newer_is_read_again(two_shards, scans):
     os.utime(two_shards / "train-00.tar", ns=(1, 1))
     TarSource(two_shards, names)
     assert len(scans) == 4
+
+
+def test_other_labels_of_the_same_size_and_time_are_noticed(two_shards, varied):
+    path = two_shards / "train-00.tar"
+    before, labels = path.stat(), [TarSource(two_shards, [path.name]).label(i) for i in range(5)]
+    data = path.read_bytes()
+    at = data.index(b"0001.cls") + 512
+    path.write_bytes(data[:at] + b"2" + data[at + 1 :])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert [TarSource(two_shards, [path.name]).label(i) for i in range(5)] == [labels[0], 2, *labels[2:]]
 
 
 def test_a_damaged_list_is_made_anew(two_shards, scans):

@@ -538,10 +538,11 @@ def touch(root, *names):
     ("names", "split", "found"),
     [
         (["train-00000-of-00002", "train-00001-of-00002", "val-00000-of-00001"], "train", [0, 1]),
-        (["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"], "val", [2]),
+        (["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"], "validation", [2]),
         (["validation-00000-of-00001", "val-00000-of-00001"], "val", [1]),
         (["x-train.tfrecord-00000-of-00001", "x-validation.tfrecord-00000-of-00001"], "train", [0]),
-        (["x-train.tfrecord-00000-of-00001", "x-validation.tfrecord-00000-of-00001"], "val", [1]),
+        (["x-train.tfrecord-00000-of-00001", "x-validation.tfrecord-00000-of-00001"], "validation", [1]),
+        (["x_train-0001.tfrecord", "x_val-0001.tfrecord"], "train", [0]),
         (["train-1-of-11", *(f"train-{i}-of-11" for i in (0, *range(2, 11)))], "train", [1, 0, *range(2, 11)]),
         (["train.tfrecord", "val.tfrecords", "trained.tfrecord"], "train", [0]),
         (["train/b.tfrecord", "train/a.tfrecords", "train/README", "train/.hidden.tfrecord"], "train", [1, 0]),
@@ -568,10 +569,10 @@ def test_a_split_may_be_an_absolute_path(root):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["train-00001-of-00003", "train-00000-of-00003"], "2 files that say .* there are 3: number 2 is missing"),
+        (["train-00001-of-00003", "train-00000-of-00003"], "2 of 3 files, as .*: number 2 is missing"),
         (["train-00001-of-00003", "train-00002-of-00003"], "number 0 is missing; complete the data set"),
-        (["train-00000-of-00001", "train-00001-of-00001"], "there are 1: train-00001-of-00001 is one too many"),
-        (["train-00000-of-99999999999"], "1 files that say of themselves that there are 99999999999: number 1 is"),
+        (["train-00000-of-00001", "train-00001-of-00001"], "2 of 1 files, as .*: train-00001-of-00001 is one too many"),
+        (["train-00000-of-99999999999"], "1 of 99999999999 files, as .*: numbers 1 to 99999999998 are missing"),
         (["train-00000-of-00000"], "is one too many"),
         (
             ["train-00000-of-00002", "train-00001-of-00002", "train-1-of-00002"],
@@ -584,7 +585,7 @@ def test_a_split_may_be_an_absolute_path(root):
         (["train-00000-of-00001", "x-train-00000-of-00001"], "are of different sets of files"),
         (["train-00000-of-00001", "train.tfrecord"], "are of different sets of files"),
         (["train/a-0-of-1", "train/b-0-of-1"], "train: a-0-of-1 and b-0-of-1 are of different sets"),
-        (["val-0-of-1", "train-0000.tfrecord"], "no TFRecord file of split 'train'; looked for .* given by a glob"),
+        (["val-0-of-1", "fit-0000.tfrecord"], "no TFRecord file of split 'train'; looked for .* given by a glob"),
     ],
 )
 def test_sets_of_files_that_are_not_complete(root, names, message):

@@ -23,7 +23,7 @@ from pyarrow import ipc
 
 from fastdeit.data.sources import shards
 from fastdeit.data.sources.index import Listed, Strings, digest, read_range
-from fastdeit.data.sources.parquet import class_labels, hub_names, require_columns
+from fastdeit.data.sources.parquet import class_labels, hub_names, plain_labels, require_columns, require_one_type
 from fastdeit.data.sources.source import BadImage, DataError, contents
 
 _PREFIX = struct.Struct("<iI")
@@ -36,22 +36,23 @@ _NO_IMAGE = -1
 class ArrowSource(Listed):
     """The rows of `files`, paths relative to `root`, in their order.
 
-    image: column of structs of `bytes` and `path`; label: column of class numbers or names. Class names are those in
-    the schema's Hugging Face metadata, else in dataset_info.json beside the first file, else the values of a text
-    column, else numbers. Raises DataError where a file is no Arrow file or lacks a column, or no row is usable; warns
-    of batches that were left out, and lists them in `skipped`.
+    image: column of structs of `bytes` and `path`, or of bytes; label: column of class numbers or names. Class names
+    are those in the schema's Hugging Face metadata, else in dataset_info.json beside the first file, else the values of
+    a text column, else numbers. Raises DataError where a file is no Arrow file or lacks a column, or no row is
+    usable; warns of batches that were left out, and lists them in `skipped`.
     """
 
     def __init__(self, root: str | Path, files: Sequence[str], image: str = "image", label: str = "label") -> None:
         self._root, self._files = str(root), list(files)
         names, columns, skipped = [], [], []
         schemas = [_schema(os.path.join(self._root, file), image, label) for file in self._files]
+        empty = [pyarrow.array([], schema.field(label).type) for schema in schemas]
+        require_one_type(root, label, self._files, [plain_labels(self._root, label, one).type for one in empty])
         for number, (file, schema) in enumerate(zip(self._files, schemas, strict=True)):
-            if schema.field(label).type != schemas[0].field(label).type:
-                raise DataError(f"{root}: column {label!r} is of different types in {self._files[0]} and {file}")
             for rows in _batches(os.path.join(self._root, file), schema, image, label, skipped):
                 names += [f"{file}:{rows.first + row}" for row in range(len(rows.start))]
-                columns.append((np.full(len(rows.start), number, np.int32), rows.start, rows.size, rows.label))
+                labels = plain_labels(self._root, label, rows.label)
+                columns.append((np.full(len(rows.start), number, np.int32), rows.start, rows.size, labels))
         if not names:
             raise DataError(f"{root}: no rows in {', '.join(self._files)}{shards.reasons(skipped)}")
         if skipped:
@@ -86,9 +87,8 @@ def files(root: str | Path, split: str) -> list[str]:
     or those with a name that says so (`shards.of_split`): train/*.arrow, train.arrow, NAME-train-00000-of-00002.arrow.
     DataError if there is none."""
     root = Path(root)
-    for called in (split, "validation") if split == "val" else (split,):
-        if (root / called / "state.json").exists():
-            return [os.path.join(called, file) for file in _saved(root / called)]
+    if (root / split / "state.json").exists():
+        return [os.path.join(split, file) for file in _saved(root / split)]
     found = shards.of_split(root, split, shards.ARROW)
     if not found and (root / "state.json").exists():
         raise DataError(
@@ -199,6 +199,11 @@ def _schema(path: str, image: str, label: str) -> pyarrow.Schema:
     try:
         schema = ipc.read_schema(pyarrow.py_buffer(next(_messages(path)).metadata))
         require_columns(path, schema, image, label)
+        if pyarrow.types.is_dictionary(schema.field(label).type):
+            raise DataError(
+                f"{path}: column {label!r} is stored as a dictionary, which is not read from Arrow files; cast it to "
+                f"{schema.field(label).type.value_type}, or save the data set as Parquet"
+            )
     except StopIteration:
         raise DataError(f"{path}: the Arrow file cannot be read: it holds nothing") from None
     except (_Damaged, pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -261,9 +266,10 @@ class _Body:
         return read_range(self._path, self.place(buffer), size).view(kind)
 
 
-def _images(body: _Body, column: pyarrow.StructArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _images(body: _Body, column: pyarrow.Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Start in the file and size of every image of a column; the size is _NO_IMAGE where there is none."""
-    images, count = column.field("bytes"), len(column)
+    nested, count = pyarrow.types.is_struct(column.type), len(column)
+    images = column.field("bytes") if nested else column
     validity, offsets, data = images.buffers()
     if not count:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -272,7 +278,7 @@ def _images(body: _Body, column: pyarrow.StructArray) -> tuple[NDArray[np.int64]
     if ends[0] < 0 or (np.diff(ends) < 0).any() or ends[-1] > (data.size if data else 0):
         raise pyarrow.ArrowInvalid("images lie outside of it")
     there = np.ones(count, bool)
-    for bits in (validity, column.buffers()[0]):
+    for bits in (validity, column.buffers()[0] if nested else None):
         if bits is not None:
             there &= np.unpackbits(body.read(bits, np.uint8, -(-count // 8)), count=count, bitorder="little").astype(
                 bool
@@ -282,9 +288,7 @@ def _images(body: _Body, column: pyarrow.StructArray) -> tuple[NDArray[np.int64]
 
 
 def _labels(body: _Body, column: pyarrow.Array) -> pyarrow.Array:
-    """The labels themselves; none of them where the type is none that labels have."""
-    if not (pyarrow.types.is_integer(column.type) or pyarrow.types.is_string(column.type)):
-        return pyarrow.array([], column.type)
+    """The labels themselves."""
     buffers = [one and pyarrow.py_buffer(body.read(one, np.uint8, one.size)) for one in column.buffers()]
     labels = pyarrow.Array.from_buffers(column.type, len(column), buffers)
     labels.validate(full=True)

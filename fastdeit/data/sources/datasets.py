@@ -1,53 +1,115 @@
 """Data sets by their kind: `open_source` for one split, `open_pair` for training and held-out samples, `open_held_out`
-for the latter alone, `kinds_at` for what a folder looks like."""
+for the latter alone, `kinds_at` for what a folder looks like, `held_out_name` for what its held-out split is called."""
 
 from pathlib import Path
 
 from fastdeit.data.sources import kinds
-from fastdeit.data.sources.kinds import Kind
+from fastdeit.data.sources.kinds import USUAL, Columns, Kind
+from fastdeit.data.sources.names import say
+from fastdeit.data.sources.parts import divided, is_share, numbered_by
 from fastdeit.data.sources.source import DataError, NamedSource, require_same_classes
 
+HELD_OUT = ("val", "valid", "validation", "test", "dev")
+"""What held-out splits are usually called."""
+_TRAIN, _VAL, _ROOT = "train", "val", "."
 
-def open_source(use: str, root: str | Path, split: str) -> NamedSource:
+
+def open_source(
+    use: str, root: str | Path, split: str, *, columns: Columns = USUAL, classes: str | None = None
+) -> NamedSource:
     """One split of a data set; `use` as in `kinds.find`.
 
-    split: the name of its folder or files under `root`, as its reader says; "train" or "val" where splits have no
-    names of their own. Raises DataError with the path and what to do.
+    split    the name of its folder or files under `root`, as its reader says; "train" or "val" where splits have no
+             names of their own
+    columns  what its columns are called, where it has any
+    classes  a file of class names, a line each, in the order of the labels, by which samples are numbered
+             (`parts.numbered_by`)
+
+    Raises DataError with the path and what to do.
     """
     kind = _kind(use)
-    return kind.open(_checked(kind, root, split), split)
+    return _classed(_opened(kind, _checked(kind, root, split), split, columns), classes)
 
 
-def open_pair(use: str, root: str | Path, train: str = "train", val: str = "val") -> tuple[NamedSource, NamedSource]:
-    """(training, held-out) samples of a data set, each as `open_source`; DataError also where their classes differ."""
+def open_pair(
+    use: str,
+    root: str | Path,
+    train: str = _TRAIN,
+    val: str = _VAL,
+    *,
+    columns: Columns = USUAL,
+    classes: str | None = None,
+) -> tuple[NamedSource, NamedSource]:
+    """(training, held-out) samples of a data set, each as `open_source`; DataError also where their classes differ.
+
+    val: a split, as `held_out_name` has it, or a share of the training split, as in "10%": then the name of each sample
+    alone decides on which side it is (`parts.divided`). With a share, a root that has classes or files of one split
+    only, and nothing called `train`, is the training split itself.
+    """
     kind = _kind(use)
-    training = open_source(use, root, train)
+    if is_share(val):
+        place = _checked(kind, root, train)
+        return divided(open_source(use, root, _whole(kind, place, train), columns=columns, classes=classes), val)
+    training = _opened(kind, _checked(kind, root, train), train, columns)
+    val = _said(root, val, held_out_name(use, root, val))
     place = _checked(kind, root, val)
-    held_out = kind.held_out(training, place, val) if kind.held_out else kind.open(place, val)
+    held_out = kind.held_out(training, place, val) if kind.held_out else _opened(kind, place, val, columns)
     if kind.numbered and held_out.classes == training.classes[: len(held_out.classes)]:
         held_out.classes = training.classes
+    training, held_out = _classed(training, classes), _classed(held_out, classes)
     require_same_classes(root, (train, training), (val, held_out))
     return training, held_out
 
 
-def open_held_out(use: str, root: str | Path, train: str = "train", val: str = "val") -> NamedSource:
+def open_held_out(
+    use: str,
+    root: str | Path,
+    train: str = _TRAIN,
+    val: str = _VAL,
+    *,
+    columns: Columns = USUAL,
+    classes: str | None = None,
+) -> NamedSource:
     """Held-out samples as `open_pair` gives them. The training split is read only where they depend on it."""
-    return open_pair(use, root, train, val)[1] if _kind(use).held_out else open_source(use, root, val)
+    if _kind(use).held_out or is_share(val):
+        return open_pair(use, root, train, val, columns=columns, classes=classes)[1]
+    val = _said(root, val, held_out_name(use, root, val))
+    return open_source(use, root, val, columns=columns, classes=classes)
 
 
-def layout(use: str, train: str = "train", val: str = "val") -> str:
+def held_out_name(use: str, root: str | Path, val: str = _VAL) -> str:
+    """What the held-out split is called: `val`; but where that is the default and nothing is called so, the one name of
+    `HELD_OUT` that there is. DataError where there are two: that is for the user to decide."""
+    kind, root = _kind(use), Path(root)
+    if val != _VAL or not kind.named_splits or not root.is_dir():
+        return val
+    there = [name for name in HELD_OUT if kind.sign(root, name, name)]
+    if len(there) > 1 and _VAL not in there:
+        names = " and ".join(there)
+        options = " or ".join(f"data.val={name}" for name in there)
+        raise DataError(f"{root}: nothing is called val, but there are {names}: say which is held out by {options}")
+    return there[0] if there else val
+
+
+def layout(use: str, train: str = _TRAIN, val: str = _VAL) -> str:
     """What a data set of this kind looks like on disk, in one line; `train` and `val` are the names of the splits."""
     return _layout(_kind(use), train, val)
 
 
-def kinds_at(root: str | Path, train: str = "train", val: str = "val") -> list[str]:
+def kinds_at(root: str | Path, train: str = _TRAIN, val: str = _VAL) -> list[str]:
     """Names of the kinds of data set of which `root` shows the sign; none where it is no directory.
 
     Splits are looked for by their names: a pattern that may stand there instead has no sign. A folder may show several
     signs (class folders and their packed files beside them): then it is for the user to say which to read.
     """
     root = Path(root)
-    return [kind.name for kind in kinds.shipped() if kind.sign(root, train, val)] if root.is_dir() else []
+    if not root.is_dir():
+        return []
+    return [
+        kind.name
+        for kind in kinds.shipped()
+        if kind.sign(root, _whole(kind, root, train) if is_share(val) else train, val)
+    ]
 
 
 def _kind(use: str) -> Kind:
@@ -57,12 +119,38 @@ def _kind(use: str) -> Kind:
         raise DataError(f"data source: {error}") from error
 
 
-def _layout(kind: Kind, train: str = "train", val: str = "val") -> str:
+def _layout(kind: Kind, train: str = _TRAIN, val: str = _VAL) -> str:
+    if is_share(val):
+        return f"{kind.layout.format(train=train, val=train)}, of which {val} are held out"
     return kind.layout.format(train=train, val=val)
 
 
+def _whole(kind: Kind, root: Path, train: str) -> str:
+    """The split of which a share is held out: `train`, or the root itself where nothing is called so."""
+    alone = train == _TRAIN and not kind.sign(root, train, train) and kind.sign(root, _ROOT, _ROOT)
+    return _ROOT if alone else train
+
+
+def _opened(kind: Kind, root: Path, split: str, columns: Columns) -> NamedSource:
+    if kind.columns:
+        return kind.open(root, split, columns)
+    if columns != USUAL:
+        raise DataError(f"data source {kind.name} has no columns: data.image_column and data.label_column mean nothing")
+    return kind.open(root, split)
+
+
+def _classed(source: NamedSource, classes: str | None) -> NamedSource:
+    return source if classes is None else numbered_by(source, classes)
+
+
+def _said(root: str | Path, val: str, called: str) -> str:
+    if called != val:
+        say(f"{root}: nothing is called {val}: {called} is held out (data.val={called})")
+    return called
+
+
 def _checked(kind: Kind, root: str | Path, split: str) -> Path:
-    if not kind.named_splits and split not in ("train", "val"):
+    if not kind.named_splits and split not in (_TRAIN, _VAL):
         raise DataError(f"data source {kind.name} has the splits train and val, not {split!r}")
     root = Path(root)
     if not root.is_dir():

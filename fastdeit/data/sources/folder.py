@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastdeit.data.sources.index import Listed, Strings, digest, read_range
 from fastdeit.data.sources.kinds import Kind
+from fastdeit.data.sources.names import LeftOut, group, is_image, is_litter, tell
 from fastdeit.data.sources.source import EXTENSIONS, DataError, listed
 
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -52,12 +53,18 @@ class FolderSource(FileSource):
     The fingerprint covers the relative paths, and thereby the labels, not the contents: to read 1.3 million files at
     every start would take minutes. Listing them takes 1 us each, because a listing says which entries are folders; so
     the list is made anew at every start and never out of date.
+
+    Hidden files and folders and what programs leave behind (`names.is_litter`) are neither classes nor images.
+    `left_out` counts them and the files that are no images; a warning says so. Raises DataError where a folder is met
+    twice, by links: its images would count twice.
     """
 
     def __init__(self, root: str | Path) -> None:
         root = Path(root)
-        classes = _class_names(root)
-        found = [Strings.of(_image_files(root, name)) for name in classes]
+        self.left_out = LeftOut()
+        classes = _class_names(root, self.left_out)
+        walk = _Walk(self.left_out)
+        found = [Strings.of(walk.images(root, name)) for name in classes]
         counts = np.array([len(files) for files in found])
         extensions = ", ".join(EXTENSIONS)
         if not counts.any():
@@ -74,6 +81,7 @@ class FolderSource(FileSource):
         names = Strings(b"\0".join(files.blob for files in found))
         fingerprint = blake2b(names.blob, digest_size=16).hexdigest()
         super().__init__(root, classes, names, np.repeat(np.arange(len(classes)), counts), fingerprint)
+        tell(root, self.left_out)
 
 
 def _require_directory(path: Path) -> None:
@@ -83,38 +91,65 @@ def _require_directory(path: Path) -> None:
         raise DataError(f"{path}: not a directory; give the folder that holds the images ({_EXPECTED})")
 
 
-def _class_names(root: Path) -> list[str]:
+def _class_names(root: Path, left_out: LeftOut) -> list[str]:
     _require_directory(root)
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    folders, files = [], []
+    for entry in os.scandir(root):
+        (folders if entry.is_dir() else files).append(entry.name)
+    names = sorted(name for name in folders if not is_litter(name))
+    left_out.update(f"{name}/" for name in folders if is_litter(name))
+    left_out.update(map(group, files))
     if not names:
-        flat = any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(root))
+        flat = any(map(is_image, files))
         raise DataError(f"{root}: no class folders; the expected layout is {_EXPECTED}{_SORT if flat else ''}")
     if len(names) == 1:
         raise DataError(f"{root}: only one class folder, {names[0]!r}; classification needs two or more ({_EXPECTED})")
     return names
 
 
-def _image_files(root: Path, name: str) -> list[str]:
-    top = os.path.join(root, name)
-    folders = []
-    for folder, subfolders, files in os.walk(top, onerror=_not_listed, followlinks=True):
-        for subfolder in subfolders:
-            _require_no_loop(Path(folder, subfolder))
-        folders.append((folder, files))
-    found = []
-    for folder, files in sorted(folders):
-        prefix = name + folder[len(top) :]
-        found += [f"{prefix}/{file}" for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
-    return found
+class _Walk:
+    """Folders gone through, each of them once: `left_out` counts what in them is no image."""
+
+    def __init__(self, left_out: LeftOut) -> None:
+        self._left_out = left_out
+        self._met: dict[tuple[int, int], str] = {}
+
+    def images(self, root: Path, name: str) -> list[str]:
+        """Paths relative to `root` of the images at any depth under its folder `name`, sorted by folder and name."""
+        top = os.path.join(root, name)
+        self._meet(top)
+        folders = []
+        for folder, subfolders, files in os.walk(top, onerror=_not_listed, followlinks=True):
+            self._left_out.update(f"{one}/" for one in subfolders if is_litter(one))
+            subfolders[:] = [one for one in subfolders if not is_litter(one)]
+            for subfolder in subfolders:
+                self._meet(os.path.join(folder, subfolder))
+            folders.append((folder, files))
+        found = []
+        for folder, files in sorted(folders):
+            prefix = name + folder[len(top) :]
+            images = sorted(filter(is_image, files))
+            found += [f"{prefix}/{file}" for file in images]
+            if len(images) < len(files):
+                self._left_out.update(group(file) for file in files if not is_image(file))
+        return found
+
+    def _meet(self, folder: str) -> None:
+        """DataError if the folder was met before, under whatever name: links would multiply its images."""
+        try:
+            state = os.stat(folder)
+        except OSError as error:
+            raise DataError(f"{folder}: the folder cannot be listed: {error.strerror}") from error
+        before = self._met.setdefault((state.st_dev, state.st_ino), folder)
+        if before != folder:
+            raise DataError(
+                f"{folder}: the same folder as {before}, by a link, so that its images would count twice; remove the "
+                "link"
+            )
 
 
 def _not_listed(error: OSError) -> None:
     raise DataError(f"{error.filename}: the folder cannot be listed: {error.strerror}") from error
-
-
-def _require_no_loop(path: Path) -> None:
-    if path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
-        raise DataError(f"{path}: a link to a folder that it lies in itself; remove the link")
 
 
 def _open(root: Path, split: str) -> FolderSource:
@@ -125,7 +160,8 @@ def _open(root: Path, split: str) -> FolderSource:
 
 def has_class_folders(root: Path, train: str, val: str) -> bool:
     """The sign of images in class folders; none where the held-out images lie in one folder, as ImageNet's do."""
-    return any(entry.is_dir() for entry in (root / train).glob("*")) and not is_flat_imagenet(root, val)
+    folders = any(entry.is_dir() and not is_litter(entry.name) for entry in (root / train).glob("*"))
+    return folders and not is_flat_imagenet(root, val)
 
 
 def is_flat_imagenet(root: Path, val: str) -> bool:

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 from fastdeit.data.sources import shards
-from fastdeit.data.sources.kinds import Kind
+from fastdeit.data.sources.kinds import Columns, Kind
 from fastdeit.data.sources.source import DataError, NamedSource
+
+_IMAGE, _LABEL = "image", "label"
 
 
 def _reader(name: str) -> ModuleType:
@@ -19,23 +21,18 @@ def _reader(name: str) -> ModuleType:
         raise DataError(f"{name.capitalize()} files need pyarrow: pip install fastdeit[parquet] ({error})") from error
 
 
-def _parquet(root: Path, split: str) -> NamedSource:
+def _parquet(root: Path, split: str, columns: Columns) -> NamedSource:
     reader = _reader("parquet")
-    return reader.ParquetSource(root, reader.files(root, split))
+    return reader.ParquetSource(root, reader.files(root, split), columns.image or _IMAGE, columns.label or _LABEL)
 
 
-def _arrow(root: Path, split: str) -> NamedSource:
+def _arrow(root: Path, split: str, columns: Columns) -> NamedSource:
     reader = _reader("arrow")
-    return reader.ArrowSource(root, reader.files(root, split))
+    return reader.ArrowSource(root, reader.files(root, split), columns.image or _IMAGE, columns.label or _LABEL)
 
 
 def _has_parquet(root: Path, train: str, val: str) -> bool:
-    name = Path(train).name
-    places = (
-        (root / train, "*.parquet"),
-        *((place, glob) for place in (root, root / "data") for glob in (f"{name}-*.parquet", f"{name}.parquet")),
-    )
-    return any(True for place, glob in places for _ in place.glob(glob))
+    return shards.any_of(root, train, shards.PARQUET, shards.HUB_PLACES)
 
 
 def _has_arrow(root: Path, train: str, val: str) -> bool:
@@ -51,6 +48,7 @@ PARQUET = Kind(
     _has_parquet,
     (".parquet",),
     numbered=True,
+    columns=True,
 )
 ARROW = Kind(
     "arrow",
@@ -59,4 +57,5 @@ ARROW = Kind(
     _has_arrow,
     (".arrow",),
     numbered=True,
+    columns=True,
 )

@@ -43,6 +43,17 @@ def _no_sign(root: Path, train: str, val: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """What the columns, or fields, of a data set are called that hold images and labels; None: as is usual."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+USUAL = Columns()
+
+
+@dataclass(frozen=True)
 class Kind:
     """A reader of data sets of one kind.
 
@@ -52,16 +63,18 @@ class Kind:
     it opens no file. suffixes: how the names of its files end, where one file is a split of its own; in them,
     NUMBER-of-COUNT is written 00000-of-00001. named_splits: whether splits have names of their own; else they are
     "train" and "val". numbered: whether classes may be mere numbers, of which the last ones may have no held-out
-    sample. held_out(training, root, split): `open` for the held-out split, where that depends on the training split.
+    sample. columns: whether `open` takes `Columns` as a third argument. held_out(training, root, split): `open` for the
+    held-out split, where that depends on the training split.
     """
 
     name: str
-    open: "Callable[[Path, str], NamedSource]"
+    open: "Callable[..., NamedSource]"
     layout: str
     sign: Callable[[Path, str, str], bool] = _no_sign
     suffixes: tuple[str, ...] = ()
     named_splits: bool = True
     numbered: bool = False
+    columns: bool = False
     held_out: "Callable[[NamedSource, Path, str], NamedSource] | None" = None
 
     def has_file(self, name: str) -> bool:

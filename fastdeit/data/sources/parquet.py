@@ -1,5 +1,5 @@
-"""Image data sets of the Hugging Face hub: Parquet files with a column `image`, a struct of `bytes` and `path`, and a
-column `label` of class numbers or names.
+"""Image data sets of the Hugging Face hub: Parquet files with a column `image`, a struct of `bytes` and `path` or the
+bytes alone, and a column `label` of class numbers or names. The columns may have other names.
 
 Parquet is compressed and encoded by row groups, so that one image costs the reading of its whole group (some hundred
 images). The groups used last are kept, up to `_CACHE_BYTES`. That serves evaluation and packing, which go through the
@@ -12,18 +12,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from fastdeit.data.sources import shards
 from fastdeit.data.sources.index import Listed, Strings, digest
 from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, class_numbers
 
-_SUFFIXES = "-*.parquet", ".parquet"
 _CACHE_BYTES = 256 << 20
+_Column = TypeVar("_Column", pyarrow.Array, pyarrow.ChunkedArray)
 
 
 class ParquetSource(Listed):
@@ -50,7 +51,8 @@ class ParquetSource(Listed):
         self._start = np.cumsum([0, *lengths])
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
-        column = pyarrow.chunked_array([chunk for one in columns for chunk in one.chunks])
+        require_one_type(root, label, self._files, [one.type for one in columns])
+        column = pyarrow.chunked_array([chunk for one in columns for chunk in one.chunks], columns[0].type)
         labels, classes = class_labels(self._root, label, column, hub_names(self._metadata[0].metadata, label))
         super().__init__(classes, Strings.of(names), labels, digest(Strings.of(names).blob, labels, classes))
 
@@ -64,9 +66,10 @@ class ParquetSource(Listed):
             row = self._group(group)[index - int(self._start[group])]
         except pyarrow.ArrowException as error:
             raise BadImage(f"its row group cannot be read: {error}") from error
-        if not row["bytes"].is_valid:
+        data = row["bytes"] if pyarrow.types.is_struct(row.type) else row
+        if not data.is_valid:
             raise BadImage("the row has no image bytes (data sets that only hold paths cannot be used)")
-        return np.frombuffer(row["bytes"].as_buffer(), np.uint8)
+        return np.frombuffer(data.as_buffer(), np.uint8)
 
     def path(self, index: int) -> str:
         """FILE:ROW of sample `index`, with the folder of the data set."""
@@ -79,7 +82,7 @@ class ParquetSource(Listed):
             with parquet.ParquetFile(path) as opened:
                 schema, metadata = opened.schema_arrow, opened.metadata
                 require_columns(path, schema, self._image, self._label)
-                return metadata, opened.read(columns=[self._label]).column(0)
+                return metadata, plain_labels(path, self._label, opened.read(columns=[self._label]).column(0))
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{path}: the Parquet file cannot be read: {error}") from error
 
@@ -92,7 +95,9 @@ class ParquetSource(Listed):
                 with parquet.ParquetFile(
                     path, metadata=self._metadata[file], page_checksum_verification=True
                 ) as opened:
-                    table = opened.read_row_group(group, columns=[f"{self._image}.bytes"], use_threads=False)
+                    nested = pyarrow.types.is_struct(opened.schema_arrow.field(self._image).type)
+                    column = f"{self._image}.bytes" if nested else self._image
+                    table = opened.read_row_group(group, columns=[column], use_threads=False)
                 self._cache[number] = table.column(0)
             self._cache.move_to_end(number)
             while len(self._cache) > 1 and sum(column.nbytes for column in self._cache.values()) > _CACHE_BYTES:
@@ -103,30 +108,74 @@ class ParquetSource(Listed):
 def require_columns(path: str, schema: pyarrow.Schema, image: str, label: str) -> None:
     """DataError unless a file has one column `image`, of images, and one column `label`."""
     names = schema.names
-    missing = [name for name in (image, label) if name not in names]
+    missing = [(field, name) for field, name in (("image", image), ("label", label)) if name not in names]
     if missing:
-        raise DataError(f"{path}: no column {' and no column '.join(missing)}; there are {names}")
+        options = " and ".join(f"data.{field}_column={_likely(schema, field)}" for field, _ in missing)
+        raise DataError(
+            f"{path}: no column {' and no column '.join(name for _, name in missing)}; there are {names}: say which is "
+            f"meant by {options}"
+        )
     if names.count(image) + names.count(label) > 2:
         raise DataError(f"{path}: column {image} or {label} is there twice; there are {names}")
-    kind = schema.field(image).type
-    at = kind.get_field_index("bytes") if pyarrow.types.is_struct(kind) else -1
-    if at < 0 or not (pyarrow.types.is_binary(kind[at].type) or pyarrow.types.is_large_binary(kind[at].type)):
-        raise DataError(f"{path}: column {image} is no struct of bytes and path, but {kind}")
+    if not _holds_images(schema.field(image).type):
+        raise DataError(f"{path}: column {image} is no struct of bytes and path, but {schema.field(image).type}")
+
+
+def _likely(schema: pyarrow.Schema, field: str) -> str:
+    """The only column that may be meant, else NAME."""
+    images = {one.name for one in schema if _holds_images(one.type)}
+    found = images if field == "image" else set(schema.names) - images
+    return found.pop() if len(found) == 1 else "NAME"
+
+
+def _holds_images(kind: pyarrow.DataType) -> bool:
+    if pyarrow.types.is_struct(kind):
+        at = kind.get_field_index("bytes")
+        return at >= 0 and _is_bytes(kind[at].type)
+    return _is_bytes(kind)
+
+
+def _is_bytes(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+def plain_labels(root: str, label: str, column: _Column) -> _Column:
+    """A column of class numbers as int64, of names as strings, in whatever width or form they are stored: dictionaries,
+    large strings, bytes. DataError where it holds anything else."""
+    kind = column.type
+    if pyarrow.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if not pyarrow.types.is_integer(kind):
+        text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or _is_bytes(kind)
+        if not text:
+            raise DataError(f"{root}: column {label!r} holds {kind}, not class numbers or names")
+    try:
+        return column.cast(pyarrow.int64() if pyarrow.types.is_integer(kind) else pyarrow.string())
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{root}: column {label!r} holds {kind} that are no class numbers or names: {error}") from error
+
+
+def require_one_type(root: str | Path, label: str, files: Sequence[str], kinds: Sequence[pyarrow.DataType]) -> None:
+    """DataError where labels are numbers in one file and names in another."""
+    for file, kind in zip(files, kinds, strict=True):
+        if kind != kinds[0]:
+            raise DataError(
+                f"{root}: column {label!r} is of different types in {files[0]} ({kinds[0]}) and {file} ({kind}); write "
+                "the files anew with one of them"
+            )
 
 
 def class_labels(
     root: str, label: str, column: pyarrow.ChunkedArray, names: Sequence[str] | None
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """(labels, class names) of a column `label` of class numbers or names; names: of class 0, 1, ..., if they are
-    known. Raises DataError where the column holds anything else."""
+    """(labels, class names) of a column `label` (`plain_labels`); names: of class 0, 1, ..., if they are known. Raises
+    DataError where a row has no label, or one that is no class number."""
     if column.null_count:
         raise DataError(f"{root}: {column.null_count} rows have no {label!r}; remove them")
     if pyarrow.types.is_string(column.type):
         classes, labels = np.unique(column.to_pylist(), return_inverse=True)
         return labels, classes.tolist()
-    if not pyarrow.types.is_integer(column.type):
-        raise DataError(f"{root}: column {label!r} holds {column.type}, not class numbers or names")
-    labels = column.to_numpy().astype(np.int64)
+    labels = column.to_numpy()
     if labels.min() < 0 or labels.max() > MAX_LABEL:
         raise DataError(
             f"{root}: column {label!r} has labels from {labels.min()} to {labels.max()}, which are no "
@@ -145,14 +194,13 @@ def hub_names(metadata: Mapping[bytes, bytes] | None, label: str) -> list[str] |
 
 
 def files(root: str | Path, split: str) -> list[str]:
-    """Paths relative to `root` of the Parquet files of a split: those of the folder `split`, or SPLIT-*.parquet or
-    SPLIT.parquet in `root` or in its folder data, or a glob; sorted. DataError if there is none."""
-    root = Path(root)
-    patterns = [f"{split}/*.parquet", *(f"{place}{split}{rest}" for place in ("", "data/") for rest in _SUFFIXES)]
-    if split.endswith(".parquet"):
-        patterns = [split]
-    for pattern in patterns:
-        found = sorted(str(path.relative_to(root)) for path in root.glob(pattern))
-        if found:
-            return found
-    raise DataError(f"{root}: no Parquet file of split {split!r}; looked for {', '.join(patterns)}")
+    """Paths relative to `root` of the Parquet files of a split (`shards.of_split`): those of the folder `split`, or
+    SPLIT-00000-of-00002.parquet, SPLIT-0000.parquet or SPLIT.parquet in `root` or in its folder data, or a glob.
+    DataError if there is none, or one is missing."""
+    found = shards.of_split(root, split, shards.PARQUET, shards.HUB_PLACES)
+    if not found:
+        raise DataError(
+            f"{root}: no Parquet file of split {split!r}; looked for {split}/*.parquet, {split}-*.parquet and "
+            f"{split}.parquet, also in data/"
+        )
+    return found

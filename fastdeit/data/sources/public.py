@@ -6,7 +6,8 @@ Splits are those that published transfer results use: Flowers-102 trains on its 
 
 import io
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,21 @@ from numpy.typing import NDArray
 from fastdeit.data.sources.folder import DEVKIT, FileSource, FolderSource, is_flat_imagenet
 from fastdeit.data.sources.index import Strings
 from fastdeit.data.sources.kinds import Kind
-from fastdeit.data.sources.source import EXTENSIONS, DataError, NamedSource, contents
+from fastdeit.data.sources.names import is_image
+from fastdeit.data.sources.source import DataError, NamedSource, contents, listed
 
 Samples = tuple[list[str], list[tuple[str, int]]]
 """Class names, and (path relative to the root, class number) of every sample."""
 _DEVKIT = f"{DEVKIT}/data"
+_HELD_OUT = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
+_HELD_OUT_NAME = "ILSVRC2012_val_{:08d}.JPEG"
 
 
 def _imagenet(root: Path, split: str) -> NamedSource:
     """Class folders; or, for the held-out images, all in one folder as distributed, with the official devkit in `root`
     to say which class each has. Classes are the sorted WordNet ids in either case, as everywhere."""
     folder = root / split
-    images = sorted(path.name for path in folder.glob("*") if path.name.lower().endswith(EXTENSIONS))
+    images = [path.name for path in folder.glob("*") if is_image(path.name)]
     if not images or not (root / _DEVKIT).is_dir():
         return FolderSource(folder)
     return _listed(root, lambda: _flat_imagenet(root, split, images))
@@ -40,9 +44,31 @@ def _flat_imagenet(root: Path, split: str, images: list[str]) -> Samples:
     label = {int(one["ILSVRC2012_ID"]): classes.index(str(one["WNID"])) for one in synsets}
     path = root / _DEVKIT / "ILSVRC2012_validation_ground_truth.txt"
     truth = [label[int(line)] for line in contents(path).split()]
-    if len(truth) != len(images):
-        raise DataError(f"{root / split}: {len(images)} images, but {path} has {len(truth)} labels; unpack all of them")
-    return classes, [(f"{split}/{image}", number) for image, number in zip(images, truth, strict=True)]
+    ordered = by_number(root / split, images, len(truth), path)
+    return classes, [(f"{split}/{image}", number) for image, number in zip(ordered, truth, strict=True)]
+
+
+def by_number(place: object, images: Sequence[str], count: int, labels: object) -> list[str]:
+    """The names of ImageNet's held-out images 1 to `count`, by the number that each bears; `labels` has a line for
+    each. DataError, with the first of them, for an image that is missing, there twice, or none of these."""
+    found: dict[int, str] = {}
+    extra = []
+    for image in sorted(images):
+        match = _HELD_OUT.fullmatch(image)
+        number = int(match[1]) if match else 0
+        if not 1 <= number <= count or number in found:
+            extra.append(image)
+        else:
+            found[number] = image
+    missing = [_HELD_OUT_NAME.format(number) for number in range(1, count + 1) if number not in found]
+    wrong = [f"{len(missing)} are missing, as {listed(missing)}"] if missing else []
+    wrong += [f"{len(extra)} are none of them: {listed(extra)}"] if extra else []
+    if wrong:
+        raise DataError(
+            f"{place}: the label of an image is the line of its number in {labels}, which has {count} lines, but of "
+            f"the images {' and '.join(wrong)}; unpack ILSVRC2012_img_val.tar anew, and remove what is not from it"
+        )
+    return [found[number] for number in range(1, count + 1)]
 
 
 def _flowers102(root: Path, split: str) -> Samples:

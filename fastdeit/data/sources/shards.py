@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,44 +20,58 @@ from fastdeit.data.sources.source import DataError
 TFRECORD = re.compile(r"(?P<stem>[^.].*?)(?:-\d+-of-\d+(?:\.tfrecords?)?|\.tfrecords?(?:-\d+-of-\d+)?)")
 # The `datasets` library keeps results of `map` and `filter` in files cache-*.arrow beside the data.
 ARROW = re.compile(r"(?!cache-)(?P<stem>[^.].*?)(?:-\d+-of-\d+)?\.arrow")
+# The hub puts a hash behind the number of some parts.
+PARQUET = re.compile(r"(?P<stem>[^.].*?)(?:-\d+-of-\d+(?:-[0-9a-f]{8,})?)?\.parquet")
+TAR = re.compile(r"(?P<stem>[^.].*?)(?:-\d+-of-\d+)?\.tar")
+HUB_PLACES = "", "data"
+"""Folders in the root in which Parquet files of the hub lie."""
 _NUMBER = re.compile(r"-(\d+)-of-(\d+)")
+_LAST_NUMBER = re.compile(r"(.*?)(\d+)", re.DOTALL)
 _SHOWN = 5
+_COMPLETE = "complete the data set, or name the files that are to be read by a glob"
 _PATIENCE_S = 5
+_INT64 = (1 << 63) - 1
 
 Index = dict[str, NDArray[np.generic]]
 Skipped = list[tuple[str, str]]
 """(path, reason) of what was left out."""
 
 
-def of_split(root: str | Path, split: str, name: re.Pattern[str]) -> list[str]:
+def of_split(root: str | Path, split: str, name: re.Pattern[str], places: Sequence[str] = ("",)) -> list[str]:
     """Paths relative to `root` of the files of a split, in their order; none if there are none.
 
     split: a folder, of which all files are taken whose names `name` matches; or what its group `stem` is in names of
-    files in `root`, whole or behind a hyphen (TRAIN, DATASET-TRAIN). A file or a glob is taken as it is. Where nothing
-    is called val, validation is. Raises DataError where of files named NUMBER-of-COUNT one is missing or there twice.
+    files in `places`, folders in `root`: whole or behind a hyphen (TRAIN, DATASET-TRAIN), else as a word of it
+    (TRAIN-0001, DATASET-TRAIN-0001). A file or a glob is taken as it is. Raises DataError where of numbered files one
+    is missing or there twice.
     """
     root = Path(root)
     if (root / split).is_file():
         return [split]
     if glob.has_magic(split):
         return sorted(path for path in glob.glob(split, root_dir=root) if name.fullmatch(os.path.basename(path)))
-    for folder, files in _candidates(root, split, name):
+    for folder, files in _candidates(root, split, name, places):
         if files:
             return [os.path.join(folder, file) for file in in_order(root / folder, files)]
     return []
 
 
-def any_of(root: str | Path, split: str, name: re.Pattern[str]) -> bool:
+def any_of(root: str | Path, split: str, name: re.Pattern[str], places: Sequence[str] = ("",)) -> bool:
     """Whether there is a file of a split that is given by its name."""
-    return any(files for _, files in _candidates(Path(root), split, name))
+    return any(files for _, files in _candidates(Path(root), split, name, places))
 
 
-def _candidates(root: Path, split: str, name: re.Pattern[str]) -> Iterator[tuple[str, list[re.Match[str]]]]:
+def _candidates(
+    root: Path, split: str, name: re.Pattern[str], places: Sequence[str]
+) -> Iterator[tuple[str, list[re.Match[str]]]]:
     """(folder relative to `root`, its files that may be those of the split)."""
-    for called in (split, "validation") if split == "val" else (split,):
-        yield called, _matching(root / called, name)
-        ends = f"-{called}"
-        yield "", [one for one in _matching(root, name) if f"-{one['stem']}".endswith(ends)]
+    yield split, _matching(root / split, name)
+    word = re.compile(rf"(?:.*[-_.])?{re.escape(split)}(?:[-_.].*)?", re.DOTALL)
+    for place in places:
+        there = _matching(root / place, name)
+        yield place, [one for one in there if f"-{one['stem']}".endswith(f"-{split}")]
+        yield place, [one for one in there if re.match(rf"{re.escape(split)}[-_.]", one["stem"])]
+        yield place, [one for one in there if word.fullmatch(one["stem"])]
 
 
 def _matching(folder: Path, name: re.Pattern[str]) -> list[re.Match[str]]:
@@ -72,7 +86,7 @@ def _matching(folder: Path, name: re.Pattern[str]) -> list[re.Match[str]]:
 
 def in_order(folder: Path, files: list[re.Match[str]]) -> list[str]:
     """File names in `folder`, as matches with a group `stem`, those with a number by the number; DataError unless these
-    are 0 to COUNT - 1 of one set of files."""
+    are 0 to COUNT - 1 of one set of files, or, where no name says the count, without a gap."""
     sets: dict[tuple[str, int] | None, dict[int, str]] = {}
     for match in files:
         numbers = _NUMBER.search(match[0], match.end("stem"))
@@ -85,19 +99,48 @@ def in_order(folder: Path, files: list[re.Match[str]]) -> list[str]:
         first, second, *_ = (next(iter(parts.values())) for parts in sets.values())
         raise DataError(f"{folder}: {first} and {second} are of different sets of files; name one of them by a glob")
     ((which, parts),) = sets.items()
-    count = which[1] if which else len(parts)
-    missing = [number for number in range(min(count, len(parts) + 1)) if number not in parts]
+    if which is None:
+        _require_no_gap(folder, [match["stem"] for match in files])
+        return list(parts.values())
+    count = which[1]
+    missing = _missing(parts, 0, count)
     if missing or len(parts) > count:
-        what = f"number {missing[0]} is missing" if missing else f"{parts[max(parts)]} is one too many"
-        raise DataError(
-            f"{folder}: {len(parts)} files that say of themselves that there are {count}: {what}; complete the data "
-            "set, or name the files that are to be read by a glob"
-        )
+        what = missing or f"{parts[max(parts)]} is one too many"
+        raise DataError(f"{folder}: {len(parts)} of {count} files, as {parts[min(parts)]}: {what}; {_COMPLETE}")
     return [parts[number] for number in sorted(parts)]
 
 
+def _require_no_gap(folder: Path, stems: list[str]) -> None:
+    """DataError where of several names that end in a number some between 0 or 1 and the last are missing, though no
+    more than are there: where there are more, the number is none of a part."""
+    numbers: dict[str, set[int]] = {}
+    for stem in stems:
+        match = _LAST_NUMBER.fullmatch(stem)
+        if match:
+            numbers.setdefault(match[1], set()).add(int(match[2]))
+    for prefix, found in numbers.items():
+        first, last = 0 if 0 in found else 1, max(found)
+        if len(found) > 1 and len(found) <= last - first < 2 * len(found):
+            raise DataError(f"{folder}: of the files {prefix}NUMBER, {_missing(found, first, last)}; {_COMPLETE}")
+
+
+def _missing(found: Iterable[int], first: int, stop: int) -> str:
+    """Which numbers from `first` to `stop - 1` are not among `found`, in words; "" if none. `stop` may be anything that
+    a file name says: the work grows with `found` alone."""
+    runs = []
+    for number in (*sorted(number for number in found if first <= number < stop), stop):
+        if number > first:
+            runs.append(str(first) if number == first + 1 else f"{first} to {number - 1}")
+        first = number + 1
+    if not runs:
+        return ""
+    shown = ", ".join(runs[:_SHOWN]) + (" and more" if len(runs) > _SHOWN else "")
+    return f"number {shown} is missing" if len(runs) == 1 and "to" not in runs[0] else f"numbers {shown} are missing"
+
+
 def cached(root: Path, files: Sequence[str], kind: str, key: str, build: Callable[[], Index]) -> Index:
-    """What `build` lists of `files` (paths relative to `root`), from an earlier start where none of them has changed.
+    """What `build` lists of `files` (paths relative to `root`), from an earlier start where none of them has changed:
+    size, inode and both times, of which that of the last change of the inode cannot be set back.
 
     It is kept beside the files, or in $FASTDEIT_CACHE (default ~/.cache/fastdeit) where that cannot be written; `key`
     tells apart what is listed differently. Of processes and threads that want it at the same time one builds it, and
@@ -108,7 +151,7 @@ def cached(root: Path, files: Sequence[str], kind: str, key: str, build: Callabl
         states = [os.stat(root / file) for file in files]
     except OSError as error:
         raise DataError(f"{error.filename}: the {kind} file cannot be read: {error.strerror}") from error
-    state = np.array([(one.st_size, one.st_mtime_ns) for one in states])
+    state = np.array([(one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino & _INT64) for one in states])
     cache = Path(os.path.expanduser(os.environ.get("FASTDEIT_CACHE") or "~/.cache/fastdeit"))
     # Beside the files under one name for all machines; elsewhere the name has to tell data sets apart.
     elsewhere = digest([str(root.resolve()), key])

@@ -1,12 +1,13 @@
 """Tar shards in the WebDataset layout, read in any order.
 
 A sample is the members of one shard that share a key, the name up to the first dot of its last part: `0001.jpg` with
-`0001.cls` (a class number) or `0001.json` (an object with the class number in a field). The headers of all shards are
-read once; offset and size of every image then make each a `pread`. That list is kept (`shards.cached`), and made anew
-when a shard's size or time of change differs.
+`0001.cls` (a class number) or `0001.json` (an object with the class number in a field). Where that leaves no image, as
+in `cat.1.jpg` with `cat.1.cls`, keys go up to the last dot. The headers of all shards are read once; offset and size
+of every image then make each a `pread`. That list is kept (`shards.cached`), and made anew when a shard has changed.
 
 Nothing is ever extracted. Members that no well-formed shard has (links, absolute names, `..`, a name that comes twice)
-are left out with a reason, as are samples without a label.
+are left out with a reason, as are samples without a label; hidden files and the like without one. A file that is
+several tar files one behind the other is read to its end.
 """
 
 import json
@@ -14,25 +15,29 @@ import os
 import re
 import tarfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.data.sources.index import Listed, Strings, digest, read_range, text_array
-from fastdeit.data.sources.kinds import Kind
+from fastdeit.data.sources.kinds import Columns, Kind
+from fastdeit.data.sources.names import is_litter
 from fastdeit.data.sources.scan import scanned
-from fastdeit.data.sources.shards import Index, Skipped, cached, reasons
+from fastdeit.data.sources.shards import TAR as SHARD
+from fastdeit.data.sources.shards import Index, Skipped, any_of, cached, of_split, reasons
 from fastdeit.data.sources.source import EXTENSIONS, MAX_LABEL, BadImage, DataError, class_numbers
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
-_CACHE_FORMAT = "1"
+_CACHE_FORMAT = "2"
+_LABEL_FIELD = "label"
 _LABEL_BYTES = 1 << 20
 _BLOCK = 512
+_CHUNK = 1 << 20
 
 
 class _Member(NamedTuple):
@@ -49,7 +54,7 @@ class TarSource(Listed):
     `skipped`.
     """
 
-    def __init__(self, root: str | Path, shards: Sequence[str], label_field: str = "label") -> None:
+    def __init__(self, root: str | Path, shards: Sequence[str], label_field: str = _LABEL_FIELD) -> None:
         self._root, self._shards = str(root), list(shards)
         key = digest([_CACHE_FORMAT, label_field, *shards])
         index = cached(Path(root), self._shards, "tar", key, lambda: _index(Path(root), self._shards, label_field))
@@ -82,24 +87,19 @@ class TarSource(Listed):
 
 def shards(root: str | Path, pattern: str) -> list[str]:
     """Paths relative to `root` of the tar files that `pattern` means: a folder (all `*.tar` in it), a name with
-    `{0000..0127}` or `{a,b}`, a glob, or the first part of their names (`train` for train-0001.tar). Sorted where the
-    pattern gives no order; DataError if there is none or a numbered one is missing."""
+    `{0000..0127}` or `{a,b}`, a glob, or a word of their names (`train` for train-0001.tar and set-train-0001.tar).
+    Sorted where the pattern gives no order; DataError if there is none, or a numbered one is missing."""
     root = Path(root)
-    if (root / pattern).is_dir():
-        globs = [f"{pattern}/*.tar"]
-    elif pattern.endswith(".tar"):
-        globs = _braces(pattern)
-    else:
-        globs = [f"{pattern}[-_.]*tar"]
     found = []
-    for glob in globs:
-        matches = sorted(str(path.relative_to(root)) for path in root.glob(glob)) if root.is_dir() else []
-        if not matches:
+    for part in _braces(pattern):
+        files = of_split(root, part, SHARD) if root.is_dir() else []
+        if not files:
+            what = part if part.endswith(".tar") else f"{part}/*.tar or {part}-*.tar"
             raise DataError(
-                f"{root}: no tar file {glob}; give the folder of the shards, or their names as in "
+                f"{root}: no tar file {what}; give the folder of the shards, or their names as in "
                 "train-{0000..0127}.tar"
             )
-        found += matches
+        found += files
     return found
 
 
@@ -139,6 +139,8 @@ def _samples(label_field: str, path: str, skipped: Skipped) -> Iterator[tuple[st
     """(name, offset, size, label) of every image of a shard."""
     groups: dict[str, dict[str, _Member]] = {}
     for member in _members(path, skipped):
+        if any(map(is_litter, member.name.split("/")[member.name.startswith("./") :])):
+            continue
         match = _KEY.fullmatch(member.name)
         if match is None:
             skipped.append((f"{path}:{member.name}", "the name is not KEY.EXTENSION"))
@@ -149,7 +151,7 @@ def _samples(label_field: str, path: str, skipped: Skipped) -> Iterator[tuple[st
             skipped.append((f"{path}:{member.name}", "an earlier file in the tar file has this name"))
         else:
             group[extension] = member
-    for key, group in groups.items():
+    for key, group in _with_dots_in_keys(groups):
         images = [group[extension] for extension in group if extension in _IMAGES]
         if len(images) != 1:
             found = " and ".join(repr(image.name) for image in images) or f"only {', '.join(sorted(group))}"
@@ -160,6 +162,21 @@ def _samples(label_field: str, path: str, skipped: Skipped) -> Iterator[tuple[st
             skipped.append((f"{path}:{images[0].name}", label))
         else:
             yield *images[0], label
+
+
+def _with_dots_in_keys(groups: dict[str, dict[str, _Member]]) -> Iterator[tuple[str, dict[str, _Member]]]:
+    """(key, members by extension) of `groups`, of which those without an image are split at the last dot instead."""
+    for key, group in groups.items():
+        if any(extension in _IMAGES for extension in group) or not any(
+            extension.endswith(EXTENSIONS) for extension in group
+        ):
+            yield key, group
+            continue
+        split: dict[str, dict[str, _Member]] = {}
+        for extension, member in group.items():
+            inner, dot, last = extension.rpartition(".")
+            split.setdefault(key + dot + inner, {})[last] = member
+        yield from split.items()
 
 
 def _label(path: str, group: dict[str, _Member], label_field: str) -> int | str:
@@ -182,28 +199,49 @@ def _label(path: str, group: dict[str, _Member], label_field: str) -> int | str:
 
 
 def _members(path: str, skipped: Skipped) -> Iterator[_Member]:
-    """The regular files of a tar archive that lie wholly inside it; what is wrong with it goes to `skipped`."""
+    """The regular files of a tar file that lie wholly inside it; what is wrong with it goes to `skipped`."""
     try:
         length = os.path.getsize(path)
         if not os.path.isfile(path):
             raise tarfile.ReadError("it is not a regular file")  # opening a pipe would wait for ever
-        with tarfile.open(path, "r:") as archive:
-            end = 0
-            while (info := archive.next()) is not None:
-                archive.members.clear()  # tarfile keeps every header it has read
-                if archive.offset <= end:
-                    raise tarfile.ReadError(f"the header at byte {info.offset} has a negative size")
-                end = archive.offset
-                reason = _unusable(info, length)
-                if reason:
-                    skipped.append((f"{path}:{info.name}", reason))
-                elif info.isreg():
-                    yield _Member(info.name, info.offset_data, info.size)
-        closing = read_range(path, end, _BLOCK)
-        if len(closing) < _BLOCK or closing.any():
-            skipped.append((path, f"the tar file is cut short or damaged at byte {end} of {length}"))
+        with open(path, "rb") as file:
+            start: int | None = 0
+            while start is not None:
+                end = yield from _archive(file, path, start, length, skipped)
+                closing = read_range(path, end, _BLOCK)
+                if len(closing) < _BLOCK or closing.any():
+                    skipped.append((path, f"the tar file is cut short or damaged at byte {end} of {length}"))
+                    return
+                start = _next_archive(path, end, length)
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         skipped.append((path, _why_not(path, error)))
+
+
+def _archive(file: BinaryIO, path: str, start: int, length: int, skipped: Skipped) -> Generator[_Member, None, int]:
+    """The regular files of the archive that starts at byte `start` of `file`; returns the byte at which it ends."""
+    file.seek(start)
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        end = start
+        while (info := archive.next()) is not None:
+            archive.members.clear()  # tarfile keeps every header it has read
+            if archive.offset <= end:
+                raise tarfile.ReadError(f"the header at byte {info.offset} has a negative size")
+            end = archive.offset
+            reason = _unusable(info, length)
+            if reason:
+                skipped.append((f"{path}:{info.name}", reason))
+            elif info.isreg():
+                yield _Member(info.name, info.offset_data, info.size)
+    return end
+
+
+def _next_archive(path: str, end: int, length: int) -> int | None:
+    """Where behind the zeros that end an archive another one starts, as in `cat a.tar b.tar`; None if none does."""
+    for at in range(end, length, _CHUNK):
+        found = np.flatnonzero(read_range(path, at, _CHUNK))
+        if len(found):
+            return (at + int(found[0])) // _BLOCK * _BLOCK
+    return None
 
 
 def _unusable(info: tarfile.TarInfo, length: int) -> str | None:
@@ -230,13 +268,13 @@ def _why_not(path: str, error: Exception) -> str:
     return f"not a tar file, or one that is cut short or damaged: {error}"
 
 
-def _open(root: Path, split: str) -> TarSource:
-    return TarSource(root, shards(root, split))
-
-
-def _has_shards(root: Path, train: str, val: str) -> bool:
-    places = (root / train, "*.tar"), (root, f"{Path(train).name}[-_.]*tar")
-    return any(True for place, glob in places for _ in place.glob(glob))
+def _open(root: Path, split: str, columns: Columns) -> TarSource:
+    if columns.image is not None:
+        raise DataError(
+            f"data.image_column={columns.image}: a tar file has no such column; its images are told by their "
+            "extensions (data.label_column names the field of KEY.json that holds the label)"
+        )
+    return TarSource(root, shards(root, split), columns.label or _LABEL_FIELD)
 
 
 TAR = Kind(
@@ -244,7 +282,8 @@ TAR = Kind(
     _open,
     "ROOT/{train}/*.tar and ROOT/{val}/*.tar, or ROOT/{train}-*.tar and ROOT/{val}-*.tar, with KEY.jpg and KEY.cls or "
     "KEY.json in them",
-    _has_shards,
+    lambda root, train, val: any_of(root, train, SHARD),
     (".tar",),
     numbered=True,
+    columns=True,
 )
