@@ -190,17 +190,17 @@ __device__ __forceinline__ void attention_key_gradient(const Half *qkv, const Ha
   store_partial<D>(partial, place, heads, 2, column_sums + kWarps * D);
 }
 
-// dbias[column] = the sum of `partial[rows, columns]` over its rows: eight shares of every eighth row, then those.
+// dbias[column] = the sum of `partial[rows, columns]` over its rows: eight shares of every eighth row, then those. The
+// columns are a multiple of 32, as every head dim is.
 __device__ __forceinline__ void attention_bias_gradient(const float *partial, float *dbias, int rows, int columns) {
   float *shares = reinterpret_cast<float *>(shared_memory);
   const int group = threadIdx.x / kBiasColumns, own = threadIdx.x % kBiasColumns;
   const int column = blockIdx.x * kBiasColumns + own;
   float sum = 0.0f;
-  if (column < columns)
-    for (int row = group; row < rows; row += kBiasGroups) sum += partial[static_cast<long long>(row) * columns + column];
+  for (int row = group; row < rows; row += kBiasGroups) sum += partial[static_cast<long long>(row) * columns + column];
   shares[threadIdx.x] = sum;
   __syncthreads();
-  if (group != 0 || column >= columns) return;
+  if (group != 0) return;
   sum = 0.0f;
 #pragma unroll
   for (int share = 0; share < kBiasGroups; ++share) sum += shares[share * kBiasColumns + own];

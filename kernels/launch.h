@@ -4,7 +4,7 @@
 //   fastdeit_attention_forward_<d>            blocks * heads * batch  128    128 * (d + 8) * 2 + 10,240 +  256
 //   fastdeit_attention_query_gradient_<d>     blocks * heads * batch  128    192 * (d + 8) * 2 + 10,240
 //   fastdeit_attention_key_gradient_<d>       blocks * heads * batch  128    192 * (d + 8) * 2 + 10,240 +  256
-//   fastdeit_attention_bias_gradient          ceil(3*heads*d / 32)    256    1,024
+//   fastdeit_attention_bias_gradient          3 * heads * d / 32      256    1,024
 //
 // with d the head dim, 32, 64, 96 or 128, and blocks = ceil(tokens / 64). All grids and blocks have one dimension.
 // More than 48 KiB of shared memory have to be asked for (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES):
@@ -62,8 +62,7 @@ __host__ __device__ constexpr LaunchShape launch_shape(Kernel kernel, long long 
     case Kernel::key_gradient:
       return {blocks, kThreads, 2 * of_rows + 2 * of_columns + kStripBytes + 2 * kColumns * 4};
     default:
-      return {(3 * heads * head_dim + kBiasColumns - 1) / kBiasColumns, kBiasColumns * kBiasGroups,
-              kBiasColumns * kBiasGroups * 4};
+      return {3 * heads * head_dim / kBiasColumns, kBiasColumns * kBiasGroups, kBiasColumns * kBiasGroups * 4};
   }
 }
 

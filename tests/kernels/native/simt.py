@@ -22,7 +22,9 @@ COMPILER = shutil.which("g++")
 UNAVAILABLE = None if COMPILER else "there is no g++ to compile the kernels for the CPU"
 
 _FLAGS = "-std=c++17 -O2 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -x c++".split()
-_CHECKED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0".split()
+_CHECKED = "-fsanitize=thread,alignment --param tsan-instrument-func-entry-exit=0".split()
+_OF_THE_HOST = "simt.cpp", "api.cu"
+"""Sources without a kernel."""
 _LAUNCH_FAILED, _FLOAT16 = 7, 1
 
 
@@ -80,18 +82,16 @@ class Kernels:
         seed: int,
     ) -> None:
         batch, tokens, width = inputs["qkv"].shape
-        library, writers = self.library, []
+        library, kept = self.library, []
         library.simt_seed(ctypes.c_uint64(seed))
         library.simt_forget_regions()
         for key, tensor in (inputs | outputs).items():
             if tensor is None:
                 continue
             assert tensor.is_contiguous()
-            writer = None
             if key in outputs:
-                writers.append(np.zeros(tensor.nbytes // 2, np.uint32))
-                writer = ctypes.c_void_p(writers[-1].ctypes.data)
-            library.simt_region(key.encode(), _address(tensor), ctypes.c_size_t(tensor.nbytes), writer)
+                kept.append(writers(tensor.nbytes))
+            named(library, key, tensor.data_ptr(), tensor.nbytes, kept[-1] if key in outputs else None)
         sizes = [ctypes.c_int64(size) for size in (batch, tokens, heads, width // (3 * heads))]
         pointers = [_address(tensor) for tensor in (inputs | outputs).values()]
         function = getattr(library, f"fastdeit_attention_{name}")
@@ -109,6 +109,17 @@ def _address(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+def writers(size: int) -> np.ndarray:
+    """Where the shim notes who wrote what of an array of `size` bytes: it has to live as long as the launch."""
+    return np.zeros((size + 1) // 2, np.uint32)
+
+
+def named(library: ctypes.CDLL, name: str, address: int, size: int, noted: np.ndarray | None = None) -> None:
+    """Lets kernels read the array of `size` bytes, and write it where their writers are `noted`."""
+    where = None if noted is None else ctypes.c_void_p(noted.ctypes.data)
+    library.simt_region(ctypes.c_char_p(name.encode()), ctypes.c_void_p(address), ctypes.c_size_t(size), where)
+
+
 def laid_out(folder: Path, planted: dict[str, str] | None = None) -> None:
     """The files to compile, in one folder: the kernels, some of them with other text, and the shim over both."""
     for file in (*KERNELS.iterdir(), *SHIM.iterdir()):
@@ -120,7 +131,7 @@ def laid_out(folder: Path, planted: dict[str, str] | None = None) -> None:
 def compiled(folder: Path, source: str, target: str, head_dims: tuple[int, ...] = HEAD_DIMS) -> Path:
     """One object file of the source, both in the folder. Kernels get the checks of their accesses to memory."""
     named = f"-DFASTDEIT_HEAD_DIMS(each)={' '.join(f'each({head_dim})' for head_dim in head_dims)}"
-    checks = _CHECKED if source.endswith((".cu", "_kernels.cpp")) and source != "api.cu" else []
+    checks = _CHECKED if source not in _OF_THE_HOST else []
     _run(folder, *_FLAGS, *checks, named, f"-I{folder}", "-c", source, "-o", target)
     return folder / target
 
@@ -129,8 +140,7 @@ def linked(folder: Path, target: str, *objects: Path) -> ctypes.CDLL:
     """The objects as a library of this process."""
     _run(folder, "-shared", *map(str, objects), "-o", target)
     library = ctypes.CDLL(str(folder / target))
-    for name in ("simt_fault", "fastdeit_status_text"):
-        getattr(library, name).restype = ctypes.c_char_p
+    library.simt_fault.restype = ctypes.c_char_p
     return library
 
 
@@ -144,4 +154,6 @@ def built(folder: Path, planted: dict[str, str] | None = None, head_dims: tuple[
     laid_out(folder, planted)
     sources = "simt.cpp", "api.cu", "attention.cu"
     objects = [compiled(folder, source, f"{source}.o", head_dims) for source in sources]
-    return Kernels(linked(folder, "kernels.so", *objects))
+    library = linked(folder, "kernels.so", *objects)
+    library.fastdeit_status_text.restype = ctypes.c_char_p
+    return Kernels(library)

@@ -3,9 +3,9 @@
 // A block's threads are fibers of one thread of the host. One runs until it waits for others, and then the next; which
 // one is next follows from a seed. So a run is repeatable, and other seeds are other orders of the threads.
 //
-// The kernels are compiled with -fsanitize=thread, without the library that belongs to it: the compiler then calls a
-// function before each access to memory, and `simt.cpp` has these functions. They refuse accesses outside of the arrays
-// that a test has named, and accesses of two threads to one place that nothing orders.
+// The kernels are compiled with -fsanitize=thread,alignment, without the libraries that belong to them: the compiler then
+// calls a function before each access to memory, and `simt.cpp` has these functions. They refuse accesses outside of the
+// arrays that a test has named, accesses of two threads to one place that nothing orders, and misaligned ones.
 #pragma once
 
 #include <math.h>
@@ -19,7 +19,7 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
 struct alignas(16) uint4 {
