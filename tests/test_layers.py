@@ -64,7 +64,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels": {
         *("kernels._op", "kernels.accelerate", "kernels.attention", "kernels.cosub", "kernels.input"),
         *("kernels.layer_norm", "kernels.losses", "kernels.mlp", "kernels.nn", "kernels.optimizer", "kernels.trial"),
-        *("kernels.rms_norm", "kernels.swiglu"),
+        *("kernels.rms_norm", "kernels.swiglu", "kernels.native"),
     },
     # ---- what a batch is, and where it comes from
     "batch": {"kernels"},

@@ -1,9 +1,9 @@
 """Fused operations of vision transformers and their training, for any model.
 
 Each op's file holds its mathematics, a `reference` in pure PyTorch that defines the result, its registration with
-`torch.library`, and the public function. `info()` says which backend each op uses, and why. `accelerate()` brings them
-into an existing model, and `nn` holds modules for a new one. `Tuning` tries the backends out in the first steps of a
-run.
+`torch.library`, and the public function. `info()` says which backend each op uses, and why, and `native_status()`
+whether the kernels in CUDA C++ are there. `accelerate()` brings the ops into an existing model, and `nn` holds modules
+for a new one. `Tuning` tries the backends out in the first steps of a run.
 """
 
 from fastdeit.kernels import nn
@@ -15,6 +15,7 @@ from fastdeit.kernels.input import patchify, pixels, to_patches
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.losses import DistillationLoss, distillation_loss
 from fastdeit.kernels.mlp.op import layer_norm_mlp, mlp
+from fastdeit.kernels.native.choice import native_status
 from fastdeit.kernels.optimizer.calls import fused_adamw, fused_lamb, fused_sgd, global_norm
 from fastdeit.kernels.rms_norm import add_rms_norm
 from fastdeit.kernels.swiglu import swiglu
@@ -39,6 +40,7 @@ __all__ = [
     "info",
     "layer_norm_mlp",
     "mlp",
+    "native_status",
     "nn",
     "patchify",
     "pixels",

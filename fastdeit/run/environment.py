@@ -47,6 +47,7 @@ def report() -> dict[str, Any]:
         "dali": _dali(),
         "apex": apex_status(),
         "kernels": [{"name": item.name, "backend": item.backend, "reason": item.reason} for item in kernels.info()],
+        "native": kernels.native_status(),
         "space": {name: vars(space(path)) for name, path in _places().items()},
     }
 

@@ -76,7 +76,8 @@ def render(found: dict[str, Any]) -> str:
             },
         },
         "kernels": {
-            item["name"]: ": ".join(filter(None, (item["backend"], item["reason"]))) for item in found["kernels"]
+            **{item["name"]: ": ".join(filter(None, (item["backend"], item["reason"]))) for item in found["kernels"]},
+            "native kernels": found["native"],
         },
         "warnings": {str(number): text for number, text in enumerate(warnings(found), 1)} or {"-": "none"},
     }

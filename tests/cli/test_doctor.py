@@ -32,7 +32,9 @@ def test_rendered_for_reading(found, capsys):
     for item in found["kernels"]:
         assert item["name"] in text
         assert (item["reason"] or "") in text
+    assert found["native"] in text
     if not found["gpus"]:
+        assert found["native"] == "not used here: no CUDA device"
         assert "none that torch can use" in text
 
 

@@ -58,13 +58,13 @@ def report():
 
 
 def test_every_backend_of_ours_has_a_case():
-    """Reference, host, aten, apex and QuACK bring no Triton kernels of ours."""
+    """Reference, host, aten, native, apex and QuACK bring no Triton kernels of ours."""
     cased = {(case.op, case.backend) for found in cases.cases().values() for case in found}
     assert cased == {
         (op.name, backend.name)
         for op in _op.OPS.values()
         for backend in op.backends
-        if backend.name not in ("reference", "host", "aten", "apex", "quack")
+        if backend.name not in ("reference", "host", "aten", "native", "apex", "quack")
     }
 
 

@@ -167,6 +167,7 @@ def attention_row():
 
 def test_it_is_there(v100):
     assert attention_row()[1:] == ("native", "NVRTC 12.9 compiled it for sm_70; not measured on sm_70 yet")
+    assert kernels.native_status() == "available: NVRTC 12.9 compiled it for sm_70"
 
 
 def no_compiler(monkeypatch, fake):
@@ -224,6 +225,7 @@ def test_what_is_not_there_is_said_by_info_alone(v100, monkeypatch, trouble, rea
     row = attention_row()
     assert row.backend == "reference"
     assert row.reason.startswith(f"triton and fused_backward: it needs sm_80 or newer, not sm_70; native: {reason}")
+    assert kernels.native_status().startswith(f"not used here: {reason}")
 
 
 @pytest.mark.parametrize(("trouble", "reason"), BROKEN)
@@ -232,6 +234,7 @@ def test_what_is_broken_is_said_in_one_warning(v100, monkeypatch, trouble, reaso
     for _ in range(2):
         assert attention_row().backend == "reference"
         assert attention_row().reason.endswith(f"native: {reason}")
+        assert kernels.native_status() == f"not used here: {reason}"
     assert [str(each.message) for each in recwarn] == [f"native kernels: {reason}"]
 
 

@@ -310,8 +310,12 @@ def test_forced_choice_of_all_but_one(force):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("cuda", RuntimeError, "asks for attention=cuda, but attention has: triton, fused_backward, reference"),
-        ("attention=aten", RuntimeError, "attention=aten, but attention has: triton, fused_backward, reference"),
+        ("cuda", RuntimeError, "asks for attention=cuda, but attention has: triton, fused_backward, native, reference"),
+        (
+            "attention=aten",
+            RuntimeError,
+            "attention=aten, but attention has: triton, fused_backward, native, reference",
+        ),
         ("atention=reference", ValueError, "names the op 'atention', but the ops are: attention, "),
     ],
 )

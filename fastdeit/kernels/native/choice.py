@@ -67,6 +67,12 @@ def capability(device: torch.device, forced: bool) -> tuple[bool, str]:
     return (True, kernels.able[0].origin) if kernels.able else (False, kernels.why_not)
 
 
+def native_status() -> str:
+    """One sentence: whether the native kernels are there for the CUDA device, or why they are not used on it."""
+    able, reason = capability(torch.device("cuda" if torch.cuda.is_available() else "cpu"), False)
+    return f"{'available' if able else 'not used here'}: {reason}"
+
+
 def number(device: torch.device) -> int:
     """The compute capability of a card: 70 is 7.0."""
     major, minor = torch.cuda.get_device_capability(device)
