@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
-from fastdeit.data.execute.render import Steps
+from fastdeit.data.execute.render import Steps, shown
 from fastdeit.data.nodes import Nodes
 from fastdeit.data.pixel_ops import FILL, PIXEL_OPS, Warp
 
@@ -75,7 +75,8 @@ def _rendered(images: DataNode, form: Form, prefix: str, gpu: bool) -> DataNode:
     size = form.size
     cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
     if form.windowed:
-        images = fn.resize(images, size=_input(prefix, "resize"), **cubic)
+        start, end = _input(prefix, "roi_start"), _input(prefix, "roi_end")
+        images = fn.resize(images, size=_input(prefix, "shown"), roi_start=start, roi_end=end, **cubic)
         images = fn.experimental.warp_perspective(
             images,
             matrix=_input(prefix, "window"),
@@ -120,11 +121,19 @@ def _inputs_of(size: tuple[int, int], steps: Steps) -> dict[str, NDArray[Any]]:
         corner[flip, 1], end[flip, 1] = end[flip, 1], corner[flip, 1]
         found = {"roi_start": corner, "roi_end": end}
     else:
+        # Of the resized picture only what the window shows is made.
+        low, high = shown(steps.resize, steps.start, size)
+        corner, scale = steps.box[:, :2], steps.box[:, 2:] / steps.resize
         window = np.tile(np.eye(3, dtype=np.float32), (len(flip), 1, 1))
-        window[:, :2, 2] = steps.start[:, ::-1]
+        window[:, :2, 2] = (steps.start - low)[:, ::-1]
         window[flip, 0, 0] = -1
         window[flip, 0, 2] += size[1]
-        found = {"resize": steps.resize.astype(np.float32), "window": window}
+        found = {
+            "roi_start": (corner + scale * low).astype(np.float32),
+            "roi_end": (corner + scale * (high + 1)).astype(np.float32),
+            "shown": (high - low + 1).astype(np.float32),
+            "window": window,
+        }
     if steps.ops is not None:
         for layer, (kind, value) in enumerate(zip(steps.ops.kind.T, steps.ops.value.T, strict=True)):
             found |= {

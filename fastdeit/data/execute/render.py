@@ -2,8 +2,10 @@
 
 A thread takes one sample through all stages while it is in the cache. The resize is the torch operator behind
 `interpolate` for uint8: Pillow's method in 16-bit fixed point, a few levels apart at most, at a seventh of its time.
+That operator makes whole pictures only. Where a window shows a small part of a long one, Pillow makes that part.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -11,12 +13,15 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from fastdeit.data import pixel_ops
 from fastdeit.data.plan.operations import Ops
 
 Pixels = NDArray[np.uint8]
 _SERIAL = 32767  # at::internal::GRAIN_SIZE - 1
+_LONG = 16
+"""How many times the pixels of its window a picture is resized to as a whole; a ratio of sides of about 12."""
 
 
 class RenderError(RuntimeError):
@@ -56,8 +61,8 @@ class Renderer:
         def run(_: int) -> None:
             for row in rows:
                 try:
-                    region = _region(sources[row], corner[row], steps.box[row], parts[row])
-                    out[row] = self._image(region, steps, row)
+                    pixels = _pixels(sources[row], corner[row], parts[row])
+                    out[row] = self._image(pixels, parts[row], steps, row)
                 except pixel_ops.OperationError as error:
                     raise RenderError(f"the file is sound, but {error}") from error
                 except Exception as error:
@@ -68,14 +73,31 @@ class Renderer:
             pass
         return torch.from_numpy(out)
 
-    def _image(self, region: Pixels, steps: Steps, row: int) -> Pixels:
+    def _image(self, pixels: Pixels, part: NDArray[np.int32], steps: Steps, row: int) -> Pixels:
+        box = steps.box[row]
         if steps.resize is None:
-            image = resized(region, self._size)
+            image = resized(pixels, self._size)
+        elif math.prod(steps.resize[row].tolist()) > _LONG * math.prod(self._size):
+            image = window(*_shown(pixels, part, steps, row, self._size), self._size)
         else:
-            image = window(resized(region, steps.resize[row].tolist()), steps.start[row], self._size)
+            image = window(resized(_whole(pixels, part, box), steps.resize[row].tolist()), steps.start[row], self._size)
         if steps.flip[row]:
             image = flipped(image)
         return image if steps.ops is None else pixel_ops.apply(image, steps.ops.kind[row], steps.ops.value[row])
+
+
+def shown(
+    resize: NDArray[np.int32], begin: NDArray[np.int32], size: tuple[int, int]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(first, last), both `[B, 2]` as (y, x): the pixels of pictures of the sizes `resize` that a window of `size` from
+    `begin` shows, those that it shows by reflection among them."""
+    end = resize - 1
+    finish = begin + np.asarray(size) - 1
+    low, high = np.maximum(begin, 0), np.minimum(finish, end)
+    # Reflected at one end or the other.
+    low = np.where(finish > end, np.minimum(low, 2 * end - finish), low).clip(0, end)
+    high = np.where(begin < 0, np.maximum(high, -begin), high).clip(0, end)
+    return low, high
 
 
 def source_region(steps: Steps, size: tuple[int, int]) -> NDArray[np.int32]:
@@ -87,11 +109,7 @@ def source_region(steps: Steps, size: tuple[int, int]) -> NDArray[np.int32]:
     if steps.resize is None:
         return steps.box
     top, extent = steps.box[:, :2], steps.box[:, 2:]
-    last, first, final = steps.resize - 1, steps.start, steps.start + np.asarray(size) - 1
-    low, high = np.maximum(first, 0), np.minimum(final, last)
-    # Reflected at one end or the other.
-    low = np.where(final > last, np.minimum(low, 2 * last - final), low).clip(0, last)
-    high = np.where(first < 0, np.maximum(high, -first), high).clip(0, last)
+    low, high = shown(steps.resize, steps.start, size)
     scale = extent / steps.resize
     reach = 2 * np.maximum(scale, 1) + 1  # a pixel more for rounding
     begin = np.floor(scale * (low + 0.5) - reach).clip(0, extent)
@@ -99,17 +117,35 @@ def source_region(steps: Steps, size: tuple[int, int]) -> NDArray[np.int32]:
     return np.concatenate((top + begin, end - begin), axis=1).astype(np.int32)
 
 
-def _region(source: Pixels, corner: NDArray[np.int32], box: NDArray[np.int32], part: NDArray[np.int32]) -> Pixels:
-    """`box` of the image of which `source` holds the pixels from `corner` on; outside `part` it may hold anything."""
+def _pixels(source: Pixels, corner: NDArray[np.int32], part: NDArray[np.int32]) -> Pixels:
+    """`part` of the image of which `source` holds the pixels from `corner` on."""
     y, x, height, width = part.tolist()
     top, left = y - int(corner[0]), x - int(corner[1])
-    pixels = source[top : top + height, left : left + width]
+    return source[top : top + height, left : left + width]
+
+
+def _whole(pixels: Pixels, part: NDArray[np.int32], box: NDArray[np.int32]) -> Pixels:
+    """`box` of an image, of which `pixels` are those of `part`; outside of it is anything."""
     if (box == part).all():
         return pixels
     region = np.empty((*box[2:].tolist(), 3), np.uint8)
-    y, x = y - int(box[0]), x - int(box[1])
+    (y, x), (height, width) = (part[:2] - box[:2]).tolist(), pixels.shape[:2]
     region[y : y + height, x : x + width] = pixels
     return region
+
+
+def _shown(
+    pixels: Pixels, part: NDArray[np.int32], steps: Steps, row: int, size: tuple[int, int]
+) -> tuple[Pixels, NDArray[np.int64]]:
+    """Of the resized picture what the window shows, and where the window starts in it."""
+    (low,), (high,) = shown(steps.resize[[row]], steps.start[[row]], size)
+    scale, offset = steps.box[row, 2:] / steps.resize[row], part[:2] - steps.box[row, :2]
+    (top, left), (bottom, right) = (scale * edge - offset for edge in (low, high + 1))
+    height, width = (high - low + 1).tolist()
+    # Pillow looks beyond the box where the filter reaches there.
+    box = (left, top, min(right, pixels.shape[1]), min(bottom, pixels.shape[0]))
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box)
+    return np.array(image), steps.start[row] - low
 
 
 def resized(image: Pixels, size: Sequence[int]) -> Pixels:
