@@ -207,8 +207,7 @@ def test_a_parameter_without_gradient_is_named_with_what_helps():
 def test_state_of_other_parameters_is_refused():
     params = values()
     with pytest.raises(
-        FitError,
-        match=r"of optim, \S+\.c: in the checkpoint it has the shape \[.*\], here there is none|of optim, \S+\.c",
+        FitError, match=r"of optim, step\.c: in the checkpoint it has the shape \[\], here there is none"
     ):
         AdamW([group(params, "ab")]).load_state_dict(AdamW([group(params, "abc")]).state_dict())
 
