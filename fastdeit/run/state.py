@@ -6,7 +6,7 @@ resumed by every later version. This module imports no torch.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -49,7 +49,7 @@ class _Record(_Part):
     images: int = 0
     seconds: float = 0.0
     waited: float = 0.0
-    kernels: list[list[Any]] | None = None
+    kernels: list[Annotated[tuple[str, list[Any], str], Field(strict=False)]] | None = None
     clock: dict[str, float] | None = None
 
 
