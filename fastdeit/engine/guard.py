@@ -152,10 +152,12 @@ class Guard:
         Raises FitError where names, shapes or dtypes are others.
         """
         mine, theirs = self.state_dict(), dict(state)
-        if self.scaled != ("scale" in theirs):
-            for group in (mine, theirs):
-                for name in ("scale", "good"):
-                    group.pop(name, None)
+        if self.scaled != bool(theirs.keys() & {"scale", "good"}):
+            mine, theirs = (_without_scale(group) for group in (mine, theirs))
         check_fit("engine", theirs, mine)
         for name, tensor in mine.items():
             tensor.copy_(theirs[name])
+
+
+def _without_scale(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name not in ("scale", "good")}
