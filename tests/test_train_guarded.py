@@ -87,15 +87,19 @@ def poison(where):
             "weights": method.model.head.weight,
             "average": engine.ema.average["model.head.weight"],
             "moment": engine.optimizer.state["exp_avg_sq"]["model.head.weight"],
-            "count": engine.optimizer._parts[0].step,
         }[where].data
         tensor.view(-1)[0] = value
 
     return harm
 
 
-@pytest.mark.parametrize("how", ["between two lines of the log", "as it is stopped", "at its end"])
-@pytest.mark.parametrize("where", ["weights", "average", "moment"])
+HOWS = "as it is stopped", "between two lines of the log", "at its end"
+HARMS = [(where, how) for where in ("weights", "average", "moment") for how in HOWS]
+
+
+@pytest.mark.parametrize(
+    ("where", "how"), [HARMS[0], *(pytest.param(*harm, marks=pytest.mark.slow) for harm in HARMS[1:])]
+)
 def test_what_is_not_finite_is_never_saved_and_the_run_goes_on_from_before(path, monkeypatch, where, how):
     bad = {"between two lines of the log": 8, "as it is stopped": 7, "at its end": TOTAL}[how]
     overrides = ["engine.log_every=100"] if how != "at its end" else []
@@ -116,6 +120,7 @@ def test_what_is_not_finite_is_never_saved_and_the_run_goes_on_from_before(path,
     assert saved_steps("run")[-1] == TOTAL
 
 
+@pytest.mark.slow
 def test_a_mask_of_minus_infinity_is_no_harm(path, monkeypatch):
     """A buffer that was not finite when the run began, and stays so."""
     plain = Faulty.__init__
@@ -134,7 +139,7 @@ def test_a_mask_of_minus_infinity_is_no_harm(path, monkeypatch):
 # ---- the log ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("log_every", [1, 4])
+@pytest.mark.parametrize("log_every", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_skipped_step_is_not_in_the_logged_loss(path, monkeypatch, log_every):
     monkeypatch.setattr(Faulty, "grow", {3: math.nan, 7: math.inf})
     go(path, "run", f"engine.log_every={log_every}")
@@ -178,6 +183,7 @@ def assert_models_equal(mine, theirs):
         assert all(torch.equal(tensor, theirs[file][name]) for name, tensor in mine[file].items()), file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_run_with_a_spike_resumes_exactly(path, monkeypatch, policy):
     monkeypatch.setattr(Faulty, "grow", {SPIKE_AT: 1000.0})
@@ -192,6 +198,7 @@ def test_a_run_with_a_spike_resumes_exactly(path, monkeypatch, policy):
             assert logged(run) == logged(Path("whole"))
 
 
+@pytest.mark.slow
 def test_a_rollback_without_a_checkpoint_leaves_the_step_out(path, monkeypatch, capsys):
     monkeypatch.setattr(Faulty, "grow", {10: 1000.0})
     go(path, "run", "engine.on_spike=rollback", "engine.checkpoint_every=9")
@@ -209,6 +216,7 @@ def drift(rank, size, path, step, run):
         return error.exit_code, str(error), saved_steps(run)
 
 
+@pytest.mark.slow
 def test_weights_that_drift_apart_stop_the_run_on_every_process(path, ranks):
     for answer in ranks(2, drift, path, 6, Path("run").absolute()):
         code, text, steps = answer

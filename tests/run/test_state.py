@@ -15,11 +15,13 @@ import torch
 from fastdeit.cli import main as cli
 from fastdeit.engine import checkpoint, report
 from fastdeit.engine.dist import World
-from fastdeit.errors import UsageError
-from fastdeit.run import directory
+from fastdeit.errors import Interrupted, UsageError
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import directory, environment
 from fastdeit.run.saver import present
 from fastdeit.run.state import SCHEMA, checked
 from fastdeit.training import Parts, train
+from tests.small_runs import StopAt
 
 CPU = World(torch.device("cpu"))
 KEPT = Path(__file__).with_name("checkpoints")
@@ -99,28 +101,42 @@ OPTIONAL |= {f"record.{name}" for name in ("evaluated_step", "best_step", "evalu
 OPTIONAL |= {"record.teacher_top1", "record.seconds", "record.waited"}
 
 
-def test_a_state_that_does_not_fit_ends_in_a_sentence(capfd):
-    plain = checkpoint.load(KEPT / f"schema_{SCHEMA}" / "step_00000002", tensors=False).state
-    checked_ones = 0
-    for what, state in variants(plain):
-        name, _, how = what.partition(" ")
-        if how == "missing" and name in OPTIONAL:
-            continue
-        with_state(state)
-        for words in (["train", "--resume", "run"], ["train", "--from", "run", "train.epochs=3"], ["eval", "run"]):
-            if words[0] == "eval" and what not in EVALUATED:
-                continue
-            assert cli(words) == 2, (what, words, capfd.readouterr())
-            err = capfd.readouterr().err
-            assert err.startswith("fastdeit: "), (what, words, err)
-            assert "Traceback" not in err, (what, words)
-            assert err.count("\n") <= 3, (what, words, err)
-        checked_ones += 1
-    assert checked_ones > 60
-
-
 EVALUATED = {"recipe missing", "identity missing", "identity.classes missing", "nothing"}
 """Of these, also `eval` wants something."""
+
+
+def unfit():
+    """The variants that do not fit; those whose recipe or phase does not fit are found further on."""
+    plain = checkpoint.load(KEPT / f"schema_{SCHEMA}" / "step_00000002", tensors=False).state
+    found = {what: state for what, state in variants(plain) if what.removesuffix(" missing") not in OPTIONAL}
+    assert len(found) > 60
+    return found
+
+
+LATER = {"a phase that is none", "a field of a recipe renamed", "a model that is gone"}
+
+
+def test_a_state_that_does_not_fit_is_refused_in_a_sentence():
+    for what, state in unfit().items():
+        if what not in LATER:
+            with pytest.raises(UsageError, match=r"^run (is intact, but not|has schema) [^\n]*$"):
+                checked(state, Path("run"))
+
+
+@pytest.mark.parametrize(
+    "some", [pytest.param(LATER | EVALUATED, id="some"), pytest.param(None, id="all", marks=pytest.mark.slow)]
+)
+def test_a_state_that_does_not_fit_ends_a_command_in_a_sentence(capfd, some):
+    for what, state in unfit().items():
+        if some is None or what in some:
+            with_state(state)
+            commands = [["train", "--resume", "run"], ["train", "--from", "run", "train.epochs=3"]]
+            for words in [*commands, *([["eval", "run"]] if what in EVALUATED else [])]:
+                assert cli(words) == 2, (what, words, capfd.readouterr())
+                err = capfd.readouterr().err
+                assert err.startswith("fastdeit: "), (what, words, err)
+                assert "Traceback" not in err, (what, words)
+                assert err.count("\n") <= 3, (what, words, err)
 
 
 def test_a_schema_of_the_future_names_its_version():
@@ -176,3 +192,79 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_broadcast(saver, schem
         assert named in str(error.value), what
         assert str(error.value).startswith(f"{found.path} does not fit, in phase "), what
     assert len(cases) > 150
+
+
+# ---- other settings, processes and versions --------------------------------------------------------------------------
+
+CHANGED = {
+    "engine.precision=bf16": {"engine.precision": ["fp32", "bf16"]},
+    "engine.precision=fp16": {"engine.precision": ["fp32", "fp16"]},
+    "engine.threads=2": {"engine.threads": [1, 2]},
+    "engine.capture=compile": {"engine.capture": ["none", "compile"]},
+    "engine.autotune=off": {"engine.autotune": ["auto", "off"]},
+    "engine.log_every=1": {},
+    "engine.keep_checkpoints=3": {},
+}
+
+
+def restored(recipe, run, world=CPU):
+    """(what was said, the saver) of a run that goes on by this recipe."""
+    said, saver = [], Parts.of(recipe, world, True, {}).saver
+    step, record = saver.restore(run, said.append)
+    assert (step, record.phase) == (2, "train")
+    return said, saver
+
+
+@pytest.mark.parametrize(
+    "override", [pytest.param(name, marks=[pytest.mark.slow] * ("compile" in name)) for name in CHANGED]
+)
+def test_what_changes_the_numbers_of_a_run_is_said_and_remembered(override):
+    run = run_of(SCHEMA)
+    with_state(checkpoint.newest_state(run / "checkpoints") | {"versions": environment.versions()})
+    said, saver = restored(recipes.override(directory.recipe_of(run), [override]), run)
+    (fields,) = [change["fields"] for change in saver.changes] or [{}]
+    assert fields == CHANGED[override]
+    for name, (old, new) in fields.items():
+        assert said[0].startswith("from step 2 on the numbers of this run may differ, if only by rounding: ")
+        assert f"{name} {new} (before: {old})" in said[0]
+    fresh = ["fp16 begins with a fresh loss scale of 65536"] if override.endswith("fp16") else []
+    assert said[len(fields) :] == fresh
+
+
+def test_other_versions_and_another_number_of_processes_are_said():
+    run = run_of(SCHEMA)
+    there = environment.versions() | {"torch": "1.13"}
+    with_state(checkpoint.newest_state(run / "checkpoints") | {"versions": there, "world": 4})
+    said, saver = restored(directory.recipe_of(run), run)
+    versions = {"torch": ["1.13", environment.versions()["torch"]]}
+    assert saver.changes == [{"step": 2, "fields": versions | {"processes": [4, 1]}}]
+    assert "processes 1 (before: 4)" in said[0]
+
+
+def test_changes_and_environments_stay_known_through_all_resumes():
+    run = run_of(SCHEMA)
+    recipe = directory.recipe_of(run)
+    for step, precision in ((3, "bf16"), (4, "fp16"), (5, "fp16")):
+        with pytest.raises(Interrupted):
+            train(recipes.override(recipe, [f"engine.precision={precision}"]), run, StopAt(1), resume=True)
+        assert checkpoint.steps(run / "checkpoints")[-1] == step
+    state = checkpoint.newest_state(run / "checkpoints")
+    named = [(change["step"], change["fields"].get("engine.precision")) for change in state["changes"]]
+    assert [(step, change) for step, change in named if change] == [(2, ["fp32", "bf16"]), (3, ["bf16", "fp16"])]
+    assert state["world"] == 1
+    assert state["versions"] == environment.versions()
+    found = json.loads((run / "environment.json").read_text())
+    assert [found["step"], *(each["step"] for each in found["earlier"])] == [4, 2, 3]
+    assert all(each["torch"] == found["torch"] and "earlier" not in each for each in found["earlier"])
+
+
+def test_the_history_of_environments_is_that_of_the_steps_that_are_left():
+    first = environment.with_history({"torch": "1"}, 0, None)
+    second = environment.with_history({"torch": "2"}, 8, first)
+    again = environment.with_history({"torch": "2", "kernels": 1}, 8, second)
+    assert again == {"torch": "2", "kernels": 1, "step": 8, "earlier": [{"torch": "1", "step": 0}]}
+    back = environment.with_history({"torch": "3"}, 4, again)
+    assert back == {"torch": "3", "step": 4, "earlier": [{"torch": "1", "step": 0}]}
+    assert environment.with_history({}, 3, {"torch": "of an earlier version"})["earlier"] == [
+        {"torch": "of an earlier version"}
+    ]
