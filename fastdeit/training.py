@@ -20,9 +20,8 @@ import torch
 
 from fastdeit import kernels, rng
 from fastdeit.data.loader import EvalLoader, TrainLoader
-from fastdeit.data.sources.source import DataError, Source
-from fastdeit.engine import batchnorm, checkpoint, optimizers, phases
-from fastdeit.engine.checkpoint import CheckpointError
+from fastdeit.data.sources.source import Source
+from fastdeit.engine import batchnorm, optimizers, phases
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.ema import Ema
@@ -30,7 +29,7 @@ from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.metrics import check_sinks
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine
-from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.errors import Interrupted, UsageError
 from fastdeit.estimate import capture
 from fastdeit.methods.base import Method, Phase
 from fastdeit.methods.config import TeacherConfig
@@ -38,13 +37,14 @@ from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
-from fastdeit.run import build, cached, carry, directory, request, teachers, threads
+from fastdeit.run import agreement, build, cached, carry, directory, request, teachers, threads
 from fastdeit.run.clock import Clock
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
 from fastdeit.run.groups import param_groups
 from fastdeit.run.record import Record, RunLog, describe
 from fastdeit.run.saver import Saver
+from fastdeit.run.watch import Watch
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -115,6 +115,7 @@ def train(
     # ---- check -----------------------------------------------------------------------------------------------------
     began = time.monotonic() if began is None else began
     world.agree("the kernels that they choose", {row.name: row.backend for row in kernels.info()})
+    agreement.same_view(world, run_dir if resume else None, origin)
     check_sinks(recipe.engine.sinks)
     begins = origin is None and not (resume and run_dir is not None and directory.has_checkpoint(run_dir))
     begun, folders = run_dir if resume else None, teachers.folders(recipe.method)
@@ -231,6 +232,7 @@ class Parts:
             reduce=recipe.engine.reduce,
             capture=recipe.engine.capture,
             tuning=tuning,
+            on_spike=recipe.engine.on_spike,
         )
         loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image)
         val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image)
@@ -282,8 +284,8 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
         method.train()
         log.evaluation(step, results, record, parts.bad_images())
 
-    batches = parts.loader.batches(start, total)
-    try:
+    watch = Watch(engine, parts.saver, run_dir, start, log.say, again)
+    with watch.explaining(), closing(parts.loader.batches(start, total)) as batches:
         judged = method.teacher is not None and all(config.classifies for config in recipe.method.teachers())
         if judged and record.teacher_top1 is None:
             # Before the first step: a teacher with the wrong classes or normalisation shows here, not after two days.
@@ -312,7 +314,7 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
             waited = time.perf_counter() - began
             lr = learning_rate(step, **rates)
             engine.step(micro_batches, lr)
-            step += 1
+            watch.step = step = step + 1
             if parts.tuning.changed:
                 log.environment()
 
@@ -329,8 +331,8 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
             log.step(step)
             if logs:
                 log.training(step, engine, record, lr)
-            if (logs or evaluates or saves) and (tripped := engine.guard.trip()):
-                raise gave_up(recipe, run_dir, start + tripped, engine.guard.limit, world, again)
+            if logs or evaluates or saves:
+                watch.look(epoch)
             if evaluates:
                 evaluate_now()
             ends = evaluates and log.ends_early(record)
@@ -346,42 +348,6 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
         if step < total:
             log.say(f"stopped at step {step}: {recipe.train.stop_after} evaluations in a row brought no new best")
         return log.finish(record, parts.bad_images())
-    except (DataError, CheckpointError) as error:
-        go_on = again(*parts.saver.overrides)
-        raise FastdeitError(f"{error}\nstopped at step {step}; once that is mended, go on with {go_on}") from error
-    except KeyboardInterrupt:
-        go_on = again(*parts.saver.overrides)
-        raise FastdeitError(f"stopped at once; from the newest checkpoint go on with {go_on}") from None
-    finally:
-        batches.close()
-
-
-def gave_up(
-    recipe: "Recipe", run_dir: Path, last: int, limit: int, world: World, again: Callable[..., str]
-) -> NonFiniteError:
-    """The error after `limit` steps in a row up to step `last` whose gradients were not finite, and what helps."""
-    first = last - limit + 1
-    text = f"stopped: the gradients of the steps {first} to {last} are not finite, and nothing of these steps is saved"
-    lr, clip = max(recipe.optim.lr / 2, recipe.optim.min_lr), recipe.optim.clip_grad
-    settings = [f"optim.lr={lr:g}", *(["optim.clip_grad=1.0"] if clip is None or clip > 1 else [])]
-    precision = {"fp16": "engine.precision=bf16", "bf16": "engine.precision=fp32"}.get(recipe.engine.precision)
-    kept = [step for step in checkpoint.steps(run_dir / directory.CHECKPOINTS) if step < first]
-    if not kept:
-        return NonFiniteError(
-            f"{text}. There is no checkpoint from before; start anew with a lower optim.lr, optim.clip_grad=1.0"
-            + (f" or {precision}" if precision else "")
-        )
-
-    def fork(step: int) -> str:
-        return directory.command(Path(f"{run_dir}@step={step}"), *settings, verb="--from", world=world)
-
-    lines = [f"{text}. Go on from the checkpoint of step {kept[-1]}, before the trouble:"]
-    if precision:
-        lines.append(f"  the same run in another precision: {again(precision)}")
-    lines.append(f"  a new run with a lower learning rate, and clipping: {fork(kept[-1])}")
-    if kept[-1] == first - 1 and len(kept) > 1:
-        lines.append(f"  if these weights are bad already, as the next step failed: {fork(kept[-2])}")
-    return NonFiniteError("\n".join(lines))
 
 
 class PhaseSchedule:

@@ -1,6 +1,7 @@
 """Whole runs in small: a world that stops, and what a run left on the disk."""
 
 import json
+from dataclasses import asdict
 
 import torch
 from safetensors.torch import load_file
@@ -8,6 +9,8 @@ from torch import nn
 
 from fastdeit.engine.dist import World
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run import state
+from fastdeit.run.record import Record
 from fastdeit.training import train
 
 
@@ -47,6 +50,22 @@ class Tiny(nn.Module):
 def train_rank(rank, size, path, overrides, run):
     """Train the recipe at `path` as one process of several (fixture `ranks`)."""
     return train(recipes.load(str(path), overrides), run, World(torch.device("cpu"), rank, size), resume=False)
+
+
+def run_state(recipe):
+    """The JSON state of a checkpoint of a run by this recipe."""
+    return {
+        "schema": state.SCHEMA,
+        "recipe": recipe.model_dump(mode="json"),
+        "identity": {"train": "t", "val": "v", "classes": ["a", "b"]},
+        "record": asdict(Record(phase="all")),
+        "steps": 9,
+        "steps_per_epoch": 3,
+        "lineage": [],
+        "world": 1,
+        "versions": {"fastdeit": "0"},
+        "changes": [],
+    }
 
 
 def stored(run, step):

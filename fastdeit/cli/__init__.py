@@ -53,6 +53,7 @@ _EXIT_CODES = {
     ("fastdeit.engine.metrics", "MetricsError"): UsageError.exit_code,
     ("fastdeit.engine.capture", "CaptureError"): UsageError.exit_code,
     ("fastdeit.engine.dist", "DeviceError"): UsageError.exit_code,
+    ("fastdeit.engine.replicas", "DriftError"): FastdeitError.exit_code,
     ("fastdeit.kernels.lint.lint", "LintError"): UsageError.exit_code,
     ("fastdeit.kernels._op", "ChoiceError"): UsageError.exit_code,
     ("fastdeit.kernels._op", "UnknownOpError"): UsageError.exit_code,

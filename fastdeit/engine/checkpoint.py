@@ -1,12 +1,14 @@
 """Checkpoints: a directory of safetensors files that exists if and only if it is complete.
 
     ROOT/step_00001250/model.safetensors, optim.safetensors, ...
-    ROOT/step_00001250/manifest.json     {format, step, state, files: {name: {bytes, blake2b}}, blake2b}
+    ROOT/step_00001250/manifest.json     {format, step, state, files: {name: {bytes, sha256}}, sha256}
 
 Everything is written into a temporary directory beside its destination, synced, and renamed: the rename is the
 commit, so a process killed at any moment leaves the earlier checkpoints and nothing that looks like a new one. There
 is no "latest" pointer that could lie; the newest directory that verifies wins. The manifest holds the hash of every
-file and its own, so damage is found before anything is parsed, and no pickle is involved anywhere.
+file and its own, so damage is found before anything is parsed, and no pickle is involved anywhere. Files are hashed a
+piece at a time and then mapped into memory, so a checkpoint is never in memory twice. The hash is SHA-256, which
+processors have instructions for. Format 1 had BLAKE2b, which they have not.
 
 This needs a file system on which rename is atomic: any local one, and NFS or Lustre for a single writer; no object
 store.
@@ -20,8 +22,10 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b
+from functools import partial
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +34,7 @@ from fastdeit.engine import _fault
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 _STEP = re.compile(r"step_(\d{8})")
@@ -38,7 +42,12 @@ _NAME = re.compile(r"[a-z_]+")
 _FILE = re.compile(r"[a-z_]+\.safetensors")
 _TEMPORARY = re.compile(r"\.tmp-step_\d{8}-[0-9a-f]{8}-(?P<pid>\d+)-(?P<start>\d+)-(?P<host>.+)")
 _MANIFEST_LIMIT = 1 << 28
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
+_HASHES: dict[Any, tuple[str, Callable[[], Any]]] = {
+    1: ("blake2b", partial(blake2b, digest_size=16)),
+    2: ("sha256", sha256),
+}
+"""By format the name of its hashes and a new one of them. All of these can be read; `FORMAT` is written."""
 _FOREIGN_SECONDS = 24 * 3600
 
 
@@ -50,13 +59,17 @@ class CheckpointError(Exception):
 class Checkpoint:
     """A verified checkpoint: `tensors[file][name]` on the CPU, and the JSON `state` it was saved with.
 
-    `tensors` is empty where it was read without them.
+    `tensors` is empty where it was read without them. They are mapped from the files, which are read when the values
+    are; what is written into them does not reach the files.
+
+    digest  the manifest's own hash, which stands for all that is in the checkpoint
     """
 
     path: Path
     step: int
     tensors: dict[str, dict[str, "Tensor"]]
     state: dict[str, Any]
+    digest: str = ""
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -83,7 +96,7 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, "Tensor"]], state: 
         files = {_file_name(name): tensor_files.storable(group, name) for name, group in tensors.items()}
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    final = _directory(root, step)
+    final = path_of(root, step)
     if os.path.lexists(final):
         if not _is_directory(final):
             raise CheckpointError(f"{final} is in the way of a checkpoint and is not a directory; move it away")
@@ -120,7 +133,7 @@ def _write_files(
         # Some versions of safetensors give the owner alone access; the directory's mode tells what the umask allows.
         path.chmod(directory.stat().st_mode & 0o666)
         _sync(path)
-        entries[name] = {"bytes": path.stat().st_size, "blake2b": _hash_file(path)}
+        entries[name] = {"bytes": path.stat().st_size, _HASHES[FORMAT][0]: _hash_file(path)}
     _fault.point(f"write {MANIFEST}")
     (directory / MANIFEST).write_bytes(_encode({"format": FORMAT, "step": step, "state": state, "files": entries}))
     _sync(directory / MANIFEST)
@@ -166,25 +179,49 @@ def _type_name(value: Any) -> str:
 
 def _encode(manifest: dict[str, Any]) -> bytes:
     """The manifest as JSON whose last entry is the hash of the rest. One content has one encoding."""
-    rest = {key: value for key, value in manifest.items() if key != "blake2b"}
-    rest["blake2b"] = _hash(json.dumps(rest).encode())
+    name, _ = _HASHES.get(manifest.get("format"), _HASHES[FORMAT])
+    rest = {key: value for key, value in manifest.items() if key != name}
+    rest[name] = _hash(json.dumps(rest).encode(), manifest.get("format"))
     return json.dumps(rest, indent=1).encode() + b"\n"
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def load(path: Path, tensors: bool = True) -> Checkpoint:
+def load(path: Path, tensors: bool = True, verify: bool = True) -> Checkpoint:
     """Read the checkpoint directory `path`; sizes and hashes are verified before any tensor file is parsed.
 
     tensors  False: the files are verified and not parsed, for which torch need not be there
+    verify   False: the manifest and the sizes of the files are verified, and not the files' hashes, for which all of
+             them would be read: for a checkpoint that another process of this machine has just verified
 
     Raises CheckpointError, which names the file and what is wrong with it, for anything but a sound checkpoint.
     """
     try:
-        return _load(Path(path), tensors)
+        return open_step(Path(path), tensors, verify)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
+
+
+def open_step(path: Path, tensors: bool = True, verify: bool = True) -> Checkpoint:
+    """`load`, with errors that give the reason only."""
+    manifest = _read_manifest(path)
+    files = manifest["files"]
+    if verify:
+        _verify_all(path, manifest)
+    else:
+        for name, entry in files.items():
+            _check_size(path / name, entry)
+    found = {}
+    if tensors:
+        from fastdeit.engine import tensor_files
+
+        for name in files:
+            try:
+                found[name.removesuffix(".safetensors")] = tensor_files.mapped(path / name)
+            except ValueError as error:
+                raise CheckpointError(f"{name} is not a safetensors file ({error})") from error
+    return Checkpoint(path, manifest["step"], found, manifest["state"], manifest[_HASHES[manifest["format"]][0]])
 
 
 def newest(root: Path, on_damaged: Callable[[Path, str], None], tensors: bool = True) -> Checkpoint | None:
@@ -196,9 +233,9 @@ def newest(root: Path, on_damaged: Callable[[Path, str], None], tensors: bool = 
     """
     reasons = []
     for step in reversed(steps(root)):
-        path = _directory(root, step)
+        path = path_of(root, step)
         try:
-            return _load(path, tensors)
+            return open_step(path, tensors)
         except CheckpointError as error:
             on_damaged(path, str(error))
             reasons.append(f"{path.name}: {error}")
@@ -218,12 +255,21 @@ def newest_state(root: Path) -> dict[str, Any] | None:
     reasons = []
     for step in reversed(steps(root)):
         try:
-            return _read_manifest(_directory(root, step))["state"]
+            return _read_manifest(path_of(root, step))["state"]
         except CheckpointError as error:
-            reasons.append(f"{_directory(root, step).name}: {error}")
+            reasons.append(f"{path_of(root, step).name}: {error}")
     if reasons:
         raise CheckpointError(f"none of the checkpoints in {root} can be used:\n  " + "\n  ".join(reasons))
     return None
+
+
+def digest(path: Path) -> str:
+    """The manifest's own hash of the checkpoint at `path`, or what is wrong with the manifest."""
+    try:
+        manifest = _read_manifest(path)
+    except CheckpointError as error:
+        return str(error)
+    return manifest[_HASHES[manifest["format"]][0]]
 
 
 def steps(root: Path) -> list[int]:
@@ -234,37 +280,23 @@ def steps(root: Path) -> list[int]:
     return sorted(int(match[1]) for path in root.iterdir() if (match := _STEP.fullmatch(path.name)) and path.is_dir())
 
 
-def _load(path: Path, tensors: bool) -> Checkpoint:
-    """`load`, with errors that give the reason only."""
-    manifest = _read_manifest(path)
-    if not tensors:
-        for name, entry in manifest["files"].items():
-            _verify(path / name, entry)
-        return Checkpoint(path, manifest["step"], {}, manifest["state"])
-    from fastdeit.engine import tensor_files
-
-    found = {}
-    for name, entry in manifest["files"].items():
-        data = _read_file(path / name, entry)
-        try:
-            found[name.removesuffix(".safetensors")] = tensor_files.parse(data)
-        except ValueError as error:
-            raise CheckpointError(f"{name} is not a safetensors file ({error})") from error
-    return Checkpoint(path, manifest["step"], found, manifest["state"])
-
-
 def _read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest, once its own hash and every field of it have been checked."""
     data = _read_bytes(directory / MANIFEST, _MANIFEST_LIMIT)
     try:
         manifest = json.loads(data)
-        intact = isinstance(manifest, dict) and _encode(manifest) == data
+        if not isinstance(manifest, dict):
+            raise CheckpointError(f"{MANIFEST} does not match its own hash")
+        if (written := manifest.get("format")) not in list(_HASHES):
+            raise CheckpointError(
+                f"{MANIFEST} has format {written!r}; this version of fastdeit reads format "
+                f"{' and '.join(map(str, _HASHES))}"
+            )
+        intact = _encode(manifest) == data
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} is not JSON ({error})") from error
     if not intact:
         raise CheckpointError(f"{MANIFEST} does not match its own hash")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{MANIFEST} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
     _check_manifest(manifest, directory)
     return manifest
 
@@ -279,17 +311,9 @@ def _check_manifest(manifest: dict[str, Any], directory: Path) -> None:
     for name, entry in files.items():
         if not _FILE.fullmatch(name):
             raise CheckpointError(f"{MANIFEST} lists {name!r}, which is not the name of a checkpoint file")
-        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("blake2b")) is not str:
+        known = isinstance(entry, dict) and type(entry.get("bytes")) is int
+        if not known or type(entry.get(_HASHES[manifest["format"]][0])) is not str:
             raise CheckpointError(f"{MANIFEST} gives no size or no hash for {name}")
-
-
-def _read_file(path: Path, entry: dict[str, Any]) -> bytes:
-    """Contents of a listed file. The bytes that were hashed are the ones returned: no second read could differ."""
-    _check_size(path, entry)
-    data = _read_bytes(path, entry["bytes"])
-    if _hash(data) != entry["blake2b"]:
-        raise CheckpointError(f"{path.name} has changed since it was written: its hash differs from the manifest's")
-    return data
 
 
 def _check_size(path: Path, entry: dict[str, Any]) -> None:
@@ -317,22 +341,34 @@ def _read_bytes(path: Path, limit: int) -> bytes:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
 
 
-def _verify(path: Path, entry: dict[str, Any]) -> None:
-    """Raise CheckpointError unless a listed file has the size and hash it was written with; it is read in chunks."""
-    _check_size(path, entry)
+def _verify_all(directory: Path, manifest: dict[str, Any]) -> None:
+    """Raise CheckpointError unless all listed files have the sizes and hashes they were written with.
+
+    Files are hashed side by side, a piece at a time: hashing takes longer than reading from most disks.
+    """
+    files = manifest["files"]
+    for name, entry in files.items():
+        _check_size(directory / name, entry)
+    with ThreadPoolExecutor(len(files) or 1) as threads:
+        found = threads.map(lambda name: _hash_or_reason(directory / name, manifest["format"]), files)
+        for (name, entry), hashed in zip(files.items(), found, strict=True):
+            if isinstance(hashed, CheckpointError):
+                raise hashed
+            if hashed != entry[_HASHES[manifest["format"]][0]]:
+                raise CheckpointError(f"{name} has changed since it was written: its hash differs from the manifest's")
+
+
+def _hash_or_reason(path: Path, written: int) -> str | CheckpointError:
     try:
-        found = _hash_file(path)
+        return _hash_file(path, written)
     except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
-    if found != entry["blake2b"]:
-        raise CheckpointError(f"{path.name} has changed since it was written: its hash differs from the manifest's")
+        return CheckpointError(f"{path.name} cannot be read: {error.strerror}")
 
 
 def _is_sound(directory: Path) -> bool:
     """Whether every file has the size and hash it was written with; reads all of it, a chunk at a time."""
     try:
-        for name, entry in _read_manifest(directory)["files"].items():
-            _verify(directory / name, entry)
+        _verify_all(directory, _read_manifest(directory))
     except CheckpointError:
         return False
     return True
@@ -348,15 +384,19 @@ def _is_whole(directory: Path) -> bool:
     return True
 
 
-def _hash(data: bytes) -> str:
-    return blake2b(data, digest_size=16).hexdigest()
+def _hash(data: bytes, written: Any = FORMAT) -> str:
+    """Hash of `data` in a manifest of the format `written`."""
+    digest = _HASHES.get(written, _HASHES[FORMAT])[1]()
+    digest.update(data)
+    return digest.hexdigest()
 
 
-def _hash_file(path: Path) -> str:
-    digest = blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+def _hash_file(path: Path, written: int = FORMAT) -> str:
+    digest = _HASHES[written][1]()
+    piece = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
     return digest.hexdigest()
 
 
@@ -376,7 +416,7 @@ def prune(root: Path, keep_last: int, keep: Collection[int] = ()) -> None:
         raise ValueError(f"keep_last is {keep_last}; at least the newest checkpoint must stay")
     whole = 0
     for step in reversed(steps(root)):
-        path = _directory(root, step)
+        path = path_of(root, step)
         if whole < keep_last:
             whole += _is_whole(path)
         elif step not in keep and _is_directory(path):
@@ -423,7 +463,8 @@ def _start_of(pid: int) -> int | None:
 # ---- the file system -----------------------------------------------------------------------------
 
 
-def _directory(root: Path, step: int) -> Path:
+def path_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies. Raises CheckpointError for a number that cannot name one."""
     if not 0 <= step < 10**8:
         raise CheckpointError(f"step {step} cannot name a checkpoint; it must be between 0 and 99999999")
     return Path(root) / f"step_{step:08d}"

@@ -67,12 +67,17 @@ class World:
         dist.broadcast_object_list(values, src=0, group=self._control)
         return values[0]
 
-    def agree(self, what: str, value: Any) -> None:
-        """RuntimeError, on every process, unless all processes have the same value of `what`."""
+    def all(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of the processes, on every process."""
         if self.size == 1:
-            return
+            return [value]
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def agree(self, what: str, value: Any) -> None:
+        """RuntimeError, on every process, unless all processes have the same value of `what`."""
+        values = self.all(value)
         if any(other != values[0] for other in values):
             listed = "; ".join(f"process {rank}: {other}" for rank, other in enumerate(values))
             raise RuntimeError(f"the processes differ in {what}, and so would their results: {listed}")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastdeit.engine.fit import check_fit
+
 
 class Ema:
     """`ema = decay * ema + (1 - decay) * parameter` after every update that is not skipped.
@@ -74,9 +76,8 @@ class Ema:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Copy the averages in; raises KeyError with the names when they are not exactly these."""
-        if state.keys() != self.average.keys():
-            raise KeyError(f"EMA state does not fit: {sorted(state.keys() ^ self.average.keys())[:5]}")
+        """Copy the averages in. Raises FitError where names, shapes and dtypes are not exactly these."""
+        check_fit("ema", state, self.average)
         for name, tensor in self.average.items():
             tensor.copy_(state[name])
         self.stale = False

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastdeit.engine.fit import check_fit
 from fastdeit.engine.groups import ParamGroup, check
 from fastdeit.engine.guard import Verdict
 from fastdeit.engine.options import OptimizerOptions
@@ -186,11 +187,9 @@ class Optimizer:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy the state in. A recorded step must be recorded again.
 
-        Raises KeyError with the names when they are not exactly this optimizer's.
+        Raises FitError where names, shapes and dtypes are not exactly this optimizer's.
         """
-        mine = self.state_dict().keys()
-        if mine != state.keys():
-            raise KeyError(f"optimizer state does not fit: {sorted(mine ^ state.keys())[:5]}")
+        check_fit("optim", state, self.state_dict())
         for kind, tensors in self.state.items():
             for name, tensor in tensors.items():
                 tensor.copy_(state[f"{kind}.{name}"])

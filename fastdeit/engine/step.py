@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdeit.batch import Step
-from fastdeit.engine import batchnorm
+from fastdeit.engine import batchnorm, replicas
 from fastdeit.engine.buffers import Buffers
 from fastdeit.engine.capture import GraphedStep
 from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.ema import Ema, EmaTeacher
+from fastdeit.engine.fit import check_fit
 from fastdeit.engine.groups import ParamGroup
-from fastdeit.engine.guard import Guard
+from fastdeit.engine.guard import Guard, OnSpike
 from fastdeit.engine.optim import Optimizer
 from fastdeit.kernels import Tuning
 
@@ -40,7 +41,7 @@ class Engine:
 
     capture: "none" runs a step kernel by kernel, "compile" compiles the method's forward and its gradient with
     torch.compile, "graph" records the whole step as a CUDA graph. reduce: the type in which gradients travel between
-    processes. tuning: tries the backends of the ops in the first steps.
+    processes. tuning: tries the backends of the ops in the first steps. on_spike: as of `Guard`.
 
     A method uses `run`, `backward`, `micro` and `input_gradient` in its `step`, and `now` there and in `after_step`,
     where `skipped` says what became of the update.
@@ -49,7 +50,7 @@ class Engine:
     now: Step | None = None
     """Where the current batch stands in the run, on the device."""
     skipped: Tensor | None = None
-    """Bool scalar on the device: whether the last update was skipped, because a gradient was not finite."""
+    """Bool scalar on the device: whether the last update was skipped (`Verdict.skip`)."""
 
     def __init__(
         self,
@@ -65,19 +66,22 @@ class Engine:
         reduce: str = "fp32",
         capture: str = "none",
         tuning: Tuning | None = None,
+        on_spike: OnSpike = "warn",
     ) -> None:
         if capture == "graph" and world.device.type != "cuda":
             raise DeviceError(f"engine.capture graph needs a CUDA device, not {world.device}; use none or compile")
         self.method, self.optimizer, self.world, self.ema = method, optimizer, world, ema
         self.precision, self.accumulate, self.reduce, self.capture = precision, accumulate, reduce, capture
         self.tuning = tuning
-        self.guard = Guard(precision, clip_grad, world.device)
+        self.guard = Guard(precision, clip_grad, world.device, on_spike)
         self.clip_units = clip_units
         self.sums: dict[str, Tensor] = {}
         self._buffers = Buffers(method, world)
         self._averages = [module for module in method.modules() if isinstance(module, EmaTeacher)]
         self._micro_sums: dict[str, Tensor] = {}
         self._micro_runs: dict[str, int] = {}
+        self._logged: list[dict[str, Tensor]] = []
+        self._one = torch.ones((), device=world.device)
         self._last_micro = True
         self._wrap()
 
@@ -114,6 +118,10 @@ class Engine:
             )
             if self.reduce in _REDUCTIONS:
                 self.module.register_comm_hook(None, _REDUCTIONS[self.reduce])
+        self.record_anew()
+
+    def record_anew(self) -> None:
+        """Forget a step that was recorded, because tensors that it reads are not there any more."""
         self._graphed = GraphedStep(self._run_step, self.world.device, self.method) if self.capture == "graph" else None
 
     # ---- for methods -------------------------------------------------------------------------------------------------
@@ -175,7 +183,7 @@ class Engine:
     # ---- for the loop ------------------------------------------------------------------------------------------------
 
     def step(self, batches: Iterable[Any], lr: float) -> None:
-        """One update from `accumulate` micro-batches; skipped as a whole when a gradient is not finite."""
+        """One update from `accumulate` micro-batches; skipped as a whole where the guard says so."""
         step = self._graphed or self._run_step
         if self.tuning is None:
             step(list(batches), lr)
@@ -207,8 +215,8 @@ class Engine:
             teacher.follow(self.now, verdict.skip)
         self.method.after_step(self)
         self._buffers.share()
-        self._add("grad_norm", verdict.norm.where(~verdict.skip, 0.0))
-        self._add("steps", torch.ones_like(verdict.norm))
+        self._logged[-1] |= {"grad_norm": verdict.norm, "steps": self._one}
+        self._add_logged(verdict.skip)
 
     def _refuse_stray_gradients(self) -> None:
         """Raise RuntimeError where a parameter has a gradient but no update: processes would not reduce it either."""
@@ -236,42 +244,66 @@ class Engine:
         self.ema.stale = False
 
     def _end_micro(self) -> None:
-        for name, total in self._micro_sums.items():
-            self._add(name, total / (self._micro_runs[name] * self.accumulate))
+        """Put aside what the micro-batch has logged until the guard has judged the step."""
+        shares = {name: runs * self.accumulate for name, runs in self._micro_runs.items()}
+        self._logged.append(
+            {name: total if shares[name] == 1 else total / shares[name] for name, total in self._micro_sums.items()}
+        )
         self._micro_sums, self._micro_runs = {}, {}
 
-    def _add(self, name: str, value: Tensor) -> None:
-        if name in self.sums:
-            self.sums[name] += value
-        else:
-            self.sums[name] = value.clone()
+    def _add_logged(self, skipped: Tensor) -> None:
+        """Add what the step has logged to the sums; of a skipped one nothing, as its loss may be NaN."""
+        values = torch.stack([value for values in self._logged for value in values.values()])
+        counted = iter(torch.where(skipped, 0.0, values).unbind())
+        for names in self._logged:
+            for name in names:
+                if name not in self.sums:
+                    self.sums[name] = torch.zeros_like(values[0])
+            torch._foreach_add_([self.sums[name] for name in names], list(islice(counted, len(names))))
+        self._logged = []
 
     def _totals(self) -> dict[str, Tensor]:
-        """The sums over all processes; a collective."""
+        """The sums over all processes, which must have the same weights; a collective. Raises DriftError."""
         names = sorted(self.sums)
-        if not names:
-            return {}
-        return dict(zip(names, self.world.sum(torch.stack([self.sums[name] for name in names])), strict=True))
+        if self.world.size == 1:
+            return {name: self.sums[name] for name in names}
+        own = [self.sums[name] for name in names]
+        weights = replicas.slots(list(self.method.parameters()), self.world.rank, self.world.size)
+        total = self.world.sum(torch.cat([*(tensor.reshape(1) for tensor in own), weights]))
+        replicas.check(total[len(own) :])
+        return dict(zip(names, total[: len(own)], strict=True))
+
+    def check_replicas(self) -> None:
+        """Raise DriftError, on every process, unless all processes have the same weights. A collective."""
+        self._totals()
 
     def means(self) -> dict[str, float]:
-        """Means over processes and over the steps since the last call. Reads the device: call it when logging."""
-        totals = {name: total.item() for name, total in self._totals().items()}
+        """Means over processes and over the steps since the last call, without those that were skipped; nothing where
+        all were. Reads the device: call it when logging. Raises DriftError.
+        """
+        totals = self._totals()
+        values = torch.stack([*totals.values()]).tolist() if totals else []
         for total in self.sums.values():
             total.zero_()  # in place: a recorded step adds to these very tensors
-        steps = totals.pop("steps", 0.0)
-        return {name: total / steps for name, total in totals.items()} if steps else {}
+        found = dict(zip(totals, values, strict=True))
+        steps = found.pop("steps", 0.0)
+        return {name: total / steps for name, total in found.items()} if steps else {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The guard's state and the sums since the last log line, so that a resumed run logs what the whole run would.
 
-        A collective: call it on every process.
+        A collective: call it on every process. Raises DriftError.
         """
         return self.guard.state_dict() | {f"sum.{name}": total.reshape(1) for name, total in self._totals().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict`; the sums of all processes go to the main one, zeros to the others."""
-        self.guard.load_state_dict(state)
+        """Restore `state_dict`; the sums of all processes go to the main one, zeros to the others.
+
+        Raises FitError where names, shapes or dtypes are others.
+        """
+        sums = {name: tensor for name, tensor in state.items() if name.startswith("sum.")}
+        check_fit("engine", sums, dict.fromkeys(sums, torch.zeros(1)))
+        self.guard.load_state_dict({name: tensor for name, tensor in state.items() if name not in sums})
         share = 1.0 if self.world.main else 0.0
-        for name, tensor in state.items():
-            if name.startswith("sum."):
-                self.sums[name.removeprefix("sum.")] = tensor[0].to(self.world.device) * share
+        for name, tensor in sums.items():
+            self.sums[name.removeprefix("sum.")] = tensor[0].to(self.world.device) * share

@@ -50,9 +50,16 @@ def write(group: dict[str, Tensor], path: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def parse(data: bytes) -> dict[str, Tensor]:
-    """The tensors in the bytes of a file, by name. Raises ValueError if they are no safetensors file."""
+def mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, on the CPU, mapped into memory: values are read from the file when they are used.
+
+    What is written into them stays in memory. Raises ValueError if it is no safetensors file.
+    """
     try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
+        found = safetensors.torch.load_file(path)
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError, OSError) as error:
         raise ValueError(str(error).partition("\n")[0]) from error
+    for name, tensor in found.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name!r} has dtype {tensor.dtype}, which no checkpoint has")
+    return found

@@ -314,6 +314,9 @@ class EngineConfig(Section):
     """Epochs between two checkpoints; fractions are allowed."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints kept. At least two, so that a damaged one costs an interval and not the run."""
+    on_spike: Literal["warn", "skip", "rollback"] = "warn"
+    """What becomes of a step whose gradients have a norm of more than 10 times the usual one. warn: it is said; skip:
+    the update is left out; rollback: the run goes on from the weights of its newest checkpoint as well."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
 

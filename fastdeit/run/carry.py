@@ -16,7 +16,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run.build import Report
 from fastdeit.run.fork import Origin
 from fastdeit.run.record import Record
-from fastdeit.run.saver import Saver
+from fastdeit.run.saver import Saver, present
 from fastdeit.text import some
 
 
@@ -37,7 +37,7 @@ def over(origin: Origin, saver: Saver, say: Report) -> Record:
         raise UsageError(f"model.weights says what a run begins with; a fork begins with the weights of {origin.run}")
     if theirs != ours:
         raise _refusal(origin, f"the data there has {len(theirs)} classes, and other ones than the {len(ours)} here")
-    found, phase = checkpoint.load(origin.path), origin.state["record"]["phase"]
+    found, phase = present(checkpoint.load(origin.path)), origin.state["record"]["phase"]
     try:
         saver.phases.resume(phase, saver.engine)
         found = _averages(found, saver, origin, say)

@@ -25,6 +25,7 @@ from fastdeit.engine import checkpoint, metrics
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run.lock import locked
+from fastdeit.run.state import checked
 
 if TYPE_CHECKING:
     from fastdeit.engine.dist import World
@@ -68,7 +69,7 @@ def _has_teacher(run: Path) -> bool:
 
 def finished(run: Path | None) -> Path | None:
     """`run`, if it has been trained to its end."""
-    state = None if run is None else checkpoint.newest_state(run / CHECKPOINTS)
+    state = None if run is None else _newest_state(run)
     if state is None:
         return None
     limit = state["recipe"]["train"]["stop_after"]
@@ -96,12 +97,18 @@ def recipe_of(run: Path) -> "Recipe":
     While its teacher is trained a run has no checkpoint; then it is the one in recipe.yaml. Raises UsageError where
     there is nothing to go on from, and for a recipe of another version of fastdeit.
     """
-    state = checkpoint.newest_state(run / CHECKPOINTS)
+    state = _newest_state(run)
     if state is None:
         if not can_go_on(run):
             raise UsageError(f"{run} has no checkpoint to go on from")
         return written_recipe(run)
     return checked_recipe(state["recipe"], run / CHECKPOINTS)
+
+
+def _newest_state(run: Path) -> dict[str, Any] | None:
+    root = run / CHECKPOINTS
+    plain = checkpoint.newest_state(root)
+    return None if plain is None else checked(plain, root)
 
 
 def written_recipe(run: Path) -> "Recipe":
@@ -116,7 +123,12 @@ def checked_recipe(plain: Mapping[str, Any], where: Path) -> "Recipe":
     try:
         return recipes.Recipe.model_validate(plain)
     except ValidationError as error:
-        raise UsageError(f"the recipe in {where} is not one of this version of fastdeit: {error}") from error
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UsageError(
+            f"the recipe in {where} is not one of this version of fastdeit: {field}: {first['msg']}; go on with the "
+            "version that wrote it"
+        ) from error
 
 
 def command(run: Path, *overrides: str, verb: str = "--resume", world: "World | None" = None) -> str:

@@ -1,5 +1,6 @@
 """The environment of a run: versions, devices, kernels and room on disks, as its `environment.json` has them."""
 
+import json
 import os
 import platform
 import shutil
@@ -50,6 +51,32 @@ def report() -> dict[str, Any]:
         "native": kernels.native_status(),
         "space": {name: vars(space(path)) for name, path in _places().items()},
     }
+
+
+def versions() -> dict[str, str | None]:
+    """The versions that decide which numbers a run has; None for a package that is not there."""
+    packages = {name: _version(name) for name in ("triton", "timm")}
+    return {"fastdeit": __version__, "python": platform.python_version(), "torch": str(torch.__version__), **packages}
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """What the environment.json at `path` holds; None where it cannot be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def with_history(now: dict[str, Any], step: int, before: dict[str, Any] | None) -> dict[str, Any]:
+    """The report of a start at `step`, with those of earlier starts that something is left of, the oldest first.
+
+    before  what environment.json holds; None for nothing
+    """
+    known = {} if before is None else before
+    last = [{key: value for key, value in known.items() if key != "earlier"}] if known else []
+    earlier = [each for each in (*known.get("earlier", []), *last) if each.get("step", 0) < step]
+    return {**now, "step": step, "earlier": earlier}
 
 
 def code_version(root: Path) -> str | None:

@@ -14,8 +14,9 @@ from fastdeit.errors import UsageError
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import address, directory, teachers
-from fastdeit.run.chosen import chosen, place_of, state_of
+from fastdeit.run.chosen import chosen, place_of
 from fastdeit.run.lock import NAME as LOCK
+from fastdeit.run.state import checked
 
 if TYPE_CHECKING:
     from fastdeit.recipe.length import Length
@@ -88,6 +89,5 @@ def opened(text: str, say: Callable[[str], None]) -> Origin:
     found, notes = chosen(where, tensors=False)
     for note in notes:
         say(note)
-    state_of(where, found, "identity"), state_of(where, found, "record")
-    recipe = directory.checked_recipe(state_of(where, found, "recipe"), found.path)
-    return Origin(place_of(found), found.path, found.step, found.state, recipe)
+    known = checked(found.state, found.path)
+    return Origin(place_of(found), found.path, found.step, known, directory.checked_recipe(known["recipe"], found.path))

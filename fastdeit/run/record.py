@@ -72,6 +72,7 @@ class RunLog:
         self.recipe, self.world = recipe, world
         self.steps, self.steps_per_epoch = steps, steps_per_epoch
         self.run_dir: Path | None = None
+        self.start = 0
         self.clock = Clock()
         self.lineage: list[dict[str, Any]] = []
         self.progress: Progress | None = None
@@ -110,6 +111,7 @@ class RunLog:
         if not self.world.main:
             return
         directory.write_recipe(run_dir, self.recipe)
+        self.start = start
         self.environment()
         for fact in facts:
             self.say(fact)
@@ -121,10 +123,11 @@ class RunLog:
         self.progress = Progress(self.steps, self.steps_per_epoch, start=start)
 
     def environment(self) -> None:
-        """Write down what the run runs on, its kernels included."""
+        """Write down what the run runs on, its kernels included, after what it ran on before."""
         if self.world.main:
-            text = json.dumps(environment.report(), indent=2) + "\n"
-            directory.replace_text(self.run_dir / "environment.json", text)
+            path = self.run_dir / "environment.json"
+            report = environment.with_history(environment.report(), self.start, environment.read(path))
+            directory.replace_text(path, json.dumps(report, indent=2) + "\n")
 
     def _open_metrics(self, path: Path, start: int) -> None:
         """Records after the checkpoint that the run goes on from will be written again; without one, none is lost."""
@@ -142,24 +145,24 @@ class RunLog:
     def training(self, step: int, engine: Engine, record: Record, lr: float) -> None:
         """One line of training. Call it on every process."""
         means = engine.means()
-        if "loss" not in means:
+        if "loss" not in engine.sums:
             raise UsageError(
                 f"method {self.recipe.method.use}: its step has logged no loss; call engine.run(batch) at least once a "
                 "micro-batch without log=False"
             )
         speed, waiting = record.speed_since(*self.mark)
         self.mark = (record.images, record.seconds, record.waited)
-        record.train_loss = means["loss"]
+        loss = {"loss": means["loss"]} if "loss" in means else {}  # there is none where all steps were skipped
+        record.train_loss = means.get("loss", record.train_loss)
         if self.progress is not None:
-            shown = {"loss": means["loss"], "lr": lr, "images_per_second": speed, "data_wait": waiting}
+            shown = loss | {"lr": lr, "images_per_second": speed, "data_wait": waiting}
             name, value = next(iter(record.metrics.items()), ("", 0.0))
             if name.startswith("top1_"):
                 shown["top1"] = value
             self.progress.line(step, **shown)
         skipped = int(engine.guard.skipped.item())
-        self._write(
-            "train", step, **means, lr=lr, images_per_second=speed, data_wait_percent=waiting, skipped_steps=skipped
-        )
+        told = {"images_per_second": speed, "data_wait_percent": waiting, "skipped_steps": skipped}
+        self._write("train", step, **means, lr=lr, **told, spikes=engine.guard.noticed().count)
 
     def teacher(self, step: int, result: Result, record: Record) -> None:
         """The accuracy of the teacher, or of all together and of each, on the held-out images, as of the first step."""

@@ -1,20 +1,22 @@
 """The checkpoints of a run: what is in them, and how a run goes on from one."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fastdeit.engine import checkpoint
 from fastdeit.engine.checkpoint import Checkpoint
 from fastdeit.engine.dist import World
+from fastdeit.engine.fit import FitError, check_fit
 from fastdeit.engine.step import Engine
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length
-from fastdeit.run import directory
+from fastdeit.run import agreement, directory, environment, state
 from fastdeit.run.build import Report
 from fastdeit.run.cached import differences
 from fastdeit.run.identity import as_overrides, refuse_other_run
@@ -32,6 +34,19 @@ class Phases(Protocol):
 
     def resume(self, name: str, engine: Engine) -> None: ...
 
+    def enter(self, epoch: int, engine: Engine) -> bool: ...
+
+
+class PoisonedError(Exception):
+    """What was to be saved has numbers that are not finite; the message names the first tensor."""
+
+
+NUMERICS = frozenset(
+    {"engine.device", "engine.threads", "engine.precision", "engine.capture", "engine.autotune", "engine.residual"}
+    | {"engine.checkpoint_blocks", "engine.keep_activations", "engine.reduce", "engine.sync_batchnorm"}
+)
+"""Settings with which a run that goes on may get other numbers, if only by rounding."""
+
 
 class Saver:
     """Writes and restores the checkpoints of one run.
@@ -42,6 +57,8 @@ class Saver:
     lineage   the runs that this one is a fork of, the oldest first (`fork.Origin.lineage`)
     overrides settings of `engine:` and places of the data that the newest checkpoint does not have yet, as on a command
               line: a run that goes on from it needs to be given them again
+    changes   {step, fields: {what: [before, after]}} of each resume with other settings, processes or versions, which
+              change the numbers of a run if only by rounding
     """
 
     def __init__(
@@ -51,21 +68,51 @@ class Saver:
         self.length = length
         self.lineage: list[dict[str, Any]] = []
         self.overrides: list[str] = []
+        self.changes: list[dict[str, Any]] = []
+        # Such as a mask of minus infinity; by their names in the method, and in the student.
+        buffers = set(_non_finite(dict(engine.method.named_buffers())))
+        self._never_finite = buffers | {name.removeprefix("model.") for name in buffers}
 
     def save(self, run_dir: Path, step: int, record: Record) -> None:
-        """Save everything a run needs to go on as if it had never stopped. Call it on every process."""
+        """Save everything a run needs to go on as if it had never stopped. Call it on every process.
+
+        Raises PoisonedError where a tensor is not finite, and DriftError where the processes have other weights, on
+        every process: then nothing is saved.
+        """
         record.phase = self.phases.phase.name
         engine_state = self.engine.state_dict()
+        self._refuse_non_finite()
         if self.world.main:
             root = run_dir / directory.CHECKPOINTS
-            tensors = self.tensors() | {"engine": engine_state}
-            state = {"recipe": self.recipe.model_dump(mode="json"), "identity": self.identity, "record": asdict(record)}
-            state |= {"steps": self.length.total, "steps_per_epoch": self.length.steps_per_epoch}
-            checkpoint.save(root, step, tensors, state | {"lineage": self.lineage})
+            checkpoint.save(root, step, self.tensors() | {"engine": engine_state}, self._state(record))
             keep = [record.best_step] if record.best_step else []
             checkpoint.prune(root, self.recipe.engine.keep_checkpoints, keep)
         self.overrides = []
         self.world.barrier()
+
+    def _state(self, record: Record) -> dict[str, Any]:
+        return {
+            "schema": state.SCHEMA,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "identity": self.identity,
+            "record": asdict(record),
+            "steps": self.length.total,
+            "steps_per_epoch": self.length.steps_per_epoch,
+            "lineage": self.lineage,
+            "world": self.world.size,
+            "versions": environment.versions(),
+            "changes": self.changes,
+        }
+
+    def _refuse_non_finite(self) -> None:
+        """The main process looks at what it is about to save, and all hear of it."""
+        found = None
+        if self.world.main:
+            bad = ((name, file) for file, group in self.tensors().items() for name in _non_finite(group))
+            found = next((f"{name} of {file}" for name, file in bad if name not in self._never_finite), None)
+        found = self.world.same(found)
+        if found is not None:
+            raise PoisonedError(f"{found} has numbers that are not finite")
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds besides the engine's state, by the names of its files."""
@@ -81,42 +128,98 @@ class Saver:
     def restore(self, run_dir: Path, say: Report) -> tuple[int, Record]:
         """(step, record) of the newest checkpoint that verifies, with everything loaded; (0, fresh) when there is none.
 
-        Every process reads the files itself. Raises UsageError when the checkpoint is of another run: other model,
-        method, data, optimizer, global batch or seed.
+        All processes load it, or none: what one of them finds, all raise. Raises UsageError when the checkpoint is of
+        another run (other model, method, data, optimizer, global batch or seed) or does not fit this code. Call it on
+        every process.
         """
-        root = run_dir / directory.CHECKPOINTS
-        found = checkpoint.newest(root, lambda path, why: say(f"checkpoint {path} is damaged ({why}); skipped"))
+        found = agreement.newest(self.world, run_dir / directory.CHECKPOINTS, say)
         if found is None:
             say("nothing to resume yet: starting at step 0")
             return 0, Record()
-        before = recipes.Recipe.model_validate(found.state["recipe"])
+        found = agreement.together(self.world, lambda: self._accepted(found, run_dir))
+        agreement.together(self.world, lambda: self._load_own(found))
+        self.engine.check_replicas()
+        before = directory.checked_recipe(found.state["recipe"], found.path)
+        self.lineage, self.changes = found.state["lineage"], found.state["changes"]
+        self.overrides = as_overrides(recipes.changes(before, self.recipe))
+        self._note_changes(found, before, say)
+        return found.step, Record(**found.state["record"])
+
+    def _accepted(self, found: Checkpoint, run_dir: Path) -> Checkpoint:
+        """The checkpoint with its state in the present schema. Raises UsageError where it is not of this run."""
+        found = present(found)
+        before = directory.checked_recipe(found.state["recipe"], found.path)
         refuse_other_run(run_dir, recipes.difference(before, self.recipe), self._other_data(found))
+        return found
+
+    def _load_own(self, found: Checkpoint) -> None:
         try:
             self.load(found)
         except UsageError as error:
             raise UsageError(
                 f"{error}\nResume with the code that the run was started with, or start anew with another --run-dir"
             ) from error
-        self.lineage = found.state["lineage"]
-        self.overrides = as_overrides(recipes.changes(before, self.recipe))
-        return found.step, Record(**found.state["record"])
+
+    def _note_changes(self, found: Checkpoint, before: "Recipe", say: Report) -> None:
+        """Say and remember what may change the numbers of the run from here on."""
+        there, here = found.state["versions"], environment.versions()
+        changed = {field: [old, new] for field, old, new in recipes.changes(before, self.recipe) if field in NUMERICS}
+        changed |= {name: [there[name], here.get(name)] for name in there if there[name] != here.get(name)}
+        if found.state["world"] not in (None, self.world.size):
+            changed["processes"] = [found.state["world"], self.world.size]
+        if not changed:
+            return
+        self.changes = [*self.changes, {"step": found.step, "fields": changed}]
+        listed = ", ".join(f"{name} {new} (before: {old})" for name, (old, new) in changed.items())
+        say(f"from step {found.step} on the numbers of this run may differ, if only by rounding: {listed}")
+        if self.engine.guard.scaled and "scale" not in found.tensors["engine"]:
+            say(f"fp16 begins with a fresh loss scale of {self.engine.guard.scale.item():g}")
 
     def load(self, found: Checkpoint) -> None:
         """Put everything of a checkpoint into method, optimizer, guard and average.
 
-        Raises UsageError where names or shapes are not exactly those of this run.
+        Raises UsageError where names, shapes or dtypes are not exactly those of this run.
         """
-        engine, tensors, phase = self.engine, found.tensors, found.state["record"]["phase"]
-        self.phases.resume(phase, engine)
-        misfit = first_misfit(tensors, self.tensors())
-        if misfit is not None:
-            raise UsageError(f"{found.path} does not fit, in phase {phase!r}: {misfit}")
+        self._load_weights(found)
+        try:
+            self.engine.load_state_dict(found.tensors["engine"])
+        except FitError as error:
+            raise self._misfit(found, error) from error
+
+    def rewind(self, run_dir: Path, epoch: int, say: Report) -> int | None:
+        """Go back to the weights, optimizer and average of the newest checkpoint, and say of which step it is; None
+        where there is none.
+
+        The phase of the run stays that of `epoch`, and the guard and the log go on. Call it on every process.
+        """
+        found = agreement.newest(self.world, run_dir / directory.CHECKPOINTS, say)
+        if found is None:
+            return None
+        self._load_weights(found)
+        self.phases.enter(epoch, self.engine)
+        self.engine.record_anew()
+        return found.step
+
+    def _load_weights(self, found: Checkpoint) -> None:
+        engine, tensors = self.engine, found.tensors
+        self.phases.resume(found.state["record"]["phase"], engine)
+        ours = self.tensors()
+        missing = next((file for file in (*ours, "engine") if file not in tensors), None)
+        if missing is not None:
+            raise self._misfit(found, f"it has no {missing}.safetensors")
+        try:
+            for file in ours:
+                check_fit(file, tensors[file], ours[file])
+        except FitError as error:
+            raise self._misfit(found, error) from error
         student = {f"model.{name}": tensor for name, tensor in tensors["model"].items()}
         engine.method.load_state_dict(student | tensors["method"])
         engine.optimizer.load_state_dict(tensors["optim"])
-        engine.load_state_dict(tensors["engine"])
         if engine.ema is not None:
             engine.ema.load(tensors["ema"])
+
+    def _misfit(self, found: Checkpoint, why: FitError | str) -> UsageError:
+        return UsageError(f"{found.path} does not fit, in phase {self.phases.phase.name!r}: {why}")
 
     def _other_data(self, found: Checkpoint) -> list[tuple[str, Any, Any]]:
         named = {"train": "data (training images)", "val": "data (held-out images)", "classes": "data (classes)"}
@@ -126,17 +229,19 @@ class Saver:
         return data + [(f"cache ({name})", *both) for name, *both in cache]
 
 
-Tensors = Mapping[str, Mapping[str, Tensor]]
-"""Tensors by file and name."""
+def present(found: Checkpoint) -> Checkpoint:
+    """The checkpoint in the present schema. Raises UsageError where its state is none that this version knows."""
+    tensors = dict(found.tensors)
+    if "schema" not in found.state and "engine" in tensors:  # schema 0 knew of no spikes
+        tensors["engine"] = dict.fromkeys(("spikes", "usual", "seen"), torch.zeros(1)) | tensors["engine"]
+    return replace(found, tensors=tensors, state=state.checked(found.state, found.path))
 
 
-def first_misfit(theirs: Tensors, ours: Tensors) -> str | None:
-    """What is wrong with the first tensor of a checkpoint that is not as it is here; None if all are."""
-    for file, mine in ours.items():
-        found = theirs.get(file, {})
-        for name in dict.fromkeys([*mine, *found]):
-            shapes = [list(group[name].shape) if name in group else None for group in (found, mine)]
-            if shapes[0] != shapes[1]:
-                there, here = ("there is none" if shape is None else f"it has the shape {shape}" for shape in shapes)
-                return f"of {file}, {name}: in the checkpoint {there}, here {here}"
-    return None
+def _non_finite(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """The names of those tensors that have a number which is not finite. Reads the device once."""
+    named = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    if not named:
+        return iter(())
+    # The largest absolute value of each in few launches; it is NaN where a number is.
+    largest = torch.stack([norm.double() for norm in torch._foreach_norm(list(named.values()), torch.inf)])
+    return (name for name, fine in zip(named, largest.isfinite().tolist(), strict=True) if not fine)

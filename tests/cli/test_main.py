@@ -406,7 +406,7 @@ def test_looking_around_and_mistakes_load_nothing_that_takes_long(code):
 def test_mistakes_in_places_are_said_without_torch(tmp_path):
     """Such as a run that is not there, or an override that its recipe does not take. Data sources take numpy."""
     state = {
-        "identity": {"classes": ["a"]},
+        "identity": {"train": "t", "val": "v", "classes": ["a"]},
         "record": {"phase": "all"},
         "steps": 9,
         "steps_per_epoch": 3,

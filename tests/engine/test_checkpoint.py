@@ -106,7 +106,7 @@ def test_state_round_trips(tmp_path):
         "none": None,
         "text": 'Zürich "\n\ud800 \x00',
         "nested": {"list": [1, [2.5, {"deep": []}]], "empty": {}},
-        "blake2b": "a key that the manifest also uses",
+        "sha256": "a key that the manifest also uses",
     }
     loaded = checkpoint.load(checkpoint.save(tmp_path, 0, {}, state)).state
     assert math.isnan(loaded.pop("loss"))
@@ -168,7 +168,7 @@ def test_layout_is_the_documented_one(tmp_path):
     assert sorted(os.listdir(root)) == ["step_00001250"]
     assert sorted(os.listdir(path)) == ["manifest.json", "model.safetensors", "optim.safetensors"]
     manifest = json.loads((path / "manifest.json").read_text())
-    assert list(manifest) == ["format", "step", "state", "files", "blake2b"]
+    assert list(manifest) == ["format", "step", "state", "files", "sha256"]
     assert manifest["step"] == 1250
     assert manifest["state"] == {"epoch": 1}
     assert manifest["files"]["model.safetensors"]["bytes"] == (path / "model.safetensors").stat().st_size

@@ -1,0 +1,111 @@
+"""All processes see the same run before any of them loads anything of it.
+
+Every process reads the checkpoint by itself. One whose directory is not shared, or that runs other versions, would
+train other weights beside the others', and the main process would save its own as if they were those of all.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastdeit.engine import checkpoint
+from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
+from fastdeit.engine.dist import World
+from fastdeit.errors import UsageError
+from fastdeit.run import directory, environment
+from fastdeit.run.fork import Origin
+
+Result = TypeVar("Result")
+View = dict[str, Any]
+"""What a process sees, by what a person calls it."""
+_VERSIONS = "the versions of what they run"
+
+
+def same_view(world: World, run_dir: Path | None, origin: Origin | None) -> None:
+    """Raise UsageError, on every process, unless all see the same checkpoints and run the same versions.
+
+    run_dir  the run that is to be gone on with; None for a new one
+    origin   the checkpoint that a fork begins with
+    """
+    if world.size == 1:
+        return
+    views = world.all((socket.gethostname(), _view(run_dir, origin)))
+    _, ours = views[0]
+    for rank, (host, theirs) in enumerate(views):
+        for what in dict.fromkeys([*ours, *theirs]):
+            if theirs.get(what) != ours.get(what):
+                help = "install the same on all machines" if what == _VERSIONS else "all machines must share the run"
+                raise UsageError(
+                    f"process {rank} on {host} and process 0 on {views[0][0]} differ in {what}: "
+                    f"{_told(theirs.get(what))}, and {_told(ours.get(what))}; nothing was loaded, {help}"
+                )
+
+
+def newest(world: World, root: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint under `root` that verifies on every machine, mapped; None where there is none.
+
+    One process a machine reads the files and compares their hashes; the others rely on it. Damaged checkpoints are
+    said and skipped, on every process. Raises CheckpointError if none verifies. Call it on every process, after
+    `same_view`.
+    """
+    reasons = []
+    for step in reversed(checkpoint.steps(root)):
+        path, found, why = checkpoint.path_of(root, step), None, None
+        try:
+            found = checkpoint.open_step(path, verify=_first_of_its_machine())
+        except CheckpointError as error:
+            why = str(error)
+        problem = next((each for each in world.all(why) if each is not None), None)
+        if problem is None:
+            return found
+        say(f"checkpoint {path} is damaged ({problem}); skipped")
+        reasons.append(f"{path.name}: {problem}")
+    if reasons:
+        raise CheckpointError(
+            f"none of the {len(reasons)} checkpoints in {root} can be used; move them away to start anew:\n  "
+            + "\n  ".join(reasons)
+        )
+    return None
+
+
+def together(world: World, action: Callable[[], Result]) -> Result:
+    """`action()`; where it fails on one process it fails on all, there with its error, elsewhere with UsageError."""
+    result = failure = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    known = isinstance(failure, UsageError)
+    told = world.all(None if failure is None else f"{failure}" if known else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, problem in enumerate(told):
+        if problem is not None:
+            raise UsageError(f"process {rank}: {problem}")
+    return result
+
+
+def _view(run_dir: Path | None, origin: Origin | None) -> View:
+    view: View = {_VERSIONS: environment.versions()}
+    if run_dir is not None:
+        for run in (run_dir, *sorted(directory.teachers_in(run_dir))):
+            root = run / directory.CHECKPOINTS
+            found = {step: checkpoint.digest(checkpoint.path_of(root, step)) for step in checkpoint.steps(root)}
+            view[f"the checkpoints of {run}"] = found
+    if origin is not None:
+        view[f"the checkpoint {origin.path}"] = checkpoint.digest(origin.path)
+    return view
+
+
+def _told(value: Any) -> str:
+    if not value:
+        return "none there"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {str(found)[:12]}" for key, found in value.items())
+    return str(value)[:12]
+
+
+def _first_of_its_machine() -> bool:
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
