@@ -264,8 +264,8 @@ MUTANTS = (
         "some threads leave before the last barrier",
         "barrier",
         _BACKWARD,
-        "  if (partial == nullptr) return;\n  __syncthreads();\n  store_partial<D>(partial, place, heads, 1,",
-        "  if (partial == nullptr || left <= 0) return;\n  __syncthreads();\n  store_partial<D>(partial, place, heads, 1,",
+        "== nullptr) return;\n  __syncthreads();\n  store_partial<D>(partial, place, heads, 1,",
+        "== nullptr || left <= 0) return;\n  __syncthreads();\n  store_partial<D>(partial, place, heads, 1,",
     ),
     # ---- launches
     Mutant(

@@ -10,7 +10,6 @@ import pytest
 
 from tests.kernels.native import simt
 
-
 FAULTS = {
     "no_barrier": "of shared memory: another thread (reads|writes) there",
     "barrier_of_the_warp_only": "of shared memory: another thread (reads|writes) there",
