@@ -23,7 +23,7 @@ from fastdeit.errors import UsageError
 from fastdeit.estimate import capture
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
-from fastdeit.run import build, teachers
+from fastdeit.run import build, precision, teachers
 from fastdeit.training import Parts, schedule_of, seed_torch
 
 
@@ -58,7 +58,7 @@ class Stepper:
             ],
         )
         world = World(pick_device(recipe.engine.device))
-        self.recipe = capture.fixed(self.recipe, world, print)
+        self.recipe = capture.fixed(precision.fixed(self.recipe, world, print), world, print)
         self._parts = Parts.of(self.recipe, world, True, {})
         self._rates = schedule_of(self._parts.recipe, self._parts.length)
         self.number = 0

@@ -37,7 +37,7 @@ from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
-from fastdeit.run import agreement, build, cached, carry, directory, request, teachers, threads
+from fastdeit.run import agreement, build, cached, carry, directory, precision, request, teachers, threads
 from fastdeit.run.clock import Clock
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.allow_tf32 = True
     with join_world(asked.recipe.engine.device) as world, world.stop_on_signals():
         world.agree("the run that they go on with", (asked.run_dir, asked.origin and asked.origin.path))
-        recipe = capture.fixed(threads.fixed(asked.recipe, world), world, _say_once)
+        recipe = _fixed(asked.recipe, world)
         with threads.computing(recipe.engine.threads):
             train(recipe, asked.run_dir, world, resume=asked.resume, origin=asked.origin, began=args.began)
 
@@ -79,9 +79,15 @@ def alone(
     if resume and run_dir is not None and directory.can_go_on(run_dir):
         recipe = request.given_again(recipe, directory.recipe_of(run_dir))
     with join_world(recipe.engine.device) as world, world.stop_on_signals():
-        recipe = capture.fixed(threads.fixed(recipe, world), world, _say_once)
+        recipe = _fixed(recipe, world)
         with threads.computing(recipe.engine.threads):
             return train(recipe, run_dir, world, resume=resume, began=began)
+
+
+def _fixed(recipe: "Recipe", world: World) -> "Recipe":
+    """The recipe with what it leaves to the machine."""
+    recipe = precision.fixed(threads.fixed(recipe, world), world, _say_once)
+    return capture.fixed(recipe, world, _say_once)
 
 
 def _say_once(text: str) -> None:

@@ -49,6 +49,7 @@ from fastdeit.fields import size_pair
 from fastdeit.methods.base import Context
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
+from fastdeit.run.precision import has_bf16
 
 DROP_PATH, EMA_DECAY, WEIGHT_DECAY, LR = 0.1, 0.99996, 0.05, 1e-4
 CAPTURES = ("none", "compile", "graph")
@@ -105,7 +106,7 @@ def cell(
 ) -> Cell:
     """A cell with defaults filled in: the model's own size, and 16 bit on a GPU. UsageError for what cannot be."""
     chosen = default_precision(device) if precision is None else precision
-    if chosen == "bf16" and device.type == "cuda" and not _has_bf16(device):
+    if chosen == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise UsageError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16 products; use fp16")
     return Cell(what, model, batch, _side_of(model, image_size, teacher), chosen, teacher, ema)
 
@@ -132,11 +133,7 @@ def default_precision(device: torch.device) -> str:
     """bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
     if device.type == "cpu":
         return "fp32"
-    return "bf16" if _has_bf16(device) else "fp16"
-
-
-def _has_bf16(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if has_bf16(device) else "fp16"
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------

@@ -98,7 +98,9 @@ def _described(network: Network) -> dict[str, Any]:
 def _precision(recipe: "Recipe", gpu: GPU) -> str:
     """V100 has no bf16 products."""
     asked = recipe.engine.precision
-    return "fp16" if asked == "bf16" and gpu.name == "V100" else asked
+    if asked in ("auto", "bf16"):
+        return "fp16" if gpu.name == "V100" else "bf16"
+    return asked
 
 
 def _work(trained: Subject, machine: Machine) -> Work:

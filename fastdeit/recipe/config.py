@@ -285,8 +285,9 @@ class EngineConfig(Section):
     threads: Count | None = None
     """Threads of a process that compute on the CPU. With another number sums round differently. null: the process's
     share of the processors; the run keeps that number. OMP_NUM_THREADS wins."""
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss."""
+    precision: Literal["fp32", "fp16", "bf16", "auto"] = "fp32"
+    """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss. auto: bf16 where the device has
+    it, else fp16, as on a V100. The run keeps the answer."""
     capture: Literal["none", "compile", "graph", "auto"] = "none"
     """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph;
     auto: graph where the modelled time of a step on the GPU is below twice the host's, else none. The run keeps the
@@ -301,7 +302,7 @@ class EngineConfig(Section):
     bytes moved. `fastdeit plan` says how much of both. false: fastdeit's kernels make them again."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Type of the residual stream between the blocks and of its gradient. bf16 moves fewer bytes and rounds them in
-    every block; it needs precision bf16."""
+    every block; it needs precision bf16, or auto on a device that has it."""
     reduce: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type in which gradients travel between processes. 16 bit halve the traffic and round every gradient twice; fp16
     needs precision fp16, whose loss scale keeps small gradients from vanishing."""
@@ -343,6 +344,6 @@ class EngineConfig(Section):
     @field_validator("residual")
     @classmethod
     def _as_the_products(cls, residual: str, info: ValidationInfo) -> str:
-        if residual not in ("fp32", precision := info.data.get("precision", residual)):
+        if residual not in ("fp32", precision := info.data.get("precision", residual)) and precision != "auto":
             raise ValueError(f"{residual} needs engine.precision {residual}, not {precision}")
         return residual

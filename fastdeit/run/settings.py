@@ -12,7 +12,7 @@ from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.errors import UsageError
 from fastdeit.methods.base import Method
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import bare
+from fastdeit.run import bare, precision
 from fastdeit.run.directory import checked_recipe
 from fastdeit.run.weights import Weights, likely_models
 
@@ -38,7 +38,7 @@ def settings(weights: Weights, model: str | None, overrides: Sequence[str], root
         except ValidationError as error:
             wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
             raise UsageError(f"{weights.origin}: its model cannot be evaluated: {'; '.join(wrong)}") from error
-    return recipes.override(recipe, [*_kind(recipe, overrides, root), *overrides])
+    return precision.fixed(recipes.override(recipe, [*_kind(recipe, overrides, root), *overrides]))
 
 
 def doubt(weights: Weights) -> str | None:

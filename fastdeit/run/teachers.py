@@ -55,7 +55,7 @@ def _recipe(recipe: "Recipe", config: TeacherConfig, begun: Path | None) -> "Rec
     own = directory.recipe_of(begun) if has_begun else recipes.load(config.recipe)
     data = own.data.model_copy(update={name: getattr(recipe.data, name) for name in _WHICH_DATA})
     its = {name: getattr(own.engine, name) for name in _OF_ITS_NETWORK}
-    if recipe.engine.precision != own.engine.precision:
+    if its["residual"] not in ("fp32", recipe.engine.precision):
         its["residual"] = "fp32"  # one in 16 bit goes with products in 16 bit alone
     engine = recipe.engine.model_copy(update=its)
     return own.model_copy(update={"data": data, "engine": engine})

@@ -30,7 +30,7 @@ from fastdeit.errors import FastdeitError, Interrupted, UsageError
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.teacher import Ensemble, Teacher, together
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import build, cached, threads
+from fastdeit.run import build, cached, precision, threads
 from fastdeit.run.weights import open_weights
 from fastdeit.version import __version__
 
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True  # as in training
     torch.backends.cudnn.allow_tf32 = True
     with join_world(recipe.engine.device) as world, world.stop_on_signals():
-        recipe = threads.fixed(recipe, world)
+        recipe = precision.fixed(threads.fixed(recipe, world), world)
         with threads.computing(recipe.engine.threads):
             fill(recipe, teachers_of(recipe, args.teacher), args.out, world, top_k=args.top_k, epochs=args.epochs)
 

@@ -26,7 +26,7 @@ from fastdeit.estimate.subject import subject as subject_of
 from fastdeit.methods.config import METHODS
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import settled
-from fastdeit.run import address, build, cached, directory
+from fastdeit.run import address, build, cached, directory, precision
 from fastdeit.run.groups import param_groups
 from fastdeit.run.request import Request
 from fastdeit.run.weights import is_cached
@@ -44,7 +44,7 @@ def show(asked: Request, processes: int) -> None:
 
 def lines(asked: Request, processes: int) -> Iterator[str]:
     """What `show` prints: facts first, then estimates, which are marked as such, then the resolved recipe."""
-    recipe = asked.recipe
+    recipe = precision.fixed(asked.recipe)
     try:
         order.groups_per_batch(recipe.train.batch_size, recipe.data.group_size, recipe.train.accumulate, processes)
     except ValueError as error:

@@ -239,7 +239,8 @@ def test_a_teacher_with_a_recipe_is_trained_first(plan):
 
 
 def test_bf16_on_a_v100_is_planned_in_fp16_and_said(plan):
-    found = plan("deit_tiny", "data.group_size=64", "--gpu", "V100", "--gpu", "A100", "--count", "8")
+    words = "data.group_size=64", "engine.precision=bf16", "--gpu", "V100", "--gpu", "A100", "--count", "8"
+    found = plan("deit_tiny", *words)
     assert {row["gpu"]: row["precision"] for row in found["plans"]} == {"V100": "fp16", "A100": "bf16"}
     assert any("engine.precision=fp16" in note for note in found["notes"])
     assert not any("V100" in note for note in plan(*TINY)["notes"])

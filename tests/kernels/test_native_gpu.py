@@ -1,4 +1,4 @@
-"""The native kernels on a card: a V100's own code on a V100, and on newer cards its PTX, which their driver compiles."""
+"""The native kernels on a card: on a V100 its own code, on newer ones the PTX of it, which their driver compiles."""
 
 from functools import partial
 

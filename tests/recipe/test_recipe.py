@@ -75,7 +75,7 @@ FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     ("data.augment", "augmix-m5", "cannot be augmix, which blends several augmented copies of an image"),
     ("data.augment", "randaug", "must be one of none, rand-... as in rand-m9-mstd0.5-inc1, original"),
     ("data.augment", "3", "must be text, got 3"),
-    ("engine.precision", "bf61", "must be one of fp32, fp16, bf16, got 'bf61'; did you mean bf16 or fp16?"),
+    ("engine.precision", "bf61", "must be one of fp32, fp16, bf16, auto, got 'bf61'; did you mean bf16 or fp16?"),
     (
         "engine.sinks[0]",
         "[tensorbord]",

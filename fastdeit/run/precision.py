@@ -1,0 +1,42 @@
+"""`engine.precision: auto`: bf16 where the device has products of it, else fp16, whose loss is scaled."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastdeit.engine.dist import World, pick_device
+from fastdeit.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastdeit.recipe.resolve import Recipe
+
+AUTO = "auto"
+
+
+def fixed(recipe: "Recipe", world: World | None = None, say: Callable[[str], None] | None = None) -> "Recipe":
+    """`recipe` with bf16 or fp16 in place of `auto` in `engine.precision`; with a world the same on every process, and
+    then to be called on every process. The run's recipe has the answer, so that whoever goes on with it keeps it.
+
+    say  gets a line where that is fp16, which nobody has asked for
+
+    Raises UsageError where the residual stream is to be in bf16, and the device has none.
+    """
+    if recipe.engine.precision != AUTO:
+        return recipe
+    device = pick_device(recipe.engine.device) if world is None else world.device
+    precision = "bf16" if has_bf16(device) else "fp16"
+    precision = precision if world is None else world.same(precision)
+    if precision == "fp16":
+        card = torch.cuda.get_device_name(device)
+        if recipe.engine.residual == "bf16":
+            raise UsageError(f"engine.residual is bf16, which {card} does not have; use engine.residual=fp32")
+        if say is not None:
+            say(f"engine.precision auto: fp16 with a scaled loss, since {card} has no products in bf16")
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether products of bf16 run as fast there as those of fp16: on GPUs from the A100 on. A CPU has no fp16 to
+    prefer."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,83 @@
+"""`engine.precision: auto`: bf16 where the device has it, fp16 on a V100; the run keeps the answer."""
+
+import pytest
+import torch
+
+from fastdeit.bench.count_card import pretended_card
+from fastdeit.engine.dist import World
+from fastdeit.errors import UsageError
+from fastdeit.estimate import report
+from fastdeit.estimate.gpus import GPUS
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import precision, request
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
+AUTO = ["deit_tiny", "deit_small", "deit_base"]
+
+
+def recipe(*overrides, name="deit_tiny"):
+    return recipes.load(name, overrides)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """`card(70)`: the only device is a card of that architecture."""
+
+    def there_is(arch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a card of sm_{arch}")
+
+    return there_is
+
+
+@pytest.mark.parametrize("name", AUTO)
+@pytest.mark.parametrize(("arch", "wanted"), [(70, "fp16"), (75, "fp16"), (80, "bf16"), (90, "bf16")])
+def test_the_papers_recipes_run_in_16_bit_on_every_card(card, name, arch, wanted):
+    card(arch)
+    said = []
+    found = precision.fixed(recipe(name=name), World(CARD), said.append)
+    assert found.engine.precision == wanted
+    assert precision.fixed(recipe(name=name)).engine.precision == wanted
+    line = f"engine.precision auto: fp16 with a scaled loss, since a card of sm_{arch} has no products in bf16"
+    assert said == [line] * (wanted == "fp16")
+
+
+def test_on_a_cpu_it_is_bf16():
+    assert precision.fixed(recipe(), World(CPU)).engine.precision == "bf16"
+
+
+@pytest.mark.parametrize("asked", ["fp32", "fp16", "bf16"])
+def test_what_is_asked_for_stays(card, asked):
+    card(70)
+    given = recipe(f"engine.precision={asked}")
+    assert precision.fixed(given) is given
+
+
+def test_a_residual_in_bf16_needs_a_device_with_it(card):
+    given = recipe("engine.residual=bf16")
+    card(90)
+    assert precision.fixed(given).engine.residual == "bf16"
+    card(70)
+    with pytest.raises(UsageError, match="residual is bf16, which a card of sm_70 does not have; use"):
+        precision.fixed(given)
+
+
+def test_a_run_that_goes_on_keeps_its_precision():
+    before = recipe("engine.precision=fp16")
+    assert request.given_again(recipe(), before).engine.precision == "fp16"
+    assert request.given_again(recipe("engine.precision=fp32"), before).engine.precision == "fp32"
+
+
+@pytest.mark.parametrize(("gpu", "wanted"), [("V100", "fp16"), ("A100", "bf16"), ("H200", "bf16")])
+def test_a_plan_has_what_would_run(gpu, wanted):
+    assert report._precision(recipe(), GPUS[gpu]) == wanted
+
+
+def test_the_loss_is_scaled_on_a_v100():
+    from fastdeit.engine.guard import Guard
+
+    with pretended_card(arch=70):
+        found = precision.fixed(recipe("engine.device=cuda"), World(CARD)).engine.precision
+    assert Guard(found, None, CPU).scale.item() == 2.0**16
