@@ -96,7 +96,7 @@ class Killer(SyntheticSource):
 
 def test_a_killed_process_is_an_error_and_no_hang():
     with pytest.raises(DataError, match="a process was killed while it decoded images, probably for lack of memory"):
-        check(Killer(10, 2, (8, 8)), processes=2)
+        check(Killer(10, 2, (8, 8)), pixels, processes=2)
 
 
 class Buggy(SyntheticSource):
