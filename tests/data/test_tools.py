@@ -106,4 +106,4 @@ class Buggy(SyntheticSource):
 
 def test_an_error_of_the_program_is_not_taken_for_a_bad_file():
     with pytest.raises(ZeroDivisionError):
-        check(Buggy(10, 2, (8, 8)), processes=1)
+        check(Buggy(10, 2, (8, 8)), pixels, processes=1)
