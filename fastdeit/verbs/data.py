@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastdeit.data.execute.decode import pixels
 from fastdeit.data.sources import kinds, packed, tools
 from fastdeit.data.sources.datasets import kinds_at, open_pair, open_source
 from fastdeit.data.sources.source import DataError, NamedSource
@@ -29,7 +30,7 @@ def check(args: argparse.Namespace) -> int:
     sound = True
     for split, source in _open(args, _each):
         with progress.shown(f"checking {split}") as report_progress:
-            report = tools.check(source, args.processes, report_progress)
+            report = tools.check(source, pixels, args.processes, report_progress)
         print(f"{split}: {report}", flush=True)
         sound &= report.ok
     return 0 if sound else 1

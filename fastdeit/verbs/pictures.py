@@ -6,7 +6,6 @@ of one process among as many as there are groups in a batch. Where a method want
 """
 
 import argparse
-import io
 import os
 import sys
 import textwrap
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from fastdeit import cores, kernels
 from fastdeit.batch import Batch
 from fastdeit.data import pixel_ops
+from fastdeit.data.execute.decode import pixels
 from fastdeit.data.plan import order, plan
 from fastdeit.data.sources.source import Source
 from fastdeit.engine.dist import World, pick_device
@@ -61,8 +60,7 @@ def show(args: argparse.Namespace) -> None:
     place = locate(recipe, len(source), args.sample, args.epoch, args.copy)
     batch = _group(recipe, source, place.step, place.group)
     own = int(batch.index[place.slot])
-    with Image.open(io.BytesIO(memoryview(source.read(own)))) as opened:
-        original = np.asarray(opened.convert("RGB"))
+    original = pixels(source.read(own))
     height, width = original.shape[:2]
     augment = build.augmentations(recipe)[0]
     view = plan.samples(augment, recipe.train.seed, args.epoch, [own], [args.copy], [width], [height])

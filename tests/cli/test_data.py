@@ -74,7 +74,7 @@ def test_a_damaged_sample_is_named_and_exit_code_1(run, folder):
     (folder / "train" / "dog" / "3.png").write_bytes(b"junk")
     done = run("data", "check", folder, "--processes", 1)
     assert done.code == 1
-    assert f"{folder}/train/dog/3.png: not a JPEG" in done.out
+    assert f"{folder}/train/dog/3.png: no format that Pillow reads" in done.out
     assert run("data", "check", folder, "--processes", 1, "--split", "val").code == 0
 
 
@@ -267,7 +267,7 @@ def test_show_says_that_a_substitute_stands_in(run, folder, tmp_path):
     done = run("data", "show", *argv, "--out", tmp_path / "a.png")
     assert done.code == 0, done.err
     assert "  sample  0 cannot be used; training takes sample " in done.out
-    assert "cat/0.png: not a JPEG" in done.err
+    assert "cat/0.png: no format that Pillow reads" in done.err
 
 
 def test_preview_draws_training_and_evaluation_images(run, tmp_path):

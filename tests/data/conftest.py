@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastdeit.data.execute.route import route
+
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
     """Smooth colours with some grain: no flat areas, and no energy only at the pixel grid."""
@@ -17,6 +19,12 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
+
+
+def sides(data: np.ndarray) -> tuple[int, int]:
+    """(width, height) as the header of a file, uint8 `[n]`, says."""
+    found = route(data)
+    return found.width, found.height
 
 
 class Bytes:

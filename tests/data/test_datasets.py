@@ -14,7 +14,8 @@ from fastdeit.data.sources.datasets import open_pair, open_source
 from fastdeit.data.sources.folder import FolderSource
 from fastdeit.data.sources.kinds import READERS
 from fastdeit.data.sources.packed import pack
-from fastdeit.data.sources.source import DataError, header
+from fastdeit.data.sources.source import DataError
+from tests.data.conftest import sides
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_cifar10(tmp_path, rows, form, inside):
     assert np.array_equal(pixels(train, 5), rows["b"][1].reshape(3, 32, 32).transpose(1, 2, 0))
     assert np.array_equal(pixels(val, 3), rows["val"][3].reshape(3, 32, 32).transpose(1, 2, 0))
     assert train.read(7).tobytes() == train.read(7).tobytes()
-    assert header(train.read(7)) == (32, 32)
+    assert sides(train.read(7)) == (32, 32)
     assert train.path(5) == f"{folder}/data_batch_2:1"
 
 

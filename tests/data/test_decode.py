@@ -14,6 +14,7 @@ from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import plan
 from fastdeit.data.sources.source import BadImage
 from tests.data import parity, pictures
+from tests.data.conftest import sides
 
 SIZE = pictures.SIDE, pictures.SIDE
 
@@ -119,6 +120,49 @@ def test_routes_say_size_and_reason():
     assert odd["jpeg CMYK"] == ("JPEG", "JPEG of 4 colours with 8 bits")
     assert odd["png of 16-bit colours"] == ("PNG", "PNG with colours of 16 bits")
     assert odd["webp lossless, odd, with EXIF"] == ("WEBP", "WebP with EXIF behind a chunk of odd size")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "RGB", {}),
+        ("JPEG", "L", {"progressive": True}),
+        ("JPEG", "CMYK", {"exif": b"Exif\0\0" + bytes(60_000)}),
+        ("PNG", "RGBA", {}),
+        ("WEBP", "RGB", {}),
+        ("WEBP", "RGB", {"lossless": True}),
+        ("WEBP", "RGBA", {"exif": pictures.exif(6)}),
+        ("GIF", "P", {}),
+        ("TIFF", "RGB", {}),
+    ],
+)
+def test_width_and_height(make_image, encode, kind, mode, options):
+    assert sides(array(encode(make_image(0, 91, 47).convert(mode), kind, **options))) == (91, 47)
+
+
+def test_huffman_tables_may_come_before_the_frame(jpeg):
+    at = jpeg.index(b"\xff\xc4")
+    table = jpeg[at : at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")]
+    found = route(array(jpeg[:2] + table + b"\xff" + jpeg[2:]))
+    assert (found.width, found.height, found.by_pillow) == (90, 70, False)
+
+
+def test_what_is_no_picture_is_refused_with_a_reason(jpeg, make_image, encode):
+    png, frame, scan = encode(make_image(0, 90, 70), "PNG"), jpeg.index(b"\xff\xc0"), jpeg.index(b"\xff\xda")
+    cases = {
+        "the file is empty": b"",
+        "starts with b'<!DOCTYPE html><'": b"<!DOCTYPE html><html>404</html>",
+        "the header cannot be read: Truncated": jpeg[: frame + 5],
+        "the header is cut off or damaged": b"\xff\xd8\x00\xc0" + jpeg[frame + 2 :],
+        "image file is truncated": jpeg[: scan + (len(jpeg) - scan) // 2],
+        "the header cannot|cannot load": jpeg[:scan],
+        "image file is truncated ": png[: len(png) // 2],
+        "the header": png[:40],
+        "0 x 70 pixels": png[:16] + bytes(4) + png[20:],
+    }
+    for reason, data in cases.items():
+        with pytest.raises(BadImage, match=reason.strip()):
+            pixels(array(data))
 
 
 def test_a_picture_of_other_sides_than_its_header_is_refused():

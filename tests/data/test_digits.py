@@ -10,7 +10,8 @@ from PIL import Image
 
 from fastdeit.data.sources import digits
 from fastdeit.data.sources.datasets import open_pair
-from fastdeit.data.sources.source import DataError, header
+from fastdeit.data.sources.source import DataError
+from tests.data.conftest import sides
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +29,7 @@ def test_two_processes_at_once_write_one_complete_folder(tmp_path):
     train, val = open_pair("folder", tmp_path / "digits-1")
     assert (len(train), len(val)) == (1438, 359)
     assert list(train.classes) == [str(digit) for digit in range(10)]
-    assert header(train.read(0)) == (32, 32)
+    assert sides(train.read(0)) == (32, 32)
     shares = np.bincount([val.label(i) for i in range(len(val))]) / 179.7
     assert (abs(shares - 0.2) < 0.01).all()
     names = {Path(source.path(i)).name for source in (train, val) for i in range(len(source))}

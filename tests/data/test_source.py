@@ -7,11 +7,11 @@ import pytest
 import torchvision
 from PIL import Image
 
-from fastdeit.data.sources import source
 from fastdeit.data.sources.datasets import open_pair
 from fastdeit.data.sources.folder import FolderSource
-from fastdeit.data.sources.source import BadImage, DataError
+from fastdeit.data.sources.source import DataError
 from fastdeit.data.sources.synthetic import SyntheticSource
+from tests.data.conftest import sides
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def folder(tmp_path, jpeg):
 @pytest.mark.filterwarnings("ignore:.*left out")
 def test_folder_lists_what_torchvision_lists(folder, tmp_path_factory):
     root = folder("b/2.JPG", "b/10.png", "b/deep/er/x.jpeg", "b/deep/a.webp", "a/z.jpg", "a/Z.jpg", "a/é.bmp")
-    folder("a/notes.txt", "b/x.gif", "stray.jpg")
+    folder("a/notes.txt", "b/x.svg", "stray.jpg")
     (root / "a" / "folder.jpg").mkdir()
     (root / "a" / "dangling.jpg").symlink_to(root / "nowhere")
     folder("b/m/1.jpg", "b/a/1.jpg", "b/z/1.jpg", "b/k/1.jpg", "a/other/2.jpg")
@@ -143,8 +143,8 @@ def test_synthetic_is_deterministic_and_its_classes_differ(make_image):
     one, two, other = SyntheticSource(50, 4, (60, 80)), SyntheticSource(50, 4, (60, 80)), SyntheticSource(50, 4, seed=1)
     assert len(one) == 50
     assert [one.label(i) for i in range(6)] == [0, 1, 2, 3, 0, 1]
-    assert source.header(one.read(3)) == (80, 60)
-    assert source.header(other.read(3)) == (500, 375)
+    assert sides(one.read(3)) == (80, 60)
+    assert sides(other.read(3)) == (500, 375)
     assert one.read(7).tobytes() == two.read(7).tobytes() != one.read(3).tobytes()
     assert one.fingerprint == two.fingerprint != other.fingerprint
     means = np.array([[_pixels(one, 4 * i + label).mean((0, 1)) for i in range(5)] for label in range(4)])
@@ -156,58 +156,3 @@ def test_synthetic_is_deterministic_and_its_classes_differ(make_image):
 
 def _pixels(synthetic: SyntheticSource, index: int) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(synthetic.read(index))))
-
-
-@pytest.mark.parametrize(
-    ("kind", "mode", "options"),
-    [
-        ("JPEG", "RGB", {}),
-        ("JPEG", "L", {"progressive": True}),
-        ("JPEG", "CMYK", {"exif": b"Exif\0\0" + bytes(60_000)}),
-        ("PNG", "P", {}),
-        ("PNG", "RGBA", {}),
-        ("WEBP", "RGB", {}),
-        ("BMP", "RGB", {}),
-        ("TIFF", "RGB", {}),
-        ("PPM", "RGB", {}),
-    ],
-)
-def test_header_reads_the_size(make_image, encode, kind, mode, options):
-    data = np.frombuffer(encode(make_image(0, 91, 47).convert(mode), kind, **options), dtype=np.uint8)
-    assert source.header(data) == (91, 47)
-    assert source.check(data) == (91, 47)
-
-
-def test_jpeg_and_png_headers_need_no_pil(jpeg, make_image, encode, monkeypatch):
-    png = encode(make_image(0, 90, 70), "PNG")
-    monkeypatch.delattr(Image, "open")
-    assert source.check(np.frombuffer(jpeg, np.uint8)) == source.check(np.frombuffer(png, np.uint8)) == (90, 70)
-
-
-def test_what_is_no_image_is_refused(jpeg, make_image, encode):
-    png, gif = encode(make_image(0, 90, 70), "PNG"), encode(make_image(0, 90, 70).convert("P"), "GIF")
-    scan = jpeg.index(b"\xff\xda")
-    cases = {
-        "empty": b"",
-        "starts with b'<!DOCTYPE html><'": b"<!DOCTYPE html><html>404</html>",
-        "starts with b'GIF87a": gif,
-        "JPEG header is cut off": jpeg[: jpeg.index(b"\xff\xc0") + 5],
-        "JPEG header is .* damaged": b"\xff\xd8\x00\xc0" + jpeg[jpeg.index(b"\xff\xc0") + 2 :],
-        "truncated": jpeg[: scan + (len(jpeg) - scan) // 2],
-        "cannot load|header is damaged": jpeg[:scan],
-        "image file is truncated": png[: len(png) // 2],
-        "the header is damaged": png[:40],
-    }
-    for reason, data in cases.items():
-        with pytest.raises(BadImage, match=reason):
-            source.check(np.frombuffer(data, dtype=np.uint8))
-
-
-def test_huffman_tables_may_come_before_the_frame(jpeg):
-    at = jpeg.index(b"\xff\xc4")
-    table = jpeg[at : at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")]
-    assert source.header(np.frombuffer(jpeg[:2] + table + b"\xff" + jpeg[2:], dtype=np.uint8)) == (90, 70)
-
-
-def test_garbage_after_a_jpeg_is_no_fault(jpeg):
-    assert source.check(np.frombuffer(jpeg + bytes(500), dtype=np.uint8)) == (90, 70)

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 
+from fastdeit.data.execute.decode import pixels
 from fastdeit.data.sources import tools
 from fastdeit.data.sources.folder import FolderSource
 from fastdeit.data.sources.source import DataError
@@ -33,7 +34,7 @@ def source(tmp_path, varied, make_image, encode):
 
 
 def test_report(source, tmp_path):
-    report = check(source, processes=1)
+    report = check(source, pixels, processes=1)
     sizes = sorted(len(source.read(i)) for i in (0, 1, 2, 3, 4, 7))
     assert report.samples == 8
     assert report.formats == {"JPEG RGB": 5, "PNG L": 1}
@@ -50,13 +51,13 @@ def test_report(source, tmp_path):
 
 
 def test_report_as_text(source, tmp_path):
-    lines = str(check(source, processes=1)).splitlines()
+    lines = str(check(source, pixels, processes=1)).splitlines()
     assert lines[0] == "8 samples: 5 JPEG RGB, 1 PNG L"
     assert lines[3] == "samples of a class 3 to 5, median 4; classes 'a' to 'b'"
     assert lines[4] == "2 images occur more than once:"
     assert lines[5] == f"  {tmp_path}/a/1.jpg = {tmp_path}/a/3.jpg"
     assert lines[7] == "2 cannot be used:"
-    assert lines[8].startswith(f"  {tmp_path}/b/3.jpg: not a JPEG")
+    assert lines[8].startswith(f"  {tmp_path}/b/3.jpg: no format")
 
 
 class Junk(SyntheticSource):
@@ -67,7 +68,7 @@ class Junk(SyntheticSource):
 def test_every_bad_sample_is_in_the_text_and_other_long_lists_are_cut():
     source = Junk(30, 31)
     source.skipped = [("x", "left out")]
-    report = check(source, processes=1)
+    report = check(source, pixels, processes=1)
     assert len(report.bad) == 31
     assert report.bad[0] == ("x", "left out")
     assert str(report).count("it starts with") == 30
@@ -82,7 +83,7 @@ def test_number_of_processes_changes_nothing(monkeypatch):
     monkeypatch.setattr(tools, "_CHUNK", 8)
     source = SyntheticSource(60, 4, (16, 24))
     seen = []
-    reports = [check(source, processes, lambda done, total: seen.append((done, total))) for processes in (1, 2)]
+    reports = [check(source, pixels, processes, lambda done, total: seen.append((done, total))) for processes in (1, 2)]
     assert reports[0] == reports[1]
     assert seen == 2 * [(min(done, 60), 60) for done in range(8, 65, 8)]
     assert reports[0].ok
@@ -95,7 +96,7 @@ class Killer(SyntheticSource):
 
 def test_a_killed_process_is_an_error_and_no_hang():
     with pytest.raises(DataError, match="a process was killed while it decoded images, probably for lack of memory"):
-        check(Killer(10, 2, (8, 8)), processes=2)
+        check(Killer(10, 2, (8, 8)), pixels, processes=2)
 
 
 class Buggy(SyntheticSource):
@@ -105,4 +106,4 @@ class Buggy(SyntheticSource):
 
 def test_an_error_of_the_program_is_not_taken_for_a_bad_file():
     with pytest.raises(ZeroDivisionError):
-        check(Buggy(10, 2, (8, 8)), processes=1)
+        check(Buggy(10, 2, (8, 8)), pixels, processes=1)

@@ -90,7 +90,8 @@ def _other(view: memoryview, why: str) -> Route:
         with Image.open(io.BytesIO(view), formats=formats()) as image:
             return Route(image.format, *image.size, why or image.format)
     except UnidentifiedImageError:
-        raise BadImage(f"no format that Pillow reads: it starts with {bytes(view[:16])!r}") from None
+        unknown = f"no format that Pillow reads: it starts with {bytes(view[:16])!r}"
+        raise BadImage("the header is cut off or damaged" if why else unknown) from None
     except Exception as error:
         # Whatever the parser of a format trips over: besides OSError, ValueError and SyntaxError also struct.error,
         # EOFError, TypeError, KeyError, zlib.error, MemoryError.

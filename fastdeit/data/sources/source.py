@@ -1,11 +1,9 @@
-"""Where encoded images come from, and what is wrong with them before a decoder sees them.
+"""Where encoded images come from.
 
 A `Source` is random access: index in, encoded bytes out. Everything that restarts, shards or repeats samples needs no
-more. `header` is the gate in front of the decoder: DALI 2.2 to 2.4 ends in a segmentation fault on bytes that are no
-image at all (empty, text, HTML), so it only ever gets bytes that passed here.
+more.
 """
 
-import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +11,13 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from PIL.ExifTags import Base as Tag
+from PIL import Image
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-_DECODABLE = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
-# (format, Pillow's mode) of which DALI 2.4 makes other pixels, or none.
-_MISREAD = {*(("TIFF", mode) for mode in ("1", "F", "I", "LA", "LAB")), ("PPM", "F"), ("JPEG2000", "LA")}
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),  # torchvision's
+    *(".avif", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".pbm", ".pnm"),
+)
 MAX_LABEL = 999_999  # beyond any image data set: a larger one is some other number
-_TAIL = 64
-_MAX_PIXELS = 2 * 89_478_485  # where Pillow's decompression bomb check raises
 
 
 class DataError(ValueError):
@@ -97,92 +92,14 @@ def class_numbers(labels: NDArray[np.int64], root: str | Path) -> list[str]:
     return [str(number) for number in range(count)]
 
 
-def header(data: NDArray[np.uint8]) -> tuple[int, int]:
-    """(width, height) of an encoded image, in microseconds for JPEG and PNG; BadImage if it is none that DALI
-    decodes, or larger than Pillow decodes: a header of a few bytes may ask for gigabytes of pixels."""
-    width, height = _size(memoryview(data))
-    if width < 1 or height < 1:
-        raise BadImage(f"the header is damaged: it says {width} x {height} pixels")
-    if width * height > _MAX_PIXELS:
-        raise BadImage(f"the header says {width} x {height} pixels; more than {_MAX_PIXELS} are not decoded")
-    return width, height
-
-
-def _size(view: memoryview) -> tuple[int, int]:
-    if len(view) == 0:
-        raise BadImage("the file is empty")
-    if view[:2] == b"\xff\xd8":
-        return _jpeg_size(view)
-    if view[:16] == b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" and len(view) >= 33:
-        return int.from_bytes(view[16:20], "big"), int.from_bytes(view[20:24], "big")
-    try:
-        with Image.open(io.BytesIO(view), formats=_DECODABLE) as image:
-            kind, size = (image.format, image.mode), image.size
-            if kind[0] == "TIFF":
-                # Alone of a TIFF Pillow gives the size after the rotation that its orientation asks for.
-                size = int(image.tag_v2[Tag.ImageWidth]), int(image.tag_v2[Tag.ImageLength])
-    except UnidentifiedImageError:
-        raise BadImage(f"not a JPEG, PNG, WebP, BMP, TIFF or PPM image: it starts with {bytes(view[:16])!r}") from None
-    except Exception as error:
-        raise BadImage(f"the header cannot be read: {error or type(error).__name__}") from error
-    if kind in _MISREAD:
-        raise BadImage("a {} image of mode {} cannot be decoded as Pillow does; convert it to RGB".format(*kind))
-    return size
-
-
-def check(data: NDArray[np.uint8]) -> tuple[int, int]:
-    """`header`, and a full decode of a JPEG or PNG that lacks its end marker: files cut short are found here, whatever
-    part of them a crop needs, and not by a failed batch."""
-    size = header(data)
-    start, tail = data[:2].tobytes(), data[-_TAIL:].tobytes()
-    cut = (start == b"\xff\xd8" and b"\xff\xd9" not in tail) or (start == b"\x89P" and b"IEND" not in tail)
-    reason = undecodable(data) if cut else None
-    if reason:
-        raise BadImage(reason)
-    return size
-
-
-def undecodable(data: NDArray[np.uint8]) -> str | None:
-    """Why PIL cannot decode `data` completely, or None if it can."""
-    try:
-        with Image.open(io.BytesIO(memoryview(data))) as image:
-            image.convert("RGB")
-    except UnidentifiedImageError:
-        return "the header is damaged"
-    except Exception as error:
-        # Whatever the parser of a format trips over: besides OSError, ValueError and SyntaxError also struct.error,
-        # EOFError, TypeError, KeyError, zlib.error, MemoryError.
-        return str(error) or type(error).__name__
-    return None
-
-
 def quieten_pillow() -> None:
-    """Ignore what Pillow warns of in files: their metadata, of which nothing is used, and sizes, which `header` limits.
+    """Ignore what Pillow warns of in files: their metadata, of which nothing is used, and sizes, which
+    `execute/route.py` limits.
 
     For the process, since `warnings.catch_warnings` is not for threads. Pillow's deprecations are still heard.
     """
     for category in (UserWarning, Image.DecompressionBombWarning):
         warnings.filterwarnings("ignore", category=category, module=r"PIL\.")
-
-
-def _jpeg_size(view: memoryview) -> tuple[int, int]:
-    at, end = 2, len(view)
-    while at + 4 <= end:
-        if view[at] != 0xFF:
-            break
-        marker = view[at + 1]
-        if marker == 0xFF:
-            at += 1
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            if at + 9 > end:
-                break
-            height, width = int.from_bytes(view[at + 5 : at + 7], "big"), int.from_bytes(view[at + 7 : at + 9], "big")
-            if height == 0 or width == 0:
-                break
-            return width, height
-        at += 2 if marker == 0x01 or 0xD0 <= marker <= 0xD7 else 2 + int.from_bytes(view[at + 2 : at + 4], "big")
-    raise BadImage("the JPEG header is cut off or damaged")
 
 
 def listed(names: Sequence[str], limit: int = 5) -> str:

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdeit import cores
-from fastdeit.data.sources.source import BadImage, DataError, NamedSource, quieten_pillow, undecodable
-from fastdeit.data.sources.source import check as gate
+from fastdeit.data.sources.source import BadImage, DataError, NamedSource, quieten_pillow
 
 _CHUNK = 256
 _LISTED = 20
 _FACTS = np.dtype([("side", np.int32), ("size", np.int64), ("digest", "S16")])
 
+Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 _Result = tuple[NDArray[np.void], list[str], list[tuple[str, str]]]
 
 
@@ -70,10 +70,14 @@ class Report:
 
 
 def check(
-    source: NamedSource, processes: int | None = None, progress: Callable[[int, int], None] | None = None
+    source: NamedSource,
+    decode: Decode,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Read, check and fully decode every sample of `source` in `processes` processes (default: as many as cores).
+    """Read and decode every sample of `source` in `processes` processes (default: as many as cores).
 
+    decode: bytes of a file, uint8 `[n]`, to pixels `[height, width, 3]`, or BadImage; a function of a module.
     progress(done, total) is called a few times a second. Files that fail are in the report; DataError only where a
     process was killed, as an image that needs more memory than there is does.
     """
@@ -81,7 +85,7 @@ def check(
     chunks = [range(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
     facts = np.zeros(total, _FACTS)
     bad, formats = list(source.skipped), Counter()
-    for chunk, (rows, names, failures) in zip(chunks, _results(source, chunks, processes), strict=True):
+    for chunk, (rows, names, failures) in zip(chunks, _results(source, decode, chunks, processes), strict=True):
         facts[chunk.start : chunk.stop] = rows
         formats.update(names)
         bad += failures
@@ -103,12 +107,12 @@ def check(
     )
 
 
-def _results(source: NamedSource, chunks: list[range], processes: int | None) -> Iterator[_Result]:
+def _results(source: NamedSource, decode: Decode, chunks: list[range], processes: int | None) -> Iterator[_Result]:
     """Results in the order of `chunks`; a few chunks per process are under way at a time."""
     processes = processes or cores.available()
     # Not by fork: the caller may have threads, and a forked child inherits the locks they hold.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start, (source,)) as pool:
+    with ProcessPoolExecutor(processes, context, _start, (source, decode)) as pool:
         waiting = iter(chunks)
         running = [pool.submit(_examine, chunk) for chunk in islice(waiting, 3 * processes)]
         try:
@@ -122,11 +126,12 @@ def _results(source: NamedSource, chunks: list[range], processes: int | None) ->
 
 
 _source: NamedSource
+_decode: Decode
 
 
-def _start(source: NamedSource) -> None:
-    global _source
-    _source = source
+def _start(source: NamedSource, decode: Decode) -> None:
+    global _source, _decode
+    _source, _decode = source, decode
     quieten_pillow()
 
 
@@ -136,10 +141,7 @@ def _examine(chunk: range) -> _Result:
         try:
             data = _source.read(index)
             row["digest"] = blake2b(data, digest_size=16).digest()
-            width, height = gate(data)
-            reason = undecodable(data)
-            if reason:
-                raise BadImage(reason)
+            height, width, _ = _decode(data).shape
         except BadImage as error:
             failures.append((_source.path(index), str(error)))
         except OSError as error:
