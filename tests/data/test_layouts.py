@@ -17,8 +17,8 @@ from fastdeit.data.sources.folder import FolderSource
 from fastdeit.data.sources.source import DataError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import RecipeError
-from fastdeit.run import build
 from fastdeit.verbs import data as data_verbs
+from tests.data.layouts import NAMES, NUMBERS, as_train, files, labels
 from tests.data.writers import tfrecord
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -29,13 +29,6 @@ from pyarrow import parquet  # noqa: E402
 def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FASTDEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("RANK", raising=False)
-
-
-def files(root, *names):
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode())
 
 
 def folders(root, *splits):
@@ -66,20 +59,7 @@ def pair(root, write, train="train", val="val", **options):
     write(root / val, [1, 0], **options)
 
 
-def as_train(root, *overrides):
-    """(training, held-out) samples as `fastdeit train deit_tiny --data root` opens them."""
-    words = [*overrides, f"data.root={root}"]
-    words += data_verbs.implied("deit_tiny", words, str(root))
-    return build.sources(recipes.load("deit_tiny", words))
-
-
-def labels(source):
-    return [source.classes[source.label(i)] for i in range(len(source))]
-
-
 ANIMALS = (["cat", "cat", "dog", "dog"], ["cat", "cat", "dog", "dog"])
-NUMBERS = (["0", "1", "1"], ["1", "0"])
-NAMES = (["cat", "dog", "dog"], ["dog", "cat"])
 FINE = ["data.image_column=img", "data.label_column=fine_label"]
 
 

@@ -17,11 +17,13 @@ from fastdeit.data.sources.source import EXTENSIONS, DataError, listed
 _LOOKED_AT = 1000  # entries of a folder
 DEVKIT = "ILSVRC2012_devkit_t12"
 """Folder of ImageNet's development kit: beside it, held-out images may lie in one folder without classes."""
+_TINY_IMAGENET = "val/val_annotations.txt"
 _LAYOUT = "ROOT/{train}/CLASS/*.jpg and ROOT/{val}/CLASS/*.jpg"
 _EXPECTED = _LAYOUT.format(train="train", val="val")
 _SORT = (
     ". The images that lie in it directly have to be moved into one folder for each class; for the held-out images of "
-    "ImageNet, unpack ILSVRC2012_devkit_t12 into ROOT instead and choose the data source imagenet"
+    "ImageNet, unpack ILSVRC2012_devkit_t12 into ROOT instead and choose the data source imagenet; of Kaggle's "
+    "archive, ROOT is the folder that holds LOC_val_solution.csv"
 )
 
 
@@ -161,12 +163,13 @@ def _open(root: Path, split: str) -> FolderSource:
 
 
 def has_class_folders(root: Path, train: str, val: str) -> bool:
-    """The sign of images in class folders; none where the held-out images lie in one folder, as ImageNet's do. The root
+    """The sign of images in class folders; none where the held-out images lie in one folder, as ImageNet's and Tiny
+    ImageNet's do. The root
     itself is a split only if folders in it hold images: else they may be splits."""
     folders = (entry for entry in (root / train).glob("*") if entry.is_dir() and not is_litter(entry.name))
     if train == ".":
         folders = filter(_holds_images, folders)
-    return any(True for _ in folders) and not is_flat_imagenet(root, val)
+    return any(True for _ in folders) and not is_flat_imagenet(root, val) and not (root / _TINY_IMAGENET).is_file()
 
 
 def _holds_images(folder: Path) -> bool:
