@@ -330,7 +330,8 @@ OTHERS = {
     "model": {"name", "timm", "num_classes", "drop_path", "drop_path_mode", "dropout", "weights", "weights_grid"}
     | {"needs_weights", "freeze", "drop_path_skip"},
     "method": {"use", "loss", "smoothing", "alpha", "distillation", "reduction", "fuse", "cached", "teacher"},
-    "data": {"source", "root", "train", "val", "eval_crop_ratio", "threads", "max_bad_fraction"},
+    "data": {"source", "root", "train", "val", "eval_crop_ratio", "threads", "max_bad_fraction"}
+    | {"image_column", "label_column", "classes"},
     "train": {"epochs", "steps", "accumulate", "eval_every", "eval_every_steps", "stop_after", "best_by"},
 }
 """The other fields, but for the sections optim and engine, which have no part in it."""
@@ -339,6 +340,7 @@ CHANGED = [
     *["method.reduction=batchmean", "data.eval_crop_ratio=0.5", "data.threads=2", "data.max_bad_fraction=0.5"],
     *["train.epochs=1", "train.accumulate=2", "train.eval_every=0.5", "optim.name=sgd", "optim.lr=0.1"],
     *["optim.warmup_epochs=0.1", "engine.precision=bf16", "engine.log_every=7", "method.fuse=class", "data.val=other"],
+    *["data.image_column=img", "data.label_column=fine", "data.classes=names.txt"],
 ]
 """New values of them, all at once."""
 

@@ -58,10 +58,16 @@ def _check_recipe(args: argparse.Namespace) -> None:
     places.check_root(recipe.load(args.recipe, args.overrides))
 
 
+_SOURCE = "[--source KIND] [--split NAME ...] [--image-column NAME] [--label-column NAME] [--classes FILE]"
+
+
 def _add_source(verb: Verb) -> None:
     add = verb.parser.add_argument
     add("--source", metavar="KIND", help="as data.source of a recipe (default: what the layout says)")
     add("--split", action="append", metavar="NAME", help="one split; may be repeated (default: train and val)")
+    add("--image-column", metavar="NAME", help="as data.image_column of a recipe")
+    add("--label-column", metavar="NAME", help="as data.label_column of a recipe")
+    add("--classes", type=path, metavar="FILE", help="as data.classes of a recipe")
 
 
 MAKE = Verb(
@@ -100,7 +106,7 @@ _add("--packages", action="store_true", help="only print the packages that the s
 CHECK = Verb(
     "data check",
     "decode every sample of a data set and list what is wrong",
-    "PATH [--source KIND] [--split NAME ...] [--processes N]",
+    f"PATH {_SOURCE} [--processes N]",
     _data_check,
     examples=["fastdeit data check /path/to/imagenet --split val  # the held-out images alone"],
 )
@@ -114,7 +120,7 @@ _add("--processes", type=positive, metavar="N", help="processes that decode (def
 PACK = Verb(
     "data pack",
     "copy a data set into one verified file per split",
-    "PATH OUT [--source KIND] [--split NAME ...] [--force]",
+    f"PATH OUT {_SOURCE} [--force]",
     _data_pack,
     examples=["fastdeit data pack /path/to/imagenet packed  # then: fastdeit train deit_tiny --data packed"],
 )

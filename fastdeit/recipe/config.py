@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from pydantic_core import PydanticKnownError
 
 from fastdeit.data.sources import kinds
+from fastdeit.data.sources.share import is_share, share
 from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, PathText, Positive, Range, Section, Side, Text
 from fastdeit.models import names
 from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, ViewSettings
@@ -128,7 +129,23 @@ class DataSplits(Section):
     """Name of the training split under `root`: a folder, or files as docs/data.md says. Public data sets that come
     split need none."""
     val: Text = "val"
-    """Name of the held-out split under `root`, likewise."""
+    """Name of the held-out split under `root`, likewise. Where nothing is called val, the one of valid, validation,
+    test and dev that there is. A share such as 10% is held out of the training split, by the names of the images."""
+    image_column: Text | None = None
+    """What the column of the images is called, of source parquet and arrow, or that of their paths, of list; null:
+    image, or as docs/data.md says."""
+    label_column: Text | None = None
+    """What the column of the labels is called, likewise; of source tar the field of KEY.json; null: label."""
+    classes: PathText | None = None
+    """File of class names, a line each: the first has label 0, and images of classes that it does not name are left
+    out. null: classes are numbered as the data set has them."""
+
+    @field_validator("val")
+    @classmethod
+    def _share_is_a_share(cls, val: str) -> str:
+        if is_share(val):
+            share(val)
+        return val
 
     @field_validator("root")
     @classmethod

@@ -192,7 +192,10 @@ def changes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
 
 
 # A packed copy of a folder is the same data. The fingerprints in a checkpoint say whether two sources hold the same.
-_PLACES = {"data": {"source", "root", "train", "val", "threads"}, "method": {"cached"}}
+_PLACES = {
+    "data": {"source", "root", "train", "val", "image_column", "label_column", "classes", "threads"},
+    "method": {"cached"},
+}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -357,7 +360,12 @@ _CHOICES: dict[FieldPath, _Choice] = {
     ),
     ("train",): _Choice(("epochs", "steps"), stale=("epochs", "steps")),
     ("data",): _Choice(
-        ("source",), stale=("root", "train", "val", "synthetic_samples", "synthetic_classes"), default="folder"
+        ("source",),
+        stale=(
+            *("root", "train", "val", "image_column", "label_column", "classes"),
+            *("synthetic_samples", "synthetic_classes"),
+        ),
+        default="folder",
     ),
 }
 

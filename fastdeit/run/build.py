@@ -15,8 +15,8 @@ from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import order
 from fastdeit.data.plan.plan import Augment, Mixing
 from fastdeit.data.sources import digits
-from fastdeit.data.sources.datasets import kinds_at, layout, open_held_out, open_pair
-from fastdeit.data.sources.kinds import GENERATED
+from fastdeit.data.sources.datasets import advice, kinds_at, layout, open_held_out, open_pair
+from fastdeit.data.sources.kinds import GENERATED, Columns
 from fastdeit.data.sources.source import DataError, Source
 from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.engine.clip import UnitClipping
@@ -63,13 +63,14 @@ def held_out(recipe: "Recipe") -> Source:
     return _opened(recipe, open_held_out)
 
 
-def _opened(recipe: "Recipe", opened: Callable[[str, str, str, str], Opened]) -> Opened:
+def _opened(recipe: "Recipe", opened: Callable[..., Opened]) -> Opened:
     """What `opened` makes of the recipe's kind, root and splits, with errors that say what to do."""
     check_root(recipe)
     data = recipe.data
     splits = data.train, data.val
     try:
-        return opened(data.source, data.root, *splits)
+        columns = Columns(data.image_column, data.label_column)
+        return opened(data.source, data.root, *splits, columns=columns, classes=data.classes)
     except DataError as error:
         raise DataError(
             f"data.source {data.source}: {error}{_expected(error, data.source, data.root, *splits)}"
@@ -83,6 +84,9 @@ def _expected(error: DataError, kind: str, root: str, train: str, val: str) -> s
         return ""
     if found:
         return f"; it looks like {' or '.join(found)}: add data.source={found[0]}"
+    known = advice(root, train, val)
+    if known:
+        return f"; {known}"
     expected = layout(kind, train, val)
     return "" if expected in str(error) else f"; expected are {expected}"
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdeit.data.sources.datasets import layout
+from fastdeit.data.sources.datasets import advice, layout
 from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.data.sources.source import DataError
 from fastdeit.errors import UsageError
@@ -40,5 +40,8 @@ def check_root(recipe: "Recipe") -> None:
             f"recipe {recipe.name} needs images: add --data ROOT, which sets data.root; data.source is {data.source}, "
             f"expected are {expected}"
         )
+    known = advice(Path(data.root).expanduser())
+    if known:
+        raise DataError(f"data.source {data.source}: {known}")
     what = "not a directory" if Path(data.root).expanduser().exists() else "no such directory"
     raise DataError(f"data.source {data.source}: {data.root}: {what}; the expected layout is {expected}")

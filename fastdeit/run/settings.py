@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fastdeit import methods
-from fastdeit.data.sources.datasets import kinds_at
+from fastdeit.data.sources.datasets import kinds_of_held_out
 from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.errors import UsageError
 from fastdeit.methods.base import Method
@@ -83,7 +83,7 @@ def _kind(recipe: recipes.Recipe, overrides: Sequence[str], root: str | None) ->
     if root is None or any(word.startswith("data.source=") for word in overrides):
         return []
     val = next((word.partition("=")[2] for word in overrides if word.startswith("data.val=")), recipe.data.val)
-    found = kinds_at(Path(root).expanduser(), val, val)  # the training split need not be there
+    found = kinds_of_held_out(Path(root).expanduser(), recipe.data.train, val)
     if recipe.data.source in found:
         return []
     if found:

@@ -10,16 +10,17 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastdeit.data.execute.decode import pixels
 from fastdeit.data.sources import kinds, packed, tools
-from fastdeit.data.sources.datasets import kinds_at, open_pair, open_source
+from fastdeit.data.sources.datasets import advice, held_out_name, kinds_at, open_pair, open_source
 from fastdeit.data.sources.source import DataError, NamedSource
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.verbs import progress
 
-_SPLITS = "train", "val"
+_ALONE = ".", "."  # the folder itself as training and as held-out split
 _WILDCARD = re.compile(r"[-_.]*[{*?\[]")
 
 Named = list[tuple[str, NamedSource]]
@@ -69,37 +70,52 @@ def pack(args: argparse.Namespace) -> None:
 
 def implied(recipe: str, overrides: Sequence[str], root: str | None) -> list[str]:
     """The override data.source=KIND where `--data root` is unmistakably of another kind than the class folders that a
-    recipe without a source of its own expects; said in a line by the first process.
+    recipe without a source of its own expects, and data.val=NAME where its held-out split is called otherwise; each
+    said in a line by the first process.
 
-    Raises UsageError where several kinds fit, and for a file, which can only be one split of two.
+    Raises UsageError where several kinds fit, and for a file, which can only be one split of two; DataError where
+    several splits may be the held-out one.
     """
-    if root is None or any(override.startswith("data.source=") for override in overrides):
+    path = Path(root or "")
+    chosen = any(override.startswith("data.source=") for override in overrides)
+    if root is not None and path.is_file() and not chosen:
+        known = advice(path)
+        why = known or f"--data {root} is a file; give the folder that holds both splits: --data {path.parent}"
+        raise UsageError(why)
+    if root is None or not path.is_dir():
         return []
-    path = Path(root)
-    if path.is_file():
-        raise UsageError(f"--data {root} is a file; give the folder that holds both splits: --data {path.parent}")
-    if not path.is_dir():
-        return []
-    data = recipes.load(recipe, overrides).data
-    found = kinds_at(path, data.train, data.val)
-    if data.source != "folder" or "folder" in found or not found:
-        return []
-    kind = _only(found, root, "data.source=KIND")
+    data, words = recipes.load(recipe, overrides).data, []
+    kind, found = data.source, kinds_at(path, data.train, data.val)
+    if kind == "folder" and not chosen and found and "folder" not in found:
+        kind = _only(found, root, "data.source=KIND")
+        words.append(f"data.source={kind}")
+        _say(f"{root} holds data of kind {kind}: reading it with data.source={kind}")
+    val = data.val if kind in kinds.GENERATED else held_out_name(kind, path, data.val)
+    if val != data.val:
+        words.append(f"data.val={val}")
+        _say(f"{root} has no split {data.val}: holding out {val} with data.val={val}")
+    return words
+
+
+def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"{root} holds data of kind {kind}: reading it with data.source={kind}", flush=True)
-    return [f"data.source={kind}"]
+        print(text, flush=True)
 
 
 def _only(found: list[str], path: str, option: str) -> str:
     if len(found) == 1:
         return found[0]
+    known = None if found else advice(path)
+    if known:
+        raise UsageError(known)
     what = f"holds {' and '.join(found)}" if found else "is none of the data sets that are recognised by their layout"
     raise UsageError(f"{path} {what}; say how to read it with {option}: {', '.join(found or kinds.READERS)}")
 
 
-def _open(args: argparse.Namespace, opened: Callable[[str, Path, Sequence[str]], Named]) -> Named:
+def _open(args: argparse.Namespace, opened: Callable[..., Named]) -> Named:
     """(name, samples) of the splits that the arguments ask for."""
     path = Path(args.path)
+    options = {"columns": kinds.Columns(args.image_column, args.label_column), "classes": args.classes}
     if args.source is not None:
         _require_reader(args.source)
     if not path.exists():
@@ -107,15 +123,25 @@ def _open(args: argparse.Namespace, opened: Callable[[str, Path, Sequence[str]],
     if path.is_file():
         if args.split:
             raise UsageError(f"--split has no place beside {path}, which is a file")
-        return opened(args.source or _kind_of_file(path), path.parent, [path.name])
-    splits = args.split or _SPLITS
-    kind = args.source or _only(kinds_at(path, splits[0], splits[-1]), str(path), "--source")
+        return opened(args.source or _kind_of_file(path), path.parent, [path.name], **options)
+    kind, splits = _splits(path, args.source, args.split)
     try:
-        return opened(kind, path, splits)
+        return opened(kind, path, splits, **options)
     except DataError as error:
         alone = kind not in kinds_at(path, splits[-1], splits[-1])
-        advice = "; if there is only one split, or others, name them: --split NAME" if alone else ""
-        raise DataError(f"{error}{advice}") from error
+        hint = "; if there is only one split, or others, name them: --split NAME" if alone else ""
+        raise DataError(f"{error}{hint}") from error
+
+
+def _splits(path: Path, source: str | None, named: Sequence[str] | None) -> tuple[str, Sequence[str]]:
+    """(kind, names) of the splits at `path`: those that are named, else the training and the held-out one, else the
+    folder itself as a single one."""
+    if named:
+        return source or _only(kinds_at(path, named[0], named[-1]), str(path), "--source"), named
+    if source is None and not kinds_at(path) and kinds_at(path, *_ALONE):
+        return _only(kinds_at(path, *_ALONE), str(path), "--source"), _ALONE[:1]
+    kind = source or _only(kinds_at(path), str(path), "--source")
+    return kind, ("train", held_out_name(kind, path))
 
 
 def _require_reader(use: str) -> None:
@@ -130,25 +156,28 @@ def _kind_of_file(path: Path) -> str:
     for kind in kinds.shipped():
         if kind.has_file(path.name):
             return kind.name
+    foreign = advice(path)
+    if foreign:
+        raise UsageError(foreign)
     known = ", ".join(suffix for kind in kinds.shipped() for suffix in kind.suffixes)
     raise UsageError(f"{path}: a file of no known kind ({known}); give the data set's folder")
 
 
 def _stem(name: str) -> str:
     """What names the packed split: a file's name, or a pattern, up to its numbers, wildcards and suffix."""
-    stem = _WILDCARD.split(name)[0]
+    stem = _WILDCARD.split(name)[0] or "train"
     for kind in kinds.shipped():
         for suffix in kind.suffixes:
             stem = stem.removesuffix(suffix)
     return stem
 
 
-def _each(kind: str, root: Path, splits: Sequence[str]) -> Named:
-    return [(split, open_source(kind, root, split)) for split in splits]
+def _each(kind: str, root: Path, splits: Sequence[str], **options: Any) -> Named:
+    return [(split, open_source(kind, root, split, **options)) for split in splits]
 
 
-def _matched(kind: str, root: Path, splits: Sequence[str]) -> Named:
+def _matched(kind: str, root: Path, splits: Sequence[str], **options: Any) -> Named:
     """As `_each`, but two splits are a training and a held-out split and have to have the same classes."""
     if len(splits) == 2:
-        return list(zip(splits, open_pair(kind, root, *splits), strict=True))
-    return _each(kind, root, splits)
+        return list(zip(splits, open_pair(kind, root, *splits, **options), strict=True))
+    return _each(kind, root, splits, **options)

@@ -75,6 +75,7 @@ MEASURING = "--device", "--rounds", "--out"
 
 def test_flags_are_pinned():
     """A flag is a promise: adding or dropping one is a decision, made here too."""
+    columns = ["--image-column", "--label-column", "--classes"]
     assert {name: verb.parser.flags[2:] for name, verb in cli.VERBS.items()} == {
         "train": ["--data", "--nproc", "--run-dir", "--resume", "--from", "--as", "--dry-run"],
         "cache": ["--data", "--as", "--teacher", "--top-k", "--out", "--epochs", "--nproc"],
@@ -94,8 +95,8 @@ def test_flags_are_pinned():
         "experiments list": [],
         "experiments run": ["--data", "--seeds", "--out"],
         "runs time": ["--metric", "--target"],
-        "data check": ["--source", "--split", "--processes"],
-        "data pack": ["--source", "--split", "--force"],
+        "data check": ["--source", "--split", *columns, "--processes"],
+        "data pack": ["--source", "--split", *columns, "--force"],
         "data show": ["--data", "--sample", "--epoch", "--copy", "--out"],
         "data preview": ["--data", "--rows", "--columns", "--out"],
         "data make": ["--out", "--from", "--packages"],

@@ -284,7 +284,7 @@ def test_the_label_of_a_flat_image_is_that_of_its_number(tmp_path, write):
     devkit(tmp_path, [2, 1, 3])
     assert len(open_source("imagenet", tmp_path, "val")) == 3
     (tmp_path / "val" / "ILSVRC2012_val_00000002.JPEG").unlink()
-    with pytest.raises(DataError, match=r"has 3 lines, but .* 1 are missing, as 'ILSVRC2012_val_00000002\.JPEG'; unp"):
+    with pytest.raises(DataError, match=r"has 3, but .* 1 are missing, as 'ILSVRC2012_val_00000002\.JPEG'; unp"):
         open_source("imagenet", tmp_path, "val")
     write("val/other.JPEG", "val/ILSVRC2012_val_00000003.jpg")
     with pytest.raises(DataError, match=r"1 are missing.* and 2 are none of them: 'ILSVRC2012_val_00000003\.jpg', 'ot"):

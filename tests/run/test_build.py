@@ -200,7 +200,7 @@ def test_splits_of_other_names(data):
         (["data.root=nowhere"], "data.source folder: nowhere: no such directory; the expected layout is ROOT/train/"),
         (["data.root=images", "data.val=test"], "data.source folder: images: no subfolder 'test'"),
         (["data.root=images", "data.source=packed"], "it looks like folder: add data.source=folder"),
-        (["data.root=empty", "data.source=tar"], "data.source tar: empty: no tar file train[-_.]*tar"),
+        (["data.root=empty", "data.source=tar"], "data.source tar: empty: no tar file train/*.tar or train-*.tar"),
         (["data.root=empty", "data.source=tar"], "; expected are ROOT/train/*.tar and ROOT/val/*.tar"),
         (["data.root=empty", "data.source=cifar10", "data.train=fit"], "has the splits train and val, not 'fit'"),
         (["data.root=packed"], "it looks like packed: add data.source=packed"),

@@ -3,10 +3,11 @@ for the latter alone, `kinds_at` for what a folder looks like, `held_out_name` f
 
 from pathlib import Path
 
-from fastdeit.data.sources import kinds
+from fastdeit.data.sources import foreign, kinds
 from fastdeit.data.sources.kinds import USUAL, Columns, Kind
 from fastdeit.data.sources.names import say
-from fastdeit.data.sources.parts import divided, is_share, numbered_by
+from fastdeit.data.sources.parts import divided, numbered_by
+from fastdeit.data.sources.share import is_share
 from fastdeit.data.sources.source import DataError, NamedSource, require_same_classes
 
 HELD_OUT = ("val", "valid", "validation", "test", "dev")
@@ -110,6 +111,28 @@ def kinds_at(root: str | Path, train: str = _TRAIN, val: str = _VAL) -> list[str
         for kind in kinds.shipped()
         if kind.sign(root, _whole(kind, root, train) if is_share(val) else train, val)
     ]
+
+
+def kinds_of_held_out(root: str | Path, train: str = _TRAIN, val: str = _VAL) -> list[str]:
+    """As `kinds_at`, by the held-out split alone (`held_out_name`): the training split has to be there only where a
+    share of it is held out."""
+    root = Path(root)
+    if is_share(val) or not root.is_dir():
+        return kinds_at(root, train, val)
+    names = HELD_OUT if val == _VAL else (val,)
+    return [kind.name for kind in kinds.shipped() if any(kind.sign(root, name, name) for name in names)]
+
+
+def advice(root: str | Path, train: str = _TRAIN, val: str = _VAL) -> str | None:
+    """What to do about a place that is none of the data sets that are read, in a sentence; None where nothing in it is
+    known: files of another format, or the classes of one split without a held-out one."""
+    root = Path(root)
+    if not root.is_dir():
+        return foreign.of_file(root)
+    alone = [kind.name for kind in kinds.shipped() if not is_share(val) and kind.sign(root, _ROOT, _ROOT)]
+    if alone:
+        return f"{root} itself holds one split of kind {alone[0]}: hold a share of it out by data.val=10%"
+    return foreign.of_folder(root, train, val)
 
 
 def _kind(use: str) -> Kind:

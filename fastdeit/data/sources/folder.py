@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,16 @@ from fastdeit.data.sources.kinds import Kind
 from fastdeit.data.sources.names import LeftOut, group, is_image, is_litter, tell
 from fastdeit.data.sources.source import EXTENSIONS, DataError, listed
 
+_LOOKED_AT = 1000  # entries of a folder
 DEVKIT = "ILSVRC2012_devkit_t12"
 """Folder of ImageNet's development kit: beside it, held-out images may lie in one folder without classes."""
+_TINY_IMAGENET = "val/val_annotations.txt"
 _LAYOUT = "ROOT/{train}/CLASS/*.jpg and ROOT/{val}/CLASS/*.jpg"
 _EXPECTED = _LAYOUT.format(train="train", val="val")
 _SORT = (
     ". The images that lie in it directly have to be moved into one folder for each class; for the held-out images of "
-    "ImageNet, unpack ILSVRC2012_devkit_t12 into ROOT instead and choose the data source imagenet"
+    "ImageNet, unpack ILSVRC2012_devkit_t12 into ROOT instead and choose the data source imagenet; of Kaggle's "
+    "archive, ROOT is the folder that holds LOC_val_solution.csv"
 )
 
 
@@ -159,9 +163,18 @@ def _open(root: Path, split: str) -> FolderSource:
 
 
 def has_class_folders(root: Path, train: str, val: str) -> bool:
-    """The sign of images in class folders; none where the held-out images lie in one folder, as ImageNet's do."""
-    folders = any(entry.is_dir() and not is_litter(entry.name) for entry in (root / train).glob("*"))
-    return folders and not is_flat_imagenet(root, val)
+    """The sign of images in class folders; none where the held-out images lie in one folder, as ImageNet's and Tiny
+    ImageNet's do. The root
+    itself is a split only if folders in it hold images: else they may be splits."""
+    folders = (entry for entry in (root / train).glob("*") if entry.is_dir() and not is_litter(entry.name))
+    if train == ".":
+        folders = filter(_holds_images, folders)
+    return any(True for _ in folders) and not is_flat_imagenet(root, val) and not (root / _TINY_IMAGENET).is_file()
+
+
+def _holds_images(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(is_image(entry.name) for entry in islice(entries, _LOOKED_AT))
 
 
 def is_flat_imagenet(root: Path, val: str) -> bool:

@@ -4,7 +4,6 @@
 are.
 """
 
-import re
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -14,9 +13,8 @@ from numpy.typing import NDArray
 
 from fastdeit.data.sources.index import digest
 from fastdeit.data.sources.names import LeftOut, say
+from fastdeit.data.sources.share import share
 from fastdeit.data.sources.source import DataError, NamedSource, contents, listed
-
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
 
 
 class Part:
@@ -55,26 +53,13 @@ class Part:
         return self._whole.name(int(self._index[index]))
 
 
-def is_share(val: str) -> bool:
-    """Whether the name of a held-out split is a share of the training split, as in "10%"."""
-    return val.endswith("%")
-
-
-def share(val: str) -> float:
-    """The share that "10%" says, between 0 and 1; ValueError where it is none."""
-    match = _SHARE.fullmatch(val)
-    if match is None or not 0 < float(match[1]) < 100:
-        raise ValueError(f"{val!r} is no share between 0% and 100%, as in 10%")
-    return float(match[1]) / 100
-
-
 def divided(source: NamedSource, val: str) -> tuple[Part, Part]:
     """(training, held-out) samples of one split. On which side a sample is follows from its name and the share `val`
     alone, so that it stays there when others are added, and a greater share holds the samples of a smaller one."""
     try:
         part = share(val)
     except ValueError as error:
-        raise DataError(f"data.val: {error}") from error
+        raise DataError(f"data.val {error}") from error
     held_out = np.fromiter((place_of(source.name(i)) < part for i in range(len(source))), bool, len(source))
     if held_out.all() or not held_out.any():
         side = "training" if held_out.all() else "held-out"

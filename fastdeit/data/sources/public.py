@@ -6,8 +6,7 @@ Splits are those that published transfer results use: Flowers-102 trains on its 
 
 import io
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,66 +14,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdeit.data.sources.folder import DEVKIT, FileSource, FolderSource, is_flat_imagenet
+from fastdeit.data.sources.folder import FileSource
 from fastdeit.data.sources.index import Strings
 from fastdeit.data.sources.kinds import Kind
-from fastdeit.data.sources.names import is_image
-from fastdeit.data.sources.source import DataError, NamedSource, contents, listed
+from fastdeit.data.sources.source import DataError, contents
 
 Samples = tuple[list[str], list[tuple[str, int]]]
 """Class names, and (path relative to the root, class number) of every sample."""
-_DEVKIT = f"{DEVKIT}/data"
-_HELD_OUT = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
-_HELD_OUT_NAME = "ILSVRC2012_val_{:08d}.JPEG"
-
-
-def _imagenet(root: Path, split: str) -> NamedSource:
-    """Class folders; or, for the held-out images, all in one folder as distributed, with the official devkit in `root`
-    to say which class each has. Classes are the sorted WordNet ids in either case, as everywhere."""
-    folder = root / split
-    images = [path.name for path in folder.glob("*") if is_image(path.name)]
-    if not images or not (root / _DEVKIT).is_dir():
-        return FolderSource(folder)
-    return _listed(root, lambda: _flat_imagenet(root, split, images))
-
-
-def _flat_imagenet(root: Path, split: str, images: list[str]) -> Samples:
-    synsets = [one for one in _mat(root / _DEVKIT / "meta.mat", "synsets") if one["num_children"] == 0]
-    classes = sorted(str(one["WNID"]) for one in synsets)
-    label = {int(one["ILSVRC2012_ID"]): classes.index(str(one["WNID"])) for one in synsets}
-    path = root / _DEVKIT / "ILSVRC2012_validation_ground_truth.txt"
-    truth = [label[int(line)] for line in contents(path).split()]
-    ordered = by_number(root / split, images, len(truth), path)
-    return classes, [(f"{split}/{image}", number) for image, number in zip(ordered, truth, strict=True)]
-
-
-def by_number(place: object, images: Sequence[str], count: int, labels: object) -> list[str]:
-    """The names of ImageNet's held-out images 1 to `count`, by the number that each bears; `labels` has a line for
-    each. DataError, with the first of them, for an image that is missing, there twice, or none of these."""
-    found: dict[int, str] = {}
-    extra = []
-    for image in sorted(images):
-        match = _HELD_OUT.fullmatch(image)
-        number = int(match[1]) if match else 0
-        if not 1 <= number <= count or number in found:
-            extra.append(image)
-        else:
-            found[number] = image
-    missing = [_HELD_OUT_NAME.format(number) for number in range(1, count + 1) if number not in found]
-    wrong = [f"{len(missing)} are missing, as {listed(missing)}"] if missing else []
-    wrong += [f"{len(extra)} are none of them: {listed(extra)}"] if extra else []
-    if wrong:
-        raise DataError(
-            f"{place}: the label of an image is the line of its number in {labels}, which has {count} lines, but of "
-            f"the images {' and '.join(wrong)}; unpack ILSVRC2012_img_val.tar anew, and remove what is not from it"
-        )
-    return [found[number] for number in range(1, count + 1)]
 
 
 def _flowers102(root: Path, split: str) -> Samples:
     """jpg/image_00001.jpg ..., imagelabels.mat (1 to 102), setid.mat (image numbers of trnid, valid, tstid)."""
-    labels = _mat(root / "imagelabels.mat", "labels")
-    parts = [_mat(root / "setid.mat", part) for part in (("trnid", "valid") if split == "train" else ("tstid",))]
+    labels = mat(root / "imagelabels.mat", "labels")
+    parts = [mat(root / "setid.mat", part) for part in (("trnid", "valid") if split == "train" else ("tstid",))]
     numbers = np.sort(np.concatenate(parts))
     classes = [str(number) for number in range(1, 103)]
     return classes, [(f"jpg/image_{number:05d}.jpg", int(labels[number - 1]) - 1) for number in numbers]
@@ -86,8 +38,8 @@ def _stanford_cars(root: Path, split: str) -> Samples:
     folder = "cars_train" if split == "train" else "cars_test"
     file = f"{folder}_annos.mat" if split == "train" else f"{folder}_annos_withlabels.mat"
     path = root / file if (root / file).exists() else root / "devkit" / file
-    classes = [str(name) for name in _mat(root / "devkit" / "cars_meta.mat", "class_names")]
-    return classes, [(f"{folder}/{one['fname']}", int(one["class"]) - 1) for one in _mat(path, "annotations")]
+    classes = [str(name) for name in mat(root / "devkit" / "cars_meta.mat", "class_names")]
+    return classes, [(f"{folder}/{one['fname']}", int(one["class"]) - 1) for one in mat(path, "annotations")]
 
 
 def _inaturalist(year: int, root: Path, split: str) -> Samples:
@@ -100,7 +52,7 @@ def _inaturalist(year: int, root: Path, split: str) -> Samples:
     return classes, [(image["file_name"], of_image[image["id"]]) for image in listed["images"]]
 
 
-def _listed(root: Path, reader: Callable[[], Samples]) -> FileSource:
+def annotated(root: Path, reader: Callable[[], Samples]) -> FileSource:
     """A source of what `reader` finds in annotation files; DataError if they are not what they should be."""
     try:
         classes, samples = reader()
@@ -117,13 +69,13 @@ def _listed(root: Path, reader: Callable[[], Samples]) -> FileSource:
     return FileSource(root, classes, names, labels)
 
 
-def _mat(path: Path, variable: str) -> NDArray[Any]:
-    """The elements of a variable of a MATLAB file."""
+def mat(path: Path, variable: str, data: bytes | None = None) -> NDArray[Any]:
+    """The elements of a variable of a MATLAB file; data: its bytes, where they are read already."""
     from scipy.io import loadmat
 
-    data = io.BytesIO(contents(path))
+    file = io.BytesIO(contents(path) if data is None else data)
     try:
-        return np.atleast_1d(loadmat(data, squeeze_me=True)[variable])
+        return np.atleast_1d(loadmat(file, squeeze_me=True)[variable])
     except Exception as error:
         # scipy's parser ends in whatever a damaged file makes it run into.
         raise DataError(f"{path}: not the official MATLAB file, or a damaged one: {error!r}") from error
@@ -133,19 +85,13 @@ def _official(name: str, reader: Callable[[Path, str], Samples], layout: str, *s
     """The kind of a data set whose annotation files `reader` reads; `signs`: names of files that no other kind has."""
     return Kind(
         name,
-        lambda root, split: _listed(root, lambda: reader(root, split)),
+        lambda root, split: annotated(root, lambda: reader(root, split)),
         layout,
         lambda root, train, val: all((root / sign).exists() for sign in signs),
         named_splits=False,
     )
 
 
-IMAGENET = Kind(
-    "imagenet",
-    _imagenet,
-    "ROOT/{train}/WNID/*.JPEG and ROOT/{val}/*.JPEG with ROOT/ILSVRC2012_devkit_t12",
-    lambda root, train, val: is_flat_imagenet(root, val),
-)
 FLOWERS102 = _official(
     "flowers102",
     _flowers102,

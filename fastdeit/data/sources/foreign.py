@@ -1,0 +1,79 @@
+"""Formats of images that are not read: by which names they are known, and how to get to one that is.
+
+One table. To read a format after all, write a reader (docs/data.md) and strike it out here.
+"""
+
+import re
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from fastdeit.data.sources.names import is_litter
+
+_LOOKED_AT = 1000  # entries of a folder
+_PACK = "`fastdeit data pack ROOT OUT --source mine:NAME`, with a reader as in docs/data.md,"
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A format: called `name`, of files whose names `file` matches; `way_out` is a command with {path}."""
+
+    name: str
+    file: re.Pattern[str]
+    way_out: str
+
+
+FOREIGN = (
+    Foreign("a zip archive", re.compile(r".+\.zip", re.I), "unpack it: `python -m zipfile -e {path} FOLDER`"),
+    Foreign(
+        "a compressed tar archive",
+        re.compile(r".+\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2|txz)", re.I),
+        "unpack it: `tar -xf {path} -C FOLDER`; of shards in the WebDataset layout uncompress each to a plain .tar",
+    ),
+    Foreign("an archive", re.compile(r".+\.(7z|rar)", re.I), "unpack it: `7z x {path} -oFOLDER`"),
+    Foreign(
+        "an LMDB database",
+        re.compile(r"(data|lock)\.mdb|.+\.(lmdb|mdb)", re.I),
+        f"its keys and values have no common form: {_PACK} converts it",
+    ),
+    Foreign(
+        "MXNet's RecordIO",
+        re.compile(r".+\.rec", re.I),
+        f"{_PACK} converts it",
+    ),
+    Foreign(
+        "FFCV's format",
+        re.compile(r".+\.(beton|ffcv)", re.I),
+        "its images have been resized and encoded anew: pack the data set that it was made from by `fastdeit data pack "
+        "ORIGINAL OUT`",
+    ),
+    Foreign(
+        "MosaicML's MDS format",
+        re.compile(r".+\.mds(\.zstd?|\.gz|\.br|\.snappy)?", re.I),
+        f"{_PACK} converts it by the package mosaicml-streaming",
+    ),
+    Foreign("an HDF5 file", re.compile(r".+\.(h5|hdf5)", re.I), f"{_PACK} converts it"),
+    Foreign(
+        "a NumPy archive", re.compile(r".+\.(npz|npy)", re.I), f"{_PACK} converts it, with the images encoded as PNG"
+    ),
+)
+
+
+def of_file(path: Path) -> str | None:
+    """What a file is that is not read, and the way out, in a sentence; None where it is of no format in `FOREIGN`."""
+    for one in FOREIGN:
+        if one.file.fullmatch(path.name):
+            return f"{path} is {one.name}, which is not read: {one.way_out.format(path=path)}"
+    return None
+
+
+def of_folder(root: Path, *splits: str) -> str | None:
+    """`of_file` for the first such file in the folder `root`, or in one of its folders `splits` or of any name."""
+    try:
+        inner = [entry for entry in islice(sorted(root.iterdir()), _LOOKED_AT) if not is_litter(entry.name)]
+        folders = [root / split for split in splits if (root / split).is_dir()]
+        folders += [entry for entry in inner if entry.is_dir() and entry not in folders]
+        files = [*inner, *(one for folder in folders for one in islice(folder.iterdir(), _LOOKED_AT))]
+    except OSError:
+        return None  # what is wrong with it is told by who opens it
+    return next((found for found in map(of_file, files) if found), None)

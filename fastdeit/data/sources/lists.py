@@ -1,0 +1,233 @@
+"""Images that a list names: a CSV, TSV, JSONL or text file, with the path of an image and its label in each line.
+
+Paths are relative to the root of the data set, or absolute, so that images may lie on several disks. A path without its
+extension, or without the folder of the split, is completed as the first of the list can be.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdeit.data.sources.folder import FileSource, has_class_folders
+from fastdeit.data.sources.index import Strings
+from fastdeit.data.sources.kinds import Columns, Kind
+from fastdeit.data.sources.source import EXTENSIONS, MAX_LABEL, DataError, class_numbers, contents, listed
+
+IMAGE_COLUMNS = (
+    *("path", "filepath", "file_path", "image_path", "filename", "file_name", "file", "image", "img"),
+    *("image_id", "imageid", "id"),
+)
+"""What the column of the paths is usually called; the first that there is counts."""
+LABEL_COLUMNS = ("label", "class", "class_name", "target", "category", "label_id", "class_id", "breed", "species")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_SIGNS = (*_TABLES, ".jsonl")  # a .txt file may be anything
+_SUFFIXES = (*_SIGNS, ".txt")
+
+Pairs = list[tuple[int, str, str]]
+"""Number of the line, path and label of each image."""
+
+
+class ListSource(FileSource):
+    """The images that the file `path` names. Classes are the sorted labels, or numbers where all of them are numbers;
+    or those of `training`, by which held-out images are numbered. DataError where a line cannot be used."""
+
+    def __init__(
+        self, root: Path, path: Path, columns: Columns, training: "ListSource | None" = None, split: str = ""
+    ) -> None:
+        self.columns = columns
+        pairs = _pairs(path, columns)
+        _require_once(path, pairs)
+        labels, classes = _labels(path, [label for _, _, label in pairs], training)
+        before, behind = _completion(root, path, split, pairs[0][1])
+        super().__init__(root, classes, Strings.of(f"{before}{name}{behind}" for _, name, _ in pairs), labels)
+
+
+def of_split(root: Path, split: str) -> Path:
+    """The list of a split: a file, SPLIT.csv, .tsv, .jsonl or .txt, or metadata.csv or .jsonl in the folder SPLIT.
+    DataError if there is none, or more than one."""
+    places = _places(root, split, _SUFFIXES)
+    there = [place for place in places if place.is_file()]
+    if len(there) > 1:
+        names = [str(place.relative_to(root)) for place in there]
+        raise DataError(f"{root}: {' and '.join(names)} may both be the list of split {split!r}; give the file's name")
+    if not there:
+        raise DataError(f"{root}: no list of split {split!r}; looked for {listed([one.name for one in places], 9)}")
+    return there[0]
+
+
+def _places(root: Path, split: str, suffixes: Iterable[str]) -> list[Path]:
+    places = [root / f"{split}{suffix}" for suffix in suffixes]
+    places += [root / split / f"metadata{suffix}" for suffix in _SIGNS]
+    return [root / split, *places] if split.endswith(_SUFFIXES) else places
+
+
+def _pairs(path: Path, columns: Columns) -> Pairs:
+    text = contents(path).decode("utf-8-sig", errors="surrogateescape")
+    if path.suffix == ".jsonl":
+        pairs = _of_objects(path, text, columns)
+    elif path.suffix in _TABLES:
+        pairs = _of_table(path, text, columns)
+    else:
+        pairs = _of_lines(path, text)
+    if not pairs:
+        raise DataError(f"{path}: the list names no image")
+    for line, name, label in pairs:
+        if not name or not label or "\0" in name:
+            raise DataError(f"{path}, line {line}: an image has no {'label' if name else 'path'}; mend or remove it")
+    return pairs
+
+
+def _of_table(path: Path, text: str, columns: Columns) -> Pairs:
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_TABLES[path.suffix])
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise DataError(f"{path}: not a table, or a damaged one: {error}") from error
+    if not rows:
+        return []
+    head = [cell.strip() for cell in rows[0][1]]
+    if columns == Columns() and len(head) == 2 and head[0].lower().endswith(EXTENSIONS):
+        image, label = 0, 1
+    else:
+        image, label = _chosen(path, head, columns)
+        del rows[0]
+    short = next((line for line, row in rows if len(row) <= max(image, label)), None)
+    if short is not None:
+        raise DataError(f"{path}, line {short}: fewer columns than the first line has; mend or remove it")
+    return [(line, row[image].strip(), row[label].strip()) for line, row in rows]
+
+
+def _of_objects(path: Path, text: str, columns: Columns) -> Pairs:
+    pairs: Pairs = []
+    names: tuple[str, str] | None = None
+    for line, row in enumerate(text.splitlines(), 1):
+        if not row.strip():
+            continue
+        try:
+            found = json.loads(row)
+            if names is None:
+                keys = list(found)
+                image, label = _chosen(path, keys, columns)
+                names = keys[image], keys[label]
+            image_path, value = (found[name] for name in names)
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise DataError(
+                f"{path}, line {line}: not an object with the fields of the first one: {error!r}"
+            ) from error
+        pairs.append((line, _text(path, line, image_path), _text(path, line, value)))
+    return pairs
+
+
+def _text(path: Path, line: int, value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise DataError(f"{path}, line {line}: {value!r} is neither a path nor a class name or number")
+    return str(value)
+
+
+def _of_lines(path: Path, text: str) -> Pairs:
+    """Lines PATH LABEL; a path may have spaces."""
+    pairs: Pairs = []
+    for line, row in enumerate(text.splitlines(), 1):
+        if row.strip():
+            name, _, label = row.strip().replace("\t", " ").rpartition(" ")
+            pairs.append((line, name.strip(), label))
+    return pairs
+
+
+def _chosen(path: Path, head: list[str], columns: Columns) -> tuple[int, int]:
+    """Which of the columns `head` are those of paths and labels."""
+    lower = [name.lower() for name in head]
+    found: list[int] = []
+    for field, asked, usual in (("image", columns.image, IMAGE_COLUMNS), ("label", columns.label, LABEL_COLUMNS)):
+        at = head.index(asked) if asked in head else None
+        if asked is None:
+            at = next((lower.index(name) for name in usual if name in lower), None)
+        if at is None:
+            what = f"no column {asked!r}" if asked else f"no column is known to be that of the {field}s"
+            raise DataError(
+                f"{path}: {what}; the columns are {listed(head, 20)}: say which is meant by data.{field}_column=NAME"
+            )
+        found.append(at)
+    return found[0], found[1]
+
+
+def _require_once(path: Path, pairs: Pairs) -> None:
+    seen: dict[str, int] = {}
+    for line, name, _ in pairs:
+        before = seen.setdefault(name, line)
+        if before != line:
+            raise DataError(f"{path}: {name!r} stands in lines {before} and {line}; an image has one label: remove one")
+
+
+def _labels(path: Path, values: list[str], training: ListSource | None) -> tuple[NDArray[np.int64], Sequence[str]]:
+    known = None if training is None else list(training.classes)
+    if all(value.isascii() and value.isdigit() for value in values) and known in (None, _numbers(known)):
+        most = MAX_LABEL if known is None else len(known) - 1
+        labels = np.array([min(int(value), most + 1) for value in values], np.int64)
+        if labels.max() > most:
+            raise DataError(f"{path}: a label is larger than {most}, the largest class number that there can be")
+        return labels, class_numbers(labels, path) if known is None else known
+    classes = sorted(set(values)) if known is None else known
+    if len(classes) < 2:
+        raise DataError(f"{path}: every label is {classes[0]!r}; classification needs two or more classes")
+    number = {name: at for at, name in enumerate(classes)}
+    others = sorted(set(values) - set(classes))
+    if others:
+        raise DataError(f"{path}: the classes {listed(others)} are not among those of the training images")
+    return np.array([number[value] for value in values], np.int64), classes
+
+
+def _numbers(classes: list[str] | None) -> list[str]:
+    return [str(number) for number in range(len(classes or ()))]
+
+
+def _completion(root: Path, path: Path, split: str, first: str) -> tuple[str, str]:
+    """What comes before and behind each path, so that the first of them, `first`, is there."""
+    stem = Path(split).name.removesuffix(path.suffix)
+    folders = dict.fromkeys(["", *(f"{folder}/" for folder in _between(root, path)), f"{stem}/", "images/"])
+    ends = ["", *EXTENSIONS, ".JPEG", ".JPG"]
+    for folder, end in product(folders, ends):
+        if (root / f"{folder}{first}{end}").is_file():
+            return folder, end
+    raise DataError(
+        f"{path}: its first image, {first!r}, is not in {root}; paths are relative to that folder, or absolute"
+    )
+
+
+def _between(root: Path, path: Path) -> list[str]:
+    """The folder of the list, where that is not the root."""
+    folder = path.parent.relative_to(root).as_posix() if path.is_relative_to(root) else path.parent.as_posix()
+    return [] if folder == "." else [folder]
+
+
+def _open(root: Path, split: str, columns: Columns) -> ListSource:
+    return ListSource(root, of_split(root, split), columns, None, split)
+
+
+def _held_out(training: ListSource, root: Path, split: str) -> ListSource:
+    """Held-out images, whose classes are those of the training images: few of them may not show all."""
+    return ListSource(root, of_split(root, split), training.columns, training, split)
+
+
+def _has_list(root: Path, train: str, val: str) -> bool:
+    return any(place.is_file() for place in _places(root, train, _SIGNS)) and not has_class_folders(root, train, val)
+
+
+LIST = Kind(
+    "list",
+    _open,
+    "ROOT/{train}.csv and ROOT/{val}.csv (or .tsv, .jsonl, .txt), with a path and a label in each line",
+    _has_list,
+    _SIGNS,
+    columns=True,
+    held_out=_held_out,
+)

@@ -1,0 +1,354 @@
+"""The layouts that people have: each is read with the right labels, or refused with a sentence that says the way out.
+
+`SETS` and `REFUSED` are the matrix; a layout is a function that writes it below a folder. Samples are files of a few
+bytes: what counts is which are found, and their labels.
+"""
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from fastdeit import cli
+from fastdeit.data.sources import parts
+from fastdeit.data.sources.datasets import open_pair, open_source
+from fastdeit.data.sources.folder import FolderSource
+from fastdeit.data.sources.source import DataError
+from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.resolve import RecipeError
+from fastdeit.verbs import data as data_verbs
+from tests.data.layouts import NAMES, NUMBERS, as_train, files, labels
+from tests.data.writers import tfrecord
+
+pyarrow = pytest.importorskip("pyarrow")
+from pyarrow import parquet  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FASTDEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def folders(root, *splits):
+    files(root, *(f"{split}/{name}/{i}.jpg" for split in splits for name in ("cat", "dog") for i in (1, 2)))
+
+
+def tar(path, *labels, json_field=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for at, label in enumerate(labels):
+            text = json.dumps({json_field: label, "filename": "x"}).encode() if json_field else b"%d" % label
+            for end, data in (("jpg", b"%d" % at), ("json" if json_field else "cls", text)):
+                info = tarfile.TarInfo(f"n0144_{at}.{end}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+
+def hub(path, labels, image="image", label="label", plain=False, kind=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [b"%d" % at for at in range(len(labels))]
+    images = rows if plain else [{"bytes": row, "path": None} for row in rows]
+    table = {image: images, label: pyarrow.array(labels, kind), "other": ["x"] * len(labels)}
+    parquet.write_table(pyarrow.table(table), path)
+
+
+def pair(root, write, train="train", val="val", **options):
+    write(root / train, [0, 1, 1], **options)
+    write(root / val, [1, 0], **options)
+
+
+ANIMALS = (["cat", "cat", "dog", "dog"], ["cat", "cat", "dog", "dog"])
+FINE = ["data.image_column=img", "data.label_column=fine_label"]
+
+
+def hub_of(kind, values=("cat", "dog")):
+    def write(root):
+        for name, numbers in (("train", (0, 1, 1)), ("validation", (1, 0))):
+            hub(root / "data" / f"{name}-00000-of-00001.parquet", [values[i] for i in numbers], kind=kind)
+
+    return write
+
+
+def hashed(root):
+    """Names as the hub gave them for some time, with a hash behind the number."""
+    for number, part in enumerate(([0], [1, 1])):
+        hub(root / "data" / f"train-0000{number}-of-00002-6c29b7fd1ee4c0d3.parquet", part)
+    hub(root / "data" / "test-00000-of-00001-0123456789abcdef.parquet", [1, 0])
+
+
+def mixed_widths(root):
+    hub(root / "train-00000-of-00002.parquet", [0], kind=pyarrow.int32())
+    hub(root / "train-00001-of-00002.parquet", [1, 1], kind=pyarrow.int64())
+    hub(root / "val.parquet", [1, 0])
+
+
+def published_shards(root):
+    tar(root / "imagenet1k-train-0000.tar", 0, 1)
+    tar(root / "imagenet1k-train-0001.tar", 1)
+    tar(root / "imagenet1k-validation-00.tar", 1, 0)
+
+
+def records(root):
+    tfrecord(root / "imagenet2012-train.tfrecord-00000-of-00001", [b"a", b"b", b"c"], [0, 1, 1])
+    tfrecord(root / "imagenet2012-validation.tfrecord-00000-of-00001", [b"d", b"e"], [1, 0])
+
+
+SETS = {
+    "folders": (lambda root: folders(root, "train", "val"), [], ANIMALS),
+    **{
+        f"folders, {name}": (lambda root, name=name: folders(root, "train", name), [], ANIMALS)
+        for name in ("valid", "validation", "test", "dev")
+    },
+    "folders, val beside test": (lambda root: folders(root, "train", "val", "test"), [], ANIMALS),
+    "folders, test chosen": (lambda root: folders(root, "train", "valid", "test"), ["data.val=test"], ANIMALS),
+    "folders, test without classes": (
+        lambda root: (folders(root, "train", "valid"), files(root, "test/1.jpg")),
+        [],
+        ANIMALS,
+    ),
+    "parquet": (lambda root: pair(root, hub, "train.parquet", "val.parquet"), [], NUMBERS),
+    "parquet, names with a hash": (hashed, [], NUMBERS),
+    "parquet, columns of CIFAR-100": (
+        lambda root: pair(root, hub, "train.parquet", "test.parquet", image="img", label="fine_label"),
+        FINE,
+        NUMBERS,
+    ),
+    "parquet, images as bytes": (lambda root: pair(root, hub, "train.parquet", "val.parquet", plain=True), [], NUMBERS),
+    "parquet, dictionary": (hub_of(pyarrow.dictionary(pyarrow.int8(), pyarrow.string())), [], NAMES),
+    "parquet, large strings": (hub_of(pyarrow.large_string()), [], NAMES),
+    "parquet, names as bytes": (hub_of(pyarrow.binary(), (b"cat", b"dog")), [], NAMES),
+    "parquet, int8": (hub_of(pyarrow.int8(), (0, 1)), [], NUMBERS),
+    "parquet, widths that differ": (mixed_widths, [], NUMBERS),
+    "shards as published": (published_shards, [], NUMBERS),
+    "shards in braces": (
+        published_shards,
+        [
+            "data.source=tar",
+            "data.train=imagenet1k-train-{0000..0001}.tar",
+            "data.val=imagenet1k-validation-{00..00}.tar",
+        ],
+        NUMBERS,
+    ),
+    "shards with JSON labels": (
+        lambda root: pair(root, lambda path, some: tar(path, *some, json_field="cls"), "train-0.tar", "val-0.tar"),
+        ["data.label_column=cls"],
+        NUMBERS,
+    ),
+    "records of TFDS": (records, [], NUMBERS),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.filterwarnings("error")
+def test_what_is_read_has_the_right_labels(tmp_path, name):
+    write, overrides, expected = SETS[name]
+    write(tmp_path)
+    train, val = as_train(tmp_path, *overrides)
+    assert (labels(train), labels(val)) == expected
+    assert len({train.read(i).tobytes() for i in range(len(train))}) == len(train) or name.startswith(("sha", "par"))
+
+
+def alone(name):
+    return lambda root: files(root, name)
+
+
+def of_different_types(root):
+    hub(root / "train-00000-of-00002.parquet", [0, 1])
+    hub(root / "train-00001-of-00002.parquet", ["cat", "dog"])
+    hub(root / "val.parquet", [0, 1])
+
+
+TWO = r"nothing is called val, but there are valid and test: say which is held out by data\.val=valid or data\.val=test"
+REFUSED = {
+    "two held-out splits": (lambda root: folders(root, "train", "valid", "test"), [], TWO),
+    "a single folder of classes": (
+        lambda root: folders(root, "."),
+        [],
+        r"itself holds one split of kind folder: hold a share of it out by data\.val=10%",
+    ),
+    "one part of 294": (
+        lambda root: (hub(root / "train-00000-of-00294.parquet", [0, 1]), hub(root / "val.parquet", [0, 1])),
+        [],
+        r"1 of 294 files, as train-00000-of-00294\.parquet: numbers 1 to 293 are missing; complete the data set, or",
+    ),
+    "a part of the held-out split": (
+        lambda root: (hub(root / "train.parquet", [0, 1]), hub(root / "validation-00001-of-00002.parquet", [0, 1])),
+        [],
+        r"1 of 2 files, as validation-00001-of-00002\.parquet: number 0 is missing",
+    ),
+    "shards with a gap": (
+        lambda root: [tar(root / f"train-{i:04d}.tar", 0, 1) for i in (0, 1, 3)] + [tar(root / "val-0.tar", 0, 1)],
+        [],
+        r"of the files train-NUMBER, number 2 is missing; complete the data set, or name the files .* by a glob",
+    ),
+    "shards without the first": (
+        lambda root: [tar(root / f"train/{i:04d}.tar", 0, 1) for i in (2, 3)] + [tar(root / "val-0.tar", 0, 1)],
+        [],
+        r"of the files NUMBER, number 1 is missing",
+    ),
+    "labels of different types": (
+        of_different_types,
+        [],
+        r"column 'label' is of different types in train-00000-of-00002\.parquet \(int64\) and .*\(string\); write",
+    ),
+    "columns of other names": (
+        lambda root: pair(root, hub, "train.parquet", "val.parquet", image="img", label="fine"),
+        [],
+        r"no column image and no column label; there are .*: say which is meant by data\.image_column=img and data\.l",
+    ),
+    "columns of a folder": (
+        lambda root: folders(root, "train", "val"),
+        ["data.image_column=img"],
+        "data source folder has no columns",
+    ),
+    "a zip archive": (
+        alone("imagenet.zip"),
+        [],
+        r"imagenet\.zip is a zip archive, .*`python -m zipfile -e .*/imagenet",
+    ),
+    "a compressed tar": (alone("train/a.tar.gz"), [], r"a\.tar\.gz is a compressed tar archive, .*`tar -xf .*/train/a"),
+    "an LMDB database": (
+        alone("train_lmdb/data.mdb"),
+        [],
+        r"data\.mdb is an LMDB database, .*`fastdeit data pack ROOT OUT",
+    ),
+    "RecordIO": (
+        alone("train.rec"),
+        [],
+        r"train\.rec is MXNet's RecordIO, .*`fastdeit data pack ROOT OUT --source mine",
+    ),
+    "FFCV": (alone("train_400.beton"), [], r"train_400\.beton is FFCV's format, .*`fastdeit data pack ORIGINAL OUT`"),
+    "MDS": (alone("train/shard.00000.mds"), [], r"shard\.00000\.mds is MosaicML's MDS format, .* mosaicml-streaming"),
+    "MDS, compressed": (alone("train/shard.00000.mds.zstd"), [], "MosaicML's MDS format"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_read_is_refused_with_the_way_out(tmp_path, name):
+    write, overrides, message = REFUSED[name]
+    write(tmp_path)
+    with pytest.raises(DataError, match=message) as refused:
+        as_train(tmp_path, *overrides)
+    assert cli.exit_code(refused.value) == 2
+
+
+FOREIGN = [name for name, (_, _, message) in REFUSED.items() if "fastdeit data" in message or "`" in message]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_the_verbs_name_a_foreign_format_in_a_folder_and_alone(tmp_path, capsys, name):
+    REFUSED[name][0](tmp_path)
+    (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    for command in (["data", "check", tmp_path], ["data", "check", file], ["train", "deit_tiny", "--data", file]):
+        assert cli.main([str(word) for word in command]) == 2
+        assert f"{file} is " in capsys.readouterr().err
+
+
+def test_a_split_of_another_name_is_said(tmp_path, capsys):
+    folders(tmp_path, "train", "dev")
+    assert data_verbs.implied("deit_tiny", [], str(tmp_path)) == ["data.val=dev"]
+    assert capsys.readouterr().out == f"{tmp_path} has no split val: holding out dev with data.val=dev\n"
+    with pytest.warns(UserWarning, match=r"nothing is called val: dev is held out \(data\.val=dev\)"):
+        open_pair("folder", tmp_path)
+    assert data_verbs.implied("deit_tiny", ["data.val=dev"], str(tmp_path)) == []
+
+
+# a share of the training split
+
+
+def test_a_share_follows_from_the_names_alone(tmp_path):
+    """It does not change when files are added, and that of the pack is the same."""
+    root, pack = tmp_path / "images", tmp_path / "packed"
+    files(root, *(f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(100)))
+    train, val = as_train(root, "data.val=20%")
+    before = [{source.name(i) for i in range(len(source))} for source in (train, val)]
+    assert len(before[0] | before[1]) == 200 == len(train) + len(val)
+    assert 25 <= len(val) <= 55
+    assert labels(val) == [val.name(i)[:3] for i in range(len(val))]
+    assert val.read(3).tobytes() == val.name(3).encode()
+    assert val.path(3) == f"{root}/{val.name(3)}"
+    files(root, *(f"{name}/more{i}.jpg" for name in ("cat", "dog") for i in range(50)))
+    train, val = as_train(root, "data.val=20%")
+    after = [{source.name(i) for i in range(len(source))} for source in (train, val)]
+    assert (before[0] - after[0], before[1] - after[1], len(after[0] | after[1])) == (set(), set(), 300)
+    assert after[1] > {as_train(root, "data.val=5%")[1].name(0)}
+    assert cli.main(["data", "pack", str(root), str(pack)]) == 0
+    from_pack = as_train(pack, "data.val=20%")
+    assert [source.fingerprint for source in from_pack] == [train.fingerprint, val.fingerprint]
+    assert train.fingerprint != val.fingerprint != as_train(root, "data.val=21%")[1].fingerprint
+
+
+def test_the_place_of_a_name_never_changes():
+    assert parts.place_of("cat/1.jpg") == 0.19533620396206075
+    assert parts.place_of("caf\udce9") == 0.9346532780527071
+
+
+def test_a_folder_of_splits_is_no_folder_of_classes(tmp_path):
+    folders(tmp_path, "training", "validation")
+    with pytest.raises(DataError, match="no subfolder 'train'"):
+        as_train(tmp_path, "data.val=10%")
+
+
+@pytest.mark.parametrize("share", ["0%", "100%", "-5%", "x%", "5%%"])
+def test_what_is_no_share(share):
+    with pytest.raises(RecipeError, match=r"data\.val: must be a share between 0% and 100%, as in 10%, got"):
+        recipes.load("deit_tiny", [f"data.val={share}"])
+
+
+def test_a_share_that_leaves_nothing(tmp_path):
+    folders(tmp_path, ".")
+    with pytest.raises(DataError, match=r"data\.val=0\.01%: of 4 images no held-out image is left"):
+        as_train(tmp_path, "data.val=0.01%")
+
+
+# class numbers of a file
+
+
+def test_class_numbers_may_come_from_a_file(tmp_path):
+    files(
+        tmp_path / "images", *(f"{split}/{name}/1.jpg" for split in ("train", "val") for name in ("cat", "dog", "eel"))
+    )
+    (tmp_path / "map.txt").write_text("eel\ncat\n\nowl\n")
+    with pytest.warns(UserWarning, match=r"map\.txt does not name 'dog': 1 images of these classes are left out"):
+        train, val = as_train(tmp_path / "images", f"data.classes={tmp_path}/map.txt")
+    assert (train.classes, labels(train), [train.label(i) for i in (0, 1)]) == (
+        ["eel", "cat", "owl"],
+        ["cat", "eel"],
+        [1, 0],
+    )
+    assert labels(val) == ["cat", "eel"]
+    assert val.read(1).tobytes() == b"val/eel/1.jpg"
+    (tmp_path / "map.txt").write_text("cat\ndog\neel\n")
+    whole = open_source("folder", tmp_path / "images", "train", classes=str(tmp_path / "map.txt"))
+    assert whole.fingerprint == FolderSource(tmp_path / "images" / "train").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "map.txt",
+            "owl\nelk\n",
+            r"map\.txt: none of its 2 classes, as 'owl', 'elk', has an image; the data set has 'cat'",
+        ),
+        ("map.txt", "cat\ncat\n", r"map\.txt: 'cat' stands there twice"),
+        ("map.txt", "cat\n", r"map\.txt: no file of class names, a line each: 1 of them"),
+        ("map.pkl", "cat\ndog\n", r"map\.pkl: a pickle is not read"),
+        ("map.txt", None, r"map\.txt: cannot be read: No such file"),
+    ],
+)
+def test_files_of_class_names_that_cannot_be_used(tmp_path, name, text, message):
+    folders(tmp_path, "train", "val")
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        as_train(tmp_path, f"data.classes={tmp_path}/{name}")
+
+
+@pytest.mark.filterwarnings("error")
+def test_check_reads_a_single_folder_and_other_columns(tmp_path, capsys):
+    folders(tmp_path, ".")
+    cli.main(["data", "check", str(tmp_path), "--processes", "1"])
+    assert ".: 4 samples" in capsys.readouterr().out

@@ -1,0 +1,214 @@
+"""Images whose labels stand in a list: CSV, TSV, JSONL and text, Kaggle's ImageNet, Tiny ImageNet."""
+
+import pytest
+
+from fastdeit import cli
+from fastdeit.data.sources.source import DataError
+from tests.data.layouts import NAMES, NUMBERS, as_train, files, labels
+
+CAT, DOG = "n02121808", "n02084071"
+WNIDS = ([DOG, DOG, CAT], [DOG, CAT])
+
+
+def lists(*lines, train="train.csv", val="val.csv", images=("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg")):
+    """A writer of two lists: perhaps a head, three training and two held-out lines; and of the images."""
+
+    def write(root):
+        files(root, *images)
+        head, rows = lines[:-5], lines[-5:]
+        for file, part in ((train, rows[:3]), (val, rows[3:])):
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / file).write_text("\n".join([*head, *part]) + "\n")
+
+    return write
+
+
+def lines(form, values):
+    return [form.format(name, value) for name, value in zip("abcde", values, strict=True)]
+
+
+def several_roots(root):
+    disks = root / "disk1", root / "disk2"
+    files(disks[0], "a.jpg", "b.jpg", "d.jpg")
+    files(disks[1], "c.jpg", "e.jpg")
+    (root / "train.csv").write_text(f"{disks[0]}/a.jpg,cat\n{disks[0]}/b.jpg,dog\n{disks[1]}/c.jpg,dog\n")
+    (root / "val.csv").write_text(f"disk1/d.jpg,dog\n{disks[1]}/e.jpg,cat\n")
+
+
+def kaggle(root, numbers=(1, 2), also=()):
+    place = root / "ILSVRC" / "Data" / "CLS-LOC"
+    files(place, f"train/{CAT}/{CAT}_1.JPEG", f"train/{DOG}/{DOG}_1.JPEG", f"train/{DOG}/{DOG}_2.JPEG", "test/x.JPEG")
+    files(place / "val", *(f"ILSVRC2012_val_{number:08d}.JPEG" for number in numbers), *also)
+    head = "ImageId,PredictionString"
+    (root / "LOC_train_solution.csv").write_text(f"{head}\n{CAT}_1,{CAT} 1 2 3 4 \n")
+    rows = [f"ILSVRC2012_val_00000002,{CAT} 85 1 499 272 ", f"ILSVRC2012_val_00000001,{DOG} 1 1 2 2 {DOG} 3 3 4 4 "]
+    (root / "LOC_val_solution.csv").write_text("\n".join([head, *rows]) + "\n")
+
+
+def tiny(root, images=("val_0.JPEG", "val_1.JPEG")):
+    files(root, f"train/{CAT}/images/a.JPEG", f"train/{DOG}/images/a.JPEG", f"train/{DOG}/images/b.JPEG")
+    files(root, *(f"val/images/{image}" for image in images), "test/images/test_0.JPEG")
+    (root / "wnids.txt").write_text(f"{CAT}\n{DOG}\n")
+    rows = (f"{name}\t{wnid}\t0\t32\t44\t62\n" for name, wnid in (("val_1.JPEG", CAT), ("val_0.JPEG", DOG)))
+    (root / "val" / "val_annotations.txt").write_text("".join(rows))
+
+
+IN_FOLDERS = ("train/a.jpg", "train/b.jpg", "train/c.jpg", "validation/d.jpg", "validation/e.jpg")
+OTHER = ["data.image_column=Where", "data.label_column=What"]
+SETS = {
+    "names": (lists("path,label", *lines("{}.jpg,{}", ("cat", "dog", "dog", "dog", "cat"))), [], NAMES),
+    "no head": (lists(*lines("{}.jpg,{}", "01110")), [], NUMBERS),
+    "byte order mark": (lists("\ufefffile,class", *lines("{}.jpg,{}", "01110")), [], NUMBERS),
+    "ids": (lists("id,breed", *lines("{},{}", "01110"), images=[f"images/{one}.png" for one in "abcde"]), [], NUMBERS),
+    "other columns": (lists("n,Where,What", *lines('1,"{}.jpg", {}', "01110")), OTHER, NUMBERS),
+    "tabs": (
+        lists("x\ttarget\timg", *lines("9\t{1}\t{0}.jpg", "01110"), train="train.tsv", val="val.tsv"),
+        [],
+        NUMBERS,
+    ),
+    "objects": (
+        lists(
+            *(line.replace("'", '"') for line in lines("{{'label': {1}, 'file_name': '{0}.jpg'}}", "01110")),
+            train="train.jsonl",
+            val="test.jsonl",
+        ),
+        [],
+        NUMBERS,
+    ),
+    "words": (lists(*lines("{}.jpg {}", "01110"), train="train.txt", val="val.txt"), ["data.source=list"], NUMBERS),
+    "inside the split": (
+        lists(
+            "file_name,label",
+            *lines("{}.jpg,{}", "01110"),
+            train="train/metadata.csv",
+            val="validation/metadata.csv",
+            images=IN_FOLDERS,
+        ),
+        [],
+        NUMBERS,
+    ),
+    "names of files": (
+        lists("path,label", *lines("{}.jpg,{}", "01110"), train="a.csv", val="b.csv"),
+        ["data.source=list", "data.train=a.csv", "data.val=b.csv"],
+        NUMBERS,
+    ),
+    "fewer held-out classes": (
+        lists("path,label", *lines("{}.jpg,{}", ("cat", "dog", "dog", "dog", "dog"))),
+        [],
+        (NAMES[0], ["dog", "dog"]),
+    ),
+    "several roots": (several_roots, [], NAMES),
+    "Kaggle": (kaggle, [], WNIDS),
+    "Tiny ImageNet": (tiny, [], WNIDS),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.filterwarnings("error")
+def test_what_a_list_names_has_the_right_labels(tmp_path, name):
+    write, overrides, expected = SETS[name]
+    write(tmp_path)
+    train, val = as_train(tmp_path, *overrides)
+    assert (labels(train), labels(val)) == expected
+    assert train.classes == val.classes
+    assert [train.read(i).tobytes()[-5:-4] for i in range(3)] == [train.name(i)[-5:-4].encode() for i in range(3)]
+
+
+JSON = {"train": "train.jsonl", "val": "val.jsonl"}
+REFUSED = {
+    "unknown columns": (
+        lists("where,what", *lines("{}.jpg,{}", "01110")),
+        [],
+        r"train\.csv: no column is known to be that of the images; the columns are 'where', 'what': .*data\.image_colu",
+    ),
+    "no such column": (
+        lists("path,label", *lines("{}.jpg,{}", "01110")),
+        ["data.label_column=kind"],
+        r"train\.csv: no column 'kind'; the columns are 'path', 'label': say which is meant by data\.label_column=NAME",
+    ),
+    "two labels": (
+        lists("path,label", "a.jpg,0", "b.jpg,1", "a.jpg,1", "d.jpg,1", "e.jpg,0"),
+        [],
+        r"train\.csv: 'a\.jpg' stands in lines 2 and 4; an image has one label",
+    ),
+    "no label": (
+        lists("path,label", "a.jpg,0", "b.jpg,", "c.jpg,1", "d.jpg,1", "e.jpg,0"),
+        [],
+        r"train\.csv, line 3: an image has no label",
+    ),
+    "no path": (
+        lists("path,label", "a.jpg,0", ",1", "c.jpg,1", "d.jpg,1", "e.jpg,0"),
+        [],
+        r"train\.csv, line 3: an image has no path",
+    ),
+    "a short line": (
+        lists("path,label", "a.jpg,0", "b.jpg", "c.jpg,1", "d.jpg,1", "e.jpg,0"),
+        [],
+        r"train\.csv, line 3: fewer columns than the first line has",
+    ),
+    "another class": (
+        lists("path,label", *lines("{}.jpg,{}", ("cat", "dog", "dog", "eel", "cat"))),
+        [],
+        r"val\.csv: the classes 'eel' are not among those of the training images",
+    ),
+    "another number": (
+        lists("path,label", *lines("{}.jpg,{}", "01120")),
+        [],
+        r"val\.csv: a label is larger than 1, the largest class number that there can be",
+    ),
+    "one class": (
+        lists("path,label", *lines("{}.jpg,{}", ("cat",) * 5)),
+        [],
+        r"train\.csv: every label is 'cat'; classification needs two",
+    ),
+    "images elsewhere": (
+        lists("path,label", *lines("x{}.jpg,{}", "01110")),
+        [],
+        r"train\.csv: its first image, 'xa\.jpg', is not in .*; paths are relative to that folder, or absolute",
+    ),
+    "empty": (lists(*[""] * 5), [], r"train\.csv: the list names no image"),
+    "broken object": (
+        lists('{"path": "a.jpg", "label": 1}', "{", "", "", "", **JSON),
+        [],
+        r"train\.jsonl, line 2: not an object with the fields of the first one",
+    ),
+    "several labels": (
+        lists('{"path": "a.jpg", "label": [1]}', "", "", "", "", **JSON),
+        [],
+        r"train\.jsonl, line 1: \[1\] is neither a path nor a class name or number",
+    ),
+    "two lists": (
+        lambda root: files(root, "train.csv", "train.jsonl"),
+        [],
+        r"train\.csv and train\.jsonl may both be the list of split 'train'; give the file's name",
+    ),
+    "no held-out list": (
+        lambda root: (lists("path,label", *lines("{}.jpg,{}", "01110"))(root), (root / "val.csv").unlink()),
+        [],
+        r"no list of split 'val'; looked for 'val\.csv', 'val\.tsv', 'val\.jsonl', 'val\.txt'",
+    ),
+    "Kaggle, an image missing": (
+        lambda root: kaggle(root, numbers=(2,), also=("._ILSVRC2012_val_00000001.JPEG",)),
+        [],
+        r"CLS-LOC/val: the label .*LOC_val_solution\.csv, which has 2, but .* 1 are missing, as 'ILSVRC2012_val_000000",
+    ),
+    "Kaggle, images too many": (
+        lambda root: kaggle(root, also=("ILSVRC2012_val_00000003.JPEG", "copy.JPEG")),
+        [],
+        r"2 are none of them: 'ILSVRC2012_val_00000003\.JPEG', 'copy\.JPEG'",
+    ),
+    "Tiny ImageNet, an image missing and one too many": (
+        lambda root: tiny(root, ("val_1.JPEG", "val_2.JPEG")),
+        [],
+        r"val/images: .* 1 are missing, as 'val_0\.JPEG' and 1 are none of them: 'val_2\.JPEG'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_lists_that_cannot_be_used_are_refused_with_line_and_way_out(tmp_path, name):
+    write, overrides, message = REFUSED[name]
+    write(tmp_path)
+    with pytest.raises(DataError, match=message) as refused:
+        as_train(tmp_path, *overrides)
+    assert cli.exit_code(refused.value) == 2
