@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdeit import signals
+
 
 class DeviceError(RuntimeError):
     """The device that was asked for is not there."""
@@ -111,26 +113,32 @@ class World:
 
     @contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """SIGINT, SIGTERM and SIGUSR1 raise a flag that the loop reads at every step; a second SIGINT acts at once.
+        """The signals of `signals.listened` raise a flag that the loop reads at every step. A second one may ask for more
+        (`signals.Demand`): then KeyboardInterrupt is raised.
 
-        Of several processes their launcher speaks, and it acts. Beside the main thread, where Python takes no signals,
+        Of several processes their launcher speaks, and it alone decides about a second signal. Under srun there is
+        none: the main process speaks, and each process obeys. Beside the main thread, where Python takes no signals,
         nothing is changed.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        launched, demand = self.size > 1 and "TORCHELASTIC_RUN_ID" in os.environ, signals.Demand()
 
         def request(number: int, frame: FrameType | None) -> None:
-            if self._stop and number == signal.SIGINT and self.size == 1:
-                raise KeyboardInterrupt
-            if self.size == 1 and not self._stop:
+            self._stop = True
+            if launched:
+                return
+            if demand.first is None and self.main:
                 name = signal.Signals(number).name
                 # Not print: a handler may interrupt one.
-                os.write(2, f"fastdeit: {name} received; stopping after this step (Ctrl-C again: at once)\n".encode())
-            self._stop = True
+                told = f"fastdeit: {name} received; saving after this step (Ctrl-C or a second SIGTERM: at once)\n"
+                os.write(2, told.encode())
+            demand.receive(number)
+            if demand.at_once:
+                raise KeyboardInterrupt
 
-        handled = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-        previous = {number: signal.signal(number, request) for number in handled}
+        previous = {number: signal.signal(number, request) for number in signals.listened()}
         try:
             yield
         finally:

@@ -26,15 +26,13 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+from fastdeit import signals
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 
 HOST = "127.0.0.1"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 KILL_SIGNAL = signal.SIGQUIT
 # After one worker has failed the others cannot finish a step; they only get time to say what they saw.
 PEER_GRACE_S = 5.0
-# A worker needs a moment to install its signal handlers; before that a SIGTERM would end it with nothing said.
-BOOT_S = 1.0
 POLL_S = 0.1
 
 
@@ -43,8 +41,9 @@ def elastic(command: list[str], nproc: int, grace_s: float = 60.0, env: Mapping[
 
     Each copy finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, besides `env`.
 
-    A first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is passed on to every worker as one SIGTERM: they have `grace_s` seconds
-    to save and exit 75. After that, or at a further SIGINT, or at a SIGQUIT, they are killed. The result is
+    A first signal of `signals.listened` is passed on to every worker as one SIGTERM: they have `grace_s` seconds to save
+    and exit 75. After that, or when a further signal asks for it (`signals.Demand`), or at a SIGQUIT, they are killed.
+    The result is
 
     * 3 or 2 when a worker said so: the 1 of its peers is then only the lost connection;
     * else 1 when any worker failed or had to be killed;
@@ -70,7 +69,7 @@ def elastic(command: list[str], nproc: int, grace_s: float = 60.0, env: Mapping[
     )
     agent = _Agent(spec, grace_s)
     with _environment(env or {}), _signals_to(agent), _quiet_elastic(), ThreadPoolExecutor(1) as thread:
-        thread.submit(agent.run).result()
+        thread.submit(_started_blocked, agent).result()
     code = verdict(agent.codes, agent.killed)
     agent.report(code)
     return code
@@ -87,6 +86,16 @@ def verdict(codes: Mapping[int, int], killed: set[int]) -> int:
     return Interrupted.exit_code if Interrupted.exit_code in own else 0
 
 
+def _started_blocked(agent: "_Agent") -> None:
+    """Run the agent in a thread that has the signals to stop blocked.
+
+    The workers inherit that. A signal that reaches one before it has installed its handlers waits in the kernel, however
+    long the worker takes to get there (`launch.process_of_a_run`), where it would otherwise end it with nothing said.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)
+    agent.run()
+
+
 class _Agent(LocalElasticAgent):
     """See the module. `codes` maps a rank to its exit code (negative: the signal that ended it)."""
 
@@ -96,27 +105,23 @@ class _Agent(LocalElasticAgent):
         self.killed: set[int] = set()
         self._first_failure: int | None = None
         self._grace_s = grace_s
-        self._first_look: float | None = None
         self._deadline: float | None = None
-        self._requested: signal.Signals | None = None
-        self._kill_now = False
+        self._demand = signals.Demand()
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Handler of `STOP_SIGNALS` and `KILL_SIGNAL`: note what is asked for; `_monitor_workers` does it."""
-        if number == KILL_SIGNAL or (self._requested is not None and number == signal.SIGINT):
-            self._kill_now = True
-        elif self._requested is None:
-            self._requested = signal.Signals(number)
+        """Handler of the signals to stop and of `KILL_SIGNAL`: note what is asked for; `_monitor_workers` does it."""
+        if number == KILL_SIGNAL:
+            self._demand.at_once = True
+        else:
+            self._demand.receive(number)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        if self._first_look is None:
-            self._first_look = time.monotonic()
         running = self._reap(worker_group)
         if not running:
             if any(self.codes.values()):
                 return RunResult(state=WorkerState.FAILED)
             return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(self.codes))
-        if self._kill_now or (self._deadline is not None and time.monotonic() > self._deadline):
+        if self._demand.at_once or (self._deadline is not None and time.monotonic() > self._deadline):
             self._kill(running)
         elif self._deadline is None:
             self._stop_if_needed(running)
@@ -139,13 +144,11 @@ class _Agent(LocalElasticAgent):
         return running
 
     def _stop_if_needed(self, running: dict[int, int]) -> None:
-        if time.monotonic() < self._first_look + BOOT_S:
-            return
-        if self._requested is not None:
+        if self._demand.first is not None:
             seconds = self._grace_s
             _say(
-                f"{self._requested.name} received; the workers have {seconds:g} s to save and stop "
-                "(Ctrl-C again kills them now)"
+                f"{self._demand.first.name} received; the workers have {seconds:g} s to save and stop "
+                "(Ctrl-C or a second SIGTERM kills them now)"
             )
         elif self._first_failure is not None:
             seconds = min(PEER_GRACE_S, self._grace_s)
@@ -173,7 +176,9 @@ class _Agent(LocalElasticAgent):
                 _say(f"rank {self._first_failure} failed first: {_describe(self.codes[self._first_failure])}")
         elif self.killed:
             ranks = ", ".join(map(str, sorted(self.killed)))
-            why = "on request" if self._kill_now else f"still running {self._grace_s:g} s after being asked to stop"
+            why = (
+                "on request" if self._demand.at_once else f"still running {self._grace_s:g} s after being asked to stop"
+            )
             _say(f"rank {ranks} killed ({why}); the run said at its start how to go on from its last checkpoint")
 
 
@@ -217,7 +222,8 @@ def _environment(extra: Mapping[str, str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _signals_to(agent: _Agent) -> Iterator[None]:
     """Hand the signals of the launcher to `agent`, for the time of the block."""
-    before = {number: signal.signal(number, agent.on_signal) for number in (*STOP_SIGNALS, KILL_SIGNAL)}
+    numbers = (*signals.listened(), KILL_SIGNAL)
+    before = {number: signal.signal(number, agent.on_signal) for number in numbers}
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from fastdeit import signals
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.launch.began import process_began
 
@@ -61,7 +62,9 @@ def process_of_a_run() -> Iterator[None]:
     # others have, too. By default it keeps its processor busy meanwhile, which on a machine with other work is the one
     # that the others wait for: measured (docs/log.md), steps take 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    before = {number: signal.signal(number, _exit_idle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, _exit_idle) for number in signals.listened()}
+    # The launcher has started this process with these signals blocked: one that came before now is delivered here.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP_SIGNALS)
     try:
         yield
     finally:

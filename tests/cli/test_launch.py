@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdeit import signals
 from fastdeit.errors import UsageError
 from fastdeit.launch import agent, launch
 from fastdeit.launch.agent import elastic, verdict
@@ -25,7 +26,8 @@ stop = []
 if mode == "slow":
     if rank == "0":
         os.kill(os.getppid(), signal.SIGTERM)
-    time.sleep(0.5)
+    while signal.SIGTERM not in signal.sigpending():  # one that is not blocked ends this process
+        time.sleep(0.01)
 with launch.process_of_a_run():
     signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else lambda number, frame: stop.append(number))
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -129,7 +131,8 @@ def test_verdict():
     assert verdict({0: -15, 1: 0}, set()) == 1
 
 
-def test_sigterm_to_the_launcher_is_75(worker, capfd):
+def test_sigterm_to_the_launcher_is_75(worker, capfd, monkeypatch):
+    monkeypatch.setattr(signals, "REPEAT_S", 3600)
     assert run(worker, "stop", "SIGTERM", "SIGTERM") == 75
     assert [(worker.parent / f"{rank}.saved").read_text() for rank in (0, 1)] == ["1", "1"], (
         "told once, however often we are"
@@ -139,9 +142,9 @@ def test_sigterm_to_the_launcher_is_75(worker, capfd):
     assert err.count("\n") == 1
 
 
-def test_a_signal_at_the_start_waits_until_workers_can_hear_it(worker):
+def test_a_signal_at_the_start_waits_until_workers_can_hear_it(worker, capfd):
     assert run(worker, "slow") == 75
-    assert [(worker.parent / f"{rank}.saved").exists() for rank in (0, 1)] == [True, True]
+    assert "SIGTERM received while not training; nothing is lost" in capfd.readouterr().err
 
 
 def test_a_worker_gone_early_leaves_its_peer_the_time_to_save(worker):
@@ -154,10 +157,69 @@ def test_deaf_workers_are_killed_after_the_grace(worker, capfd):
     assert "rank 0, 1 killed (still running 0.3 s after being asked to stop)" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("signals", [("SIGINT", "SIGINT"), ("SIGQUIT",)], ids=" ".join)
-def test_a_second_interrupt_kills_at_once_and_so_does_sigquit(worker, capfd, signals):
-    assert run(worker, "deaf", *signals) == 1
+@pytest.mark.parametrize(
+    "names",
+    [("SIGTERM", "SIGTERM"), ("SIGQUIT",), pytest.param(("SIGHUP", "SIGINT"), marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_a_second_signal_kills_at_once_and_so_does_sigquit(worker, capfd, monkeypatch, names):
+    monkeypatch.setattr(signals, "REPEAT_S", 0)
+    assert run(worker, "deaf", *names) == 1
     assert "rank 0, 1 killed (on request)" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_the_parent_ignores_stays_ignored(worker, capfd):
+    """As under nohup: the worker sends SIGHUP first, and only the SIGTERM after it is obeyed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(worker, "stop", "SIGHUP", "SIGTERM") == 75
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert capfd.readouterr().err.startswith("fastdeit: SIGTERM received")
+
+
+@pytest.fixture
+def disposition():
+    """`disposition(number, handler)` for the time of a test."""
+    before = {}
+
+    def put(number, handler):
+        before.setdefault(number, signal.signal(number, handler))
+
+    yield put
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM])
+def test_a_process_of_a_run_leaves_ignored_signals_alone_but_for_sigterm(ignored, disposition):
+    disposition(ignored, signal.SIG_IGN)
+    with launch.process_of_a_run():
+        handled = {number for number in signals.STOP_SIGNALS if signal.getsignal(number) is launch._exit_idle}
+    assert handled == set(signals.STOP_SIGNALS) - ({ignored} - {signal.SIGTERM})
+    assert signal.getsignal(ignored) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("received", "repeat_s", "at_once"),
+    [
+        ("SIGINT SIGINT", 3600, True),
+        ("SIGUSR1 SIGINT", 3600, True),
+        ("SIGTERM SIGTERM", 0, True),
+        ("SIGTERM SIGTERM", 3600, False),  # of one `scancel`: to the group, and passed on by the parent in it
+        ("SIGHUP SIGHUP", 0, False),
+        ("SIGUSR1 SIGTERM SIGTERM", 0, False),  # the time limit of a job that is still saving
+        ("SIGUSR1 SIGHUP", 0, False),
+    ],
+)
+def test_what_a_second_signal_asks_for(received, repeat_s, at_once, monkeypatch):
+    monkeypatch.setattr(signals, "REPEAT_S", repeat_s)
+    demand, numbers = signals.Demand(), [signal.Signals[name] for name in received.split()]
+    for number in numbers:
+        assert not demand.at_once
+        demand.receive(number)
+    assert (demand.first, demand.at_once) == (numbers[0], at_once)
 
 
 def test_workers_do_not_outlive_an_agent_that_breaks(worker, monkeypatch):
