@@ -43,7 +43,6 @@ class Demand:
         and SLURM's SIGTERM at the time limit follows its SIGUSR1 while the run may still be saving."""
         if self.first is None:
             self.first, self._since = signal.Signals(number), time.monotonic()
-        elif number == signal.SIGINT:
-            self.at_once = True
-        elif number == self.first == signal.SIGTERM and time.monotonic() - self._since >= REPEAT_S:
-            self.at_once = True
+            return
+        again = number == self.first == signal.SIGTERM and time.monotonic() - self._since >= REPEAT_S
+        self.at_once = self.at_once or again or number == signal.SIGINT

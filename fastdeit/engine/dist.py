@@ -113,8 +113,8 @@ class World:
 
     @contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """The signals of `signals.listened` raise a flag that the loop reads at every step. A second one may ask for more
-        (`signals.Demand`): then KeyboardInterrupt is raised.
+        """The signals of `signals.listened` raise a flag that the loop reads at every step. A second one may ask for
+        more (`signals.Demand`): then KeyboardInterrupt is raised.
 
         Of several processes their launcher speaks, and it alone decides about a second signal. Under srun there is
         none: the main process speaks, and each process obeys. Beside the main thread, where Python takes no signals,

@@ -41,9 +41,9 @@ def elastic(command: list[str], nproc: int, grace_s: float = 60.0, env: Mapping[
 
     Each copy finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, besides `env`.
 
-    A first signal of `signals.listened` is passed on to every worker as one SIGTERM: they have `grace_s` seconds to save
-    and exit 75. After that, or when a further signal asks for it (`signals.Demand`), or at a SIGQUIT, they are killed.
-    The result is
+    A first signal of `signals.listened` is passed on to every worker as one SIGTERM: they have `grace_s` seconds to
+    save and exit 75. After that, or when a further signal asks for it (`signals.Demand`), or at a SIGQUIT, they are
+    killed. The result is
 
     * 3 or 2 when a worker said so: the 1 of its peers is then only the lost connection;
     * else 1 when any worker failed or had to be killed;
@@ -89,8 +89,8 @@ def verdict(codes: Mapping[int, int], killed: set[int]) -> int:
 def _started_blocked(agent: "_Agent") -> None:
     """Run the agent in a thread that has the signals to stop blocked.
 
-    The workers inherit that. A signal that reaches one before it has installed its handlers waits in the kernel, however
-    long the worker takes to get there (`launch.process_of_a_run`), where it would otherwise end it with nothing said.
+    The workers inherit that. A signal that reaches one before it has installed its handlers waits in the kernel,
+    however long the worker takes to get there (`launch.process_of_a_run`). It would otherwise end the worker.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)
     agent.run()
