@@ -59,7 +59,8 @@ def main(args: argparse.Namespace) -> None:
     asked = request.read(args, _say_once)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    with join_world(asked.recipe.engine.device) as world, world.stop_on_signals():
+    engine = asked.recipe.engine
+    with join_world(engine.device, engine.timeout_s) as world, world.stop_on_signals():
         world.agree("the run that they go on with", (asked.run_dir, asked.origin and asked.origin.path))
         recipe = capture.fixed(threads.fixed(asked.recipe, world), world, _say_once)
         with threads.computing(recipe.engine.threads):
@@ -78,7 +79,7 @@ def alone(
     """
     if resume and run_dir is not None and directory.can_go_on(run_dir):
         recipe = request.given_again(recipe, directory.recipe_of(run_dir))
-    with join_world(recipe.engine.device) as world, world.stop_on_signals():
+    with join_world(recipe.engine.device, recipe.engine.timeout_s) as world, world.stop_on_signals():
         recipe = capture.fixed(threads.fixed(recipe, world), world, _say_once)
         with threads.computing(recipe.engine.threads):
             return train(recipe, run_dir, world, resume=resume, began=began)
@@ -264,6 +265,7 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
     measured_steps = math.ceil(_MEASURED_IMAGES / recipe.train.batch_size)
     rates = schedule_of(recipe, length)
     step, save_is_due = start, False
+    settled = False  # whether the next step is like the last one: else code may be compiled in it
 
     def measure_average() -> None:
         if engine.ema is not None and engine.ema.stale:
@@ -272,6 +274,7 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
                 engine.measure_average(newest)
 
     def evaluate_now() -> None:
+        world.at("an evaluation", patient=True)
         measure_average()
         method.eval()
         results = {"": parts.held_out(method.evaluators())}
@@ -303,15 +306,20 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
                 if schedule.ends_before(epoch) and step % log_every:  # a line of the log is of one phase
                     log.training(step, engine, record, learning_rate(step - 1, **rates))
                 if schedule.enter(epoch, engine):
+                    settled = False
                     log.say(f"epoch {epoch}: phase {schedule.phase.name}")
                 method.on_epoch(epoch, engine)
             seed_torch(recipe.train.seed, step, world.rank)
             began = time.perf_counter()
+            world.at("the batch of a step", patient=not settled)
             micro_batches = [batch.to(world.device) for batch in next(batches)]
             waited = time.perf_counter() - began
             lr = learning_rate(step, **rates)
+            world.at("the computation of a step", patient=not settled)
             engine.step(micro_batches, lr)
             step += 1
+            settled = not parts.tuning.changed
+            world.at("the end of a step", patient=not settled)
             if parts.tuning.changed:
                 log.environment()
 
@@ -336,6 +344,7 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
             if ends and not logs:
                 log.training(step, engine, record, lr)
             if saves or ends or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
+                world.at("a checkpoint", patient=True)
                 measure_average()
                 record.kernels, record.clock = parts.tuning.state(), log.clock.state()
                 parts.saver.save(run_dir, step, record)

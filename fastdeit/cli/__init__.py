@@ -53,6 +53,8 @@ _EXIT_CODES = {
     ("fastdeit.engine.metrics", "MetricsError"): UsageError.exit_code,
     ("fastdeit.engine.capture", "CaptureError"): UsageError.exit_code,
     ("fastdeit.engine.dist", "DeviceError"): UsageError.exit_code,
+    ("fastdeit.engine.rendezvous", "RendezvousError"): FastdeitError.exit_code,
+    ("fastdeit.engine.watch", "LostError"): FastdeitError.exit_code,
     ("fastdeit.kernels.lint.lint", "LintError"): UsageError.exit_code,
     ("fastdeit.kernels._op", "ChoiceError"): UsageError.exit_code,
     ("fastdeit.kernels._op", "UnknownOpError"): UsageError.exit_code,

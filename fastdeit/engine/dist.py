@@ -1,7 +1,10 @@
 """The processes of a run: who this one is, and the few things all of them decide together."""
 
 import os
+import re
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdeit import signals
+from fastdeit.engine.rendezvous import Place, meet
+from fastdeit.engine.watch import START_S, LostError, Watch
 
 
 class DeviceError(RuntimeError):
@@ -30,11 +35,36 @@ class World:
     size: int = 1
     _stop: bool = field(default=False, repr=False)
     _control: dist.ProcessGroup | None = field(default=None, repr=False)
+    _watch: Watch | None = field(default=None, repr=False)
 
     @property
     def main(self) -> bool:
         """Whether this process is the one that logs and writes."""
         return self.rank == 0
+
+    def at(self, place: str, *, patient: bool | None = None) -> None:
+        """Say that this process is at `place` now: one that says nothing for `engine.timeout_s` seconds hangs.
+
+        patient  whether it may stay there for as long as a start may take (`watch.START_S`); None: as before. The
+                 time-out of the collectives follows: it is half as long again, in case that the watch itself hangs.
+        """
+        watch = self._watch
+        if watch is None:
+            return
+        before = watch.patient
+        watch.at(place, patient=before if patient is None else patient)
+        if watch.patient != before:
+            timeout = _of_collectives(watch.limit_s())
+            _set_timeout(timeout, dist.group.WORLD)
+            _set_timeout(timeout, self._control)
+
+    def first(self, value: Any) -> Any:
+        """The value of the first process that has one which is true, on every process; else the main process's."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._control)
+        return next(filter(None, values), values[0])
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all processes, in place."""
@@ -147,32 +177,89 @@ class World:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device; raises DeviceError when it is not there."""
+    """`auto`, `cpu` or `cuda` as a device; raises DeviceError when it is not there.
+
+    A process that sees one GPU alone takes it, whatever its place on the machine: so SLURM's `--gpus-per-task=1` gives
+    them out. Whether two processes have got the same one, `world` finds out.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("engine.device is cuda, but torch finds no CUDA device; use engine.device=cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    if local_rank >= count > 1:
         raise DeviceError(f"process {local_rank} has no GPU: {count} found; use --nproc {count}")
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", min(local_rank, count - 1))
 
 
 @contextmanager
-def world(device: str, timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
+def world(device: str, timeout_s: float = START_S) -> Iterator[World]:
     """Join the other processes (gloo on CPU, NCCL on GPU) for the time of a run; alone when the environment names none.
 
-    The timeout is long because the first step of a run may compile and the first epoch may decode slowly.
+    timeout_s  see `World.at`
+
+    Raises DeviceError where a process has no device, RendezvousError where they do not come together, and LostError in
+    the block where others have ended.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield World(_device(device))
+        return
+    place = Place.of(os.environ)
+    chosen = problem = None
+    try:
+        chosen = _device(device)
+    except DeviceError as error:
+        problem = str(error)
+    start = timedelta(seconds=START_S)
+    store = meet(place, problem, start, lambda text: print(f"fastdeit: {text}", file=sys.stderr, flush=True))
+    watch = Watch(place.rank, place.size, place.connect(start), timeout_s)
+    with watch.running():
+        backend, longest = "nccl" if chosen.type == "cuda" else "gloo", _of_collectives(watch.limit_s())
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=longest)
+        try:
+            control = dist.new_group(backend="gloo", timeout=longest)
+            joined = World(chosen, place.rank, place.size, _control=control, _watch=watch)
+            _refuse_shared(joined)
+            yield joined
+        except RuntimeError as error:
+            if _CONNECTION.search(str(error)) and (lost := watch.lost()):
+                raise LostError(lost) from error
+            raise
+        finally:
+            dist.destroy_process_group()
+
+
+_CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|NCCL")
+"""What gloo and NCCL say when a peer has gone."""
+
+
+def _device(name: str) -> torch.device:
+    chosen = pick_device(name, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if size == 1:
-        yield World(chosen)
-        return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
-    try:
-        yield World(chosen, rank, size, _control=dist.new_group(backend="gloo", timeout=timeout))
-    finally:
-        dist.destroy_process_group()
+    return chosen
+
+
+def _refuse_shared(world: World) -> None:
+    """Raise DeviceError, on every process, where two have the same GPU."""
+    own = None
+    if world.device.type == "cuda":
+        own = socket.gethostname(), str(torch.cuda.get_device_properties(world.device).uuid)
+    found: list[Any] = [None] * world.size
+    dist.all_gather_object(found, own, group=world._control)
+    for rank, each in enumerate(found):
+        if each is not None and each in found[:rank]:
+            raise DeviceError(
+                f"processes {found.index(each)} and {rank} have the same GPU of {each[0]}; start as many processes as "
+                "there are GPUs (--nproc), and give each its own"
+            )
+
+
+def _of_collectives(limit_s: float) -> timedelta:
+    return timedelta(seconds=1.5 * limit_s)
+
+
+def _set_timeout(timeout: timedelta, group: dist.ProcessGroup | None) -> None:
+    """For what `group` begins from now on. The public name came with PyTorch 2.14."""
+    change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    change(timeout, group)

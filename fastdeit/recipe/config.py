@@ -311,6 +311,9 @@ class EngineConfig(Section):
     """Epochs between two checkpoints; fractions are allowed."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints kept. At least two, so that a damaged one costs an interval and not the run."""
+    timeout_s: Positive = 600.0
+    """Seconds without progress after which one of several processes counts as hung: the run says which, and ends. The
+    first step, evaluations and checkpoints may take half an hour, or this if it is longer."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
 
