@@ -221,9 +221,12 @@ def world(device: str, timeout_s: float = START_S) -> Iterator[World]:
             joined = World(chosen, place.rank, place.size, _control=control, _watch=watch)
             _refuse_shared(joined)
             yield joined
-        except RuntimeError as error:
-            if _CONNECTION.search(str(error)) and (lost := watch.lost()):
-                raise LostError(lost) from error
+        except BaseException as error:
+            # This process fails already. The SIGTERM that a launcher sends to the peers of the first one that did must
+            # not turn that into an interruption; so it stays out until the process has ended.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)
+            if isinstance(error, RuntimeError) and _CONNECTION.search(str(error)):
+                raise LostError(_lost(error, watch)) from error
             raise
         finally:
             dist.destroy_process_group()
@@ -231,6 +234,14 @@ def world(device: str, timeout_s: float = START_S) -> Iterator[World]:
 
 _CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|NCCL")
 """What gloo and NCCL say when a peer has gone."""
+
+
+def _lost(error: RuntimeError, watch: Watch) -> str:
+    """Why a collective has failed, in words."""
+    first = str(error).splitlines()[0]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"the connection to the other processes is lost ({first}); the launcher says which one ended first"
+    return watch.lost() or f"a collective failed, though all processes are alive: {first}"
 
 
 def _device(name: str) -> torch.device:

@@ -132,17 +132,23 @@ class Watch:
             culprits = hung(found, self.size)
             if self.rank == min(found):
                 _write(f"fastdeit: {verdict(found, culprits, self.size, seconds)}\n")
+                self._store.set("told", "")
+            self._until(["told"])
         if self.rank not in culprits:
             time.sleep(_LIFE_S)  # so that a launcher that tells which rank ended first names the right one
         self._leave(1)
 
     def _others(self) -> dict[int, Mapping[str, Any]]:
         """What the processes that can still speak have put into the store: they look once in `_LIFE_S` seconds."""
-        end = time.monotonic() + _LOST_LIVES * _LIFE_S
         keys = {rank: f"hangs/{rank}" for rank in range(self.size)}
-        while time.monotonic() < end and not self._store.check(list(keys.values())):
-            time.sleep(0.05)
+        self._until(list(keys.values()))
         return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
+
+    def _until(self, keys: list[str]) -> None:
+        """Wait until the store has all `keys`, or until those who owe them count as dead."""
+        end = time.monotonic() + _LOST_LIVES * _LIFE_S
+        while time.monotonic() < end and not self._store.check(keys):
+            time.sleep(0.05)
 
     def _line(self) -> str:
         frame = sys._current_frames().get(self._main)
