@@ -21,7 +21,7 @@ import torch
 from fastdeit import kernels, rng
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.sources.source import DataError, Source
-from fastdeit.engine import batchnorm, checkpoint, optimizers, phases
+from fastdeit.engine import batchnorm, checkpoint, optimizers, phases, rendezvous
 from fastdeit.engine.checkpoint import CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
@@ -49,6 +49,8 @@ from fastdeit.run.saver import Saver
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
 
+_RUN_DIR = "run directory"
+"""What processes that a launcher starts anew go on with."""
 _MEASURED_IMAGES = 1024
 """Images of the newest steps on which BatchNorm statistics of averaged weights are measured: a thousand are enough (Wu
 & Johnson, arXiv:2105.07576)."""
@@ -56,6 +58,9 @@ _MEASURED_IMAGES = 1024
 
 def main(args: argparse.Namespace) -> None:
     """Worker of `fastdeit train`: one process of the run."""
+    before = rendezvous.kept(os.environ, _RUN_DIR)
+    if before is not None:
+        request.restart(args, Path(before))
     asked = request.read(args, _say_once)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
@@ -130,6 +135,8 @@ def train(
     directory.check_space(run_dir, parts.saver.size(), world, keep=recipe.engine.keep_checkpoints)
 
     with directory.claim(run_dir, recipe.name, world, parts.log.say, resume=resume) as run_dir:
+        if world.main and student is None:
+            rendezvous.keep(os.environ, _RUN_DIR, str(run_dir))
         again = partial(directory.command, student or run_dir, world=world)
         clock = Clock.going_on(run_dir, began) if resume and world.main else Clock(began)
         parts.log.say(f"recipe {recipe.name}, run directory {run_dir}")

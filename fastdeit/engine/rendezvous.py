@@ -105,6 +105,25 @@ def meet(place: Place, problem: str | None, limit: timedelta, say: Callable[[str
     return store
 
 
+def keep(env: Mapping[str, str], name: str, value: str) -> None:
+    """Keep `value` for the next attempts at this run, where a launcher has a store that outlives this one."""
+    if "TORCHELASTIC_RUN_ID" in env:
+        _of_all_attempts(env).set(name, value)
+
+
+def kept(env: Mapping[str, str], name: str) -> str | None:
+    """What an earlier attempt at this run has kept as `name`; None where there is none, or was no earlier attempt."""
+    if env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    store = _of_all_attempts(env)
+    return store.get(name).decode() if store.check([name]) else None
+
+
+def _of_all_attempts(env: Mapping[str, str]) -> Store:
+    host, port, size = env["MASTER_ADDR"], int(env["MASTER_PORT"]), int(env["WORLD_SIZE"])
+    return PrefixStore("fastdeit/kept", TCPStore(host, port, size, False, wait_for_workers=False))
+
+
 def ranks(numbers: list[int]) -> str:
     """`rank 3`, `ranks 1, 2`."""
     listed = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
