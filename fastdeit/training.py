@@ -21,7 +21,7 @@ import torch
 from fastdeit import kernels, rng
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.sources.source import Source
-from fastdeit.engine import batchnorm, optimizers, phases
+from fastdeit.engine import batchnorm, optimizers, phases, rendezvous
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.ema import Ema
@@ -42,13 +42,15 @@ from fastdeit.run.clock import Clock
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
 from fastdeit.run.groups import param_groups
+from fastdeit.run.health import Health
 from fastdeit.run.record import Record, RunLog, describe
 from fastdeit.run.saver import Saver
-from fastdeit.run.watch import Watch
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
 
+_RUN_DIR = "run directory"
+"""What processes that a launcher starts anew go on with."""
 _MEASURED_IMAGES = 1024
 """Images of the newest steps on which BatchNorm statistics of averaged weights are measured: a thousand are enough (Wu
 & Johnson, arXiv:2105.07576)."""
@@ -56,10 +58,14 @@ _MEASURED_IMAGES = 1024
 
 def main(args: argparse.Namespace) -> None:
     """Worker of `fastdeit train`: one process of the run."""
+    before = rendezvous.kept(os.environ, _RUN_DIR)
+    if before is not None:
+        request.restart(args, Path(before))
     asked = request.read(args, _say_once)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    with join_world(asked.recipe.engine.device) as world, world.stop_on_signals():
+    engine = asked.recipe.engine
+    with join_world(engine.device, engine.timeout_s) as world, world.stop_on_signals():
         world.agree("the run that they go on with", (asked.run_dir, asked.origin and asked.origin.path))
         recipe = _fixed(asked.recipe, world)
         with threads.computing(recipe.engine.threads):
@@ -78,7 +84,7 @@ def alone(
     """
     if resume and run_dir is not None and directory.can_go_on(run_dir):
         recipe = request.given_again(recipe, directory.recipe_of(run_dir))
-    with join_world(recipe.engine.device) as world, world.stop_on_signals():
+    with join_world(recipe.engine.device, recipe.engine.timeout_s) as world, world.stop_on_signals():
         recipe = _fixed(recipe, world)
         with threads.computing(recipe.engine.threads):
             return train(recipe, run_dir, world, resume=resume, began=began)
@@ -136,6 +142,8 @@ def train(
     directory.check_space(run_dir, parts.saver.size(), world, keep=recipe.engine.keep_checkpoints)
 
     with directory.claim(run_dir, recipe.name, world, parts.log.say, resume=resume) as run_dir:
+        if world.main and student is None:
+            rendezvous.keep(os.environ, _RUN_DIR, str(run_dir))
         again = partial(directory.command, student or run_dir, world=world)
         clock = Clock.going_on(run_dir, began) if resume and world.main else Clock(began)
         parts.log.say(f"recipe {recipe.name}, run directory {run_dir}")
@@ -273,6 +281,7 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
     measured_steps = math.ceil(_MEASURED_IMAGES / recipe.train.batch_size)
     rates = schedule_of(recipe, length)
     step, save_is_due = start, False
+    steady = False  # whether the next step is like the last one: else code may be compiled in it
 
     def measure_average() -> None:
         if engine.ema is not None and engine.ema.stale:
@@ -281,6 +290,7 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
                 engine.measure_average(newest)
 
     def evaluate_now() -> None:
+        world.at("an evaluation", patient=True)
         measure_average()
         method.eval()
         results = {"": parts.held_out(method.evaluators())}
@@ -290,8 +300,8 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
         method.train()
         log.evaluation(step, results, record, parts.bad_images())
 
-    watch = Watch(engine, parts.saver, run_dir, start, log.say, again)
-    with watch.explaining(), closing(parts.loader.batches(start, total)) as batches:
+    health = Health(engine, parts.saver, run_dir, start, log.say, again)
+    with health.explaining(), closing(parts.loader.batches(start, total)) as batches:
         judged = method.teacher is not None and all(config.classifies for config in recipe.method.teachers())
         if judged and record.teacher_top1 is None:
             # Before the first step: a teacher with the wrong classes or normalisation shows here, not after two days.
@@ -312,15 +322,20 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
                 if schedule.ends_before(epoch) and step % log_every:  # a line of the log is of one phase
                     log.training(step, engine, record, learning_rate(step - 1, **rates))
                 if schedule.enter(epoch, engine):
+                    steady = False
                     log.say(f"epoch {epoch}: phase {schedule.phase.name}")
                 method.on_epoch(epoch, engine)
             seed_torch(recipe.train.seed, step, world.rank)
             began = time.perf_counter()
+            world.at("the batch of a step", patient=not steady)
             micro_batches = [batch.to(world.device) for batch in next(batches)]
             waited = time.perf_counter() - began
             lr = learning_rate(step, **rates)
+            world.at("the computation of a step", patient=not steady)
             engine.step(micro_batches, lr)
-            watch.step = step = step + 1
+            health.step = step = step + 1
+            steady = not parts.tuning.changed
+            world.at("the end of a step", patient=not steady)
             if parts.tuning.changed:
                 log.environment()
 
@@ -338,13 +353,14 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
             if logs:
                 log.training(step, engine, record, lr)
             if logs or evaluates or saves:
-                watch.look(epoch)
+                health.look(epoch)
             if evaluates:
                 evaluate_now()
             ends = evaluates and log.ends_early(record)
             if ends and not logs:
                 log.training(step, engine, record, lr)
             if saves or ends or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
+                world.at("a checkpoint", patient=True)
                 measure_average()
                 record.kernels, record.clock = parts.tuning.state(), log.clock.state()
                 parts.saver.save(run_dir, step, record)

@@ -25,6 +25,7 @@ LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "rng": set(),
     "text": set(),
+    "signals": set(),
     "plugins": set(),
     "fields": set(),
     # ---- fused ops: they import nothing outside kernels
@@ -80,7 +81,7 @@ LAYERS: dict[str, set[str]] = {
     # ---- networks, losses, steps; none of them knows a data set
     "models": {"kernels", "fields", "plugins", "text"},
     "methods": {"models", "kernels", "batch", "data.logits", "views", "fields", "plugins"},
-    "engine": {"kernels", "batch", "plugins"},
+    "engine": {"kernels", "batch", "plugins", "signals"},
     # ---- a run
     "recipe": {"models", "methods", "engine", "data.sources", "views", "fields", "text"},
     "run": {
@@ -106,7 +107,7 @@ LAYERS: dict[str, set[str]] = {
         *("errors", "rng", "text", "kernels", "batch", "methods", "engine", "recipe", "run", "training"),
         *("data.sources",),
     },
-    "launch": {"errors"},
+    "launch": {"errors", "signals"},
     "api": {"errors", "engine", "recipe", "run", "stepping", "training", "verbs"},
     "cli": {
         "version",

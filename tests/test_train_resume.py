@@ -308,18 +308,17 @@ def test_an_error_names_the_settings_that_no_checkpoint_has_yet(recipe_file, sto
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
 def test_a_first_signal_is_answered_and_a_second_one_obeyed(first, capfd):
     world = World(torch.device("cpu"))
     with world.stop_on_signals():
         os.kill(os.getpid(), first)
         assert world.stop_requested()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert (
-        capfd.readouterr().err == f"fastdeit: {first.name} received; stopping after this step (Ctrl-C again: at once)\n"
-    )
+    said = f"fastdeit: {first.name} received; saving after this step (Ctrl-C or a second SIGTERM: at once)\n"
+    assert capfd.readouterr().err == said
 
 
 def test_a_run_beside_the_main_thread_takes_no_signals():

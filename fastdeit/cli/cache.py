@@ -11,13 +11,14 @@ from fastdeit.errors import UsageError
 def _cache(args: argparse.Namespace, argv: list[str]) -> int:
     from fastdeit.launch import launch
 
-    with launch.process_of_a_run():
+    processes = launch.Processes(args.nproc)
+    with launch.process_of_a_run(processes):
         args.recipe = one(args.words, "recipe")
         if args.recipe is None:
             raise UsageError("name the recipe whose images the teacher is to judge: fastdeit cache RECIPE")
         lay_over(args)
         args.out = Path(args.out or f"caches/{Path(args.recipe).stem}")
-        return launch.run(args, argv, _work)
+        return launch.run(args, argv, _work, processes)
 
 
 def _work(args: argparse.Namespace) -> None:

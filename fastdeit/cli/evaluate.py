@@ -30,8 +30,9 @@ def _eval(args: argparse.Namespace, argv: list[str]) -> int | None:
         return predict.main(args)
     from fastdeit.launch import launch
 
-    with launch.process_of_a_run():
-        return launch.run(args, argv, _evaluate)
+    processes = launch.Processes(args.nproc)
+    with launch.process_of_a_run(processes):
+        return launch.run(args, argv, _evaluate, processes)
 
 
 def _evaluate(args: argparse.Namespace) -> None:

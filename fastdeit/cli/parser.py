@@ -148,15 +148,23 @@ _LONGEST_NAME = 255  # bytes, on Linux
 
 def positive(text: str) -> int:
     """The number in `text`, at least 1 and of at most 64 bits; a `type` of argparse."""
-    value = int(text)
+    value = natural(text)
     if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def natural(text: str) -> int:
+    """The number in `text`, at least 0 and of at most 64 bits; a `type` of argparse."""
+    value = int(text)
+    if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
     if value >= 2**63:
         raise argparse.ArgumentTypeError(f"a number of {len(str(value))} digits does not fit 64 bits")
     return value
 
 
-positive.__name__ = "int"  # argparse names the type in its message
+positive.__name__ = natural.__name__ = "int"  # argparse names the type in its message
 
 
 def add_recipe(verb: Verb) -> None:

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, add_overlays, is_override, lay_over, one, path, positive
+from fastdeit.cli.parser import Verb, add_overlays, is_override, lay_over, natural, one, path, positive
 from fastdeit.errors import UsageError
 
 DEFAULT_RECIPE = "digits"
@@ -14,7 +14,8 @@ IMAGENET_EXAMPLE = "fastdeit train deit_base_distilled --data /path/to/imagenet 
 def _train(args: argparse.Namespace, argv: list[str]) -> int:
     from fastdeit.launch import launch
 
-    with launch.process_of_a_run():
+    processes = launch.Processes(args.nproc, args.nnodes or 1, args.rdzv, args.max_restarts)
+    with launch.process_of_a_run(processes):
         _read_resume(args)
         args.named = one(args.words, "recipe")
         args.recipe = args.named or DEFAULT_RECIPE
@@ -54,9 +55,9 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         if args.dry_run:
             from fastdeit.verbs import dry_run
 
-            dry_run.show(asked, args.nproc or 1)
+            dry_run.show(asked, (args.nproc or 1) * processes.nnodes)
             return 0
-        return launch.run(args, argv, _work)
+        return launch.run(args, argv, _work, processes)
 
 
 def _work(args: argparse.Namespace) -> None:
@@ -92,13 +93,14 @@ TRAIN = Verb(
     "train",
     "train a model by a recipe",
     "[RECIPE] [section.field=value ...] [--as NAME ...] [--data DIR] [--nproc N] [--run-dir DIR]\n"
-    "       [--resume [RUN]] [--from RUN] [--dry-run]",
+    "       [--resume [RUN]] [--from RUN] [--dry-run] [--max-restarts N] [--nnodes N --rdzv HOST:PORT]",
     _train,
     examples=[
         "fastdeit train  # the quick start: handwritten digits, no data and no GPU needed",
         "fastdeit train deit_base --data /path/to/imagenet --nproc 8 train.epochs=100",
         "fastdeit train deit_base --data /path/to/imagenet --nproc 8 --dry-run  # what that would be",
         "fastdeit train deit_base --data /path/to/imagenet --nproc 8 --as public-code  # every setting as theirs",
+        "fastdeit train deit_base --data /path/to/imagenet --nproc 8 --nnodes 4 --rdzv node1:29500  # on each of 4",
         "fastdeit train --resume runs/mine  # go on after an interruption",
         "fastdeit train --from runs/mine@best optim.lr=1e-4  # a new run that begins where that one was best",
     ],
@@ -112,6 +114,15 @@ _add(
 )
 _add("--data", type=path, metavar="DIR", help="the data set's folder, whose kind is detected; short for data.root=DIR")
 _add("--nproc", type=positive, metavar="N", help="processes on this machine, one per GPU (default: 1)")
+_add("--nnodes", type=positive, metavar="N", help="machines, on each of which this command is given (default: 1)")
+_add("--rdzv", metavar="HOST:PORT", help="where several machines meet: the name of one, and a port that is free there")
+_add(
+    "--max-restarts",
+    type=natural,
+    default=0,
+    metavar="N",
+    help="how often to start all processes anew, from the newest checkpoint, after one has failed (default: 0)",
+)
 _add("--run-dir", type=path, metavar="DIR", help="where the run is kept (default: a new dated directory in runs/)")
 _add(
     "--resume",

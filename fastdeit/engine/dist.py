@@ -1,7 +1,10 @@
 """The processes of a run: who this one is, and the few things all of them decide together."""
 
 import os
+import re
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fastdeit import signals
+from fastdeit.engine.rendezvous import Place, meet
+from fastdeit.engine.watch import START_S, LostError, Watch
 
 
 class DeviceError(RuntimeError):
@@ -28,11 +35,36 @@ class World:
     size: int = 1
     _stop: bool = field(default=False, repr=False)
     _control: dist.ProcessGroup | None = field(default=None, repr=False)
+    _watch: Watch | None = field(default=None, repr=False)
 
     @property
     def main(self) -> bool:
         """Whether this process is the one that logs and writes."""
         return self.rank == 0
+
+    def at(self, place: str, *, patient: bool | None = None) -> None:
+        """Say that this process is at `place` now: one that says nothing for `engine.timeout_s` seconds hangs.
+
+        patient  whether it may stay there for as long as a start may take (`watch.START_S`); None: as before. The
+                 time-out of the collectives follows: it is half as long again, in case that the watch itself hangs.
+        """
+        watch = self._watch
+        if watch is None:
+            return
+        before = watch.patient
+        watch.at(place, patient=before if patient is None else patient)
+        if watch.patient != before:
+            timeout = _of_collectives(watch.limit_s())
+            _set_timeout(timeout, dist.group.WORLD)
+            _set_timeout(timeout, self._control)
+
+    def first(self, value: Any) -> Any:
+        """The value of the first process that has one which is true, on every process; else the main process's."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._control)
+        return next(filter(None, values), values[0])
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all processes, in place."""
@@ -116,26 +148,32 @@ class World:
 
     @contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """SIGINT, SIGTERM and SIGUSR1 raise a flag that the loop reads at every step; a second SIGINT acts at once.
+        """The signals of `signals.listened` raise a flag that the loop reads at every step. A second one may ask for
+        more (`signals.Demand`): then KeyboardInterrupt is raised.
 
-        Of several processes their launcher speaks, and it acts. Beside the main thread, where Python takes no signals,
+        Of several processes their launcher speaks, and it alone decides about a second signal. Under srun there is
+        none: the main process speaks, and each process obeys. Beside the main thread, where Python takes no signals,
         nothing is changed.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        launched, demand = self.size > 1 and "TORCHELASTIC_RUN_ID" in os.environ, signals.Demand()
 
         def request(number: int, frame: FrameType | None) -> None:
-            if self._stop and number == signal.SIGINT and self.size == 1:
-                raise KeyboardInterrupt
-            if self.size == 1 and not self._stop:
+            self._stop = True
+            if launched:
+                return
+            if demand.first is None and self.main:
                 name = signal.Signals(number).name
                 # Not print: a handler may interrupt one.
-                os.write(2, f"fastdeit: {name} received; stopping after this step (Ctrl-C again: at once)\n".encode())
-            self._stop = True
+                told = f"fastdeit: {name} received; saving after this step (Ctrl-C or a second SIGTERM: at once)\n"
+                os.write(2, told.encode())
+            demand.receive(number)
+            if demand.at_once:
+                raise KeyboardInterrupt
 
-        handled = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-        previous = {number: signal.signal(number, request) for number in handled}
+        previous = {number: signal.signal(number, request) for number in signals.listened()}
         try:
             yield
         finally:
@@ -144,32 +182,100 @@ class World:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device; raises DeviceError when it is not there."""
+    """`auto`, `cpu` or `cuda` as a device; raises DeviceError when it is not there.
+
+    A process that sees one GPU alone takes it, whatever its place on the machine: so SLURM's `--gpus-per-task=1` gives
+    them out. Whether two processes have got the same one, `world` finds out.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("engine.device is cuda, but torch finds no CUDA device; use engine.device=cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    if local_rank >= count > 1:
         raise DeviceError(f"process {local_rank} has no GPU: {count} found; use --nproc {count}")
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", min(local_rank, count - 1))
 
 
 @contextmanager
-def world(device: str, timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
+def world(device: str, timeout_s: float = START_S) -> Iterator[World]:
     """Join the other processes (gloo on CPU, NCCL on GPU) for the time of a run; alone when the environment names none.
 
-    The timeout is long because the first step of a run may compile and the first epoch may decode slowly.
+    timeout_s  see `World.at`
+
+    Raises DeviceError where a process has no device, RendezvousError where they do not come together, and LostError in
+    the block where others have ended.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield World(_device(device))
+        return
+    place = Place.of(os.environ)
+    chosen = problem = None
+    try:
+        chosen = _device(device)
+    except DeviceError as error:
+        problem = str(error)
+    start = timedelta(seconds=START_S)
+    store = meet(place, problem, start, lambda text: print(f"fastdeit: {text}", file=sys.stderr, flush=True))
+    watch = Watch(place.rank, place.size, place.connect(start), timeout_s)
+    with watch.running():
+        backend, longest = "nccl" if chosen.type == "cuda" else "gloo", _of_collectives(watch.limit_s())
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=longest)
+        try:
+            control = dist.new_group(backend="gloo", timeout=longest)
+            joined = World(chosen, place.rank, place.size, _control=control, _watch=watch)
+            _refuse_shared(joined)
+            yield joined
+        except BaseException as error:
+            # This process fails already. The SIGTERM that a launcher sends to the peers of the first one that did must
+            # not turn that into an interruption; so it stays out until the process has ended.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)
+            if isinstance(error, RuntimeError) and _CONNECTION.search(str(error)):
+                raise LostError(_lost(error, watch)) from error
+            raise
+        finally:
+            dist.destroy_process_group()
+
+
+_CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|NCCL")
+"""What gloo and NCCL say when a peer has gone."""
+
+
+def _lost(error: RuntimeError, watch: Watch) -> str:
+    """Why a collective has failed, in words."""
+    first = str(error).splitlines()[0]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"the connection to the other processes is lost ({first}); the launcher says which one ended first"
+    return watch.lost() or f"a collective failed, though all processes are alive: {first}"
+
+
+def _device(name: str) -> torch.device:
+    chosen = pick_device(name, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if size == 1:
-        yield World(chosen)
-        return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
-    try:
-        yield World(chosen, rank, size, _control=dist.new_group(backend="gloo", timeout=timeout))
-    finally:
-        dist.destroy_process_group()
+    return chosen
+
+
+def _refuse_shared(world: World) -> None:
+    """Raise DeviceError, on every process, where two have the same GPU."""
+    own = None
+    if world.device.type == "cuda":
+        own = socket.gethostname(), str(torch.cuda.get_device_properties(world.device).uuid)
+    found: list[Any] = [None] * world.size
+    dist.all_gather_object(found, own, group=world._control)
+    for rank, each in enumerate(found):
+        if each is not None and each in found[:rank]:
+            raise DeviceError(
+                f"processes {found.index(each)} and {rank} have the same GPU of {each[0]}; start as many processes as "
+                "there are GPUs (--nproc), and give each its own"
+            )
+
+
+def _of_collectives(limit_s: float) -> timedelta:
+    return timedelta(seconds=1.5 * limit_s)
+
+
+def _set_timeout(timeout: timedelta, group: dist.ProcessGroup | None) -> None:
+    """For what `group` begins from now on. The public name came with PyTorch 2.14."""
+    change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    change(timeout, group)

@@ -157,6 +157,7 @@ class Engine:
         What is returned is the plain gradient: the loss scale and the share of a micro-batch are taken out again.
         """
         share = self.guard.scale / self.accumulate
+        self.world.at("the backward of a step")  # where processes wait for each other, which they do not in forward
         (loss * share).backward()
         if wrt is None:
             return None

@@ -7,7 +7,8 @@ What it does not offer is an ending whose exit code can be believed:
   the signals alone in a thread that is not the main one, so the agent runs in such a thread.
 * When a worker of torch's agent ends early, its peers get a fixed 30 s, whatever they are writing, and the signal goes
   to whole process groups, where it also hits the helpers of the loader. torch has no setting for either. `_Agent`
-  therefore replaces `_monitor_workers`, one of the methods that torch documents for those who extend its agent.
+  therefore replaces `_monitor_workers`, one of the methods that torch documents for those who extend its agent. Its
+  own also says too little: of workers that end by its signal it keeps no exit code, so whether they saved is not known.
 """
 
 import contextlib
@@ -18,33 +19,55 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server import WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousParameters,
+)
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+from fastdeit import signals
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 
 HOST = "127.0.0.1"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 KILL_SIGNAL = signal.SIGQUIT
 # After one worker has failed the others cannot finish a step; they only get time to say what they saw.
 PEER_GRACE_S = 5.0
-# A worker needs a moment to install its signal handlers; before that a SIGTERM would end it with nothing said.
-BOOT_S = 1.0
 POLL_S = 0.1
+MEET_S = 600
+"""Seconds for the launchers of several machines to meet: they may be started by hand, one after the other."""
 
 
-def elastic(command: list[str], nproc: int, grace_s: float = 60.0, env: Mapping[str, str] | None = None) -> int:
-    """Run `nproc` copies of `command` as the ranks of one run and return the exit code of the whole.
+def elastic(
+    command: list[str],
+    nproc: int,
+    grace_s: float = 60.0,
+    env: Mapping[str, str] | None = None,
+    *,
+    nnodes: int = 1,
+    rdzv: str | None = None,
+    max_restarts: int = 0,
+) -> int:
+    """Run `nproc` copies of `command` as ranks of one run, those of this machine, and return their exit code.
+
+    nnodes        machines of the run, on each of which this is called
+    rdzv          host:port where the launchers of several machines meet, on one of them
+    max_restarts  how often all ranks are started anew after one has failed (code 1 below)
 
     Each copy finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, besides `env`.
 
-    A first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is passed on to every worker as one SIGTERM: they have `grace_s` seconds
-    to save and exit 75. After that, or at a further SIGINT, or at a SIGQUIT, they are killed. The result is
+    A first signal of `signals.listened` is passed on to every worker as one SIGTERM: they have `grace_s` seconds to
+    save and exit 75. After that, or when a further signal asks for it (`signals.Demand`), or at a SIGQUIT, they are
+    killed. The result is
 
     * 3 or 2 when a worker said so: the 1 of its peers is then only the lost connection;
     * else 1 when any worker failed or had to be killed;
@@ -53,27 +76,63 @@ def elastic(command: list[str], nproc: int, grace_s: float = 60.0, env: Mapping[
 
     Must be called from the main thread, the only one that can receive signals.
     """
-    run_id = f"fastdeit-{os.getpid()}"
-    # A multi-tenant store on port 0 takes a free port and keeps it; rendezvous and workers share this very server.
-    store = TCPStore(HOST, 0, world_size=1, is_master=True, multi_tenant=True)
-    spec = WorkerSpec(
-        role="worker",
-        local_world_size=nproc,
-        rdzv_handler=StaticTCPRendezvous(HOST, store.port, rank=0, world_size=1, run_id=run_id, timeout=60),
-        entrypoint=command[0],
-        args=tuple(argument.replace("$", "$$") for argument in command[1:]),  # the agent expands ${local_rank}
-        max_restarts=0,
-        monitor_interval=POLL_S,
-        master_addr=HOST,
-        master_port=store.port,
-        local_addr=HOST,
-    )
-    agent = _Agent(spec, grace_s)
-    with _environment(env or {}), _signals_to(agent), _quiet_elastic(), ThreadPoolExecutor(1) as thread:
-        thread.submit(agent.run).result()
+    with _environment(env or {}), _quiet_elastic():
+        handler, address = _alone() if nnodes == 1 else _meeting(rdzv, nnodes)
+        spec = WorkerSpec(
+            role="worker",
+            local_world_size=nproc,
+            rdzv_handler=handler,
+            entrypoint=command[0],
+            args=tuple(argument.replace("$", "$$") for argument in command[1:]),  # the agent expands ${local_rank}
+            max_restarts=max_restarts,
+            monitor_interval=POLL_S,
+            **address,
+        )
+        agent = _Agent(spec, grace_s, nnodes)
+        with _signals_to(agent), ThreadPoolExecutor(1) as thread:
+            try:
+                thread.submit(_started_blocked, agent).result()
+            except RendezvousError as error:
+                raise FastdeitError(
+                    f"the launchers of {nnodes} machines did not meet at {rdzv}: {str(error) or type(error).__name__}; "
+                    "look for what the others have said, and give the same command on each"
+                ) from error
+            finally:
+                handler.shutdown()
     code = verdict(agent.codes, agent.killed)
     agent.report(code)
     return code
+
+
+def _alone() -> tuple[RendezvousHandler, dict[str, Any]]:
+    """A rendezvous of this launcher with itself, and the address for its workers: nothing beyond this machine."""
+    # A multi-tenant store on port 0 takes a free port and keeps it; rendezvous and workers share this very server.
+    store = TCPStore(HOST, 0, world_size=1, is_master=True, multi_tenant=True)
+    run_id = f"fastdeit-{os.getpid()}"
+    handler = StaticTCPRendezvous(HOST, store.port, rank=0, world_size=1, run_id=run_id, timeout=60)
+    handler.next_rendezvous()  # joins the server while `store` holds it
+    return handler, {"master_addr": HOST, "master_port": store.port, "local_addr": HOST}
+
+
+def _meeting(rdzv: str, nnodes: int) -> tuple[RendezvousHandler, dict[str, Any]]:
+    """torch's rendezvous of the launchers of several machines, at a store that one of them keeps at `rdzv`.
+
+    Raises FastdeitError where there is no store within `MEET_S`.
+    """
+    parameters = RendezvousParameters(
+        "c10d", rdzv, "fastdeit", nnodes, nnodes, join_timeout=str(MEET_S), last_call_timeout="1", read_timeout="10"
+    )
+    end = time.monotonic() + MEET_S
+    while True:  # each try is short, so that a signal is obeyed in between
+        try:
+            return get_rendezvous_handler(parameters), {}
+        except RendezvousConnectionError as error:
+            if time.monotonic() > end:
+                raise FastdeitError(
+                    f"nobody listens at {rdzv}, where the launchers of {nnodes} machines are to meet, or another "
+                    "program does; HOST of --rdzv must be one of the machines, under the name that it has for the "
+                    "others, and PORT free there"
+                ) from error
 
 
 def verdict(codes: Mapping[int, int], killed: set[int]) -> int:
@@ -87,40 +146,66 @@ def verdict(codes: Mapping[int, int], killed: set[int]) -> int:
     return Interrupted.exit_code if Interrupted.exit_code in own else 0
 
 
+def _started_blocked(agent: "_Agent") -> None:
+    """Run the agent in a thread that has the signals to stop blocked.
+
+    The workers inherit that. A signal that reaches one before it has installed its handlers waits in the kernel,
+    however long the worker takes to get there (`launch.process_of_a_run`). It would otherwise end the worker.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)
+    agent.run()
+
+
 class _Agent(LocalElasticAgent):
     """See the module. `codes` maps a rank to its exit code (negative: the signal that ended it)."""
 
-    def __init__(self, spec: WorkerSpec, grace_s: float) -> None:
+    def __init__(self, spec: WorkerSpec, grace_s: float, nnodes: int = 1) -> None:
         super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull))
+        self._meets, self._restarts = nnodes > 1, 0
         self.codes: dict[int, int] = {}
         self.killed: set[int] = set()
         self._first_failure: int | None = None
         self._grace_s = grace_s
-        self._first_look: float | None = None
         self._deadline: float | None = None
-        self._requested: signal.Signals | None = None
-        self._kill_now = False
+        self._demand = signals.Demand()
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Handler of `STOP_SIGNALS` and `KILL_SIGNAL`: note what is asked for; `_monitor_workers` does it."""
-        if number == KILL_SIGNAL or (self._requested is not None and number == signal.SIGINT):
-            self._kill_now = True
-        elif self._requested is None:
-            self._requested = signal.Signals(number)
+        """Handler of the signals to stop and of `KILL_SIGNAL`: note what is asked for; `_monitor_workers` does it."""
+        if self._meets:
+            # The agent's thread waits for the other machines. There are no workers yet, so there is nothing to save.
+            os.write(2, f"fastdeit: {signal.Signals(number).name} received; nothing has begun\n".encode())
+            os._exit(Interrupted.exit_code)
+        if number == KILL_SIGNAL:
+            self._demand.at_once = True
+        else:
+            self._demand.receive(number)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        if self._first_look is None:
-            self._first_look = time.monotonic()
+        self._meets = False
         running = self._reap(worker_group)
         if not running:
             if any(self.codes.values()):
+                self._restart_or_end()
                 return RunResult(state=WorkerState.FAILED)
             return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(self.codes))
-        if self._kill_now or (self._deadline is not None and time.monotonic() > self._deadline):
+        if self._demand.at_once or (self._deadline is not None and time.monotonic() > self._deadline):
             self._kill(running)
         elif self._deadline is None:
             self._stop_if_needed(running)
         return RunResult(state=WorkerState.HEALTHY)
+
+    def _restart_or_end(self) -> None:
+        """Let torch restart the workers after this, if that may help, or not."""
+        failed = verdict(self.codes, self.killed) == FastdeitError.exit_code
+        if not failed or self._demand.first is not None or self._demand.at_once:
+            self._remaining_restarts = 0
+        if self._remaining_restarts == 0:
+            return
+        self._restarts += 1
+        most = self._restarts + self._remaining_restarts - 1
+        self.report(FastdeitError.exit_code)
+        _say(f"starting all ranks anew, from the newest checkpoint (restart {self._restarts} of {most})")
+        self.codes, self.killed, self._first_failure, self._deadline = {}, set(), None, None
 
     def _reap(self, worker_group: WorkerGroup) -> dict[int, int]:
         """Note the workers that have ended; return the process ids of the others, by rank."""
@@ -139,13 +224,11 @@ class _Agent(LocalElasticAgent):
         return running
 
     def _stop_if_needed(self, running: dict[int, int]) -> None:
-        if time.monotonic() < self._first_look + BOOT_S:
-            return
-        if self._requested is not None:
+        if self._demand.first is not None:
             seconds = self._grace_s
             _say(
-                f"{self._requested.name} received; the workers have {seconds:g} s to save and stop "
-                "(Ctrl-C again kills them now)"
+                f"{self._demand.first.name} received; the workers have {seconds:g} s to save and stop "
+                "(Ctrl-C or a second SIGTERM kills them now)"
             )
         elif self._first_failure is not None:
             seconds = min(PEER_GRACE_S, self._grace_s)
@@ -173,7 +256,9 @@ class _Agent(LocalElasticAgent):
                 _say(f"rank {self._first_failure} failed first: {_describe(self.codes[self._first_failure])}")
         elif self.killed:
             ranks = ", ".join(map(str, sorted(self.killed)))
-            why = "on request" if self._kill_now else f"still running {self._grace_s:g} s after being asked to stop"
+            why = (
+                "on request" if self._demand.at_once else f"still running {self._grace_s:g} s after being asked to stop"
+            )
             _say(f"rank {ranks} killed ({why}); the run said at its start how to go on from its last checkpoint")
 
 
@@ -217,7 +302,8 @@ def _environment(extra: Mapping[str, str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _signals_to(agent: _Agent) -> Iterator[None]:
     """Hand the signals of the launcher to `agent`, for the time of the block."""
-    before = {number: signal.signal(number, agent.on_signal) for number in (*STOP_SIGNALS, KILL_SIGNAL)}
+    numbers = (*signals.listened(), KILL_SIGNAL)
+    before = {number: signal.signal(number, agent.on_signal) for number in numbers}
     try:
         yield
     finally:

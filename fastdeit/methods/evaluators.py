@@ -30,8 +30,8 @@ class Processes(Protocol):
         """The rows `[n, ...]` of all processes, in the order of the processes; n may differ."""
         ...
 
-    def same(self, value: Any) -> Any:
-        """The main process's value, on every process."""
+    def first(self, value: Any) -> Any:
+        """The value of the first process that has one which is true, on every process; else the main process's."""
         ...
 
 
@@ -103,7 +103,7 @@ class Classify:
 
 def _per_cent(counts: dict[str, Tensor], seen: int, processes: Processes) -> tuple[dict[str, float], ...]:
     """(first, among five) of all images from the counts of this process, which may have had none."""
-    names = processes.same(list(counts))
+    names = processes.first(list(counts))  # one may have had no image that can be used
     zero = torch.zeros(2, dtype=torch.float64, device=processes.device)
     rows = [torch.full_like(zero, seen), *(counts.get(name, zero) for name in names)]
     (total, _), *hits = processes.sum(torch.stack(rows)).tolist()
@@ -132,7 +132,7 @@ class HeldOutLoss:
                 mean = value.detach().double() * len(batch)
                 sums[name] = sums[name] + mean if name in sums else mean
         processes = evaluation.processes
-        names = processes.same(list(sums))
+        names = processes.first(list(sums))
         zero = torch.zeros((), dtype=torch.float64, device=processes.device)
         total, *totals = processes.sum(
             torch.stack([torch.full_like(zero, seen), *(sums.get(name, zero) for name in names)])

@@ -335,6 +335,9 @@ class EngineConfig(Section):
     on_spike: Literal["warn", "skip", "rollback"] = "warn"
     """What becomes of a step whose gradients have a norm of more than 10 times the usual one. warn: it is said; skip:
     the update is left out; rollback: the run goes on from the weights of its newest checkpoint as well."""
+    timeout_s: Positive = 600.0
+    """Seconds without progress after which one of several processes counts as hung: the run says which, and ends. The
+    first step, evaluations and checkpoints may take half an hour, or this if it is longer."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
 

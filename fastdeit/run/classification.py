@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.batch import Batch
+from fastdeit.errors import FastdeitError
 from fastdeit.methods.base import scores
 from fastdeit.methods.config import Fuse
 from fastdeit.methods.evaluators import Evaluation, images
@@ -80,14 +81,17 @@ class Classification:
         classes = 0
         for batch in evaluation.held_out():
             with evaluation.autocast():
-                found = named_scores(self._logits(images(batch)), self._fuse)
-            for index, (name, (ranked, sure)) in enumerate(found.items()):
+                scores = named_scores(self._logits(images(batch)), self._fuse)
+            for index, (name, (ranked, sure)) in enumerate(scores.items()):
                 row, hits = _row(ranked, sure, batch)
                 sums[name] = sums[name] + row if name in sums else row
                 if index == 0:
                     classes = ranked.shape[1]
                     answer.append((batch.targets.y1, *hits))
-        names, classes = processes.same((list(sums), classes))
+        found = processes.first((list(sums), classes) if sums else None)
+        if found is None:
+            raise FastdeitError("no held-out image can be used, so there is nothing to judge by")
+        names, classes = found
         self.names = names
         zero = torch.zeros(5 + 3 * BINS, dtype=torch.float64, device=processes.device)
         total = processes.sum(torch.stack([sums.get(name, zero) for name in names]))

@@ -50,6 +50,7 @@ def evaluate(
 
     def moved(loader: EvalLoader) -> Iterator[Batch]:
         for batch in islice(loader.batches(), batches):
+            world.at("an evaluation", patient=True)
             yield batch.to(world.device)
 
     evaluation = Evaluation(

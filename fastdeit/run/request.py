@@ -68,6 +68,19 @@ def read(args: argparse.Namespace, say: Callable[[str], None]) -> Request:
     return _resume(given, args)
 
 
+def restart(args: argparse.Namespace, run: Path) -> None:
+    """Change the arguments of a command into those that go on with `run`, which it began before it failed.
+
+    Before its first checkpoint there is nothing to go on from; then it begins there once more, and a fork as told.
+    The run's own recipe counts, as it is that of the command.
+    """
+    goes_on = directory.can_go_on(run)
+    if not goes_on and args.origin is not None:
+        return
+    args.resume, args.run_dir, args.origin = "", str(run), None
+    args.named = None if goes_on else args.recipe
+
+
 def _resume(run: Path, args: argparse.Namespace) -> Request:
     """Go on with `run`; a recipe that is named must be the one of the run."""
     if not run.is_dir():

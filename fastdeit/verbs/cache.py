@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     recipe = recipes.load(args.recipe, args.overrides)
     torch.backends.cuda.matmul.allow_tf32 = True  # as in training
     torch.backends.cudnn.allow_tf32 = True
-    with join_world(recipe.engine.device) as world, world.stop_on_signals():
+    with join_world(recipe.engine.device, recipe.engine.timeout_s) as world, world.stop_on_signals():
         recipe = precision.fixed(threads.fixed(recipe, world), world)
         with threads.computing(recipe.engine.threads):
             fill(recipe, teachers_of(recipe, args.teacher), args.out, world, top_k=args.top_k, epochs=args.epochs)
@@ -197,6 +197,7 @@ class _Questions:
             return _timed(blocks, _TRIAL_STEPS)
 
     def _records(self, batch: Batch) -> NDArray:
+        self._world.at("the teacher's answers", patient=True)
         with autocast(self._world.device, self._precision):
             logits = self._teacher(batch.to(self._world.device))
         return self._layout.encode(batch.index.numpy(), logits)

@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     _refuse_no_folder(args.classes, args.confusion, args.calibration)
     weights = open_weights(args.address)
     recipe = settings(weights, args.model, args.overrides, args.data)
-    with join_world(recipe.engine.device) as world:
+    with join_world(recipe.engine.device, recipe.engine.timeout_s) as world:
         source = known_classes(weights, build.held_out(recipe), say=world.main)
         recipe = threads.fixed(recipe, world)
         with threads.computing(recipe.engine.threads):  # those of the run, so that its number is met to the last bit

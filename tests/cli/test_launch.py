@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from fastdeit import signals
 from fastdeit.errors import UsageError
 from fastdeit.launch import agent, launch
 from fastdeit.launch.agent import elastic, verdict
 from fastdeit.launch.began import process_began
+from fastdeit.launch.launch import Processes
 
 WORKER = """
 import os, signal, sys, time
@@ -25,8 +27,9 @@ stop = []
 if mode == "slow":
     if rank == "0":
         os.kill(os.getppid(), signal.SIGTERM)
-    time.sleep(0.5)
-with launch.process_of_a_run():
+    while signal.SIGTERM not in signal.sigpending():  # one that is not blocked ends this process
+        time.sleep(0.01)
+with launch.process_of_a_run(launch.Processes()):
     signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else lambda number, frame: stop.append(number))
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     words = [str(os.getpid()), *(os.environ[name] for name in names), *sys.argv[3:]]
@@ -38,6 +41,8 @@ with launch.process_of_a_run():
             os.kill(os.getpid(), -code)
         if code:
             sys.exit(code)
+    if mode == "again" and rank == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] in sys.argv[4:]:
+        sys.exit(int(sys.argv[3]))
     if mode == "late" and rank == "0":
         sys.exit(75)
     if mode in ("stop", "deaf") and rank == "0":
@@ -74,9 +79,9 @@ def importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
-def run(worker: Path, mode: str, *more: str, grace_s: float = 20.0) -> int:
+def run(worker: Path, mode: str, *more: str, grace_s: float = 20.0, max_restarts: int = 0) -> int:
     command = [sys.executable, str(worker), mode, str(worker.parent), *more]
-    return elastic(command, 2, grace_s, launch.worker_environment(0.0))
+    return elastic(command, 2, grace_s, launch.worker_environment(0.0), max_restarts=max_restarts)
 
 
 def wait_for(condition, seconds: float = 30.0) -> None:
@@ -120,6 +125,29 @@ def test_failure_of_a_worker_is_the_runs(worker, capfd, codes, expected, message
     assert capfd.readouterr().err == message
 
 
+def test_a_failure_is_started_anew_as_often_as_allowed(worker, capfd):
+    assert run(worker, "again", "1", "0", max_restarts=1) == 0
+    err = capfd.readouterr().err
+    assert "rank 1 failed first: exit code 1" in err
+    assert "starting all ranks anew, from the newest checkpoint (restart 1 of 1)" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "attempts", "expected", "restarts"),
+    [("1", "0 1", 0, 2), ("1", "0 1 2 3", 1, 2), ("2", "0", 2, 0), ("3", "0", 3, 0), ("75", "0", 75, 0)],
+)
+def test_only_a_failure_is_started_anew(worker, capfd, code, attempts, expected, restarts):
+    assert run(worker, "again", code, *attempts.split(), max_restarts=2) == expected
+    assert capfd.readouterr().err.count("starting all ranks anew") == restarts
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_stop_is_not_started_anew(worker, capfd):
+    assert run(worker, "deaf", "SIGTERM", grace_s=0.3, max_restarts=2) == 1
+    assert "starting all ranks anew" not in capfd.readouterr().err
+
+
 def test_verdict():
     assert verdict({0: 0, 1: 75}, set()) == 75
     assert verdict({0: 1, 1: 3}, set()) == 3, "the peer's 1 is the connection it lost"
@@ -129,7 +157,8 @@ def test_verdict():
     assert verdict({0: -15, 1: 0}, set()) == 1
 
 
-def test_sigterm_to_the_launcher_is_75(worker, capfd):
+def test_sigterm_to_the_launcher_is_75(worker, capfd, monkeypatch):
+    monkeypatch.setattr(signals, "REPEAT_S", 3600)
     assert run(worker, "stop", "SIGTERM", "SIGTERM") == 75
     assert [(worker.parent / f"{rank}.saved").read_text() for rank in (0, 1)] == ["1", "1"], (
         "told once, however often we are"
@@ -139,9 +168,9 @@ def test_sigterm_to_the_launcher_is_75(worker, capfd):
     assert err.count("\n") == 1
 
 
-def test_a_signal_at_the_start_waits_until_workers_can_hear_it(worker):
+def test_a_signal_at_the_start_waits_until_workers_can_hear_it(worker, capfd):
     assert run(worker, "slow") == 75
-    assert [(worker.parent / f"{rank}.saved").exists() for rank in (0, 1)] == [True, True]
+    assert "SIGTERM received while not training; nothing is lost" in capfd.readouterr().err
 
 
 def test_a_worker_gone_early_leaves_its_peer_the_time_to_save(worker):
@@ -154,10 +183,69 @@ def test_deaf_workers_are_killed_after_the_grace(worker, capfd):
     assert "rank 0, 1 killed (still running 0.3 s after being asked to stop)" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("signals", [("SIGINT", "SIGINT"), ("SIGQUIT",)], ids=" ".join)
-def test_a_second_interrupt_kills_at_once_and_so_does_sigquit(worker, capfd, signals):
-    assert run(worker, "deaf", *signals) == 1
+@pytest.mark.parametrize(
+    "names",
+    [("SIGTERM", "SIGTERM"), ("SIGQUIT",), pytest.param(("SIGHUP", "SIGINT"), marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_a_second_signal_kills_at_once_and_so_does_sigquit(worker, capfd, monkeypatch, names):
+    monkeypatch.setattr(signals, "REPEAT_S", 0)
+    assert run(worker, "deaf", *names) == 1
     assert "rank 0, 1 killed (on request)" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_the_parent_ignores_stays_ignored(worker, capfd):
+    """As under nohup: the worker sends SIGHUP first, and only the SIGTERM after it is obeyed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(worker, "stop", "SIGHUP", "SIGTERM") == 75
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert capfd.readouterr().err.startswith("fastdeit: SIGTERM received")
+
+
+@pytest.fixture
+def disposition():
+    """`disposition(number, handler)` for the time of a test."""
+    before = {}
+
+    def put(number, handler):
+        before.setdefault(number, signal.signal(number, handler))
+
+    yield put
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM])
+def test_a_process_of_a_run_leaves_ignored_signals_alone_but_for_sigterm(ignored, disposition):
+    disposition(ignored, signal.SIG_IGN)
+    with launch.process_of_a_run(launch.Processes()):
+        handled = {number for number in signals.STOP_SIGNALS if signal.getsignal(number) is launch._exit_idle}
+    assert handled == set(signals.STOP_SIGNALS) - ({ignored} - {signal.SIGTERM})
+    assert signal.getsignal(ignored) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("received", "repeat_s", "at_once"),
+    [
+        ("SIGINT SIGINT", 3600, True),
+        ("SIGUSR1 SIGINT", 3600, True),
+        ("SIGTERM SIGTERM", 0, True),
+        ("SIGTERM SIGTERM", 3600, False),  # of one `scancel`: to the group, and passed on by the parent in it
+        ("SIGHUP SIGHUP", 0, False),
+        ("SIGUSR1 SIGTERM SIGTERM", 0, False),  # the time limit of a job that is still saving
+        ("SIGUSR1 SIGHUP", 0, False),
+    ],
+)
+def test_what_a_second_signal_asks_for(received, repeat_s, at_once, monkeypatch):
+    monkeypatch.setattr(signals, "REPEAT_S", repeat_s)
+    demand, numbers = signals.Demand(), [signal.Signals[name] for name in received.split()]
+    for number in numbers:
+        assert not demand.at_once
+        demand.receive(number)
+    assert (demand.first, demand.at_once) == (numbers[0], at_once)
 
 
 def test_workers_do_not_outlive_an_agent_that_breaks(worker, monkeypatch):
@@ -210,7 +298,7 @@ def test_die_with_parent_notices_that_the_parent_is_gone():
 def test_interrupted_before_training_is_75():
     code = (
         "import os, signal\nfrom fastdeit.launch import launch\n"
-        "with launch.process_of_a_run():\n    os.kill(os.getpid(), signal.SIGINT)"
+        "with launch.process_of_a_run(launch.Processes()):\n    os.kill(os.getpid(), signal.SIGINT)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 75
@@ -263,11 +351,44 @@ def test_ranks_given_from_outside():
         "WORLD_SIZE": "8",
         "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "gpu03",
-        "MASTER_PORT": str(20000 + 123456 % 20000),
+        "MASTER_PORT": str(20000 + 123456 % 12000),
     }
+    steps = [launch.rank_environment(SRUN | {"SLURM_STEP_ID": str(step)})["MASTER_PORT"] for step in range(3)]
+    jobs = [launch.rank_environment(SRUN | {"SLURM_JOB_ID": str(123456 + n)})["MASTER_PORT"] for n in range(1, 4)]
+    assert len({*steps, *jobs}) == 6, "steps of a job, and jobs, that share a machine do not share a port"
     assert launch.rank_environment(SRUN | TORCHRUN) == TORCHRUN, "torchrun inside a SLURM step is nearer"
     kept = launch.rank_environment(SRUN | {"MASTER_ADDR": "x", "MASTER_PORT": "5", "SLURM_STEP_TASKS_PER_NODE": "5,3"})
     assert (kept["MASTER_ADDR"], kept["MASTER_PORT"], "LOCAL_WORLD_SIZE" in kept) == ("x", "5", False)
+
+
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set, perhaps left over .* unset RANK and WORLD_SIZE"),
+        (TORCHRUN | {"RANK": "4"}, "RANK=4 does not fit WORLD_SIZE=4"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 does not fit LOCAL_WORLD_SIZE=2"),
+        (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE='four' in the environment is not a number"),
+        (TORCHRUN | {"MASTER_PORT": "-1"}, "MASTER_PORT='-1'"),
+        ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS='x'"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "but SLURM_PROCID, SLURM_LOCALID"),
+    ],
+    ids=str,
+)
+def test_an_environment_that_makes_no_sense_explains_itself(env, told):
+    with pytest.raises(UsageError, match=told):
+        launch.rank_environment(env)
+
+
+def test_a_process_of_srun_knows_its_rank_and_a_launcher_under_srun_has_none(monkeypatch):
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    with launch.process_of_a_run(Processes()):
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("5", "8")
+    assert "RANK" not in os.environ
+    with launch.process_of_a_run(Processes(4, 2, "gpu03:29500")):
+        assert "RANK" not in os.environ
 
 
 @pytest.mark.parametrize("missing", ["LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
@@ -293,11 +414,30 @@ def test_first_host(nodelist, first):
 
 
 def test_nproc_under_another_launcher():
-    launch.check_nproc(None, TORCHRUN)
-    launch.check_nproc(2, TORCHRUN)
-    launch.check_nproc(7, {"RANK": "0"})
+    for asked in (Processes(), Processes(1), Processes(2), Processes(2, 2, "a:1")):
+        launch.check_processes(asked, TORCHRUN | {"GROUP_WORLD_SIZE": "2"})
+    launch.check_processes(Processes(7, 3, "a:1"), {"RANK": "0"})
     with pytest.raises(UsageError, match="--nproc 8 disagrees"):
-        launch.check_nproc(8, TORCHRUN)
+        launch.check_processes(Processes(8), TORCHRUN)
+    with pytest.raises(UsageError, match=r"--nproc 8 disagrees .* started 1 on this machine"):
+        launch.check_processes(Processes(8), {"RANK": "0", "WORLD_SIZE": "1"})
+    with pytest.raises(UsageError, match="--nnodes 3 disagrees"):
+        launch.check_processes(Processes(2, 3, "a:1"), TORCHRUN | {"GROUP_WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (Processes(2, 2), "several machines need both"),
+        (Processes(2, 1, "a:1"), "several machines need both"),
+        (Processes(2, 2, "a"), "is not HOST:PORT"),
+        (Processes(2, 2, "tcp://a:1"), "is not HOST:PORT"),
+    ],
+)
+def test_what_several_machines_need(asked, told):
+    with pytest.raises(UsageError, match=told):
+        asked.check()
+    Processes(2, 2, "[fe80::1]:29500").check()
 
 
 def test_settings_from_the_environment():

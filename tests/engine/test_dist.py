@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from fastdeit import signals
 from fastdeit.engine import dist
 from fastdeit.engine.dist import DeviceError, World, pick_device
 
@@ -54,7 +55,7 @@ def test_nobody_stops_unasked(ranks):
     assert ranks(2, alone_stops) == [False, False]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_raise_a_flag_and_handlers_come_back(number):
     before = signal.getsignal(number)
     world = World(CPU)
@@ -65,12 +66,41 @@ def test_signals_raise_a_flag_and_handlers_come_back(number):
     assert signal.getsignal(number) is before
 
 
-def test_second_interrupt_acts_at_once():
-    world = World(CPU)
-    with world.stop_on_signals():
-        os.kill(os.getpid(), signal.SIGINT)
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_acts_at_once(second, monkeypatch):
+    monkeypatch.setattr(signals, "REPEAT_S", 0)
+    with World(CPU).stop_on_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), second)
+
+
+def test_a_rank_of_a_launcher_leaves_a_second_signal_to_it_and_one_of_srun_does_not(monkeypatch, capfd):
+    monkeypatch.setattr(signals, "REPEAT_S", 0)
+    world = World(CPU, rank=0, size=2)
+    with world.stop_on_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert "SIGTERM received" in capfd.readouterr().err, "nobody else says it under srun"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    world = World(CPU, rank=0, size=2)
+    with world.stop_on_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert world._stop
+    assert capfd.readouterr().err == ""
+
+
+def test_a_signal_that_the_parent_ignores_is_not_heard():
+    world, before = World(CPU), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with world.stop_on_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not world.stop_requested()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_device_that_is_not_there_is_named(monkeypatch):

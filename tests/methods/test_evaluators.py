@@ -13,7 +13,7 @@ from fastdeit.engine.dist import World
 from fastdeit.methods import evaluators
 from fastdeit.methods.base import Method, Out
 from fastdeit.methods.config import SupervisedConfig
-from fastdeit.methods.evaluators import Evaluation, HeldOutLoss, Knn, LinearProbe
+from fastdeit.methods.evaluators import Classify, Evaluation, HeldOutLoss, Knn, LinearProbe
 from fastdeit.models.timm_model import TimmVisionTransformer
 from fastdeit.run.evaluate import evaluate
 from tests.toys import toy_batch, toy_context
@@ -76,6 +76,31 @@ def both(rank, size, training, held_out):
 def test_several_processes_find_the_same(ranks, training, held_out):
     expected = both(0, 1, training, held_out)
     assert ranks(2, both, training, held_out) == [expected] * 2
+
+
+def every_kind(rank, size):
+    """All evaluators where the main process has no image that can be used, and the last one has all."""
+    method = Mean()
+    held_out = Stream(HELD_OUT if rank == size - 1 else [], shift=3)
+    kinds = {"classes": Classify(), "loss": HeldOutLoss(), "knn": Knn(3), "linear": LinearProbe()}
+    world = World(torch.device("cpu"), rank, size)
+    return evaluate(method, kinds, held_out, lambda: Stream(TRAINING, rank, size), world, "fp32").metrics
+
+
+class Mean(Features):
+    """Answers with the grey value, and its loss is the mean label."""
+
+    def predict(self, x):
+        return {"head": torch.stack([-(x[:, 0, 0, 0] - 25 * k / 255).abs() for k in range(CLASSES)], 1)}
+
+    def __call__(self, batch):
+        return mean_label(batch)
+
+
+def test_a_main_process_without_an_image_takes_part(ranks):
+    alone = every_kind(0, 1)
+    assert alone["top1_head"] == 100.0
+    assert ranks(2, every_kind) == [alone] * 2
 
 
 def test_a_linear_probe_is_the_least_squares_fit_and_gathers_no_features(monkeypatch):

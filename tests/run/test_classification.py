@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix
 
 from fastdeit.engine.dist import World
+from fastdeit.errors import FastdeitError
 from fastdeit.methods.base import scores
 from fastdeit.methods.evaluators import Classify, Evaluation
 from fastdeit.run.classification import BINS, Classification
@@ -23,12 +24,12 @@ def logits_and_labels(seed=0):
     return first, second, torch.randint(CLASSES, (IMAGES,), generator=generator)
 
 
-def judged(logits, labels, *, rank=0, size=1, fuse="softmax", evaluator=Classification, **options):
+def judged(logits, labels, *, rank=0, size=1, rows=None, fuse="softmax", evaluator=Classification, **options):
     """Metrics and evaluator; the network looks its logits up by the grey value of an image, which is its number."""
-    rows = torch.arange(IMAGES)[rank::size]
+    rows = torch.arange(IMAGES)[rank::size] if rows is None else rows
 
     def held_out():
-        for some in rows.split(17):
+        for some in rows.split(17) if len(rows) else ():
             pixels = some.to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 2, 2, 3)
             yield toy_batch(pixels, labels[some], mean=(0.0,) * 3, std=(1 / 255,) * 3)
 
@@ -122,6 +123,9 @@ def test_images_without_finite_scores_are_wrong_and_counted(bad):
 
 def on_rank(rank, size, logits, labels):
     metrics, made = judged(logits, labels, rank=rank, size=size, confusion=True)
+    nothing, everything = torch.arange(0), torch.arange(IMAGES)
+    lone, _ = judged(logits, labels, rank=rank, size=size, rows=everything if rank == size - 1 else nothing)
+    assert lone == pytest.approx(metrics), "the main process may have no image that can be used"
     return metrics, made.per_class.tolist(), made.confusion.tolist()
 
 
@@ -129,3 +133,9 @@ def test_two_processes_find_what_one_does(ranks):
     first, second, labels = logits_and_labels()
     alone, per_class, confusion = on_rank(0, 1, (first, second), labels)
     assert ranks(2, on_rank, (first, second), labels) == [(pytest.approx(alone), per_class, confusion)] * 2
+
+
+def test_without_any_image_there_is_nothing_to_judge_by():
+    first, second, labels = logits_and_labels()
+    with pytest.raises(FastdeitError, match="no held-out image can be used"):
+        judged((first, second), labels, rows=torch.arange(0))

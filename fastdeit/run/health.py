@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
 
 
-class Watch:
+class Health:
     """Judges a run from step `start` on, and explains why it stops.
 
     again  `again(*overrides)` is the command to go on with

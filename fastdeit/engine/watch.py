@@ -1,0 +1,195 @@
+"""Hung and dead processes of a run are found, named, and ended.
+
+The processes of a run go in step: where one hangs, all others soon wait for it in a collective, and none of them can
+tell which one it is. So each has a thread that watches its own main thread. The main thread says where it is
+(`Watch.at`), and how often it has said so counts how far it is. When it has said nothing for too long, the thread
+writes the stacks of its process to stderr and puts the count into the store. The process with the lowest count, or the
+one that has put nothing there, is the one that hangs. Then all end.
+
+Each thread also puts a sign of life into the store. When a collective fails, those without one are dead.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch.distributed import Store
+
+from fastdeit.engine.rendezvous import ranks
+
+START_S = 3600.0
+"""The time-out until a run has made its first step, while it evaluates, and while it saves: code is compiled then, data
+are looked through, and files are written that all others wait for."""
+_LIFE_S = 1.0
+_LOST_LIVES = 5
+"""Signs of life that a process may owe before it counts as dead."""
+
+
+class LostError(RuntimeError):
+    """Other processes of the run have ended, or their machines cannot be reached."""
+
+
+class Watch:
+    """Watches the main thread of this process of a run, from `running` on.
+
+    store      a connection for this object alone, with the keys of this attempt
+    timeout_s  seconds in which the main thread has to say something, once the run has made a step
+    leave      ends the process with a code
+
+    At places that are `patient` START_S counts, if it is longer than `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        store: Store,
+        timeout_s: float,
+        *,
+        leave: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self.patient = True
+        self._store, self._leave = store, leave
+        self._said = (0, "the start", time.monotonic())
+        self._main = threading.get_ident()
+        self._end = threading.Event()
+
+    def at(self, place: str, *, patient: bool) -> None:
+        """The main thread says that it is at `place` now; costs a microsecond."""
+        self.patient = patient
+        self._said = (self._said[0] + 1, place, time.monotonic())
+
+    def limit_s(self) -> float:
+        """Seconds that the main thread may be where it is."""
+        return max(START_S, self.timeout_s) if self.patient else self.timeout_s
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Watch for the time of the block."""
+        thread = threading.Thread(target=self._watch, daemon=True, name="fastdeit-watch")
+        thread.start()
+        try:
+            yield
+        finally:
+            self._end.set()
+            thread.join()
+
+    def lost(self) -> str | None:
+        """Which other processes are dead, in words; None: all are alive. Takes some seconds."""
+        try:
+            before = self._lives()
+            time.sleep(_LOST_LIVES * _LIFE_S)
+            after = self._lives()
+            dead = [rank for rank in range(self.size) if rank != self.rank and before[rank] == after[rank]]
+            whose = [json.loads(self._store.get(f"here/{rank}")) for rank in dead]
+        except RuntimeError:
+            return "the store of the run is gone, and with it rank 0 or the launcher"
+        if not dead:
+            return None
+        named = ", ".join(f"process {each['pid']} on {each['host']}" for each in whose[:8])
+        return f"{ranks(dead)} of {self.size} ended or cannot be reached any more ({named})"
+
+    # ---- the thread --------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        life = 0
+        while not self._end.wait(min(_LIFE_S, self.timeout_s / 4)):
+            life += 1
+            hangs = time.monotonic() - self._said[2] > self.limit_s()
+            with contextlib.suppress(RuntimeError):  # the store is gone: the main thread will see that
+                self._store.set(f"life/{self.rank}", str(life))
+                hangs = hangs or self._store.check(["hangs"])  # another one has found that the run hangs
+            if hangs:
+                self._hangs()
+                return
+
+    def _lives(self) -> list[bytes | None]:
+        keys = [f"life/{rank}" for rank in range(self.size)]
+        return [self._store.get(key) if self._store.check([key]) else None for key in keys]
+
+    def _hangs(self) -> None:
+        """Say what there is to be said, and end the process."""
+        count, place, since = self._said
+        seconds = time.monotonic() - since
+        own = {"count": count, "place": place, "line": self._line(), "host": socket.gethostname(), "pid": os.getpid()}
+        with contextlib.suppress(RuntimeError):
+            self._store.set("hangs", str(self.rank))
+        _write(f"fastdeit: rank {self.rank} has not moved for {seconds:.0f} s; its stacks:\n{_stacks()}")
+        culprits = [self.rank]
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"hangs/{self.rank}", json.dumps(own))
+            found = self._others()
+            culprits = hung(found, self.size)
+            if self.rank == min(found):
+                _write(f"fastdeit: {verdict(found, culprits, self.size, seconds)}\n")
+                self._store.set("told", "")
+            self._until(["told"])
+        if self.rank not in culprits:
+            time.sleep(_LIFE_S)  # so that a launcher that tells which rank ended first names the right one
+        self._leave(1)
+
+    def _others(self) -> dict[int, Mapping[str, Any]]:
+        """What the processes that can still speak have put into the store: they look once in `_LIFE_S` seconds."""
+        keys = {rank: f"hangs/{rank}" for rank in range(self.size)}
+        self._until(list(keys.values()))
+        return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
+
+    def _until(self, keys: list[str]) -> None:
+        """Wait until the store has all `keys`, or until those who owe them count as dead."""
+        end = time.monotonic() + _LOST_LIVES * _LIFE_S
+        while time.monotonic() < end and not self._store.check(keys):
+            time.sleep(0.05)
+
+    def _line(self) -> str:
+        frame = sys._current_frames().get(self._main)
+        if frame is None:
+            return "an unknown line"
+        return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+def hung(found: Mapping[int, Mapping[str, Any]], size: int) -> list[int]:
+    """The ranks that all others wait for, of what each that can still speak has `found` of itself."""
+    silent = [rank for rank in range(size) if rank not in found]
+    fewest = min(each["count"] for each in found.values())
+    behind = [rank for rank, each in found.items() if each["count"] == fewest]
+    return silent or behind
+
+
+def verdict(found: Mapping[int, Mapping[str, Any]], culprits: list[int], size: int, seconds: float) -> str:
+    """One sentence for each rank that hangs."""
+    if len(culprits) == size and size > 1:
+        lines = "; ".join(f"rank {rank} in {each['line']}" for rank, each in found.items())
+        return f"all {size} ranks have been at {found[0]['place']} for {seconds:.0f} s, and none is behind: {lines}"
+    told = []
+    for rank in culprits:
+        each = found.get(rank)
+        if each is None:
+            told.append(f"rank {rank} hangs: it says nothing at all, so it is stopped or its machine is")
+        else:
+            where = f"process {each['pid']} on {each['host']}"
+            told.append(f"rank {rank} hangs ({where}): at {each['place']} for {seconds:.0f} s, in {each['line']}")
+    others = [rank for rank in found if rank not in culprits]
+    return "; ".join(told) + f"; {ranks(others)} waited for it" * bool(others)
+
+
+def _stacks() -> str:
+    """The Python stacks of all threads."""
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+
+def _write(text: str) -> None:
+    """In one piece, so that the stacks of several processes do not mix."""
+    os.write(2, text.encode())

@@ -1,0 +1,207 @@
+"""Whole runs of two real processes that come to harm: hung, stopped and killed ranks, restarts, signals, srun, nodes.
+
+Each waits for events. The time-outs are safety nets.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faulty_ranks import RECIPE
+from tests.small_runs import assert_same_weights
+
+pytestmark = pytest.mark.slow
+TOTAL, NET_S = 18, 300
+
+
+@pytest.fixture
+def started(tmp_path):
+    """`started(*words, fault=..., **env)` is a process of `fastdeit train` in `tmp_path`."""
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "faults").mkdir()
+    processes = []
+
+    def start(*words, fault="", launcher=(sys.executable,), **env):
+        new = os.environ | {
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "FAULTS": str(tmp_path / "faults"),
+            "FAULT": fault,
+            **env,
+        }
+        command = [*launcher, "-m", "fastdeit", "train", "r.yaml", *words]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=new, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def ended(process):
+    out, err = process.communicate(timeout=NET_S)
+    return process.returncode, out, err
+
+
+def comes(path):
+    end = time.monotonic() + NET_S
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} does not come"
+        time.sleep(0.02)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run of two processes that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "r.yaml").write_text(RECIPE)
+    (folder / "faults").mkdir()
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "FAULTS": str(folder / "faults")}
+    command = [sys.executable, "-m", "fastdeit", "train", "r.yaml", "--nproc", "2", "--run-dir", "run"]
+    subprocess.run(command, cwd=folder, env=env, check=True, timeout=NET_S)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (
+            "hang 1 4",
+            r"rank 1 hangs \(process \d+ on .*\): at the computation of a step for .*faulty_ranks.py:\d+ \(hang\)",
+        ),
+        ("hang 0 4", r"rank 0 hangs \(process \d+ on .*; rank 1 waited for it"),
+        ("stop 1 4", r"rank 1 hangs: it says nothing at all.*; rank 0 waited for it"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_the_run_fails(started, fault, told):
+    code, _, err = ended(started("--nproc", "2", "engine.timeout_s=4", fault=fault))
+    assert code == 1
+    assert re.search(rf"^fastdeit: {told}", err, re.M), err
+    assert "its stacks:" in err
+
+
+@pytest.mark.parametrize("fault", ["kill 1 4", "raise 0 7", "hang 1 9", "kill 0 0", "kill 1 2,kill 0 8"])
+def test_a_run_that_is_started_anew_ends_as_if_nothing_had_happened(started, whole, tmp_path, fault):
+    code, _, err = ended(started("--nproc", "2", "--max-restarts", "2", "engine.timeout_s=4", fault=fault))
+    assert code == 0, err
+    assert err.count("starting all ranks anew") == fault.count(",") + 1
+    (run,) = (tmp_path / "runs").iterdir()
+    assert_same_weights(whole, run, TOTAL)
+
+
+def test_torchrun_restarts_from_the_newest_checkpoint_too(started, whole, tmp_path):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--standalone")
+    code, _, err = ended(started("--run-dir", "run", fault="kill 1 8", launcher=launcher))
+    assert code == 0, err
+    assert_same_weights(whole, tmp_path / "run", TOTAL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_torchrun_saves(started, tmp_path, number):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
+    process = started("--run-dir", "run", fault="pause all all", launcher=launcher)
+    comes(tmp_path / "faults" / "1.3")
+    process.send_signal(number)
+    _, _, err = ended(process)
+    assert "interrupted at step" in err
+
+
+def srun(rank, port):
+    return {
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "MASTER_PORT": str(port),
+    }
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_under_srun_a_signal_to_one_process_saves_and_all_end_with_75(started, whole, tmp_path, number):
+    port = free_port()
+    both = [started("--run-dir", "run", fault="pause all all", **srun(rank, port)) for rank in (0, 1)]
+    comes(tmp_path / "faults" / "1.3")
+    both[1].send_signal(number)
+    found = [ended(process) for process in both]
+    assert [code for code, _, _ in found] == [75, 75], found
+    assert ["interrupted at step" in err for _, _, err in found] == [True, False]
+    both = [started("--run-dir", "run", "--resume", **srun(rank, port)) for rank in (0, 1)]
+    assert [ended(process)[0] for process in both] == [0, 0]
+    assert_same_weights(whole, tmp_path / "run", TOTAL)
+
+
+def test_under_srun_one_process_speaks_and_the_dead_one_is_named(started):
+    port = free_port()
+    both = [started(fault="kill 1 4", **srun(rank, port)) for rank in (0, 1)]
+    (code, out, err), (theirs, silent, _) = (ended(process) for process in both)
+    assert (code, theirs, silent) == (1, -signal.SIGKILL, "")
+    assert "recipe r, run directory" in out
+    assert re.search(r"rank 1 of 2 ended or cannot be reached any more \(process \d+ on", err), err
+
+
+def test_under_srun_a_taken_port_ends_both(started):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        both = [started(**srun(rank, port)) for rank in (0, 1)]
+        found = [ended(process) for process in both]
+    assert [code for code, _, _ in found] == [1, 1]
+    assert f"port {port} of localhost is taken" in found[0][2]
+    assert "is not rank 0 of this run: the port is taken" in found[1][2]
+
+
+def test_two_launchers_meet_as_two_machines_do_and_one_signal_stops_both(started, whole, tmp_path):
+    words = "--nproc", "1", "--nnodes", "2", "--rdzv", f"localhost:{free_port()}", "--run-dir", "run"
+    both = [started(*words, fault="pause all all") for _ in range(2)]
+    comes(tmp_path / "faults" / "1.3")
+    both[1].send_signal(signal.SIGTERM)
+    assert [ended(process)[0] for process in both] == [75, 75]
+    both = [started(*words, "--resume") for _ in range(2)]
+    assert [ended(process)[0] for process in both] == [0, 0]
+    assert_same_weights(whole, tmp_path / "run", TOTAL)
+
+
+def test_a_launcher_that_waits_for_another_machine_obeys(started):
+    process = started("--nproc", "1", "--nnodes", "2", "--rdzv", f"localhost:{free_port()}")
+    assert process.stdout.readline().startswith("starting")
+    time.sleep(3)  # it waits, or is about to: either way it obeys
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert code == 75
+    assert "nothing has begun" in err or "nothing is lost" in err
+
+
+def test_under_nohup_a_run_outlives_its_terminal(started, tmp_path):
+    process = started("--nproc", "2", "--run-dir", "run", fault="pause all all", launcher=("nohup", sys.executable))
+    comes(tmp_path / "faults" / "1.3")
+    process.send_signal(signal.SIGHUP)
+    assert ended(process)[0] == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == TOTAL
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_single_process_saves_at_every_signal(started, tmp_path, number):
+    process = started("--run-dir", "run", fault="pause all all")
+    comes(tmp_path / "faults" / "0.3")
+    process.send_signal(number)
+    code, _, err = ended(process)
+    assert code == 75
+    assert f"{number.name} received" in err
+    assert "interrupted at step" in err
