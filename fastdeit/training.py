@@ -129,7 +129,7 @@ def train(
     directory.check_space(run_dir, parts.saver.size(), world, keep=recipe.engine.keep_checkpoints)
 
     with directory.claim(run_dir, recipe.name, world, parts.log.say, resume=resume) as run_dir:
-        again = partial(directory.command, student or run_dir, world=world)
+        again = partial(directory.command, student or run_dir, world=world, trust=directory.names_code(recipe))
         clock = Clock.going_on(run_dir, began) if resume and world.main else Clock(began)
         parts.log.say(f"recipe {recipe.name}, run directory {run_dir}")
         if origin is not None:
@@ -372,7 +372,8 @@ def gave_up(
         )
 
     def fork(step: int) -> str:
-        return directory.command(Path(f"{run_dir}@step={step}"), *settings, verb="--from", world=world)
+        run, trust = Path(f"{run_dir}@step={step}"), directory.names_code(recipe)
+        return directory.command(run, *settings, verb="--from", world=world, trust=trust)
 
     lines = [f"{text}. Go on from the checkpoint of step {kept[-1]}, before the trouble:"]
     if precision:

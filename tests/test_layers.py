@@ -81,12 +81,13 @@ LAYERS: dict[str, set[str]] = {
     "methods": {"models", "kernels", "batch", "data.logits", "views", "fields", "plugins"},
     "engine": {"kernels", "batch", "plugins"},
     # ---- a run
-    "recipe": {"models", "methods", "engine", "data.sources", "views", "fields", "text"},
+    "recipe": {"plugins", "models", "methods", "engine", "data.sources", "views", "fields", "text"},
     "run": {
+        "plugins",
         *("version", "cores", "errors", "rng", "text", "fields", "kernels", "batch", "views", "models", "methods"),
         *("engine", "recipe", "data.plan", "data.sources", "data.loader", "data.logits"),
     },
-    "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
+    "estimate": {"plugins", "errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "training": {
         *("errors", "rng", "kernels", "methods", "engine", "recipe", "run", "estimate"),
         *("data.sources", "data.loader"),
@@ -111,6 +112,7 @@ LAYERS: dict[str, set[str]] = {
         "version",
         "errors",
         "text",
+        "plugins",
         "kernels",
         "recipe",
         "run",

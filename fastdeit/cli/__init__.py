@@ -47,6 +47,7 @@ VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()
 # The layers below define their own exceptions; named here, not imported, because importing them would import torch.
 # They mean that something the user gave cannot be worked with; train turns those of a running loop into FastdeitError.
 _EXIT_CODES = {
+    ("fastdeit.plugins", "Untrusted"): UsageError.exit_code,
     ("fastdeit.recipe.resolve", "RecipeError"): UsageError.exit_code,
     ("fastdeit.data.sources.source", "DataError"): UsageError.exit_code,
     ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, add_overlays, is_override, lay_over, one, path, positive
+from fastdeit.cli.parser import Verb, add_overlays, add_trust, is_override, lay_over, one, path, positive
 from fastdeit.errors import UsageError
 
 DEFAULT_RECIPE = "digits"
@@ -92,7 +92,7 @@ TRAIN = Verb(
     "train",
     "train a model by a recipe",
     "[RECIPE] [section.field=value ...] [--as NAME ...] [--data DIR] [--nproc N] [--run-dir DIR]\n"
-    "       [--resume [RUN]] [--from RUN] [--dry-run]",
+    "       [--resume [RUN]] [--from RUN] [--trust] [--dry-run]",
     _train,
     examples=[
         "fastdeit train  # the quick start: handwritten digits, no data and no GPU needed",
@@ -129,6 +129,7 @@ _add(
     "directory. Overrides may change its recipe",
 )
 add_overlays(TRAIN.parser)
+add_trust(TRAIN.parser)
 _add("--dry-run", action="store_true", help="train nothing: say what would run, and check what can be checked")
 
 VERBS = {"train": TRAIN}

@@ -89,7 +89,7 @@ class Saver:
         if found is None:
             say("nothing to resume yet: starting at step 0")
             return 0, Record()
-        before = recipes.Recipe.model_validate(found.state["recipe"])
+        before = directory.checked_recipe(found.state["recipe"], found.path)
         refuse_other_run(run_dir, recipes.difference(before, self.recipe), self._other_data(found))
         try:
             self.load(found)

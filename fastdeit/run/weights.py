@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastdeit import models
+from fastdeit import models, plugins
 from fastdeit.engine.checkpoint import Checkpoint
 from fastdeit.errors import UsageError
 from fastdeit.fields import size_pair
@@ -211,10 +211,12 @@ def _safetensors(address: Address) -> Weights:
 def _known_of_header(address: Address, text: str) -> Known:
     """What `fastdeit export` wrote into a file about its network."""
     try:
-        return TypeAdapter(Known).validate_json(text)
+        known = TypeAdapter(Known).validate_json(text)
     except ValidationError as error:
         what = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors()) or "the JSON"
         raise UsageError(f"{address}: what its header says of the model is damaged: {what}") from error
+    plugins.read_from(address, (known.name or "", known.method or ""))
+    return known
 
 
 def _pickle(address: Address) -> Weights:
