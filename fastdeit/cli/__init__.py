@@ -66,6 +66,9 @@ _COMMON_CODES = {UsageError.exit_code, NonFiniteError.exit_code, Interrupted.exi
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process) and return its exit code."""
     began = process_began() if argv is None else time.monotonic()
+    if argv is None:
+        # Of Python 3.11 and later: no process that this one starts searches the current folder for modules.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(argv, began)

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.launch.began import process_began
@@ -21,6 +22,10 @@ GRACE_S = 60.0
 GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torch's own name for it
 LAUNCHER_VARIABLE = "FASTDEIT_LAUNCHER_PID"
 BEGAN_VARIABLE = "FASTDEIT_BEGAN"
+_WORKER = (
+    "import sys; n = int(sys.argv[1]) + 2; sys.path[:] = sys.argv[2:n]; del sys.argv[1:n]; "
+    "import runpy; runpy.run_module('fastdeit', run_name='__main__', alter_sys=True)"
+)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -39,7 +44,7 @@ def run(args: argparse.Namespace, argv: list[str], work: Callable[[argparse.Name
         from fastdeit.launch.agent import elastic
 
         return elastic(
-            [sys.executable, "-m", "fastdeit", *argv],
+            worker_command(argv),
             args.nproc,
             grace_s=grace_seconds(os.environ),
             env=worker_environment(args.began),
@@ -149,6 +154,17 @@ def check_nproc(nproc: int | None, ranks: Mapping[str, str]) -> None:
 def worker_environment(began: float) -> dict[str, str]:
     """What the workers find in their environment besides their ranks; `began` as of `launcher_began`."""
     return {LAUNCHER_VARIABLE: str(os.getpid()), BEGAN_VARIABLE: repr(began)}
+
+
+def worker_command(argv: list[str]) -> list[str]:
+    """The command of a worker: `fastdeit argv` with the modules of this process, and none of the current folder.
+
+    `python -m fastdeit` would search that folder first, and execute a random.py that happens to lie there.
+    """
+    own = str(Path(__file__).parents[2])
+    path = [entry for entry in sys.path if entry]
+    path += [] if own in path else [own]
+    return [sys.executable, "-c", _WORKER, str(len(path)), *path, *argv]
 
 
 def launcher_began(env: Mapping[str, str], began: float) -> float:
