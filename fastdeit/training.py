@@ -45,6 +45,7 @@ from fastdeit.run.fork import Origin
 from fastdeit.run.groups import param_groups
 from fastdeit.run.record import Record, RunLog, describe
 from fastdeit.run.saver import Saver
+from fastdeit.text import one_line
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -86,7 +87,7 @@ def alone(
 
 def _say_once(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(one_line(text), flush=True)
 
 
 def train(

@@ -70,16 +70,16 @@ LAYERS: dict[str, set[str]] = {
     "data.nodes": set(),
     "data.pixel_ops": {"data.nodes"},
     "data.plan": {"rng", "data.pixel_ops"},
-    "data.sources": {"cores", "rng", "plugins"},
+    "data.sources": {"cores", "rng", "plugins", "text"},
     "data.execute": {"data.plan", "data.sources", "data.nodes", "data.pixel_ops"},
     "data.logits": {"data.sources"},
-    "data.loader": {"cores", "batch", "data.plan", "data.sources", "data.execute"},
+    "data.loader": {"cores", "text", "batch", "data.plan", "data.sources", "data.execute"},
     "data": set(),
     "views": {"fields", "data.plan"},
     # ---- networks, losses, steps; none of them knows a data set
     "models": {"kernels", "fields", "plugins", "text"},
     "methods": {"models", "kernels", "batch", "data.logits", "views", "fields", "plugins"},
-    "engine": {"kernels", "batch", "plugins"},
+    "engine": {"kernels", "batch", "plugins", "text"},
     # ---- a run
     "recipe": {"plugins", "models", "methods", "engine", "data.sources", "views", "fields", "text"},
     "run": {
@@ -89,7 +89,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "estimate": {"plugins", "errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "training": {
-        *("errors", "rng", "kernels", "methods", "engine", "recipe", "run", "estimate"),
+        *("errors", "text", "rng", "kernels", "methods", "engine", "recipe", "run", "estimate"),
         *("data.sources", "data.loader"),
     },
     "stepping": {"batch", "errors", "data.plan", "methods", "engine", "recipe", "run", "estimate", "training"},

@@ -31,7 +31,7 @@ from fastdeit.cli import (
 from fastdeit.cli.parser import Parser, Verb
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.launch.began import process_began
-from fastdeit.text import did_you_mean
+from fastdeit.text import did_you_mean, lines
 from fastdeit.version import __version__
 
 # As `fastdeit --help` lists them.
@@ -99,9 +99,9 @@ def _report(error: Exception) -> int:
     if code not in _COMMON_CODES or rank == "0":
         who = "fastdeit" if rank == "0" else f"fastdeit: rank {rank}"
         if code is None:
-            traceback.print_exception(error)
+            print("\n".join(lines("".join(traceback.format_exception(error)).rstrip())), file=sys.stderr)
         message = str(error) if code is not None else f"failed with {type(error).__name__}, see above"
-        print("\n".join(f"{who}: {line}" for line in message.splitlines() or [type(error).__name__]), file=sys.stderr)
+        print("\n".join(f"{who}: {line}" for line in lines(message or type(error).__name__)), file=sys.stderr)
     return FastdeitError.exit_code if code is None else code
 
 

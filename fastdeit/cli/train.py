@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastdeit.cli.parser import Verb, add_overlays, add_trust, is_override, lay_over, one, path, positive
 from fastdeit.errors import UsageError
+from fastdeit.text import one_line
 
 DEFAULT_RECIPE = "digits"
 IMAGENET_EXAMPLE = "fastdeit train deit_base_distilled --data /path/to/imagenet --nproc 8"
@@ -32,7 +33,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
                     flush=True,
                 )
             else:
-                print(f"starting: {args.named or args.origin or args.resume or args.run_dir}", flush=True)
+                print(one_line(f"starting: {args.named or args.origin or args.resume or args.run_dir}"), flush=True)
         if args.data is not None and not of_a_run:
             from fastdeit.verbs import data as data_verbs
 

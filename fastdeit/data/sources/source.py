@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
 
+from fastdeit.text import one_line
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _DECODABLE = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
 # (format, Pillow's mode) of which DALI 2.4 makes other pixels, or none.
@@ -26,7 +28,13 @@ _MAX_PIXELS = 2 * 89_478_485  # where Pillow's decompression bomb check raises
 
 
 class DataError(ValueError):
-    """The data set cannot be used; the message names the path and what to do."""
+    """The data set cannot be used; the message names the path and what to do.
+
+    The names in it come from the data set: what cannot be printed is escaped. Lines of a list begin with two spaces.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n  ".join(map(one_line, message.split("\n  "))))
 
 
 class BadImage(Exception):
