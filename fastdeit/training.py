@@ -45,6 +45,7 @@ from fastdeit.run.groups import param_groups
 from fastdeit.run.health import Health
 from fastdeit.run.record import Record, RunLog, describe
 from fastdeit.run.saver import Saver
+from fastdeit.text import one_line
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -98,7 +99,7 @@ def _fixed(recipe: "Recipe", world: World) -> "Recipe":
 
 def _say_once(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(one_line(text), flush=True)
 
 
 def train(
@@ -144,7 +145,7 @@ def train(
     with directory.claim(run_dir, recipe.name, world, parts.log.say, resume=resume) as run_dir:
         if world.main and student is None:
             rendezvous.keep(os.environ, _RUN_DIR, str(run_dir))
-        again = partial(directory.command, student or run_dir, world=world)
+        again = partial(directory.command, student or run_dir, world=world, trust=directory.names_code(recipe))
         clock = Clock.going_on(run_dir, began) if resume and world.main else Clock(began)
         parts.log.say(f"recipe {recipe.name}, run directory {run_dir}")
         if origin is not None:

@@ -232,11 +232,11 @@ def test_a_run_whose_teacher_was_under_way_goes_on_by_its_name(tmp_path, capsys)
     teacher.write_text(RECIPE.replace("epochs: 2", "epochs: 1"))
     student.write_text(RECIPE.replace("{use: supervised}", f"{{use: distill, teacher: {{recipe: {teacher}}}}}"))
     run = tmp_path / "run"
-    with pytest.raises(Interrupted, match=f"go on with `fastdeit train --resume {run}`$"):
+    with pytest.raises(Interrupted, match=f"go on with `fastdeit train --resume {run} --trust`$"):
         train(recipes.load(str(student)), run, StopAt(2))
     student.unlink()
     teacher.unlink()
-    assert cli(["train", "--resume", str(run)]) == 0
+    assert cli(["train", "--resume", str(run), "--trust"]) == 0
     out = capsys.readouterr().out
     assert f"recipe student, run directory {run}" in out
     assert "resumed at step 2 of 3" in out

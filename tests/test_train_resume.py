@@ -104,8 +104,8 @@ def test_a_run_goes_on_by_its_name_alone_with_the_command_that_it_gave(recipe_fi
     with pytest.raises(Interrupted) as stop:
         train(recipe, None, StopAt(2))
     (run,) = Path("runs").iterdir()
-    assert command_in(str(stop.value), "go on with") == ["train", "--resume", str(run)]
-    assert command_in(capfd.readouterr().out, "if it is interrupted") == ["train", "--resume", str(run)]
+    assert command_in(str(stop.value), "go on with") == ["train", "--resume", str(run), "--trust"]
+    assert command_in(capfd.readouterr().out, "if it is interrupted")[2:] == [str(run), "--trust"]
     own.unlink()
     assert cli(command_in(str(stop.value), "go on with")) == 0
     out = capfd.readouterr().out
@@ -274,8 +274,8 @@ def test_the_advice_after_a_stop_is_accepted(recipe_file, tmp_path, monkeypatch,
     other_precision = command_in(str(stop.value), "in another precision")
     fork = command_in(str(stop.value), "a new run with a lower learning rate")
     further = command_in(str(stop.value), "bad already")
-    assert other_precision == ["train", "--resume", str(run), "engine.precision=fp32"]
-    assert fork[2:] == [f"{run}@step=3", "optim.lr=0.0005", "optim.clip_grad=1.0"]
+    assert other_precision == ["train", "--resume", str(run), "engine.precision=fp32", "--trust"]
+    assert fork[2:] == [f"{run}@step=3", "optim.lr=0.0005", "optim.clip_grad=1.0", "--trust"]
     assert further[2] == f"{run}@step=2"
     monkeypatch.setattr(Poisoned, "bad", ())
     assert cli(fork) == 0
@@ -345,6 +345,6 @@ def test_a_run_that_is_stopped_at_once_says_how_to_go_on(recipe_file, tmp_path, 
     monkeypatch.setattr("fastdeit.run.record.RunLog.step", interrupted)
     with pytest.raises(FastdeitError) as stop:
         train(small(recipe_file), tmp_path / "run", World(torch.device("cpu")))
-    assert command_in(str(stop.value), "go on with") == ["train", "--resume", str(tmp_path / "run")]
+    assert command_in(str(stop.value), "go on with") == ["train", "--resume", str(tmp_path / "run"), "--trust"]
     assert not isinstance(stop.value, UsageError)
     assert not (tmp_path / "run" / "lock.json").exists()

@@ -31,7 +31,7 @@ from fastdeit.cli import (
 from fastdeit.cli.parser import Parser, Verb
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.launch.began import process_began
-from fastdeit.text import did_you_mean
+from fastdeit.text import did_you_mean, lines
 from fastdeit.version import __version__
 
 # As `fastdeit --help` lists them.
@@ -47,6 +47,7 @@ VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()
 # The layers below define their own exceptions; named here, not imported, because importing them would import torch.
 # They mean that something the user gave cannot be worked with; train turns those of a running loop into FastdeitError.
 _EXIT_CODES = {
+    ("fastdeit.plugins", "Untrusted"): UsageError.exit_code,
     ("fastdeit.recipe.resolve", "RecipeError"): UsageError.exit_code,
     ("fastdeit.data.sources.source", "DataError"): UsageError.exit_code,
     ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,
@@ -68,6 +69,9 @@ _COMMON_CODES = {UsageError.exit_code, NonFiniteError.exit_code, Interrupted.exi
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process) and return its exit code."""
     began = process_began() if argv is None else time.monotonic()
+    if argv is None:
+        # Of Python 3.11 and later: no process that this one starts searches the current folder for modules.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(argv, began)
@@ -98,9 +102,9 @@ def _report(error: Exception) -> int:
     if code not in _COMMON_CODES or rank == "0":
         who = "fastdeit" if rank == "0" else f"fastdeit: rank {rank}"
         if code is None:
-            traceback.print_exception(error)
+            print("\n".join(lines("".join(traceback.format_exception(error)).rstrip())), file=sys.stderr)
         message = str(error) if code is not None else f"failed with {type(error).__name__}, see above"
-        print("\n".join(f"{who}: {line}" for line in message.splitlines() or [type(error).__name__]), file=sys.stderr)
+        print("\n".join(f"{who}: {line}" for line in lines(message or type(error).__name__)), file=sys.stderr)
     return FastdeitError.exit_code if code is None else code
 
 

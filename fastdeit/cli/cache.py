@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, add_overlays, add_recipe, lay_over, one, path, positive
+from fastdeit.cli.parser import Verb, add_overlays, add_recipe, add_trust, lay_over, one, path, positive
 from fastdeit.errors import UsageError
 
 
@@ -39,7 +39,7 @@ CACHE = Verb(
     "cache",
     "store a teacher's logits of every image of a run",
     "RECIPE [section.field=value ...] [--data DIR] [--as NAME ...] [--teacher ADDRESS] [--top-k K]\n"
-    "       [--out DIR] [--epochs A:B] [--nproc N]",
+    "       [--out DIR] [--epochs A:B] [--nproc N] [--trust]",
     _cache,
     examples=[
         "fastdeit cache deit_small_distilled --teacher timm:regnety_160 --data /path/to/imagenet --nproc 8",
@@ -61,5 +61,6 @@ _add(
 _add("--out", type=path, metavar="DIR", help="the cache (default: caches/RECIPE); what is there already is kept")
 _add("--epochs", type=epochs, metavar="A:B", help="epochs from A up to but without B (default: all of the recipe)")
 _add("--nproc", type=positive, metavar="N", help="processes on this machine, one per GPU (default: 1)")
+add_trust(CACHE.parser)
 
 VERBS = {"cache": CACHE}

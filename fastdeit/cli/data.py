@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, add_recipe, one, path, positive
+from fastdeit.cli.parser import Verb, add_recipe, add_trust, one, path, positive
 from fastdeit.errors import UsageError
 from fastdeit.verbs.make.names import SETS
 
@@ -133,7 +133,7 @@ _add("--force", action="store_true", help="replace packed files that are there")
 SHOW = Verb(
     "data show",
     "picture of one sample on its way to the model",
-    "RECIPE|ADDRESS [section.field=value ...] [--data DIR] --sample I [--epoch E] [--copy C] --out FILE.png",
+    "RECIPE|ADDRESS [section.field=value ...] [--data DIR] --sample I [--epoch E] [--copy C] [--trust] --out FILE.png",
     _data_picture,
     examples=[
         "fastdeit data show deit_tiny --data /path/to/imagenet --sample 7 --epoch 3 --out seven.png",
@@ -141,6 +141,7 @@ SHOW = Verb(
     ],
 )
 add_recipe(SHOW)
+add_trust(SHOW.parser)
 _add = SHOW.parser.add_argument
 _add("--sample", type=int, required=True, metavar="I", help="number of the sample in the training split, from 0")
 _add("--epoch", type=int, default=0, metavar="E", help="epoch, from 0 (default: 0)")
@@ -150,11 +151,12 @@ _add("--out", type=path, required=True, metavar="FILE", help="the picture")
 PREVIEW = Verb(
     "data preview",
     "picture of the first training batch and of evaluation crops",
-    "RECIPE|ADDRESS [section.field=value ...] [--data DIR] [--rows R] [--columns C] --out FILE.png",
+    "RECIPE|ADDRESS [section.field=value ...] [--data DIR] [--rows R] [--columns C] [--trust]\n       --out FILE.png",
     _data_picture,
     examples=["fastdeit data preview digits data.erase=1 --out batch.png  # what a field does to the images"],
 )
 add_recipe(PREVIEW)
+add_trust(PREVIEW.parser)
 _add = PREVIEW.parser.add_argument
 _add("--rows", type=positive, default=4, metavar="R", help="rows of training images (default: 4)")
 _add("--columns", type=positive, default=8, metavar="C", help="default: 8")

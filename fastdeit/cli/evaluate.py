@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastdeit.cli.parser import Verb, one, path, positive
+from fastdeit.cli.parser import Verb, add_trust, one, path, positive
 from fastdeit.errors import UsageError
 
 
@@ -86,7 +86,7 @@ def _attention(args: argparse.Namespace, argv: list[str]) -> None:
 EVAL = Verb(
     "eval",
     "accuracy, loss and calibration of weights on held-out images",
-    "ADDRESS [section.field=value ...] [--data DIR] [--model NAME] [--nproc N] [--json]\n"
+    "ADDRESS [section.field=value ...] [--data DIR] [--model NAME] [--nproc N] [--json] [--trust]\n"
     "       [--classes FILE.csv] [--confusion FILE.png] [--calibration FILE.png]\n"
     "       fastdeit eval ADDRESS --images PICTURE ...",
     _eval,
@@ -105,6 +105,7 @@ _add("--classes", type=path, metavar="FILE", help="write the accuracy of every c
 _add("--confusion", type=path, metavar="FILE", help="write the confusion matrix, as FILE.csv and FILE.png")
 _add("--calibration", type=path, metavar="FILE", help="write accuracy by confidence, as FILE.csv and FILE.png")
 _add("--images", type=path, nargs="+", metavar="PICTURE", help="print the classes of these pictures instead")
+add_trust(EVAL.parser)
 
 PUBLISHED = Verb(
     "published",
@@ -125,7 +126,7 @@ _add("--json", action="store_true", help="print a line of JSON for each model")
 PREDICT = Verb(
     "predict",
     "classes of pictures",
-    "ADDRESS PICTURE ... [section.field=value ...] [--model NAME] [--top K] [--json]",
+    "ADDRESS PICTURE ... [section.field=value ...] [--model NAME] [--top K] [--json] [--trust]",
     _predict,
     examples=["fastdeit predict runs/RUN cat.jpg dog.jpg --top 3"],
 )
@@ -134,11 +135,12 @@ _add("words", nargs="*", metavar="ADDRESS PICTURE", help="weights as for eval; p
 _add("--model", metavar="NAME", help="which model a bare file is of: one of fastdeit's, or timm:NAME")
 _add("--top", type=positive, default=5, metavar="K", help="likeliest classes to print (default: 5)")
 _add("--json", action="store_true", help="print the answers as JSON")
+add_trust(PREDICT.parser)
 
 ATTENTION = Verb(
     "show attention",
     "picture of where a transformer looks, and which patches it finds alike",
-    "ADDRESS PICTURE [section.field=value ...] [--model NAME] [--block N] --out FILE.png",
+    "ADDRESS PICTURE [section.field=value ...] [--model NAME] [--block N] [--trust] --out FILE.png",
     _attention,
     examples=["fastdeit show attention runs/RUN cat.jpg --out attention.png"],
 )
@@ -147,5 +149,6 @@ _add("words", nargs="*", metavar="ADDRESS PICTURE", help="weights as for eval, a
 _add("--model", metavar="NAME", help="which model a bare file is of: one of fastdeit's, or timm:NAME")
 _add("--block", type=int, metavar="N", help="block to look into, from 0 (default: the last)")
 _add("--out", type=path, required=True, metavar="FILE", help="the picture")
+add_trust(ATTENTION.parser)
 
 VERBS = {"eval": EVAL, "published": PUBLISHED, "predict": PREDICT, "show attention": ATTENTION}

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, path
+from fastdeit.cli.parser import Verb, add_trust, path
 from fastdeit.errors import UsageError
 from fastdeit.verbs.formats import FORMATS, by_name, check_place
 
@@ -29,7 +29,8 @@ def _export(args: argparse.Namespace, argv: list[str]) -> None:
 EXPORT = Verb(
     "export",
     "weights as a file or folder for other programs",
-    "ADDRESS OUT [section.field=value ...] [--format FORMAT] [--model NAME] [--fuse FUSION]\n       [--force]",
+    "ADDRESS OUT [section.field=value ...] [--format FORMAT] [--model NAME]\n"
+    "       [--fuse FUSION] [--force] [--trust]",
     _export,
     examples=[
         "fastdeit export runs/RUN@best model.onnx",
@@ -51,5 +52,6 @@ _add(
     help="how a program answers for two heads, or none for both (default: as the run does)",
 )
 _add("--force", action="store_true", help="replace a file or an exported folder that is there")
+add_trust(EXPORT.parser)
 
 VERBS = {"export": EXPORT}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, NoReturn
 
+from fastdeit import plugins
 from fastdeit.errors import UsageError
 from fastdeit.recipe import flags
 from fastdeit.text import did_you_mean
@@ -86,8 +87,10 @@ class Verb:
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Arguments of the verb. Overrides among the positionals become `overrides`, and so does `--data DIR`:
-        data.root=DIR."""
+        data.root=DIR. `--trust` holds from here on."""
         args = self.parser.parse(argv)
+        if getattr(args, "trust", False):
+            plugins.trust()
         if "words" in args:
             words = args.words
             args.overrides = [word for word in words if is_override(word)]
@@ -108,6 +111,16 @@ def add_overlays(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="lay settings that go together over the recipe: public-code (all in which it differs from the public "
         "code), augreg-none to augreg-strong2, augreg-regularised",
+    )
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The flag `--trust`, of every verb that opens a run or weights."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="execute the code that a run or a file of weights names (a method, model, optimizer or reader of somebody "
+        "else's); without it only what your own recipe or overrides name",
     )
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastdeit.cli.parser import Verb, add_overlays, lay_over, one, positive
+from fastdeit.cli.parser import Verb, add_overlays, add_trust, lay_over, one, positive
 from fastdeit.errors import UsageError
 
 
@@ -27,7 +27,7 @@ PLAN = Verb(
     "plan",
     "time, memory and cost of a recipe on GPUs that need not be there",
     "RECIPE [section.field=value ...] [--as NAME ...] [--gpu NAME ...] [--count N ...] [--nodes M] [--price USD ...]\n"
-    "       [--sharding ddp|fsdp] [--images N] [--json]",
+    "       [--sharding ddp|fsdp] [--images N] [--json] [--trust]",
     _plan,
     examples=[
         "fastdeit plan deit_base --gpu H200 --gpu A100 --count 8",
@@ -44,5 +44,6 @@ _add("--price", type=float, action="append", metavar="USD", help="of a GPU for a
 _add("--sharding", choices=("ddp", "fsdp"), default="ddp", help="default: ddp, which is what train runs")
 _add("--images", type=positive, metavar="N", help="training images (default: what the data source tells)")
 _add("--json", action="store_true", help="print everything as JSON")
+add_trust(PLAN.parser)
 
 VERBS = {"plan": PLAN}

@@ -4,8 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, add_overlays, is_override, lay_over, natural, one, path, positive
+from fastdeit.cli.parser import Verb, add_overlays, add_trust, is_override, lay_over, natural, one, path, positive
 from fastdeit.errors import UsageError
+from fastdeit.text import one_line
 
 DEFAULT_RECIPE = "digits"
 IMAGENET_EXAMPLE = "fastdeit train deit_base_distilled --data /path/to/imagenet --nproc 8"
@@ -33,7 +34,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
                     flush=True,
                 )
             else:
-                print(f"starting: {args.named or args.origin or args.resume or args.run_dir}", flush=True)
+                print(one_line(f"starting: {args.named or args.origin or args.resume or args.run_dir}"), flush=True)
         if args.data is not None and not of_a_run:
             from fastdeit.verbs import data as data_verbs
 
@@ -93,7 +94,8 @@ TRAIN = Verb(
     "train",
     "train a model by a recipe",
     "[RECIPE] [section.field=value ...] [--as NAME ...] [--data DIR] [--nproc N] [--run-dir DIR]\n"
-    "       [--resume [RUN]] [--from RUN] [--dry-run] [--max-restarts N] [--nnodes N --rdzv HOST:PORT]",
+    "       [--resume [RUN]] [--from RUN] [--trust] [--dry-run] [--max-restarts N]\n"
+    "       [--nnodes N --rdzv HOST:PORT]",
     _train,
     examples=[
         "fastdeit train  # the quick start: handwritten digits, no data and no GPU needed",
@@ -140,6 +142,7 @@ _add(
     "directory. Overrides may change its recipe",
 )
 add_overlays(TRAIN.parser)
+add_trust(TRAIN.parser)
 _add("--dry-run", action="store_true", help="train nothing: say what would run, and check what can be checked")
 
 VERBS = {"train": TRAIN}

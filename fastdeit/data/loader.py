@@ -27,6 +27,7 @@ from fastdeit.data.execute.prefetch import Prefetch
 from fastdeit.data.execute.route import Encoded, routed
 from fastdeit.data.plan import order, plan
 from fastdeit.data.sources.source import BadImage, DataError, Source, quieten_pillow
+from fastdeit.text import one_line
 
 OnBad = Callable[[str, str], None]
 Read = Encoded | str
@@ -62,7 +63,7 @@ class BadImages:
 
     def add(self, index: int, reason: str) -> None:
         """Count sample `index`; report it if it is new, and raise DataError if that makes too many (or all)."""
-        path = self._source.path(index)
+        path, reason = one_line(self._source.path(index)), one_line(reason)
         with self._lock:
             self.count += 1
             if path in self.reasons:

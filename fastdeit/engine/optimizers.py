@@ -5,7 +5,7 @@ from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.muon import muon_update
 from fastdeit.engine.optim import Optimizer, Update
 from fastdeit.engine.options import AdamWOptions, LambOptions, MuonOptions, SgdOptions, shipped
-from fastdeit.plugins import load
+from fastdeit.plugins import load, load_shipped
 
 
 class AdamW(Optimizer):
@@ -111,7 +111,7 @@ def find(name: str) -> type[Optimizer]:
     Raises ValueError naming what was not found or is no optimizer.
     """
     row = shipped(name)
-    found = load(row.path if row else name, "optimizer")
+    found = load_shipped(row.path, "optimizer") if row else load(name, "optimizer")
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         raise ValueError(f"{name!r} is not an optimizer: it is no subclass of fastdeit.engine.optim.Optimizer")
     return found

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from fastdeit.text import one_line
+
 if TYPE_CHECKING:
     import rich.progress
 
@@ -80,7 +82,8 @@ class Progress:
             print("  ".join(parts), file=self.stream, flush=True)
 
     def message(self, text: str) -> None:
-        """Print `text` above the bar, or as a line of the log."""
+        """Print `text` above the bar, or as a line of the log: as one line, whatever names are in it."""
+        text = one_line(text)
         if self._bar is None:
             print(text, file=self.stream, flush=True)
         else:
@@ -116,7 +119,8 @@ class Progress:
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str] = (), stream: TextIO | None = None) -> None:
     """Print `rows` in aligned columns, the first to the left and the others to the right; ruled on a terminal."""
     stream = sys.stdout if stream is None else stream
-    cells = [[str(cell) for cell in row] for row in rows]
+    header = [one_line(name) for name in header]
+    cells = [[one_line(cell) for cell in row] for row in rows]
     if _is_terminal(stream):
         _rich_table(cells, header, stream)
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdeit.engine import metrics
+from fastdeit.text import for_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +74,7 @@ def compare(logs: Mapping[str, Path], out_path: Path) -> None:
         (height, partial(_draw_runs, lines=lines, title=title))
         for height, lines, title in (
             (1.0, loss, "training loss"),
-            (1.0, judged, "held-out " + " or ".join(names)),
+            (1.0, judged, "held-out " + " or ".join(map(for_picture, names))),
             (0.55, rate, "learning rate"),
         )
         if lines
@@ -140,7 +141,7 @@ def _draw_loss(axes: "Axes", data: Series) -> None:
 
 def _draw_accuracy(axes: "Axes", data: Mapping[str, Series], teacher: float | None) -> None:
     for index, (head, (epochs, values)) in enumerate(data.items()):
-        label = f"{head.removeprefix('top1_')}\nbest {max(values):.2f}, last {values[-1]:.2f}"
+        label = f"{for_picture(head.removeprefix('top1_'))}\nbest {max(values):.2f}, last {values[-1]:.2f}"
         # The first head is the method's answer: it lies on top.
         style = {"color": _COLOURS[index % len(_COLOURS)], "zorder": 3 - index / len(data)}
         axes.plot(epochs, values, label=label, **style, **_marks(values))
@@ -159,7 +160,7 @@ def _draw_rate(axes: "Axes", data: Series) -> None:
 def _draw_runs(axes: "Axes", lines: Mapping[str, Series], title: str) -> None:
     for index, (run, (epochs, values)) in enumerate(lines.items()):
         smooth = _smooth(values) if len(values) >= _SMOOTH_FROM else values
-        label = f"{run}\nlast {smooth[-1]:.4g}"
+        label = f"{for_picture(run)}\nlast {smooth[-1]:.4g}"
         axes.plot(epochs, smooth, color=_COLOURS[index % len(_COLOURS)], label=label, **_marks(values))
     axes.set_ylabel(title)
 

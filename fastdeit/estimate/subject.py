@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastdeit import models
+from fastdeit import models, plugins
 from fastdeit.data.plan import order
 from fastdeit.engine import optimizers
 from fastdeit.engine.groups import ParamGroup
@@ -89,7 +89,7 @@ def subject(recipe: "Recipe", images: int | None = None) -> Subject:
     teachers, own = [], []
     for config in recipe.method.teachers():
         if config.recipe is not None:
-            own.append(subject(recipes.load(config.recipe), images))
+            own.append(subject(recipes.load(config.recipe, own=plugins.is_own(config.recipe)), images))
             trained = own[-1].recipe.model
             name, timm, size = trained.name, trained.timm, trained.image_size
         else:

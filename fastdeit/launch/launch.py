@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastdeit import signals
 from fastdeit.errors import Interrupted, UsageError
@@ -24,6 +25,10 @@ GRACE_S = 60.0
 GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torch's own name for it
 LAUNCHER_VARIABLE = "FASTDEIT_LAUNCHER_PID"
 BEGAN_VARIABLE = "FASTDEIT_BEGAN"
+_WORKER = (
+    "import sys; n = int(sys.argv[1]) + 2; sys.path[:] = sys.argv[2:n]; del sys.argv[1:n]; "
+    "import runpy; runpy.run_module('fastdeit', run_name='__main__', alter_sys=True)"
+)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -73,7 +78,7 @@ def run(
         from fastdeit.launch.agent import elastic
 
         return elastic(
-            [sys.executable, "-m", "fastdeit", *argv],
+            worker_command(argv),
             processes.nproc or 1,
             grace_s=grace_seconds(os.environ),
             env=worker_environment(args.began),
@@ -225,6 +230,17 @@ def check_processes(processes: Processes, ranks: Mapping[str, str]) -> None:
 def worker_environment(began: float) -> dict[str, str]:
     """What the workers find in their environment besides their ranks; `began` as of `launcher_began`."""
     return {LAUNCHER_VARIABLE: str(os.getpid()), BEGAN_VARIABLE: repr(began)}
+
+
+def worker_command(argv: list[str]) -> list[str]:
+    """The command of a worker: `fastdeit argv` with the modules of this process, and none of the current folder.
+
+    `python -m fastdeit` would search that folder first, and execute a random.py that happens to lie there.
+    """
+    own = str(Path(__file__).parents[2])
+    path = [entry for entry in sys.path if entry]
+    path += [] if own in path else [own]
+    return [sys.executable, "-c", _WORKER, str(len(path)), *path, *argv]
 
 
 def launcher_began(env: Mapping[str, str], began: float) -> float:

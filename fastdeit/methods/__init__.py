@@ -4,7 +4,7 @@ Importing this package imports no torch; finding a method does.
 """
 
 from fastdeit.methods.config import METHODS, MethodConfig
-from fastdeit.plugins import load
+from fastdeit.plugins import load, load_shipped
 
 __all__ = ["METHODS", "config", "find"]
 
@@ -12,10 +12,10 @@ __all__ = ["METHODS", "config", "find"]
 def find(use: str) -> type:
     """Method class for a recipe's `method.use`: a name in `METHODS` or an import path `package.module:Class`.
 
-    Raises ValueError naming what was not found.
+    Raises ValueError naming what was not found, and `plugins.Untrusted` as `plugins.load` does.
     """
     if use in METHODS:
-        return load(METHODS[use].path, "method")
+        return load_shipped(METHODS[use].path, "method")
     if ":" not in use:
         raise ValueError(
             f"no method named {use!r}; there are {', '.join(METHODS)}, or an import path 'package.module:Class'"

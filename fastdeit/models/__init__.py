@@ -8,7 +8,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from fastdeit.models.names import CONFIGS, MODELS, OTHERS, check
-from fastdeit.plugins import load
+from fastdeit.plugins import load, load_shipped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,7 @@ def build(name: str, **options: Any) -> "nn.Module":
 
         return transformer(name, **options)
     if name in OTHERS:
-        return load(OTHERS[name], "model")(**options)
+        return load_shipped(OTHERS[name], "model")(**options)
     return _imported(check(name), options)
 
 

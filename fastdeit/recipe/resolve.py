@@ -23,7 +23,7 @@ from ruamel.yaml.events import ScalarEvent
 from ruamel.yaml.nodes import SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from fastdeit import methods
+from fastdeit import methods, plugins
 from fastdeit.engine import options
 from fastdeit.fields import Section
 from fastdeit.methods.config import MethodConfig
@@ -107,15 +107,20 @@ class Recipe(BaseModel):
 # ---- public functions ------------------------------------------------------------------------------------------------
 
 
-def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load(name_or_path: str, overrides: Sequence[str] = (), *, own: bool = True) -> Recipe:
     """The shipped recipe of that name, or the one in that file, with overrides `section.field=value` applied.
 
-    Raises RecipeError with every problem of the file, its base and the overrides.
+    own  whether the user has named it; else what it names is not imported (`plugins.read_from`)
+
+    Raises RecipeError with every problem of the file, its base and the overrides; `plugins.Untrusted`.
     """
     problems = Problems()
     path = _find(str(name_or_path), Path())
     root = _with_base(path, problems)
     changes = _parse_overrides(overrides, problems)
+    if root is not None:
+        plugins.said_by_user(plain(root)) if own else plugins.read_from(path, plain(root))
+    plugins.said_by_user(plain(changes))
     if root is None:
         raise RecipeError(problems.text())
     return _validated(path.stem, _merged(root, changes), problems)
@@ -125,6 +130,7 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """`recipe` with overrides applied; raises RecipeError as `load` does."""
     problems = Problems()
     changes = _parse_overrides(overrides, problems)
+    plugins.said_by_user(plain(changes))
     root = as_item(recipe.model_dump(mode="json", exclude={"name"}), Place(f"recipe {recipe.name}"))
     return _validated(recipe.name, _merged(root, changes), problems)
 

@@ -24,6 +24,8 @@ from ruamel.yaml.events import (
 )
 from ruamel.yaml.nodes import ScalarNode
 
+from fastdeit.text import one_line
+
 MAX_DEPTH = 20
 
 # ---- problems and places ---------------------------------------------------------------------------------------------
@@ -91,7 +93,7 @@ class Problems:
 
     def text(self) -> str:
         """One line per problem, in the order of the files' lines."""
-        return "\n".join(dict.fromkeys(f"{place}: {problem}" for place, problem in sorted(self.found)))
+        return "\n".join(dict.fromkeys(one_line(f"{place}: {problem}") for place, problem in sorted(self.found)))
 
 
 class _Stop(Exception):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdeit import plugins
 from fastdeit.engine import checkpoint
 from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
 from fastdeit.errors import UsageError
@@ -64,6 +65,7 @@ def state_of(address: Address, found: Checkpoint, part: str) -> dict[str, Any]:
     state = found.state.get(part)
     if not isinstance(state, dict):
         raise UsageError(f"{address}: {found.path} is no checkpoint of `fastdeit train`: its manifest has no {part}")
+    plugins.read_from(found.path, state)
     return state
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from fastdeit import plugins
 from fastdeit.engine import checkpoint, metrics
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
@@ -112,14 +113,22 @@ def _newest_state(run: Path) -> dict[str, Any] | None:
 
 
 def written_recipe(run: Path) -> "Recipe":
-    """The recipe in recipe.yaml of the run, under its own name. Raises RecipeError where it cannot be read."""
-    recipe = recipes.load(str(run / RECIPE))
+    """The recipe in recipe.yaml of the run, under its own name.
+
+    Raises RecipeError where it cannot be read, `plugins.Untrusted` for code that only the run names.
+    """
+    recipe = recipes.load(str(run / RECIPE), own=False)
     title = re.match(r"# The recipe (\S+),", (run / RECIPE).read_text())
     return recipe.model_copy(update={"name": title[1] if title else run.name})
 
 
 def checked_recipe(plain: Mapping[str, Any], where: Path) -> "Recipe":
-    """The recipe in the state of a checkpoint at `where`. Raises UsageError if this version of fastdeit has no such."""
+    """The recipe in the state of a checkpoint at `where`.
+
+    Raises UsageError if this version of fastdeit has no such, `plugins.Untrusted` for code that only the checkpoint
+    names.
+    """
+    plugins.read_from(where, plain)
     try:
         return recipes.Recipe.model_validate(plain)
     except ValidationError as error:
@@ -131,9 +140,19 @@ def checked_recipe(plain: Mapping[str, Any], where: Path) -> "Recipe":
         ) from error
 
 
-def command(run: Path, *overrides: str, verb: str = "--resume", world: "World | None" = None) -> str:
-    """The command that goes on with `run`, on as many processes as `world` has."""
-    words = ["fastdeit", "train", verb, str(run), *overrides]
+def names_code(recipe: "Recipe") -> bool:
+    """Whether the recipe names code of somebody else, so that a run of it goes on with `--trust` alone."""
+    named = [recipe.model.name, recipe.method.use, recipe.optim.name, recipe.data.source]
+    named += [teacher.model for teacher in recipe.method.teachers()]
+    files = [teacher.recipe for teacher in recipe.method.teachers() if teacher.recipe not in (None, *recipes.names())]
+    return bool(files) or any(name is not None and ":" in name for name in named)
+
+
+def command(
+    run: Path, *overrides: str, verb: str = "--resume", world: "World | None" = None, trust: bool = False
+) -> str:
+    """The command that goes on with `run`, on as many processes as `world` has; `trust` as of `names_code`."""
+    words = ["fastdeit", "train", verb, str(run), *overrides, *(["--trust"] if trust else [])]
     size = 1 if world is None else world.size
     if size > 1 and os.environ.get("LOCAL_WORLD_SIZE", str(size)) == str(size):
         words += ["--nproc", str(size)]

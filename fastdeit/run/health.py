@@ -114,9 +114,11 @@ def gave_up(
     lines = [f"{text}. Go on from the checkpoint of step {kept[-1]}, before the trouble:"]
     if precision:
         lines.append(f"  the same run in another precision: {again(precision)}")
-    lines.append(f"  a new run with a lower learning rate, and clipping: {_fork(run_dir, kept[-1], settings, world)}")
+    lines.append(
+        f"  a new run with a lower learning rate, and clipping: {_fork(recipe, run_dir, kept[-1], settings, world)}"
+    )
     if kept[-1] == first - 1 and len(kept) > 1:
-        before = _fork(run_dir, kept[-2], settings, world)
+        before = _fork(recipe, run_dir, kept[-2], settings, world)
         lines.append(f"  if these weights are bad already, as the next step failed: {before}")
     return NonFiniteError("\n".join(lines))
 
@@ -127,5 +129,6 @@ def _gentler(recipe: "Recipe") -> list[str]:
     return [f"optim.lr={lr:g}", *(["optim.clip_grad=1.0"] if clip is None or clip > 1 else [])]
 
 
-def _fork(run_dir: Path, step: int, settings: list[str], world: World) -> str:
-    return directory.command(Path(f"{run_dir}@step={step}"), *settings, verb="--from", world=world)
+def _fork(recipe: "Recipe", run_dir: Path, step: int, settings: list[str], world: World) -> str:
+    run, trust = Path(f"{run_dir}@step={step}"), directory.names_code(recipe)
+    return directory.command(run, *settings, verb="--from", world=world, trust=trust)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastdeit.errors import UsageError
 from fastdeit.run import directory
+from fastdeit.text import one_line
 
 
 def refuse_other_run(
@@ -19,13 +20,13 @@ def refuse_other_run(
         f"  {name}: the run has {_short(old)}, asked for {_short(new)}" for name, old, new in (*fields, *data)
     )
     if any(field in _OF_THE_STATE for field, _, _ in fields):
-        way_out = f"A new run that begins with its weights: `fastdeit train RECIPE model.weights={run}`"
+        way_out = f"A new run that begins with its weights: `fastdeit train RECIPE model.weights={one_line(run)}`"
     else:
         fork = directory.command(run, *(as_overrides(fields) or ["section.field=value"]), verb="--from")
-        way_out = f"A new run that goes on from its weights and its optimizer: {fork}"
+        way_out = f"A new run that goes on from its weights and its optimizer: {one_line(fork)}"
     raise UsageError(
-        f"{run} is another run; resume it with its own settings, or start anew with another --run-dir:\n{lines}\n"
-        f"{way_out}"
+        f"{one_line(run)} is another run; resume it with its own settings, or start anew with another --run-dir:\n"
+        f"{lines}\n{way_out}"
     )
 
 

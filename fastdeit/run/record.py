@@ -21,6 +21,7 @@ from fastdeit.recipe.length import Length
 from fastdeit.run import build, directory, environment
 from fastdeit.run.clock import Clock
 from fastdeit.run.evaluate import Result, metric_rows, named_metrics
+from fastdeit.text import one_line
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -86,7 +87,7 @@ class RunLog:
         if self.progress is not None:
             self.progress.message(text)
         elif self.world.main:
-            print(text, flush=True)
+            print(one_line(text), flush=True)
 
     def bad_image(self, path: str, reason: str) -> None:
         """A sample was replaced or left out because it cannot be used."""
@@ -94,7 +95,7 @@ class RunLog:
         if self.progress is not None:
             self.progress.message(text)
         else:
-            print(text, flush=True)
+            print(one_line(text), flush=True)
 
     def begin(
         self,

@@ -91,11 +91,9 @@ def _resume(run: Path, args: argparse.Namespace) -> Request:
             f"--resume: {run} is one checkpoint; a run goes on from its newest: --resume {run.parent.parent}. To go on "
             f"from this one, in a new run: {at}"
         )
+    given = recipes.load(args.recipe, args.overrides) if args.named else None  # first: what it names may be executed
     before = directory.recipe_of(run)
-    if args.named:
-        recipe = given_again(recipes.load(args.recipe, args.overrides), before)
-    else:
-        recipe = recipes.override(before, args.overrides)
+    recipe = recipes.override(before, args.overrides) if given is None else given_again(given, before)
     # What the recipe leaves to the size of the data set is compared when that is known (`Saver.restore`).
     later = left_open(recipe)
     refuse_other_run(run, [change for change in recipes.difference(before, recipe) if change[0] not in later])

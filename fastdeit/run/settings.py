@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastdeit import methods
+from fastdeit import methods, plugins
 from fastdeit.data.sources.datasets import kinds_of_held_out
 from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.errors import UsageError
@@ -49,6 +49,9 @@ def doubt(weights: Weights) -> str | None:
         kind = methods.find(weights.known.method)
     except ValueError:  # of another project, whose code is not here
         return None
+    except plugins.Untrusted:
+        unasked = f"trained by {weights.known.method}, whose code is not asked without --trust"
+        return f"{unasked}: the heads may have learned nothing"
     if kind.predict is Method.predict and kind.evaluators is Method.evaluators:
         return None
     return f"trained by {kind.__name__}, which is judged in its own way: the heads may have learned nothing"

@@ -10,6 +10,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdeit import plugins
 from fastdeit.methods.config import MethodConfig, TeacherConfig
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import directory
@@ -52,7 +53,7 @@ def to_train(
 
 def _recipe(recipe: "Recipe", config: TeacherConfig, begun: Path | None) -> "Recipe":
     has_begun = begun is not None and directory.has_checkpoint(begun)
-    own = directory.recipe_of(begun) if has_begun else recipes.load(config.recipe)
+    own = directory.recipe_of(begun) if has_begun else recipes.load(config.recipe, own=plugins.is_own(config.recipe))
     data = own.data.model_copy(update={name: getattr(recipe.data, name) for name in _WHICH_DATA})
     its = {name: getattr(own.engine, name) for name in _OF_ITS_NETWORK}
     if its["residual"] not in ("fp32", recipe.engine.precision):

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastdeit import models
+from fastdeit import models, plugins
 from fastdeit.engine.checkpoint import Checkpoint
 from fastdeit.errors import UsageError
 from fastdeit.fields import size_pair
@@ -30,7 +30,7 @@ from fastdeit.run import classes as class_lists
 from fastdeit.run import hub, reach
 from fastdeit.run.address import Address, parse
 from fastdeit.run.chosen import chosen, place_of, state_of
-from fastdeit.text import some
+from fastdeit.text import one_line, some
 
 KNOWN = "fastdeit"
 """Key of the JSON of `Known` in the header of a safetensors file that `fastdeit export` wrote."""
@@ -157,7 +157,7 @@ def _of_checkpoint(address: Address, found: Checkpoint, notes: list[str]) -> Wei
     tensors = dict(found.tensors.get("model", {}))
     if not tensors:
         raise UsageError(f"{address}: {found.path} is a checkpoint without a model")
-    origin = f"{place_of(found)}, step {found.step}"
+    origin = one_line(f"{place_of(found)}, step {found.step}")
     try:
         known = _known_of_run(recipe, identity)
     except (KeyError, TypeError, ValueError) as error:
@@ -204,24 +204,26 @@ def _safetensors(address: Address) -> Weights:
             header = file.metadata() or {}
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise UsageError(f"{address}: it is damaged, or no safetensors file ({reason})") from error
+        raise UsageError(one_line(f"{address}: it is damaged, or no safetensors file ({reason})")) from error
     return _of_file(address, tensors, [], _known_of_header(address, header[KNOWN]) if KNOWN in header else None)
 
 
 def _known_of_header(address: Address, text: str) -> Known:
     """What `fastdeit export` wrote into a file about its network."""
     try:
-        return TypeAdapter(Known).validate_json(text)
+        known = TypeAdapter(Known).validate_json(text)
     except ValidationError as error:
         what = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors()) or "the JSON"
-        raise UsageError(f"{address}: what its header says of the model is damaged: {what}") from error
+        raise UsageError(one_line(f"{address}: what its header says of the model is damaged: {what}")) from error
+    plugins.read_from(address, (known.name or "", known.method or ""))
+    return known
 
 
 def _pickle(address: Address) -> Weights:
     try:
         found = pickled.read(address.path, address.entry)
     except ValueError as error:
-        raise UsageError(f"{address}: {error}") from error
+        raise UsageError(one_line(f"{address}: {error}")) from error
     return _of_file(address, found.tensors, list(found.notes))
 
 
@@ -231,13 +233,13 @@ def _of_file(address: Address, tensors: dict[str, Tensor], notes: list[str], kno
         named, stripped = convert.bare(tensors)
         told = hub.described(address.path) if known is None else {}
     except ValueError as error:
-        raise UsageError(f"{address}: {error}") from error
+        raise UsageError(one_line(f"{address}: {error}")) from error
     if told:
         architecture = told.pop("architecture")
         known = Known(**{"name" if architecture in models.MODELS else "timm": architecture}, **told)
         notes.append(f"{architecture}, as config.json beside it says")
     as_named = tensors if named.keys() != tensors.keys() else {}
-    return Weights(str(address), named, known or Known(), (*notes, *stripped), as_named=as_named)
+    return Weights(one_line(address), named, known or Known(), (*notes, *stripped), as_named=as_named)
 
 
 def is_cached(address: Address) -> bool:
@@ -296,7 +298,7 @@ def _published(origin: str, name: str) -> Any:
     try:
         return timm_model.published(name)
     except ValueError as error:
-        raise UsageError(f"{origin}: {error}") from error
+        raise UsageError(one_line(f"{origin}: {error}")) from error
 
 
 def _imagenet_classes(config: Any) -> tuple[str, ...] | None:
@@ -347,7 +349,7 @@ def load(
     try:
         report = load_weights(network, tensors, weights.grid or grid, may_differ)
     except ValueError as error:
-        raise UsageError(f"{weights.origin}: {error}") from error
+        raise UsageError(one_line(f"{weights.origin}: {error}")) from error
     if rows is not None and not report.reinitialised_heads:
         _permute_heads(network, rows)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
@@ -431,7 +433,7 @@ def _built(origin: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
     except ValueError as error:
-        raise UsageError(f"{origin}: {error}") from error
+        raise UsageError(one_line(f"{origin}: {error}")) from error
 
 
 def _rows_of_head(weights: Weights, known: Known) -> int | None:

@@ -16,6 +16,7 @@ from fastdeit.models.contract import Tokens
 from fastdeit.models.tokens import taps
 from fastdeit.run.settings import settings
 from fastdeit.run.weights import open_weights
+from fastdeit.text import for_picture, one_line
 from fastdeit.verbs.predict import network_of, picture_files, pictures, readable
 
 _COLUMNS = 6
@@ -52,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     height, width = batch.images[0].shape[1:3]
     looks, alike = maps(queries, keys, tokens, (height, width))
     _draw(batch.images[0][0].cpu(), looks.cpu(), alike, f"{weights.origin}, block {block}", Path(args.out))
-    print(f"picture in {args.out}")
+    print(one_line(f"picture in {args.out}"))
 
 
 def _plain(model: nn.Module, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +139,7 @@ def _draw(image: Tensor, looks: Tensor, alike: dict[str, Tensor], title: str, pa
     ]
     rows = ceil(len(panels) / _COLUMNS)
     figure = Figure(figsize=(2.2 * _COLUMNS, 2.4 * rows + 0.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(for_picture(title, 120))
     for number, (name, values) in enumerate(panels):
         axes = figure.add_subplot(rows, _COLUMNS, number + 1)
         axes.set_title(name, fontsize=9)

@@ -32,6 +32,7 @@ from fastdeit.methods.teacher import Ensemble, Teacher, together
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build, cached, precision, threads
 from fastdeit.run.weights import open_weights
+from fastdeit.text import one_line
 from fastdeit.version import __version__
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def fill(
 
     def say(text: str) -> None:
         if world.main:
-            print(text, flush=True)
+            print(one_line(text), flush=True)
 
     source = build.sources(recipe)[0]
     length, classes = build.run_length(recipe, len(source)), source.classes

@@ -30,6 +30,7 @@ from fastdeit.run.evaluate import Result, evaluate, metric_rows
 from fastdeit.run.settings import doubt, settings
 from fastdeit.run.subset import Renumbered, is_subset
 from fastdeit.run.weights import Weights, average_of, load, open_weights
+from fastdeit.text import for_picture, one_line
 
 _SCORES = {
     "softmax": "both heads (mean of softmaxes)",
@@ -84,7 +85,7 @@ def known_classes(weights: Weights, source: Source, *, say: bool = False) -> Sou
         return source
     if say:
         told = f"the data have {len(ours)} of the {len(theirs)} classes; an answer may be any of these"
-        print(f"{weights.origin}: {told}", file=sys.stderr)
+        print(one_line(f"{weights.origin}: {told}"), file=sys.stderr)
     return Renumbered(source, theirs)
 
 
@@ -126,7 +127,7 @@ def _method(weights: Weights, recipe: Recipe, source: Source, world: World) -> M
 
     def say(note: str) -> None:
         if world.main:
-            print(f"{weights.origin}: {note}", file=sys.stderr)
+            print(one_line(f"{weights.origin}: {note}"), file=sys.stderr)
 
     student = build.model(recipe, classes, say)
     grid = recipe.model.weights_grid
@@ -160,7 +161,7 @@ def _print(weights: Weights, recipe: Recipe, found: Sequence[Found]) -> None:
     height, width = build.image_size(recipe)
     images, bad = found[0].result.images, found[0].result.bad
     print(
-        f"{weights.origin}: {images:,} images ({bad} unreadable) at {height}x{width} pixels, crop ratio "
+        f"{one_line(weights.origin)}: {images:,} images ({bad} unreadable) at {height}x{width} pixels, crop ratio "
         f"{recipe.data.eval_crop_ratio:g}"
     )
     judged: list[tuple[str, ...]] = []
@@ -261,8 +262,8 @@ def _draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> No
     figure.colorbar(shown, shrink=0.6, label="share of the label's images")
     axes.set(xlabel="answer", ylabel="label")
     if len(classes) <= _MOST_CLASSES_DRAWN:
-        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=6)
-        axes.set_yticks(range(len(classes)), classes, fontsize=6)
+        axes.set_xticks(range(len(classes)), map(for_picture, classes), rotation=90, fontsize=6)
+        axes.set_yticks(range(len(classes)), map(for_picture, classes), fontsize=6)
     figure.savefig(path, dpi=150)
 
 

@@ -26,6 +26,7 @@ from fastdeit.run import build
 from fastdeit.run.classification import named_scores
 from fastdeit.run.settings import doubt, settings
 from fastdeit.run.weights import KNOWN, Known, Weights, network, open_weights
+from fastdeit.text import one_line
 from fastdeit.verbs.formats import FORMATS
 
 _MOST_IMAGES = 4096
@@ -83,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     except (OSError, SafetensorError) as error:
         raise FastdeitError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     height, width = build.image_size(recipe)
-    print(f"{weights.origin} -> {out} ({FORMATS[kind].words})")
+    print(one_line(f"{weights.origin} -> {out} ({FORMATS[kind].words})"))
     print(
         f"input: float32 [batch, 3, {height}, {width}], normalised by mean {_short(job.known.mean)} and std "
         f"{_short(job.known.std)}, crop ratio {job.known.crop_ratio:g}"
@@ -131,13 +132,13 @@ def _remove(path: Path) -> None:
 def _job(out: Path, weights: Weights, recipe: Recipe, model: str | None, fuse: str | None) -> Job:
     for note in (*weights.notes, doubt(weights)):
         if note is not None:
-            print(f"{weights.origin}: {note}")
+            print(one_line(f"{weights.origin}: {note}"))
     made = network(
         weights,
         name=model,
         image_size=build.image_size(recipe),
         grid=recipe.model.weights_grid,
-        say=print,
+        say=lambda note: print(one_line(note)),
     )
     size = build.image_size(recipe)
     known = replace(

@@ -31,6 +31,7 @@ from fastdeit.run import build
 from fastdeit.run.address import is_address
 from fastdeit.run.settings import settings
 from fastdeit.run.weights import open_weights
+from fastdeit.text import for_picture, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +80,7 @@ def show(args: argparse.Namespace) -> None:
         _visible(batch.pixels(), recipe)[place.slot],
     ]
     _save(_sheet(images, _window(view, original.shape, augment.size), where, rows), path)
-    print("\n".join([where, *(f"  {name:7} {text}" for name, text in rows), f"picture in {path}"]))
+    print("\n".join(map(one_line, [where, *(f"  {name:7} {text}" for name, text in rows), f"picture in {path}"])))
 
 
 def preview(args: argparse.Namespace) -> None:
@@ -100,7 +101,7 @@ def preview(args: argparse.Namespace) -> None:
     _save(_grid(recipe, training[:count], evaluation, columns), path)
     if count < wanted:
         print(f"a batch of recipe {recipe.name} has {count} images: all are drawn, fewer than the {wanted} asked for")
-    print(f"{_geometry(recipe)}\npicture in {path}")
+    print(f"{_geometry(recipe)}\npicture in {one_line(path)}")
 
 
 def locate(recipe: "Recipe", n: int, sample: int, epoch: int, copy: int) -> Place:
@@ -150,7 +151,7 @@ def _recipe(name: str, args: argparse.Namespace) -> "Recipe":
     recipe = settings(weights, None, args.overrides, args.data)
     if weights.checkpoint is None:
         told = "size, crop and normalisation are known, and nothing of the training: augmentation is that by default"
-        print(f"{weights.origin}: {told}", file=sys.stderr)
+        print(one_line(f"{weights.origin}: {told}"), file=sys.stderr)
     return recipe
 
 
@@ -260,7 +261,7 @@ def _sheet(
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    lines = [(name, textwrap.wrap(text, 120) or [""]) for name, text in rows]
+    lines = [(name, textwrap.wrap(one_line(text), 120) or [""]) for name, text in rows]
     count = sum(len(text) for _, text in lines)
     figure = Figure(figsize=(13, 4.1 + 0.24 * count), dpi=120, layout="constrained")
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
@@ -283,7 +284,7 @@ def _sheet(
     for name, words in lines:
         text.text(0.012, 1 - row / count, name, va="center", fontsize=10.5, color=_GREY)
         for line in words:
-            text.text(0.075, 1 - row / count, line, va="center", fontsize=10.5)
+            text.text(0.075, 1 - row / count, for_picture(line, 120), va="center", fontsize=10.5)
             row += 1
     return figure
 
@@ -296,7 +297,7 @@ def _grid(
     heights = [0.45 + 1.62 * -(-len(images) // columns) for images in (training, evaluation)]
     figure = Figure(figsize=(max(1.5 * columns, 7.5), sum(heights)), dpi=120, layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=heights)
-    _block(above, f"{recipe.name}: the first training batch, as the model sees it", training, columns)
+    _block(above, f"{for_picture(recipe.name)}: the first training batch, as the model sees it", training, columns)
     _block(below, _geometry(recipe), evaluation, columns)
     return figure
 
@@ -308,7 +309,7 @@ def _block(part: "SubFigure", title: str, images: list[tuple[Picture, str]], col
         axes.axis("off")
     for axes, (image, caption) in zip(all_axes, islice(images, len(all_axes)), strict=False):
         _draw(axes, image)
-        axes.set_title(caption.replace(" + ", "\n"), fontsize=7)
+        axes.set_title("\n".join(map(for_picture, caption.split(" + "))), fontsize=7)
 
 
 def _draw(axes: "Axes", image: Any) -> None:

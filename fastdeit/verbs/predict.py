@@ -27,6 +27,7 @@ from fastdeit.run import build
 from fastdeit.run.classification import named_scores
 from fastdeit.run.settings import doubt, settings
 from fastdeit.run.weights import Weights, network, open_weights
+from fastdeit.text import one_line
 
 _WORDNET = re.compile(r"n\d{8}")
 
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
     recipe = settings(weights, args.model, args.overrides)
     model, device = network_of(weights, recipe, args.model)
     if (note := doubt(weights)) is not None:
-        print(f"{weights.origin}: {note}", file=sys.stderr)
+        print(one_line(f"{weights.origin}: {note}"), file=sys.stderr)
     files = picture_files(args.images)
     loader = pictures(files, recipe, device)
     names = class_names(weights)
@@ -49,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
         best = sure.exp().topk(min(args.top, sure.shape[1]))
         for index, shares, classes in zip(batch.index.tolist(), *(part.tolist() for part in best), strict=True):
             if isnan(shares[0]):  # topk ranks nan first
-                print(f"{files[index]}: the network's scores are not finite", file=sys.stderr)
+                print(f"{one_line(files[index])}: the network's scores are not finite", file=sys.stderr)
                 continue
             answers[index] = [
                 {"class": names[number] if names else f"class {number}", "probability": share}
@@ -64,13 +65,13 @@ def network_of(weights: Weights, recipe: Recipe, model: str | None) -> tuple[nn.
     """The network of the weights for the input that `recipe` describes, in eval mode, and the device it is on."""
     device = pick_device(recipe.engine.device)
     for note in weights.notes:
-        print(f"{weights.origin}: {note}", file=sys.stderr)
+        print(one_line(f"{weights.origin}: {note}"), file=sys.stderr)
     made = network(
         weights,
         name=model,
         image_size=build.image_size(recipe),
         grid=recipe.model.weights_grid,
-        say=lambda note: print(note, file=sys.stderr),
+        say=lambda note: print(one_line(note), file=sys.stderr),
     )
     return made.to(device), device
 
@@ -146,4 +147,4 @@ def _print(answers: Sequence[tuple[str, list[dict[str, Any]]]], *, as_json: bool
         return
     for file, found in answers:
         said = ", ".join(f"{answer['class']} {100 * answer['probability']:.1f} %" for answer in found)
-        print(f"{file}: {said}")
+        print(one_line(f"{file}: {said}"))

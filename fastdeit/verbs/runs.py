@@ -11,6 +11,7 @@ from fastdeit.engine.progress import table
 from fastdeit.errors import UsageError
 from fastdeit.run import overview
 from fastdeit.run.overview import Overview
+from fastdeit.text import one_line
 
 _AGES = (("d", 86_400), ("h", 3600), ("min", 60))
 
@@ -19,7 +20,7 @@ def show_list(args: argparse.Namespace) -> None:
     """Print a table of the runs in `args.folder`."""
     runs = list(overview.all_in(Path(args.folder)))
     if not runs:
-        print(f"there is no run in {args.folder}")
+        print(one_line(f"there is no run in {args.folder}"))
         return
     table([_row(run) for run in runs], ("run", "model", "epoch", "step", "best", "state", "age"))
 
@@ -115,4 +116,4 @@ def show_curves(args: argparse.Namespace) -> None:
         report.compare(logs, out)
     except MetricsError as error:
         raise UsageError(str(error)) from error
-    print(f"picture in {out}")
+    print(one_line(f"picture in {out}"))

@@ -94,7 +94,7 @@ def find(use: str) -> Kind:
     function that is its `open`. Raises ValueError where there is none."""
     if ":" not in use and use not in READERS:
         raise ValueError(f"{use!r} must be one of {', '.join(READERS)}, or an import path package.module:KIND")
-    found = plugins.load(READERS.get(use, use), "reader")
+    found = plugins.load_shipped(READERS[use], "reader") if use in READERS else plugins.load(use, "reader")
     if isinstance(found, Kind):
         return found
     if not callable(found):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fastdeit.data.sources.index import atomic, digest, seal, unseal
 from fastdeit.data.sources.source import DataError
+from fastdeit.text import one_line
 
 TFRECORD = re.compile(r"(?P<stem>[^.].*?)(?:-\d+-of-\d+(?:\.tfrecords?)?|\.tfrecords?(?:-\d+-of-\d+)?)")
 # The `datasets` library keeps results of `map` and `filter` in files cache-*.arrow beside the data.
@@ -249,4 +250,4 @@ def _notice_if_slow(what: str) -> Generator[None, None, None]:
 def reasons(skipped: Skipped) -> str:
     """The first reasons, a line each, for a message."""
     more = f"\n  and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
-    return "".join(f"\n  {path}: {reason}" for path, reason in skipped[:_SHOWN]) + more
+    return "".join(f"\n  {one_line(path)}: {one_line(reason)}" for path, reason in skipped[:_SHOWN]) + more

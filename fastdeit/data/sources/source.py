@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastdeit.text import one_line
+
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),  # torchvision's
     *(".avif", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".pbm", ".pnm"),
@@ -21,7 +23,13 @@ MAX_LABEL = 999_999  # beyond any image data set: a larger one is some other num
 
 
 class DataError(ValueError):
-    """The data set cannot be used; the message names the path and what to do."""
+    """The data set cannot be used; the message names the path and what to do.
+
+    The names in it come from the data set: what cannot be printed is escaped. Lines of a list begin with two spaces.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n  ".join(map(one_line, message.split("\n  "))))
 
 
 class BadImage(Exception):

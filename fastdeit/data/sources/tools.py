@@ -20,6 +20,7 @@ from PIL import Image
 
 from fastdeit import cores
 from fastdeit.data.sources.source import BadImage, DataError, NamedSource, quieten_pillow
+from fastdeit.text import one_line
 
 _CHUNK = 256
 _LISTED = 20
@@ -171,6 +172,6 @@ def _summary(values: NDArray[np.generic]) -> tuple[int, int, int]:
 def _listed(what: str, entries: list[str], limit: int | None = _LISTED) -> list[str]:
     if not entries:
         return []
-    shown = [f"  {entry}" for entry in entries[:limit]]
+    shown = [f"  {one_line(entry)}" for entry in entries[:limit]]
     more = [f"  and {len(entries) - len(shown)} more"] if len(shown) < len(entries) else []
     return [f"{len(entries)} {what}:", *shown, *more]
