@@ -93,7 +93,7 @@ class Health:
         back += self.again(*self.saver.overrides)
         settings = _gentler(self.recipe)
         return f"{back}, or in a new run with a lower learning rate, and clipping: " + _fork(
-            self.run_dir, kept[-1], settings, self.world
+            self.recipe, self.run_dir, kept[-1], settings, self.world
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdeit import plugins
 from fastdeit.cli import main as cli
 from fastdeit.engine import checkpoint, report
 from fastdeit.engine.dist import World
@@ -32,6 +33,7 @@ TOTAL = 6
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "curves", lambda metrics, out: None)
+    plugins.trust("tests.small_runs:Tiny")
 
 
 def run_of(schema):

@@ -29,6 +29,7 @@ class Stream:
         self._wanted: deque[bool] = deque()
 
     def push(self, inputs: dict[str, Any], wanted: bool = True) -> None:
+        """Give the pipeline the inputs of a batch, by their names; `pop` drops what comes of one that is not wanted."""
         for name, value in inputs.items():
             self._pipe.feed_input(name, value)
         self._wanted.append(wanted)
