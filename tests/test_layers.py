@@ -73,7 +73,9 @@ LAYERS: dict[str, set[str]] = {
     "data.sources": {"cores", "rng", "plugins"},
     "data.execute": {"data.plan", "data.sources", "data.nodes", "data.pixel_ops"},
     "data.logits": {"data.sources"},
-    "data.loader": {"cores", "batch", "data.plan", "data.sources", "data.execute"},
+    "data.bad": {"data.sources"},
+    "data.examine": {"data.plan", "data.sources", "data.execute"},
+    "data.loader": {"cores", "batch", "data.bad", "data.plan", "data.sources", "data.execute"},
     "data": set(),
     "views": {"fields", "data.plan"},
     # ---- networks, losses, steps; none of them knows a data set
@@ -84,12 +86,12 @@ LAYERS: dict[str, set[str]] = {
     "recipe": {"models", "methods", "engine", "data.sources", "views", "fields", "text"},
     "run": {
         *("version", "cores", "errors", "rng", "text", "fields", "kernels", "batch", "views", "models", "methods"),
-        *("engine", "recipe", "data.plan", "data.sources", "data.loader", "data.logits"),
+        *("engine", "recipe", "data.bad", "data.plan", "data.sources", "data.loader", "data.logits"),
     },
     "estimate": {"errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "training": {
         *("errors", "rng", "kernels", "methods", "engine", "recipe", "run", "estimate"),
-        *("data.sources", "data.loader"),
+        *("data.bad", "data.examine", "data.sources", "data.loader"),
     },
     "stepping": {"batch", "errors", "data.plan", "methods", "engine", "recipe", "run", "estimate", "training"},
     # ---- what the command line calls

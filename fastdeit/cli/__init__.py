@@ -49,6 +49,7 @@ VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()
 _EXIT_CODES = {
     ("fastdeit.recipe.resolve", "RecipeError"): UsageError.exit_code,
     ("fastdeit.data.sources.source", "DataError"): UsageError.exit_code,
+    ("fastdeit.data.sources.source", "MachineError"): FastdeitError.exit_code,
     ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,
     ("fastdeit.engine.metrics", "MetricsError"): UsageError.exit_code,
     ("fastdeit.engine.capture", "CaptureError"): UsageError.exit_code,

@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
 
+from fastdeit.data.sources import faults
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _DECODABLE = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
 # (format, Pillow's mode) of which DALI 2.4 makes other pixels, or none.
 _MISREAD = {*(("TIFF", mode) for mode in ("1", "F", "I", "LA", "LAB")), ("PPM", "F"), ("JPEG2000", "LA")}
+Checked = tuple[NDArray[np.uint8], tuple[int, int]]
 MAX_LABEL = 999_999  # beyond any image data set: a larger one is some other number
 _TAIL = 64
 _MAX_PIXELS = 2 * 89_478_485  # where Pillow's decompression bomb check raises
@@ -27,6 +30,10 @@ _MAX_PIXELS = 2 * 89_478_485  # where Pillow's decompression bomb check raises
 
 class DataError(ValueError):
     """The data set cannot be used; the message names the path and what to do."""
+
+
+class MachineError(DataError):
+    """The machine or its storage fails, and no file is at fault; once it is mended, the same command goes on."""
 
 
 class BadImage(Exception):
@@ -80,11 +87,21 @@ def require_same_classes(root: str | Path, training: tuple[str, Source], held_ou
         )
 
 
+def unreadable(error: OSError | MemoryError, path: str | Path) -> str:
+    """Why the file at `path` cannot be used, if the file is at fault; MachineError if the machine is (`faults`)."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    lacking = faults.answer(error).lacking
+    if lacking is not None:
+        raise MachineError(f"{path} cannot be read: {reason}: {lacking}; no file is at fault") from error
+    return f"the file cannot be read: {reason}"
+
+
 def contents(path: Path) -> bytes:
     """A file of a data set that is no image: labels, lists. DataError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return faults.retried(path.read_bytes)
     except OSError as error:
+        unreadable(error, path)
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
@@ -140,6 +157,18 @@ def check(data: NDArray[np.uint8]) -> tuple[int, int]:
     if reason:
         raise BadImage(reason)
     return size
+
+
+def checked(source: Source, index: int) -> Checked | str:
+    """A sample's bytes and (width, height), or the reason why it cannot be used. MachineError where no file is at
+    fault."""
+    try:
+        data = source.read(index)
+        return data, check(data)
+    except BadImage as error:
+        return str(error)
+    except (OSError, MemoryError) as error:
+        return unreadable(error, source.path(index))
 
 
 def undecodable(data: NDArray[np.uint8]) -> str | None:

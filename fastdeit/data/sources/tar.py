@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdeit.data.sources.faults import of_file
 from fastdeit.data.sources.index import Listed, Strings, digest, read_range, text_array
 from fastdeit.data.sources.kinds import Kind
 from fastdeit.data.sources.scan import scanned
@@ -203,6 +204,8 @@ def _members(path: str, skipped: Skipped) -> Iterator[_Member]:
         if len(closing) < _BLOCK or closing.any():
             skipped.append((path, f"the tar file is cut short or damaged at byte {end} of {length}"))
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        if isinstance(error, OSError) and not of_file(error):
+            raise
         skipped.append((path, _why_not(path, error)))
 
 
