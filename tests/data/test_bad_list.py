@@ -101,10 +101,11 @@ def test_a_resume_goes_on_with_the_list_and_strikes_out_what_is_mended(tmp_path,
         for index in (0, 1):
             each.add(index, f"memory:{index}", "the file is empty")
     before.add(99, "of another set", "x")
+    before.add(5, "another name", "x")
     source.images[1] = np.frombuffer(varied[9], np.uint8)
     after = BadList("train")
     after.keep_in(tmp_path)
-    assert after.mended(source, lambda index: fault(source, index)) == ["memory:1", "of another set"]
+    assert after.mended(source, lambda index: fault(source, index)) == ["memory:1", "of another set", "another name"]
     assert after.entries() == [("memory:0", "the file is empty")]
     told = []
     BadImages(source, 0.5, lambda *why: told.append(why), after).add(0, "the file is empty")

@@ -8,9 +8,12 @@ import tarfile
 import numpy as np
 import pytest
 
+from fastdeit.cli import exit_code
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import plan
 from fastdeit.data.sources import faults
+from fastdeit.data.sources.datasets import open_source
+from fastdeit.data.sources.packed import pack
 from fastdeit.data.sources.source import DataError, MachineError, checked, contents
 from tests.data.test_sources_bad import KINDS, make
 
@@ -43,18 +46,19 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def failing(monkeypatch, waits):
-    """`failing(what, times)`: so many reads from now on fail with this error number, or bring a half ("half") and no
-    more when they are asked for the rest ("short")."""
+    """`failing(what, times, after)`: so many reads, after some others, fail with this error number, or bring a half
+    ("half") and no more when they are asked for the rest ("short")."""
     truth = os.pread
 
-    def fail(what, times):
-        left, cut = [times], []
+    def fail(what, times, after=0):
+        left, cut, passed = [times], [], [after]
 
         def pread(handle, size, offset):
             if cut:  # what comes after a first half: nothing
                 cut.clear()
                 return b""
-            if not left[0]:
+            if not left[0] or passed[0] > 0:
+                passed[0] -= 1
                 return truth(handle, size, offset)
             left[0] -= 1
             if what == "half":
@@ -189,15 +193,45 @@ def test_a_list_made_while_the_machine_lacks_something_is_not_kept(
     assert (len(source), list(source.skipped)) == (2, [])
 
 
-@pytest.mark.parametrize(("what", "error"), [(errno.EMFILE, MachineError), (errno.EIO, DataError)])
-def test_a_list_of_arrow_files_is_whole_or_none(tmp_path, encode, make_image, failing, what, error):
-    pytest.importorskip("pyarrow")
-    from fastdeit.data.sources.arrow import ArrowSource
+@pytest.mark.parametrize("what", [errno.EMFILE, errno.EIO])
+@pytest.mark.parametrize("kind", ["packed", "tfrecord", "arrow", "parquet"])
+def test_a_set_is_opened_whole_or_not_at_all(tmp_path, encode, make_image, failing, kind, what):
+    """Whichever read it is from which on all fail."""
+    make(kind, tmp_path, {"a.jpg": encode(make_image(0, 20, 16))})
+    (file,) = (path.name for path in tmp_path.glob("a.*"))
+    outcomes = []
+    for after in range(30):
+        for kept in tmp_path.glob(".fastdeit-*"):
+            kept.unlink()
+        failing(what, 1000, after)
+        try:
+            outcomes.append(len(open_source(kind, tmp_path, file)))
+        except DataError as error:
+            outcomes.append(type(error))
+    assert set(outcomes) == {2, MachineError if what == errno.EMFILE else DataError}
 
-    make("arrow", tmp_path, {"a.jpg": encode(make_image(0, 20, 16))})
-    failing(what, 1000)
-    with pytest.raises(error, match="cannot be read"):
-        ArrowSource(tmp_path, ["a.arrow"])
+
+@pytest.mark.parametrize("kind", ["packed", "tfrecord", "arrow", "parquet"])
+def test_half_a_read_leaves_nothing_out(tmp_path, encode, make_image, failing, kind):
+    make(kind, tmp_path, {"a.jpg": encode(make_image(0, 20, 16))})
+    (file,) = (path.name for path in tmp_path.glob("a.*"))
+    for after in range(9):
+        for kept in tmp_path.glob(".fastdeit-*"):
+            kept.unlink()
+        failing("half", 1, after)
+        assert (len(open_source(kind, tmp_path, file)), file) == (2, file)
+
+
+def test_packing_blames_no_file_for_what_the_machine_lacks(sources, failing, tmp_path):
+    failing(errno.EMFILE, 1)
+    with pytest.raises(MachineError, match=r"0/a\.jpg cannot be read: Too many open files"):
+        pack(sources["folder"], tmp_path / "a.pack")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_machine_s_fault_is_a_failure_and_not_a_wrong_command():
+    assert exit_code(MachineError("x")) == 1
+    assert exit_code(DataError("x")) == 2
 
 
 # ---- the stream ------------------------------------------------------------------------------------------------------
