@@ -18,3 +18,8 @@ def some(names: Collection[str]) -> str:
     """The first three of `names`, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(list(names)[:3]) + more
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal cannot print, or would obey, written out: the name of a file may hold any byte."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -70,11 +70,11 @@ LAYERS: dict[str, set[str]] = {
     "data.nodes": set(),
     "data.pixel_ops": {"data.nodes"},
     "data.plan": {"rng", "data.pixel_ops"},
-    "data.sources": {"cores", "rng", "plugins"},
+    "data.sources": {"rng", "plugins"},
     "data.execute": {"data.plan", "data.sources", "data.nodes", "data.pixel_ops"},
     "data.logits": {"data.sources"},
     "data.bad": {"data.sources"},
-    "data.examine": {"data.plan", "data.sources", "data.execute"},
+    "data.examine": {"data.sources", "data.execute"},
     "data.loader": {"cores", "batch", "data.bad", "data.plan", "data.sources", "data.execute"},
     "data": set(),
     "views": {"fields", "data.plan"},
@@ -101,7 +101,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "verbs": {
         *("version", "cores", "errors", "text", "kernels", "batch", "models", "methods", "engine", "recipe", "run"),
-        *("estimate", "data.pixel_ops", "data.plan", "data.sources", "data.loader", "data.logits"),
+        *("estimate", "data.examine", "data.pixel_ops", "data.plan", "data.sources", "data.loader", "data.logits"),
     },
     "experiments": {
         *("errors", "rng", "text", "kernels", "batch", "methods", "engine", "recipe", "run", "training"),

@@ -1,89 +1,135 @@
-"""What training makes of files, found out by asking the executor of training itself, file by file.
+"""What training makes of a file: its pixels, by the executor's own decoder, and what is odd about it.
 
-`fastdeit data check` asks about every file, a resumed run about those that it could not use before.
+`fastdeit data check` asks about every file, `data pack --normalise` about those that it encodes anew, and a resumed run
+about those that it could not use before.
 """
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.ExifTags import Base as Tag
 
-from fastdeit.data.execute.dali import Executor, Work
-from fastdeit.data.plan.plan import unaugmented
-from fastdeit.data.sources.source import Checked, Source, checked
+from fastdeit.data.execute import dali
+from fastdeit.data.sources.source import BadImage, Source, check, checked
 
-SIDE = 64
-"""Height and width in pixels of the pictures of `rendered`."""
-_BATCH, _PIXELS = 32, 64 << 20
+_own = threading.local()
+
+PLAIN = "JPEG", "PNG", "WEBP"
+_TRANSPARENT = "transparency, which is dropped"
+_MODES = {
+    "1": "black and white, read as 0 and 255",
+    "P": "a palette, read as the colours of its entries",
+    "PA": "a palette, read as the colours of its entries",
+    "LA": _TRANSPARENT,
+    "La": _TRANSPARENT,
+    "RGBA": _TRANSPARENT,
+    "RGBa": _TRANSPARENT,
+    "CMYK": "CMYK, converted to RGB",
+    "LAB": "L*a*b*, converted to RGB",
+    "HSV": "HSV, converted to RGB",
+    "F": "floats, converted to 8 bits",
+}
+_DEEP = "more than 8 bits a channel, read as 8"
+_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF"}
+_SUFFIXES |= {".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".gif": "GIF"}
 
 
 @dataclass(frozen=True)
-class Facts:
-    """A file that training can use. format: Pillow's name of it, with its mode; width, height in pixels; picture: all
-    of it, as training decodes it, shrunk to uint8 `[SIDE, SIDE, 3]`."""
+class Odd:
+    """One thing that is odd about a file. kind: what, in words that do not depend on the file; rewritten: whether the
+    same pixels in a plain file would be read without it."""
+
+    kind: str
+    rewritten: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file that training can use. format: Pillow's name of it, with its mode; odd: what is odd about it; rgb: its
+    pixels as training cuts boxes of them, uint8 `[height, width, 3]`."""
 
     format: str
-    width: int
-    height: int
-    picture: NDArray[np.uint8]
+    odd: tuple[Odd, ...]
+    rgb: NDArray[np.uint8]
 
 
-def examined(files: Sequence[Checked | str]) -> list[Facts | str]:
-    """What training has of each file, or the reason why it cannot use it; a reason that is given already stays."""
-    sound = [row for row, file in enumerate(files) if not isinstance(file, str)]
-    results: list[Facts | str] = list(files)
-    for row, picture in zip(sound, rendered([files[row] for row in sound]), strict=True):
-        data, size = files[row]
-        results[row] = picture if isinstance(picture, str) else Facts(_format(data), *size, picture)
-    return results
+def picture(data: NDArray[np.uint8], name: str) -> Picture:
+    """What training has of the file with these bytes, uint8 `[n]`, and this name; BadImage if it cannot use it."""
+    rgb = pixels(data)
+    with Image.open(io.BytesIO(memoryview(data))) as image:
+        return Picture(f"{image.format} {image.mode}", tuple(_odd(image, name)), rgb)
 
 
-def rendered(files: Sequence[Checked]) -> list[NDArray[np.uint8] | str]:
-    """Each file as training decodes it, whole and shrunk to uint8 `[SIDE, SIDE, 3]`, or the reason why it cannot.
+def oddities(data: NDArray[np.uint8], name: str) -> tuple[Odd, ...]:
+    """What the header of a file tells that is odd about it; nothing of a file that Pillow does not know."""
+    try:
+        with Image.open(io.BytesIO(memoryview(data))) as image:
+            return tuple(_odd(image, name))
+    except Exception:  # whatever the parser of a format trips over; what is wrong is for the decoder to say
+        return ()
+
+
+def pixels(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The pixels of a file as training has them, uint8 `[height, width, 3]`; BadImage if it cannot use the file.
     DataError without DALI."""
-    results: list[NDArray[np.uint8] | str] = [""] * len(files)
-
-    def leave_out(work: Work, failures: dict[int, str]) -> Work:
-        for row, reason in failures.items():
-            results[work.owner[row]] = reason
-        sound = [row for row in range(len(work.owner)) if row not in failures]
-        return replace(work.take(sound), owner=[work.owner[row] for row in sound])
-
-    def works() -> Iterator[Work]:
-        for rows in _batches([width * height for _, (width, height) in files]):
-            boxes = np.array([(0, 0, *files[row][1][::-1]) for row in rows], np.int32)
-            yield Work([files[row][0] for row in rows], (unaugmented(boxes, None, None),), rows)
-
-    executor = Executor([(SIDE, SIDE)], _BATCH, threads=1, device="cpu", repair=leave_out)
-    with closing(executor.run(works())) as batches:
-        for work, images in batches:
-            for row, picture in zip(work.owner, () if images is None else images[0].numpy(), strict=True):
-                results[row] = picture
-    return results
+    width, height = check(data)
+    whole = {"encoded": [data], "corner": np.zeros((1, 2), np.int32), "extent": np.array([[height, width]], np.int32)}
+    stream = getattr(_own, "stream", None) or _stream(whole)
+    _own.stream = None  # a pipeline that has failed is invalid
+    try:
+        stream.push(whole)
+        ((image,),) = (list(images) for images in stream.pop())
+        rgb = np.array(image)
+    except RuntimeError as error:
+        raise BadImage(dali.undecodable(data) or dali._fault(error)) from error
+    _own.stream = stream
+    return rgb
 
 
-def _batches(pixels: Sequence[int]) -> Iterator[list[int]]:
-    """Rows in their order, a batch at a time, so few that their pixels fit into memory."""
-    rows: list[int] = []
-    for row, count in enumerate(pixels):
-        if rows and (len(rows) == _BATCH or sum(pixels[one] for one in rows) + count > _PIXELS):
-            yield rows
-            rows = []
-        rows.append(row)
-    if rows:
-        yield rows
+def _stream(whole: dict[str, object]) -> "dali._Stream":
+    pipe = dali._graphs().decoded_box(batch_size=1, num_threads=1, prefetch_queue_depth=1, device_id=None)
+    pipe.build()
+    return dali._Stream(pipe, 1, whole)
 
 
 def fault(source: Source, index: int) -> str | None:
-    """Why training cannot use a sample; None if it can."""
-    (found,) = examined([checked(source, index)])
-    return found if isinstance(found, str) else None
+    """Why training cannot use a sample; None if it can. MachineError where no file is at fault."""
+    found = checked(source, index)
+    if isinstance(found, str):
+        return found
+    try:
+        pixels(found[0])
+    except BadImage as error:
+        return str(error)
+    return None
 
 
-def _format(data: NDArray[np.uint8]) -> str:
-    with Image.open(io.BytesIO(memoryview(data))) as image:
-        return f"{image.format} {image.mode}"
+def _odd(image: Image.Image, name: str) -> Iterator[Odd]:
+    if image.format not in PLAIN:
+        yield Odd(f"a {image.format} file", rewritten=True)
+    if image.mode in _MODES:
+        yield Odd(_MODES[image.mode], rewritten=True)
+    elif image.mode.startswith("I"):
+        yield Odd(_DEEP, rewritten=True)
+    elif "transparency" in image.info:
+        yield Odd(_TRANSPARENT, rewritten=True)
+    if getattr(image, "is_animated", False):
+        yield Odd("several frames, of which the first is read", rewritten=True)
+    if _orientation(image) not in (0, 1):
+        yield Odd("to be shown rotated or mirrored, which training does not do")
+    said = _SUFFIXES.get(PurePosixPath(name).suffix.lower())
+    if said is not None and said != image.format:
+        yield Odd(f"a {image.format} file that is called {said}")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(Tag.Orientation, 1))
+    except Exception:  # whatever a damaged EXIF block makes Pillow trip over; no pixel depends on it
+        return 1

@@ -21,6 +21,7 @@ from fastdeit.recipe.length import Length
 from fastdeit.run import build, directory, environment
 from fastdeit.run.clock import Clock
 from fastdeit.run.evaluate import Result, metric_rows, named_metrics
+from fastdeit.text import printable
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -89,7 +90,7 @@ class RunLog:
 
     def bad_image(self, path: str, reason: str) -> None:
         """A sample was replaced or left out because it cannot be used."""
-        text = f"image not used: {path}: {reason}"
+        text = printable(f"image not used: {path}: {reason}")
         if self.progress is not None:
             self.progress.message(text)
         else:

@@ -32,6 +32,7 @@ from fastdeit.methods.teacher import Ensemble, Teacher, together
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build, cached, threads
 from fastdeit.run.weights import open_weights
+from fastdeit.text import printable
 from fastdeit.version import __version__
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _loader(recipe: "Recipe", source: Source, world: World) -> TrainLoader:
     parts = {"data": data, "method": recipe.method.model_copy(update={"cached": None})}
 
     def unused(path: str, reason: str) -> None:
-        print(f"image not used: {path}: {reason}", flush=True)
+        print(printable(f"image not used: {path}: {reason}"), flush=True)
 
     return build.train_loader(recipe.model_copy(update=parts), source, World(world.device), {}, unused)
 

@@ -93,8 +93,8 @@ def test_flags_are_pinned():
         "experiments list": [],
         "experiments run": ["--data", "--seeds", "--out"],
         "runs time": ["--metric", "--target"],
-        "data check": ["--source", "--split", "--processes"],
-        "data pack": ["--source", "--split", "--force"],
+        "data check": ["--source", "--split", "--processes", "--json", "--html"],
+        "data pack": ["--source", "--split", "--normalise", "--force"],
         "data show": ["--data", "--sample", "--epoch", "--copy", "--out"],
         "data preview": ["--data", "--rows", "--columns", "--out"],
         "data make": ["--out", "--from", "--packages"],
@@ -122,7 +122,8 @@ def test_flags_are_pinned():
 @pytest.mark.parametrize("verb", list(cli.VERBS))
 def test_usage_line_names_every_flag(verb):
     parser = cli.VERBS[verb].parser
-    assert [flag for flag in parser.flags if flag not in parser.usage] == ["-h", "--help"]
+    told = re.findall(r"(?<![\w-])--?[\w-]+", parser.usage)
+    assert [flag for flag in parser.flags if flag not in told] == ["-h", "--help"]
 
 
 def test_train_in_any_order(calls):
