@@ -80,7 +80,7 @@ def _opened(kind: str, root: Path, split: str) -> NamedSource | None:
 
 def _write_page(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise FastdeitError(f"--html {path}: the page cannot be written: {error.strerror or error}") from error
 

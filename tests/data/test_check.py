@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from fastdeit.data.sources.datasets import open_source
 from fastdeit.data.sources.folder import FolderSource
 from fastdeit.data.sources.source import BadImage, DataError, MachineError
 from fastdeit.data.sources.synthetic import SyntheticSource
+from fastdeit.run.record import RunLog
 from fastdeit.text import printable
 from fastdeit.verbs.check import report, samples
 from fastdeit.verbs.check.page import page
@@ -160,6 +162,18 @@ class Junk(SyntheticSource):
         return np.zeros(9, np.uint8)
 
 
+def test_a_file_whose_header_is_sound_may_be_bad(memory, varied, encode, make_image):
+    source = memory([varied[0], encode(make_image(0, 90, 70), "BMP")[:9000]])
+    source.name = source.path
+    ((index, reason),) = samples.looked_at(source).bad
+    assert (index, "truncated" in reason) == (1, True)
+
+
+def test_a_name_that_no_terminal_prints_is_written_out(capsys):
+    RunLog.bad_image(SimpleNamespace(progress=None), "\udcff\x1b", "bad")
+    assert capsys.readouterr().out == "image not used: \\udcff\\x1b: bad\n"
+
+
 def test_every_serious_case_is_in_the_text_and_other_long_lists_are_cut():
     source = Junk(30, 60)
     source.skipped = [("x", "left out")]
@@ -231,6 +245,7 @@ def test_pictures_are_kept_of_the_first_ones_of_each_kind(memory, encode, make_i
     grey, alpha = (encode(make_image(0, 300, 20).convert(mode), "PNG") for mode in ("1", "RGBA"))
     source = memory([grey, grey, grey, grey, alpha])
     source.name = source.path
+    assert [bool(one.jpeg) for one in samples._look_at(source, range(3)).odd] == [True, True, False]
     found = samples.looked_at(source)
     assert [bool(one.jpeg) for one in found.odd] == [True, True, False, False, True]
     with Image.open(samples.io.BytesIO(found.odd[0].jpeg)) as small:
@@ -278,10 +293,14 @@ def test_a_split_that_cannot_be_opened_leaves_the_other(root, check):
 def test_a_machine_that_fails_is_no_finding(root, check, monkeypatch, capsys):
     from fastdeit.data.sources import folder
 
-    def walk(*_, **__):
-        raise MachineError("the storage does not answer")
+    errors, walk = [MachineError("the storage does not answer")], os.walk
 
-    monkeypatch.setattr(folder.os, "walk", walk)
+    def walk_again(*args, **options):
+        if errors:
+            raise errors.pop()
+        return walk(*args, **options)
+
+    monkeypatch.setattr(folder.os, "walk", walk_again)
     assert cli.main(["data", "check", str(root)]) == 1
     assert capsys.readouterr().err == "fastdeit: the storage does not answer\n"
 
