@@ -17,7 +17,7 @@ from fastdeit.data.sources.packed import pack
 from fastdeit.data.sources.source import DataError, MachineError, checked, contents
 from tests.data.test_sources_bad import KINDS, make
 
-PASSING = [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, "half", "short"]
+PASSING = [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, "piece", "short"]
 LACKING = {
     errno.EMFILE: "ulimit -n",
     errno.ENFILE: "too many files open",
@@ -46,8 +46,8 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def failing(monkeypatch, waits):
-    """`failing(what, times, after)`: so many reads, after some others, fail with this error number, or bring a half
-    ("half") and no more when they are asked for the rest ("short")."""
+    """`failing(what, times, after)`: so many reads, after some others, fail with this error number, or bring a piece
+    ("piece"), or a half and no more when they are asked for the rest ("short")."""
     truth = os.pread
 
     def fail(what, times, after=0):
@@ -61,8 +61,8 @@ def failing(monkeypatch, waits):
                 passed[0] -= 1
                 return truth(handle, size, offset)
             left[0] -= 1
-            if what == "half":
-                return truth(handle, size // 2, offset)
+            if what == "piece":
+                return truth(handle, max(size // 400, 1), offset)
             if what == "short":
                 cut.append(True)
                 return truth(handle, size // 2, offset)
@@ -88,7 +88,7 @@ def test_what_passes_changes_nothing(sources, failing, waits, kind, what):
     failing(what, 2)
     data, again = checked(source, 1)
     assert (data.tobytes(), again) == (expected.tobytes(), size)
-    assert waits[:1] == ([] if what == "half" else [0.1])
+    assert waits[:1] == ([] if what == "piece" else [0.1])
 
 
 @pytest.mark.parametrize("what", LACKING)
@@ -212,13 +212,13 @@ def test_a_set_is_opened_whole_or_not_at_all(tmp_path, encode, make_image, faili
 
 
 @pytest.mark.parametrize("kind", ["packed", "tfrecord", "arrow", "parquet"])
-def test_half_a_read_leaves_nothing_out(tmp_path, encode, make_image, failing, kind):
+def test_a_piece_of_a_read_leaves_nothing_out(tmp_path, encode, make_image, failing, kind):
     make(kind, tmp_path, {"a.jpg": encode(make_image(0, 20, 16))})
     (file,) = (path.name for path in tmp_path.glob("a.*"))
     for after in range(9):
         for kept in tmp_path.glob(".fastdeit-*"):
             kept.unlink()
-        failing("half", 1, after)
+        failing("piece", 1, after)
         assert (len(open_source(kind, tmp_path, file)), file) == (2, file)
 
 
@@ -243,9 +243,9 @@ def batches(source):
     return [batch for step in loader.batches(0, 2) for batch in step], loader.bad
 
 
-def test_half_a_read_does_not_change_the_batch(sources, failing):
+def test_a_piece_of_a_read_does_not_change_the_batch(sources, failing):
     whole, _ = batches(sources["folder"])
-    failing("half", 4)
+    failing("piece", 4)
     got, bad = batches(sources["folder"])
     assert all(np.array_equal(a.images[0], b.images[0]) for a, b in zip(got, whole, strict=True))
     assert bad.count == 0
