@@ -94,10 +94,11 @@ LAYERS: dict[str, set[str]] = {
         *("data.bad", "data.examine", "data.sources", "data.loader"),
     },
     "stepping": {"batch", "errors", "data.plan", "methods", "engine", "recipe", "run", "estimate", "training"},
+    "feed": {"batch", "errors", "engine", "recipe", "run"},
     # ---- what the command line calls
     "bench": {
         *("errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe", "run"),
-        *("estimate", "stepping", "data.pixel_ops", "data.plan", "data.sources"),
+        *("estimate", "feed", "stepping", "data.pixel_ops", "data.plan", "data.sources"),
     },
     "verbs": {
         *("version", "cores", "errors", "text", "kernels", "batch", "models", "methods", "engine", "recipe", "run"),
@@ -108,7 +109,7 @@ LAYERS: dict[str, set[str]] = {
         *("data.sources",),
     },
     "launch": {"errors"},
-    "api": {"errors", "engine", "recipe", "run", "stepping", "training", "verbs"},
+    "api": {"errors", "engine", "feed", "recipe", "run", "stepping", "training", "verbs"},
     "cli": {
         "version",
         "errors",
