@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from fastdeit.version import __version__
 
 if TYPE_CHECKING:
-    from fastdeit.api import Run, load, train
+    from fastdeit.api import Run, load, loader, stepper, train
 
-__all__ = ["Run", "__version__", "load", "stepper", "train"]
+__all__ = ["Run", "__version__", "load", "loader", "stepper", "train"]
 
 
 def __getattr__(name: str) -> Any:

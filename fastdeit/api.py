@@ -1,4 +1,4 @@
-"""fastdeit in Python: `train`, `load`, `stepper` and `Run` of `fastdeit`, as in a script or a notebook.
+"""fastdeit in Python: `train`, `load`, `loader`, `stepper` and `Run` of `fastdeit`, as in a script or a notebook.
 
     run = fastdeit.train("digits", {"train.epochs": 3})
     run.metrics["top1_fused"]
@@ -23,6 +23,7 @@ from torch import nn
 from fastdeit import training
 from fastdeit.engine.dist import world as join_world
 from fastdeit.errors import UsageError
+from fastdeit.feed import Loader
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import directory, overview, threads
@@ -65,6 +66,15 @@ def stepper(recipe: str | os.PathLike[str] | Recipe, overrides: Overrides = (), 
     steps              of the whole run, which the schedule is made for: a multiple of `train.epochs`
     """
     return Stepper(_chosen(recipe, overrides), steps=steps)
+
+
+def loader(recipe: str | os.PathLike[str] | Recipe, overrides: Overrides = (), **options: Any) -> Loader:
+    """The images of a recipe, for a training loop of your own: an iterable of batches, an epoch at a time.
+
+    recipe, overrides  as of `train`; `data.root` says where the images are
+    options            as of `fastdeit.feed.Loader`: train, rank, world, device, uint8
+    """
+    return Loader(_chosen(recipe, overrides), **options)
 
 
 def _chosen(recipe: str | os.PathLike[str] | Recipe, overrides: Overrides) -> Recipe:

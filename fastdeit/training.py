@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastdeit import kernels, rng
+from fastdeit.data.bad import BadList
+from fastdeit.data.examine import fault
 from fastdeit.data.loader import EvalLoader, TrainLoader
-from fastdeit.data.sources.source import Source
+from fastdeit.data.sources.source import Source, listed
 from fastdeit.engine import batchnorm, optimizers, phases, rendezvous
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
@@ -169,6 +171,7 @@ def train(
         # ---- go ----------------------------------------------------------------------------------------------------
         if resume:
             start, record = parts.saver.restore(run_dir, parts.log.say)
+        parts.share_bad(run_dir)
         facts = describe(recipe, parts.method, *parts.sources, world, parts.length)
         try:
             if record.clock is not None:
@@ -190,11 +193,13 @@ class Parts:
 
     recipe   with the numbers written out that follow the size of the data set
     sources  training and held-out samples
+    bad      those of them that cannot be used
     """
 
     recipe: "Recipe"
     world: World
     sources: tuple[Source, Source]
+    bad: tuple[BadList, BadList]
     length: Length
     log: RunLog
     method: Method
@@ -249,27 +254,40 @@ class Parts:
             tuning=tuning,
             on_spike=recipe.engine.on_spike,
         )
-        loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image)
-        val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image)
+        bad = train_bad, val_bad = BadList("train"), BadList("val")
+        loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image, train_bad)
+        val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image, val_bad)
         identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": train_source.classes}
         if cache is not None:
             log.say(f"teacher: {cached.described(cache)}")
             identity["cache"] = cache.fingerprint
         saver = Saver(recipe, identity, engine, world, schedule, length)
-        return cls(recipe, world, sources, length, log, method, schedule, tuning, engine, loader, val_loader, saver)
+        loaders = loader, val_loader
+        return cls(recipe, world, sources, bad, length, log, method, schedule, tuning, engine, *loaders, saver)
 
     def held_out(self, evaluators: Mapping[str, Evaluator], batches: int | None = None) -> Result:
         """What the evaluators say of the held-out images, or of the first `batches` of them."""
 
         def training() -> EvalLoader:
-            return build.eval_loader(self.recipe, self.sources[0], self.world, {}, self.log.bad_image)
+            return build.eval_loader(self.recipe, self.sources[0], self.world, {}, self.log.bad_image, self.bad[0])
 
         precision = self.recipe.engine.precision
         return evaluate(self.method, evaluators, self.val_loader, training, self.world, precision, batches)
 
+    def share_bad(self, run_dir: Path) -> None:
+        """Keep the lists of bad images in the run directory, one for all processes. What an earlier start has entered,
+        and is mended since, is struck out."""
+        with self.world.main_first():
+            for bad, source in zip(self.bad, self.sources, strict=True):
+                bad.keep_in(run_dir)
+                mended = bad.mended(source, partial(fault, source)) if self.world.main else []
+                if mended:
+                    self.log.say(f"images that were not used, and are sound now: {listed(mended)}")
+
     def bad_images(self) -> int:
-        """How many images all processes together could not use."""
-        return int(self.world.sum(torch.tensor(len(self.loader.bad.reasons), device=self.world.device)).item())
+        """How many training images all processes together could not use."""
+        self.bad[0].refresh()
+        return len(self.bad[0])
 
 
 def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Callable[..., str]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def run_use(*titles):
 
 
 def test_every_example_of_the_page_is_run():
-    titles = ["timm", "transformers", "torchvision", "vit-pytorch", "vit-pytorch, fused", "modules"]
+    titles = ["timm", "transformers", "torchvision", "vit-pytorch", "vit-pytorch, fused", "modules", "loader"]
     assert list(USE) == titles
 
 
@@ -134,6 +134,12 @@ def test_models_of_timm_and_torchvision_as_the_page_uses_them(monkeypatch, capsy
     said = capsys.readouterr().out
     assert all(f"  {op}" in said for op in ("add_layer_norm", "attention", "mlp", "query_attention"))
     assert type(small.encoder.layers[0]).__name__ == "AcceleratedEncoderBlock"
+
+
+def test_the_input_in_a_loop_as_the_page_uses_it():
+    names = run_use("loader")
+    assert names["saved"]["step"] == len(names["loader"]) * 2
+    assert names["loss"] < 3
 
 
 @pytest.mark.slow

@@ -72,10 +72,12 @@ LAYERS: dict[str, set[str]] = {
     "data.nodes": set(),
     "data.pixel_ops": {"data.nodes"},
     "data.plan": {"rng", "data.pixel_ops"},
-    "data.sources": {"cores", "rng", "plugins", "text"},
+    "data.sources": {"rng", "plugins", "text"},
     "data.execute": {"data.plan", "data.sources", "data.nodes", "data.pixel_ops"},
     "data.logits": {"data.sources"},
-    "data.loader": {"cores", "text", "batch", "data.plan", "data.sources", "data.execute"},
+    "data.bad": {"text", "data.sources"},
+    "data.examine": {"data.sources", "data.execute"},
+    "data.loader": {"cores", "batch", "data.bad", "data.plan", "data.sources", "data.execute"},
     "data": set(),
     "views": {"fields", "data.plan"},
     # ---- networks, losses, steps; none of them knows a data set
@@ -87,29 +89,30 @@ LAYERS: dict[str, set[str]] = {
     "run": {
         "plugins",
         *("version", "cores", "errors", "rng", "text", "fields", "kernels", "batch", "views", "models", "methods"),
-        *("engine", "recipe", "data.plan", "data.sources", "data.loader", "data.logits"),
+        *("engine", "recipe", "data.bad", "data.plan", "data.sources", "data.loader", "data.logits"),
     },
     "estimate": {"plugins", "errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "training": {
         *("errors", "text", "rng", "kernels", "methods", "engine", "recipe", "run", "estimate"),
-        *("data.sources", "data.loader"),
+        *("data.bad", "data.examine", "data.sources", "data.loader"),
     },
     "stepping": {"batch", "errors", "data.plan", "methods", "engine", "recipe", "run", "estimate", "training"},
+    "feed": {"batch", "errors", "engine", "recipe", "run"},
     # ---- what the command line calls
     "bench": {
         *("errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe", "run"),
-        *("estimate", "stepping", "data.pixel_ops", "data.plan", "data.sources"),
+        *("estimate", "feed", "stepping", "data.pixel_ops", "data.plan", "data.sources"),
     },
     "verbs": {
         *("version", "cores", "errors", "text", "kernels", "batch", "models", "methods", "engine", "recipe", "run"),
-        *("estimate", "data.execute", "data.pixel_ops", "data.plan", "data.sources", "data.loader", "data.logits"),
+        *("estimate", "data.examine", "data.pixel_ops", "data.plan", "data.sources", "data.loader", "data.logits"),
     },
     "experiments": {
         *("errors", "rng", "text", "kernels", "batch", "methods", "engine", "recipe", "run", "training"),
         *("data.sources",),
     },
     "launch": {"errors", "signals"},
-    "api": {"errors", "engine", "recipe", "run", "stepping", "training", "verbs"},
+    "api": {"errors", "engine", "feed", "recipe", "run", "stepping", "training", "verbs"},
     "cli": {
         "version",
         "errors",

@@ -225,20 +225,27 @@ def test_bad_images_are_replaced_counted_and_named(load, data, tmp_path, capsys)
     files[200].write_bytes(files[200].read_bytes()[:200])
     plain = ["method.use=supervised", "train.epochs=1", "data.repeats=1"]
     with pytest.raises(FastdeitError, match=r"max_bad_fraction") as error:
-        train(load(*plain, root=broken), tmp_path / "strict", World(torch.device("cpu")), resume=False)
+        train(
+            load(*plain, "data.max_bad_fraction=0", root=broken),
+            tmp_path / "strict",
+            World(torch.device("cpu")),
+            resume=False,
+        )
     assert str(files[10]) in str(error.value) or str(files[200]) in str(error.value)
     capsys.readouterr()
-    summary = train(
-        load(*plain, "data.max_bad_fraction=0.02", root=broken),
-        tmp_path / "run",
-        World(torch.device("cpu")),
-        resume=False,
-    )
+    recipe, run, world = load(*plain, root=broken), tmp_path / "run", World(torch.device("cpu"))
+    summary = train(recipe, run, world, resume=False)  # a thousandth of these images is one
     assert summary["bad_images"] == 2
     assert summary["steps"] == STEPS_PER_EPOCH
     out = capsys.readouterr().out
     for file in (files[10], files[200]):
         assert out.count(str(file)) == 1
+    shutil.copy(files[11], files[10])
+    assert train(recipe, run, world, resume=True)["bad_images"] == 1
+    out = capsys.readouterr().out
+    assert f"images that were not used, and are sound now: '{files[10]}'" in out
+    assert str(files[200]) not in out
+    assert str(files[10]) not in (run / "bad_images.jsonl").read_text()
 
 
 def test_persistent_nan_stops_with_its_own_exit_code(load, tmp_path):

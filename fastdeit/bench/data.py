@@ -34,6 +34,7 @@ from fastdeit.data.plan import policy
 from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
+from fastdeit.feed import Loader
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.views import parse_policy
@@ -248,6 +249,18 @@ def ours(setting: Setting, uint8: bool = False) -> Side:
         made, kernel, stream = OURS, "does the rest", _trained_on
     work = f"{made}; without the pixels kernel, which {kernel}" if uint8 else f"{made}; the pixels kernel {kernel}"
     return Side(work, partial(stream, setting, uint8))
+
+
+def as_loader(setting: Setting) -> Side:
+    """The same images for somebody else's loop."""
+    given = "uint8 off: finished floats and shares of the classes"
+    return Side(f"fastdeit.feed.Loader, for a loop that is not ours; {given}", partial(_given_by_loader, setting))
+
+
+def _given_by_loader(setting: Setting) -> Stream:
+    with closing(Loader(setting.recipe, train=not setting.evaluation, device=setting.device)) as loader:
+        for images, _ in loader:
+            yield images
 
 
 def batches(setting: Setting, noise: Mapping[str, int]) -> Generator["Batch", None, None]:

@@ -498,6 +498,7 @@ def _magnitude(rand: policy.Policy, peer: str) -> float:
 _SIDES: dict[str, Callable[[Setting], Side]] = {
     "fastdeit": bench_data.ours,
     "fastdeit_uint8": partial(bench_data.ours, uint8=True),
+    "fastdeit_loader": bench_data.as_loader,
     "timm": timm,
     "timm_uint8": partial(timm, uint8=True),
     "deit": deit,
@@ -507,8 +508,8 @@ _SIDES: dict[str, Callable[[Setting], Side]] = {
     "dali_uint8": partial(dali, uint8=True),
 }
 _PEERS = {
-    "none": ["fastdeit_uint8"],
-    "timm": ["fastdeit_uint8", "timm", "timm_uint8"],
+    "none": ["fastdeit_uint8", "fastdeit_loader"],
+    "timm": ["fastdeit_uint8", "fastdeit_loader", "timm", "timm_uint8"],
     "deit": ["deit"],
     "torchvision": ["fastdeit_uint8", "torchvision", "torchvision_uint8"],
     "dali": ["fastdeit_uint8", "dali", "dali_uint8"],

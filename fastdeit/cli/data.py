@@ -15,6 +15,8 @@ def _data_make(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _data_check(args: argparse.Namespace, argv: list[str]) -> int:
+    if args.html is not None and not Path(args.html).parent.is_dir():
+        raise UsageError(f"--html {args.html}: there is no folder {Path(args.html).parent}")
     from fastdeit.verbs import data as data_verbs
 
     return data_verbs.check(args)
@@ -105,10 +107,13 @@ _add("--packages", action="store_true", help="only print the packages that the s
 
 CHECK = Verb(
     "data check",
-    "decode every sample of a data set and list what is wrong",
-    f"PATH {_SOURCE} [--processes N]",
+    "what training would make of a data set: look at every sample and list what is wrong or odd",
+    f"PATH {_SOURCE} [--processes N] [--json] [--html FILE]",
     _data_check,
-    examples=["fastdeit data check /path/to/imagenet --split val  # the held-out images alone"],
+    examples=[
+        "fastdeit data check /path/to/imagenet --html imagenet.html  # exit code 1 if a training would be another",
+        "fastdeit data check /path/to/imagenet --split val  # the held-out images alone",
+    ],
 )
 _add = CHECK.parser.add_argument
 _add(
@@ -116,11 +121,13 @@ _add(
 )
 _add_source(CHECK)
 _add("--processes", type=positive, metavar="N", help="processes that decode (default: one per core)")
+_add("--json", action="store_true", help="print everything as JSON")
+_add("--html", type=path, metavar="FILE", help="write a page: sizes, class counts, pictures of the odd ones")
 
 PACK = Verb(
     "data pack",
     "copy a data set into one verified file per split",
-    f"PATH OUT {_SOURCE} [--force]",
+    f"PATH OUT {_SOURCE} [--normalise] [--force]",
     _data_pack,
     examples=["fastdeit data pack /path/to/imagenet packed  # then: fastdeit train deit_tiny --data packed"],
 )
@@ -128,6 +135,7 @@ _add = PACK.parser.add_argument
 _add("path", type=path, metavar="PATH", help="the data set's folder")
 _add("out", type=path, metavar="OUT", help="folder for train.pack and val.pack, which --data then takes")
 _add_source(PACK)
+_add("--normalise", action="store_true", help="encode odd files anew as PNG, with the pixels that training sees")
 _add("--force", action="store_true", help="replace packed files that are there")
 
 SHOW = Verb(

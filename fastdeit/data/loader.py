@@ -5,8 +5,6 @@ the consumer takes finished batches. A file that cannot be decoded never stops t
 evaluation goes without it, and both report it, until there are so many that the data set itself must be wrong.
 """
 
-import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,17 +20,15 @@ from numpy.typing import NDArray
 
 from fastdeit import cores
 from fastdeit.batch import Batch, Labels, Step
+from fastdeit.data.bad import BadImages, BadList, OnBad
 from fastdeit.data.execute.dali import Executor, Work
 from fastdeit.data.execute.prefetch import Prefetch
-from fastdeit.data.execute.route import Encoded, routed
+from fastdeit.data.execute.route import Encoded, file_of
 from fastdeit.data.plan import order, plan
-from fastdeit.data.sources.source import BadImage, DataError, Source, quieten_pillow
-from fastdeit.text import one_line
+from fastdeit.data.sources.source import DataError, Source, quieten_pillow
 
-OnBad = Callable[[str, str], None]
-Read = Encoded | str
+Read = Callable[[NDArray[np.int64]], list[Encoded | str]]
 _AHEAD = 2
-_LISTED = 20
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -51,36 +47,6 @@ class Store(Protocol):
         ...
 
 
-class BadImages:
-    """Images this process could not use. `count`: how often it met one; `reasons`: path to reason, each path once."""
-
-    def __init__(self, source: Source, max_fraction: float, on_bad: OnBad | None) -> None:
-        self.count = 0
-        self.reasons: dict[str, str] = {}
-        self._source, self._max_fraction = source, max_fraction
-        self._on_bad = on_bad or _warn
-        self._lock = threading.Lock()
-
-    def add(self, index: int, reason: str) -> None:
-        """Count sample `index`; report it if it is new, and raise DataError if that makes too many (or all)."""
-        path, reason = one_line(self._source.path(index)), one_line(reason)
-        with self._lock:
-            self.count += 1
-            if path in self.reasons:
-                return
-            self.reasons[path] = reason
-            reasons = list(self.reasons.items())
-        self._on_bad(path, reason)
-        n = len(self._source)
-        if len(reasons) > self._max_fraction * n or len(reasons) == n:
-            listed = "".join(f"\n  {path}: {reason}" for path, reason in reasons[:_LISTED])
-            more = f"\n  and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
-            raise DataError(
-                f"{len(reasons)} of {n} images cannot be used, more than max_bad_fraction {self._max_fraction:g} "
-                f"allows; repair or delete the files that are damaged, or raise max_bad_fraction:{listed}{more}"
-            )
-
-
 class TrainLoader:
     """Training batches of process `rank` of `world`, by global step: step s is batch s % steps_per_epoch of epoch
     s // steps_per_epoch.
@@ -91,7 +57,8 @@ class TrainLoader:
     world). device: "cpu" or a GPU's index. noise: columns of uniforms by name, stores: what comes with every sample,
     by name; both are what a method asks for. mean, std: the student's normalisation. total_steps: of the whole run
     (default: an epoch's), which `Step.progress` is a share of. on_bad(path, reason) is called once for each file that
-    cannot be used (default: a warning); DataError once they are more than `max_bad_fraction` of the data set.
+    cannot be used (default: a warning); DataError once they are more than `max_bad_fraction` allows (`bad.allowed`),
+    and MachineError where no file is at fault (`sources.faults`). bad_list: that of all who read the same samples.
     """
 
     def __init__(
@@ -115,6 +82,7 @@ class TrainLoader:
         total_steps: int | None = None,
         max_bad_fraction: float = 0.001,
         on_bad: OnBad | None = None,
+        bad_list: BadList | None = None,
     ) -> None:
         self._groups = order.groups_per_batch(batch_size, mixing.group_size, accumulate, world)
         self._source, self._views, self._mixing, self._seed = source, tuple(views), mixing, seed
@@ -125,7 +93,7 @@ class TrainLoader:
         self._mean, self._std = tuple(mean), tuple(std)
         self.steps_per_epoch = order.steps_per_epoch(len(source), batch_size)
         self._total_steps = total_steps or self.steps_per_epoch
-        self.bad = BadImages(source, max_bad_fraction, on_bad)
+        self.bad = BadImages(source, max_bad_fraction, on_bad, bad_list)
 
     def batches(self, start_step: int, stop_step: int) -> Generator[list[Batch], None, None]:
         """One list of `accumulate` micro-batches for each step, on the host but for the images, which are on the
@@ -158,7 +126,7 @@ class TrainLoader:
                     self._fill(rows, range(len(rows.sample)), read)
                     yield self._work(rows)
 
-    def _fill(self, rows: "_Rows", wanted: Sequence[int], read: Callable[[NDArray[np.int64]], list[Read]]) -> None:
+    def _fill(self, rows: "_Rows", wanted: Sequence[int], read: Read) -> None:
         """Read the samples of rows `wanted`, and substitutes for those that cannot be used."""
         while wanted:
             failed = []
@@ -238,13 +206,14 @@ class EvalLoader:
         std: Sequence[float] = IMAGENET_STD,
         max_bad_fraction: float = 0.001,
         on_bad: OnBad | None = None,
+        bad_list: BadList | None = None,
     ) -> None:
         self._source, self._size, self._crop_ratio, self._batch_size = source, size, crop_ratio, batch_size
         self._noise, self._mean, self._std = noise or {}, tuple(mean), tuple(std)
         self._threads, self._device = threads or _threads(world), device
         self._index = order.shard(len(source), rank, world)
         self.share = len(self._index)
-        self.bad = BadImages(source, max_bad_fraction, on_bad)
+        self.bad = BadImages(source, max_bad_fraction, on_bad, bad_list)
 
     def batches(self) -> Generator[Batch, None, None]:
         """Batches of this process, each without its undecodable images (their sizes vary)."""
@@ -387,23 +356,15 @@ class _Handover:
 
 
 @contextmanager
-def _parallel_read(source: Source, threads: int) -> Iterator[Callable[[NDArray[np.int64]], list[Read]]]:
+def _parallel_read(source: Source, threads: int) -> Iterator[Read]:
     """`_read` by `threads` threads, one task each: tasks cost more than reads from the page cache do."""
     with ThreadPoolExecutor(threads, "fastdeit-read") as pool:
         yield lambda index: list(chain.from_iterable(pool.map(partial(_read, source), np.array_split(index, threads))))
 
 
-def _read(source: Source, index: NDArray[np.int64]) -> list[Read]:
+def _read(source: Source, index: NDArray[np.int64]) -> list[Encoded | str]:
     """The file of every sample, or the reason why it cannot be used."""
-    results: list[Read] = []
-    for i in index.tolist():
-        try:
-            results.append(routed(source.read(i)))
-        except BadImage as error:
-            results.append(str(error))
-        except OSError as error:
-            results.append(f"the file cannot be read: {error.strerror or error}")
-    return results
+    return [file_of(source, i) for i in index.tolist()]
 
 
 def _labels(source: Source, index: NDArray[np.int64]) -> torch.Tensor:
@@ -416,7 +377,3 @@ def _noise(columns: Mapping[str, int], seed: int, step: int, positions: NDArray[
 
 def _threads(world: int) -> int:
     return max(1, cores.available() // world)
-
-
-def _warn(path: str, reason: str) -> None:
-    warnings.warn(f"{path} is not used: {reason}", stacklevel=2)

@@ -192,7 +192,8 @@ class DataConfig(AugmentSettings, DataSplits):
     threads: Count | None = None
     """CPU threads of the input pipeline per process; null: the process's share of the cores."""
     max_bad_fraction: Fraction = 0.001
-    """Share of the data set that may be unreadable before the run stops."""
+    """Share of the data set that may be unreadable before the run stops; of a small set up to five images, but a tenth.
+    With 0 the first one stops it."""
     synthetic_samples: Count = 10_000
     """Size of the training set, for source synthetic."""
     synthetic_classes: Classes = 1000

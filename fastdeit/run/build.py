@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from fastdeit import kernels, methods, models, rng
+from fastdeit.data.bad import BadList, OnBad
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import order
 from fastdeit.data.plan.plan import Augment, Mixing
 from fastdeit.data.sources import digits
 from fastdeit.data.sources.datasets import advice, kinds_at, layout, open_held_out, open_pair
 from fastdeit.data.sources.kinds import GENERATED, Columns
-from fastdeit.data.sources.source import DataError, Source
+from fastdeit.data.sources.source import DataError, MachineError, Source
 from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
@@ -71,6 +72,8 @@ def _opened(recipe: "Recipe", opened: Callable[..., Opened]) -> Opened:
     try:
         columns = Columns(data.image_column, data.label_column)
         return opened(data.source, data.root, *splits, columns=columns, classes=data.classes)
+    except MachineError:
+        raise
     except DataError as error:
         raise DataError(
             f"data.source {data.source}: {error}{_expected(error, data.source, data.root, *splits)}"
@@ -162,9 +165,15 @@ def notes(recipe: "Recipe", images: int) -> list[str]:
 
 
 def train_loader(
-    recipe: "Recipe", source: Source, world: World, noise: Mapping[str, int], on_bad: Callable[[str, str], None]
+    recipe: "Recipe",
+    source: Source,
+    world: World,
+    noise: Mapping[str, int],
+    on_bad: OnBad,
+    bad_list: BadList | None = None,
 ) -> TrainLoader:
-    """The stream of training batches that this process works on; `noise` is what `Method.noise` says."""
+    """The stream of training batches that this process works on; `noise` is what `Method.noise` says, `bad_list` the
+    run's own."""
     data, train = recipe.data, recipe.train
     try:
         order.groups_per_batch(train.batch_size, data.group_size, train.accumulate, world.size)
@@ -189,11 +198,17 @@ def train_loader(
         total_steps=run_length(recipe, len(source)).total,
         max_bad_fraction=data.max_bad_fraction,
         on_bad=on_bad,
+        bad_list=bad_list,
     )
 
 
 def eval_loader(
-    recipe: "Recipe", source: Source, world: World, noise: Mapping[str, int], on_bad: Callable[[str, str], None]
+    recipe: "Recipe",
+    source: Source,
+    world: World,
+    noise: Mapping[str, int],
+    on_bad: OnBad,
+    bad_list: BadList | None = None,
 ) -> EvalLoader:
     """Images of `source` as evaluation sees them, each exactly once over all processes."""
     data = recipe.data
@@ -212,6 +227,7 @@ def eval_loader(
         std=data.std,
         max_bad_fraction=data.max_bad_fraction,
         on_bad=on_bad,
+        bad_list=bad_list,
     )
 
 

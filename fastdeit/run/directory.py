@@ -5,6 +5,7 @@ RUN/metrics.jsonl                     what was measured
 RUN/checkpoints/step_00001250/        what the run goes on from; its recipe is the one that counts
 RUN/curves.png, summary.json          the run so far, as of its last evaluation
 RUN/teacher/, RUN/teacher_2/          the runs of teachers that were trained here
+RUN/bad_images.jsonl                  images that cannot be used, if any
 RUN/lock.json                         while a process trains here: which one
 """
 

@@ -45,7 +45,8 @@ def evaluate(
     batches  how many batches of each loader are looked at, at most: one tells the metrics' names; None for all
 
     `training` makes the loader of the training images, which few evaluators ask for. Images that cannot be decoded are
-    left out and counted. Raises ValueError if two evaluators have a metric of the same name.
+    left out and counted; DataError where all processes together met too many. Raises ValueError if two evaluators have
+    a metric of the same name.
     """
 
     def moved(loader: EvalLoader) -> Iterator[Batch]:
@@ -70,6 +71,7 @@ def evaluate(
         lower |= found.keys() if evaluator.lower_is_better else set()
     bad = len(held_out.bad.reasons)
     images, bad = world.sum(torch.tensor([held_out.share - bad, bad], device=world.device)).tolist()
+    held_out.bad.check(bad)  # where the processes have no list in common, each has counted its own share alone
     return Result(images, bad, metrics, frozenset(lower))
 
 

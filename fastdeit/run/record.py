@@ -91,7 +91,7 @@ class RunLog:
 
     def bad_image(self, path: str, reason: str) -> None:
         """A sample was replaced or left out because it cannot be used."""
-        text = f"image not used: {path}: {reason}"
+        text = one_line(f"image not used: {path}: {reason}")
         if self.progress is not None:
             self.progress.message(text)
         else:

@@ -158,7 +158,7 @@ def _loader(recipe: "Recipe", source: Source, world: World) -> TrainLoader:
     parts = {"data": data, "method": recipe.method.model_copy(update={"cached": None})}
 
     def unused(path: str, reason: str) -> None:
-        print(f"image not used: {path}: {reason}", flush=True)
+        print(one_line(f"image not used: {path}: {reason}"), flush=True)
 
     return build.train_loader(recipe.model_copy(update=parts), source, World(world.device), {}, unused)
 

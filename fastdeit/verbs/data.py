@@ -5,36 +5,84 @@ fits; where several do, or none, the user is asked.
 """
 
 import argparse
+import json
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastdeit.data.execute.decode import pixels
-from fastdeit.data.sources import kinds, packed, tools
+from fastdeit.data.sources import kinds, packed
 from fastdeit.data.sources.datasets import advice, held_out_name, kinds_at, open_pair, open_source
-from fastdeit.data.sources.source import DataError, NamedSource
-from fastdeit.errors import UsageError
+from fastdeit.data.sources.source import DataError, MachineError, NamedSource
+from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.text import one_line
 from fastdeit.verbs import progress
+
+if TYPE_CHECKING:
+    from fastdeit.verbs.normalise import Normalised
 
 _ALONE = ".", "."  # the folder itself as training and as held-out split
 _WILDCARD = re.compile(r"[-_.]*[{*?\[]")
 
+Opened = TypeVar("Opened")
 Named = list[tuple[str, NamedSource]]
 
 
 def check(args: argparse.Namespace) -> int:
-    """`fastdeit data check PATH`: a report of every split; 1 if a sample of any cannot be used."""
-    sound = True
-    for split, source in _open(args, _each):
-        with progress.shown(f"checking {split}") as report_progress:
-            report = tools.check(source, pixels, args.processes, report_progress)
-        print(f"{split}: {report}", flush=True)
-        sound &= report.ok
-    return 0 if sound else 1
+    """`fastdeit data check PATH`: a report of every split; 1 if something was found that would change a training."""
+    refused: list[DataError] = []
+
+    def tried(kind: str, root: Path, splits: Sequence[str], **options: Any) -> tuple[str, Named]:
+        """The splits as training opens them, or else those that can be opened, with what training would say."""
+        try:
+            return kind, _matched(kind, root, splits, **options)
+        except MachineError:
+            raise
+        except DataError as error:
+            found = [(split, source) for split in splits if (source := _opened(kind, root, split, **options))]
+            if not found or len(splits) == 1 or kind not in kinds_at(root, splits[-1], splits[-1]):
+                raise  # there is nothing of that name: nothing is wrong with the data, but with the command
+            refused.append(error)
+            return kind, found
+
+    kind, opened = _open(args, tried)
+    from fastdeit.verbs.check import page, report, samples  # with torch and DALI, which a mistake need not wait for
+
+    splits, looked = [], []
+    for name, source in opened:
+        with progress.shown(f"checking {name}") as report_progress:
+            found = samples.looked_at(source, args.processes, report_progress)
+        looked.append((name, source, found))
+        splits.append(report.split_of(name, source, found))
+        if not args.json:
+            print(*map(one_line, splits[-1].lines()), sep="\n", flush=True)
+    whole = report.Report(args.path, kind, splits, [*map(report.refusal, refused), *report.across(looked)])
+    if args.json:
+        print(json.dumps(whole.facts(), allow_nan=False))
+    else:
+        print(*map(one_line, whole.lines()), sep="\n", flush=True)
+    if args.html is not None:
+        _write_page(Path(args.html), page.page(whole))
+    return 0 if whole.ok else 1
+
+
+def _opened(kind: str, root: Path, split: str, **options: Any) -> NamedSource | None:
+    try:
+        return open_source(kind, root, split, **options)
+    except MachineError:
+        raise
+    except DataError:
+        return None
+
+
+def _write_page(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FastdeitError(f"--html {path}: the page cannot be written: {error.strerror or error}") from error
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -55,10 +103,16 @@ def pack(args: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{out}: the folder for the packed files cannot be made: {error.strerror}") from error
+    if args.normalise:
+        from fastdeit.verbs.normalise import Normalised
     for (split, source), target in zip(sources, targets, strict=True):
         began = time.monotonic()
+        if args.normalise:
+            source = Normalised(source)
         with progress.shown(f"packing {split}") as report_progress:
             packed.pack(source, target, report_progress)
+        if args.normalise:
+            _say_rewritten(source)
         seconds = max(time.monotonic() - began, 1e-3)
         size = target.stat().st_size / 2**20
         print(
@@ -66,6 +120,13 @@ def pack(args: argparse.Namespace) -> None:
             f"({len(source) / seconds:,.0f} images/s, {size / seconds:,.0f} MiB/s)",
             flush=True,
         )
+
+
+def _say_rewritten(source: "Normalised") -> None:
+    for one in source.rewritten.values():
+        print(one_line(f"encoded anew: {one}"))
+    for path, reason in source.unusable:
+        print(one_line(f"copied as it is, since it cannot be used: {path}: {reason}"))
 
 
 def implied(recipe: str, overrides: Sequence[str], root: str | None) -> list[str]:
@@ -112,8 +173,8 @@ def _only(found: list[str], path: str, option: str) -> str:
     raise UsageError(f"{path} {what}; say how to read it with {option}: {', '.join(found or kinds.READERS)}")
 
 
-def _open(args: argparse.Namespace, opened: Callable[..., Named]) -> Named:
-    """(name, samples) of the splits that the arguments ask for."""
+def _open(args: argparse.Namespace, opened: Callable[..., Opened]) -> Opened:
+    """What `opened` makes of kind, folder and names of the splits that the arguments ask for."""
     path = Path(args.path)
     options = {"columns": kinds.Columns(args.image_column, args.label_column), "classes": args.classes}
     if args.source is not None:
@@ -130,7 +191,7 @@ def _open(args: argparse.Namespace, opened: Callable[..., Named]) -> Named:
     except DataError as error:
         alone = kind not in kinds_at(path, splits[-1], splits[-1])
         hint = "; if there is only one split, or others, name them: --split NAME" if alone else ""
-        raise DataError(f"{error}{hint}") from error
+        raise type(error)(f"{error}{hint}") from error
 
 
 def _splits(path: Path, source: str | None, named: Sequence[str] | None) -> tuple[str, Sequence[str]]:
@@ -172,12 +233,8 @@ def _stem(name: str) -> str:
     return stem
 
 
-def _each(kind: str, root: Path, splits: Sequence[str], **options: Any) -> Named:
-    return [(split, open_source(kind, root, split, **options)) for split in splits]
-
-
 def _matched(kind: str, root: Path, splits: Sequence[str], **options: Any) -> Named:
-    """As `_each`, but two splits are a training and a held-out split and have to have the same classes."""
+    """(name, samples) of splits. Two are a training and a held-out split and have to have the same classes."""
     if len(splits) == 2:
         return list(zip(splits, open_pair(kind, root, *splits, **options), strict=True))
-    return _each(kind, root, splits, **options)
+    return [(split, open_source(kind, root, split, **options)) for split in splits]

@@ -80,7 +80,7 @@ def test_a_row_says_which_input_it_is(short, tmp_path, capsys, flags, facts, sai
     assert cli.main(["bench", "data", *flags.split(), *common.split()]) == 0
     row = json.loads(out.read_text())
     assert facts.items() <= row.items()
-    assert list(row["seconds"]) == ["fastdeit", "fastdeit_uint8"]
+    assert list(row["seconds"]) == ["fastdeit", "fastdeit_uint8", "fastdeit_loader"]
     assert ("crop" in row) != row["evaluation"]
     assert said in capsys.readouterr().out
     assert report.cell(row) == said.removeprefix("data of ").replace(" on cpu", "") + ", 1 threads"

@@ -16,7 +16,7 @@ from fastdeit.data.plan.plan import PAD
 from fastdeit.recipe import resolve as recipes
 
 SIZE, BATCH, FILES = 64, 4, 16
-FLOATS = ["fastdeit", "timm", "deit", "torchvision", "dali"]
+FLOATS = ["fastdeit", "fastdeit_loader", "timm", "deit", "torchvision", "dali"]
 PLAIN = ["data.augment=none", "data.erase=0", "data.mixup=0", "data.cutmix=0"]
 KINDS = {
     "deit": [],
@@ -258,7 +258,7 @@ def test_torchvision_resizes_to_squares_only(setting, name, evaluation):
 
 def test_the_others_go_on(setting):
     built, failed = data_peers._built(setting("data.augment=v0"), data_peers._PEERS["all"])
-    assert list(built) == ["fastdeit", "fastdeit_uint8", "timm", "timm_uint8", "deit"]
+    assert list(built) == ["fastdeit", "fastdeit_uint8", "fastdeit_loader", "timm", "timm_uint8", "deit"]
     assert failed["torchvision"] == failed["torchvision_uint8"] == "torchvision has no augment v0"
 
 

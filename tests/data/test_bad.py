@@ -166,7 +166,7 @@ def test_too_many_failures_of_an_operation_call_no_sound_file_damaged(memory, va
     monkeypatch.setattr(pixel_ops, "PIXEL_OPS", failing)
     augment = replace(AUGMENT, policy=policy.parse("three_augment", AUGMENT.size, color_jitter=(0.3, 0, 0)))
     loader = TrainLoader(
-        memory(varied[:32]),
+        memory(varied[:24]),
         [augment],
         MIXING,
         seed=0,
@@ -178,7 +178,7 @@ def test_too_many_failures_of_an_operation_call_no_sound_file_damaged(memory, va
     with pytest.raises(DataError) as info:
         next(loader.batches(0, 1))
     first, *listed = str(info.value).splitlines()
-    assert re.match(r"4 of 32 images cannot be used, .*: ?$", first)
+    assert re.match(r"4 of 24 images cannot be used, .*: ?$", first)
     assert "decode" not in str(info.value)
     reason = r"the file is sound, but the operation brightness\([\d.]+\) failed \(ValueError: dark\)"
     assert all(re.fullmatch(rf"  memory:\d+: {reason}", line) for line in listed)
@@ -211,7 +211,7 @@ def test_pillow_s_warnings_of_files_are_not_heard_but_others_are(memory, varied,
         heard.clear()
         loader = EvalLoader(memory([cut, *varied[:20]]), (40, 40), 1.0, max_bad_fraction=0.1, threads=1)
         assert sum(len(samples) for samples in loader.batches()) == 20
-        assert [found.filename.rsplit("/")[-1] for found in heard] == ["loader.py"]
+        assert [found.filename.rsplit("/")[-1] for found in heard] == ["bad.py"]
         Image._decompression_bomb_check((10_000, 10_000))
         assert len(heard) == 1
         warnings.warn_explicit("soon gone", DeprecationWarning, "Image.py", 1, module="PIL.Image")

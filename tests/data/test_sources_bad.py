@@ -18,12 +18,12 @@ from fastdeit.data.execute.pillow import pixels as by_pillow
 from fastdeit.data.execute.route import routed
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import plan
-from fastdeit.data.sources import tools
 from fastdeit.data.sources.folder import FolderSource
 from fastdeit.data.sources.packed import PackedSource, pack
 from fastdeit.data.sources.source import BadImage, DataError
 from fastdeit.data.sources.tar import TarSource
 from fastdeit.data.sources.tfrecord import TFRecordSource
+from fastdeit.verbs.check.samples import looked_at
 from tests.data.conftest import sides
 from tests.data.writers import arrow, tfrecord
 
@@ -217,11 +217,9 @@ def test_no_format_is_rotated_but_the_one_that_pillow_rotates(memory, make_image
 @pytest.mark.parametrize("kind", ["folder", *MORE])
 def test_report_names_the_broken_ones(tmp_path, kind, files, sound):
     source = make(kind, tmp_path, files)
-    report = tools.check(source, pixels, processes=1)
-    assert [path for path, _ in report.bad] == [source.path(i) for i, name in named(source, files) if name not in sound]
-    assert not report.ok
-    assert sum(report.formats.values()) == 2 * len(sound)
-    assert all(len(group) % 2 == 0 for group in report.duplicates)
+    found = looked_at(source)
+    assert [index for index, _ in found.bad] == [i for i, name in named(source, files) if name not in sound]
+    assert found.formats.total() == 2 * len(sound)
 
 
 def test_files_that_vanish_in_mid_run_are_read_errors(tmp_path, kind, sound):
@@ -240,6 +238,10 @@ def test_files_that_vanish_in_mid_run_are_read_errors(tmp_path, kind, sound):
     assert "cannot be read" in bad[source.path(last)]
 
 
+def bad_ones(source):
+    return [(source.path(index), reason) for index, reason in looked_at(source).bad]
+
+
 def test_entries_that_cannot_be_read(tmp_path, sound):
     source = make("folder", tmp_path, sound)
     top = tmp_path / "images" / "0"
@@ -249,7 +251,7 @@ def test_entries_that_cannot_be_read(tmp_path, sound):
     os.mkfifo(top / "pipe.jpg")
     before, source = len(source), FolderSource(tmp_path / "images")
     assert len(source) == before + 3
-    reasons = {Path(path).name: reason for path, reason in tools.check(source, pixels, processes=1).bad}
+    reasons = {Path(path).name: reason for path, reason in bad_ones(source)}
     assert reasons == {
         "dangling.jpg": "the file cannot be read: No such file or directory",
         "loop.jpg": "the file cannot be read: Too many levels of symbolic links",
@@ -261,9 +263,7 @@ def test_entries_that_cannot_be_read(tmp_path, sound):
 def test_a_file_without_permission(tmp_path, sound):
     source = make("folder", tmp_path, sound)
     os.chmod(source.path(3), 0)
-    assert tools.check(source, pixels, processes=1).bad == [
-        (source.path(3), "the file cannot be read: Permission denied")
-    ]
+    assert bad_ones(source) == [(source.path(3), "the file cannot be read: Permission denied")]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -302,7 +302,9 @@ def test_an_evaluation_leaves_the_statistics():
     engine = averaged_engine()
     before = state(engine.method)
     before["forwards"] += 1
-    held_out = SimpleNamespace(batches=lambda: iter([Rows(batches(1)[0])]), bad=SimpleNamespace(reasons={}), share=8)
+    held_out = SimpleNamespace(
+        batches=lambda: iter([Rows(batches(1)[0])]), bad=SimpleNamespace(reasons={}, check=print), share=8
+    )
     evaluate(engine.method.eval(), {"loss": HeldOutLoss()}, held_out, None, World(CPU), "fp32")
     assert_same(state(engine.method), before)
 

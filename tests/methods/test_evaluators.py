@@ -26,7 +26,7 @@ class Stream:
 
     def __init__(self, labels, rank=0, size=1, shift=0):
         self.labels, self.shift = labels[rank::size], shift
-        self.bad, self.share = SimpleNamespace(reasons={}), len(self.labels)
+        self.bad, self.share = SimpleNamespace(reasons={}, check=lambda total: None), len(self.labels)
 
     def batches(self):
         for labels in torch.tensor(self.labels, dtype=torch.int64).split(3) if self.labels else ():

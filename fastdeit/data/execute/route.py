@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from fastdeit.data.sources.source import BadImage
+from fastdeit.data.sources.source import BadImage, Source, unreadable
 
 MAX_PIXELS = 2 * 89_478_485
 """The largest picture that is decoded: where Pillow's check for decompression bombs raises."""
@@ -65,6 +65,16 @@ class Encoded:
 def routed(data: NDArray[np.uint8]) -> Encoded:
     """The file with these bytes, uint8 `[n]`; BadImage as `route` raises it."""
     return Encoded(data, route(data))
+
+
+def file_of(source: Source, index: int) -> Encoded | str:
+    """The file of a sample, or the reason why it cannot be used. MachineError where no file is at fault."""
+    try:
+        return routed(source.read(index))
+    except BadImage as error:
+        return str(error)
+    except (OSError, MemoryError) as error:
+        return unreadable(error, source.path(index))
 
 
 def route(data: NDArray[np.uint8]) -> Route:

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from pyarrow import ipc
 
 from fastdeit.data.sources import shards
+from fastdeit.data.sources.faults import of_file
 from fastdeit.data.sources.index import Listed, Strings, digest, read_range
 from fastdeit.data.sources.parquet import class_labels, hub_names, plain_labels, require_columns, require_one_type
-from fastdeit.data.sources.source import BadImage, DataError, contents
+from fastdeit.data.sources.source import BadImage, DataError, contents, unreadable
 
 _PREFIX = struct.Struct("<iI")
 _CONTINUES = -1
@@ -207,6 +208,8 @@ def _schema(path: str, image: str, label: str) -> pyarrow.Schema:
     except StopIteration:
         raise DataError(f"{path}: the Arrow file cannot be read: it holds nothing") from None
     except (_Damaged, pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError):
+            unreadable(error, path)
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: the Arrow file cannot be read: {reason}") from error
     return schema
@@ -226,6 +229,8 @@ def _batches(
     except _Damaged as error:
         skipped.append((path, f"{error}; rows from {first} on are lost"))
     except OSError as error:
+        if not of_file(error):
+            raise DataError(f"{path}: {unreadable(error, path)}") from error
         skipped.append((path, f"the Arrow file cannot be read: {error.strerror or error}"))
 
 
@@ -241,6 +246,8 @@ def _rows(path: str, message: _Message, schema: pyarrow.Schema, image: str, labe
         start, size = _images(body, batch.column(image))
         labels = _labels(body, batch.column(label))
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
+        if isinstance(error, OSError) and not of_file(error):
+            raise
         raise _Damaged(f"the batch at byte {message.start} is compressed or damaged: {error}") from error
     return _Rows(first, start, size, labels)
 

@@ -7,17 +7,21 @@ On disk an index is a numpy `.npz` archive behind the 16-byte BLAKE2b of its byt
 before anything in it is used, and holds no pickled object.
 """
 
+import errno
 import io
 import os
 import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastdeit.data.sources.faults import retried
 
 _DIGEST = 16
 
@@ -128,14 +132,38 @@ def atomic(path: Path) -> Generator[BinaryIO, None, None]:
 
 def read_range(path: str, offset: int = 0, size: int | None = None) -> NDArray[np.uint8]:
     """`size` bytes (None: all) of the file at `path` from `offset`, fewer where it ends before; OSError if it cannot be
-    read.
+    read, also after as many tries as the error is worth (`faults`).
 
     By a read and not by a mapping: a file that is cut or a disk that fails while it is mapped ends the process with
     SIGBUS, and a page fault holds the interpreter lock. Opening the file every time costs 2 us and leaves no state to
     share between threads and processes. O_NONBLOCK, so that a named pipe is an error and not a wait without end.
     """
+    return retried(partial(_read_once, path, offset, size))
+
+
+def _read_once(path: str, offset: int, size: int | None) -> NDArray[np.uint8]:
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        return np.frombuffer(os.pread(handle, os.fstat(handle).st_size if size is None else size, offset), np.uint8)
+        return np.frombuffer(read_at(handle, offset, size), np.uint8)
+    except OSError as error:
+        error.filename = path
+        raise
     finally:
         os.close(handle)
+
+
+def read_at(handle: int, offset: int, size: int | None) -> bytes:
+    """`size` bytes (None: all) of an open file from `offset`, fewer only where it ends before.
+
+    One read may bring less: at most 2 GiB, and on network storage what has come so far. EIO where no more comes
+    though the file goes on.
+    """
+    rest = max(os.fstat(handle).st_size - offset, 0)
+    wanted = rest if size is None else min(size, rest)
+    data = os.pread(handle, wanted, offset)
+    while len(data) < wanted:
+        more = os.pread(handle, wanted - len(data), offset + len(data))
+        if not more:
+            raise OSError(errno.EIO, f"{len(data)} of {wanted} bytes came, though the file goes on")
+        data += more
+    return data

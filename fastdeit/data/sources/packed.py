@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fastdeit.data.sources.index import Listed, Strings, atomic, read_range, seal, text_array, unseal
 from fastdeit.data.sources.kinds import Kind
-from fastdeit.data.sources.source import BadImage, DataError, NamedSource
+from fastdeit.data.sources.source import BadImage, DataError, NamedSource, unreadable
 
 VERSION = 1
 SUFFIX = ".pack"
@@ -98,6 +98,8 @@ def _sample(source: NamedSource, index: int) -> NDArray[np.uint8]:
     try:
         return source.read(index)
     except (OSError, BadImage) as error:
+        if isinstance(error, OSError):
+            unreadable(error, source.path(index))
         raise DataError(
             f"{source.path(index)} cannot be read: {error}; repair or delete it and pack again (`check` lists all such "
             "files at once)"
@@ -111,6 +113,7 @@ def _read_index(path: str) -> dict[str, NDArray[np.generic]]:
         footer = read_range(path, max(size - _FOOTER.size, 0), _FOOTER.size).tobytes()
         sealed = read_range(path, *_index_range(path, size, mark, footer))
     except OSError as error:
+        unreadable(error, path)
         raise DataError(f"{path}: the packed data set cannot be read: {error.strerror or error}") from error
     try:
         return unseal(sealed)

@@ -6,6 +6,7 @@ images). The groups used last are kept, up to `_CACHE_BYTES`. That serves evalua
 rows in order; for training, which reads in random order, pack the data set first.
 """
 
+import io
 import json
 import os
 import threading
@@ -20,8 +21,8 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from fastdeit.data.sources import shards
-from fastdeit.data.sources.index import Listed, Strings, digest
-from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, class_numbers
+from fastdeit.data.sources.index import Listed, Strings, digest, read_range
+from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, class_numbers, unreadable
 
 _CACHE_BYTES = 256 << 20
 _Column = TypeVar("_Column", pyarrow.Array, pyarrow.ChunkedArray)
@@ -79,11 +80,13 @@ class ParquetSource(Listed):
         """Metadata and label column of a file."""
         path = os.path.join(self._root, file)
         try:
-            with parquet.ParquetFile(path) as opened:
+            with parquet.ParquetFile(_Bytes(path)) as opened:
                 schema, metadata = opened.schema_arrow, opened.metadata
                 require_columns(path, schema, self._image, self._label)
                 return metadata, plain_labels(path, self._label, opened.read(columns=[self._label]).column(0))
         except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError):
+                unreadable(error, path)
             raise DataError(f"{path}: the Parquet file cannot be read: {error}") from error
 
     def _group(self, number: int) -> Any:
@@ -93,7 +96,7 @@ class ParquetSource(Listed):
                 file, group = self._groups[number]
                 path = os.path.join(self._root, self._files[file])
                 with parquet.ParquetFile(
-                    path, metadata=self._metadata[file], page_checksum_verification=True
+                    _Bytes(path), metadata=self._metadata[file], page_checksum_verification=True
                 ) as opened:
                     nested = pyarrow.types.is_struct(opened.schema_arrow.field(self._image).type)
                     column = f"{self._image}.bytes" if nested else self._image
@@ -103,6 +106,32 @@ class ParquetSource(Listed):
             while len(self._cache) > 1 and sum(column.nbytes for column in self._cache.values()) > _CACHE_BYTES:
                 self._cache.popitem(last=False)
             return self._cache[number]
+
+
+class _Bytes(io.RawIOBase):
+    """A file for Arrow, every read of which is a `read_range`: errors are judged as those of all readers."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path, self._at, self._end = path, 0, os.stat(path).st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._end}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        data = read_range(self._path, self._at, None if size < 0 else size).tobytes()
+        self._at += len(data)
+        return data
 
 
 def require_columns(path: str, schema: pyarrow.Schema, image: str, label: str) -> None:

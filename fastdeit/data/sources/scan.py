@@ -16,8 +16,12 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import TypeVar
+
+from fastdeit.data.sources.faults import retried
+from fastdeit.data.sources.source import DataError, unreadable
 
 Found = TypeVar("Found")
 
@@ -34,14 +38,23 @@ def scanned(paths: Sequence[str], scan: Callable[[str], Found]) -> Iterator[Foun
     """What `scan` finds in each file, in their order.
 
     scan: a function of a module that can be imported, or a `functools.partial` of one, whose results can be pickled.
-    What it raises is raised here.
+    What it raises is raised here; an OSError as a DataError, after as many tries as it is worth (`faults`).
     """
+    scan = partial(_patiently, scan)
     processes = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES, -(-len(paths) // _READERS_EACH))
     if processes > 1 and sum(map(_size, paths)) >= _MUCH:
         yield from _by_processes(paths, scan, processes)
         return
     with ThreadPoolExecutor(_READERS, "fastdeit-scan") as pool:
         yield from pool.map(scan, paths)
+
+
+def _patiently(scan: Callable[[str], Found], path: str) -> Found:
+    """What `scan` finds in a file. A hiccup of the storage must not leave out a file from a list that is kept."""
+    try:
+        return retried(partial(scan, path))
+    except OSError as error:
+        raise DataError(f"{path}: {unreadable(error, path)}") from error
 
 
 def _size(path: str) -> int:

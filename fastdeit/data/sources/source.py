@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastdeit.data.sources import faults
 from fastdeit.text import one_line
 
 EXTENSIONS = (
@@ -30,6 +31,10 @@ class DataError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__("\n  ".join(map(one_line, message.split("\n  "))))
+
+
+class MachineError(DataError):
+    """The machine or its storage fails, and no file is at fault; once it is mended, the same command goes on."""
 
 
 class BadImage(Exception):
@@ -83,11 +88,21 @@ def require_same_classes(root: str | Path, training: tuple[str, Source], held_ou
         )
 
 
+def unreadable(error: OSError | MemoryError, path: str | Path) -> str:
+    """Why the file at `path` cannot be used, if the file is at fault; MachineError if the machine is (`faults`)."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    lacking = faults.answer(error).lacking
+    if lacking is not None:
+        raise MachineError(f"{path} cannot be read: {reason}: {lacking}; no file is at fault") from error
+    return f"the file cannot be read: {reason}"
+
+
 def contents(path: Path) -> bytes:
     """A file of a data set that is no image: labels, lists. DataError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return faults.retried(path.read_bytes)
     except OSError as error:
+        unreadable(error, path)
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 

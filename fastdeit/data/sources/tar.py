@@ -23,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdeit.data.sources.faults import of_file
 from fastdeit.data.sources.index import Listed, Strings, digest, read_range, text_array
 from fastdeit.data.sources.kinds import Columns, Kind
 from fastdeit.data.sources.names import is_litter
@@ -214,6 +215,8 @@ def _members(path: str, skipped: Skipped) -> Iterator[_Member]:
                     return
                 start = _next_archive(path, end, length)
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        if isinstance(error, OSError) and not of_file(error):
+            raise
         skipped.append((path, _why_not(path, error)))
 
 

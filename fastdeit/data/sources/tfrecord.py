@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.data.sources import shards
-from fastdeit.data.sources.index import Listed, Strings, digest, read_range, text_array
+from fastdeit.data.sources.faults import of_file
+from fastdeit.data.sources.index import Listed, Strings, digest, read_at, read_range, text_array
 from fastdeit.data.sources.kinds import Kind
 from fastdeit.data.sources.scan import scanned
 from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, contents
@@ -148,6 +149,8 @@ def _samples(path: str, skipped: shards.Skipped) -> Iterator[tuple[int, int, int
     except _Unusable as error:
         skipped.append((path, str(error)))
     except OSError as error:
+        if not of_file(error):
+            raise
         skipped.append((path, f"the TFRecord file cannot be read: {error.strerror}"))
 
 
@@ -175,7 +178,7 @@ class _Window:
         """Where in `data` the byte at `offset` is; `size` bytes from there are in it, fewer only at the file's end."""
         place = offset - self.start
         if place < 0 or place + size > len(self.data):
-            self.data, self.start = os.pread(self._handle, max(size, _WINDOW), offset), offset
+            self.data, self.start = read_at(self._handle, offset, max(size, _WINDOW)), offset
             return 0
         return place
 

@@ -1,0 +1,74 @@
+"""`fastdeit data pack --normalise`: odd files encoded anew, with the pixels that training sees."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastdeit.data.examine import oddities, pixels
+from fastdeit.data.sources.source import BadImage, NamedSource
+
+_SUFFIX = ".png"
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A sample that was encoded anew: its path, what was odd about it, and its bytes before and after."""
+
+    path: str
+    odd: Sequence[str]
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: {'; '.join(self.odd)}; {self.before:,} bytes, as PNG {self.after:,}"
+
+
+class Normalised:
+    """The samples of `source`, of which `read` encodes the odd ones as PNG, with the pixels that training sees, and
+    ends their names in .png. rewritten: those that were read so far, by number; unusable: (path, reason) likewise of
+    odd files that training cannot use, whose bytes stay."""
+
+    def __init__(self, source: NamedSource) -> None:
+        self._source = source
+        self.classes, self.fingerprint, self.skipped = source.classes, source.fingerprint, source.skipped
+        self.rewritten: dict[int, Rewritten] = {}
+        self.unusable: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def label(self, index: int) -> int:
+        """As that of the source."""
+        return self._source.label(index)
+
+    def path(self, index: int) -> str:
+        """As that of the source."""
+        return self._source.path(index)
+
+    def name(self, index: int) -> str:
+        """As that of the source, with .png behind it where the sample was encoded anew."""
+        return self._source.name(index) + (_SUFFIX if index in self.rewritten else "")
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """The file, or a PNG file in its place: uint8 `[n]`. Raises what the source raises."""
+        data = self._source.read(index)
+        odd = [one.kind for one in oddities(data, self._source.name(index)) if one.rewritten]
+        if not odd:
+            return data
+        try:
+            made = _png(pixels(data))
+        except BadImage as error:
+            self.unusable.append((self.path(index), str(error)))
+            return data
+        self.rewritten[index] = Rewritten(self.path(index), odd, len(data), len(made))
+        return made
+
+
+def _png(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    out = io.BytesIO()
+    Image.fromarray(rgb).save(out, "PNG")
+    return np.frombuffer(out.getvalue(), np.uint8)
