@@ -69,9 +69,9 @@ class BadList:
         no other has opened the list."""
         with self._lock:
             kept = {
-                index: (path, reason)
-                for index, (path, reason) in self._found.items()
-                if index < len(source) and one_line(source.path(index)) == path and fault(index) is not None
+                index: (one_line(source.path(index)), reason)  # the data set may have been moved meanwhile
+                for index, (_, reason) in self._found.items()
+                if index < len(source) and fault(index) is not None
             }
             gone = [path for index, (path, _) in self._found.items() if index not in kept]
             self._found = kept

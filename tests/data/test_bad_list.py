@@ -101,12 +101,12 @@ def test_a_resume_goes_on_with_the_list_and_strikes_out_what_is_mended(tmp_path,
         for index in (0, 1):
             each.add(index, f"memory:{index}", "the file is empty")
     before.add(99, "of another set", "x")
-    before.add(2, "another name", "x")
+    before.add(2, "where it was before", "x")
     source.images[1] = np.frombuffer(varied[9], np.uint8)
     after = BadList("train")
     after.keep_in(tmp_path)
-    assert after.mended(source, lambda index: fault(source, index)) == ["memory:1", "of another set", "another name"]
-    assert after.entries() == [("memory:0", "the file is empty")]
+    assert after.mended(source, lambda index: fault(source, index)) == ["memory:1", "of another set"]
+    assert after.entries() == [("memory:0", "the file is empty"), ("memory:2", "x")]
     told = []
     BadImages(source, 0.5, lambda *why: told.append(why), after).add(0, "the file is empty")
     assert told == []
@@ -114,7 +114,7 @@ def test_a_resume_goes_on_with_the_list_and_strikes_out_what_is_mended(tmp_path,
     read = [BadList("train"), BadList("val")]
     for each in read:
         each.keep_in(tmp_path)
-    assert [len(each) for each in read] == [2, 2]
+    assert [len(each) for each in read] == [3, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == [bad.FILE]
 
 
