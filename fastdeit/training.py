@@ -369,20 +369,21 @@ def gave_up(
     text = f"stopped: the gradients of the steps {first} to {last} are not finite, and nothing of these steps is saved"
     lr, clip = max(recipe.optim.lr / 2, recipe.optim.min_lr), recipe.optim.clip_grad
     settings = [f"optim.lr={lr:g}", *(["optim.clip_grad=1.0"] if clip is None or clip > 1 else [])]
-    precision = {"fp16": "engine.precision=bf16", "bf16": "engine.precision=fp32"}.get(recipe.engine.precision)
+    wider = {"fp16": "bf16" if precision.has_bf16(world.device) else "fp32", "bf16": "fp32"}
+    other = f"engine.precision={wider[recipe.engine.precision]}" if recipe.engine.precision in wider else None
     kept = [step for step in checkpoint.steps(run_dir / directory.CHECKPOINTS) if step < first]
     if not kept:
         return NonFiniteError(
             f"{text}. There is no checkpoint from before; start anew with a lower optim.lr, optim.clip_grad=1.0"
-            + (f" or {precision}" if precision else "")
+            + (f" or {other}" if other else "")
         )
 
     def fork(step: int) -> str:
         return directory.command(Path(f"{run_dir}@step={step}"), *settings, verb="--from", world=world)
 
     lines = [f"{text}. Go on from the checkpoint of step {kept[-1]}, before the trouble:"]
-    if precision:
-        lines.append(f"  the same run in another precision: {again(precision)}")
+    if other:
+        lines.append(f"  the same run in another precision: {again(other)}")
     lines.append(f"  a new run with a lower learning rate, and clipping: {fork(kept[-1])}")
     if kept[-1] == first - 1 and len(kept) > 1:
         lines.append(f"  if these weights are bad already, as the next step failed: {fork(kept[-2])}")
