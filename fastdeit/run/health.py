@@ -13,7 +13,7 @@ from fastdeit.engine.guard import SPIKE
 from fastdeit.engine.replicas import DriftError
 from fastdeit.engine.step import Engine
 from fastdeit.errors import FastdeitError, NonFiniteError
-from fastdeit.run import directory
+from fastdeit.run import directory, precision
 from fastdeit.run.build import Report
 from fastdeit.run.saver import PoisonedError, Saver
 
@@ -104,16 +104,17 @@ def gave_up(
     first = last - limit + 1
     text = f"stopped: the gradients of the steps {first} to {last} are not finite, and nothing of these steps is saved"
     settings = _gentler(recipe)
-    precision = {"fp16": "engine.precision=bf16", "bf16": "engine.precision=fp32"}.get(recipe.engine.precision)
+    wider = {"fp16": "bf16" if precision.has_bf16(world.device) else "fp32", "bf16": "fp32"}
+    other = f"engine.precision={wider[recipe.engine.precision]}" if recipe.engine.precision in wider else None
     kept = [step for step in checkpoint.steps(run_dir / directory.CHECKPOINTS) if step < first]
     if not kept:
         return NonFiniteError(
             f"{text}. There is no checkpoint from before; start anew with a lower optim.lr, optim.clip_grad=1.0"
-            + (f" or {precision}" if precision else "")
+            + (f" or {other}" if other else "")
         )
     lines = [f"{text}. Go on from the checkpoint of step {kept[-1]}, before the trouble:"]
-    if precision:
-        lines.append(f"  the same run in another precision: {again(precision)}")
+    if other:
+        lines.append(f"  the same run in another precision: {again(other)}")
     lines.append(
         f"  a new run with a lower learning rate, and clipping: {_fork(recipe, run_dir, kept[-1], settings, world)}"
     )

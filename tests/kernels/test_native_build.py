@@ -14,6 +14,7 @@ from fastdeit.kernels._op import OPS
 from fastdeit.kernels.native import build, cache, choice, library, sources
 from fastdeit.kernels.native.cuda import CompileError, CudaError, Driver, Nvrtc
 from fastdeit.kernels.native.launches import HEAD_DIMS, KERNELS, Sizes, launch
+from fastdeit.kernels.trial import store
 from tests.kernels.fake_cuda import FakeDriver, FakeNvrtc
 
 CARD = torch.device("cuda", 0)
@@ -61,7 +62,7 @@ def test_the_sources_are_compiled_with_their_headers(compiling):
     assert compiled.source == texts[build.SOURCE]
     assert {build.SOURCE, *compiled.headers} == texts.keys()
     assert {"launch.h", "tiles.cuh"} < texts.keys()
-    assert compiled.options == ["--gpu-architecture=sm_70", "--std=c++17", "-default-device"]
+    assert compiled.options == ["--gpu-architecture=sm_70", "--std=c++17"]
 
 
 def test_ptx_is_read_where_a_virtual_architecture_is_asked_for(compiling):
@@ -88,6 +89,12 @@ def test_another_source_version_or_card_is_compiled_anew(compiling, monkeypatch,
         monkeypatch.setattr(build, "compilers", lambda: (Nvrtc(other),))
     build.program(75 if change == "architecture" else 70)
     assert len(kept()) == 2
+
+
+def test_what_a_trial_has_found_holds_for_these_sources(monkeypatch):
+    before = store._code.__wrapped__()
+    monkeypatch.setattr(sources, "texts", lambda: {"tiles.cuh": "others"})
+    assert store._code.__wrapped__() != before
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:20], lambda b: b"", lambda b: b[:-1] + b"?"])

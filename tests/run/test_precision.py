@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastdeit import training
 from fastdeit.bench.count_card import pretended_card
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
@@ -73,6 +74,13 @@ def test_a_run_that_goes_on_keeps_its_precision():
 @pytest.mark.parametrize(("gpu", "wanted"), [("V100", "fp16"), ("A100", "bf16"), ("H200", "bf16")])
 def test_a_plan_has_what_would_run(gpu, wanted):
     assert report._precision(recipe(), GPUS[gpu]) == wanted
+
+
+@pytest.mark.parametrize(("arch", "other"), [(70, "fp32"), (90, "bf16")])
+def test_where_fp16_fails_another_precision_of_the_card_is_named(card, tmp_path, arch, other):
+    card(arch)
+    error = training.gave_up(recipe("engine.precision=fp16"), tmp_path, 24, 24, World(CARD), str)
+    assert str(error).endswith(f" or engine.precision={other}")
 
 
 def test_the_loss_is_scaled_on_a_v100():

@@ -18,7 +18,7 @@ from fastdeit.kernels.native import cache, sources
 from fastdeit.kernels.native.cuda import CudaError, Nvrtc
 
 SOURCE = "attention.cu"
-OPTIONS = "--std=c++17", "-default-device"
+OPTIONS = ("--std=c++17",)
 OLDEST, AFTER_TURING = 70, 80
 _MAJOR_VERSIONS = 12, 13
 _PACKAGES = {12: "cuda_nvrtc", 13: "cu13"}
