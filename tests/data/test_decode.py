@@ -76,27 +76,27 @@ def test_evaluation(matrix, source):
 
 def test_training(matrix, source):
     """All kinds in one batch, in another order, with substitutes. The box is the whole picture: nothing is resized."""
-    augment = plan.Augment(size=SIZE, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0.0)
-    count = len(matrix) // 8 * 8
+    augment, mixing = (
+        plan.Augment(size=SIZE, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0.0),
+        plan.Mixing(group_size=1, mixup=0.0, cutmix=0.0),
+    )
     loader = TrainLoader(
-        source, [augment], plan.Mixing(group_size=8), seed=0, batch_size=count, threads=1, max_bad_fraction=1,
-        on_bad=lambda *_: None,
-    )  # fmt: skip
-    seen = {}
-    for (samples,) in loader.batches(0, 2):
-        seen |= zip(samples.index.tolist(), samples.images[0].numpy(), strict=True)
+        source, [augment], mixing, seed=0, batch_size=len(matrix), threads=1, max_bad_fraction=1, on_bad=lambda *_: None
+    )
+    ((samples,),) = loader.batches(0, 1)
+    seen = dict(zip(samples.index.tolist(), samples.images[0].numpy(), strict=True))
     assert len(seen) + len(loader.bad.reasons) == len(matrix)
     assert wrong(matrix, seen) == {}
 
 
 def test_the_graph_of_the_gpu_takes_what_pillow_decodes(matrix):
     """On DALI's CPU backend: pictures that Pillow has decoded beside files."""
-    read = [(routed(array(data)), wanted) for _, data, wanted in matrix[:90] if wanted is not None]
+    read = [(routed(array(data)), wanted) for _, data, wanted in matrix[25:55] if wanted is not None]
     drawn = {row: pillow.pixels(one) for row, (one, _) in enumerate(read) if one.route.by_pillow}
     boxes = np.tile(np.array([0, 0, *SIZE], np.int32), (len(read), 1))
     like = Work([one for one, _ in read], (plan.unaugmented(boxes, None, None),))
     images = parity.in_graph(like, SIZE)(like, drawn)
-    assert {0 < len(drawn) < len(read)} == {True}
+    assert 0 < len(drawn) < len(read)
     assert [row for row, (_, wanted) in enumerate(read) if not np.array_equal(images[row], wanted)] == []
 
 
