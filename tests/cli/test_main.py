@@ -76,7 +76,19 @@ MEASURING = "--device", "--rounds", "--out"
 def test_flags_are_pinned():
     """A flag is a promise: adding or dropping one is a decision, made here too."""
     assert {name: verb.parser.flags[2:] for name, verb in cli.VERBS.items()} == {
-        "train": ["--data", "--nproc", "--run-dir", "--resume", "--from", "--as", "--dry-run"],
+        "train": [
+            "--data",
+            "--nproc",
+            "--nnodes",
+            "--rdzv",
+            "--max-restarts",
+            "--run-dir",
+            "--resume",
+            "--from",
+            "--as",
+            "--dry-run",
+        ],
+        "submit": ["--data", "--hours", "--nproc", "--nnodes", "--run-dir", "--slurm"],
         "cache": ["--data", "--teacher", "--top-k", "--out", "--epochs", "--nproc"],
         "eval": ["--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--calibration", "--images"],
         "predict": ["--model", "--top", "--json"],
