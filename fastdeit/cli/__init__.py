@@ -26,6 +26,7 @@ from fastdeit.cli import (
     plan,
     recipes,
     runs,
+    submit,
     train,
 )
 from fastdeit.cli.parser import Parser, Verb
@@ -36,7 +37,7 @@ from fastdeit.version import __version__
 
 # As `fastdeit --help` lists them.
 GROUPS: dict[str, dict[str, Verb]] = {
-    "train and judge": {**train.VERBS, **cache.VERBS, **evaluate.VERBS, **export.VERBS},
+    "train and judge": {**train.VERBS, **submit.VERBS, **cache.VERBS, **evaluate.VERBS, **export.VERBS},
     "find out before": {**recipes.VERBS, **explain.VERBS, **models.VERBS, **plan.VERBS},
     "look at runs": {**runs.VERBS, **experiments.VERBS},
     "data": data.VERBS,

@@ -171,7 +171,7 @@ def natural(text: str) -> int:
     """The number in `text`, at least 0 and of at most 64 bits; a `type` of argparse."""
     value = int(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{value} is negative")
     if value >= 2**63:
         raise argparse.ArgumentTypeError(f"a number of {len(str(value))} digits does not fit 64 bits")
     return value

@@ -17,7 +17,7 @@ from datetime import timedelta
 
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore
 
-ANSWER_S = 60.0
+ANSWER_S = 20.0
 """Seconds for what listens at the address to answer as the main process of this run would."""
 NOTE_S = 60.0
 _POLL_S = 0.05

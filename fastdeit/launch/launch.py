@@ -100,7 +100,6 @@ def process_of_a_run(processes: Processes) -> Iterator[None]:
     """
     processes.check()
     ranks = None if processes.nnodes > 1 and "RANK" not in os.environ else rank_environment(os.environ)
-    given = {name: os.environ.get(name) for name in ranks or {}}
     os.environ.update(ranks or {})
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))
@@ -116,8 +115,6 @@ def process_of_a_run(processes: Processes) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for name, value in given.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _exit_idle(number: int, frame: object) -> None:

@@ -246,12 +246,17 @@ def _owned(given: Path | None, name: str, say: Callable[[str], None], resume: bo
                 directory.rmdir()
 
 
+def dated_name(name: str) -> Path:
+    """The directory under runs/ of a run of the recipe `name` that begins now, unless another has it already."""
+    return RUNS / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}"
+
+
 def _dated(name: str) -> tuple[Path, list[Path]]:
     """A new directory under runs/, and the directories that were made for it. Two starts in a second get two."""
     made = _make(RUNS)
-    stamp = f"{datetime.now():%Y-%m-%d_%H%M%S}"
+    path = dated_name(name)
+    stamp = path.name.removesuffix(f"_{name}")
     numbers = count(2)
-    path = RUNS / f"{stamp}_{name}"
     while True:
         try:
             path.mkdir()

@@ -383,12 +383,12 @@ def test_a_process_of_srun_knows_its_rank_and_a_launcher_under_srun_has_none(mon
     for name, value in SRUN.items():
         monkeypatch.setenv(name, value)
     for name in TORCHRUN:
-        monkeypatch.delenv(name, raising=False)
-    with launch.process_of_a_run(Processes()):
-        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("5", "8")
-    assert "RANK" not in os.environ
+        monkeypatch.setenv(name, "to be put back")
+        monkeypatch.delenv(name)
     with launch.process_of_a_run(Processes(4, 2, "gpu03:29500")):
         assert "RANK" not in os.environ
+    with launch.process_of_a_run(Processes()):
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("5", "8")
 
 
 @pytest.mark.parametrize("missing", ["LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])

@@ -259,7 +259,7 @@ def test_a_dry_run_opens_weights_as_a_start_would(run, bare, data, tmp_path, wri
 
 def test_a_recipe_that_needs_weights_is_refused_before_anything_is_made(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastdeit.launch.launch.run", lambda args, argv, work: 0)
+    monkeypatch.setattr("fastdeit.launch.launch.run", lambda args, argv, work, processes: 0)
     assert cli.main(["train", "deit_base_384", *SYNTHETIC]) == 2
     assert "give model.weights=RUN or model.weights=FILE" in capsys.readouterr().err
     assert cli.main(["train", "deit_base_384", *SYNTHETIC, "model.weights=timm:deit_base_patch16_384"]) == 0

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,3 +114,20 @@ def test_device_that_is_not_there_is_named(monkeypatch):
     assert pick_device("auto", 1) == torch.device("cuda", 1)
     with pytest.raises(DeviceError, match="--nproc 2"):
         pick_device("auto", 2)
+    monkeypatch.setattr(dist.torch.cuda, "device_count", lambda: 1)
+    assert pick_device("auto", 3) == torch.device("cuda", 0), "the only one that it sees, as with --gpus-per-task=1"
+
+
+def test_two_processes_with_one_gpu_are_refused(monkeypatch):
+    """On each machine a GPU may have the number that one of another machine has."""
+    monkeypatch.setattr(dist.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setattr(dist.socket, "gethostname", lambda: "n1")
+    answers = [("n1", "GPU-1"), ("n2", "GPU-1"), ("n1", "GPU-2")]
+    monkeypatch.setattr(
+        dist.dist, "all_gather_object", lambda found, own, group: found.__setitem__(slice(None), answers)
+    )
+    world = World(torch.device("cuda", 0), 0, 3)
+    dist._refuse_shared(world)
+    answers[2] = ("n1", "GPU-1")
+    with pytest.raises(DeviceError, match="processes 0 and 2 have the same GPU of n1; start as many processes as"):
+        dist._refuse_shared(world)

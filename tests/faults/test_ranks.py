@@ -157,6 +157,18 @@ def test_under_srun_one_process_speaks_and_the_dead_one_is_named(started):
     assert re.search(r"rank 1 of 2 ended or cannot be reached any more \(process \d+ on", err), err
 
 
+def test_under_srun_eval_evaluates_once(whole):
+    port, env = free_port(), os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "fastdeit", "eval", str(whole), "--json"]
+    both = [
+        subprocess.Popen(command, env=env | srun(rank, port), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]
+    (code, out, err), (theirs, silent, _) = (ended(process) for process in both)
+    assert (code, theirs, silent) == (0, 0, ""), err
+    assert json.loads(out)["images"] == 4
+
+
 def test_under_srun_a_taken_port_ends_both(started):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
