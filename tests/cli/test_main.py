@@ -79,10 +79,10 @@ def test_flags_are_pinned():
     columns = ["--image-column", "--label-column", "--classes"]
     assert {name: verb.parser.flags[2:] for name, verb in cli.VERBS.items()} == {
         "train": [
-<<<<<<< HEAD
             *("--data", "--nproc", "--nnodes", "--rdzv", "--max-restarts", "--run-dir", "--resume", "--from", "--as"),
             *("--trust", "--dry-run"),
         ],
+        "submit": ["--data", "--hours", "--nproc", "--nnodes", "--run-dir", "--slurm"],
         "cache": ["--data", "--as", "--teacher", "--top-k", "--out", "--epochs", "--nproc", "--trust"],
         "eval": [
             *("--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--calibration", "--images"),
@@ -92,25 +92,6 @@ def test_flags_are_pinned():
         "predict": ["--model", "--top", "--json", "--trust"],
         "show attention": ["--model", "--block", "--out", "--trust"],
         "export": ["--format", "--model", "--fuse", "--force", "--trust"],
-=======
-            "--data",
-            "--nproc",
-            "--nnodes",
-            "--rdzv",
-            "--max-restarts",
-            "--run-dir",
-            "--resume",
-            "--from",
-            "--as",
-            "--dry-run",
-        ],
-        "submit": ["--data", "--hours", "--nproc", "--nnodes", "--run-dir", "--slurm"],
-        "cache": ["--data", "--teacher", "--top-k", "--out", "--epochs", "--nproc"],
-        "eval": ["--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--calibration", "--images"],
-        "predict": ["--model", "--top", "--json"],
-        "show attention": ["--model", "--block", "--out"],
-        "export": ["--format", "--model", "--fuse", "--force"],
->>>>>>> launch
         "recipes": [],
         "recipes show": ["--resolved", "--as"],
         "explain": [],
@@ -151,13 +132,8 @@ def test_flags_are_pinned():
 @pytest.mark.parametrize("verb", list(cli.VERBS))
 def test_usage_line_names_every_flag(verb):
     parser = cli.VERBS[verb].parser
-<<<<<<< HEAD
     told = re.findall(r"(?<![\w-])--?[\w-]+", parser.usage)
     assert [flag for flag in parser.flags if flag not in told] == ["-h", "--help"]
-=======
-    named = set(re.findall(r"-[-\w]+", parser.usage))
-    assert [flag for flag in parser.flags if flag not in named] == ["-h", "--help"]
->>>>>>> launch
 
 
 def test_train_in_any_order(calls):
@@ -237,11 +213,7 @@ def test_eval_and_bench(calls):
         (["--versoin"], "did you mean --version"),
         (
             ["xyzzy"],
-<<<<<<< HEAD
-            "verbs: train, cache, eval, published, predict, show attention, export, recipes, recipes show, explain,",
-=======
-            "verbs: train, submit, cache, eval, predict, show attention, export, recipes, recipes show, explain,",
->>>>>>> launch
+            "verbs: train, submit, cache, eval, published, predict, show attention, export, recipes, recipes show,",
         ),
         (["data"], "there is no verb 'data' (verbs: data check, data pack, data show, data preview, data make)"),
         (["data", "chek"], "there is no verb 'data chek'"),

@@ -21,7 +21,7 @@ from fastdeit.data.sources.folder import FolderSource
 from fastdeit.data.sources.source import BadImage, DataError, MachineError
 from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.run.record import RunLog
-from fastdeit.text import printable
+from fastdeit.text import one_line
 from fastdeit.verbs.check import report, samples
 from fastdeit.verbs.check.page import page
 
@@ -365,7 +365,7 @@ def test_the_page_stands_alone_and_escapes_every_name(tmp_path, check, odd_files
     assert not seen.tags & {"script", "i"}
     assert "http" not in written.replace("http-equiv", "")
     for name in EVIL:
-        assert printable(name) in seen.text
+        assert one_line(name) in seen.text
     assert "\x1b" not in written
     assert len(seen.images) >= len(odd_files)
     for image in seen.images:
