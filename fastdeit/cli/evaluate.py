@@ -53,8 +53,9 @@ def _published(args: argparse.Namespace, argv: list[str]) -> int | None:
         return None
     from fastdeit.launch import launch
 
-    with launch.process_of_a_run():
-        return launch.run(args, argv, _measure)
+    processes = launch.Processes(args.nproc)
+    with launch.process_of_a_run(processes):
+        return launch.run(args, argv, _measure, processes)
 
 
 def _measure(args: argparse.Namespace) -> None:

@@ -165,7 +165,9 @@ def listing_fails(monkeypatch, waits):
 
         monkeypatch.setattr(os, "open", os_open)
         monkeypatch.setattr(
-            tarfile, "open", lambda path, mode: (mode == "r:" and _raised(left)) or tar_opened(path, mode)
+            tarfile,
+            "open",
+            lambda *args, **others: ("r:" in others.values() and _raised(left)) or tar_opened(*args, **others),
         )
 
     return fail
