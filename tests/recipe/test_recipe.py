@@ -67,7 +67,7 @@ FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     ("data.std[2]", "[1, 1, -.inf]", "must be a finite number, got -.inf"),
     ("train.seed", "18446744073709551616", "must fit 64 bits, got 18446744073709551616"),
     ("train.epochs", "9" * 5000, "is a number of more digits than Python reads, 99999"),
-    ("data.source", "folders", "must be one of folder, packed, tar, tfrecord, parquet, arrow, imagenet, cifar10"),
+    ("data.source", "folders", "must be one of folder, packed, tar, tfrecord, parquet, arrow, list, imagenet, "),
     ("data.source", "folders", "digits, an import path package.module:KIND, got 'folders'; did you mean folder or "),
     ("data.crop", "src", "must be one of random_resized, simple, got 'src'"),
     ("data.mix_mode", "elem", "must be one of batch, pair, element, got 'elem'; did you mean element?"),
