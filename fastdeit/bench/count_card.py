@@ -25,12 +25,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastdeit.kernels import _op, _triton
+from fastdeit.kernels.native import choice
 from fastdeit.kernels.optimizer import _multi_tensor
 
 ARCH = 90
 _SEEN_BY_CPP = torch.device("meta")
 _MOST_PROGRAMS = 2**31 - 1, 65_535, 65_535
-_CACHES = _triton._arch_of, _triton.processors, _op.card, _multi_tensor._reserve
+_CACHES = _triton._arch_of, _triton.processors, _op.card, choice.number, _multi_tensor._reserve
 _COPIES = {
     torch.ops.aten._to_copy.default: lambda result, x, **options: (x, result, options.get("non_blocking")),
     torch.ops.aten.copy_.default: lambda _, target, source, non_blocking=False: (source, target, non_blocking),

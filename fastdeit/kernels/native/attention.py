@@ -55,12 +55,11 @@ def _run(device: torch.device, call: Callable[[Runnable, int], None]) -> None:
     with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
         choice.driver().enter(device.index)
         stream = torch.cuda.current_stream(device).cuda_stream
-        while found.able:
-            kernels = found.able[0]
+        while found.kernels is not None:
             try:
-                return call(kernels, stream)
+                return call(found.kernels, stream)
             except Unusable as error:
-                found.drop(kernels, str(error))
+                found.drop(str(error))
     raise Unsupported(found.why_not)
 
 

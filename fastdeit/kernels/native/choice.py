@@ -7,7 +7,6 @@ import ctypes
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -20,25 +19,28 @@ from fastdeit.kernels.native.runnable import Runnable
 
 VARIABLE = "FASTDEIT_NATIVE"
 _MODES = "auto", "0", "1"
+_FOR_OTHERS = f"they are for cards before sm_{build.AFTER_TURING}; others run them where they are asked for by name"
 
 
-@dataclass
 class Found:
-    """For cards of one capability: the kernels that may run there, best first, and why others do not."""
+    """For cards of one capability: the kernels that run there, None where none do, and why others do not. The next ones
+    are looked for when those before them are dropped."""
 
-    able: list[Runnable] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    def __init__(self, card: int) -> None:
+        self.refused: list[str] = []
+        self._others = _kernels(card, self.refused)
+        self.kernels = next(self._others, None)
 
     @property
     def why_not(self) -> str:
         """Why none runs, in one sentence."""
         return ", and ".join(self.refused)
 
-    def drop(self, kernels: Runnable, why: str) -> None:
+    def drop(self, why: str) -> None:
         """These kernels do not run on this card after all. Where no others take their place, the op says so."""
-        self.able.remove(kernels)
         self.refused.append(why)
-        if self.able:
+        self.kernels = next(self._others, None)
+        if self.kernels is not None:
             _say(why)
 
 
@@ -50,21 +52,18 @@ def capability(device: torch.device, forced: bool) -> tuple[bool, str]:
     """
     if device.type != "cuda":
         return False, "no CUDA device"
+    card = number(device)
+    if card < build.OLDEST:
+        return False, f"they need sm_{build.OLDEST} or newer, not sm_{card}"
+    if card >= build.AFTER_TURING and not forced:
+        return False, _FOR_OTHERS
     mode = os.environ.get(VARIABLE) or "auto"
     if mode not in _MODES:
         return False, f"{VARIABLE} is {mode!r}, but must be one of: {', '.join(_MODES)}"
     if mode == "0":
         return False, f"{VARIABLE}=0 switches them off"
-    card = number(device)
-    if card < build.OLDEST:
-        return False, f"they need sm_{build.OLDEST} or newer, not sm_{card}"
-    if card >= build.AFTER_TURING and not forced:
-        return (
-            False,
-            f"they are for cards before sm_{build.AFTER_TURING}; others run them where they are asked for by name",
-        )
-    kernels = found(card)
-    return (True, kernels.able[0].origin) if kernels.able else (False, kernels.why_not)
+    there = found(card)
+    return (False, there.why_not) if there.kernels is None else (True, there.kernels.origin)
 
 
 def native_status() -> str:
@@ -73,6 +72,7 @@ def native_status() -> str:
     return f"{'available' if able else 'not used here'}: {reason}"
 
 
+@cache
 def number(device: torch.device) -> int:
     """The compute capability of a card: 70 is 7.0."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -91,10 +91,7 @@ def driver() -> Driver:
 @cache
 def found(card: int) -> Found:
     """What there is for cards of that capability. Looked for once in a process."""
-    made = Found()
-    for kernels in _kernels(card, made.refused):
-        made.able.append(kernels)
-    return made
+    return Found(card)
 
 
 def _kernels(card: int, refused: list[str]) -> Iterator[Runnable]:
