@@ -23,6 +23,7 @@ from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.sources.source import DataError, Source
 from fastdeit.engine import batchnorm, checkpoint, optimizers, phases
 from fastdeit.engine.checkpoint import CheckpointError
+from fastdeit.engine.disk import DiskError, writing
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.ema import Ema
@@ -140,7 +141,8 @@ def train(
         # ---- teachers ----------------------------------------------------------------------------------------------
         if origin is not None and world.main:
             for config, teacher in trained.items():
-                origin.copy_teacher(teacher, run_dir / folders[config], print)
+                with writing(run_dir / folders[config]):
+                    origin.copy_teacher(teacher, run_dir / folders[config], print)
         if own:
             del parts  # its memory is the teachers' now
             if world.main:
@@ -164,6 +166,8 @@ def train(
                 record.clock = clock.state()
                 parts.saver.save(run_dir, start, record)
             return {"run_dir": str(run_dir), **run_steps(parts, run_dir, start, record, again)}
+        except (CheckpointError, DiskError) as error:
+            raise stopped(error, start, run_dir, again(*parts.saver.overrides)) from error
         finally:
             parts.tuning.close()
             parts.log.close()
@@ -339,21 +343,31 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
             if saves or ends or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
                 measure_average()
                 record.kernels, record.clock = parts.tuning.state(), log.clock.state()
-                parts.saver.save(run_dir, step, record)
-                save_is_due = False
+                try:
+                    parts.saver.save(run_dir, step, record)
+                    save_is_due = False
+                except CheckpointError as error:
+                    if finished or stop or ends:  # there is no next time
+                        raise
+                    log.not_saved(error)
             if stop:
                 raise Interrupted(f"interrupted at step {step} of {total}; everything is saved, go on with {again()}")
         if step < total:
             log.say(f"stopped at step {step}: {recipe.train.stop_after} evaluations in a row brought no new best")
         return log.finish(record, parts.bad_images())
-    except (DataError, CheckpointError) as error:
-        go_on = again(*parts.saver.overrides)
-        raise FastdeitError(f"{error}\nstopped at step {step}; once that is mended, go on with {go_on}") from error
+    except (DataError, CheckpointError, DiskError) as error:
+        raise stopped(error, step, run_dir, again(*parts.saver.overrides)) from error
     except KeyboardInterrupt:
         go_on = again(*parts.saver.overrides)
         raise FastdeitError(f"stopped at once; from the newest checkpoint go on with {go_on}") from None
     finally:
         batches.close()
+
+
+def stopped(error: Exception, step: int, run_dir: Path, go_on: str) -> FastdeitError:
+    """The error of a run that `error` ended at `step`, with the command to `go_on` with once it is mended."""
+    way = f"go on with {go_on}" if directory.can_go_on(run_dir) else "start it again: there is no checkpoint yet"
+    return FastdeitError(f"{error}\nstopped at step {step}; once that is mended, {way}")
 
 
 def gave_up(

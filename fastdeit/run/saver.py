@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from fastdeit.engine import checkpoint
-from fastdeit.engine.checkpoint import Checkpoint
+from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.step import Engine
 from fastdeit.errors import UsageError
@@ -53,19 +53,29 @@ class Saver:
         self.overrides: list[str] = []
 
     def save(self, run_dir: Path, step: int, record: Record) -> None:
-        """Save everything a run needs to go on as if it had never stopped. Call it on every process."""
+        """Save everything a run needs to go on as if it had never stopped. Call it on every process.
+
+        Raises CheckpointError, on every process, where the main process could not write it.
+        """
         record.phase = self.phases.phase.name
         engine_state = self.engine.state_dict()
+        problem = None
         if self.world.main:
-            root = run_dir / directory.CHECKPOINTS
-            tensors = self.tensors() | {"engine": engine_state}
-            state = {"recipe": self.recipe.model_dump(mode="json"), "identity": self.identity, "record": asdict(record)}
-            state |= {"steps": self.length.total, "steps_per_epoch": self.length.steps_per_epoch}
-            checkpoint.save(root, step, tensors, state | {"lineage": self.lineage})
-            keep = [record.best_step] if record.best_step else []
-            checkpoint.prune(root, self.recipe.engine.keep_checkpoints, keep)
+            try:
+                self._write(run_dir / directory.CHECKPOINTS, step, record, engine_state)
+            except CheckpointError as error:
+                problem = str(error)
+        if (problem := self.world.same(problem)) is not None:
+            raise CheckpointError(problem)
         self.overrides = []
-        self.world.barrier()
+
+    def _write(self, root: Path, step: int, record: Record, engine_state: dict[str, Tensor]) -> None:
+        tensors = self.tensors() | {"engine": engine_state}
+        state = {"recipe": self.recipe.model_dump(mode="json"), "identity": self.identity, "record": asdict(record)}
+        state |= {"steps": self.length.total, "steps_per_epoch": self.length.steps_per_epoch}
+        checkpoint.save(root, step, tensors, state | {"lineage": self.lineage})
+        keep = [record.best_step] if record.best_step else []
+        checkpoint.prune(root, self.recipe.engine.keep_checkpoints, keep)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds besides the engine's state, by the names of its files."""
