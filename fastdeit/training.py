@@ -24,6 +24,8 @@ from fastdeit.data.examine import fault
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.sources.source import Source, listed
 from fastdeit.engine import batchnorm, optimizers, phases, rendezvous
+from fastdeit.engine.checkpoint import CheckpointError
+from fastdeit.engine.disk import DiskError, writing
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.ema import Ema
@@ -44,7 +46,7 @@ from fastdeit.run.clock import Clock
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
 from fastdeit.run.groups import param_groups
-from fastdeit.run.health import Health
+from fastdeit.run.health import Health, stopped
 from fastdeit.run.record import Record, RunLog, describe
 from fastdeit.run.saver import Saver
 from fastdeit.text import one_line
@@ -157,7 +159,8 @@ def train(
         # ---- teachers ----------------------------------------------------------------------------------------------
         if origin is not None and world.main:
             for config, teacher in trained.items():
-                origin.copy_teacher(teacher, run_dir / folders[config], print)
+                with writing(run_dir / folders[config]):
+                    origin.copy_teacher(teacher, run_dir / folders[config], print)
         if own:
             del parts  # its memory is the teachers' now
             if world.main:
@@ -182,6 +185,8 @@ def train(
                 record.clock = clock.state()
                 parts.saver.save(run_dir, start, record)
             return {"run_dir": str(run_dir), **run_steps(parts, run_dir, start, record, again)}
+        except (CheckpointError, DiskError) as error:
+            raise stopped(error, start, run_dir, again(*parts.saver.overrides)) from error
         finally:
             parts.tuning.close()
             parts.log.close()
@@ -382,8 +387,13 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
                 world.at("a checkpoint", patient=True)
                 measure_average()
                 record.kernels, record.clock = parts.tuning.state(), log.clock.state()
-                parts.saver.save(run_dir, step, record)
-                save_is_due = False
+                try:
+                    parts.saver.save(run_dir, step, record)
+                    save_is_due = False
+                except CheckpointError as error:
+                    if finished or stop or ends:  # there is no next time
+                        raise
+                    log.not_saved(error)
             if stop:
                 raise Interrupted(f"interrupted at step {step} of {total}; everything is saved, go on with {again()}")
         if step < total:

@@ -52,6 +52,7 @@ _EXIT_CODES = {
     ("fastdeit.recipe.resolve", "RecipeError"): UsageError.exit_code,
     ("fastdeit.data.sources.source", "DataError"): UsageError.exit_code,
     ("fastdeit.data.sources.source", "MachineError"): FastdeitError.exit_code,
+    ("fastdeit.engine.disk", "DiskError"): FastdeitError.exit_code,
     ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,
     ("fastdeit.engine.metrics", "MetricsError"): UsageError.exit_code,
     ("fastdeit.engine.capture", "CaptureError"): UsageError.exit_code,

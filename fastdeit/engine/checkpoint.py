@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdeit.engine import _fault
+from fastdeit.engine.disk import make_directory, way_out
+from fastdeit.engine.disk import sync as _sync
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,14 +106,14 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, "Tensor"]], state: 
             return final
     temporary = root / _temporary_name(final.name)
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         temporary.mkdir()
         _write_files(temporary, step, files, tensor_files.write, state)
         _commit(temporary, final)
     except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint of step {step} was not saved to {root}: {error}; earlier checkpoints are intact"
-        ) from error
+        why = f"{error.strerror or error}; earlier checkpoints are intact; {way_out(error)}"
+        raise CheckpointError(f"the checkpoint of step {step} was not saved to {root}: {why}") from error
     finally:
         # After the rename there is nothing left here. What cannot be removed now, `sweep` removes at the next start.
         shutil.rmtree(temporary, ignore_errors=True)
@@ -423,7 +425,9 @@ def prune(root: Path, keep_last: int, keep: Collection[int] = ()) -> None:
             try:
                 _remove_tree(_set_aside(path))
             except OSError as error:
-                raise CheckpointError(f"the old checkpoint {path} could not be removed: {error}") from error
+                raise CheckpointError(
+                    f"the old checkpoint {path} could not be removed: {error}; {way_out(error)}"
+                ) from error
 
 
 def sweep(root: Path) -> None:
@@ -441,7 +445,8 @@ def sweep(root: Path) -> None:
             try:
                 _remove_tree(path)
             except OSError as error:
-                raise CheckpointError(f"the unfinished checkpoint {path} could not be removed: {error}") from error
+                what = f"the unfinished checkpoint {path} could not be removed: {error}; {way_out(error)}"
+                raise CheckpointError(what) from error
 
 
 def _is_abandoned(path: Path, owner: re.Match[str]) -> bool:
@@ -496,12 +501,3 @@ def _remove_tree(directory: Path) -> None:
             (os.unlink if os.path.islink(entry) else os.rmdir)(entry)
     _fault.point(f"unlink {directory.name}")
     os.rmdir(directory)
-
-
-def _sync(path: Path) -> None:
-    _fault.point(f"fsync {path.name}")
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -46,6 +46,7 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        _fault.point(f"open {self.path.name}")
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (open for the life of the log)
         self._cut_torn_line()
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdeit.engine import metrics
+from fastdeit.engine import _fault, metrics
 from fastdeit.text import for_picture
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def _draw(panels: Sequence[tuple[float, Callable[["Axes"], None]]], span: float,
     figure.align_ylabels()
 
     temporary = out_path.with_name(f".tmp-{out_path.name}")
+    _fault.point(f"write {out_path.name}")
     FigureCanvasAgg(figure).print_png(temporary)
     os.replace(temporary, out_path)
 

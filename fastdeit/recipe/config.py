@@ -333,6 +333,9 @@ class EngineConfig(Section):
     """Epochs between two checkpoints; fractions are allowed."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints kept. At least two, so that a damaged one costs an interval and not the run."""
+    on_save_error: Literal["stop", "warn"] = "stop"
+    """What a file of the run that cannot be written does, as on a full disk. stop: the run ends, and says how to go on;
+    warn: it says so, goes on, and tries the next time again. The last checkpoint is never given up silently."""
     on_spike: Literal["warn", "skip", "rollback"] = "warn"
     """What becomes of a step whose gradients have a norm of more than 10 times the usual one. warn: it is said; skip:
     the update is left out; rollback: the run goes on from the weights of its newest checkpoint as well."""

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from fastdeit import plugins
-from fastdeit.engine import checkpoint, metrics
-from fastdeit.errors import UsageError
+from fastdeit.engine import checkpoint, disk, metrics
+from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run.lock import locked
 from fastdeit.run.state import checked
@@ -163,14 +163,7 @@ def command(
 
 def write_recipe(run: Path, recipe: "Recipe") -> None:
     """Write recipe.yaml for people to read."""
-    replace_text(run / RECIPE, _TITLE.format(name=recipe.name) + recipes.dump(recipe))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file in one step: whoever reads it meanwhile has the old one or the new one, whole."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    disk.replace_text(run / RECIPE, _TITLE.format(name=recipe.name) + recipes.dump(recipe))
 
 
 def set_aside(path: Path) -> Path | None:
@@ -209,23 +202,25 @@ def claim(
     That is `given`, or a new one under runs/ with the time in its name. The main process makes and locks it. If the
     block fails before the run has done anything worth keeping, what is new in it goes, and so does the directory.
     Raises UsageError on every process where it cannot be made, another process owns it, or it holds a run already that
-    is not to be resumed.
+    is not to be resumed; FastdeitError where the disk is full or broken.
     """
     with ExitStack() as stack:
-        path = problem = None
+        path = failure = None
         if world.main:
             try:
                 path = stack.enter_context(_owned(given, name, say, resume))
             except UsageError as error:
-                problem = str(error)
+                failure = error
+            except checkpoint.CheckpointError as error:
+                failure = FastdeitError(str(error))
             except OSError as error:
-                problem = (
-                    f"{given or RUNS}: the run directory cannot be made or written to: {error.strerror}; choose "
-                    "another --run-dir"
+                failure = (FastdeitError if disk.refuses(error) else UsageError)(
+                    f"{given or RUNS}: the run directory cannot be made or written to: {error.strerror}; "
+                    f"{disk.way_out(error)}, or choose another --run-dir"
                 )
-        path, problem = world.same((path, problem))
-        if problem is not None:
-            raise UsageError(problem)
+        path, failure = world.same((path, failure))
+        if failure is not None:
+            raise failure
         yield path
 
 
@@ -237,7 +232,7 @@ def _owned(given: Path | None, name: str, say: Callable[[str], None], resume: bo
             if not resume and ((path / METRICS).exists() or has_checkpoint(path)):
                 raise UsageError(f"{path} already holds a run; go on with {command(path)}, or choose another --run-dir")
             with _emptied_on_failure(path):
-                (path / CHECKPOINTS).mkdir(exist_ok=True)
+                disk.make_directory(path / CHECKPOINTS)
                 checkpoint.sweep(path / CHECKPOINTS)
                 yield path
     finally:
@@ -260,6 +255,7 @@ def _dated(name: str) -> tuple[Path, list[Path]]:
     while True:
         try:
             path.mkdir()
+            disk.sync(RUNS)
         except FileExistsError:
             path = RUNS / f"{stamp}-{next(numbers)}_{name}"
         else:
@@ -274,6 +270,7 @@ def _make(path: Path) -> list[Path]:
             with suppress(FileExistsError):
                 directory.mkdir()
                 made.append(directory)
+                disk.sync(directory.parent)
     return made
 
 
@@ -288,7 +285,11 @@ def _emptied_on_failure(path: Path) -> Iterator[None]:
         if before.isdisjoint(of_a_run) and not _worth_keeping(path):
             for name in set(os.listdir(path)) - before:
                 new = path / name
-                shutil.rmtree(new) if new.is_dir() and not new.is_symlink() else new.unlink()
+                if new.is_dir() and not new.is_symlink():
+                    shutil.rmtree(new, ignore_errors=True)
+                    continue
+                with suppress(OSError):  # the failure that is under way is the one to be told
+                    new.unlink()
         raise
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastdeit.data.sources.source import DataError
 from fastdeit.engine import checkpoint
 from fastdeit.engine.checkpoint import CheckpointError
+from fastdeit.engine.disk import DiskError
 from fastdeit.engine.dist import World
 from fastdeit.engine.guard import SPIKE
 from fastdeit.engine.replicas import DriftError
@@ -71,11 +72,8 @@ class Health:
         """Turn the errors of a run that stops into errors that say how to go on."""
         try:
             yield
-        except (DataError, CheckpointError) as error:
-            go_on = self.again(*self.saver.overrides)
-            raise FastdeitError(
-                f"{error}\nstopped at step {self.step}; once that is mended, go on with {go_on}"
-            ) from error
+        except (DataError, CheckpointError, DiskError) as error:
+            raise stopped(error, self.step, self.run_dir, self.again(*self.saver.overrides)) from error
         except PoisonedError as error:
             raise NonFiniteError(f"stopped at step {self.step}: {error}, so it is not saved. {self._back()}") from error
         except DriftError as error:
@@ -95,6 +93,12 @@ class Health:
         return f"{back}, or in a new run with a lower learning rate, and clipping: " + _fork(
             self.recipe, self.run_dir, kept[-1], settings, self.world
         )
+
+
+def stopped(error: Exception, step: int, run_dir: Path, go_on: str) -> FastdeitError:
+    """The error of a run that `error` ended at `step`, with the command to `go_on` with once it is mended."""
+    way = f"go on with {go_on}" if directory.can_go_on(run_dir) else "start it again: there is no checkpoint yet"
+    return FastdeitError(f"{error}\nstopped at step {step}; once that is mended, {way}")
 
 
 def gave_up(

@@ -13,11 +13,12 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fastdeit.engine import _fault
 from fastdeit.errors import UsageError
 
 NAME = "lock.json"
@@ -36,7 +37,8 @@ def locked(run_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
         _write(descriptor)
         yield
     finally:
-        path.unlink(missing_ok=True)  # while the lock is held, so that it cannot be another's
+        with suppress(OSError):  # a file that is left behind locks nothing
+            path.unlink()  # while the lock is held, so that it cannot be another's
         _held.discard(descriptor)
         os.close(descriptor)
 
@@ -84,6 +86,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(descriptor: int) -> None:
+    _fault.point(f"write {NAME}")
     owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(owner).encode() + b"\n", 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdeit.data.sources.source import Source
-from fastdeit.engine import report
+from fastdeit.engine import disk, report
 from fastdeit.engine.dist import World
 from fastdeit.engine.metrics import MetricsLog, Sink, open_sinks
 from fastdeit.engine.progress import Progress, table
@@ -81,6 +81,7 @@ class RunLog:
         self.sinks: list[Sink] = []
         self.mark = (0, 0.0, 0.0)
         self.drawn = time.monotonic()
+        self._warned: set[str] = set()
 
     def say(self, text: str) -> None:
         """One line to the person watching."""
@@ -113,10 +114,11 @@ class RunLog:
             return
         directory.write_recipe(run_dir, self.recipe)
         self.start = start
-        self.environment()
+        self._write_environment()
         for fact in facts:
             self.say(fact)
-        self._open_metrics(run_dir / directory.METRICS, start)
+        with disk.writing(run_dir / directory.METRICS):
+            self._open_metrics(run_dir / directory.METRICS, start)
         config = self.recipe.model_dump(mode="json")
         self.sinks = open_sinks(self.recipe.engine.sinks, run_dir, config, start)
         if start:
@@ -126,9 +128,30 @@ class RunLog:
     def environment(self) -> None:
         """Write down what the run runs on, its kernels included, after what it ran on before."""
         if self.world.main:
-            path = self.run_dir / "environment.json"
-            report = environment.with_history(environment.report(), self.start, environment.read(path))
-            directory.replace_text(path, json.dumps(report, indent=2) + "\n")
+            self._kept(self._write_environment)
+
+    def _write_environment(self) -> None:
+        path = self.run_dir / "environment.json"
+        report = environment.with_history(environment.report(), self.start, environment.read(path))
+        disk.replace_text(path, json.dumps(report, indent=2) + "\n")
+
+    def _kept(self, write: Callable[[], None]) -> None:
+        """Write a file of the run. What the disk refuses is raised or said, as `engine.on_save_error` has it."""
+        try:
+            write()
+        except disk.DiskError as error:
+            self.not_saved(error)
+
+    def not_saved(self, error: Exception) -> None:
+        """Say, in the same words once, that a file of the run could not be written; raise `error` if that ends it."""
+        if self.recipe.engine.on_save_error == "stop":
+            raise error
+        self._warn(f"{error}; the run goes on (engine.on_save_error is warn), and tries the next time again")
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self.say(f"warning: {text}")
 
     def _open_metrics(self, path: Path, start: int) -> None:
         """Records after the checkpoint that the run goes on from will be written again; without one, none is lost."""
@@ -226,9 +249,13 @@ class RunLog:
         if self.metrics is None:
             return
         values = {"kind": kind, "epoch": step / self.steps_per_epoch, "seconds": self.clock.seconds, **values}
-        self.metrics.write(step, **values)
+        self._kept(lambda: self._append(step, values))
         for sink in self.sinks:
             sink.write(step, **values)
+
+    def _append(self, step: int, values: Mapping[str, Any]) -> None:
+        with disk.writing(self.metrics.path):
+            self.metrics.write(step, **values)
 
     def summarise(self, step: int, record: Record, bad_images: int, *, last: bool = False) -> dict[str, Any]:
         """Write summary.json as of `step`, and return it. Write curves.png, too, if it is the last or they are old."""
@@ -253,11 +280,20 @@ class RunLog:
             "lineage": self.lineage,
         }
         if self.progress is not None:
-            directory.replace_text(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+            text = json.dumps(summary, indent=2) + "\n"
+            self._kept(lambda: disk.replace_text(self.run_dir / "summary.json", text))
             if last or time.monotonic() > self.drawn + CURVES_EVERY_S:
-                report.curves(self.run_dir / directory.METRICS, self.run_dir / "curves.png")
-                self.drawn = time.monotonic()
+                self._draw()
         return summary
+
+    def _draw(self) -> None:
+        """Draw curves.png. Whatever goes wrong is said and costs no run: the numbers are in metrics.jsonl."""
+        picture = self.run_dir / "curves.png"
+        try:
+            report.curves(self.run_dir / directory.METRICS, picture)
+        except Exception as error:
+            self._warn(f"{picture} was not drawn ({type(error).__name__}: {error}); the run goes on")
+        self.drawn = time.monotonic()
 
     def finish(self, record: Record, bad_images: int) -> dict[str, Any]:
         """Write the last summary, print the final table, and return the summary."""

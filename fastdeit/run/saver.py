@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.engine import checkpoint
-from fastdeit.engine.checkpoint import Checkpoint
+from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.fit import FitError, check_fit
 from fastdeit.engine.step import Engine
@@ -76,19 +76,26 @@ class Saver:
     def save(self, run_dir: Path, step: int, record: Record) -> None:
         """Save everything a run needs to go on as if it had never stopped. Call it on every process.
 
-        Raises PoisonedError where a tensor is not finite, and DriftError where the processes have other weights, on
-        every process: then nothing is saved.
+        Raises PoisonedError where a tensor is not finite, DriftError where the processes have other weights, and
+        CheckpointError where the main process could not write it, on every process: then nothing is saved.
         """
         record.phase = self.phases.phase.name
         engine_state = self.engine.state_dict()
         self._refuse_non_finite()
+        problem = None
         if self.world.main:
-            root = run_dir / directory.CHECKPOINTS
-            checkpoint.save(root, step, self.tensors() | {"engine": engine_state}, self._state(record))
-            keep = [record.best_step] if record.best_step else []
-            checkpoint.prune(root, self.recipe.engine.keep_checkpoints, keep)
+            try:
+                self._write(run_dir / directory.CHECKPOINTS, step, record, engine_state)
+            except CheckpointError as error:
+                problem = str(error)
+        if (problem := self.world.same(problem)) is not None:
+            raise CheckpointError(problem)
         self.overrides = []
-        self.world.barrier()
+
+    def _write(self, root: Path, step: int, record: Record, engine_state: dict[str, Tensor]) -> None:
+        checkpoint.save(root, step, self.tensors() | {"engine": engine_state}, self._state(record))
+        keep = [record.best_step] if record.best_step else []
+        checkpoint.prune(root, self.recipe.engine.keep_checkpoints, keep)
 
     def _state(self, record: Record) -> dict[str, Any]:
         return {
