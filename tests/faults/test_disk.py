@@ -17,13 +17,13 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.training import train
-from tests.faults.faulty import never
+from tests.faults.faulty import Nth, never, points
 from tests.small_runs import assert_same_weights
 
 RECIPE = """\
 model: {name: "tests.small_runs:Tiny", image_size: 32}
 method: {use: supervised}
-data: {source: synthetic, synthetic_samples: 24, synthetic_classes: 2, group_size: 4, mixup: 0, cutmix: 0, repeats: 1}
+data: {source: synthetic, synthetic_samples: 24, synthetic_classes: 2, group_size: 2, mixup: 0, cutmix: 0, repeats: 1}
 optim: {lr: 1e-3, warmup_epochs: 0}
 train: {epochs: 3, batch_size: 12}
 engine: {device: cpu, log_every: 1, checkpoint_every: 0.5}
