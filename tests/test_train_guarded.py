@@ -110,7 +110,7 @@ def test_what_is_not_finite_is_never_saved_and_the_run_goes_on_from_before(path,
     last = (bad - 1) // SAVE_EVERY * SAVE_EVERY
     assert f"stopped at step {bad}: " in str(stop.value)
     assert "head.weight" in str(stop.value)
-    assert f"back at its checkpoint of step {last}; go on from there with `fastdeit train --resume run`" in str(
+    assert f"back at its checkpoint of step {last}; go on from there with `fastdeit train --resume run --trust`" in str(
         stop.value
     )
     assert saved_steps("run")[-1] == last

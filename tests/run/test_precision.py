@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from fastdeit import training
 from fastdeit.bench.count_card import pretended_card
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.estimate import report
 from fastdeit.estimate.gpus import GPUS
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import precision, request
+from fastdeit.run import health, precision, request
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 AUTO = ["deit_tiny", "deit_small", "deit_base"]
@@ -79,7 +78,7 @@ def test_a_plan_has_what_would_run(gpu, wanted):
 @pytest.mark.parametrize(("arch", "other"), [(70, "fp32"), (90, "bf16")])
 def test_where_fp16_fails_another_precision_of_the_card_is_named(card, tmp_path, arch, other):
     card(arch)
-    error = training.gave_up(recipe("engine.precision=fp16"), tmp_path, 24, 24, World(CARD), str)
+    error = health.gave_up(recipe("engine.precision=fp16"), tmp_path, 24, 24, World(CARD), str)
     assert str(error).endswith(f" or engine.precision={other}")
 
 
