@@ -152,7 +152,15 @@ def test_retention_keeps_two_and_the_best(whole):
     assert steps == [6, 12]
 
 
-@pytest.mark.parametrize("stop", [3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1, TOTAL - 1])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        3,
+        pytest.param(STEPS_PER_EPOCH, marks=pytest.mark.slow),
+        STEPS_PER_EPOCH + 1,
+        pytest.param(TOTAL - 1, marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_and_resumed_run_ends_with_the_same_weights(load, whole, tmp_path, stop):
     shutil.copytree(whole[0] / "teacher", tmp_path / "run" / "teacher")
     with pytest.raises(Interrupted, match=f"step {stop} of {TOTAL}"):

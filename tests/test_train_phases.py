@@ -87,7 +87,14 @@ def test_a_phase_trains_its_own_and_leaves_the_rest(load, whole, tmp_path):
     }
 
 
-@pytest.mark.parametrize("stop", [3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 2])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(3, marks=pytest.mark.slow),
+        STEPS_PER_EPOCH,
+        pytest.param(STEPS_PER_EPOCH + 2, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_goes_on_in_its_phase(load, whole, tmp_path, stop):
     with pytest.raises(Interrupted):
         train(load(), tmp_path / "run", StopAt(stop), resume=False)
@@ -111,6 +118,7 @@ def test_a_line_of_the_log_has_the_parts_of_its_phase_alone(load, tmp_path, stop
         assert line[own] == pytest.approx(2 * line["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_reach_the_result_of_one(path, whole, ranks, tmp_path):
     ranks(2, train_rank, path, [], tmp_path / "run")
     one, two = (stored(run, TOTAL)["model.safetensors"] for run in (whole, tmp_path / "run"))

@@ -114,7 +114,7 @@ def test_on_a_gpu_every_side_ends_there(setting, name, evaluation):
         ("fastdeit_uint8", (BATCH, SIZE, SIZE, 3)),
         ("timm_uint8", (BATCH, 3, SIZE, SIZE)),
         ("torchvision_uint8", (BATCH, 3, SIZE, SIZE)),
-        ("dali_uint8", (BATCH, SIZE, SIZE, 3)),
+        pytest.param("dali_uint8", (BATCH, SIZE, SIZE, 3), marks=pytest.mark.slow),
     ],
 )
 def test_the_hosts_part_ends_with_bytes(setting, name, shape, evaluation):

@@ -216,7 +216,9 @@ def method_and_batch(name, skip=False):
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name == "distill" else pytest.param(name, marks=pytest.mark.slow) for name in methods.METHODS]
+)
 def test_a_method_compiles_to_one_graph_that_is_eager_mode(name, precision):
     """Of our ops, that graph has those alone which make the input."""
     torch.compiler.reset()

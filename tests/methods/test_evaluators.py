@@ -70,7 +70,11 @@ def both(rank, size, training, held_out):
 
 @pytest.mark.parametrize(
     ("training", "held_out"),
-    [(TRAINING, HELD_OUT), (TRAINING, [2]), ([2], HELD_OUT)],
+    [
+        (TRAINING, HELD_OUT),
+        pytest.param(TRAINING, [2], marks=pytest.mark.slow),
+        pytest.param([2], HELD_OUT, marks=pytest.mark.slow),
+    ],
     ids=["shared", "fewer images than processes", "fewer training images than processes"],
 )
 def test_several_processes_find_the_same(ranks, training, held_out):

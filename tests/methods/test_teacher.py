@@ -316,7 +316,7 @@ def test_storing_16_bit_changes_no_bit_of_what_autocast_computes(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "regnety_002"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", pytest.param("regnety_002", marks=pytest.mark.slow)])
 def test_16_bit_is_as_exact_as_autocast(name, dtype):
     """Over four networks, as the weights of one are rounded once, be it in its favour or not."""
     errors = []
