@@ -20,6 +20,8 @@ def test_everything_is_synced_before_the_rename_and_the_rename_after_it(tmp_path
     temporary = names[-3].removeprefix("fsync ")
     assert temporary.startswith(".tmp-step_00000001-")
     assert names == [
+        "mkdir root",
+        f"fsync {tmp_path.name}",
         "write model.safetensors",
         "fsync model.safetensors",
         "write optim.safetensors",
@@ -140,8 +142,9 @@ def test_sigkill_at_every_point_leaves_a_resumable_run(tmp_path, operation, prep
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
 def test_a_disk_error_at_every_point_of_a_save_is_one_clear_error(tmp_path, number, prepare):
+    (tmp_path / "rehearsal").mkdir()
     names = points(lambda: save(tmp_path / "rehearsal", 2))
-    assert {name.split()[0] for name in names} == {"write", "fsync", "rename"}
+    assert {name.split()[0] for name in names} == {"mkdir", "write", "fsync", "rename"}
     for n, name in enumerate(names):
         root = tmp_path / str(n)
         prepare(root, (1,))
