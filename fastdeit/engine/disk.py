@@ -17,8 +17,8 @@ _WAYS_OUT = {
     errno.EROFS: "have its file system mounted so that it can be written to",
     errno.EACCES: "give yourself the right to write there",
     errno.EPERM: "give yourself the right to write there",
+    errno.EIO: "see whether its disk is sound (dmesg)",
 }
-_ELSE = "see whether its disk is sound (dmesg)"
 
 
 class DiskError(Exception):
@@ -32,7 +32,7 @@ def refuses(error: OSError) -> bool:
 
 def way_out(error: OSError) -> str:
     """What a person can do about an error of the disk."""
-    return _WAYS_OUT.get(error.errno or 0, _ELSE)
+    return _WAYS_OUT.get(error.errno or 0, "see what is at that path")
 
 
 @contextmanager

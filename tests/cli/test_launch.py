@@ -35,6 +35,9 @@ with launch.process_of_a_run(launch.Processes()):
     words = [str(os.getpid()), *(os.environ[name] for name in names), *sys.argv[3:]]
     (folder / f"{rank}.part").write_text(" ".join(words))
     (folder / f"{rank}.part").rename(folder / f"{rank}.up")
+    if mode in ("fail", "late"):  # the other one is asked to stop when this one ends, and has to be there to hear it
+        while not (folder / f"{1 - int(rank)}.up").exists():
+            time.sleep(0.01)
     if mode == "fail":
         code = int(sys.argv[3 + int(rank)])
         if code < 0:
