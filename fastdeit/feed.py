@@ -61,6 +61,8 @@ class Loader:
             raise UsageError(f"recipe {recipe.name}: its method wants several views of a sample; a loader gives one")
         rank = int(os.environ.get("RANK", 0)) if rank is None else rank
         world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+        if not 0 <= rank < world:
+            raise UsageError(f"rank {rank} of {world} processes: ranks are 0 to {world - 1}")
         self._here, self._uint8, self.step = World(torch.device(device), rank, world), uint8, 0
         data = recipe.data
         self._mixes = train and bool(data.mix_probability and (data.mixup or data.cutmix))

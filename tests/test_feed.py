@@ -119,5 +119,7 @@ def test_what_a_loader_refuses():
         fastdeit.loader("deit_tiny", FIELDS).set_step(-1)
     with pytest.raises(ValueError, match="step 3"):
         fastdeit.loader("deit_tiny", FIELDS, train=False).set_step(3)
+    with pytest.raises(UsageError, match="rank 2 of 2 processes: ranks are 0 to 1"):
+        fastdeit.loader("deit_tiny", FIELDS, rank=2, world=2)
     with pytest.raises(UsageError, match="needs images: add --data ROOT"):
         fastdeit.loader("deit_tiny")

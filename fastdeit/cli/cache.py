@@ -16,6 +16,10 @@ def _cache(args: argparse.Namespace, argv: list[str]) -> int:
         args.recipe = one(args.words, "recipe")
         if args.recipe is None:
             raise UsageError("name the recipe whose images the teacher is to judge: fastdeit cache RECIPE")
+        if args.data is not None:
+            from fastdeit.verbs import data
+
+            args.overrides += data.implied(args.recipe, args.overrides, args.data)
         lay_over(args)
         args.out = Path(args.out or f"caches/{Path(args.recipe).stem}")
         return launch.run(args, argv, _work, processes)

@@ -1,6 +1,7 @@
 """`fastdeit eval`, `published`, `predict` and `show attention`: what weights are worth, and what they see."""
 
 import argparse
+from pathlib import Path
 
 from fastdeit.cli.parser import Verb, add_trust, one, path, positive
 from fastdeit.errors import UsageError
@@ -49,8 +50,12 @@ def _published(args: argparse.Namespace, argv: list[str]) -> int | None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     if args.data is None:
+        if args.json:
+            raise UsageError("--json prints what is measured; add --data DIR")
         print(published.listing(rows))
         return None
+    if not Path(args.data).is_dir():
+        raise UsageError(f"--data {args.data}: there is no such folder")
     from fastdeit.launch import launch
 
     processes = launch.Processes(args.nproc)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, add_recipe, one, path, positive
+from fastdeit.cli.parser import Verb, add_overlays, add_recipe, add_trust, lay_over, one, path, positive
 from fastdeit.errors import UsageError
 
 
@@ -14,11 +14,18 @@ def _submit(args: argparse.Namespace, argv: list[str]) -> None:
     name = one(args.words, "recipe")
     if name is None:
         raise UsageError("name the recipe to train: fastdeit submit RECIPE --hours H")
+    if args.data is not None:
+        from fastdeit.verbs import data
+
+        args.overrides += data.implied(name, args.overrides, args.data)
+    lay_over(args)
     found = recipe.load(name, args.overrides)
     recipe.check_complete(found)
     places.check(found)
     args.run_dir = (Path(args.run_dir) if args.run_dir else directory.dated_name(found.name)).absolute()
-    args.train = ["train", name, *args.overrides]
+    # The job goes on with its own run, whose files name the code that the user names here.
+    trust = ["--trust"] if args.trust or directory.names_code(found) else []
+    args.train = ["train", name, *args.overrides, *trust]
     from fastdeit.verbs import submit
 
     submit.main(args)
@@ -35,8 +42,8 @@ def setting(text: str) -> tuple[str, str]:
 SUBMIT = Verb(
     "submit",
     "train on a SLURM cluster, and go on after time limits and preemption",
-    "RECIPE [section.field=value ...] --hours H [--data DIR] [--nproc N] [--nnodes N] [--run-dir DIR]\n"
-    "       [--slurm KEY=VALUE ...]",
+    "RECIPE [section.field=value ...] --hours H [--as NAME ...] [--data DIR] [--nproc N] [--nnodes N]\n"
+    "       [--run-dir DIR] [--slurm KEY=VALUE ...] [--trust]",
     _submit,
     examples=[
         "fastdeit submit deit_base --data /path/to/imagenet --nproc 8 --nnodes 2 --hours 24 --slurm partition=gpu "
@@ -44,6 +51,7 @@ SUBMIT = Verb(
     ],
 )
 add_recipe(SUBMIT)
+add_overlays(SUBMIT.parser)
 _add = SUBMIT.parser.add_argument
 _add("--hours", type=positive, required=True, metavar="H", help="time limit of one job; a longer run takes several")
 _add("--nproc", type=positive, default=1, metavar="N", help="processes on each machine, one per GPU (default: 1)")
@@ -57,5 +65,7 @@ _add(
     metavar="KEY=VALUE",
     help="an option of sbatch, such as partition=gpu, account=vision or gpus-per-node=8; may be repeated",
 )
+
+add_trust(SUBMIT.parser)
 
 VERBS = {"submit": SUBMIT}

@@ -87,7 +87,7 @@ def fault(source: Source, index: int) -> str | None:
 
 def _odd(image: Image.Image, name: str) -> Iterator[Odd]:
     if image.format not in PLAIN:
-        yield Odd(f"a {image.format} file", rewritten=True)
+        yield Odd(f"{image.format} instead of JPEG, PNG or WebP", rewritten=True)
     if image.mode in _MODES:
         yield Odd(_MODES[image.mode], rewritten=True)
     elif image.mode.startswith("I"):

@@ -323,7 +323,7 @@ class EngineConfig(Section):
     every block; it needs precision bf16, or auto on a device that has it."""
     reduce: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type in which gradients travel between processes. 16 bit halve the traffic and round every gradient twice; fp16
-    needs precision fp16, whose loss scale keeps small gradients from vanishing."""
+    needs precision fp16, or auto where that is fp16: its loss scale keeps small gradients from vanishing."""
     sync_batchnorm: bool = False
     """Normalise over the batches of all processes (SyncBatchNorm), so that several learn what one does; false: each
     process normalises its own, which is quicker."""
@@ -341,7 +341,7 @@ class EngineConfig(Section):
     the update is left out; rollback: the run goes on from the weights of its newest checkpoint as well."""
     timeout_s: Positive = 600.0
     """Seconds without progress after which one of several processes counts as hung: the run says which, and ends. The
-    first step, evaluations and checkpoints may take half an hour, or this if it is longer."""
+    first step, evaluations and checkpoints may take an hour, or this if it is longer."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
 
@@ -358,7 +358,7 @@ class EngineConfig(Section):
     @field_validator("reduce")
     @classmethod
     def _scaled(cls, reduce: str, info: ValidationInfo) -> str:
-        if reduce == "fp16" and (precision := info.data.get("precision", reduce)) != "fp16":
+        if reduce == "fp16" and (precision := info.data.get("precision", reduce)) not in ("fp16", "auto"):
             raise ValueError(
                 f"fp16 needs engine.precision fp16, not {precision}: without a loss scale small gradients would become "
                 "0; bf16 keeps them"

@@ -20,13 +20,18 @@ def fixed(recipe: "Recipe", world: World | None = None, say: Callable[[str], Non
 
     say  gets a line where that is fp16, which nobody has asked for
 
-    Raises UsageError where the residual stream is to be in bf16, and the device has none.
+    Raises UsageError where the residual stream is to be in bf16, and the device has none, and where gradients are to
+    travel in fp16, and the products are in bf16.
     """
     if recipe.engine.precision != AUTO:
         return recipe
     device = pick_device(recipe.engine.device) if world is None else world.device
     precision = "bf16" if has_bf16(device) else "fp16"
     precision = precision if world is None else world.same(precision)
+    if precision == "bf16" and recipe.engine.reduce == "fp16":
+        raise UsageError(
+            "engine.reduce fp16 needs fp16, but engine.precision auto is bf16 here; use engine.reduce=bf16"
+        )
     if precision == "fp16":
         card = torch.cuda.get_device_name(device)
         if recipe.engine.residual == "bf16":

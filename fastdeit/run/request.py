@@ -77,6 +77,8 @@ def restart(args: argparse.Namespace, run: Path) -> None:
     goes_on = directory.can_go_on(run)
     if not goes_on and args.origin is not None:
         return
+    if goes_on and args.named:
+        recipes.load(args.recipe, args.overrides)  # what the user's own recipe names may be executed
     args.resume, args.run_dir, args.origin = "", str(run), None
     args.named = None if goes_on else args.recipe
 

@@ -43,7 +43,7 @@ class Job:
 
     def command(self, job: int, host: str) -> list[str]:
         """The command of one machine: to begin the run, or to go on with it. `host` is the first machine of `job`."""
-        words = ["train", "--resume", str(self.run)]
+        words = ["train", "--resume", str(self.run), *(word for word in self.train if word == "--trust")]
         if not directory.can_go_on(self.run):
             words = [*self.train, "--run-dir", str(self.run), "--resume"]
         meeting = f"{host}:{_PORTS[job % len(_PORTS)]}"
@@ -60,9 +60,8 @@ class Job:
         process = subprocess.Popen(self.command(int(here.raw_job_id), here.hostnames[0]), env=env)
         self._pid = process.pid
         code = self._code()
-        elsewhere = (
-            here.global_rank != 0
-        )  # the first task alone puts the job into the queue; it is not ended by this one
+        # The first task alone puts the job into the queue; it is not ended by this one.
+        elsewhere = here.global_rank != 0
         if code != 0 and not (elsewhere and code == Interrupted.exit_code):
             raise FastdeitError(f"the run ended with exit code {code}; what it has said stands above")
 

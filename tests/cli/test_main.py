@@ -82,7 +82,7 @@ def test_flags_are_pinned():
             *("--data", "--nproc", "--nnodes", "--rdzv", "--max-restarts", "--run-dir", "--resume", "--from", "--as"),
             *("--trust", "--dry-run"),
         ],
-        "submit": ["--data", "--hours", "--nproc", "--nnodes", "--run-dir", "--slurm"],
+        "submit": ["--data", "--as", "--hours", "--nproc", "--nnodes", "--run-dir", "--slurm", "--trust"],
         "cache": ["--data", "--as", "--teacher", "--top-k", "--out", "--epochs", "--nproc", "--trust"],
         "eval": [
             *("--data", "--model", "--nproc", "--json", "--classes", "--confusion", "--calibration", "--images"),

@@ -79,6 +79,11 @@ def test_the_table(capsys):
     assert "did you mean deit_tiny_patch16_224" in refused(capsys, "published", "deit_tny_patch16_224")
 
 
+def test_what_cannot_be_measured_is_said_at_once(capsys):
+    assert "--data nowhere: there is no such folder" in refused(capsys, "published", "--data", "nowhere")
+    assert "add --data DIR" in refused(capsys, "published", "--json")
+
+
 def test_every_row_is_of_weights_that_timm_has_and_of_a_size_it_names():
     for row in published.published():
         config = timm.get_pretrained_cfg(row.model)

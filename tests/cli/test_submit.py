@@ -64,6 +64,19 @@ def test_a_job_begins_its_run_or_goes_on_with_it(tmp_path, monkeypatch):
     assert Job(["train"], tmp_path, 1, 1, ["fastdeit"]).command(7, "n1")[-2:] == ["--nproc", "1"]
 
 
+def test_code_of_the_users_own_is_trusted_when_the_job_goes_on(slurm, monkeypatch, capsys):
+    jobs = []
+    monkeypatch.setattr(
+        "submitit.SlurmExecutor.submit", lambda self, job: jobs.append(job) or SimpleNamespace(job_id=1)
+    )
+    words = "digits", "--hours", "1", "--run-dir"
+    assert main(["submit", *words, "runs/mine", "model.name=tests.small_runs:Tiny"]) == 0
+    assert main(["submit", *words, "runs/theirs", "--trust"]) == 0
+    assert main(["submit", *words, "runs/plain"]) == 0
+    monkeypatch.setattr("fastdeit.run.directory.can_go_on", lambda run: True)
+    assert ["--trust" in job.command(7, "n1") for job in jobs] == [True, True, False]
+
+
 RUN = """
 import os, signal, sys
 code = int(sys.argv[1])

@@ -46,7 +46,7 @@ def odd_files(make_image, encode):
         ),
         "deep.png": (encode(deep, "PNG"), ["more than 8 bits a channel, read as 8"], True),
         "bits.png": (encode(photo.convert("1"), "PNG"), ["black and white, read as 0 and 255"], True),
-        "scan.tiff": (encode(photo, "TIFF"), ["a TIFF file"], True),
+        "scan.tiff": (encode(photo, "TIFF"), ["TIFF instead of JPEG, PNG or WebP"], True),
         "moving.webp": (
             encode(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
             ["several frames, of which the first is read"],

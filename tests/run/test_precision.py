@@ -64,6 +64,15 @@ def test_a_residual_in_bf16_needs_a_device_with_it(card):
         precision.fixed(given)
 
 
+def test_gradients_that_travel_in_fp16_need_products_in_fp16(card):
+    card(70)
+    asked = recipe("engine.precision=auto", "engine.reduce=fp16")
+    assert precision.fixed(asked, World(CARD)).engine.precision == "fp16"
+    card(90)
+    with pytest.raises(UsageError, match="auto is bf16 here; use engine.reduce=bf16"):
+        precision.fixed(asked, World(CARD))
+
+
 def test_a_run_that_goes_on_keeps_its_precision():
     before = recipe("engine.precision=fp16")
     assert request.given_again(recipe(), before).engine.precision == "fp16"
