@@ -69,7 +69,7 @@ def test_gradients_that_travel_in_fp16_need_products_in_fp16(card):
     asked = recipe("engine.precision=auto", "engine.reduce=fp16")
     assert precision.fixed(asked, World(CARD)).engine.precision == "fp16"
     card(90)
-    with pytest.raises(UsageError, match="auto is bf16 here; use engine.reduce=bf16"):
+    with pytest.raises(UsageError, match=r"auto is bf16 here; use engine\.reduce=bf16"):
         precision.fixed(asked, World(CARD))
 
 
