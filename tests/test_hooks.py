@@ -3,6 +3,7 @@
 The runs are whole ones of `train`, with four steps of two micro-batches each over two epochs of synthetic images.
 """
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -98,7 +99,9 @@ def one_epoch(number):
 
 def load(folder, *overrides):
     path = folder / "hooks.yaml"
-    path.write_text(RECIPE)
+    mine = path.with_suffix(f".{os.getpid()}")  # two processes write it at the same time
+    mine.write_text(RECIPE)
+    mine.replace(path)
     return recipes.load(str(path), list(overrides))
 
 

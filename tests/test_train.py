@@ -288,7 +288,7 @@ def test_ctrl_c_then_resume_on_the_command_line(recipe_file, data, whole, tmp_pa
     rest = process.stdout.read()
     assert process.wait(60) == 75, "".join(lines) + rest
     assert "Traceback" not in rest
-    assert f"go on with `fastdeit train --resume {run}`" in rest
+    assert f"go on with `fastdeit train --resume {run} --trust`" in rest
     assert cli([*map(str, arguments), "engine.log_every=1"]) == 0
     assert "resumed at step" in capsys.readouterr().out
     assert_same_weights(whole[0], run)

@@ -219,8 +219,7 @@ def test_pillow_s_warnings_of_files_are_not_heard_but_others_are(memory, varied,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("level", "printed"), [(None, False), ("ERROR", True)])
-def test_opencv_prints_nothing_of_bad_files_unless_asked(tmp_path, encode, make_image, level, printed):
+def test_opencv_prints_nothing_of_bad_files(tmp_path, encode, make_image):
     bmp = encode(make_image(0, 90, 70), "BMP")
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -232,11 +231,10 @@ def test_opencv_prints_nothing_of_bad_files_unless_asked(tmp_path, encode, make_
         loader = EvalLoader(FolderSource({str(tmp_path)!r}), (8, 8), 1.0, max_bad_fraction=0.5, threads=1)
         print(sum(len(samples) for samples in loader.batches()))"""
     environment = {name: value for name, value in os.environ.items() if name != "OPENCV_LOG_LEVEL"}
-    environment |= {"OPENCV_LOG_LEVEL": level} if level else {}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "2\n"
     assert "cut.bmp is not used: image file is truncated" in done.stderr
-    assert ("imdecode" in done.stderr) == printed
+    assert "imdecode" not in done.stderr
 
 
 def test_decoder_is_guarded_even_without_the_header_check(kinds, varied):
