@@ -326,17 +326,7 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
 
     health = Health(engine, parts.saver, run_dir, start, log.say, again)
     with health.explaining(), closing(parts.loader.batches(start, total)) as batches:
-        judged = method.teacher is not None and all(config.classifies for config in recipe.method.teachers())
-        if judged and record.teacher_top1 is None:
-            # Before the first step: a teacher with the wrong classes or normalisation shows here, not after two days.
-            log.teacher(start, parts.held_out({"teacher": Classify(method.teacher.scores)}), record)
-        if recipe.train.stop_after is not None and not method.evaluators():
-            raise UsageError(f"train.stop_after needs a metric, but method {recipe.method.use} has none")
-        if recipe.train.best_by is not None:
-            # Only an evaluation tells the names of the metrics. One batch is enough, and a wrong name shows now.
-            method.eval()
-            names = parts.held_out(method.evaluators(), batches=1).metrics
-            log.check_best_by([*names, *(f"{name}_ema" for name in names if engine.ema is not None)])
+        check_metrics(parts, start, record)
         method.train()
         if 0 < start != record.evaluated_step and (start % eval_every == 0 or start == total):
             evaluate_now()  # the run was stopped after the last step of an epoch, before its evaluation
@@ -399,6 +389,23 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
         if step < total:
             log.say(f"stopped at step {step}: {recipe.train.stop_after} evaluations in a row brought no new best")
         return log.finish(record, parts.bad_images())
+
+
+def check_metrics(parts: Parts, start: int, record: Record) -> None:
+    """What would only show after the first evaluation otherwise: a teacher with the wrong classes or normalisation, and
+    metrics of the recipe that the method does not have."""
+    recipe, method = parts.recipe, parts.method
+    judged = method.teacher is not None and all(config.classifies for config in recipe.method.teachers())
+    if judged and record.teacher_top1 is None:
+        parts.log.teacher(start, parts.held_out({"teacher": Classify(method.teacher.scores)}), record)
+    if recipe.train.stop_after is not None and not method.evaluators():
+        raise UsageError(f"train.stop_after needs a metric, but method {recipe.method.use} has none")
+    if recipe.train.best_by is not None:
+        # Only an evaluation tells the names of the metrics. One batch is enough.
+        method.eval()
+        names = parts.held_out(method.evaluators(), batches=1).metrics
+        averaged = [f"{name}_ema" for name in names if parts.engine.ema is not None]
+        parts.log.check_best_by([*names, *averaged])
 
 
 class PhaseSchedule:

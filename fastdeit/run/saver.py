@@ -77,18 +77,22 @@ class Saver:
         """Save everything a run needs to go on as if it had never stopped. Call it on every process.
 
         Raises PoisonedError where a tensor is not finite, DriftError where the processes have other weights, and
-        CheckpointError where the main process could not write it, on every process: then nothing is saved.
+        CheckpointError where the main process could not write it, on every process: then nothing is saved, and the
+        best of `record` is again that of the newest checkpoint, since a best that is not on the disk is lost.
         """
         record.phase = self.phases.phase.name
         engine_state = self.engine.state_dict()
         self._refuse_non_finite()
-        problem = None
+        problem = known = None
         if self.world.main:
+            root = run_dir / directory.CHECKPOINTS
             try:
-                self._write(run_dir / directory.CHECKPOINTS, step, record, engine_state)
+                self._write(root, step, record, engine_state)
             except CheckpointError as error:
-                problem = str(error)
-        if (problem := self.world.same(problem)) is not None:
+                problem, known = str(error), checkpoint.newest_state(root)
+        problem, known = self.world.same((problem, known and known["record"]))
+        if problem is not None:
+            record.take_back_best(known)
             raise CheckpointError(problem)
         self.overrides = []
 

@@ -25,7 +25,8 @@ def main(args: argparse.Namespace) -> None:
     Raises FastdeitError at the end where some could not be evaluated.
     """
     wanted, left_out = published(args.words), []
-    with join_world(recipes.override(bare.stand_in(), args.overrides).engine.device) as world:
+    engine = recipes.override(bare.stand_in(), args.overrides).engine
+    with join_world(engine.device, engine.timeout_s) as world:
         for index, row in enumerate(wanted):
             try:
                 facts = measure(row, args.data, args.overrides, world)

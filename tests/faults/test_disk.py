@@ -4,6 +4,7 @@ The cases are generated: a run is watched once, and whatever it writes, syncs, r
 """
 
 import errno
+import operator
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from fastdeit.engine import _fault, checkpoint, disk, report
 from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run.record import RunLog
 from fastdeit.training import train
 from tests.faults.faulty import Nth, never, points
 from tests.small_runs import assert_same_weights
@@ -170,6 +172,23 @@ def test_a_run_that_is_to_go_on_says_so_and_does(tmp_path, watched, capsys, file
     assert out.count("warning: ") == (2 if file == "checkpoint" else 1), "the same words are said once"
     assert "the run goes on (engine.on_save_error is warn), and tries the next time again" in out
     assert_same_weights(whole, tmp_path / "run", TOTAL)
+
+
+def test_a_best_that_could_not_be_saved_costs_no_earlier_one(tmp_path, monkeypatch):
+    """Else the checkpoint of the earlier best would go, and @best would name one that is not there."""
+    values, save = iter((5.0, 9.0, 1.0)), checkpoint.save
+
+    def refuse(root, step, *rest):
+        if step == 4:
+            raise checkpoint.CheckpointError("the checkpoint of step 4 was not saved")
+        return save(root, step, *rest)
+
+    monkeypatch.setattr(RunLog, "_judged_by", lambda self, results: ("top1_class", next(values), operator.gt))
+    monkeypatch.setattr(checkpoint, "save", refuse)
+    run_of(tmp_path, "engine.on_save_error=warn")
+    root = tmp_path / "run" / "checkpoints"
+    assert checkpoint.newest_state(root)["record"]["best_step"] == 2
+    assert checkpoint.steps(root) == [2, 5, 6]
 
 
 def test_the_last_checkpoint_is_never_given_up(tmp_path):

@@ -19,7 +19,7 @@ from fastdeit.kernels.native.build import Program
 from fastdeit.kernels.native.cuda import CudaError, Driver
 from fastdeit.kernels.native.launches import Sizes
 from fastdeit.kernels.native.library import Library, LibraryError
-from fastdeit.kernels.native.runnable import Unusable
+from fastdeit.kernels.native.runnable import Backward, Unusable
 from tests.kernels.fake_cuda import FakeDriver
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_arguments_are_those_of_the_header(stub, with_bias):
     if not with_bias:
         for place in (5, 7):
             tensors[place], addresses[place] = None, 0
-    made.backward(*tensors, sizes, stream)
+    made.backward(Backward(*tensors), sizes, stream)
     assert seen(stub(), 14) == ([*addresses, 2**33, 3, 5, 32, 1, 2**40], 0.5)
 
 
@@ -101,7 +101,7 @@ def test_a_status_is_an_error_with_its_sentence(stub):
             made.forward(*tensors[:3], sizes, 0)
         answer(stub(), 6)
         with pytest.raises(CudaError, match=r"built for another architecture \(status 6\)"):
-            made.backward(*tensors, sizes, 0)  # too late for others
+            made.backward(Backward(*tensors), sizes, 0)  # too late for others
         with pytest.raises(Unusable, match="does not run here: built for another architecture"):
             made.forward(*tensors[:3], sizes, 0)
     finally:

@@ -41,9 +41,9 @@ class OnTheShim:
         self._tell([qkv], [out, lse])
         self.library.forward(qkv, out, lse, sizes, stream)
 
-    def backward(self, grad, qkv, out, lse, dqkv, dbias, delta, partial, sizes, stream):
-        self._tell([grad, qkv, out, lse], [dqkv, dbias, delta, partial])
-        self.library.backward(grad, qkv, out, lse, dqkv, dbias, delta, partial, sizes, stream)
+    def backward(self, tensors, sizes, stream):
+        self._tell(tensors[:4], tensors[4:])
+        self.library.backward(tensors, sizes, stream)
 
 
 @pytest.fixture(scope="module")

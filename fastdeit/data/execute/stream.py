@@ -1,7 +1,6 @@
 """A pipeline of DALI as a queue of batches, and the module of its graphs."""
 
 import atexit
-import os
 from collections import deque
 from functools import cache
 from importlib import import_module
@@ -50,8 +49,6 @@ class Stream:
 @cache
 def graphs() -> ModuleType:
     """The module of DALI's graphs, imported by whom images are decoded: all that decodes none does without DALI."""
-    # What DALI's copy of OpenCV would print for each damaged file is in our reports; read when it is loaded.
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "FATAL")
     try:
         module = import_module("fastdeit.data.execute.graph")
     except ModuleNotFoundError as error:

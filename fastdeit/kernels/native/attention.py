@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdeit.kernels._op import Unsupported
 from fastdeit.kernels.native import choice
 from fastdeit.kernels.native.launches import HEAD_DIMS, MOST_BLOCKS, Sizes
-from fastdeit.kernels.native.runnable import Runnable, Unusable
+from fastdeit.kernels.native.runnable import Backward, Runnable, Unusable
 
 _ALIGNMENT = 16  # bytes
 
@@ -43,8 +43,8 @@ def backward(
     dbias = partial = None
     if with_bias:
         dbias, partial = lse.new_empty(sizes.columns), lse.new_empty(sizes.batch * sizes.blocks, sizes.columns)
-    tensors = grad, qkv, out, lse, dqkv, dbias, delta, partial
-    _run(qkv.device, lambda kernels, stream: kernels.backward(*tensors, sizes, stream))
+    tensors = Backward(grad, qkv, out, lse, dqkv, dbias, delta, partial)
+    _run(qkv.device, lambda kernels, stream: kernels.backward(tensors, sizes, stream))
     return dqkv, lse.new_empty(0) if dbias is None else dbias
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastdeit.kernels.native.cuda import CudaError, bind
 from fastdeit.kernels.native.launches import Sizes
-from fastdeit.kernels.native.runnable import Unusable
+from fastdeit.kernels.native.runnable import Backward, Unusable
 
 NAME = "libfastdeit_native.so"
 API_VERSION = 1
@@ -57,22 +57,9 @@ class Library:
             raise Unusable(f"{self.origin} does not run here: {self._text(status)}")
         self._check(status)
 
-    def backward(
-        self,
-        grad: Tensor,
-        qkv: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dqkv: Tensor,
-        dbias: Tensor | None,
-        delta: Tensor,
-        partial: Tensor | None,
-        sizes: Sizes,
-        stream: int,
-    ) -> None:
+    def backward(self, tensors: Backward, sizes: Sizes, stream: int) -> None:
         """As of `Runnable`."""
-        pointers = _pointers(grad, qkv, out, lse, dqkv, dbias, delta, partial)
-        self._check(self._library.fastdeit_attention_backward(*pointers, *_numbers(sizes, stream)))
+        self._check(self._library.fastdeit_attention_backward(*_pointers(*tensors), *_numbers(sizes, stream)))
 
     def _text(self, status: int) -> str:
         return self._library.fastdeit_status_text(status).decode()

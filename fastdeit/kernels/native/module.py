@@ -9,7 +9,7 @@ from fastdeit.kernels.native import launches
 from fastdeit.kernels.native.build import Program
 from fastdeit.kernels.native.cuda import CudaError, Driver
 from fastdeit.kernels.native.launches import Launch, Sizes
-from fastdeit.kernels.native.runnable import Unusable
+from fastdeit.kernels.native.runnable import Backward, Unusable
 
 
 class Module:
@@ -28,20 +28,9 @@ class Module:
         self._load(sizes)
         self._launch(launches.FORWARD, sizes, stream, [qkv, out, lse], tail=_numbers(sizes))
 
-    def backward(
-        self,
-        grad: Tensor,
-        qkv: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dqkv: Tensor,
-        dbias: Tensor | None,
-        delta: Tensor,
-        partial: Tensor | None,
-        sizes: Sizes,
-        stream: int,
-    ) -> None:
+    def backward(self, tensors: Backward, sizes: Sizes, stream: int) -> None:
         """As of `Runnable`: two launches, and one more for dbias."""
+        grad, qkv, out, lse, dqkv, dbias, delta, partial = tensors
         numbers = _numbers(sizes)
         self._launch(launches.QUERY_GRADIENT, sizes, stream, [qkv, out, grad, lse, delta, dqkv, partial], tail=numbers)
         self._launch(launches.KEY_GRADIENT, sizes, stream, [qkv, grad, lse, delta, dqkv, partial], tail=numbers)

@@ -1,6 +1,6 @@
 """What runs the kernels, however they were built."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -9,6 +9,21 @@ from fastdeit.kernels.native.launches import Sizes
 
 class Unusable(Exception):
     """These kernels do not run on this card at all; raised before anything was written. The message is the reason."""
+
+
+class Backward(NamedTuple):
+    """The tensors of a backward. grad, qkv, out, lse: as of the forward, and what came back. dqkv: as qkv. dbias:
+    float32 `[3*H*d]`, or None where it is not wanted. Scratch: delta float32 `[B, H, N]` and, with dbias, partial
+    float32 `[B * sizes.blocks, 3*H*d]`."""
+
+    grad: Tensor
+    qkv: Tensor
+    out: Tensor
+    lse: Tensor
+    dqkv: Tensor
+    dbias: Tensor | None
+    delta: Tensor
+    partial: Tensor | None
 
 
 class Runnable(Protocol):
@@ -24,20 +39,5 @@ class Runnable(Protocol):
         Raises Unusable.
         """
 
-    def backward(
-        self,
-        grad: Tensor,
-        qkv: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dqkv: Tensor,
-        dbias: Tensor | None,
-        delta: Tensor,
-        partial: Tensor | None,
-        sizes: Sizes,
-        stream: int,
-    ) -> None:
-        """Write dqkv, as qkv, and dbias float32 `[3*H*d]`, where it is wanted.
-
-        delta float32 `[B, H, N]` and, where dbias is wanted, partial float32 `[B * sizes.blocks, 3*H*d]` are scratch.
-        """
+    def backward(self, tensors: Backward, sizes: Sizes, stream: int) -> None:
+        """Write dqkv and, where it is wanted, dbias."""
