@@ -57,10 +57,9 @@ class Record:
         self.seconds += seconds
         self.waited += waited
 
-    def take_back_best(self, saved: Mapping[str, Any] | None) -> None:
-        """Have the best that the record `saved` of a checkpoint has; None: no best yet."""
-        known = Record() if saved is None else Record(**saved)
-        self.best, self.best_by, self.best_step = known.best, known.best_by, known.best_step
+    def take_back_best(self, saved: Mapping[str, Any]) -> None:
+        """Have the best of the record `saved` of a checkpoint; of an empty one, no best."""
+        self.best, self.best_by, self.best_step = saved.get("best"), saved.get("best_by"), saved.get("best_step", 0)
 
     def speed_since(self, images: int, seconds: float, waited: float) -> tuple[float, float]:
         """(images per second, per cent of the time spent waiting for data) since these earlier totals."""

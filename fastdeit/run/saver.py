@@ -83,14 +83,14 @@ class Saver:
         record.phase = self.phases.phase.name
         engine_state = self.engine.state_dict()
         self._refuse_non_finite()
-        problem = known = None
+        problem, known = None, {}
         if self.world.main:
             root = run_dir / directory.CHECKPOINTS
             try:
                 self._write(root, step, record, engine_state)
             except CheckpointError as error:
-                problem, known = str(error), checkpoint.newest_state(root)
-        problem, known = self.world.same((problem, known and known["record"]))
+                problem, known = str(error), _newest_record(root)
+        problem, known = self.world.same((problem, known))
         if problem is not None:
             record.take_back_best(known)
             raise CheckpointError(problem)
@@ -238,6 +238,15 @@ class Saver:
         data = [(name, theirs[key], ours[key]) for key, name in named.items() if theirs[key] != ours[key]]
         cache = differences(theirs.get("cache", {}), ours.get("cache", {}))
         return data + [(f"cache ({name})", *both) for name, *both in cache]
+
+
+def _newest_record(root: Path) -> dict[str, Any]:
+    """The record in the newest checkpoint under `root`; empty where there is none that can be read."""
+    try:
+        found = checkpoint.newest_state(root)
+    except CheckpointError:
+        return {}
+    return {} if found is None else found["record"]
 
 
 def present(found: Checkpoint) -> Checkpoint:
