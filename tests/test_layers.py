@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fastdeit"
 # What each room of the package may import of fastdeit besides itself, lowest floor first: a row names earlier rows
 # alone. A room is a package or a module. "data" stands for every room below it as well, and a file belongs to the
 # longest name that fits. `fastdeit` is the package's own __init__, which imports the front when it is asked for it.
-_OPS = {"kernels._example", "kernels._op", "kernels._triton"}
+_OPS = {"kernels._checks", "kernels._example", "kernels._op", "kernels._triton"}
 LAYERS: dict[str, set[str]] = {
     # ---- they import nothing of fastdeit
     "version": set(),
@@ -29,12 +29,13 @@ LAYERS: dict[str, set[str]] = {
     "plugins": set(),
     "fields": set(),
     # ---- fused ops: they import nothing outside kernels
+    "kernels._checks": set(),
     "kernels._example": set(),
     "kernels._derivatives": set(),
     "kernels._tried": set(),
     "kernels._op": {"kernels._derivatives", "kernels._example", "kernels._tried"},
     "kernels._triton": {"kernels._op"},
-    "kernels._loss": {"kernels._op", "kernels._triton"},
+    "kernels._loss": {"kernels._checks", "kernels._triton"},
     "kernels.noise": set(),
     "kernels.input": _OPS | {"kernels.noise"},
     "kernels._rows": {"kernels._op", "kernels._triton"},

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _op, _triton
+from fastdeit.kernels import _checks, _triton
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ def soundness(lam: Tensor) -> Tensor:
 def check_labels(y1: Tensor, y2: Tensor, classes: int) -> None:
     """IndexError for CPU labels outside [0, classes)."""
     for name, labels in (("y1", y1), ("y2", y2)):
-        _op.check_index(f"targets: {name}", labels, classes)
+        _checks.check_index(f"targets: {name}", labels, classes)
 
 
 # ---- Triton: targets and terms ---------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def check_smoothing(smoothing: float, binary: bool, setting: str) -> None:
 
 def check_logits(name: str, logits: Tensor, shape: str) -> None:
     """TypeError or ValueError unless `logits` are floating, of two dimensions and not empty."""
-    _op.check_floating(name, logits)
+    _checks.check_floating(name, logits)
     if logits.dim() != 2 or 0 in logits.shape:
         raise ValueError(f"{name} has shape {list(logits.shape)}, but must be {shape} and not empty")
 
@@ -197,12 +197,12 @@ def check_targets(targets: tuple[Tensor, Tensor, Tensor], batch: int, meaning: s
     """Shapes, dtypes and device of (y1, y2, lam) for the `logits` of that name, and whether lam is in [0, 1] where that
     can be looked at; `meaning` says what `[B]` is."""
     for target, tensor in zip(("y1", "y2", "lam"), targets, strict=True):
-        _op.check_shape(f"targets: {target}", tensor, (batch,), meaning)
-        _op.check_device(f"targets: {target}", tensor, logits, name)
+        _checks.check_shape(f"targets: {target}", tensor, (batch,), meaning)
+        _checks.check_device(f"targets: {target}", tensor, logits, name)
         if target != "lam":
-            _op.check_dtype(f"targets: {target}", tensor, torch.int64)
+            _checks.check_dtype(f"targets: {target}", tensor, torch.int64)
     lam = targets[2]
-    _op.check_floating("targets: lam", lam)
-    if _op.can_look_at(lam):
+    _checks.check_floating("targets: lam", lam)
+    if _checks.can_look_at(lam):
         for value in lam.aminmax():  # both are NaN where any is
-            _op.check_number("targets: lam", value.item(), 0, 1)
+            _checks.check_number("targets: lam", value.item(), 0, 1)

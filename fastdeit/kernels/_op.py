@@ -1,4 +1,4 @@
-"""What all ops share: registration, the choice of a backend with its reason, autocast, and argument checks.
+"""What all ops share: registration, the choice of a backend with its reason, and autocast.
 
 An op has one or more backends in order of preference; the last is `reference`, pure PyTorch, which runs everywhere
 and defines the result. Taken is the one that was fastest where it was measured on such a card (`choices.json`, written
@@ -20,7 +20,6 @@ second derivative: differentiating a gradient of one raises.
 """
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -571,66 +570,3 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """dtype of statistics and losses of data of `dtype`: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-# ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def check_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
-    """ValueError unless `tensor` has `shape`; `meaning` names the dimensions, such as "[B, K] like `cls`"."""
-    if tensor.shape != tuple(shape):
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, but must be {meaning} = {list(shape)}")
-
-
-def check_floating(name: str, tensor: Tensor) -> None:
-    """TypeError unless `tensor` holds floating-point numbers."""
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} is {tensor.dtype}, but must be a floating-point tensor")
-
-
-def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """TypeError unless `tensor` is of `dtype`."""
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} is {tensor.dtype}, but must be {dtype}")
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """ValueError unless `value` is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, but must be one of: {', '.join(allowed)}")
-
-
-def check_number(name: str, value: float, low: float, high: float = math.inf, *, below: bool = False) -> None:
-    """ValueError unless `value` is finite, at least `low`, and at most `high`, or with `below` less than `high`. NaN is
-    neither."""
-    if not (low <= value <= high and abs(value) < math.inf) or (below and value == high):
-        end = "finite" if high == math.inf else f"in [{low:g}, {high:g}{')' if below else ']'}"
-        least = f"at least {low:g} and " if high == math.inf and low > -math.inf else ""
-        raise ValueError(f"{name} is {value}, but must be {least}{end}")
-
-
-def check_positive(name: str, value: float) -> None:
-    """ValueError unless `value` is above 0 and finite."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value}, but must be positive and finite")
-
-
-def check_index(name: str, index: Tensor, size: int) -> None:
-    """IndexError when an index that can be looked at is outside [0, size)."""
-    if not can_look_at(index) or index.numel() == 0:
-        return
-    low, high = (int(value) for value in index.aminmax())
-    if low < 0 or high >= size:
-        raise IndexError(f"{name} holds {low if low < 0 else high}, but must be in [0, {size})")
-
-
-def can_look_at(tensor: Tensor) -> bool:
-    """Whether the values of `tensor` may be read to check them: that would stall a device, and break a graph that is
-    being compiled, whose own indexing raises RuntimeError on the CPU."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
-    """ValueError unless `tensor` is on the device of `other`."""
-    if tensor.device != other.device:
-        raise ValueError(f"{name} is on {tensor.device}, but must be on {other.device} like {other_name}")

@@ -30,7 +30,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastdeit.kernels import _op, _triton
+from fastdeit.kernels import _checks, _op, _triton
 from fastdeit.kernels._example import BASE, HALVES, MEAN, STD, Example, Maker
 from fastdeit.kernels.noise import host_normals, normals, triton_normals
 
@@ -78,7 +78,7 @@ def reference_pixels(
     if boxes is not None:
         x = _erase(x, boxes, keys)
     if partner is not None:
-        _op.check_index("partner", partner, images.shape[0])
+        _checks.check_index("partner", partner, images.shape[0])
         other = x[partner]
         if lam is not None:
             weight = lam.to(x.dtype)[:, None, None, None]
@@ -190,7 +190,7 @@ def host_pixels(
         for i, own in enumerate(out):
             samples.render(i, everywhere, own)
         return torch.from_numpy(out).to(dtype)
-    _op.check_index("partner", partner, batch)
+    _checks.check_index("partner", partner, batch)
     weights = np.ones(batch, samples.dtype) if lam is None else lam.numpy().astype(samples.dtype)
     windows = _clipped(torch.zeros(batch, 4, dtype=torch.int32) if box is None else box, height, width)
     other = np.empty(out.shape[1:], samples.dtype)
@@ -400,7 +400,7 @@ def _render(
     _triton.require_dtypes(out)
     batch, height, width, _ = images.shape
     if partner is not None:
-        _op.check_index("partner", partner, batch)
+        _checks.check_index("partner", partner, batch)
     images, *plan = (None if t is None else t.contiguous() for t in (images, partner, lam, box, boxes, keys))
     # Runs fill a store of 128 bits where the cells' width and the address of the images let them.
     run = math.gcd(cell[1], 16 // out.element_size(), images.data_ptr())
@@ -577,15 +577,15 @@ def _check(
     keys: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    _op.check_dtype("images", images, torch.uint8)
+    _checks.check_dtype("images", images, torch.uint8)
     if images.dim() != 4 or images.shape[3] != 3:
         raise ValueError(f"images has shape {list(images.shape)}, but must be [B, H, W, 3]")
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != 3:
             raise ValueError(f"{name} has {len(values)} values, but must have one for each of 3 channels")
     for c in range(3):
-        _op.check_number(f"mean[{c}]", mean[c], -math.inf)
-        _op.check_positive(f"std[{c}]", std[c])
+        _checks.check_number(f"mean[{c}]", mean[c], -math.inf)
+        _checks.check_positive(f"std[{c}]", std[c])
     if not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}, but must be a floating-point type")
     if partner is None and not (lam is None and box is None):
@@ -601,6 +601,6 @@ def _check(
         ("erase: keys", keys, (), torch.int64),
     ):
         if tensor is not None:
-            _op.check_shape(name, tensor, (batch, *sides), "[B, 4]" if sides else "[B]")
-            _op.check_dtype(name, tensor, wanted)
-            _op.check_device(name, tensor, images, "images")
+            _checks.check_shape(name, tensor, (batch, *sides), "[B, 4]" if sides else "[B]")
+            _checks.check_dtype(name, tensor, wanted)
+            _checks.check_device(name, tensor, images, "images")

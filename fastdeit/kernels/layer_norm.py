@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _derivatives, _op, _rows, _triton
+from fastdeit.kernels import _checks, _derivatives, _op, _rows, _triton
 from fastdeit.kernels._example import BASE, BASE_FP16, DEITS, Example, Maker
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -582,7 +582,7 @@ def add_layer_norm(
     outside [0, B) raise IndexError on the CPU, RuntimeError in a compiled graph there; on a GPU the indexing asserts on
     the device.
     """
-    _op.check_number("eps", eps, 0)
+    _checks.check_number("eps", eps, 0)
     _check(residual, branch, weight, bias, gamma, keep, branch_bias, branch_samples, norm_samples)
     if out_dtype is None:
         out_dtype = _op.autocast_dtype(residual) or residual.dtype
@@ -604,11 +604,11 @@ def _check(
     branch_samples: Tensor | None,
     norm_samples: Tensor | None,
 ) -> None:
-    _op.check_floating("residual", residual)
+    _checks.check_floating("residual", residual)
     for name, vector in (("weight", weight), ("bias", bias), ("gamma", gamma), ("branch_bias", branch_bias)):
         if vector is not None:
-            _op.check_shape(name, vector, residual.shape[-1:], "[C], C the last dimension of residual,")
-            _op.check_device(name, vector, residual, "residual")
+            _checks.check_shape(name, vector, residual.shape[-1:], "[C], C the last dimension of residual,")
+            _checks.check_device(name, vector, residual, "residual")
     for name, samples in (("branch_samples", branch_samples), ("norm_samples", norm_samples)):
         _check_samples(name, samples, len(residual))
     if branch is None:
@@ -617,25 +617,25 @@ def _check(
             if value is not None:
                 raise ValueError(f"{name} belongs to the branch, but branch is None; leave it out")
         return
-    _op.check_floating("branch", branch)
-    _op.check_device("branch", branch, residual, "residual")
+    _checks.check_floating("branch", branch)
+    _checks.check_device("branch", branch, residual, "residual")
     if branch_samples is None:
-        _op.check_shape("branch", branch, residual.shape, "like residual")
+        _checks.check_shape("branch", branch, residual.shape, "like residual")
     else:
         shape = (len(branch_samples), *residual.shape[1:])
-        _op.check_shape("branch", branch, shape, "[B', ...] for the B' branch_samples, else like residual")
+        _checks.check_shape("branch", branch, shape, "[B', ...] for the B' branch_samples, else like residual")
     if keep is not None:
-        _op.check_floating("keep", keep)
-        _op.check_device("keep", keep, residual, "residual")
-        _op.check_shape("keep", keep, branch.shape[:1], "[B], B the first dimension of branch,")
+        _checks.check_floating("keep", keep)
+        _checks.check_device("keep", keep, residual, "residual")
+        _checks.check_shape("keep", keep, branch.shape[:1], "[B], B the first dimension of branch,")
 
 
 def _check_samples(name: str, samples: Tensor | None, batch: int) -> None:
     if samples is None:
         return
-    _op.check_dtype(name, samples, torch.int64)
+    _checks.check_dtype(name, samples, torch.int64)
     if samples.dim() != 1:
         raise ValueError(f"{name} has shape {list(samples.shape)}, but must be [B']")
-    _op.check_index(name, samples, batch)
-    if _op.can_look_at(samples) and len(samples.unique()) < len(samples):
+    _checks.check_index(name, samples, batch)
+    if _checks.can_look_at(samples) and len(samples.unique()) < len(samples):
         raise ValueError(f"{name} holds a sample more than once, but must be distinct")

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _loss, _op, _triton
+from fastdeit.kernels import _checks, _loss, _op, _triton
 from fastdeit.kernels._example import BASE, HALVES, MANY_CLASSES, Example, Maker
 
 _BASES = "ce", "bce"
@@ -491,12 +491,12 @@ def distillation_loss(
 
 
 def _check_settings(smoothing: float, base: str, distillation: str, alpha: float, tau: float, reduction: str) -> None:
-    _op.check_choice("base", base, _BASES)
-    _op.check_choice("distillation", distillation, _DISTILLATIONS)
-    _op.check_choice("reduction", reduction, _REDUCTIONS)
+    _checks.check_choice("base", base, _BASES)
+    _checks.check_choice("distillation", distillation, _DISTILLATIONS)
+    _checks.check_choice("reduction", reduction, _REDUCTIONS)
     _loss.check_smoothing(smoothing, base == "bce", "base 'bce'")
-    _op.check_number("alpha", alpha, 0, 1)
-    _op.check_positive("tau", tau)
+    _checks.check_number("alpha", alpha, 0, 1)
+    _checks.check_positive("tau", tau)
 
 
 def _check_tensors(
@@ -514,7 +514,7 @@ def _check_tensors(
             if tensor is None:
                 hint = "; without a distillation head pass dist=cls" if name == "dist" else ""
                 raise ValueError(f"{name} is None, but distillation {distillation!r} needs logits [B, K]{hint}")
-            _op.check_floating(name, tensor)
-            _op.check_shape(name, tensor, cls.shape, "[B, K] like cls")
-            _op.check_device(name, tensor, cls, "cls")
+            _checks.check_floating(name, tensor)
+            _checks.check_shape(name, tensor, cls.shape, "[B, K] like cls")
+            _checks.check_device(name, tensor, cls, "cls")
     _loss.check_targets(targets, len(cls), "[B], B of cls,", cls, "cls")

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _op, _rows, _triton
+from fastdeit.kernels import _checks, _op, _rows, _triton
 from fastdeit.kernels._example import BASE, BASE_FP16, DEITS, Example, Maker
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -385,7 +385,7 @@ def add_rms_norm(
     branch), and its RMSNorm in out_dtype. The mean square and the product with weight are float32 (float64 for
     float64), and rounded once.
     """
-    _op.check_number("eps", eps, 0)
+    _checks.check_number("eps", eps, 0)
     _check(residual, branch, weight, gamma, keep)
     if out_dtype is None:
         out_dtype = _op.autocast_dtype(residual) or residual.dtype
@@ -395,20 +395,20 @@ def add_rms_norm(
 
 
 def _check(residual: Tensor, branch: Tensor | None, weight: Tensor, gamma: Tensor | None, keep: Tensor | None) -> None:
-    _op.check_floating("residual", residual)
+    _checks.check_floating("residual", residual)
     for name, vector in {"weight": weight, "gamma": gamma}.items():
         if vector is not None:
-            _op.check_shape(name, vector, residual.shape[-1:], "[C], C the last dimension of residual,")
-            _op.check_device(name, vector, residual, "residual")
+            _checks.check_shape(name, vector, residual.shape[-1:], "[C], C the last dimension of residual,")
+            _checks.check_device(name, vector, residual, "residual")
     if branch is None:
         for name, value in {"gamma": gamma, "keep": keep}.items():
             if value is not None:
                 raise ValueError(f"{name} belongs to the branch, but branch is None; leave it out")
         return
-    _op.check_floating("branch", branch)
-    _op.check_device("branch", branch, residual, "residual")
-    _op.check_shape("branch", branch, residual.shape, "like residual")
+    _checks.check_floating("branch", branch)
+    _checks.check_device("branch", branch, residual, "residual")
+    _checks.check_shape("branch", branch, residual.shape, "like residual")
     if keep is not None:
-        _op.check_floating("keep", keep)
-        _op.check_device("keep", keep, residual, "residual")
-        _op.check_shape("keep", keep, residual.shape[:1], "[B], B the first dimension of residual,")
+        _checks.check_floating("keep", keep)
+        _checks.check_device("keep", keep, residual, "residual")
+        _checks.check_shape("keep", keep, residual.shape[:1], "[B], B the first dimension of residual,")

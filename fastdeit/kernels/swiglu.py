@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels import _op, _triton
+from fastdeit.kernels import _checks, _op, _triton
 from fastdeit.kernels._example import BASE, DEITS, Example, Maker
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def swiglu(x: Tensor) -> Tensor:
 
     Returns `[..., F]` in the dtype of x (the autocast dtype under autocast). ValueError for an odd last dimension.
     """
-    _op.check_floating("x", x)
+    _checks.check_floating("x", x)
     if x.dim() < 1 or x.shape[-1] % 2:
         raise ValueError(f"x has shape {list(x.shape)}, but must be [..., 2*F]: gate and value, side by side")
     return OP(x)

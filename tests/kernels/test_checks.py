@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdeit import kernels
-from fastdeit.kernels import _loss, _op
+from fastdeit.kernels import _checks, _loss
 from fastdeit.kernels._op import AUTO, OPS, REFERENCE
 from tests.kernels.test_ops import MEAN, STD, image_args, mlp_args
 from tests.kernels.test_optimizer import interpreted
@@ -61,10 +61,10 @@ def test_numbers_are_checked_by_name(name):
 )
 def test_bounds_in_words(bounds, message):
     if message is None:
-        _op.check_number("x", -1, **bounds)
+        _checks.check_number("x", -1, **bounds)
         return
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        _op.check_number("x", -1, **bounds)
+        _checks.check_number("x", -1, **bounds)
 
 
 @pytest.mark.parametrize("lam", [math.nan, 1.5, -0.5])
@@ -73,7 +73,7 @@ def test_bounds_in_words(bounds, message):
 def test_a_share_that_cannot_be_looked_at_makes_the_loss_nan(name, backend, lam, monkeypatch):
     """As on a card: also where targets are binary, of which such a share would be none. The gradient, too, so that the
     step is skipped."""
-    monkeypatch.setattr(_op, "can_look_at", lambda tensor: False)
+    monkeypatch.setattr(_checks, "can_look_at", lambda tensor: False)
     logits, targets = LOGITS.clone().requires_grad_(), (LABELS, LABELS.flip(0), torch.tensor([0.25, lam]))
     with kernels.use(backend):
         if name.startswith("cosub"):

@@ -135,7 +135,7 @@ def test_the_host_has_the_references_bits():
 def test_the_reference_never_looks_at_values(monkeypatch):
     """Where it runs on a GPU, that would stall it."""
     images, arguments = plan()
-    monkeypatch.setattr("fastdeit.kernels._op.check_index", lambda *_: None)
+    monkeypatch.setattr("fastdeit.kernels._checks.check_index", lambda *_: None)
     for name in ("nonzero", "item", "tolist", "__bool__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, **__: pytest.fail("looked"))
     with kernels.use("reference"):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeit import kernels
-from fastdeit.kernels import _op, _triton, input, noise
+from fastdeit.kernels import _checks, _op, _triton, input, noise
 from tests.kernels.proof import assert_as_good, few, prove, repeated
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -252,7 +252,7 @@ def test_partner_outside_the_batch_is_never_read(device, stranger, monkeypatch):
     images, arguments = random_images(device, 4, 16, 16), plan(device, 4, 16, 16)
     expected = on_triton(kernels.patchify, images, patch_size=4, **arguments)
     arguments["partner"][1] = stranger
-    monkeypatch.setattr(_op, "check_index", lambda *_: None)  # it looks at the partners on the CPU only
+    monkeypatch.setattr(_checks, "check_index", lambda *_: None)  # it looks at the partners on the CPU only
     mine = on_triton(kernels.patchify, images, patch_size=4, **arguments)
     assert mine[1].isnan().all()
     assert torch.equal(mine[[0, 2, 3]], expected[[0, 2, 3]])

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdeit.kernels import _derivatives, _op, _triton
+from fastdeit.kernels import _checks, _derivatives, _op, _triton
 from fastdeit.kernels._example import BASE, BASE_FP16, DEITS, Example, Maker
 from fastdeit.kernels.attention import backward, forward
 from fastdeit.kernels.attention import fused_backward as one_program_a_head
@@ -387,15 +387,15 @@ def attention(
     """
     _check("qkv", qkv, 3, num_heads)
     if bias is not None:
-        _op.check_shape("bias", bias, qkv.shape[2:], "[3*H*d], like the last dimension of qkv,")
-        _op.check_device("bias", bias, qkv, "qkv")
+        _checks.check_shape("bias", bias, qkv.shape[2:], "[3*H*d], like the last dimension of qkv,")
+        _checks.check_device("bias", bias, qkv, "qkv")
     if scale is None:
         scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
-    _op.check_number("scale", scale, -math.inf)
+    _checks.check_number("scale", scale, -math.inf)
     if key_mask is not None:
-        _op.check_dtype("key_mask", key_mask, torch.bool)
-        _op.check_shape("key_mask", key_mask, qkv.shape[:2], "[B, N] of qkv [B, N, 3*H*d]")
-        _op.check_device("key_mask", key_mask, qkv, "qkv")
+        _checks.check_dtype("key_mask", key_mask, torch.bool)
+        _checks.check_shape("key_mask", key_mask, qkv.shape[:2], "[B, N] of qkv [B, N, 3*H*d]")
+        _checks.check_device("key_mask", key_mask, qkv, "qkv")
     if logit_bias is not None:
         return _with_logit_bias(qkv, num_heads, scale, bias, key_mask, logit_bias)
     return _first(OP(qkv, num_heads, scale, bias, key_mask))
@@ -404,9 +404,9 @@ def attention(
 def _with_logit_bias(
     qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, key_mask: Tensor | None, logit_bias: Tensor
 ) -> Tensor:
-    _op.check_floating("logit_bias", logit_bias)
-    _op.check_shape("logit_bias", logit_bias, (num_heads, *qkv.shape[1:2] * 2), "[H, N, N] of qkv [B, N, 3*H*d]")
-    _op.check_device("logit_bias", logit_bias, qkv, "qkv")
+    _checks.check_floating("logit_bias", logit_bias)
+    _checks.check_shape("logit_bias", logit_bias, (num_heads, *qkv.shape[1:2] * 2), "[H, N, N] of qkv [B, N, 3*H*d]")
+    _checks.check_device("logit_bias", logit_bias, qkv, "qkv")
     wanted = _op.choice(OP.name)
     if wanted not in (_op.AUTO, _op.REFERENCE):
         raise _op.ChoiceError(f"{OP.name}={wanted} is asked for, which does not add logit_bias yet: leave it out there")
@@ -426,11 +426,11 @@ def query_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float | None =
     """
     _check("q", q, 1, num_heads)
     _check("kv", kv, 2, num_heads)
-    _op.check_shape("kv", kv, (q.shape[0], kv.shape[1], 2 * q.shape[2]), "[B, N, 2*H*d] for q [B, M, H*d]")
-    _op.check_device("kv", kv, q, "q")
+    _checks.check_shape("kv", kv, (q.shape[0], kv.shape[1], 2 * q.shape[2]), "[B, N, 2*H*d] for q [B, M, H*d]")
+    _checks.check_device("kv", kv, q, "q")
     if scale is None:
         scale = (q.shape[2] // num_heads) ** -0.5
-    _op.check_number("scale", scale, -math.inf)
+    _checks.check_number("scale", scale, -math.inf)
     return _first(QUERY(q, kv, num_heads, scale))
 
 
@@ -440,7 +440,7 @@ def _first(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _check(name: str, x: Tensor, parts: int, num_heads: int) -> None:
-    _op.check_floating(name, x)
+    _checks.check_floating(name, x)
     packed = f"{parts}*H*d" if parts > 1 else "H*d"
     if x.dim() != 3:
         raise ValueError(f"{name} has shape {list(x.shape)}, but must be [B, N, {packed}]")

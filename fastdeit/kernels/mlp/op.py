@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdeit.kernels import _op, _triton, layer_norm
+from fastdeit.kernels import _checks, _op, _triton, layer_norm
 from fastdeit.kernels._example import BASE, DEITS, Example, Maker
 from fastdeit.kernels.layer_norm import normalize, normalize_backward
 from fastdeit.kernels.mlp import gelu, gelu_products, quack
@@ -355,19 +355,19 @@ def layer_norm_mlp(
     eps           added to the variance
     others        as of `mlp`; the normalised tokens take w1's dtype (the autocast dtype under autocast)
     """
-    _op.check_number("eps", eps, 0)
+    _checks.check_number("eps", eps, 0)
     for name, vector in (("weight", weight), ("bias", bias)):
-        _op.check_shape(name, vector, x.shape[-1:], "[C], C the last dimension of x,")
+        _checks.check_shape(name, vector, x.shape[-1:], "[C], C the last dimension of x,")
     _check(x, w1, b1, w2, b2)
     return NORMED(x, weight, bias, eps, w1, b1, w2, b2, recompute)[0]
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
-    _op.check_floating("x", x)
+    _checks.check_floating("x", x)
     for name, matrix, width in (("w1", w1, x.shape[-1]), ("w2", w2, w1.shape[0])):
         if matrix.dim() != 2 or matrix.shape[1] != width:
             raise ValueError(
                 f"{name} has shape {list(matrix.shape)}, but must be [outputs, inputs] with {width} inputs"
             )
     for name, vector, matrix in (("b1", b1, w1), ("b2", b2, w2)):
-        _op.check_shape(name, vector, matrix.shape[:1], "[outputs] of its matrix")
+        _checks.check_shape(name, vector, matrix.shape[:1], "[outputs] of its matrix")

@@ -8,7 +8,7 @@ from operator import attrgetter, mul
 import torch
 from torch import Tensor
 
-from fastdeit.kernels import _op
+from fastdeit.kernels import _checks
 from fastdeit.kernels.optimizer import adamw, lamb, norm, sgd
 
 
@@ -124,7 +124,7 @@ def fused_sgd(
     others            as of `fused_adamw`
     """
     *updated, ema, copies = _lists(params, grads, {"momentum_buffers": momentum_buffers}, ema, copies)
-    _op.check_number("momentum", momentum, 0, 1, below=True)
+    _checks.check_number("momentum", momentum, 0, 1, below=True)
     if nesterov and momentum == 0:
         raise ValueError("nesterov needs a momentum above 0")
     lr = _scalars(params, lr, weight_decay, grad_scale, found_inf, ema_decay)
@@ -155,9 +155,9 @@ def _lists(
         # There are hundreds of tensors a step: whole lists first, through C, tensor by tensor where anything differs.
         if compiling or list(map(_PLACE, tensors)) != places or not _of_sound_dtypes(tensors, dtype, name in own):
             for i, (p, tensor) in enumerate(zip(params, tensors, strict=True)):
-                _op.check_shape(f"{name}[{i}]", tensor, p.shape, f"like params[{i}]")
+                _checks.check_shape(f"{name}[{i}]", tensor, p.shape, f"like params[{i}]")
                 if name in own:
-                    _op.check_dtype(f"{name}[{i}]", tensor, dtype)
+                    _checks.check_dtype(f"{name}[{i}]", tensor, dtype)
                 _check_kind(f"{name}[{i}]", tensor, params[0])
     written = {"params": params, **states, "ema": ema or (), "copies": copies or ()}
     _check_layouts(written)
@@ -175,10 +175,10 @@ def _of_sound_dtypes(tensors: Sequence[Tensor], dtype: torch.dtype, own: bool) -
 
 def _check_kind(name: str, tensor: Tensor, first: Tensor) -> None:
     """TypeError unless the tensor is floating and not sparse, ValueError unless it is where the first one is."""
-    _op.check_floating(name, tensor)
+    _checks.check_floating(name, tensor)
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} is {tensor.layout}, but must be a dense tensor, as of to_dense()")
-    _op.check_device(name, tensor, first, "the first of all tensors")
+    _checks.check_device(name, tensor, first, "the first of all tensors")
 
 
 def _check_layouts(written: Mapping[str, Sequence[Tensor]]) -> None:
@@ -244,11 +244,11 @@ def _shared(addresses: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[int, 
 
 def _check_adam(params: Sequence[Tensor], step: Tensor, betas: tuple[float, float], eps: float) -> None:
     """Check the step and the numbers of an optimizer with Adam's moments."""
-    _op.check_dtype("step", step, torch.float32)
+    _checks.check_dtype("step", step, torch.float32)
     _check_scalar("step", step, params[0].device)
     for i, beta in enumerate(betas):
-        _op.check_number(f"betas[{i}]", beta, 0, 1, below=True)
-    _op.check_number("eps", eps, 0)
+        _checks.check_number(f"betas[{i}]", beta, 0, 1, below=True)
+    _checks.check_number("eps", eps, 0)
 
 
 def _scalars(
@@ -264,20 +264,20 @@ def _scalars(
         if tensor is not None:
             _check_scalar(name, tensor, params[0].device)
     if grad_scale is not None:
-        _op.check_floating("grad_scale", grad_scale)
-    _op.check_number("weight_decay", weight_decay, 0)
-    _op.check_number("ema_decay", ema_decay, 0, 1)
+        _checks.check_floating("grad_scale", grad_scale)
+    _checks.check_number("weight_decay", weight_decay, 0)
+    _checks.check_number("ema_decay", ema_decay, 0, 1)
     if not isinstance(lr, Tensor):
-        _op.check_number("lr", lr, 0)
+        _checks.check_number("lr", lr, 0)
         return torch.full((), lr, dtype=torch.float64)
-    _op.check_floating("lr", lr)
-    _op.check_shape("lr", lr, (), "a float, or a scalar tensor, shape")
-    if _op.can_look_at(lr):
-        _op.check_number("lr", lr.item(), 0)
+    _checks.check_floating("lr", lr)
+    _checks.check_shape("lr", lr, (), "a float, or a scalar tensor, shape")
+    if _checks.can_look_at(lr):
+        _checks.check_number("lr", lr.item(), 0)
     return lr
 
 
 def _check_scalar(name: str, tensor: Tensor, device: torch.device) -> None:
-    _op.check_shape(name, tensor, (), "a scalar tensor, shape")
+    _checks.check_shape(name, tensor, (), "a scalar tensor, shape")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, but must be on {device} like the parameters")
