@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fastdeit"
 # What each room of the package may import of fastdeit besides itself, lowest floor first: a row names earlier rows
 # alone. A room is a package or a module. "data" stands for every room below it as well, and a file belongs to the
 # longest name that fits. `fastdeit` is the package's own __init__, which imports the front when it is asked for it.
-_OPS = {"kernels._checks", "kernels._example", "kernels._op", "kernels._triton"}
+_OPS = {"kernels._example", "kernels._op", "kernels._triton"}
 LAYERS: dict[str, set[str]] = {
     # ---- they import nothing of fastdeit
     "version": set(),
@@ -37,17 +37,17 @@ LAYERS: dict[str, set[str]] = {
     "kernels._triton": {"kernels._op"},
     "kernels._loss": {"kernels._checks", "kernels._triton"},
     "kernels.noise": set(),
-    "kernels.input": _OPS | {"kernels.noise"},
+    "kernels.input": _OPS | {"kernels._checks", "kernels.noise"},
     "kernels._rows": {"kernels._op", "kernels._triton"},
-    "kernels.layer_norm": _OPS | {"kernels._derivatives", "kernels._rows"},
-    "kernels.rms_norm": _OPS | {"kernels._rows"},
-    "kernels.swiglu": _OPS,
+    "kernels.layer_norm": _OPS | {"kernels._checks", "kernels._derivatives", "kernels._rows"},
+    "kernels.rms_norm": _OPS | {"kernels._checks", "kernels._rows"},
+    "kernels.swiglu": _OPS | {"kernels._checks"},
     "kernels.native": {"kernels._op"},
-    "kernels.attention": _OPS | {"kernels._derivatives", "kernels.native"},
-    "kernels.mlp": _OPS | {"kernels.layer_norm"},
-    "kernels.losses": _OPS | {"kernels._loss"},
+    "kernels.attention": _OPS | {"kernels._checks", "kernels._derivatives", "kernels.native"},
+    "kernels.mlp": _OPS | {"kernels._checks", "kernels.layer_norm"},
+    "kernels.losses": _OPS | {"kernels._checks", "kernels._loss"},
     "kernels.cosub": _OPS | {"kernels._loss"},
-    "kernels.optimizer": _OPS,
+    "kernels.optimizer": _OPS | {"kernels._checks"},
     "kernels.lint": _OPS | {"kernels.optimizer"},
     "kernels.trial": {"kernels._op", "kernels._tried", "kernels.native"},
     "kernels.positions": set(),
