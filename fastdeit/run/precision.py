@@ -1,4 +1,5 @@
-"""`engine.precision: auto`: bf16 where the device has products of it, else fp16, whose loss is scaled."""
+"""`engine.precision`: `auto` is bf16 where the device has products of it, else fp16, whose loss is scaled. A card
+without them has no tensor cores for bf16, so that bf16 is refused there."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,24 +21,32 @@ def fixed(recipe: "Recipe", world: World | None = None, say: Callable[[str], Non
 
     say  gets a line where that is fp16, which nobody has asked for
 
-    Raises UsageError where the residual stream is to be in bf16, and the device has none, and where gradients are to
-    travel in fp16, and the products are in bf16.
+    Raises UsageError where products or the residual stream are to be in bf16, and the device has none, and where
+    gradients are to travel in fp16, and the products are in bf16.
     """
-    if recipe.engine.precision != AUTO:
+    asked = recipe.engine.precision
+    if asked not in (AUTO, "bf16"):
         return recipe
     device = pick_device(recipe.engine.device) if world is None else world.device
-    precision = "bf16" if has_bf16(device) else "fp16"
-    precision = precision if world is None else world.same(precision)
+    without = None if has_bf16(device) else torch.cuda.get_device_name(device)
+    without = without if world is None else world.first(without)
+    if asked == "bf16":
+        if without is not None:
+            raise UsageError(
+                f"engine.precision is bf16, which {without} does not have; use engine.precision=fp16, or auto, which "
+                "is fp16 there"
+            )
+        return recipe
+    precision = "bf16" if without is None else "fp16"
     if precision == "bf16" and recipe.engine.reduce == "fp16":
         raise UsageError(
             "engine.reduce fp16 needs fp16, but engine.precision auto is bf16 here; use engine.reduce=bf16"
         )
     if precision == "fp16":
-        card = torch.cuda.get_device_name(device)
         if recipe.engine.residual == "bf16":
-            raise UsageError(f"engine.residual is bf16, which {card} does not have; use engine.residual=fp32")
+            raise UsageError(f"engine.residual is bf16, which {without} does not have; use engine.residual=fp32")
         if say is not None:
-            say(f"engine.precision auto: fp16 with a scaled loss, since {card} has no products in bf16")
+            say(f"engine.precision auto: fp16 with a scaled loss, since {without} has no products in bf16")
     return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
 
 

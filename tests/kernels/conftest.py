@@ -94,3 +94,11 @@ def begin():
     yield start
     for made in reversed(begun):
         made.close()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which card ran the native kernels, and whose code that was (`test_native_gpu.py`)."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [pair for report in reports for pair in getattr(report, "user_properties", ())]
+    for said in sorted({value for name, value in properties if name == "native kernels"}):
+        terminalreporter.write_line(f"native kernels: {said}")

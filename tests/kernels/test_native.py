@@ -2,10 +2,12 @@
 it; and which calls are refused."""
 
 import ctypes
+import re
 import subprocess
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +15,13 @@ import torch
 from fastdeit import kernels
 from fastdeit.bench.count_card import pretended_card
 from fastdeit.kernels._op import OPS
-from fastdeit.kernels.native import attention, choice, launches
+from fastdeit.kernels.native import attention, build, choice, launches
 from fastdeit.kernels.native.build import Program
 from fastdeit.kernels.native.cuda import CudaError, Driver
 from fastdeit.kernels.native.launches import KERNELS, Sizes, launch
 from fastdeit.kernels.native.module import Module
 from fastdeit.kernels.native.runnable import Unusable
+from tests.kernels import conftest, test_native_gpu
 from tests.kernels.fake_cuda import FakeDriver
 from tests.kernels.proof import prove
 from tests.kernels.test_attention import packed
@@ -260,9 +263,46 @@ def test_native_is_the_choice_on_a_v100(v100):
     assert not card.launches  # of Triton
 
 
-def test_the_others_of_a_v100_go_to_pytorch_with_a_reason(v100):
-    reason = next(row for row in kernels.info() if row.name == "query_attention").reason
-    assert reason == "triton: it needs sm_80 or newer, not sm_70"
+NOT_TRITON = {"attention": "native", "query_attention": "reference"}
+"""What runs on a V100, of the ops that do not run on Triton there."""
+
+
+def test_what_is_used_for_each_op_of_a_v100(v100):
+    """No row of `choices.json` decides here: at most one backend is able besides the reference, whatever is measured."""
+    rows = kernels.info()
+    assert {row.name: row.backend for row in rows} == dict.fromkeys(OPS, "triton") | NOT_TRITON
+    reasons = {row.name: row.reason for row in rows}
+    assert reasons.pop("attention") == "NVRTC 12.9 compiled it for sm_70; not measured on sm_70 yet"
+    assert reasons.pop("query_attention") == "triton: it needs sm_80 or newer, not sm_70"
+    assert all(re.fullmatch(r"Triton [\d.]+ on sm_70; not measured on sm_70 yet", why) for why in reasons.values())
+
+
+def test_attention_in_fp32_runs_on_pytorch_on_a_v100(v100):
+    card, fake = v100
+    with pytest.warns(RuntimeWarning, match=r"attention does not run on native: it computes in torch\.float16, not in"):
+        kernels.attention(torch.zeros(1, 5, 192, device="cuda:0"), 1)
+    assert not fake.launches
+    assert not card.launches
+
+
+def test_turing_runs_its_own_code_and_newer_cards_the_ptx_of_a_v100(v100, monkeypatch):
+    monkeypatch.setattr(choice.build, "program", lambda card: Program(b"ELF", build.target(card, (70, 75, 90)), "NVRTC"))
+    for card, architecture in ((70, "sm_70"), (75, "sm_75"), (90, "compute_70")):
+        monkeypatch.setattr(choice, "number", lambda device, card=card: card)
+        assert choice.capability(torch.device("cuda", 0), True) == (True, f"NVRTC compiled it for {architecture}")
+
+
+def test_the_report_of_the_tests_says_which_card_ran_whose_code(v100, monkeypatch):
+    ran = test_native_gpu.what_ran("NVRTC 12.9 compiled it for compute_70", "NVIDIA H200", 90)
+    assert ran == (
+        "NVRTC 12.9 compiled it for compute_70, on NVIDIA H200: not a V100, so what it computes is shown, and not how fast"
+    )
+    assert test_native_gpu.what_ran("NVRTC 12.9 compiled it for sm_70", "Tesla V100", 70).endswith("on Tesla V100")
+    written = []
+    report = SimpleNamespace(user_properties=[(test_native_gpu.RAN, ran)])
+    reporter = SimpleNamespace(stats={"passed": [report, report], "": [object()]}, write_line=written.append)
+    conftest.pytest_terminal_summary(reporter)
+    assert written == [f"native kernels: {ran}"]
 
 
 def test_what_the_card_does_not_take_falls_back_once(v100):

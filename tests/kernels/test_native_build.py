@@ -10,7 +10,7 @@ import torch
 
 from fastdeit import kernels
 from fastdeit.bench.count_card import pretended_card
-from fastdeit.kernels._op import OPS
+from fastdeit.kernels._op import OPS, ChoiceError
 from fastdeit.kernels.native import build, cache, choice, library, sources
 from fastdeit.kernels.native.cuda import CompileError, CudaError, Driver, Nvrtc
 from fastdeit.kernels.native.launches import HEAD_DIMS, KERNELS, Sizes, launch
@@ -189,10 +189,6 @@ def switched_off(monkeypatch, fake):
     monkeypatch.setenv(choice.VARIABLE, "0")
 
 
-def misspelt(monkeypatch, fake):
-    monkeypatch.setenv(choice.VARIABLE, "off")
-
-
 def no_sources(monkeypatch, fake):
     monkeypatch.setattr(sources, "_REPOSITORY", Path("/absent"))
 
@@ -216,7 +212,6 @@ ABSENT = [
     ),
     (newer_compiler, "NVRTC 13.0 does not compile for sm_70, NVRTC 12 does: pip install nvidia-cuda-nvrtc-cu12"),
     (switched_off, "FASTDEIT_NATIVE=0 switches them off"),
-    (misspelt, "FASTDEIT_NATIVE is 'off', but must be one of: auto, 0, 1"),
     (no_sources, "the CUDA sources are not there: /absent/attention.cu; install fastdeit anew"),
 ]
 BROKEN = [
@@ -233,6 +228,19 @@ def test_what_is_not_there_is_said_by_info_alone(v100, monkeypatch, trouble, rea
     assert row.backend == "reference"
     assert row.reason.startswith(f"triton and fused_backward: it needs sm_80 or newer, not sm_70; native: {reason}")
     assert kernels.native_status().startswith(f"not used here: {reason}")
+
+
+def test_a_mode_that_does_not_exist_is_an_error_on_every_device(v100, monkeypatch):
+    monkeypatch.setenv(choice.VARIABLE, "off")
+    for device in (CARD, torch.device("cpu")):
+        with pytest.raises(ChoiceError, match="FASTDEIT_NATIVE is 'off', but must be one of: auto, 0, 1"):
+            OPS["attention"].select(device)
+
+
+@pytest.mark.parametrize("mode", ["auto", "1", ""])
+def test_the_modes_that_use_the_kernels(v100, monkeypatch, mode):
+    monkeypatch.setenv(choice.VARIABLE, mode)
+    assert attention_row().backend == "native"
 
 
 @pytest.mark.parametrize(("trouble", "reason"), BROKEN)

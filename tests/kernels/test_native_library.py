@@ -228,6 +228,17 @@ def test_without_a_toolkit_cmake_says_what_to_do(cmake):
 
 
 @pytest.mark.slow
+def test_a_compiler_that_does_not_work_is_told_apart_from_none(cmake, tmp_path):
+    (tmp_path / "nvcc").write_text("#!/bin/sh\necho 'error: unsupported GNU version!' >&2\nexit 1\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    done = cmake("-B", "build", "-S", ROOT, PATH="/usr/bin:/bin", CUDACXX=str(tmp_path / "nvcc"))
+    assert done.returncode == 1
+    said = " ".join(done.stdout.split())
+    assert f"CUDACXX={tmp_path}/nvcc is no CUDA compiler that works here, so the native library cannot be built" in said
+    assert "unsupported GNU version!" in (tmp_path / "build" / "CMakeFiles" / "CMakeConfigureLog.yaml").read_text()
+
+
+@pytest.mark.slow
 def test_cmake_builds_the_library(cmake, tmp_path):
     """For what the toolkit knows; without a card the library says that it cannot launch, and others take its place."""
     if (nvcc := _setup().compiler()) is None:

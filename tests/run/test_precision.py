@@ -1,9 +1,11 @@
-"""`engine.precision: auto`: bf16 where the device has it, fp16 on a V100; the run keeps the answer."""
+"""`engine.precision`: auto is bf16 where the device has it, fp16 on a V100, and the run keeps the answer; bf16 that is
+asked for by name is refused where the device has none."""
 
 import pytest
 import torch
 
 from fastdeit.bench.count_card import pretended_card
+from fastdeit.cli import main as cli
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.estimate import report
@@ -28,6 +30,7 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a card of sm_{arch}")
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
     return there_is
 
@@ -48,11 +51,43 @@ def test_on_a_cpu_it_is_bf16():
     assert precision.fixed(recipe(), World(CPU)).engine.precision == "bf16"
 
 
-@pytest.mark.parametrize("asked", ["fp32", "fp16", "bf16"])
-def test_what_is_asked_for_stays(card, asked):
-    card(70)
+@pytest.mark.parametrize(("asked", "arch"), [("fp32", 70), ("fp16", 70), ("fp16", 90), ("bf16", 80), ("bf16", 90)])
+def test_what_is_asked_for_stays(card, asked, arch):
+    card(arch)
     given = recipe(f"engine.precision={asked}")
     assert precision.fixed(given) is given
+    assert precision.fixed(given, World(CARD)) is given
+
+
+@pytest.mark.parametrize("arch", [70, 75])
+def test_bf16_is_refused_on_a_card_without_it(card, arch):
+    card(arch)
+    wanted = f"engine.precision is bf16, which a card of sm_{arch} does not have; use engine.precision=fp16, or auto"
+    for world in (None, World(CARD)):
+        with pytest.raises(UsageError, match=wanted):
+            precision.fixed(recipe("engine.precision=bf16"), world)
+
+
+class Second(World):
+    """One of two processes, of which the other one has a V100."""
+
+    def first(self, value):
+        return value or "the other's V100"
+
+
+def test_one_card_without_bf16_decides_for_all_processes(card):
+    card(90)
+    with pytest.raises(UsageError, match="bf16, which the other's V100 does not have"):
+        precision.fixed(recipe("engine.precision=bf16"), Second(CARD))
+    assert precision.fixed(recipe(), Second(CARD)).engine.precision == "fp16"
+
+
+def test_the_command_refuses_bf16_before_anything_is_trained(card, tmp_path, capsys):
+    card(70)
+    words = ["train", "digits", "engine.precision=bf16", "engine.device=cuda", "--run-dir", str(tmp_path / "run")]
+    assert cli(words) == cli([*words, "--dry-run"]) == 2
+    assert "fastdeit: engine.precision is bf16, which a card of sm_70 does not have; use" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_residual_in_bf16_needs_a_device_with_it(card):

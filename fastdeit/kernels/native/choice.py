@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+from fastdeit.kernels._op import ChoiceError
 from fastdeit.kernels.native import build, library
 from fastdeit.kernels.native.cuda import CompileError, CudaError, Driver
 from fastdeit.kernels.native.library import Library, LibraryError
@@ -48,8 +49,11 @@ def capability(device: torch.device, forced: bool) -> tuple[bool, str]:
     """Whether the native kernels run on `device`, and the reason: as of `_op.Backend`.
 
     They are compiled here, if need be, so that the answer is true. Cards that Triton has tensor cores for run them only
-    where they are asked for by name.
+    where they are asked for by name. ChoiceError where `FASTDEIT_NATIVE` is none of what it can be.
     """
+    mode = os.environ.get(VARIABLE) or "auto"
+    if mode not in _MODES:
+        raise ChoiceError(f"{VARIABLE} is {mode[:40]!r}, but must be one of: {', '.join(_MODES)}")
     if device.type != "cuda":
         return False, "no CUDA device"
     card = number(device)
@@ -57,9 +61,6 @@ def capability(device: torch.device, forced: bool) -> tuple[bool, str]:
         return False, f"they need sm_{build.OLDEST} or newer, not sm_{card}"
     if card >= build.AFTER_TURING and not forced:
         return False, _FOR_OTHERS
-    mode = os.environ.get(VARIABLE) or "auto"
-    if mode not in _MODES:
-        return False, f"{VARIABLE} is {mode!r}, but must be one of: {', '.join(_MODES)}"
     if mode == "0":
         return False, f"{VARIABLE}=0 switches them off"
     there = found(card)
