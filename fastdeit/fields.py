@@ -25,7 +25,10 @@ Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 """A path or an address that begins with one; `~` stands for the home folder."""
 Count = Annotated[int, Field(ge=1)]
-Side = Annotated[int, Field(ge=1, le=65_536)]
+Side = Annotated[int, Field(ge=1, le=16_384)]
+MOST_THREADS = 1024
+"""Of a process. More than any machine has processors: a larger number is a slip, and would take the machine down."""
+Threads = Annotated[int, Field(ge=1, le=MOST_THREADS)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

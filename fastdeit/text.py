@@ -21,10 +21,14 @@ def lines(text: str) -> list[str]:
     return [one_line(line) for line in text.split("\n")]
 
 
+def shorten(text: str, limit: int) -> str:
+    """`text`, cut off where it has more than `limit` characters."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def for_picture(name: object, limit: int = 60) -> str:
     """A name for a picture: one line of at most `limit` characters, and no dollars, which matplotlib takes for TeX."""
-    text = one_line(name)
-    text = (text if len(text) <= limit else f"{text[: limit - 3]}...").replace("$", r"\$")
+    text = shorten(one_line(name), limit).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text  # which would be left out of a legend
 
 

@@ -227,6 +227,7 @@ class Parts:
         count, size = len(train_source.classes), build.image_size(recipe)
         names = build.compared_classes(recipe, train_source)
         length = build.run_length(recipe, len(train_source))
+        build.check_batch(recipe, world.size)
         recipe = settled(recipe, length)
         log = RunLog(recipe, world, length.total, length.steps_per_epoch)
         cache = cached.checked(recipe, train_source, length)

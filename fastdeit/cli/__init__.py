@@ -6,6 +6,7 @@ person can do something about it, in one message instead of a traceback.
 """
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -101,7 +102,7 @@ def exit_code(error: BaseException) -> int | None:
 
 def _report(error: Exception) -> int:
     code = exit_code(error)
-    rank = os.environ.get("RANK", "0")
+    rank = _rank(os.environ)
     if code not in _COMMON_CODES or rank == "0":
         who = "fastdeit" if rank == "0" else f"fastdeit: rank {rank}"
         if code is None:
@@ -109,6 +110,14 @@ def _report(error: Exception) -> int:
         message = str(error) if code is not None else f"failed with {type(error).__name__}, see above"
         print("\n".join(f"{who}: {line}" for line in lines(message or type(error).__name__)), file=sys.stderr)
     return FastdeitError.exit_code if code is None else code
+
+
+def _rank(env: Mapping[str, str]) -> str:
+    """This process's rank, as it was given; "0" where the environment describes no process of several: then nobody else
+    would say what is wrong."""
+    rank, size = (env.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    numbers = all(re.fullmatch("[0-9]{1,9}", text) for text in (rank, size))
+    return rank if numbers and int(rank) < int(size) else "0"
 
 
 def _dispatch(argv: list[str], began: float) -> int:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 FORMAT = 2
 MANIFEST = "manifest.json"
 
+MAX_STEP = 10**8 - 1
+"""The name of a checkpoint has eight digits."""
 _STEP = re.compile(r"step_(\d{8})")
 _NAME = re.compile(r"[a-z_]+")
 _FILE = re.compile(r"[a-z_]+\.safetensors")
@@ -470,8 +472,8 @@ def _start_of(pid: int) -> int | None:
 
 def path_of(root: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies. Raises CheckpointError for a number that cannot name one."""
-    if not 0 <= step < 10**8:
-        raise CheckpointError(f"step {step} cannot name a checkpoint; it must be between 0 and 99999999")
+    if not 0 <= step <= MAX_STEP:
+        raise CheckpointError(f"step {step} cannot name a checkpoint; it must be between 0 and {MAX_STEP}")
     return Path(root) / f"step_{step:08d}"
 
 

@@ -107,16 +107,22 @@ def meet(place: Place, problem: str | None, limit: timedelta, say: Callable[[str
 
 def keep(env: Mapping[str, str], name: str, value: str) -> None:
     """Keep `value` for the next attempts at this run, where a launcher has a store that outlives this one."""
-    if "TORCHELASTIC_RUN_ID" in env:
+    if _launched(env):
         _of_all_attempts(env).set(name, value)
 
 
 def kept(env: Mapping[str, str], name: str) -> str | None:
     """What an earlier attempt at this run has kept as `name`; None where there is none, or was no earlier attempt."""
-    if env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if not _launched(env) or env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     store = _of_all_attempts(env)
     return store.get(name).decode() if store.check([name]) else None
+
+
+def _launched(env: Mapping[str, str]) -> bool:
+    """Whether torch's launcher has started this process. Without a rank its other variables are left over from a shell
+    that it has started."""
+    return "TORCHELASTIC_RUN_ID" in env and "RANK" in env
 
 
 def _of_all_attempts(env: Mapping[str, str]) -> Store:

@@ -251,7 +251,7 @@ class Op:
                     return [(backend, f"chosen by {_source()}")]
                 raise ChoiceError(f"{_source()} asks for {self.name}={wanted}, which cannot run on {device}: {reason}")
         names = ", ".join(backend.name for backend in self.backends)
-        raise ChoiceError(f"{_source()} asks for {self.name}={wanted}, but {self.name} has: {names}")
+        raise ChoiceError(f"{_source()} asks for {self.name}={wanted[:40]!r}, but {self.name} has: {names}")
 
     def able_unforced(
         self, device: torch.device, args: Sequence[Any] = (), trained: Callable[[Sequence[Any]], bool] | None = None

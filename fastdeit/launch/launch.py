@@ -101,7 +101,7 @@ def process_of_a_run(processes: Processes) -> Iterator[None]:
     processes.check()
     ranks = None if processes.nnodes > 1 and "RANK" not in os.environ else rank_environment(os.environ)
     os.environ.update(ranks or {})
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))
     # Of OpenMP, which reads it when torch is loaded. A thread that has come to the end of an operation sleeps until the
     # others have, too. By default it keeps its processor busy meanwhile, which on a machine with other work is the one
@@ -159,8 +159,11 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str] | None:
         return _checked(_slurm_ranks(env))
     if env.get("WORLD_SIZE", "1") != "1":
         raise UsageError(
-            f"WORLD_SIZE={env['WORLD_SIZE']} is set, perhaps left over from another launch, but RANK is not; {_START}"
+            f"WORLD_SIZE={env['WORLD_SIZE'][:40]!r} is set, perhaps left over from another launch, but RANK is not; "
+            f"{_START}"
         )
+    left_over = {name: env[name] for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in env}
+    _checked({"LOCAL_RANK": "0"} | left_over)  # they are read all the same
     return None
 
 

@@ -11,11 +11,23 @@ from pydantic_core import PydanticKnownError
 
 from fastdeit.data.sources import kinds
 from fastdeit.data.sources.share import is_share, share
-from fastdeit.fields import Count, Fraction, ImageSize, NonNegative, PathText, Positive, Range, Section, Side, Text
+from fastdeit.fields import (
+    Count,
+    Fraction,
+    ImageSize,
+    NonNegative,
+    PathText,
+    Positive,
+    Range,
+    Section,
+    Side,
+    Text,
+    Threads,
+)
 from fastdeit.models import names
 from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, ViewSettings
 
-Classes = Annotated[int, Field(ge=1, le=100_000_000)]
+Classes = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 def _known_source(source: str) -> str:
@@ -187,14 +199,14 @@ class DataConfig(AugmentSettings, DataSplits):
     """Mean of the red, green and blue channel, in units of [0, 1] (default: ImageNet)."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     """Standard deviation of the channels, likewise."""
-    eval_crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
+    eval_crop_ratio: Annotated[float, Field(ge=0.01, le=1)] = 0.875
     """Side of the central crop in evaluation over the side of the resized image."""
-    threads: Count | None = None
+    threads: Threads | None = None
     """CPU threads of the input pipeline per process; null: the process's share of the cores."""
     max_bad_fraction: Fraction = 0.001
     """Share of the data set that may be unreadable before the run stops; of a small set up to five images, but a tenth.
     With 0 the first one stops it."""
-    synthetic_samples: Count = 10_000
+    synthetic_samples: Annotated[int, Field(ge=1, le=20_000_000)] = 10_000
     """Size of the training set, for source synthetic."""
     synthetic_classes: Classes = 1000
     """Number of classes, for source synthetic."""
@@ -271,7 +283,7 @@ class TrainConfig(Section):
     its epochs then follow the size of the data set (docs/finetune.md)."""
     steps: Count | None = None
     """Steps of the optimizer, in place of `epochs`."""
-    batch_size: Count
+    batch_size: Annotated[int, Field(ge=1, le=2**24)]
     """Samples per optimizer step, over all processes and micro-batches."""
     accumulate: Count = 1
     """Micro-batches per optimizer step, to save memory; the result is that of one batch."""
@@ -300,12 +312,12 @@ class EngineConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is a GPU."""
-    threads: Count | None = None
+    threads: Threads | None = None
     """Threads of a process that compute on the CPU. With another number sums round differently. null: the process's
     share of the processors; the run keeps that number. OMP_NUM_THREADS wins."""
     precision: Literal["fp32", "fp16", "bf16", "auto"] = "fp32"
-    """Type of the matrix products: bf16 needs an A100 or newer, fp16 scales the loss. auto: bf16 where the device has
-    it, else fp16, as on a V100. The run keeps the answer."""
+    """Type of the matrix products: bf16 needs an A100 or newer, other GPUs refuse it; fp16 scales the loss. auto:
+    bf16 where the device has it, else fp16, as on a V100. The run keeps the answer."""
     capture: Literal["none", "compile", "graph", "auto"] = "none"
     """none: kernel by kernel; compile: the method's forward by torch.compile; graph: the whole step as a CUDA graph;
     auto: graph where the modelled time of a step on the GPU is below twice the host's, else none. The run keeps the

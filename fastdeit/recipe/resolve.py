@@ -31,6 +31,7 @@ from fastdeit.methods.config import MethodConfig
 from fastdeit.recipe.config import About, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from fastdeit.recipe.errors import in_words, unknown_field, validate_section
 from fastdeit.recipe.yaml import (
+    MAX_DEPTH,
     NOWHERE,
     FieldPath,
     Item,
@@ -43,11 +44,14 @@ from fastdeit.recipe.yaml import (
     place_of,
     plain,
 )
-from fastdeit.text import did_you_mean
+from fastdeit.text import did_you_mean, shorten
 from fastdeit.views import overridden, resolution_problems, view_problems
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 MAX_BYTES = 256 * 1024
+_SUFFIXES = (".yaml", ".yml")
+MAX_OVERRIDE = 200
+"""Characters of an override that are told."""
 
 _SECTIONS: dict[str, type[Section] | None] = {
     "about": About,
@@ -245,13 +249,13 @@ def _find(word: str, folder: Path) -> Path:
             f"{run} is a run and not a recipe: go on with it by `fastdeit train --resume {run}`, or begin a new run "
             f"where it stands by `fastdeit train --from {run}`; its recipe is {run / 'recipe.yaml'}"
         )
-    if "/" not in word and not word.endswith((".yaml", ".yml")):
+    if "/" not in word and not word.endswith(_SUFFIXES):
         if word not in names():
             raise RecipeError(_no_recipe(word))
         return SHIPPED / f"{word}.yaml"
     path = folder / word
-    if not path.is_file():
-        why = "is not a file" if path.exists() else "does not exist"
+    if not os.path.isfile(path):
+        why = "is not a file" if os.path.exists(path) else "does not exist"
         raise RecipeError(f"{path} {why}{did_you_mean(path.stem, names(), cutoff=0.9)}")
     return path
 
@@ -300,6 +304,9 @@ def _base(named: Item, child: Path, problems: Problems) -> Item | None:
     if not isinstance(named.value, str) or not named.value:
         problems.add(named.place, ("base",), f"must be the name or path of a recipe, got {named}")
         return None
+    if "/" in named.value and not named.value.endswith(_SUFFIXES):
+        problems.add(named.place, ("base",), f"must be the name of a recipe, or the path of a .yaml file, got {named}")
+        return None
     try:
         path = _find(named.value, child.parent)
     except RecipeError as error:
@@ -320,19 +327,24 @@ def _parse_overrides(overrides: Sequence[str], problems: Problems) -> Item:
     """All overrides as one tree of the sections they name."""
     root = Item({}, NOWHERE)
     given: dict[FieldPath, str] = {}
+    around: dict[FieldPath, str] = {}  # the sections of what is given, and one override of each
     for text in overrides:
-        place = Place(f"override {text!r}")
+        place = Place(f"override {shorten(text, MAX_OVERRIDE)!r}")
         key, equals, value = text.partition("=")
         path = tuple(key.split("."))
-        clash = next((other for old, other in given.items() if old[: len(path)] == path[: len(old)]), None)
+        outer = [path[:length] for length in range(1, min(len(path), MAX_DEPTH))]
+        clash = next((given[each] for each in (path, *outer) if each in given), around.get(path))
         if not equals or not all(path):
             problems.add(place, (), "must look like section.field=value")
+        elif len(path) > MAX_DEPTH:
+            problems.add(place, (), f"is nested deeper than {MAX_DEPTH} levels")
         elif path[0] == "base":
             problems.add(place, path, "cannot be overridden; name the recipe to start from instead")
         elif clash is not None:
             problems.add(place, path, f"is given twice, also by {clash!r}")
         else:
             given[path] = text
+            around |= dict.fromkeys(outer, text)
             item = Reader(value, place.source, problems, line_numbers=False, path=path).document()
             _insert(root, path, item)
     return root

@@ -24,9 +24,16 @@ from ruamel.yaml.events import (
 )
 from ruamel.yaml.nodes import ScalarNode
 
-from fastdeit.text import one_line
+from fastdeit.text import one_line, shorten
 
 MAX_DEPTH = 20
+MAX_VALUES = 5000
+"""Names, values and sections of a document: a recipe has a few hundred."""
+MAX_SHOWN = 50
+"""Problems that are told; of more, how many there are."""
+MAX_TOLD = 2000
+"""Characters of a problem that are told."""
+_OF_A_VALUE = 60
 
 # ---- problems and places ---------------------------------------------------------------------------------------------
 
@@ -76,7 +83,7 @@ class Problems:
     def add(self, place: Place, path: FieldPath, problem: str) -> None:
         """Record a problem of the field at `path`, which stands at `place`."""
         field = dotted(path)
-        self.found.append((place, f"{field}: {problem}" if field else problem))
+        self.found.append((place, shorten(f"{field}: {problem}" if field else problem, MAX_TOLD)))
 
     def mark_unreadable(self, path: FieldPath) -> None:
         """Say no more of the value at `path`: it could not be read, and that is among the problems."""
@@ -93,7 +100,9 @@ class Problems:
 
     def text(self) -> str:
         """One line per problem, in the order of the files' lines."""
-        return "\n".join(dict.fromkeys(one_line(f"{place}: {problem}") for place, problem in sorted(self.found)))
+        told = list(dict.fromkeys(one_line(f"{place}: {problem}") for place, problem in sorted(self.found)))
+        more = len(told) - MAX_SHOWN
+        return "\n".join(told[:MAX_SHOWN] + [f"and {more} more problems"] * (more > 0))
 
 
 class _Stop(Exception):
@@ -109,11 +118,7 @@ def format_value(value: Any) -> str:
     """A value as a person would write it, cut off where it gets long."""
     if isinstance(value, dict):
         return "a mapping"
-    return _truncate(repr(value) if isinstance(value, str) else json.dumps(value))
-
-
-def _truncate(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shorten(repr(value) if isinstance(value, str) else json.dumps(value), _OF_A_VALUE)
 
 
 # ---- reading YAML ----------------------------------------------------------------------------------------------------
@@ -131,6 +136,7 @@ class Reader:
     ) -> None:
         self.text, self.source, self.problems, self.line_numbers, self.path = text, source, problems, line_numbers, path
         self.yaml = YAML(typ="safe", pure=True)
+        self.values = 0
 
     def document(self) -> Item | None:
         """The document, or None when it cannot be read (recorded among the problems)."""
@@ -170,6 +176,10 @@ class Reader:
         """The value that starts with `event`; None for one that was refused."""
         if len(path) - len(self.path) > MAX_DEPTH:
             self._refuse(event, path, f"is nested deeper than {MAX_DEPTH} levels")
+            raise _Stop
+        self.values += 1
+        if self.values > MAX_VALUES:
+            self._refuse(event, self.path, f"has more than {MAX_VALUES} names and values, which no recipe needs")
             raise _Stop
         if isinstance(event, AliasEvent):
             self._refuse(event, path, f"aliases are not allowed (*{event.anchor}); write the value out")
@@ -228,11 +238,13 @@ class Reader:
                 construct = getattr(self.yaml.constructor, f"construct_yaml_{tag}")
                 value = construct(ScalarNode(f"tag:yaml.org,2002:{tag}", event.value))
         except ValueError:
-            return self._refuse(event, path, f"is a number of more digits than Python reads, {_truncate(event.value)}")
+            return self._refuse(
+                event, path, f"is a number of more digits than Python reads, {shorten(event.value, _OF_A_VALUE)}"
+            )
         if isinstance(value, float) and not abs(value) < float("inf"):
             return self._refuse(event, path, f"must be a finite number, got {event.value}")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            return self._refuse(event, path, f"must fit 64 bits, got {_truncate(event.value)}")
+            return self._refuse(event, path, f"must fit 64 bits, got {shorten(event.value, _OF_A_VALUE)}")
         if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
             return self._refuse(event, path, f"must be Unicode text, got {format_value(value)}")
         return Item(value, self._place(event.start_mark.line))

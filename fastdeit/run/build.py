@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from fastdeit import kernels, methods, models, rng
+from fastdeit import cores, kernels, methods, models, rng
 from fastdeit.data.bad import BadList, OnBad
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.plan import order
@@ -20,6 +20,7 @@ from fastdeit.data.sources.datasets import advice, kinds_at, layout, open_held_o
 from fastdeit.data.sources.kinds import GENERATED, Columns
 from fastdeit.data.sources.source import DataError, MachineError, Source
 from fastdeit.data.sources.synthetic import SyntheticSource
+from fastdeit.engine.checkpoint import MAX_STEP
 from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import EmaTeacher
@@ -143,7 +144,8 @@ def mixing(recipe: "Recipe") -> Mixing:
 def run_length(recipe: "Recipe", images: int) -> Length:
     """The length of the recipe's run on so many training images.
 
-    Raises UsageError where the warm-up does not fit, and for more copies of an image than there are images.
+    Raises UsageError where the warm-up does not fit, for more copies of an image than there are images, and for more
+    steps than checkpoints have names.
     """
     if recipe.data.repeats > images:
         raise UsageError(
@@ -151,9 +153,34 @@ def run_length(recipe: "Recipe", images: int) -> Length:
             "an epoch would show copies of one image alone; add data.repeats=1"
         )
     try:
-        return length(recipe, images, order.steps_per_epoch(images, recipe.train.batch_size))
+        found = length(recipe, images, order.steps_per_epoch(images, recipe.train.batch_size))
     except LengthError as error:
         raise UsageError(f"recipe {recipe.name}: {error}") from error
+    if found.total > MAX_STEP:
+        given = "epochs" if recipe.train.steps is None else "steps"
+        raise UsageError(
+            f"recipe {recipe.name}: train.{given} makes {found.total:,} steps, and a run has at most {MAX_STEP:,}, "
+            "since checkpoints are named by their step"
+        )
+    return found
+
+
+def check_batch(recipe: "Recipe", processes: int) -> None:
+    """Raise UsageError for a batch that does not divide into groups for so many processes, and for one whose pixels
+    alone do not fit the memory of this machine, before any of it is taken."""
+    train = recipe.train
+    try:
+        order.groups_per_batch(train.batch_size, recipe.data.group_size, train.accumulate, processes)
+    except ValueError as error:
+        raise UsageError(f"recipe {recipe.name} on {processes} processes: {error}") from error
+    samples, there = train.batch_size // train.accumulate // processes, cores.memory()
+    needed = samples * sum(3 * view.size[0] * view.size[1] for view in views(recipe))
+    if needed > there:
+        raise UsageError(
+            f"recipe {recipe.name}: the images of a micro-batch, {samples:,} in a process, have "
+            f"{needed / 2**30:,.1f} GiB, and there are {there / 2**30:,.1f} GiB of memory; lower train.batch_size, or "
+            "raise train.accumulate"
+        )
 
 
 def notes(recipe: "Recipe", images: int) -> list[str]:
@@ -174,11 +201,8 @@ def train_loader(
 ) -> TrainLoader:
     """The stream of training batches that this process works on; `noise` is what `Method.noise` says, `bad_list` the
     run's own."""
-    data, train = recipe.data, recipe.train
-    try:
-        order.groups_per_batch(train.batch_size, data.group_size, train.accumulate, world.size)
-    except ValueError as error:
-        raise UsageError(f"recipe {recipe.name}: {error}") from error
+    data = recipe.data
+    check_batch(recipe, world.size)
     return TrainLoader(
         source,
         augmentations(recipe),

@@ -39,7 +39,7 @@ def report() -> dict[str, Any]:
         "machine": {
             "platform": platform.platform(),
             "cpu_cores": cores.available(),
-            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "memory": cores.memory(),
         },
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "nccl": _nccl()},
         "gpus": _gpus(),

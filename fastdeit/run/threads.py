@@ -5,6 +5,7 @@ of the run, so that whoever goes on with it has the same. `OMP_NUM_THREADS`, set
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import torch
 from fastdeit import cores
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
+from fastdeit.fields import MOST_THREADS
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -39,8 +41,11 @@ def _asked() -> int | None:
     if text is None:
         return None
     first = text.partition(",")[0].strip()
-    if not first.isdecimal() or int(first) < 1:
-        raise UsageError(f"{VARIABLE}={text!r} is not a number of threads; set engine.threads instead, or neither")
+    if not re.fullmatch("[0-9]{1,4}", first) or not 1 <= int(first) <= MOST_THREADS:
+        raise UsageError(
+            f"{VARIABLE}={text[:40]!r} is not a number of threads from 1 to {MOST_THREADS}; set engine.threads "
+            "instead, or neither"
+        )
     return int(first)
 
 

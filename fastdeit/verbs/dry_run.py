@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdeit.data.plan import order
 from fastdeit.data.sources.source import Source
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import pick_device
@@ -45,10 +44,7 @@ def show(asked: Request, processes: int) -> None:
 def lines(asked: Request, processes: int) -> Iterator[str]:
     """What `show` prints: facts first, then estimates, which are marked as such, then the resolved recipe."""
     recipe = precision.fixed(asked.recipe)
-    try:
-        order.groups_per_batch(recipe.train.batch_size, recipe.data.group_size, recipe.train.accumulate, processes)
-    except ValueError as error:
-        raise UsageError(f"recipe {recipe.name} on {processes} processes: {error}") from error
+    build.check_batch(recipe, processes)
     device = pick_device(recipe.engine.device)
     check_sinks(recipe.engine.sinks)
     training, held_out = build.sources(recipe)

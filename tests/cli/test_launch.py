@@ -367,7 +367,7 @@ def test_ranks_given_from_outside():
 @pytest.mark.parametrize(
     ("env", "told"),
     [
-        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set, perhaps left over .* unset RANK and WORLD_SIZE"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE='4' is set, perhaps left over .* unset RANK and WORLD_SIZE"),
         (TORCHRUN | {"RANK": "4"}, "RANK=4 does not fit WORLD_SIZE=4"),
         (TORCHRUN | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 does not fit LOCAL_WORLD_SIZE=2"),
         (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE='four' in the environment is not a number"),

@@ -268,7 +268,7 @@ NOT_TRITON = {"attention": "native", "query_attention": "reference"}
 
 
 def test_what_is_used_for_each_op_of_a_v100(v100):
-    """No row of `choices.json` decides here: at most one backend is able besides the reference, whatever is measured."""
+    """No row of `choices.json` decides here: at most one backend is able besides the reference."""
     rows = kernels.info()
     assert {row.name: row.backend for row in rows} == dict.fromkeys(OPS, "triton") | NOT_TRITON
     reasons = {row.name: row.reason for row in rows}
@@ -286,7 +286,9 @@ def test_attention_in_fp32_runs_on_pytorch_on_a_v100(v100):
 
 
 def test_turing_runs_its_own_code_and_newer_cards_the_ptx_of_a_v100(v100, monkeypatch):
-    monkeypatch.setattr(choice.build, "program", lambda card: Program(b"ELF", build.target(card, (70, 75, 90)), "NVRTC"))
+    monkeypatch.setattr(
+        choice.build, "program", lambda card: Program(b"ELF", build.target(card, (70, 75, 90)), "NVRTC")
+    )
     for card, architecture in ((70, "sm_70"), (75, "sm_75"), (90, "compute_70")):
         monkeypatch.setattr(choice, "number", lambda device, card=card: card)
         assert choice.capability(torch.device("cuda", 0), True) == (True, f"NVRTC compiled it for {architecture}")
@@ -295,7 +297,8 @@ def test_turing_runs_its_own_code_and_newer_cards_the_ptx_of_a_v100(v100, monkey
 def test_the_report_of_the_tests_says_which_card_ran_whose_code(v100, monkeypatch):
     ran = test_native_gpu.what_ran("NVRTC 12.9 compiled it for compute_70", "NVIDIA H200", 90)
     assert ran == (
-        "NVRTC 12.9 compiled it for compute_70, on NVIDIA H200: not a V100, so what it computes is shown, and not how fast"
+        "NVRTC 12.9 compiled it for compute_70, on NVIDIA H200: not a V100, so what it computes is shown, "
+        "and not how fast"
     )
     assert test_native_gpu.what_ran("NVRTC 12.9 compiled it for sm_70", "Tesla V100", 70).endswith("on Tesla V100")
     written = []

@@ -287,7 +287,7 @@ def test_forced_choice(force):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("cuda", "asks for attention=cuda, but attention has: "),
+        ("cuda", "asks for attention='cuda', but attention has: "),
         ("attention=fused_backward", "which cannot run on cpu: no CUDA device"),
         ("atention=reference", "names the op 'atention', but the ops are: attention, "),
     ],
@@ -310,11 +310,15 @@ def test_forced_choice_of_all_but_one(force):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("cuda", RuntimeError, "asks for attention=cuda, but attention has: triton, fused_backward, native, reference"),
+        (
+            "cuda",
+            RuntimeError,
+            "asks for attention='cuda', but attention has: triton, fused_backward, native, reference",
+        ),
         (
             "attention=aten",
             RuntimeError,
-            "attention=aten, but attention has: triton, fused_backward, native, reference",
+            "attention='aten', but attention has: triton, fused_backward, native, reference",
         ),
         ("atention=reference", ValueError, "names the op 'atention', but the ops are: attention, "),
     ],
