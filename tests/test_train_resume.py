@@ -2,6 +2,7 @@
 
 import json
 import os
+import pydoc
 import re
 import shlex
 import shutil
@@ -21,7 +22,7 @@ from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import directory
 from fastdeit.run.lock import locked
-from fastdeit.training import train
+from fastdeit.training import alone, train
 from tests.small_runs import StopAt, assert_same_weights, logged
 
 RECIPE = """\
@@ -319,6 +320,48 @@ def test_a_first_signal_is_answered_and_a_second_one_obeyed(first, capfd):
             os.kill(os.getpid(), signal.SIGINT)
     said = f"fastdeit: {first.name} received; saving after this step (Ctrl-C or a second SIGTERM: at once)\n"
     assert capfd.readouterr().err == said
+
+
+@pytest.mark.parametrize("stop", range(1, TOTAL))
+def test_a_run_that_is_stopped_after_any_step_ends_as_if_it_had_not_been(recipe_file, whole, stop):
+    recipe = small(recipe_file, "engine.keep_checkpoints=9")
+    with pytest.raises(Interrupted, match=f"step {stop} of {TOTAL}"):
+        train(recipe, Path("run"), StopAt(stop))
+    train(recipe, Path("run"), World(torch.device("cpu")), resume=True)
+    assert_same_weights(Path("run"), whole, TOTAL)
+    assert logged(Path("run")) == logged(whole)
+
+
+DURING = {
+    "an evaluation": ("fastdeit.training.evaluate", STEPS_PER_EPOCH + 1),
+    "the first step, which compiles": ("fastdeit.engine.step.Engine.step", 1),
+    "a save": ("fastdeit.engine.checkpoint.save", 2),
+}
+"""What runs when the signal comes, and the step after which the run has stopped."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("during", DURING)
+def test_a_signal_during_anything_is_heard_and_costs_nothing(recipe_file, whole, monkeypatch, during, number):
+    place, stop = DURING[during]
+    module, _, name = place.rpartition(".")
+    owner = pydoc.locate(module)
+    real, sent = getattr(owner, name), []
+
+    def interrupted(*args, **options):
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return real(*args, **options)
+
+    recipe = small(recipe_file, "engine.keep_checkpoints=9", "train.eval_every=1")
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(Interrupted, match=f"step {stop} of {TOTAL}") as raised:
+        alone(recipe, Path("run"))
+    assert (raised.value.exit_code, sent) == (75, [number])
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir())[-1] == f"step_{stop:08d}"
+    alone(recipe, Path("run"), resume=True)
+    assert_same_weights(Path("run"), whole, TOTAL)
 
 
 def test_a_run_beside_the_main_thread_takes_no_signals():

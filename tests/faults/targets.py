@@ -45,11 +45,11 @@ TARGETS = (
         ),
         (
             "tests/test_train.py::test_interrupted_and_resumed_run_ends_with_the_same_weights",
+            "tests/test_train_resume.py::test_a_run_that_is_stopped_after_any_step_ends_as_if_it_had_not_been",
             "tests/test_train.py::test_another_optimizer_resumes_exactly",
             "tests/test_train.py::test_ctrl_c_then_resume_on_the_command_line",
             "tests/data/test_loader.py::test_restart_at_any_step",
         ),
-        why_not="a run is stopped at four chosen steps, not at every step",
     ),
     Target(
         3,
@@ -202,9 +202,10 @@ TARGETS = (
             "tests/cli/test_launch.py::test_interrupted_before_training_is_75",
             "tests/cli/test_launch.py::test_a_signal_at_the_start_waits_until_workers_can_hear_it",
             "tests/engine/test_watch.py::test_a_signal_is_heard_while_processes_wait_for_each_other",
+            "tests/test_train_resume.py::test_a_signal_during_anything_is_heard_and_costs_nothing",
             "tests/faults/test_writing.py::test_an_interrupt_in_a_save_leaves_nothing_behind",
         ),
-        why_not="no test sends a signal during an evaluation or a compilation",
+        why_not="no test sends a signal during a compilation by Inductor",
     ),
     Target(
         20,
@@ -315,9 +316,10 @@ TARGETS = (
         (
             "tests/run/test_lock.py::test_a_second_process_is_refused_with_the_name_of_the_first",
             "tests/run/test_lock.py::test_the_place_of_a_killed_process_is_taken_and_it_is_said",
+            "tests/run/test_lock.py::test_the_clock_decides_nothing",
             "tests/run/test_directory.py::test_of_several_in_one_directory_one_trains",
         ),
-        why_not="no test moves the clock; locks across machines need NFS or another shared file system",
+        why_not="locks across machines need NFS or another shared file system",
     ),
     Target(
         32,

@@ -57,6 +57,22 @@ def test_the_place_of_a_killed_process_is_taken_and_it_is_said(tmp_path):
     assert "has died while it trained here; this process takes over" in line
 
 
+@pytest.mark.parametrize("since", ["1970-01-01T00:00:00", "2999-01-01T00:00:00"])
+def test_the_clock_decides_nothing(tmp_path, since):
+    """Whoever holds the lock holds it, and whoever is dead is dead, though the clock was moved between the two."""
+    with owner(tmp_path) as pid:
+        path = tmp_path / NAME
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"since": since}))
+        moment = 0 if since < "2000" else 2**35
+        os.utime(path, (moment, moment))
+        with pytest.raises(UsageError, match=f"by process {pid} on .* \\(since {since}"), locked(tmp_path, pytest.fail):
+            pass
+    said = []
+    with locked(tmp_path, said.append):
+        pass
+    assert "has died while it trained here" in said[0]
+
+
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, SystemExit])
 def test_it_is_given_back_however_the_block_ends(tmp_path, error):
     with pytest.raises(error) if error else locked(tmp_path / "..", print), locked(tmp_path, pytest.fail):
