@@ -53,7 +53,7 @@ FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     ("train.seed", "-1", "must be at least 0, got -1"),
     ("data.flip", "1.5", "must be at most 1, got 1.5"),
     ("model.drop_path", "1.0", "must be below 1, got 1.0"),
-    ("data.eval_crop_ratio", "0", "must be above 0, got 0"),
+    ("data.eval_crop_ratio", "0", "must be at least 0.01, got 0"),
     ("data.eval_crop_ratio", "1.1", "must be at most 1, got 1.1"),
     ("data.erase", "1.5", "must be at most 1, got 1.5"),
     ("data.color_jitter", "-0.4", "must be at least 0, got -0.4"),
