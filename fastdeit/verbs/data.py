@@ -214,9 +214,9 @@ def _require_reader(use: str) -> None:
 
 def _kind_of_file(path: Path) -> str:
     """The kind of one file by its name; UsageError if it is of none."""
-    for kind in kinds.shipped():
-        if kind.has_file(path.name):
-            return kind.name
+    found = [kind for kind in kinds.shipped() if kind.has_file(path.name)]
+    if found:  # of several, that of the longest ending: ImageNet's archives are no shards
+        return max(found, key=lambda kind: max(map(len, kind.suffixes))).name
     foreign = advice(path)
     if foreign:
         raise UsageError(foreign)

@@ -357,8 +357,8 @@ def test_a_shard_that_vanishes_or_is_cut_while_in_use(two_shards):
 @pytest.fixture
 def scans(monkeypatch):
     """Shards whose headers are read."""
-    seen, members = [], tar._members
-    monkeypatch.setattr(tar, "_members", lambda path, skipped: seen.append(path) or members(path, skipped))
+    seen, members = [], tar.members
+    monkeypatch.setattr(tar, "members", lambda path, skipped: seen.append(path) or members(path, skipped))
     return seen
 
 

@@ -17,12 +17,15 @@ from fastdeit.data.sources.source import EXTENSIONS, DataError, listed
 _LOOKED_AT = 1000  # entries of a folder
 DEVKIT = "ILSVRC2012_devkit_t12"
 """Folder of ImageNet's development kit: beside it, held-out images may lie in one folder without classes."""
+KIT_ARCHIVE = f"{DEVKIT}.tar.gz"
+ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+"""ImageNet's archives as downloaded, by split."""
 _TINY_IMAGENET = "val/val_annotations.txt"
 _LAYOUT = "ROOT/{train}/CLASS/*.jpg and ROOT/{val}/CLASS/*.jpg"
 _EXPECTED = _LAYOUT.format(train="train", val="val")
 _SORT = (
     ". The images that lie in it directly have to be moved into one folder for each class; for the held-out images of "
-    "ImageNet, unpack ILSVRC2012_devkit_t12 into ROOT instead and choose the data source imagenet; of Kaggle's "
+    "ImageNet, put ILSVRC2012_devkit_t12.tar.gz into ROOT instead and choose the data source imagenet; of Kaggle's "
     "archive, ROOT is the folder that holds LOC_val_solution.csv"
 )
 
@@ -83,9 +86,14 @@ class FolderSource(FileSource):
                 f"extensions: {extensions}); add images or delete the folder"
             )
         names = Strings(b"\0".join(files.blob for files in found))
-        fingerprint = blake2b(names.blob, digest_size=16).hexdigest()
-        super().__init__(root, classes, names, np.repeat(np.arange(len(classes)), counts), fingerprint)
+        labels = np.repeat(np.arange(len(classes)), counts)
+        super().__init__(root, classes, names, labels, fingerprint_of_folders(names))
         tell(root, self.left_out)
+
+
+def fingerprint_of_folders(names: Strings) -> str:
+    """Fingerprint of images with these paths CLASS/FILE, of which the classes are a part."""
+    return blake2b(names.blob, digest_size=16).hexdigest()
 
 
 def _require_directory(path: Path) -> None:
@@ -178,8 +186,12 @@ def _holds_images(folder: Path) -> bool:
 
 
 def is_flat_imagenet(root: Path, val: str) -> bool:
-    """Whether ImageNet's held-out images lie in one folder, as distributed, with the kit that says their classes."""
-    return (root / DEVKIT).is_dir() and any(True for _ in (root / val).glob("*.JPEG"))
+    """Whether ImageNet's held-out images are as distributed: in one folder, with the kit that says their classes, or
+    still in their archive."""
+    if not (root / val).is_dir():
+        return val in ARCHIVES and (root / ARCHIVES[val]).is_file()
+    kit = (root / DEVKIT).is_dir() or (root / KIT_ARCHIVE).is_file()
+    return kit and any(True for _ in (root / val).glob("*.JPEG"))
 
 
 FOLDER = Kind("folder", _open, _LAYOUT, has_class_folders)

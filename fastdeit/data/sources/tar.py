@@ -41,7 +41,9 @@ _BLOCK = 512
 _CHUNK = 1 << 20
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
+    """A file in a tar file, with its place there in bytes."""
+
     name: str
     offset: int
     size: int
@@ -75,15 +77,19 @@ class TarSource(Listed):
     def read(self, index: int) -> NDArray[np.uint8]:
         """The encoded image `index`: uint8 `[n]`. BadImage if the tar file was cut meanwhile."""
         shard = os.path.join(self._root, self._shards[self._shard[index]])
-        size = int(self._size[index])
-        data = read_range(shard, int(self._offset[index]), size)
-        if len(data) < size:
-            raise BadImage("the tar file ends before the image does; it was cut while in use")
-        return data
+        return read_member(shard, int(self._offset[index]), int(self._size[index]))
 
     def path(self, index: int) -> str:
         """SHARD:MEMBER of sample `index`, with the folder of the data set."""
         return os.path.join(self._root, self.name(index))
+
+
+def read_member(path: str, offset: int, size: int) -> NDArray[np.uint8]:
+    """The file with this place in a tar file: uint8 `[size]`. BadImage if the tar file was cut meanwhile."""
+    data = read_range(path, offset, size)
+    if len(data) < size:
+        raise BadImage("the tar file ends before the image does; it was cut while in use")
+    return data
 
 
 def shards(root: str | Path, pattern: str) -> list[str]:
@@ -138,8 +144,8 @@ def _listed(label_field: str, path: str) -> tuple[list[str], NDArray[np.int64], 
 
 def _samples(label_field: str, path: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
     """(name, offset, size, label) of every image of a shard."""
-    groups: dict[str, dict[str, _Member]] = {}
-    for member in _members(path, skipped):
+    groups: dict[str, dict[str, Member]] = {}
+    for member in members(path, skipped):
         if any(map(is_litter, member.name.split("/")[member.name.startswith("./") :])):
             continue
         match = _KEY.fullmatch(member.name)
@@ -165,7 +171,7 @@ def _samples(label_field: str, path: str, skipped: Skipped) -> Iterator[tuple[st
             yield *images[0], label
 
 
-def _with_dots_in_keys(groups: dict[str, dict[str, _Member]]) -> Iterator[tuple[str, dict[str, _Member]]]:
+def _with_dots_in_keys(groups: dict[str, dict[str, Member]]) -> Iterator[tuple[str, dict[str, Member]]]:
     """(key, members by extension) of `groups`, of which those without an image are split at the last dot instead."""
     for key, group in groups.items():
         if any(extension in _IMAGES for extension in group) or not any(
@@ -173,14 +179,14 @@ def _with_dots_in_keys(groups: dict[str, dict[str, _Member]]) -> Iterator[tuple[
         ):
             yield key, group
             continue
-        split: dict[str, dict[str, _Member]] = {}
+        split: dict[str, dict[str, Member]] = {}
         for extension, member in group.items():
             inner, dot, last = extension.rpartition(".")
             split.setdefault(key + dot + inner, {})[last] = member
         yield from split.items()
 
 
-def _label(path: str, group: dict[str, _Member], label_field: str) -> int | str:
+def _label(path: str, group: dict[str, Member], label_field: str) -> int | str:
     """The class number of a sample, or why there is none."""
     extension = "cls" if "cls" in group else "json"
     member = group.get(extension)
@@ -199,33 +205,36 @@ def _label(path: str, group: dict[str, _Member], label_field: str) -> int | str:
     return label
 
 
-def _members(path: str, skipped: Skipped) -> Iterator[_Member]:
-    """The regular files of a tar file that lie wholly inside it; what is wrong with it goes to `skipped`."""
+def members(path: str, skipped: Skipped, start: int = 0, stop: int | None = None) -> Iterator[Member]:
+    """The regular files of a tar file that lie wholly inside it; what is wrong with it goes to `skipped`.
+
+    start, stop: where it begins and ends in the file at `path`, if it is a member of another tar file.
+    """
+    at: int | None = start
     try:
-        length = os.path.getsize(path)
+        length = os.path.getsize(path) if stop is None else stop
         if not os.path.isfile(path):
             raise tarfile.ReadError("it is not a regular file")  # opening a pipe would wait for ever
         with open(path, "rb") as file:
-            start: int | None = 0
-            while start is not None:
-                end = yield from _archive(file, path, start, length, skipped)
-                closing = read_range(path, end, _BLOCK)
+            while at is not None:
+                end = yield from _archive(file, path, at, length, skipped)
+                closing = read_range(path, end, min(_BLOCK, length - end))
                 if len(closing) < _BLOCK or closing.any():
                     skipped.append((path, f"the tar file is cut short or damaged at byte {end} of {length}"))
                     return
-                start = _next_archive(path, end, length)
+                at = _next_archive(path, end, length)
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         if isinstance(error, OSError) and not of_file(error):
             raise
-        skipped.append((path, _why_not(path, error)))
+        skipped.append((path, _why_not(path, start, error)))
 
 
-def _archive(file: BinaryIO, path: str, start: int, length: int, skipped: Skipped) -> Generator[_Member, None, int]:
+def _archive(file: BinaryIO, path: str, start: int, length: int, skipped: Skipped) -> Generator[Member, None, int]:
     """The regular files of the archive that starts at byte `start` of `file`; returns the byte at which it ends."""
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:") as archive:
         end = start
-        while (info := archive.next()) is not None:
+        while end < length and (info := archive.next()) is not None:
             archive.members.clear()  # tarfile keeps every header it has read
             if archive.offset <= end:
                 raise tarfile.ReadError(f"the header at byte {info.offset} has a negative size")
@@ -234,14 +243,14 @@ def _archive(file: BinaryIO, path: str, start: int, length: int, skipped: Skippe
             if reason:
                 skipped.append((f"{path}:{info.name}", reason))
             elif info.isreg():
-                yield _Member(info.name, info.offset_data, info.size)
-    return end
+                yield Member(info.name, info.offset_data, info.size)
+    return min(end, length)
 
 
 def _next_archive(path: str, end: int, length: int) -> int | None:
     """Where behind the zeros that end an archive another one starts, as in `cat a.tar b.tar`; None if none does."""
     for at in range(end, length, _CHUNK):
-        found = np.flatnonzero(read_range(path, at, _CHUNK))
+        found = np.flatnonzero(read_range(path, at, min(_CHUNK, length - at)))
         if len(found):
             return (at + int(found[0])) // _BLOCK * _BLOCK
     return None
@@ -259,9 +268,9 @@ def _unusable(info: tarfile.TarInfo, length: int) -> str | None:
     return None
 
 
-def _why_not(path: str, error: Exception) -> str:
+def _why_not(path: str, at: int, error: Exception) -> str:
     try:
-        start = read_range(path, 0, 6).tobytes()
+        start = read_range(path, at, 6).tobytes()
     except OSError as refused:
         return f"the tar file cannot be read: {refused.strerror}"
     packers = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
