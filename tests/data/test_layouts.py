@@ -136,6 +136,14 @@ SETS = {
         ["data.label_column=cls"],
         NUMBERS,
     ),
+    "shards with names": (
+        lambda root: [
+            tar(root / f"{split}-0.tar", *some, json_field="label")
+            for split, some in zip(("train", "val"), NAMES, strict=True)
+        ],
+        [],
+        NAMES,
+    ),
     "records of TFDS": (records, [], NUMBERS),
 }
 
