@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from fastdeit.data.sources.index import Listed, Strings, digest, read_range
 from fastdeit.data.sources.kinds import Kind
-from fastdeit.data.sources.names import LeftOut, group, is_image, is_litter, tell
+from fastdeit.data.sources.names import LeftOut, group, has_header, has_no_extension, is_image, is_litter, say, tell
 from fastdeit.data.sources.source import EXTENSIONS, DataError, listed
 
 _LOOKED_AT = 1000  # entries of a folder
+_ENDS = 32  # files at either end of a folder's list that are opened, where there are many without an extension
 DEVKIT = "ILSVRC2012_devkit_t12"
 """Folder of ImageNet's development kit: beside it, held-out images may lie in one folder without classes."""
 KIT_ARCHIVE = f"{DEVKIT}.tar.gz"
@@ -55,7 +56,8 @@ class FileSource(Listed):
 
 class FolderSource(FileSource):
     """Images under `root/CLASS/`, by torchvision's ImageFolder rule: classes are the sorted names of the subfolders,
-    images every file with a known extension at any depth, sorted by folder and name.
+    images every file with a known extension at any depth, sorted by folder and name; and those without an extension
+    whose header is that of an image.
 
     The fingerprint covers the relative paths, and thereby the labels, not the contents: to read 1.3 million files at
     every start would take minutes. Listing them takes 1 us each, because a listing says which entries are folders; so
@@ -88,6 +90,8 @@ class FolderSource(FileSource):
         names = Strings(b"\0".join(files.blob for files in found))
         labels = np.repeat(np.arange(len(classes)), counts)
         super().__init__(root, classes, names, labels, fingerprint_of_folders(names))
+        if walk.by_header:
+            say(f"{root}: {walk.by_header:,} files without an extension are read, because their headers are of images")
         tell(root, self.left_out)
 
 
@@ -120,9 +124,11 @@ def _class_names(root: Path, left_out: LeftOut) -> list[str]:
 
 
 class _Walk:
-    """Folders gone through, each of them once: `left_out` counts what in them is no image."""
+    """Folders gone through, each of them once: `left_out` counts what in them is no image, `by_header` the images
+    without an extension."""
 
     def __init__(self, left_out: LeftOut) -> None:
+        self.by_header = 0
         self._left_out = left_out
         self._met: dict[tuple[int, int], str] = {}
 
@@ -140,11 +146,29 @@ class _Walk:
         found = []
         for folder, files in sorted(folders):
             prefix = name + folder[len(top) :]
-            images = sorted(filter(is_image, files))
-            found += [f"{prefix}/{file}" for file in images]
+            images = list(filter(is_image, files))
             if len(images) < len(files):
-                self._left_out.update(group(file) for file in files if not is_image(file))
+                images += self._by_header(folder, [file for file in files if not is_image(file)])
+            found += [f"{prefix}/{file}" for file in sorted(images)]
         return found
+
+    def _by_header(self, folder: str, files: list[str]) -> list[str]:
+        """Those of files without a name of an image that are images all the same; the others are left out.
+
+        Every header that is looked at is a file opened, of which a disk allows some hundred a second. So of many files
+        without an extension the first and the last ones speak for all, if they agree.
+        """
+        bare = sorted(filter(has_no_extension, files))
+        ends = bare[:_ENDS] + bare[-_ENDS:] if len(bare) > 2 * _ENDS else bare
+        images = [file for file in ends if has_header(os.path.join(folder, file))]
+        if len(ends) < len(bare):
+            agree = len(images) in (0, len(ends))
+            rest = bare[_ENDS:-_ENDS]
+            images += rest if agree and images else []
+            images += [] if agree else [file for file in rest if has_header(os.path.join(folder, file))]
+        self._left_out.update(group(file) for file in set(files).difference(images))
+        self.by_header += len(images)
+        return images
 
     def _meet(self, folder: str) -> None:
         """DataError if the folder was met before, under whatever name: links would multiply its images."""
@@ -182,7 +206,9 @@ def has_class_folders(root: Path, train: str, val: str) -> bool:
 
 def _holds_images(folder: Path) -> bool:
     with os.scandir(folder) as entries:
-        return any(is_image(entry.name) for entry in islice(entries, _LOOKED_AT))
+        names = [entry.name for entry in islice(entries, _LOOKED_AT)]
+    bare = sorted(filter(has_no_extension, names))
+    return any(map(is_image, names)) or any(has_header(os.path.join(folder, name)) for name in bare[:_ENDS])
 
 
 def is_flat_imagenet(root: Path, val: str) -> bool:
