@@ -288,6 +288,40 @@ def test_a_share_follows_from_the_names_alone(tmp_path):
     assert train.fingerprint != val.fingerprint != as_train(root, "data.val=21%")[1].fingerprint
 
 
+@pytest.mark.parametrize(
+    ("below", "splits"), [("", ["20%"]), ("train/", ["20%"]), ("train/", ["train", "20%"]), ("fit/", ["20%", "fit"])]
+)
+def test_a_share_is_checked_and_packed_as_it_is_trained_on(tmp_path, capsys, below, splits):
+    root, pack = tmp_path / "images", tmp_path / "packed"
+    files(root, *(f"{below}{name}/{i}.jpg" for name in ("cat", "dog") for i in range(30)))
+    words = [str(root), *(word for split in splits for word in ("--split", split))]
+    assert cli.main(["data", "check", *words, "--processes", "1"]) == 1  # no file is a picture
+    expected = as_train(root, "data.val=20%", *(["data.train=fit"] if below == "fit/" else []))
+    assert f"\n20%: {len(expected[1])} samples" in "\n" + capsys.readouterr().out
+    assert cli.main(["data", "pack", *words, str(pack)]) == 0
+    packed = [open_source("packed", pack, split) for split in ((below or "train").strip("/"), "val")]
+    for one, other in zip(expected, packed, strict=True):
+        assert one.fingerprint == other.fingerprint
+        assert [one.read(i).tobytes() for i in range(len(one))] == [other.read(i).tobytes() for i in range(len(other))]
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (["10%", "20%"], "--split 10% --split 20%: a share, as 10%, stands alone or beside the split that it is of"),
+        (["train", "val", "10%"], "--split train --split val --split 10%: a share, as 10%, stands alone"),
+        (["100%"], "--split must be a share between 0% and 100%, as in 10%, got '100%'"),
+        (["0.01%"], "data.val=0.01%: of 4 images no held-out image is left; give another share\n"),
+    ],
+)
+def test_shares_that_cannot_be_checked(tmp_path, capsys, splits, message):
+    folders(tmp_path, ".")
+    words = [word for split in splits for word in ("--split", split)]
+    for verb in (["check"], ["pack", str(tmp_path / "out")]):
+        assert cli.main(["data", verb[0], str(tmp_path), *verb[1:], *words]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_the_place_of_a_name_never_changes():
     assert parts.place_of("cat/1.jpg") == 0.19533620396206075
     assert parts.place_of("caf\udce9") == 0.9346532780527071
