@@ -107,7 +107,7 @@ LAYERS: dict[str, set[str]] = {
     "verbs": {
         *("version", "cores", "errors", "text", "kernels", "batch", "models", "methods", "engine", "recipe", "run"),
         *("estimate", "data.examine", "data.execute", "data.pixel_ops", "data.plan", "data.sources", "data.loader"),
-        "data.logits",
+        *("data.bad", "data.logits"),
     },
     "experiments": {
         *("errors", "rng", "text", "kernels", "batch", "methods", "engine", "recipe", "run", "training"),

@@ -1,5 +1,6 @@
 """Distillation from cached logits: training is that with the teacher itself, and a cache of other images is refused."""
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastdeit.cli import main as cli
-from fastdeit.data import logits
+from fastdeit.data import bad, logits
 from fastdeit.data.logits import Cache
 from fastdeit.engine import report
 from fastdeit.engine.dist import World
@@ -184,22 +185,46 @@ def photos(tmp_path):
     return path, picture
 
 
-def test_substitutes_are_those_of_the_run(place, photos, tmp_path):
+def test_substitutes_are_those_of_the_run(place, photos, tmp_path, capsys):
     path, picture = photos
     torch.manual_seed(0)
     save_file(Tiny((16, 16), 2).state_dict(), tmp_path / "two.safetensors")
     data = [f"data.root={tmp_path / 'photos'}", "data.source=folder", "data.max_bad_fraction=0.5", "train.seed=4"]
     recipe = recipe_of(place, *data, f"method.teacher.weights={tmp_path / 'two.safetensors'}")
     folder = made(recipe, tmp_path / "cache", top_k=2)
+    said = capsys.readouterr().out
+    assert said.count("image not used: ") == said.count(f"image not used: {path}: ") == 1
     train(recipe, tmp_path / "online", CPU)
     offline = recipes.override(recipe, [f"method.cached={folder}"])
     train(offline, tmp_path / "run", CPU)
     assert_same_weights(tmp_path / "online", tmp_path / "run", 4)
+    assert f"1 images could not be used, others stand in for them: {folder / bad.FILE}\n" in said
     path.write_bytes(picture)
+    made(recipe, folder, top_k=2)
+    assert f"not used, and are sound now: '{path}'; make what is there of the cache anew\n" in capsys.readouterr().out
     with pytest.raises(
         FastdeitError, match=r"the teacher saw sample \d+ where this run has sample 0: one of the two is a"
     ):
         train(offline, tmp_path / "mended", CPU)
+
+
+def fill_photos(rank, size, place, folder, overrides):
+    """Fill a cache of photos as one process of several (fixture `ranks`)."""
+    made(recipe_of(place, *overrides), folder, top_k=2, world=World(torch.device("cpu"), rank, size))
+
+
+@pytest.mark.slow
+def test_all_processes_share_one_list_of_bad_images(place, photos, ranks, tmp_path, capfd):
+    """Each process makes an epoch, and meets the same image: it is told and counted once."""
+    torch.manual_seed(0)
+    save_file(Tiny((16, 16), 2).state_dict(), tmp_path / "two.safetensors")
+    data = [f"data.root={tmp_path / 'photos'}", "data.source=folder", "data.max_bad_fraction=0.5", "train.epochs=4"]
+    data += [f"method.teacher.weights={tmp_path / 'two.safetensors'}"]
+    ranks(2, fill_photos, place, tmp_path / "cache", data)
+    said = capfd.readouterr().out
+    assert said.count("image not used: ") == said.count(f"image not used: {photos[0]}: ") == 1
+    (entry,) = map(json.loads, (tmp_path / "cache" / bad.FILE).read_text().splitlines())
+    assert (entry["path"], entry["index"], entry["split"]) == (str(photos[0]), 0, "train")
 
 
 # ---- filling it ------------------------------------------------------------------------------------------------------

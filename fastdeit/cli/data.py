@@ -66,7 +66,12 @@ _SOURCE = "[--source KIND] [--split NAME ...] [--image-column NAME] [--label-col
 def _add_source(verb: Verb) -> None:
     add = verb.parser.add_argument
     add("--source", metavar="KIND", help="as data.source of a recipe (default: what the layout says)")
-    add("--split", action="append", metavar="NAME", help="one split; may be repeated (default: train and val)")
+    add(
+        "--split",
+        action="append",
+        metavar="NAME",
+        help="one split; may be repeated (default: train and val); a share, as 10%%, is held out of train",
+    )
     add("--image-column", metavar="NAME", help="as data.image_column of a recipe")
     add("--label-column", metavar="NAME", help="as data.label_column of a recipe")
     add("--classes", type=path, metavar="FILE", help="as data.classes of a recipe")

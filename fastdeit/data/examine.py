@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.ExifTags import Base as Tag
 
-from fastdeit.data.execute.decode import pixels
+from fastdeit.data.execute.decode import decoded, pixels
 from fastdeit.data.execute.route import file_of, formats
 from fastdeit.data.sources.source import BadImage, Source
 
@@ -33,6 +33,7 @@ _MODES = {
     "HSV": "HSV, converted to RGB",
     "F": "floats, converted to 8 bits",
 }
+_PILLOW_REFUSES = "file that Pillow refuses, and other programs may refuse too"
 _DEEP = "more than 8 bits a channel, read as 8"
 _SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF"}
 _SUFFIXES |= {".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".gif": "GIF"}
@@ -49,19 +50,25 @@ class Odd:
 
 @dataclass(frozen=True)
 class Picture:
-    """A file that training can use. format: Pillow's name of it, with its mode; odd: what is odd about it; rgb: its
-    pixels as training cuts boxes of them, uint8 `[height, width, 3]`."""
+    """A file that training can use. format: Pillow's name of it, with its mode; why: what kind of file it is that
+    Pillow decodes it, empty where DALI does (`Route.why`); odd: what is odd about it; rgb: its pixels as training cuts
+    boxes of them, uint8 `[height, width, 3]`."""
 
     format: str
+    why: str
     odd: tuple[Odd, ...]
     rgb: NDArray[np.uint8]
 
 
 def picture(data: NDArray[np.uint8], name: str) -> Picture:
     """What training has of the file with these bytes, uint8 `[n]`, and this name; BadImage if it cannot use it."""
-    rgb = pixels(data)
-    with Image.open(io.BytesIO(memoryview(data)), formats=formats()) as image:
-        return Picture(f"{image.format} {image.mode}", tuple(_odd(image, name)), rgb)
+    rgb, route = decoded(data)
+    try:
+        with Image.open(io.BytesIO(memoryview(data)), formats=formats()) as image:
+            odd = tuple(_odd(image, name)) or ((Odd(route.why),) if route.why else ())
+            return Picture(f"{image.format} {image.mode}", route.why, odd, rgb)
+    except Exception:  # as in `oddities`; DALI has read it all the same
+        return Picture(f"{route.format} RGB", route.why, (Odd(_PILLOW_REFUSES),), rgb)
 
 
 def oddities(data: NDArray[np.uint8], name: str) -> tuple[Odd, ...]:

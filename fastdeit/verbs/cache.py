@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +20,11 @@ from numpy.typing import NDArray
 
 from fastdeit import cores
 from fastdeit.batch import Batch
+from fastdeit.data.bad import FILE, BadList
+from fastdeit.data.examine import fault
 from fastdeit.data.loader import TrainLoader
 from fastdeit.data.logits import MANIFEST, Cache, Layout, Shard
-from fastdeit.data.sources.source import Source
+from fastdeit.data.sources.source import Source, listed
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.progress import Progress
@@ -112,13 +115,18 @@ def fill(
         "fastdeit": __version__,
     }
     cache = _begun(Cache(folder, layout, facts, origin), world)
+    bad = _shared_list(cache, source, world, say)
     shards = cache.layout.shards(range(length.epochs_begun) if epochs is None else epochs)
     missing = _missing(cache, shards, world)
     say(f"{cached.described(cache)}: {len(shards) - len(missing):,} of {len(shards):,} shards are there")
     if missing:
-        questions = _Questions(recipe, cache, _loader(recipe, source, world), teacher, world)
+        questions = _Questions(recipe, cache, _loader(recipe, source, world, bad), teacher, world)
         _predict(cache, missing, questions, world, say)
         _make(cache, missing, questions, world)
+    world.barrier()
+    bad.refresh()
+    if len(bad):
+        say(f"{len(bad):,} images could not be used, others stand in for them: {folder / FILE}")
     say(f"train from it with method.cached={folder}")
 
 
@@ -151,7 +159,19 @@ def _missing(cache: Cache, shards: Sequence[Shard], world: World) -> list[Shard]
     return [shards[number] for number in world.sum(lacking).nonzero().flatten().tolist()]
 
 
-def _loader(recipe: "Recipe", source: Source, world: World) -> TrainLoader:
+def _shared_list(cache: Cache, source: Source, world: World, say: build.Report) -> BadList:
+    """The list of images that cannot be used: in the folder of the cache, one for all processes. What an earlier start
+    has entered, and is mended since, is struck out."""
+    bad = BadList("train")
+    with world.main_first():
+        bad.keep_in(cache.folder)
+        mended = bad.mended(source, partial(fault, source)) if world.main else []
+    if mended:
+        say(f"images that were not used, and are sound now: {listed(mended)}; make what is there of the cache anew")
+    return bad
+
+
+def _loader(recipe: "Recipe", source: Source, world: World, bad: BadList) -> TrainLoader:
     """The run's loader as one process has it, with this process's share of the processors."""
     threads = recipe.data.threads or max(1, cores.available() // world.size)
     data = recipe.data.model_copy(update={"threads": threads})
@@ -160,7 +180,7 @@ def _loader(recipe: "Recipe", source: Source, world: World) -> TrainLoader:
     def unused(path: str, reason: str) -> None:
         print(one_line(f"image not used: {path}: {reason}"), flush=True)
 
-    return build.train_loader(recipe.model_copy(update=parts), source, World(world.device), {}, unused)
+    return build.train_loader(recipe.model_copy(update=parts), source, World(world.device), {}, unused, bad)
 
 
 class _Questions:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastdeit.data.sources import kinds, packed
 from fastdeit.data.sources.datasets import advice, held_out_name, kinds_at, open_pair, open_source
+from fastdeit.data.sources.share import is_share, share
 from fastdeit.data.sources.source import DataError, MachineError, NamedSource
 from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.recipe import resolve as recipes
@@ -89,7 +90,7 @@ def pack(args: argparse.Namespace) -> None:
     """`fastdeit data pack PATH OUT`: every split as OUT/SPLIT.pack."""
     out = Path(args.out)
     sources = _open(args, _matched)
-    names = [_stem(Path(split).name) for split, _ in sources]
+    names = ["val" if is_share(split) else _stem(Path(split).name) for split, _ in sources]
     if len(set(names)) < len(names) or "" in names:
         raise UsageError(
             f"the splits {', '.join(split for split, _ in sources)} would become the files {', '.join(names)}; give "
@@ -189,20 +190,36 @@ def _open(args: argparse.Namespace, opened: Callable[..., Opened]) -> Opened:
     try:
         return opened(kind, path, splits, **options)
     except DataError as error:
-        alone = kind not in kinds_at(path, splits[-1], splits[-1])
+        alone = not is_share(splits[-1]) and kind not in kinds_at(path, splits[-1], splits[-1])
         hint = "; if there is only one split, or others, name them: --split NAME" if alone else ""
         raise type(error)(f"{error}{hint}") from error
 
 
 def _splits(path: Path, source: str | None, named: Sequence[str] | None) -> tuple[str, Sequence[str]]:
-    """(kind, names) of the splits at `path`: those that are named, else the training and the held-out one, else the
-    folder itself as a single one."""
+    """(kind, names) of the splits at `path`: those that are named, or of which a share is, else the training and the
+    held-out one, else the folder itself as a single one."""
+    if any(map(is_share, named or ())):
+        named = _of_share(named)
     if named:
         return source or _only(kinds_at(path, named[0], named[-1]), str(path), "--source"), named
     if source is None and not kinds_at(path) and kinds_at(path, *_ALONE):
         return _only(kinds_at(path, *_ALONE), str(path), "--source"), _ALONE[:1]
     kind = source or _only(kinds_at(path), str(path), "--source")
     return kind, ("train", held_out_name(kind, path))
+
+
+def _of_share(named: Sequence[str]) -> tuple[str, str]:
+    """(training split, share of it that is held out) of such names, in whatever order; UsageError for any others."""
+    whole, shares = [name for name in named if not is_share(name)], [name for name in named if is_share(name)]
+    if len(shares) > 1 or len(whole) > 1:
+        raise UsageError(
+            f"--split {' --split '.join(named)}: a share, as 10%, stands alone or beside the split that it is of"
+        )
+    try:
+        share(shares[0])
+    except ValueError as error:
+        raise UsageError(f"--split {error}") from error
+    return (*whole, "train")[0], shares[0]
 
 
 def _require_reader(use: str) -> None:
@@ -214,9 +231,9 @@ def _require_reader(use: str) -> None:
 
 def _kind_of_file(path: Path) -> str:
     """The kind of one file by its name; UsageError if it is of none."""
-    for kind in kinds.shipped():
-        if kind.has_file(path.name):
-            return kind.name
+    found = [kind for kind in kinds.shipped() if kind.has_file(path.name)]
+    if found:  # of several, that of the longest ending: ImageNet's archives are no shards
+        return max(found, key=lambda kind: max(map(len, kind.suffixes))).name
     foreign = advice(path)
     if foreign:
         raise UsageError(foreign)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from collections import Counter
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from fastdeit import cli
 from fastdeit.data.examine import fault, oddities, pixels
+from fastdeit.data.execute.decode import decoded
 from fastdeit.data.loader import EvalLoader
 from fastdeit.data.sources.datasets import open_source
 from fastdeit.data.sources.folder import FolderSource
@@ -24,6 +26,7 @@ from fastdeit.run.record import RunLog
 from fastdeit.text import one_line
 from fastdeit.verbs.check import report, samples
 from fastdeit.verbs.check.page import page
+from tests.data import pictures
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +148,9 @@ def test_a_split(tmp_path, varied, make_image, encode):
     assert split.size[::2] == (min(sizes), max(sizes))
     lines = "\n".join(split.lines()).replace(str(tmp_path), "").splitlines()
     assert lines[0] == "train: 8 samples: 5 JPEG RGB, 1 PNG L"
-    assert lines[4] == "samples of a class 3 to 5, median 4; classes 'a' to 'b'"
-    assert lines[5:] == [
+    assert lines[1] == "decoded by DALI 6"
+    assert lines[5] == "samples of a class 3 to 5, median 4; classes 'a' to 'b'"
+    assert lines[6:] == [
         "the same picture under different classes (1):",
         "  /a/2.jpg (a) = /b/2.jpg (b) = /b/5.jpg (b)",
         "the same picture more than once (1):",
@@ -375,6 +379,39 @@ def test_the_page_stands_alone_and_escapes_every_name(tmp_path, check, odd_files
     assert "samples of each class; most: 12" in seen.text
     assert "shorter side in pixels: 20 to " in seen.text
     assert "default-src 'none'" in written
+
+
+def test_how_each_odd_file_is_read_is_told(tmp_path, check, varied):
+    """In words, in JSON and on the page: by DALI, or by Pillow and why, also where DALI refuses an ordinary header."""
+    files = {"plain.jpg": varied[0], **pictures.odd(), **pictures.damaged(), **pictures.forgiven()}
+    (tmp_path / "set/b").mkdir(parents=True)
+    (tmp_path / "set/b/plain.jpg").write_bytes(varied[1])
+    for at, data in enumerate(files.values()):
+        (tmp_path / "set/a").mkdir(exist_ok=True)
+        (tmp_path / f"set/a/{at}.png").write_bytes(data)
+    expected = {}
+    for at, data in enumerate(files.values()):
+        why = decoded(np.frombuffer(data, np.uint8)).route.why
+        expected[f"{tmp_path}/set/a/{at}.png"] = f"Pillow: {why}" if why else "DALI"
+    pillow = {path for path, decoder in expected.items() if decoder != "DALI"}
+    assert "Pillow: file that DALI refuses" in expected.values()
+    assert len(pillow) >= len(pictures.odd())
+
+    _, out = check(tmp_path / "set", "--json", "--html", tmp_path / "a.html")
+    (facts,) = json.loads(out)["splits"]
+    assert facts["decoders"] == Counter([*expected.values(), "DALI"])
+    entries = {
+        entry for one in facts["findings"] if one["text"].startswith("odd, but read: ") for entry in one["entries"]
+    }
+    assert entries <= {f"{path} (by {decoder})" for path, decoder in expected.items()}
+    assert {entry.partition(" (by ")[0] for entry in entries} >= pillow
+    (refused,) = (one["entries"] for one in facts["findings"] if "file that Pillow refuses" in one["text"])
+    assert len(refused) >= 1
+    page_text = Reader((tmp_path / "a.html").read_text()).text
+    for decoder in set(expected.values()) - {"DALI"}:
+        assert f"read by {decoder}" in page_text
+        assert f"{decoder}{list(expected.values()).count(decoder)}" in page_text
+    assert check(tmp_path / "set")[1].splitlines()[1].startswith("decoded by ")
 
 
 def test_a_page_of_nothing_usable():

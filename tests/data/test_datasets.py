@@ -303,7 +303,8 @@ def test_imagenet_with_val_in_class_folders_is_a_folder(tmp_path, write):
 def test_flat_val_without_the_devkit_says_how_to_sort_it(write, kind):
     root = write("train/n01/a.JPEG", "train/n02/b.JPEG", "val/ILSVRC2012_val_00000001.JPEG")
     with pytest.raises(
-        DataError, match=r"val: no class folders.* one folder for each class; .* unpack ILSVRC2012_devkit"
+        DataError,
+        match=r"val: no class folders.* one folder for each class; .* put ILSVRC2012_devkit_t12\.tar\.gz",
     ):
         open_pair(kind, root)
 

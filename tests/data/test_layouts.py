@@ -6,8 +6,16 @@ bytes: what counts is which are found, and their labels.
 
 import io
 import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 
 from fastdeit import cli
@@ -136,6 +144,14 @@ SETS = {
         ["data.label_column=cls"],
         NUMBERS,
     ),
+    "shards with names": (
+        lambda root: [
+            tar(root / f"{split}-0.tar", *some, json_field="label")
+            for split, some in zip(("train", "val"), NAMES, strict=True)
+        ],
+        [],
+        NAMES,
+    ),
     "records of TFDS": (records, [], NUMBERS),
 }
 
@@ -208,7 +224,11 @@ REFUSED = {
         [],
         r"imagenet\.zip is a zip archive, .*`python -m zipfile -e .*/imagenet",
     ),
-    "a compressed tar": (alone("train/a.tar.gz"), [], r"a\.tar\.gz is a compressed tar archive, .*`tar -xf .*/train/a"),
+    "a compressed tar": (
+        alone("train/a.tar.gz"),
+        [],
+        r"a\.tar\.gz is a compressed tar archive, .*`mkdir FOLDER && tar -xf .*/train/a",
+    ),
     "an LMDB database": (
         alone("train_lmdb/data.mdb"),
         [],
@@ -241,9 +261,61 @@ FOREIGN = [name for name, (_, _, message) in REFUSED.items() if "fastdeit data" 
 def test_the_verbs_name_a_foreign_format_in_a_folder_and_alone(tmp_path, capsys, name):
     REFUSED[name][0](tmp_path)
     (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
-    for command in (["data", "check", tmp_path], ["data", "check", file], ["train", "deit_tiny", "--data", file]):
+    commands = [["train", "deit_tiny", "--data", tmp_path], ["train", "deit_tiny", "--data", file]]
+    commands += [["data", *verb, place] for verb in (["check"], ["pack"]) for place in (tmp_path, file)]
+    for command in (command + ["out"] * ("pack" in command) for command in commands):
         assert cli.main([str(word) for word in command]) == 2
         assert f"{file} is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar", "xztar"])
+def test_the_command_that_unpacks_does_so(tmp_path, monkeypatch, capsys, kind):
+    folders(tmp_path / "set", "train", "val")
+    archive = shutil.make_archive(str(tmp_path / "my images" / "all"), kind, tmp_path / "set")
+    assert cli.main(["train", "deit_tiny", "--data", archive]) == 2
+    command = re.search("unpack it: `(.*?)`", capsys.readouterr().err)[1]
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(command.replace("FOLDER", "unpacked"), shell=True, check=True)
+    expected = [source.fingerprint for source in open_pair("folder", tmp_path / "set")]
+    assert [source.fingerprint for source in as_train(tmp_path / "unpacked")] == expected
+
+
+def record_io(path, records):
+    """A RecordIO file as `im2rec` packs it: records of (label, image), of which those with MAGIC in them in parts."""
+    magic = struct.pack("<I", 0xCED7230A)
+    with open(path, "wb") as file:
+        for number, (label, image) in enumerate(records):
+            header = (1, 0.0) if isinstance(label, list) else (0, float(label))
+            labels = np.array(label, "<f4").tobytes() if isinstance(label, list) else b""
+            parts = (struct.pack("<IfQQ", *header, number, 0) + labels + image).split(magic)
+            for at, part in enumerate(parts):
+                flag = 0 if len(parts) == 1 else 1 if at == 0 else 3 if at == len(parts) - 1 else 2
+                file.write(magic + struct.pack("<I", flag << 29 | len(part)) + part + bytes(-len(part) % 4))
+
+
+def test_the_reader_in_the_documentation_converts_recordio(tmp_path, monkeypatch, varied):
+    """`data pack --source mine:read`, as the message says. One image has the mark of a record in it, at a multiple of
+    four bytes, where writers split it."""
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    module = ModuleType("mine")
+    monkeypatch.setitem(sys.modules, "mine", module)
+    (code,) = (part.partition("```")[0] for part in text.split("```python\n") if "class RecordIO" in part)
+    exec(code, module.__dict__)
+    marked = varied[3] + bytes(-len(varied[3]) % 4) + struct.pack("<I", 0xCED7230A) + b"tail"
+    sets = {
+        "train": [(1, varied[0]), (0, varied[1]), ([2.0], varied[2]), (1, marked)],
+        "val": [(0, varied[4]), (2, b"x")],
+    }
+    for split, records in sets.items():
+        record_io(tmp_path / f"{split}.rec", records)
+    for words in ([str(tmp_path)], [str(tmp_path / "train.rec")]):
+        assert cli.main(["data", "pack", *words, str(tmp_path / "out"), "--source", "mine:read", "--force"]) == 0
+    for packed, records in zip(as_train(tmp_path / "out"), sets.values(), strict=True):
+        assert [packed.read(i).tobytes() for i in range(len(packed))] == [image for _, image in records]
+        assert labels(packed) == [str(int(np.ravel(label)[0])) for label, _ in records]
+    (tmp_path / "val.rec").write_bytes((tmp_path / "val.rec").read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"val\.rec: damaged or cut short at byte \d+"):
+        open_source("mine:read", tmp_path, "val")
 
 
 def test_a_split_of_another_name_is_said(tmp_path, capsys):
@@ -278,6 +350,40 @@ def test_a_share_follows_from_the_names_alone(tmp_path):
     from_pack = as_train(pack, "data.val=20%")
     assert [source.fingerprint for source in from_pack] == [train.fingerprint, val.fingerprint]
     assert train.fingerprint != val.fingerprint != as_train(root, "data.val=21%")[1].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("below", "splits"), [("", ["20%"]), ("train/", ["20%"]), ("train/", ["train", "20%"]), ("fit/", ["20%", "fit"])]
+)
+def test_a_share_is_checked_and_packed_as_it_is_trained_on(tmp_path, capsys, below, splits):
+    root, pack = tmp_path / "images", tmp_path / "packed"
+    files(root, *(f"{below}{name}/{i}.jpg" for name in ("cat", "dog") for i in range(30)))
+    words = [str(root), *(word for split in splits for word in ("--split", split))]
+    assert cli.main(["data", "check", *words, "--processes", "1"]) == 1  # no file is a picture
+    expected = as_train(root, "data.val=20%", *(["data.train=fit"] if below == "fit/" else []))
+    assert f"\n20%: {len(expected[1])} samples" in "\n" + capsys.readouterr().out
+    assert cli.main(["data", "pack", *words, str(pack)]) == 0
+    packed = [open_source("packed", pack, split) for split in ((below or "train").strip("/"), "val")]
+    for one, other in zip(expected, packed, strict=True):
+        assert one.fingerprint == other.fingerprint
+        assert [one.read(i).tobytes() for i in range(len(one))] == [other.read(i).tobytes() for i in range(len(other))]
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (["10%", "20%"], "--split 10% --split 20%: a share, as 10%, stands alone or beside the split that it is of"),
+        (["train", "val", "10%"], "--split train --split val --split 10%: a share, as 10%, stands alone"),
+        (["100%"], "--split must be a share between 0% and 100%, as in 10%, got '100%'"),
+        (["0.01%"], "data.val=0.01%: of 4 images no held-out image is left; give another share\n"),
+    ],
+)
+def test_shares_that_cannot_be_checked(tmp_path, capsys, splits, message):
+    folders(tmp_path, ".")
+    words = [word for split in splits for word in ("--split", split)]
+    for verb in (["check"], ["pack", str(tmp_path / "out")]):
+        assert cli.main(["data", verb[0], str(tmp_path), *verb[1:], *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_place_of_a_name_never_changes():

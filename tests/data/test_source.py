@@ -1,6 +1,8 @@
+import errno
 import io
 import os
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 
 from fastdeit.data.sources.datasets import open_pair
 from fastdeit.data.sources.folder import FolderSource
-from fastdeit.data.sources.source import DataError
+from fastdeit.data.sources.source import DataError, MachineError
 from fastdeit.data.sources.synthetic import SyntheticSource
 from tests.data.conftest import sides
 
@@ -99,6 +101,7 @@ def test_what_programs_leave_behind_is_neither_class_nor_image_and_told_once(fol
     with pytest.warns(UserWarning, match="left out"):
         before = FolderSource(root).fingerprint
     folder("cat/.DS_Store", "cat/Thumbs.db", "cat/a.txt", "cat/b.TXT", "dog/README", "dog/x.gz", "stray.jpg")
+    (root / "dog" / "README").write_bytes(b"no picture")
     folder(*(f"{name}/1.jpg" for name in (".ipynb_checkpoints", ".git", "__MACOSX", "lost+found", "@eaDir")))
     with pytest.warns(UserWarning, match=r"left out, because they are no images in a class folder: 2 ") as told:
         source = FolderSource(root)
@@ -107,6 +110,81 @@ def test_what_programs_leave_behind_is_neither_class_nor_image_and_told_once(fol
     assert source.left_out == dict.fromkeys(once, 1) | {".txt": 2, ".ipynb_checkpoints/": 2, "__MACOSX/": 2}
     monkeypatch.setenv("RANK", "1")
     with warnings.catch_warnings(action="error"):
+        FolderSource(root)
+
+
+def test_files_without_an_extension_are_known_by_their_headers(tmp_path, make_image, encode):
+    photo = make_image(0, 20, 30)
+    kinds = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"]
+    pictures = {f"n0144_{at}": encode(photo, kind) for at, kind in enumerate(kinds)}
+    pictures |= {"2024.01.31": encode(photo), "cut": encode(photo)[:-30], "bomb": encode(photo, "PNG")}
+    head = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + pictures["bomb"][24:29]
+    pictures["bomb"] = pictures["bomb"][:12] + head + zlib.crc32(head).to_bytes(4, "big") + pictures["bomb"][33:]
+    others = {
+        "Makefile": b"BMP:\n",
+        "LICENSE": b"P5 is a licence",
+        "list": b"",
+        "db": bytes(900),
+        "a.dat": encode(photo),
+    }
+    others |= {"eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "h5": b"\x89HDF\r\n\x1a\n" + bytes(90)}
+    for folder in ("cat", "dog/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name, data in (pictures | others | {".hidden": encode(photo), "z.jpg": encode(photo)}).items():
+            (tmp_path / folder / name).write_bytes(data)
+        os.mkfifo(tmp_path / folder / "pipe")
+    with pytest.warns(UserWarning, match="left out") as told:
+        source = FolderSource(tmp_path)
+    expected = sorted([*pictures, "z.jpg"])
+    names = [source.name(i) for i in range(len(source))]
+    assert names == [f"{folder}/{name}" for folder in ("cat", "dog/deep") for name in expected]
+    assert source.left_out == {name: 2 for name in (*others, ".hidden", "pipe") if name != "a.dat"} | {".dat": 2}
+    assert str(told[0].message) == (
+        f"{tmp_path}: 24 files without an extension are read, because their headers are of images"
+    )
+    assert len(told) == 2
+
+
+def test_only_files_without_an_extension_are_opened(folder, monkeypatch):
+    root = folder("cat/1.jpg", "cat/2.txt", "cat/3", "dog/1.png", "dog/2.xml", "dog/.DS_Store", "dog/Thumbs.db")
+    seen, opened = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path, **options: seen.append(path) or opened(path, **options))
+    with pytest.warns(UserWarning, match="1 files without an extension"):
+        assert len(FolderSource(root)) == 3
+    assert seen == [f"{root}/cat/3"]
+
+
+@pytest.mark.parametrize(
+    ("odd", "expected", "looks"),
+    [([], 100, 64), ([1], 99, 100), ([99], 99, 100), ([50], 100, 64), (range(100), 0, 64), (range(99), 1, 100)],
+)
+def test_of_many_files_without_an_extension_the_ends_speak_for_all(folder, monkeypatch, odd, expected, looks):
+    root = folder("cat/1.jpg", "dog/1.jpg", *(f"cat/{at:03d}" for at in range(100)))
+    for at in odd:
+        (root / "cat" / f"{at:03d}").write_bytes(b"no picture")
+    seen, opened = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path, **options: seen.append(path) or opened(path, **options))
+    with pytest.warns(UserWarning, match="without an extension|left out"):
+        source = FolderSource(root)
+    names = [source.name(i) for i in range(len(source))]
+    assert (len(names) - 2, len(seen), names) == (expected, looks, sorted(names))
+
+
+def test_a_folder_of_classes_may_have_no_extension_at_all(folder):
+    root = folder("cat/1", "cat/2", "dog/1", "dog/2", "dog/3")
+    with pytest.warns(UserWarning, match="5 files without an extension"):
+        train, val = open_pair("folder", root, val="50%")
+    assert len(train) + len(val) == 5
+
+
+def test_a_machine_that_cannot_open_files_leaves_none_out(folder, monkeypatch):
+    root = folder("cat/1", "dog/1")
+
+    def refused(*names, **options):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", refused)
+    with pytest.raises(MachineError, match=r"cat/1 cannot be read: Too many open files"):
         FolderSource(root)
 
 

@@ -108,6 +108,70 @@ def test_keys_may_have_dots(root, varied):
     assert [(ours.name(i).removeprefix("a.tar:"), ours.label(i)) for i in range(len(ours))] == expected
 
 
+CLS = [b"cat\n", b"dog", b"a cat", b"dog"]
+LABELS = {
+    "names": ([("cls", data) for data in CLS], "label", ["cat", "dog", "a cat", "dog"]),
+    "names in JSON": (
+        [("json", b'{"label": "%s"}' % data) for data in (b"n02", b"n01", "caf\u00e9".encode(), b"n01")],
+        "label",
+        ["n02", "n01", "caf\u00e9", "n01"],
+    ),
+    "numbers as text": ([("json", b'{"label": "%d"}' % n) for n in (10, 2, 0, 10)], "label", ["10", "2", "0", "10"]),
+    "a field of an object": (
+        [("json", b'{"label": {"id": %d, "name": "x"}}' % n) for n in (1, 0, 2, 1)],
+        "label.id",
+        ["1", "0", "2", "1"],
+    ),
+    "a name in an object": (
+        [("json", b'{"label": {"id": 7, "of": {"name": "%s"}}}' % name) for name in (b"b", b"a", b"b", b"a")],
+        "label.of.name",
+        ["b", "a", "b", "a"],
+    ),
+    "a field with a dot": ([("json", b'{"a.b": %d, "a": {"b": 5}}' % n) for n in (1, 0, 1, 0)], "a.b", [*"1010"]),
+    "names in both": (
+        [("cls", b"cat"), ("json", b'{"label": "dog"}'), ("cls", b"dog"), ("json", b'{"label": "cat"}')],
+        "label",
+        ["cat", "dog", "dog", "cat"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.filterwarnings("error")
+def test_labels_are_numbers_or_names(root, varied, name):
+    members, field, expected = LABELS[name]
+    for shard, few in ((0, slice(0, 2)), (1, slice(2, 4))):
+        pairs = enumerate(zip(members[few], varied[few], strict=True))
+        write(
+            root / f"{shard}.tar",
+            (one for at, ((end, label), image) in pairs for one in ((f"{at}.jpg", image), (f"{at}.{end}", label))),
+        )
+    for _ in range(2):  # from the files, and from the kept list
+        ours = TarSource(root, ["0.tar", "1.tar"], field)
+        assert [ours.classes[ours.label(i)] for i in range(4)] == expected
+        assert [ours.read(i).tobytes() for i in range(4)] == varied[:4]
+    named = not expected[0].isdigit()
+    assert ours.classes == (sorted(set(expected)) if named else [str(n) for n in range(max(map(int, expected)) + 1)])
+
+
+def test_of_numbers_and_names_the_fewer_are_left_out(root):
+    labels = [b"cat", b"1", b"dog", b"cat"]
+    write(root / "a.tar", (one for i, x in enumerate(labels) for one in ((f"{i}.jpg", b"%d" % i), (f"{i}.cls", x))))
+    with pytest.warns(UserWarning, match=r"a\.tar:1\.jpg: its label 1 is a number, most are names"):
+        ours = TarSource(root, ["a.tar"])
+    assert [(ours.read(i).tobytes(), ours.classes[ours.label(i)]) for i in range(3)] == [
+        (b"0", "cat"),
+        (b"2", "dog"),
+        (b"3", "cat"),
+    ]
+
+
+def test_one_name_is_no_classification(root):
+    write(root / "a.tar", [("0.jpg", b"x"), ("0.cls", b"cat"), ("1.jpg", b"y"), ("1.cls", b"cat")])
+    with pytest.raises(DataError, match="every label is 'cat'; classification needs two or more classes"):
+        TarSource(root, ["a.tar"])
+
+
 def test_what_programs_leave_behind_is_passed_over(root):
     litter = ["._0000.jpg", ".DS_Store", "__MACOSX/a.jpg", "a/.git/b.jpg", "a/._0000.cls"]
     write(
@@ -210,20 +274,30 @@ def test_the_first_of_two_members_with_one_name_is_used(root):
     ("members", "reason"),
     [
         ([], r"there is no \.cls and no \.json file"),
-        ([("x.cls", b"dog")], r"its \.cls file is not a class number: b'dog'"),
-        ([("x.cls", b"")], r"not a class number: b''"),
-        ([("x.cls", b"1.5")], "not a class number"),
+        ([("x.cls", b"dog")], r"its label 'dog' is a name, most are numbers"),
+        ([("x.cls", b"two\nlines")], r"its \.cls file is not a class number or name: b'two"),
+        ([("x.cls", b"")], r"not a class number or name: b''"),
+        ([("x.cls", b"1.5")], "not a class number or name"),
+        ([("x.cls", b"nan")], "not a class number or name"),
+        ([("x.cls", b"n" * 201)], "not a class number or name"),
+        ([("x.cls", b"caf\xe9")], "not a class number or name"),
         ([("x.cls", b"-1")], "its label -1 is not a class number"),
         ([("x.cls", b"4294967295")], "its label 4294967295 is not a class number"),
-        ([("x.cls", b"9" * 5000)], "not a class number"),
+        ([("x.cls", b"9" * 5000)], "not a class number or name"),
         ([("x.cls", bytes(2 << 20))], "2097152 bytes, too many"),
         ([("x.json", b"{")], "its .json file is not an object with field 'label'"),
         ([("x.json", b"[1]")], "not an object"),
         ([("x.json", b"[" * 100_000)], "not an object"),
         ([("x.json", b"\xff\xfe")], "not an object"),
         ([("x.json", b'{"label": true}')], "its label True"),
-        ([("x.json", b'{"label": "dog"}')], "its label 'dog'"),
+        ([("x.json", b'{"label": "dog"}')], "its label 'dog' is a name, most are numbers"),
         ([("x.json", b'{"label": 1.0}')], "its label 1.0"),
+        ([("x.json", b'{"label": "-1"}')], "its label -1 is not a class number"),
+        ([("x.json", b'{"label": null}')], "its label None"),
+        (
+            [("x.json", b'{"label": {"id": 1, "name": "cat"}}')],
+            r"its label is an object; say .* by data\.label_column=label\.id or data\.label_column=label\.name",
+        ),
     ],
 )
 def test_samples_without_a_label(root, members, reason):
@@ -357,8 +431,8 @@ def test_a_shard_that_vanishes_or_is_cut_while_in_use(two_shards):
 @pytest.fixture
 def scans(monkeypatch):
     """Shards whose headers are read."""
-    seen, members = [], tar._members
-    monkeypatch.setattr(tar, "_members", lambda path, skipped: seen.append(path) or members(path, skipped))
+    seen, members = [], tar.members
+    monkeypatch.setattr(tar, "members", lambda path, skipped: seen.append(path) or members(path, skipped))
     return seen
 
 

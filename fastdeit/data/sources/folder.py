@@ -11,18 +11,22 @@ from numpy.typing import NDArray
 
 from fastdeit.data.sources.index import Listed, Strings, digest, read_range
 from fastdeit.data.sources.kinds import Kind
-from fastdeit.data.sources.names import LeftOut, group, is_image, is_litter, tell
+from fastdeit.data.sources.names import LeftOut, group, has_header, has_no_extension, is_image, is_litter, say, tell
 from fastdeit.data.sources.source import EXTENSIONS, DataError, listed
 
 _LOOKED_AT = 1000  # entries of a folder
+_ENDS = 32  # files at either end of a folder's list that are opened, where there are many without an extension
 DEVKIT = "ILSVRC2012_devkit_t12"
 """Folder of ImageNet's development kit: beside it, held-out images may lie in one folder without classes."""
+KIT_ARCHIVE = f"{DEVKIT}.tar.gz"
+ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+"""ImageNet's archives as downloaded, by split."""
 _TINY_IMAGENET = "val/val_annotations.txt"
 _LAYOUT = "ROOT/{train}/CLASS/*.jpg and ROOT/{val}/CLASS/*.jpg"
 _EXPECTED = _LAYOUT.format(train="train", val="val")
 _SORT = (
     ". The images that lie in it directly have to be moved into one folder for each class; for the held-out images of "
-    "ImageNet, unpack ILSVRC2012_devkit_t12 into ROOT instead and choose the data source imagenet; of Kaggle's "
+    "ImageNet, put ILSVRC2012_devkit_t12.tar.gz into ROOT instead and choose the data source imagenet; of Kaggle's "
     "archive, ROOT is the folder that holds LOC_val_solution.csv"
 )
 
@@ -52,7 +56,8 @@ class FileSource(Listed):
 
 class FolderSource(FileSource):
     """Images under `root/CLASS/`, by torchvision's ImageFolder rule: classes are the sorted names of the subfolders,
-    images every file with a known extension at any depth, sorted by folder and name.
+    images every file with a known extension at any depth, sorted by folder and name; and those without an extension
+    whose header is that of an image.
 
     The fingerprint covers the relative paths, and thereby the labels, not the contents: to read 1.3 million files at
     every start would take minutes. Listing them takes 1 us each, because a listing says which entries are folders; so
@@ -83,9 +88,16 @@ class FolderSource(FileSource):
                 f"extensions: {extensions}); add images or delete the folder"
             )
         names = Strings(b"\0".join(files.blob for files in found))
-        fingerprint = blake2b(names.blob, digest_size=16).hexdigest()
-        super().__init__(root, classes, names, np.repeat(np.arange(len(classes)), counts), fingerprint)
+        labels = np.repeat(np.arange(len(classes)), counts)
+        super().__init__(root, classes, names, labels, fingerprint_of_folders(names))
+        if walk.by_header:
+            say(f"{root}: {walk.by_header:,} files without an extension are read, because their headers are of images")
         tell(root, self.left_out)
+
+
+def fingerprint_of_folders(names: Strings) -> str:
+    """Fingerprint of images with these paths CLASS/FILE, of which the classes are a part."""
+    return blake2b(names.blob, digest_size=16).hexdigest()
 
 
 def _require_directory(path: Path) -> None:
@@ -112,9 +124,11 @@ def _class_names(root: Path, left_out: LeftOut) -> list[str]:
 
 
 class _Walk:
-    """Folders gone through, each of them once: `left_out` counts what in them is no image."""
+    """Folders gone through, each of them once: `left_out` counts what in them is no image, `by_header` the images
+    without an extension."""
 
     def __init__(self, left_out: LeftOut) -> None:
+        self.by_header = 0
         self._left_out = left_out
         self._met: dict[tuple[int, int], str] = {}
 
@@ -132,11 +146,29 @@ class _Walk:
         found = []
         for folder, files in sorted(folders):
             prefix = name + folder[len(top) :]
-            images = sorted(filter(is_image, files))
-            found += [f"{prefix}/{file}" for file in images]
+            images = list(filter(is_image, files))
             if len(images) < len(files):
-                self._left_out.update(group(file) for file in files if not is_image(file))
+                images += self._by_header(folder, [file for file in files if not is_image(file)])
+            found += [f"{prefix}/{file}" for file in sorted(images)]
         return found
+
+    def _by_header(self, folder: str, files: list[str]) -> list[str]:
+        """Those of files without a name of an image that are images all the same; the others are left out.
+
+        Every header that is looked at is a file opened, of which a disk allows some hundred a second. So of many files
+        without an extension the first and the last ones speak for all, if they agree.
+        """
+        bare = sorted(filter(has_no_extension, files))
+        ends = bare[:_ENDS] + bare[-_ENDS:] if len(bare) > 2 * _ENDS else bare
+        images = [file for file in ends if has_header(os.path.join(folder, file))]
+        if len(ends) < len(bare):
+            agree = len(images) in (0, len(ends))
+            rest = bare[_ENDS:-_ENDS]
+            images += rest if agree and images else []
+            images += [] if agree else [file for file in rest if has_header(os.path.join(folder, file))]
+        self._left_out.update(group(file) for file in set(files).difference(images))
+        self.by_header += len(images)
+        return images
 
     def _meet(self, folder: str) -> None:
         """DataError if the folder was met before, under whatever name: links would multiply its images."""
@@ -174,12 +206,18 @@ def has_class_folders(root: Path, train: str, val: str) -> bool:
 
 def _holds_images(folder: Path) -> bool:
     with os.scandir(folder) as entries:
-        return any(is_image(entry.name) for entry in islice(entries, _LOOKED_AT))
+        names = [entry.name for entry in islice(entries, _LOOKED_AT)]
+    bare = sorted(filter(has_no_extension, names))
+    return any(map(is_image, names)) or any(has_header(os.path.join(folder, name)) for name in bare[:_ENDS])
 
 
 def is_flat_imagenet(root: Path, val: str) -> bool:
-    """Whether ImageNet's held-out images lie in one folder, as distributed, with the kit that says their classes."""
-    return (root / DEVKIT).is_dir() and any(True for _ in (root / val).glob("*.JPEG"))
+    """Whether ImageNet's held-out images are as distributed: in one folder, with the kit that says their classes, or
+    still in their archive."""
+    if not (root / val).is_dir():
+        return val in ARCHIVES and (root / ARCHIVES[val]).is_file()
+    kit = (root / DEVKIT).is_dir() or (root / KIT_ARCHIVE).is_file()
+    return kit and any(True for _ in (root / val).glob("*.JPEG"))
 
 
 FOLDER = Kind("folder", _open, _LAYOUT, has_class_folders)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 
 from fastdeit.data.sources.names import is_litter
 
@@ -28,7 +29,8 @@ FOREIGN = (
     Foreign(
         "a compressed tar archive",
         re.compile(r".+\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2|txz)", re.I),
-        "unpack it: `tar -xf {path} -C FOLDER`; of shards in the WebDataset layout uncompress each to a plain .tar",
+        "unpack it: `mkdir FOLDER && tar -xf {path} -C FOLDER`; of shards in the WebDataset layout uncompress each to "
+        "a plain .tar",
     ),
     Foreign("an archive", re.compile(r".+\.(7z|rar)", re.I), "unpack it: `7z x {path} -oFOLDER`"),
     Foreign(
@@ -39,7 +41,7 @@ FOREIGN = (
     Foreign(
         "MXNet's RecordIO",
         re.compile(r".+\.rec", re.I),
-        f"{_PACK} converts it",
+        f"{_PACK} which has the one for it, converts it",
     ),
     Foreign(
         "FFCV's format",
@@ -63,7 +65,7 @@ def of_file(path: Path) -> str | None:
     """What a file is that is not read, and the way out, in a sentence; None where it is of no format in `FOREIGN`."""
     for one in FOREIGN:
         if one.file.fullmatch(path.name):
-            return f"{path} is {one.name}, which is not read: {one.way_out.format(path=path)}"
+            return f"{path} is {one.name}, which is not read: {one.way_out.format(path=quote(str(path)))}"
     return None
 
 

@@ -1,14 +1,21 @@
-"""Which names in a data set are no samples: what file managers, editors and archives leave behind."""
+"""Which files of a data set are samples: by their names, and by their headers where a name says nothing."""
 
 import os
+import re
 import warnings
 from collections import Counter
+from functools import cache
 from pathlib import PurePosixPath
 
-from fastdeit.data.sources.source import EXTENSIONS
+from PIL import Image, UnidentifiedImageError
+
+from fastdeit.data.sources.faults import retried
+from fastdeit.data.sources.source import EXTENSIONS, quieten_pillow, unreadable
 
 _LITTER = {"__macosx", "lost+found", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information"}
 _SHOWN = 8
+# A last dot with a letter behind it; none in "2024.01.31", "image.7" and "n01440764_10026".
+_EXTENSION = re.compile(r".*\.[^\W\d_]\w*", re.DOTALL)
 
 LeftOut = Counter[str]
 """How many entries were left out, by what they are called: ".txt", ".DS_Store", ".git/" for a folder."""
@@ -23,6 +30,38 @@ def is_litter(name: str) -> bool:
 def is_image(name: str) -> bool:
     """Whether a file of this name is taken for an image."""
     return name.lower().endswith(EXTENSIONS) and not is_litter(name)
+
+
+def has_no_extension(name: str) -> bool:
+    """Whether the name of a file does not say what it is: "n01440764_10026", "image.7"."""
+    return not (_EXTENSION.fullmatch(name) or is_litter(name))
+
+
+def has_header(path: str) -> bool:
+    """Whether a file begins as one with a known extension does. MachineError where it cannot be read and is not at
+    fault."""
+    if not os.path.isfile(path):
+        return False  # opening a pipe would wait for ever
+    quieten_pillow()
+    try:
+        retried(lambda: Image.open(path, formats=_formats()).close())
+    except UnidentifiedImageError:
+        return False
+    except Image.DecompressionBombError:
+        return True  # for the decoder to refuse
+    except OSError as error:
+        unreadable(error, path)
+        return False
+    except Exception:  # whatever the parser of a format trips over: no sound header
+        return False
+    return True
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats that the extensions stand for."""
+    known = Image.registered_extensions()
+    return tuple({known[extension] for extension in EXTENSIONS if extension in known})
 
 
 def group(name: str) -> str:

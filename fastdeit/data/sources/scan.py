@@ -34,15 +34,16 @@ _PROCESS = (
 )
 
 
-def scanned(paths: Sequence[str], scan: Callable[[str], Found]) -> Iterator[Found]:
-    """What `scan` finds in each file, in their order.
+def scanned(paths: Sequence[str], scan: Callable[[str], Found], size: int | None = None) -> Iterator[Found]:
+    """What `scan` finds in each file, in their order; size: of all together in bytes, where `paths` are parts of a
+    file.
 
     scan: a function of a module that can be imported, or a `functools.partial` of one, whose results can be pickled.
     What it raises is raised here; an OSError as a DataError, after as many tries as it is worth (`faults`).
     """
     scan = partial(_patiently, scan)
     processes = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES, -(-len(paths) // _READERS_EACH))
-    if processes > 1 and sum(map(_size, paths)) >= _MUCH:
+    if processes > 1 and (sum(map(_size, paths)) if size is None else size) >= _MUCH:
         yield from _by_processes(paths, scan, processes)
         return
     with ThreadPoolExecutor(_READERS, "fastdeit-scan") as pool:

@@ -23,7 +23,8 @@ TFRECORD = re.compile(r"(?P<stem>[^.].*?)(?:-\d+-of-\d+(?:\.tfrecords?)?|\.tfrec
 ARROW = re.compile(r"(?!cache-)(?P<stem>[^.].*?)(?:-\d+-of-\d+)?\.arrow")
 # The hub puts a hash behind the number of some parts.
 PARQUET = re.compile(r"(?P<stem>[^.].*?)(?:-\d+-of-\d+(?:-[0-9a-f]{8,})?)?\.parquet")
-TAR = re.compile(r"(?P<stem>[^.].*?)(?:-\d+-of-\d+)?\.tar")
+# ImageNet's archives as downloaded are no shards (`imagenet_tar.py`).
+TAR = re.compile(r"(?!ILSVRC2012_img_)(?P<stem>[^.].*?)(?:-\d+-of-\d+)?\.tar")
 HUB_PLACES = "", "data"
 """Folders in the root in which Parquet files of the hub lie."""
 _NUMBER = re.compile(r"-(\d+)-of-(\d+)")

@@ -1,8 +1,8 @@
 """Tar shards in the WebDataset layout, read in any order.
 
 A sample is the members of one shard that share a key, the name up to the first dot of its last part: `0001.jpg` with
-`0001.cls` (a class number) or `0001.json` (an object with the class number in a field). Where that leaves no image, as
-in `cat.1.jpg` with `cat.1.cls`, keys go up to the last dot. The headers of all shards are read once; offset and size
+`0001.cls` (a class number or name) or `0001.json` (an object with one of them in a field). Where that leaves no image,
+as in `cat.1.jpg` with `cat.1.cls`, keys go up to the last dot. The headers of all shards are read once; offset and size
 of every image then make each a `pread`. That list is kept (`shards.cached`), and made anew when a shard has changed.
 
 Nothing is ever extracted. Members that no well-formed shard has (links, absolute names, `..`, a name that comes twice)
@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,14 +34,19 @@ from fastdeit.data.sources.source import EXTENSIONS, MAX_LABEL, BadImage, DataEr
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
-_CACHE_FORMAT = "2"
+_CACHE_FORMAT = "3"
 _LABEL_FIELD = "label"
 _LABEL_BYTES = 1 << 20
+_NAME_LENGTH = 200
+_SHOWN = 3
+_WORD = {int: "number", str: "name"}
 _BLOCK = 512
 _CHUNK = 1 << 20
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
+    """A file in a tar file, with its place there in bytes."""
+
     name: str
     offset: int
     size: int
@@ -50,9 +55,9 @@ class _Member(NamedTuple):
 class TarSource(Listed):
     """The images of `shards`, paths relative to `root`, in the order of shards and members.
 
-    label_field: field of `.json` members that holds the class number. Classes are named by their numbers, 0 to the
-    largest label. Raises DataError where no shard has a usable sample; warns of what was left out, and lists it in
-    `skipped`.
+    label_field: field of `.json` members that holds the class number or name, FIELD.FIELD of an object in a field.
+    Classes are the sorted names; where labels are numbers, these, 0 to the largest. Raises DataError where no shard has
+    a usable sample; warns of what was left out, and lists it in `skipped`.
     """
 
     def __init__(self, root: str | Path, shards: Sequence[str], label_field: str = _LABEL_FIELD) -> None:
@@ -64,26 +69,34 @@ class TarSource(Listed):
         if not len(names):
             raise DataError(
                 f"{root}: no image with a label in {len(shards)} tar file{'s' if len(shards) > 1 else ''}; a sample is "
-                f"KEY.jpg with KEY.cls (a class number) or KEY.json (with field {label_field!r}){reasons(skipped)}"
+                f"KEY.jpg with KEY.cls (a class number or name) or KEY.json (with field {label_field!r})"
+                f"{reasons(skipped)}"
             )
         if skipped:
             warnings.warn(f"{root}: {len(skipped)} entries of tar files are left out:{reasons(skipped)}", stacklevel=2)
-        classes = class_numbers(index["label"], root)
-        fingerprint = digest(names.blob, index["label"], self._size)
+        named = list(Strings(index["classes"].tobytes()))
+        if len(named) == 1:
+            raise DataError(f"{root}: every label is {named[0]!r}; classification needs two or more classes")
+        classes = named or class_numbers(index["label"], root)
+        fingerprint = digest(names.blob, index["label"], self._size, *([named] if named else []))
         super().__init__(classes, names, index["label"], fingerprint, [tuple(entry) for entry in skipped])
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """The encoded image `index`: uint8 `[n]`. BadImage if the tar file was cut meanwhile."""
         shard = os.path.join(self._root, self._shards[self._shard[index]])
-        size = int(self._size[index])
-        data = read_range(shard, int(self._offset[index]), size)
-        if len(data) < size:
-            raise BadImage("the tar file ends before the image does; it was cut while in use")
-        return data
+        return read_member(shard, int(self._offset[index]), int(self._size[index]))
 
     def path(self, index: int) -> str:
         """SHARD:MEMBER of sample `index`, with the folder of the data set."""
         return os.path.join(self._root, self.name(index))
+
+
+def read_member(path: str, offset: int, size: int) -> NDArray[np.uint8]:
+    """The file with this place in a tar file: uint8 `[size]`. BadImage if the tar file was cut meanwhile."""
+    data = read_range(path, offset, size)
+    if len(data) < size:
+        raise BadImage("the tar file ends before the image does; it was cut while in use")
+    return data
 
 
 def shards(root: str | Path, pattern: str) -> list[str]:
@@ -115,31 +128,47 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _index(root: Path, shards: list[str], label_field: str) -> Index:
-    names, columns, skipped = [], [np.empty((4, 0), np.int64)], []
-    paths = [os.path.join(root, shard) for shard in shards]
-    found = scanned(paths, partial(_listed, label_field))
-    for number, (shard, (members, numbers, left_out)) in enumerate(zip(shards, found, strict=True)):
-        names += [f"{shard}:{name}" for name in members]
-        columns.append(np.vstack((np.full(len(members), number), numbers)))
-        skipped += left_out
+    found = list(scanned([os.path.join(root, shard) for shard in shards], partial(_listed, label_field)))
+    labels = [label for _, _, inside, _ in found for label in inside]
+    names = [f"{shard}:{name}" for shard, (inside, *_) in zip(shards, found, strict=True) for name in inside]
+    places = np.hstack([np.empty((2, 0), np.int64), *(place for _, place, _, _ in found)])
+    shard = np.repeat(np.arange(len(shards)), [len(inside) for inside, *_ in found])
+    skipped = [one for *_, left_out in found for one in left_out]
+    kind = str if sum(isinstance(label, str) for label in labels) > len(labels) / 2 else int
+    kept = np.array([isinstance(label, kind) for label in labels], bool)
+    skipped += [
+        (
+            os.path.join(root, names[at]),
+            f"its label {labels[at]!r} is a {_WORD[type(labels[at])]}, most are {_WORD[kind]}s",
+        )
+        for at in np.flatnonzero(~kept)
+    ]
+    wanted = [label for label in labels if isinstance(label, kind)]
+    classes = sorted(set(wanted)) if kind is str else []
+    number = {name: at for at, name in enumerate(classes)}
     return {
-        **dict(zip(("shard", "offset", "size", "label"), np.hstack(columns), strict=True)),
-        "names": text_array(Strings.of(names).blob),
+        "shard": shard[kept],
+        "offset": places[0, kept],
+        "size": places[1, kept],
+        "label": np.array([number.get(label, label) for label in wanted], np.int64),
+        "names": text_array(Strings.of(name for name, usable in zip(names, kept, strict=True) if usable).blob),
+        "classes": text_array(Strings.of(classes).blob),
         "skipped": text_array(json.dumps(skipped).encode()),
     }
 
 
-def _listed(label_field: str, path: str) -> tuple[list[str], NDArray[np.int64], Skipped]:
-    """What `_samples` finds in a shard, as names and int64 `[3, n]`, and what it leaves out."""
+def _listed(label_field: str, path: str) -> tuple[list[str], NDArray[np.int64], list[int | str], Skipped]:
+    """What `_samples` finds in a shard, as names, places int64 `[2, n]` and labels, and what it leaves out."""
     skipped: Skipped = []
     samples = list(_samples(label_field, path, skipped))
-    return [name for name, *_ in samples], np.array([row for _, *row in samples], np.int64).reshape(-1, 3).T, skipped
+    places = np.array([(image.offset, image.size) for image, _ in samples], np.int64).reshape(-1, 2).T
+    return [image.name for image, _ in samples], places, [label for _, label in samples], skipped
 
 
-def _samples(label_field: str, path: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
-    """(name, offset, size, label) of every image of a shard."""
-    groups: dict[str, dict[str, _Member]] = {}
-    for member in _members(path, skipped):
+def _samples(label_field: str, path: str, skipped: Skipped) -> Iterator[tuple[Member, int | str]]:
+    """Every image of a shard with its label."""
+    groups: dict[str, dict[str, Member]] = {}
+    for member in members(path, skipped):
         if any(map(is_litter, member.name.split("/")[member.name.startswith("./") :])):
             continue
         match = _KEY.fullmatch(member.name)
@@ -158,14 +187,13 @@ def _samples(label_field: str, path: str, skipped: Skipped) -> Iterator[tuple[st
             found = " and ".join(repr(image.name) for image in images) or f"only {', '.join(sorted(group))}"
             skipped.append((f"{path}:{key}", f"a sample has one image; here is {found}"))
             continue
-        label = _label(path, group, label_field)
-        if isinstance(label, str):
-            skipped.append((f"{path}:{images[0].name}", label))
-        else:
-            yield *images[0], label
+        try:
+            yield images[0], _label(path, group, label_field)
+        except _NoLabel as error:
+            skipped.append((f"{path}:{images[0].name}", str(error)))
 
 
-def _with_dots_in_keys(groups: dict[str, dict[str, _Member]]) -> Iterator[tuple[str, dict[str, _Member]]]:
+def _with_dots_in_keys(groups: dict[str, dict[str, Member]]) -> Iterator[tuple[str, dict[str, Member]]]:
     """(key, members by extension) of `groups`, of which those without an image are split at the last dot instead."""
     for key, group in groups.items():
         if any(extension in _IMAGES for extension in group) or not any(
@@ -173,59 +201,101 @@ def _with_dots_in_keys(groups: dict[str, dict[str, _Member]]) -> Iterator[tuple[
         ):
             yield key, group
             continue
-        split: dict[str, dict[str, _Member]] = {}
+        split: dict[str, dict[str, Member]] = {}
         for extension, member in group.items():
             inner, dot, last = extension.rpartition(".")
             split.setdefault(key + dot + inner, {})[last] = member
         yield from split.items()
 
 
-def _label(path: str, group: dict[str, _Member], label_field: str) -> int | str:
-    """The class number of a sample, or why there is none."""
+class _NoLabel(Exception):
+    """Why a sample has no label."""
+
+
+def _label(path: str, group: dict[str, Member], label_field: str) -> int | str:
+    """The class number or name of a sample."""
     extension = "cls" if "cls" in group else "json"
     member = group.get(extension)
     if member is None:
-        return "there is no .cls and no .json file with its label"
+        raise _NoLabel("there is no .cls and no .json file with its label")
     if member.size > _LABEL_BYTES:
-        return f"its .{extension} file has {member.size} bytes, too many for a label"
-    text = read_range(path, member.offset, member.size).tobytes()
+        raise _NoLabel(f"its .{extension} file has {member.size} bytes, too many for a label")
+    data = read_range(path, member.offset, member.size).tobytes()
     try:
-        label = int(text) if extension == "cls" else json.loads(text)[label_field]
+        value = data.decode() if extension == "cls" else _field(json.loads(data), label_field)
+        label = _number_or_name(value)
     except (ValueError, TypeError, KeyError, RecursionError):
-        want = "a class number" if extension == "cls" else f"an object with field {label_field!r}"
-        return f"its .{extension} file is not {want}: {text[:40]!r}"
-    if type(label) is not int or not 0 <= label <= MAX_LABEL:
-        return f"its label {label!r} is not a class number (0 to {MAX_LABEL})"
+        want = "a class number or name" if extension == "cls" else f"an object with field {label_field!r}"
+        raise _NoLabel(f"its .{extension} file is not {want}: {data[:40]!r}") from None
+    if isinstance(value, dict):
+        parts = " or ".join(f"data.label_column={label_field}.{key}" for key in list(value)[:_SHOWN])
+        raise _NoLabel(f"its label is an object; say which field of it is meant by {parts}")
+    if label is None or (isinstance(label, int) and not 0 <= label <= MAX_LABEL):
+        raise _NoLabel(f"its label {value if label is None else label!r} is not a class number (0 to {MAX_LABEL})")
     return label
 
 
-def _members(path: str, skipped: Skipped) -> Iterator[_Member]:
-    """The regular files of a tar file that lie wholly inside it; what is wrong with it goes to `skipped`."""
+def _field(found: Any, name: str) -> Any:
+    """The value of a field, or of FIELD.FIELD in an object that is in a field."""
+    if name not in found and "." in name:
+        outer, _, inner = name.partition(".")
+        return _field(found[outer], inner)
+    return found[name]
+
+
+def _number_or_name(value: object) -> int | str | None:
+    """A whole number as such, also where it is written as text; other text in one line, as a name; None of the rest.
+    ValueError for text that is neither."""
+    if not isinstance(value, str):
+        return value if type(value) is int else None
+    text = value.strip()
     try:
-        length = os.path.getsize(path)
+        return int(text)
+    except ValueError:
+        if not 0 < len(text) <= _NAME_LENGTH or not text.isprintable() or _is_float(text):
+            raise
+    return text
+
+
+def _is_float(text: str) -> bool:
+    """Whether text is a number, or "nan", as programs write a label that is missing."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def members(path: str, skipped: Skipped, start: int = 0, stop: int | None = None) -> Iterator[Member]:
+    """The regular files of a tar file that lie wholly inside it; what is wrong with it goes to `skipped`.
+
+    start, stop: where it begins and ends in the file at `path`, if it is a member of another tar file.
+    """
+    at: int | None = start
+    try:
+        length = os.path.getsize(path) if stop is None else stop
         if not os.path.isfile(path):
             raise tarfile.ReadError("it is not a regular file")  # opening a pipe would wait for ever
         with open(path, "rb") as file:
-            start: int | None = 0
-            while start is not None:
-                end = yield from _archive(file, path, start, length, skipped)
-                closing = read_range(path, end, _BLOCK)
+            while at is not None:
+                end = yield from _archive(file, path, at, length, skipped)
+                closing = read_range(path, end, min(_BLOCK, length - end))
                 if len(closing) < _BLOCK or closing.any():
                     skipped.append((path, f"the tar file is cut short or damaged at byte {end} of {length}"))
                     return
-                start = _next_archive(path, end, length)
+                at = _next_archive(path, end, length)
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         if isinstance(error, OSError) and not of_file(error):
             raise
-        skipped.append((path, _why_not(path, error)))
+        skipped.append((path, _why_not(path, start, error)))
 
 
-def _archive(file: BinaryIO, path: str, start: int, length: int, skipped: Skipped) -> Generator[_Member, None, int]:
+def _archive(file: BinaryIO, path: str, start: int, length: int, skipped: Skipped) -> Generator[Member, None, int]:
     """The regular files of the archive that starts at byte `start` of `file`; returns the byte at which it ends."""
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:") as archive:
         end = start
-        while (info := archive.next()) is not None:
+        while end < length and (info := archive.next()) is not None:
             archive.members.clear()  # tarfile keeps every header it has read
             if archive.offset <= end:
                 raise tarfile.ReadError(f"the header at byte {info.offset} has a negative size")
@@ -234,14 +304,14 @@ def _archive(file: BinaryIO, path: str, start: int, length: int, skipped: Skippe
             if reason:
                 skipped.append((f"{path}:{info.name}", reason))
             elif info.isreg():
-                yield _Member(info.name, info.offset_data, info.size)
-    return end
+                yield Member(info.name, info.offset_data, info.size)
+    return min(end, length)
 
 
 def _next_archive(path: str, end: int, length: int) -> int | None:
     """Where behind the zeros that end an archive another one starts, as in `cat a.tar b.tar`; None if none does."""
     for at in range(end, length, _CHUNK):
-        found = np.flatnonzero(read_range(path, at, _CHUNK))
+        found = np.flatnonzero(read_range(path, at, min(_CHUNK, length - at)))
         if len(found):
             return (at + int(found[0])) // _BLOCK * _BLOCK
     return None
@@ -259,9 +329,9 @@ def _unusable(info: tarfile.TarInfo, length: int) -> str | None:
     return None
 
 
-def _why_not(path: str, error: Exception) -> str:
+def _why_not(path: str, at: int, error: Exception) -> str:
     try:
-        start = read_range(path, 0, 6).tobytes()
+        start = read_range(path, at, 6).tobytes()
     except OSError as refused:
         return f"the tar file cannot be read: {refused.strerror}"
     packers = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fastdeit.text import one_line
 from fastdeit.verbs.check.report import Finding, Report, Split
+from fastdeit.verbs.check.samples import Odd
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -51,11 +52,12 @@ def _split(split: Split) -> str:
         ratios = split.widths / split.heights
         parts += [_histogram("shorter side in pixels", sides), _histogram("width over height", ratios)]
     parts += [_bars("samples of each class", [count for _, count in split.classes]), "</p>"]
-    parts += [_table("formats", "samples", split.formats.items()), _table("classes", "samples", split.classes)]
+    tables = ("formats", split.formats.items()), ("decoders", split.decoders.items()), ("classes", split.classes)
+    parts += [_table(what, "samples", rows) for what, rows in tables]
     parts += map(_finding, split.findings)
     if split.sheet:
         parts.append("<h3>Odd ones, as training sees them</h3>")
-        parts += [_figure(path, one.jpeg, one.kinds) for path, one in split.sheet]
+        parts += [_figure(path, one) for path, one in split.sheet]
     return "\n".join(parts)
 
 
@@ -76,9 +78,9 @@ def _table(what: str, count: str, rows: Sequence[tuple[str, int]]) -> str:
     return f"<details><summary>{len(rows):,} {what}</summary><table>{head}{cells}</table></details>"
 
 
-def _figure(path: str, jpeg: bytes, kinds: Sequence[str]) -> str:
-    data = base64.b64encode(jpeg).decode()
-    caption = f"{_text(path)}<br><b>{_text('; '.join(kinds))}</b>"
+def _figure(path: str, one: Odd) -> str:
+    data = base64.b64encode(one.jpeg).decode()
+    caption = f"{_text(path)}<br><b>{_text('; '.join(one.kinds))}</b><br>{_text(f'read by {one.decoder}')}"
     return f'<figure><img alt="" src="data:image/jpeg;base64,{data}"><figcaption>{caption}</figcaption></figure>'
 
 

@@ -28,14 +28,15 @@ class Finding:
 @dataclass(frozen=True)
 class Split:
     """One split. classes: name and number of samples of each, in the order of the labels; formats: samples of each
-    format and colour mode; side, ratio, size as (smallest, median, largest) of the usable samples: shorter side in
-    pixels, width over height, encoded size in bytes; odd: samples by what is odd about them, and (path, picture) of the
-    first ones; widths, heights: of each usable sample."""
+    format and colour mode; decoders: samples that each decoder reads; side, ratio, size as (smallest, median, largest)
+    of the usable samples: shorter side in pixels, width over height, encoded size in bytes; odd: samples by what is odd
+    about them, and (path, picture) of the first ones; widths, heights: of each usable sample."""
 
     name: str
     samples: int
     classes: Sequence[tuple[str, int]]
     formats: Mapping[str, int]
+    decoders: Mapping[str, int]
     side: tuple[int, int, int]
     ratio: tuple[float, float, float]
     size: tuple[int, int, int]
@@ -50,6 +51,7 @@ class Split:
         formats = ", ".join(f"{count} {name}" for name, count in self.formats.items())
         counts = [count for _, count in self.classes]
         yield f"{self.name}: {self.samples} samples: {formats or 'none usable'}"
+        yield f"decoded by {', by '.join(f'{name} {count}' for name, count in self.decoders.items()) or 'nothing'}"
         yield "shorter side {} to {} pixels, median {}".format(*_ends_first(self.side))
         yield "width over height {:.2f} to {:.2f}, median {:.2f}".format(*_ends_first(self.ratio))
         yield "encoded size {} to {} bytes, median {}".format(*_ends_first(self.size))
@@ -98,6 +100,7 @@ class Report:
                     "samples": split.samples,
                     "classes": dict(split.classes),
                     "formats": dict(split.formats),
+                    "decoders": dict(split.decoders),
                     **{key: summarised(getattr(split, key)) for key in ("side", "ratio", "size")},
                     "odd": dict(split.odd),
                     "findings": [asdict(finding) for finding in split.findings],
@@ -118,11 +121,12 @@ def split_of(name: str, source: NamedSource, found: Samples) -> Split:
         samples=len(source),
         classes=classes,
         formats=dict(found.formats.most_common()),
+        decoders=dict(found.decoders.most_common()),
         side=summary(np.minimum(usable["width"], usable["height"])),
         ratio=summary(usable["width"] / np.maximum(usable["height"], 1)),
         size=summary(usable["size"]),
         findings=[*_of_samples(source, found, labels), *_of_classes(classes)],
-        odd={kind: len(indices) for kind, indices in odd.items()},
+        odd={kind: len(some) for kind, some in odd.items()},
         sheet=[(source.path(one.index), one) for one in found.odd if one.jpeg],
         widths=usable["width"],
         heights=usable["height"],
@@ -187,8 +191,8 @@ def _of_samples(source: NamedSource, found: Samples, labels: NDArray[np.int64]) 
     same = [group for group in groups if len(set(labels[group].tolist())) == 1]
     if same:
         yield Finding("the same picture more than once", [" = ".join(map(source.path, group)) for group in same])
-    for kind, indices in _by_kind(found.odd).items():
-        yield Finding(f"odd, but read: {kind}", [source.path(i) for i in indices])
+    for kind, some in _by_kind(found.odd).items():
+        yield Finding(f"odd, but read: {kind}", [f"{source.path(one.index)} (by {one.decoder})" for one in some])
     yield from _left_out(getattr(source, "left_out", {}))
     bad = [*source.skipped, *((source.path(i), reason) for i, reason in found.bad)]
     if bad:
@@ -214,11 +218,11 @@ def _of_classes(classes: Sequence[tuple[str, int]]) -> Iterator[Finding]:
         yield Finding(f"classes are not balanced: {most!r} has {large} samples, {fewest!r} has {small}")
 
 
-def _by_kind(odd: Sequence[Odd]) -> dict[str, list[int]]:
-    kinds: dict[str, list[int]] = {}
+def _by_kind(odd: Sequence[Odd]) -> dict[str, list[Odd]]:
+    kinds: dict[str, list[Odd]] = {}
     for one in odd:
         for kind in one.kinds:
-            kinds.setdefault(kind, []).append(one.index)
+            kinds.setdefault(kind, []).append(one)
     return kinds
 
 

@@ -28,22 +28,25 @@ _FACTS = np.dtype([("width", np.int32), ("height", np.int32), ("size", np.int64)
 
 @dataclass(frozen=True)
 class Odd:
-    """A sample with something odd about it: its number, what that is, and for the first ones of a kind a JPEG of what
-    training sees, at most 96 pixels a side."""
+    """A sample with something odd about it: its number, what that is, how it is read, and for the first ones of a kind
+    a JPEG of what training sees, at most 96 pixels a side."""
 
     index: int
     kinds: tuple[str, ...]
+    decoder: str
     jpeg: bytes = b""
 
 
 @dataclass
 class Samples:
     """What was found of the samples of a split. facts: a row each, of which the width is 0 where it cannot be used;
-    bad: (number, reason); formats: samples of each format and colour mode."""
+    bad: (number, reason); formats: samples of each format and colour mode; decoders: samples that each decoder reads,
+    "DALI" or "Pillow: KIND OF FILE"."""
 
     facts: NDArray[np.void]
     bad: list[tuple[int, str]] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
+    decoders: Counter[str] = field(default_factory=Counter)
     odd: list[Odd] = field(default_factory=list)
 
     @property
@@ -67,10 +70,11 @@ def looked_at(
         found.facts[chunk.start : chunk.stop] = part.facts
         found.bad += part.bad
         found.formats.update(part.formats)
+        found.decoders.update(part.decoders)
         for one in part.odd:
             shown = one.jpeg and any(kept[kind] < _SHOWN for kind in one.kinds)
             kept.update(one.kinds if shown else ())
-            found.odd.append(one if shown else Odd(one.index, one.kinds))
+            found.odd.append(one if shown else Odd(one.index, one.kinds, one.decoder))
         if progress:
             progress(chunk.stop, total)
     return found
@@ -127,11 +131,13 @@ def _look_at(source: NamedSource, chunk: range) -> Samples:
         row["digest"], row["size"] = blake2b(encoded, digest_size=16).digest(), len(encoded)
         row["height"], row["width"] = seen.rgb.shape[:2]
         found.formats[seen.format] += 1
+        decoder = f"Pillow: {seen.why}" if seen.why else "DALI"
+        found.decoders[decoder] += 1
         if seen.odd:
             kinds = tuple(odd.kind for odd in seen.odd)
             shown = any(kept[kind] < _SHOWN for kind in kinds)
             kept.update(kinds)
-            found.odd.append(Odd(index, kinds, _small(seen.rgb) if shown else b""))
+            found.odd.append(Odd(index, kinds, decoder, _small(seen.rgb) if shown else b""))
     return found
 
 
