@@ -53,6 +53,9 @@ def finish(row: dict[str, Any], out: str | None) -> None:
     for ratio, of in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
         peers = [name for name in row[of] if not name.startswith("fastdeit") and compared_to(name, row)]
         row[ratio] = {name: median(row, name, of) / median(row, compared_to(name, row), of) for name in peers}
+    if row["what"] == "data":
+        row["decoder_share"] = data.decoder_shares(row, "seconds")
+        row["decoder_cpu_share"] = data.decoder_shares(row, "cpu_seconds")
     row["environment"] = measure.environment()
     print(sentence(row), flush=True)
     measure.append(row, out)
@@ -102,6 +105,9 @@ def _speed(row: dict[str, Any], name: str) -> str:
     text = f"{row['images'] / median(row, name):10.2f} images/s"
     if row["what"] == "data":
         text += f" ({row['images'] / median(row, name, 'cpu_seconds'):.2f} per CPU-second)"
+    if row["what"] == "data" and name in row["decoder_share"]:
+        share, of_cpu = row["decoder_share"][name], row["decoder_cpu_share"][name]
+        text += f"; the decoder alone takes {share:.1%} of its time ({of_cpu:.1%} of its CPU time)"
     if (still := train.resident_of(name, row)) is not None:
         share, (low, high) = median(row, still) / median(row, name), by_round(row, still, name)
         text += f", {share:.1%} of its speed without input (by round {low:.1%} to {high:.1%})"

@@ -12,6 +12,9 @@ is used up, and the next `TIMED_BATCHES` come at the speed at which they are mad
 that to the end every side works ahead as in the middle of an epoch: without them, batches made during the warm-up would
 be counted and their cost would not. CPU time is that of this process, all its threads included, and of its worker
 processes.
+
+`DECODER` is the side that decodes what ours decode and does nothing else. Its time is the floor of ours: work on
+everything else cannot bring them below it.
 """
 
 import argparse
@@ -23,13 +26,14 @@ from collections.abc import Callable, Container, Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fastdeit import kernels
-from fastdeit.bench.measure import Timer
+from fastdeit.bench.measure import CannotRun, Timer, median
 from fastdeit.data.plan import policy
 from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.engine.dist import World
@@ -50,6 +54,7 @@ IMAGES, SIDES = 512, (375, 500)
 WARM_BATCHES, TIMED_BATCHES = 8, 16
 BATCH = 64
 OURS = "all of the recipe, replayable: TrainLoader (box decoded by DALI, rendered in threads)"
+DECODER = "fastdeit_decoder"
 _CLASSES = 8
 _FACTS = {
     "train": ("crop", "augment", "color_jitter", "erase", "mixup", "cutmix", "mix_probability"),
@@ -191,6 +196,15 @@ def compared_to(peer: str, sides: Container[str]) -> str | None:
     return name if name in sides else None
 
 
+def decoder_shares(row: dict[str, Any], of: str) -> dict[str, float]:
+    """What `DECODER` takes of the time of every other side of ours, by the clock (`of` "seconds") or in "cpu_seconds";
+    empty for a row without it."""
+    if DECODER not in row[of]:
+        return {}
+    names = [name for name in row[of] if name.startswith("fastdeit") and name != DECODER]
+    return {name: median(row, DECODER, of) / median(row, name, of) for name in names}
+
+
 def cpu_seconds() -> float:
     """CPU time used so far by this process and by its worker processes that live."""
     ticks = os.sysconf("SC_CLK_TCK")
@@ -249,6 +263,28 @@ def ours(setting: Setting, uint8: bool = False) -> Side:
         made, kernel, stream = OURS, "does the rest", _trained_on
     work = f"{made}; without the pixels kernel, which {kernel}" if uint8 else f"{made}; the pixels kernel {kernel}"
     return Side(work, partial(stream, setting, uint8))
+
+
+def decoder(setting: Setting) -> Side:
+    """The boxes that our sides decode, and nothing made of them. CannotRun on a GPU, where all is one graph."""
+    if setting.device.type != "cpu":
+        raise CannotRun("on a GPU the decoder is part of one graph and is not measured alone")
+    work = "our decoder alone: the same boxes of the same files, which lie in memory; nothing is made of their pixels"
+    return Side(work, partial(_decoded, setting))
+
+
+def _decoded(setting: Setting) -> Generator[Any, None, None]:
+    world = World(setting.device)
+    source, held_out = build.sources(setting.recipe)
+    if setting.evaluation:
+        loader = build.eval_loader(setting.recipe, held_out, world, {}, print)
+        works = loader.works()
+    else:
+        loader = build.train_loader(setting.recipe, source, world, {}, print)
+        works = loader.works(0, TIMED_BATCHES)
+    with closing(works):
+        first = list(islice(works, TIMED_BATCHES))
+    yield from loader.decoded(cycle(first))
 
 
 def as_loader(setting: Setting) -> Side:

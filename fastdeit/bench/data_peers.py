@@ -499,6 +499,7 @@ _SIDES: dict[str, Callable[[Setting], Side]] = {
     "fastdeit": bench_data.ours,
     "fastdeit_uint8": partial(bench_data.ours, uint8=True),
     "fastdeit_loader": bench_data.as_loader,
+    bench_data.DECODER: bench_data.decoder,
     "timm": timm,
     "timm_uint8": partial(timm, uint8=True),
     "deit": deit,
@@ -508,11 +509,11 @@ _SIDES: dict[str, Callable[[Setting], Side]] = {
     "dali_uint8": partial(dali, uint8=True),
 }
 _PEERS = {
-    "none": ["fastdeit_uint8", "fastdeit_loader"],
-    "timm": ["fastdeit_uint8", "fastdeit_loader", "timm", "timm_uint8"],
-    "deit": ["deit"],
-    "torchvision": ["fastdeit_uint8", "torchvision", "torchvision_uint8"],
-    "dali": ["fastdeit_uint8", "dali", "dali_uint8"],
+    "none": ["fastdeit_uint8", "fastdeit_loader", bench_data.DECODER],
+    "timm": ["fastdeit_uint8", "fastdeit_loader", bench_data.DECODER, "timm", "timm_uint8"],
+    "deit": [bench_data.DECODER, "deit"],
+    "torchvision": ["fastdeit_uint8", bench_data.DECODER, "torchvision", "torchvision_uint8"],
+    "dali": ["fastdeit_uint8", bench_data.DECODER, "dali", "dali_uint8"],
     "all": [name for name in _SIDES if name != "fastdeit"],
 }
 

@@ -181,6 +181,12 @@ def _in_cpu_time(row: Row, name: str) -> str:
     return _against(row, name, "cpu_seconds") if row["device"] == "cpu" and "cpu_seconds" in row else ""
 
 
+def _decoders_share(row: Row, name: str) -> str:
+    """Of the CPU time of our side; older rows do not say it."""
+    share = row.get("decoder_cpu_share", {}).get(name)
+    return "" if share is None else f"{share:.1%}"
+
+
 def _share(row: Row, name: str) -> str:
     share = bench_cells.mfu(row, name)
     return "" if share is None else f"{share:.1%}"
@@ -233,6 +239,7 @@ _COLUMNS: dict[str, dict[str, Tell]] = {
         "images/s": _images,
         "ours is so many times as fast": _against,
         "images per CPU-second": lambda row, name: _images(row, name, "cpu_seconds"),
+        "of its CPU time the decoder": _decoders_share,
     },
     "kernel": {"us": _micro, "of a copy": _of_copy},
     "calibrate": {

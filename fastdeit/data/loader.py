@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fastdeit import cores
 from fastdeit.batch import Batch, Labels, Step
 from fastdeit.data.bad import BadImages, BadList, OnBad
-from fastdeit.data.execute.dali import Executor, Work
+from fastdeit.data.execute.dali import Decoder, Executor, Work
 from fastdeit.data.execute.prefetch import Prefetch
 from fastdeit.data.execute.route import Encoded, file_of
 from fastdeit.data.plan import order, plan
@@ -99,12 +99,17 @@ class TrainLoader:
         """One list of `accumulate` micro-batches for each step, on the host but for the images, which are on the
         loader's device. Threads live until the generator is exhausted or
         closed, and starting them costs a pipeline: iterate a whole run by one call."""
-        with closing(_stream(self._works(start_step, stop_step), self._executor, self._device, self._fields)) as stream:
+        with closing(_stream(self.works(start_step, stop_step), self._executor, self._device, self._fields)) as stream:
             for _ in range(start_step, stop_step):
                 yield [next(stream) for _ in range(self._accumulate)]
 
-    def _executor(self) -> Executor:
-        return Executor(
+    def decoded(self, works: Iterable[Work]) -> Generator[list[NDArray[np.uint8]], None, None]:
+        """Of each of `works` the decoded boxes, uint8 `[h, w, 3]`, and nothing made of them: what the decoder alone
+        does, on a CPU. They are valid until the next are asked for."""
+        return _decoded(self._executor(Decoder), works)
+
+    def _executor(self, kind: type[Executor] = Executor) -> Executor:
+        return kind(
             [view.size for view in self._views],
             self._batch_size // (self._accumulate * self._world),
             threads=self._threads,
@@ -112,7 +117,8 @@ class TrainLoader:
             repair=self._repair,
         )
 
-    def _works(self, start_step: int, stop_step: int) -> Generator[Work, None, None]:
+    def works(self, start_step: int, stop_step: int) -> Generator[Work, None, None]:
+        """What is executed of each micro-batch: the files, read, and their plans."""
         epoch = None
         with _parallel_read(self._source, self._threads) as read:
             for step in range(start_step, stop_step):
@@ -217,11 +223,15 @@ class EvalLoader:
 
     def batches(self) -> Generator[Batch, None, None]:
         """Batches of this process, each without its undecodable images (their sizes vary)."""
-        with closing(_stream(self._works(), self._executor, self._device, self._fields)) as stream:
+        with closing(_stream(self.works(), self._executor, self._device, self._fields)) as stream:
             yield from stream
 
-    def _executor(self) -> Executor:
-        return Executor(
+    def decoded(self, works: Iterable[Work]) -> Generator[list[NDArray[np.uint8]], None, None]:
+        """As `TrainLoader.decoded`."""
+        return _decoded(self._executor(Decoder), works)
+
+    def _executor(self, kind: type[Executor] = Executor) -> Executor:
+        return kind(
             [self._size],
             self._batch_size,
             threads=self._threads,
@@ -229,7 +239,8 @@ class EvalLoader:
             repair=self._repair,
         )
 
-    def _works(self) -> Generator[Work, None, None]:
+    def works(self) -> Generator[Work, None, None]:
+        """What is executed of each batch: the files, read, and their plans."""
         with _parallel_read(self._source, self._threads) as read:
             for start in range(0, len(self._index), self._batch_size):
                 index = self._index[start : start + self._batch_size]
@@ -270,6 +281,13 @@ class EvalLoader:
             self.bad.add(int(work.owner[row]), reason)
         sound = [row for row in range(len(work.owner)) if row not in failures]
         return replace(work.take(sound), owner=work.owner[sound])
+
+
+def _decoded(executor: Executor, works: Iterable[Work]) -> Generator[list[NDArray[np.uint8]], None, None]:
+    with closing(executor.run(works)) as batches:
+        for _, images in batches:
+            if images is not None:
+                yield images[0]
 
 
 class _Rows:

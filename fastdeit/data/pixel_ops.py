@@ -1,11 +1,14 @@
 """Pixel operations: one table, `PIXEL_OPS`, of what each is called, does on the CPU, does on the GPU, and reads like.
 
-On the CPU an operation takes one image as an array. `equalize`, `rotate`, `grayscale`, `blur` and `hue` are Pillow's.
-The others are a few passes of numpy with Pillow's rounding (float32, for `auto_contrast` float64, then truncated),
-cheaper where it counts:
+On the CPU an operation takes one image as an array. `equalize`, `rotate`, `grayscale`, `color`, `blur` and `hue` are
+Pillow's. The others are a few passes of numpy with Pillow's rounding (float32, for `auto_contrast` float64, then
+truncated), cheaper where it counts:
 
     blend(base, x, f) = trunc(clip(base + f (x - base), 0, 255))
     color: base = grey; contrast: base = mean grey; brightness: base = 0; sharpness: base = smoothed
+
+Where the base is one number, the blend is a table of 256 levels. A picture that has become grey stays one channel for
+as long as the operations that follow allow: 3-Augment turns every third picture grey before it jitters its colours.
 
 Shear and translation move every row (or column) along itself by one amount, so that of the 16 taps of Pillow's bicubic
 transform 4 are left. With a, b, c, e the pixels at -1, 0, 1, 2 from the position and t the fraction beyond b (this is
@@ -28,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
@@ -62,9 +65,10 @@ class Warp:
 class PixelOp:
     """One pixel operation.
 
-    name: as policies and tests call it. cpu(image, value): uint8 `[H, W, 3]` to the same. gpu(image, nodes): the node
-    of DALI's graph, or a `Warp`. words: how `value` reads in a sentence after the name, a format string; empty where
-    the operation has no argument. Raises TypeError without a form for the CPU or the GPU: an operation that one
+    name: as policies and tests call it. cpu(image, value): uint8 `[H, W, 3]` to the same, or to `[H, W, 1]`, which
+    stands for three equal channels. gpu(image, nodes): the node of DALI's graph, or a `Warp`. words: how `value` reads
+    in a sentence after the name, a format string; empty where the operation has no argument. takes_grey: whether `cpu`
+    takes `[H, W, 1]` as well. Raises TypeError without a form for the CPU or the GPU: an operation that one
     executor lacks would do nothing there, and nobody would notice.
     """
 
@@ -72,6 +76,7 @@ class PixelOp:
     cpu: Callable[[Pixels, float], Pixels]
     gpu: "Callable[[DataNode, Nodes], DataNode] | Warp"
     words: str = ""
+    takes_grey: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.cpu):
@@ -117,26 +122,56 @@ def _auto_contrast(image: Pixels, _: float) -> Pixels:
     return out.reshape(image.shape)
 
 
-def _blend(base: Pixels | int, image: Pixels, factor: float) -> Pixels:
+def _blend(base: Pixels, image: Pixels, factor: float) -> Pixels:
     out = np.empty_like(image)
     for top in range(0, len(image), _LINES):
         rows = slice(top, top + _LINES)
-        levels = image[rows].astype(np.float32)
-        below = np.float32(base) if isinstance(base, int) else base[rows].astype(np.float32)
-        levels -= below
-        levels *= np.float32(factor)
-        levels += below
-        out[rows] = levels.clip(0, 255, out=levels)
+        out[rows] = _blended(base[rows].astype(np.float32), image[rows], factor)
     return out
 
 
+def _blend_level(base: int, image: Pixels, factor: float) -> Pixels:
+    """`_blend` with the same base everywhere."""
+    table = _blended(np.float32(base), np.arange(256), factor).astype(np.uint8).tobytes()
+    return np.frombuffer(image.tobytes().translate(table), np.uint8).reshape(image.shape)
+
+
+def _blended(below: NDArray[np.float32], levels: NDArray[np.integer], factor: float) -> NDArray[np.float32]:
+    """The levels from `below` to `levels` and beyond, before they are truncated."""
+    result = levels.astype(np.float32)
+    result -= below
+    result *= np.float32(factor)
+    result += below
+    return result.clip(0, 255, out=result)
+
+
+def _grey(image: Pixels) -> Pixels:
+    """uint8 `[H, W, 1]`; an image of one channel is its own."""
+    return np.asarray(Image.fromarray(image).convert("L"))[..., None] if image.shape[2] == 3 else image
+
+
+def _three(image: Pixels) -> Pixels:
+    """`[H, W, 3]`, of one channel as of three."""
+    if image.shape[2] == 3:
+        return image
+    channels = np.empty((*image.shape[:2], 3), np.uint8)
+    for channel in range(3):  # to let numpy broadcast the last axis costs far more
+        channels[..., channel] = image[..., 0]
+    return channels
+
+
 def _color(image: Pixels, factor: float) -> Pixels:
-    return _blend(np.asarray(Image.fromarray(image).convert("L").convert("RGB")), image, factor)
+    # A grey picture lies on its base.
+    return np.asarray(ImageEnhance.Color(Image.fromarray(image)).enhance(factor)) if image.shape[2] == 3 else image
 
 
 def _contrast(image: Pixels, factor: float) -> Pixels:
-    count = np.array(Image.fromarray(image).convert("L").histogram())
-    return _blend(int(count @ np.arange(256) / count.sum() + 0.5), image, factor)
+    grey = _grey(image)
+    return _blend_level(int(int(grey.sum()) / grey.size + 0.5), image, factor)
+
+
+def _brightness(image: Pixels, factor: float) -> Pixels:
+    return _blend_level(0, image, factor)
 
 
 def _sharpness(image: Pixels, factor: float) -> Pixels:
@@ -394,19 +429,19 @@ def _identities(count: int) -> NDArray[np.float64]:
 PIXEL_OPS: tuple[PixelOp, ...] = (
     PixelOp("auto_contrast", _auto_contrast, _auto_contrast_gpu),  # Pillow's ImageOps.autocontrast, cutoff 0
     PixelOp("equalize", _pillow(lambda image, _: ImageOps.equalize(image)), _equalize_gpu),
-    PixelOp("invert", lambda image, _: 255 - image, _invert_gpu),
+    PixelOp("invert", lambda image, _: 255 - image, _invert_gpu, takes_grey=True),
     # degrees counter-clockwise about the centre
     PixelOp("rotate", _pillow(_rotate), Warp(_rotation), "by {:+.1f} degrees"),
     # bits kept, 1 to 8
-    PixelOp("posterize", _posterize, _posterize_gpu, "keeping {:.0f} of 8 bits"),
+    PixelOp("posterize", _posterize, _posterize_gpu, "keeping {:.0f} of 8 bits", takes_grey=True),
     # threshold, 0 to 256: pixels at or above it are inverted
-    PixelOp("solarize", _solarize, _solarize_gpu, "from level {:.0f}"),
+    PixelOp("solarize", _solarize, _solarize_gpu, "from level {:.0f}", takes_grey=True),
     # added to pixels below 128, clipped to 255
-    PixelOp("solarize_add", _solarize_add, _solarize_add_gpu, "{:+.0f} below level 128"),
+    PixelOp("solarize_add", _solarize_add, _solarize_add_gpu, "{:+.0f} below level 128", takes_grey=True),
     # factors of Pillow's ImageEnhance
-    PixelOp("color", _color, _color_gpu, "x {:.2f}"),
-    PixelOp("contrast", _contrast, _contrast_gpu, "x {:.2f}"),
-    PixelOp("brightness", lambda image, factor: _blend(0, image, factor), _brightness_gpu, "x {:.2f}"),
+    PixelOp("color", _color, _color_gpu, "x {:.2f}", takes_grey=True),
+    PixelOp("contrast", _contrast, _contrast_gpu, "x {:.2f}", takes_grey=True),
+    PixelOp("brightness", _brightness, _brightness_gpu, "x {:.2f}", takes_grey=True),
     PixelOp("sharpness", _sharpness, _sharpness_gpu, "x {:.2f}"),
     # output (x, y) is input (x + value * y, y), and (x, y + value * x)
     PixelOp("shear_x", lambda image, factor: _shear(image, factor, 1), _entry(0, 1), "by {:+.3f}"),
@@ -414,7 +449,7 @@ PIXEL_OPS: tuple[PixelOp, ...] = (
     # output (x, y) is input (x + value, y), and (x, y + value), in output pixels
     PixelOp("translate_x", lambda image, pixels: _translate(image, pixels, 1), _entry(0, 2), "by {:+.1f} pixels"),
     PixelOp("translate_y", lambda image, pixels: _translate(image, pixels, 0), _entry(1, 2), "by {:+.1f} pixels"),
-    PixelOp("grayscale", _pillow(lambda image, _: image.convert("L").convert("RGB")), _grayscale_gpu),
+    PixelOp("grayscale", lambda image, _: _grey(image), _grayscale_gpu, takes_grey=True),
     # radius of Pillow's ImageFilter.GaussianBlur
     PixelOp("blur", _pillow(_blur), _blur_gpu, "with radius {:.2f}"),
     # factor of torchvision's adjust_hue, -0.5 to 0.5
@@ -431,12 +466,13 @@ def apply(image: Pixels, kind: NDArray[np.uint8], value: NDArray[np.float32]) ->
     """
     for index, argument in zip(kind.tolist(), value.tolist(), strict=True):
         if index:
+            op = PIXEL_OPS[index - 1]
             try:
-                image = PIXEL_OPS[index - 1].cpu(np.ascontiguousarray(image), argument)
+                image = op.cpu(np.ascontiguousarray(image if op.takes_grey else _three(image)), argument)
             except Exception as error:
                 what = f"{KINDS[index]}({argument:g})"
                 raise OperationError(f"the operation {what} failed ({type(error).__name__}: {error})") from error
-    return image
+    return _three(image)
 
 
 def described(kind: NDArray[np.uint8], value: NDArray[np.float32]) -> str:

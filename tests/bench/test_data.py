@@ -51,7 +51,7 @@ def test_a_row_has_all_that_is_needed_to_read_it(short, tmp_path, capsys):
     flags = f"--peer dali --batch 4 --rounds 2 --threads 1 --device cpu --out {out}"
     assert cli.main(["bench", "data", *flags.split()]) == 0
     row = json.loads(out.read_text())
-    names = ["fastdeit", "fastdeit_uint8", "dali", "dali_uint8"]
+    names = ["fastdeit", "fastdeit_uint8", "fastdeit_decoder", "dali", "dali_uint8"]
     assert list(row["seconds"]) == list(row["cpu_seconds"]) == list(row["work"]) == names
     assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in row["seconds"].values())
     assert (row["recipe"], row["augment"]) == ("deit_small", "rand-m9-mstd0.5-inc1")
@@ -80,7 +80,8 @@ def test_a_row_says_which_input_it_is(short, tmp_path, capsys, flags, facts, sai
     assert cli.main(["bench", "data", *flags.split(), *common.split()]) == 0
     row = json.loads(out.read_text())
     assert facts.items() <= row.items()
-    assert list(row["seconds"]) == ["fastdeit", "fastdeit_uint8", "fastdeit_loader"]
+    assert list(row["seconds"]) == ["fastdeit", "fastdeit_uint8", "fastdeit_loader", "fastdeit_decoder"]
+    assert list(row["decoder_share"]) == list(row["decoder_cpu_share"]) == list(row["seconds"])[:-1]
     assert ("crop" in row) != row["evaluation"]
     assert said in capsys.readouterr().out
     assert report.cell(row) == said.removeprefix("data of ").replace(" on cpu", "") + ", 1 threads"
@@ -130,6 +131,25 @@ def test_a_side_is_compared_with_ours_that_ends_at_the_same_place(monkeypatch, t
     assert cli.main(["bench", "data", "--device", "cpu", "--rounds", "2", "--out", str(out)]) == 0
     row = json.loads(out.read_text())
     assert row["ratio"] == row["cpu_ratio"] == {"timm": 3.0, "timm_uint8": 4.0}
+
+
+def test_a_row_says_what_the_decoder_alone_takes_of_each_side_of_ours(monkeypatch, tmp_path, capsys):
+    seconds = {"fastdeit": 4.0, "fastdeit_uint8": 2.5, "fastdeit_decoder": 2.0, "timm": 8.0}
+    cpu_seconds = {"fastdeit": 8.0, "fastdeit_uint8": 4.0, "fastdeit_decoder": 3.0, "timm": 15.0}
+    sides = {name: lambda name=name: (seconds[name], cpu_seconds[name]) for name in seconds}
+    facts = {"recipe": "r", "images": 8, "batch": 4, "work": {}, "failed": {}}
+    monkeypatch.setattr(data_peers, "sides", lambda args, device: nullcontext((sides, facts)))
+    out = tmp_path / "rows.jsonl"
+    assert cli.main(["bench", "data", "--device", "cpu", "--rounds", "1", "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    assert row["decoder_share"] == {"fastdeit": 0.5, "fastdeit_uint8": 0.8}
+    assert row["decoder_cpu_share"] == {"fastdeit": 0.375, "fastdeit_uint8": 0.75}
+    assert list(row["ratio"]) == ["timm"]
+    printed = capsys.readouterr().out
+    assert "1.00 per CPU-second); the decoder alone takes 50.0% of its time (37.5% of its CPU time)\n" in printed
+    lines = [line.split(" | ") for line in report.tables([row])]
+    (column,) = (line.index("of its CPU time the decoder") for line in lines if line[0] == "| cell")
+    assert [line[column] for line in lines if "batch 4" in line[0]] == ["37.5%", "75.0%", "", ""]
 
 
 def test_the_stream_goes_on_beyond_what_is_timed(short, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The peers of `fastdeit bench data` make what their `work` says, of every kind of row."""
 
+import io
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,11 @@ from PIL import Image
 from fastdeit.bench import data as bench_data
 from fastdeit.bench import data_peers
 from fastdeit.bench.measure import CannotRun
+from fastdeit.data.execute.render import source_region
 from fastdeit.data.plan.plan import PAD
+from fastdeit.engine.dist import World
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
 
 SIZE, BATCH, FILES = 64, 4, 16
 FLOATS = ["fastdeit", "fastdeit_loader", "timm", "deit", "torchvision", "dali"]
@@ -121,6 +125,31 @@ def test_the_hosts_part_ends_with_bytes(setting, name, shape, evaluation):
     images = taken(name, setting(evaluation=evaluation))
     assert (images.dtype, images.shape) == (torch.uint8, shape)
     assert images.max() > 128
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_the_decoder_alone_makes_the_boxes_that_ours_decodes(setting, evaluation):
+    made = setting("data.crop=simple", evaluation=evaluation)
+    stream = data_peers._SIDES["fastdeit_decoder"](made).stream()
+    source, held_out = build.sources(made.recipe)
+    world = World(made.device)
+    if evaluation:
+        works = list(build.eval_loader(made.recipe, held_out, world, {}, print).works())
+    else:
+        works = list(build.train_loader(made.recipe, source, world, {}, print).works(0, bench_data.TIMED_BATCHES))
+    for work in [*works, works[0]]:  # it begins again where they end
+        boxes = next(stream)
+        parts = source_region(work.views[0], made.size).tolist()
+        for box, encoded, (y, x, height, width) in zip(boxes, work.encoded, parts, strict=True):
+            whole = np.asarray(Image.open(io.BytesIO(encoded.data)))
+            assert np.array_equal(box, whole[y : y + height, x : x + width])
+            assert box.size < whole.size
+    stream.close()
+
+
+def test_on_a_gpu_the_decoder_is_not_alone(setting):
+    with pytest.raises(CannotRun, match="part of one graph and is not measured alone"):
+        bench_data.decoder(replace(setting(), device=torch.device("cuda")))
 
 
 # Levels of 255, mean: the resize is what differs (docs/augmentation.md, whole plans without operations): 0.005 between
@@ -258,7 +287,8 @@ def test_torchvision_resizes_to_squares_only(setting, name, evaluation):
 
 def test_the_others_go_on(setting):
     built, failed = data_peers._built(setting("data.augment=v0"), data_peers._PEERS["all"])
-    assert list(built) == ["fastdeit", "fastdeit_uint8", "fastdeit_loader", "timm", "timm_uint8", "deit"]
+    ours = ["fastdeit", "fastdeit_uint8", "fastdeit_loader", "fastdeit_decoder"]
+    assert list(built) == [*ours, "timm", "timm_uint8", "deit"]
     assert failed["torchvision"] == failed["torchvision_uint8"] == "torchvision has no augment v0"
 
 

@@ -131,6 +131,21 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+@pytest.mark.parametrize("name", KINDS[1:])
+@pytest.mark.parametrize("size", [(1, 1), (30, 41)])
+def test_operations_on_a_picture_that_has_become_grey(name, size):
+    """It is held as one channel, and no operation may take it for something else, not even with two more behind it."""
+    image = noise(*size)
+    grey = np.array(Image.fromarray(image).convert("L").convert("RGB"))
+    for then in ([], ["contrast", "invert"]):
+        kind = np.array([KINDS.index(each) for each in ("grayscale", name, *then)], np.uint8)
+        value = np.array([0, parity.GRID.get(name, [0])[1 % len(parity.GRID.get(name, [0]))], 1.3, 0][: len(kind)])
+        got = pixel_ops.apply(image, kind, value.astype(np.float32))
+        assert np.array_equal(got, pixel_ops.apply(grey, kind[1:], value[1:].astype(np.float32)))
+        wanted = oracle.operate(Image.fromarray(grey), kind[1:], value[1:].astype(np.float32))
+        assert np.abs(got.astype(int) - np.asarray(wanted)).max() <= parity.BOUNDS[name][0][0] * (1 + len(then))
+
+
 def test_auto_contrast_truncates_as_pillow_does_for_every_range():
     for spread in range(256):
         low = np.array([0, (255 - spread) // 2, 255 - spread])

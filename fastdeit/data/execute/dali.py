@@ -234,6 +234,10 @@ class Executor:
             return outputs
         decoded = map(np.asarray, outputs[0])
         sources = [task.drawn[row] if row in task.drawn else next(decoded) for row in range(len(task.work.encoded))]
+        return self._rendered(sources, task)
+
+    def _rendered(self, sources: list[NDArray[np.uint8]], task: _Task) -> tuple[Any, ...]:
+        """The views of a batch, of which `sources` are the decoded boxes."""
         corner, _ = task.hull
         return tuple(
             renderer.batch(sources, corner, view)
@@ -253,6 +257,14 @@ class Executor:
             "corner": corner[rows],
             "extent": extent[rows],
         }
+
+
+class Decoder(Executor):
+    """An executor on the CPU that decodes and renders nothing, to measure the decoder alone. `collect` gives the boxes
+    of a batch, uint8 `[h, w, 3]` each, as one view; they are valid until the next `collect`."""
+
+    def _rendered(self, sources: list[NDArray[np.uint8]], task: _Task) -> tuple[Any, ...]:
+        return (sources,)
 
 
 def files(encoded: Sequence[Encoded], drawn: Mapping[int, NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
