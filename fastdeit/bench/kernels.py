@@ -31,8 +31,8 @@ from fastdeit.kernels._example import Maker, Sizes
 CHOICES = Path(kernels.__file__).parent / "choices.json"
 _L2_BYTES = 128 * 2**20
 _MOST_COPIES = 8
-_NO_BACKENDS = {"copy", "compiled", "apex", "quack"}
-"""Sides that are there to compare with, and cannot be an op's default."""
+_NO_BACKENDS = {"copy", "compiled", "apex", "quack", "flash", "cudnn"}
+"""Sides that are there to compare with, and cannot be an op's default: they run where they are asked for by name."""
 
 
 class Work(NamedTuple):
@@ -125,7 +125,7 @@ def _sides(name: str, device: torch.device) -> Iterator[tuple[str, Callable[[Wor
     for backend in op.backends:
         if backend.name == _op.REFERENCE:
             continue
-        # Forced on a card, since apex and QuACK have to be; on a CPU that would be the interpreter.
+        # Forced on a card, since some have to be; on a CPU that would be the interpreter.
         able, why = backend.capability(device, on_card)
         if able:
             yield backend.name, lambda work, chosen=backend.name: _chosen(op, chosen, work)

@@ -1,10 +1,8 @@
 """What makes the compiled peer stronger than a good script would: newer FlashAttention, and a last block that computes
 no more than what the heads read, as ours does."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +10,7 @@ from torch import Tensor, nn
 from torch.nn import attention as torch_attention
 
 from fastdeit.bench.measure import CannotRun
-
-
-class Flash(NamedTuple):
-    """A release of FlashAttention that torch can be given: its package, and the major compute capabilities that it
-    runs on (torch/nn/attention/_fa3.py and _fa4.py)."""
-
-    package: str
-    majors: tuple[int, ...]
-
-
-FLASH = {"FA3": Flash("flash_attn_interface", (9,)), "FA4": Flash("flash_attn.cute", (9, 10))}
+from fastdeit.kernels.attention.libraries import FLASH, installed
 
 
 def check_flash(name: str, device: torch.device) -> None:
@@ -36,15 +24,8 @@ def check_flash(name: str, device: torch.device) -> None:
     if major not in majors:
         cards = " or ".join(f"sm_{known}0" for known in majors)
         raise CannotRun(f"{name} needs {cards}, not sm_{major}{minor}")
-    if not _installed(package):
+    if not installed(package):
         raise CannotRun(f"{name} is not installed: there is no package {package}")
-
-
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of what it lies in
-        return False
 
 
 @contextmanager

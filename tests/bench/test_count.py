@@ -13,6 +13,7 @@ from fastdeit import cli
 from fastdeit.bench import count, count_command, count_host, count_inductor, count_peers
 from fastdeit.bench.count import CARD, FORMS, Count, Counted, CountError, Launch, counted_card
 from fastdeit.kernels import _op, _triton
+from fastdeit.kernels.attention import libraries
 from fastdeit.kernels.attention.forward import _one_pass_kernel
 from fastdeit.kernels.mlp.gelu import _column_sums_kernel
 from fastdeit.kernels.optimizer import _multi_tensor
@@ -73,8 +74,9 @@ def test_every_backend_of_the_ops_with_a_choice_has_a_form():
             (name, backend.name)
             for name in ("attention", "mlp", "layer_norm_mlp", "fused_adamw")
             for backend in _op.OPS[name].backends
-            # Others' packages, and what is for other cards.
-            if backend.name not in ("apex", "quack", "native") and backend.capability(CARD, True)[0]
+            # Others' kernels, and what is for other cards.
+            if backend.name not in ("apex", "quack", "native", *(b.name for b in libraries.BACKENDS))
+            and backend.capability(CARD, True)[0]
         }
         taken = {
             (name, _op.OPS[name].select(CARD)[0].name if choice == _op.AUTO else choice)

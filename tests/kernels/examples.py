@@ -9,7 +9,7 @@ from fastdeit.kernels._example import FEW, Example, Maker, Sizes
 from fastdeit.kernels._op import OPS, Backend, Op
 from fastdeit.kernels.lint.cases import backends
 
-REFUSED = {("attention", "fused_backward", "key mask")}
+REFUSED = {("attention", "fused_backward", "key mask"), ("attention", "flash", "key mask")}
 """(op, backend, example) of calls that a backend refuses."""
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdeit import kernels
 from fastdeit.kernels import _op
 from fastdeit.kernels._triton import INTERPRETED
-from fastdeit.kernels.attention import backward, tiles
+from fastdeit.kernels.attention import backward, libraries, tiles
 from fastdeit.kernels.attention.op import OP
 from fastdeit.kernels.attention.tiles import chunks
 from tests.kernels import proof
@@ -213,7 +213,7 @@ def test_products_that_the_interpreter_gets_wrong_are_refused(op):
 @pytest.fixture
 def unforced(monkeypatch):
     """Triton's kernels as candidates that nobody asked for by name, as on a card; warnings are given anew."""
-    others = [b for b in OP.backends if b.name != "native"]
+    others = [b for b in OP.backends if b.name not in ("native", *(other.name for other in libraries.BACKENDS))]
     able = [b._replace(capability=lambda device, forced: (True, "a test says so")) for b in others]
     monkeypatch.setattr(OP, "backends", tuple(able))
     _op._warn_once.cache_clear()

@@ -15,6 +15,7 @@ import pytest
 
 from fastdeit import cli
 from fastdeit.kernels import _op, _triton
+from fastdeit.kernels.attention import libraries
 from fastdeit.kernels.lint import cases, lint
 from fastdeit.kernels.lint.cases import Case
 from fastdeit.kernels.lint.lint import Facts, Job, Row
@@ -58,13 +59,11 @@ def report():
 
 
 def test_every_backend_of_ours_has_a_case():
-    """Reference, host, aten, native, apex and QuACK bring no Triton kernels of ours."""
+    """Reference, host, aten, native, apex, QuACK and the attention of others bring no Triton kernels of ours."""
+    others = {"reference", "host", "aten", "native", "apex", "quack", *(backend.name for backend in libraries.BACKENDS)}
     cased = {(case.op, case.backend) for found in cases.cases().values() for case in found}
     assert cased == {
-        (op.name, backend.name)
-        for op in _op.OPS.values()
-        for backend in op.backends
-        if backend.name not in ("reference", "host", "aten", "native", "apex", "quack")
+        (op.name, backend.name) for op in _op.OPS.values() for backend in op.backends if backend.name not in others
     }
 
 

@@ -20,7 +20,7 @@ from tests.kernels.test_optimizer import interpreted
 
 STAND_IN = "stand-in"
 ONLY_FLOAT16 = {"fused_backward", "epilogue"}
-NEEDS_A_CARD = {"quack", "native"}
+NEEDS_A_CARD = {"quack", "native", "efficient", "cudnn", "fa3", "fa4"}
 CALLS = {
     f"{name}-{backend}": (op, example, backend)
     for name, (op, example) in every_example().items()
@@ -33,7 +33,7 @@ CALLS = {
 def parameter(name):
     """A test of one call: slow where it is Triton's."""
     backend = CALLS[name][2]
-    if backend in (AUTO, STAND_IN, REFERENCE):
+    if backend in (AUTO, STAND_IN, REFERENCE, "flash"):
         return name
     return pytest.param(name, marks=[pytest.mark.slow, *interpreted(name).marks])
 

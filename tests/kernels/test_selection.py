@@ -307,18 +307,17 @@ def test_forced_choice_of_all_but_one(force):
     assert rows["attention"].reason == "chosen by FASTDEIT_KERNELS"
 
 
+NAMES = "triton, fused_backward, native, fa3, fa4, efficient, flash, cudnn, reference"
+
+
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        (
-            "cuda",
-            RuntimeError,
-            "asks for attention='cuda', but attention has: triton, fused_backward, native, reference",
-        ),
+        ("cuda", RuntimeError, f"asks for attention='cuda', but attention has: {NAMES}"),
         (
             "attention=aten",
             RuntimeError,
-            "attention='aten', but attention has: triton, fused_backward, native, reference",
+            f"attention='aten', but attention has: {NAMES}",
         ),
         ("atention=reference", ValueError, "names the op 'atention', but the ops are: attention, "),
     ],

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastdeit.kernels._tried import Shape
 from fastdeit.kernels.native import sources
 
 FORMAT = 1
+_PACKAGES = "flash-attn-3", "flash-attn-4"
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -60,8 +62,19 @@ def place(device: torch.device, timed: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "kernels": _code(),
+        "others": _others(),
         "timed": timed,
     }
+
+
+@cache
+def _others() -> dict[str, str]:
+    """Versions of the packages whose kernels are tried beside ours, of those that are installed."""
+    found = {}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _card(device: torch.device) -> dict[str, Any]:
