@@ -35,6 +35,7 @@ from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.estimate import capture
+from fastdeit.fields import size_pair
 from fastdeit.methods.base import Method, Phase
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
@@ -50,6 +51,7 @@ from fastdeit.run.health import Health, stopped
 from fastdeit.run.record import Record, RunLog, describe
 from fastdeit.run.saver import Saver
 from fastdeit.text import one_line
+from fastdeit.views import size_at
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -305,7 +307,7 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
     save_every = max(1, round(steps_per_epoch * recipe.engine.checkpoint_every))
     measured_steps = math.ceil(_MEASURED_IMAGES / recipe.train.batch_size)
     rates = schedule_of(recipe, length)
-    step, save_is_due = start, False
+    step, save_is_due, size = start, False, None
     steady = False  # whether the next step is like the last one: else code may be compiled in it
 
     def measure_average() -> None:
@@ -339,6 +341,10 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
                 if schedule.enter(epoch, engine):
                     steady = False
                     log.say(f"epoch {epoch}: phase {schedule.phase.name}")
+                if size != (size := size_at(recipe.data.size_schedule, epoch, None)):
+                    steady = False
+                    log.say(f"epoch {epoch}: images of {' x '.join(map(str, size_pair(size, 'size')))} pixels")
+                    engine.resized()
                 method.on_epoch(epoch, engine)
             seed_torch(recipe.train.seed, step, world.rank)
             began = time.perf_counter()

@@ -37,6 +37,18 @@ def _goes_with_the_policy(strength: Any, info: ValidationInfo) -> Any:
     return strength
 
 
+def _from_the_first_epoch(schedule: tuple[tuple[int, Any], ...]) -> tuple[tuple[int, Any], ...]:
+    epochs = [epoch for epoch, _ in schedule]
+    if epochs and (epochs[0] != 0 or sorted(set(epochs)) != epochs):
+        raise ValueError(f"must begin with epoch 0, and each entry with a later epoch than the one before: {epochs}")
+    return schedule
+
+
+def size_at(schedule: Sequence[tuple[int, Any]], epoch: int, image_size: Any) -> Any:
+    """The size that a `SizeSchedule` has in an epoch; `image_size` where there is no schedule."""
+    return next((size for begin, size in reversed(schedule) if begin <= epoch), image_size)
+
+
 Crop = Literal["random_resized", "simple"]
 CropScale = Annotated[Range, AfterValidator(_within_the_image)]
 PolicyText = Annotated[str, AfterValidator(_known_policy)]
@@ -46,6 +58,10 @@ Jitter = Annotated[
     Discriminator(lambda strength: "all" if isinstance(strength, list | tuple) else "one"),
     AfterValidator(_goes_with_the_policy),
 ]
+SizeSchedule = Annotated[
+    tuple[tuple[Annotated[int, Field(ge=0)], ImageSize], ...], AfterValidator(_from_the_first_epoch)
+]
+"""(epoch, size) pairs: from that epoch on, images have that size."""
 CROP_FIELDS = ("crop", "crop_scale", "crop_ratio", "flip")
 """What a view shares with the view that its `crop_of` names."""
 

@@ -51,7 +51,8 @@ class TrainLoader:
     """Training batches of process `rank` of `world`, by global step: step s is batch s % steps_per_epoch of epoch
     s // steps_per_epoch.
 
-    views: augmentation of each view, further ones with a `stream` of their own. Mixing is drawn once for all views of a
+    views: augmentation of each view, further ones with a `stream` of their own. later: by the epoch from which they
+    hold, views that take their place, such as larger ones. Mixing is drawn once for all views of a
     sample, in the first, and the cut box scaled to the size of each. batch_size is that of
     all processes and micro-batches together. threads: DALI's CPU threads (default: the machine's cores divided by
     world). device: "cpu" or a GPU's index. noise: columns of uniforms by name, stores: what comes with every sample,
@@ -67,6 +68,7 @@ class TrainLoader:
         views: Sequence[plan.Augment],
         mixing: plan.Mixing,
         *,
+        later: Mapping[int, Sequence[plan.Augment]] | None = None,
         seed: int,
         batch_size: int,
         accumulate: int = 1,
@@ -85,7 +87,8 @@ class TrainLoader:
         bad_list: BadList | None = None,
     ) -> None:
         self._groups = order.groups_per_batch(batch_size, mixing.group_size, accumulate, world)
-        self._source, self._views, self._mixing, self._seed = source, tuple(views), mixing, seed
+        self._source, self._mixing, self._seed = source, mixing, seed
+        self._views = sorted({0: tuple(views), **(later or {})}.items())
         self._batch_size, self._accumulate, self._repeats = batch_size, accumulate, repeats
         self._rank, self._world = rank, world
         self._threads, self._device = threads or _threads(world), device
@@ -98,27 +101,43 @@ class TrainLoader:
     def batches(self, start_step: int, stop_step: int) -> Generator[list[Batch], None, None]:
         """One list of `accumulate` micro-batches for each step, on the host but for the images, which are on the
         loader's device. Threads live until the generator is exhausted or
-        closed, and starting them costs a pipeline: iterate a whole run by one call."""
-        with closing(_stream(self.works(start_step, stop_step), self._executor, self._device, self._fields)) as stream:
-            for _ in range(start_step, stop_step):
-                yield [next(stream) for _ in range(self._accumulate)]
+        closed, and starting them costs a pipeline: iterate a whole run by one call. They start anew where other views
+        take the place of the first ones."""
+        for first, end, views in self._parts(start_step, stop_step):
+            works, executor = self._works(first, end, views), partial(self._executor, views)
+            with closing(_stream(works, executor, self._device, self._fields)) as stream:
+                for _ in range(first, end):
+                    yield [next(stream) for _ in range(self._accumulate)]
+
+    def _parts(self, start_step: int, stop_step: int) -> Iterator[tuple[int, int, Sequence[plan.Augment]]]:
+        """(first step, step after the last, views) of the parts of a run that have the same views."""
+        begins = [epoch * self.steps_per_epoch for epoch, _ in self._views]
+        for (_, views), begin, end in zip(self._views, begins, [*begins[1:], stop_step], strict=True):
+            first, end = max(begin, start_step), min(end, stop_step)
+            if first < end:
+                yield first, end, views
+
+    def works(self, start_step: int, stop_step: int) -> Generator[Work, None, None]:
+        """What is executed of each micro-batch: the files, read, and their plans."""
+        for part in self._parts(start_step, stop_step):
+            yield from self._works(*part)
 
     def decoded(self, works: Iterable[Work]) -> Generator[list[NDArray[np.uint8]], None, None]:
         """Of each of `works` the decoded boxes, uint8 `[h, w, 3]`, and nothing made of them: what the decoder alone
-        does, on a CPU. They are valid until the next are asked for."""
-        return _decoded(self._executor(Decoder), works)
+        does, on a CPU, for works of the first views. They are valid until the next are asked for."""
+        _, views = self._views[0]
+        return _decoded(self._executor(views, Decoder), works)
 
-    def _executor(self, kind: type[Executor] = Executor) -> Executor:
+    def _executor(self, views: Sequence[plan.Augment], kind: type[Executor] = Executor) -> Executor:
         return kind(
-            [view.size for view in self._views],
+            [view.size for view in views],
             self._batch_size // (self._accumulate * self._world),
             threads=self._threads,
             device=self._device,
             repair=self._repair,
         )
 
-    def works(self, start_step: int, stop_step: int) -> Generator[Work, None, None]:
-        """What is executed of each micro-batch: the files, read, and their plans."""
+    def _works(self, start_step: int, stop_step: int, views: Sequence[plan.Augment]) -> Generator[Work, None, None]:
         epoch = None
         with _parallel_read(self._source, self._threads) as read:
             for step in range(start_step, stop_step):
@@ -128,7 +147,8 @@ class TrainLoader:
                 groups = order.groups(stream, step % self.steps_per_epoch, self._batch_size, self._mixing.group_size)
                 for micro in range(self._accumulate):
                     part = order.slice_of(self._groups, micro, self._accumulate, self._rank, self._world)
-                    rows = _Rows(epoch, step, part, groups.sample[part].reshape(-1), groups.copy[part].reshape(-1))
+                    samples = groups.sample[part].reshape(-1), groups.copy[part].reshape(-1)
+                    rows = _Rows(views, epoch, step, part, *samples)
                     self._fill(rows, range(len(rows.sample)), read)
                     yield self._work(rows)
 
@@ -153,7 +173,7 @@ class TrainLoader:
 
     def _work(self, rows: "_Rows") -> Work:
         of = (self._seed, rows.epoch, rows.sample, rows.copy, *rows.size.T)
-        return Work(list(rows.encoded), tuple(plan.samples(view, *of) for view in self._views), rows)
+        return Work(list(rows.encoded), tuple(plan.samples(view, *of) for view in rows.views), rows)
 
     def _repair(self, work: Work, failures: dict[int, str]) -> Work:
         for row, reason in failures.items():
@@ -164,9 +184,9 @@ class TrainLoader:
     def _fields(self, work: Work) -> dict[str, Any]:
         """What a batch holds besides its images."""
         rows: _Rows = work.owner
-        first = self._views[0].size
+        first = rows.views[0].size
         mix = plan.mix(self._mixing, first, self._seed, rows.step, rows.groups)
-        boxes = [plan.scale_boxes(mix.box, first, view.size) for view in self._views]
+        boxes = [plan.scale_boxes(mix.box, first, view.size) for view in rows.views]
         labels = _labels(self._source, rows.sample)
         positions = np.arange(len(rows.sample)) + rows.groups.start * self._mixing.group_size
         place = rows.step % self.steps_per_epoch * self._batch_size + positions
@@ -184,7 +204,7 @@ class TrainLoader:
             # Empty boxes would still cost the noise of every pixel on a GPU.
             "erase": tuple(
                 (torch.from_numpy(planned.erase_box), torch.from_numpy(planned.erase_key)) if view.erase else None
-                for view, planned in zip(self._views, work.views, strict=True)
+                for view, planned in zip(rows.views, work.views, strict=True)
             ),
             "extras": {name: _read_store(name, store, rows, place) for name, store in self._stores.items()},
         }
@@ -295,9 +315,15 @@ class _Rows:
     substitute stands in, the `attempt`-th."""
 
     def __init__(
-        self, epoch: int, step: int, groups: slice, sample: NDArray[np.int64], copy: NDArray[np.int64]
+        self,
+        views: Sequence[plan.Augment],
+        epoch: int,
+        step: int,
+        groups: slice,
+        sample: NDArray[np.int64],
+        copy: NDArray[np.int64],
     ) -> None:
-        self.epoch, self.step, self.groups = epoch, step, groups
+        self.views, self.epoch, self.step, self.groups = views, epoch, step, groups
         self.original, self.sample, self.copy = sample, sample.copy(), copy
         self.attempt = np.zeros(len(sample), dtype=np.int64)
         self.size = np.zeros((len(sample), 2), dtype=np.int64)

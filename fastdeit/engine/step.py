@@ -102,6 +102,14 @@ class Engine:
             self.tuning.reopen()
         self._wrap()
 
+    def resized(self) -> None:
+        """Batches have another shape from now on: forget what was recorded or compiled for the last one."""
+        if self.capture == "compile":
+            torch.compiler.reset()
+        if self.tuning is not None:
+            self.tuning.reopen()
+        self.record_anew()
+
     def _wrap(self) -> None:
         trained = {id(p) for p in self.optimizer.params.values()}
         self._untrained = [(name, p) for name, p in self.method.named_parameters() if id(p) not in trained]

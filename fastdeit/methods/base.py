@@ -84,6 +84,8 @@ class Method(nn.Module):
     Config: ClassVar[type[MethodConfig]]
     """The recipe's `method:` section, which also lists the views of every sample (`MethodConfig.views`)."""
     teacher: "Teacher | Ensemble | None" = None
+    resizes: bool = False
+    """Whether images change their size during the run. The model then lays out their patches itself."""
 
     def __init__(self, model: nn.Module, config: MethodConfig, context: Context) -> None:
         super().__init__()
@@ -115,8 +117,9 @@ class Method(nn.Module):
         return self.model(self.student_input(batch), noise=batch.noise.get("drop_path"))
 
     def student_input(self, batch: Batch) -> Tensor:
-        """The first view as the student takes it: a model with a `patch_size` gets patches, another images."""
-        patch_size = getattr(self.model, "patch_size", None)
+        """The first view as the student takes it: a model with a `patch_size` gets patches, unless the run `resizes`
+        images, and another images."""
+        patch_size = None if self.resizes else getattr(self.model, "patch_size", None)
         return batch.pixels() if patch_size is None else batch.patches(patch_size)
 
     def step(self, batch: Batch, engine: Any) -> None:

@@ -25,7 +25,7 @@ from fastdeit.fields import (
     Threads,
 )
 from fastdeit.models import names
-from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, ViewSettings
+from fastdeit.views import AugmentSettings, Crop, CropScale, Jitter, PolicyText, SizeSchedule, ViewSettings
 
 Classes = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -179,6 +179,10 @@ class DataConfig(AugmentSettings, DataSplits):
     augment: PolicyText = "none"
     color_jitter: Jitter | None = None
     erase: Fraction = 0.0
+    size_schedule: SizeSchedule = ()
+    """Progressive resizing: pairs [epoch, size], such as [[0, 128], [100, 160], [200, 224]]. From that epoch on,
+    training images have that size in place of `model.image_size`, but for views with a size of their own. Evaluation
+    has `model.image_size`. []: one size throughout."""
     views: dict[str, ViewSettings] = Field(default_factory=dict)
     """By name of a view that the method asks for: what is changed of the method's own settings."""
     mixup: NonNegative = 0.8

@@ -64,7 +64,7 @@ class Length:
 def length(recipe: "Recipe", images: int, steps_per_epoch: int) -> Length:
     """The length of the recipe's run on `images` training images, of which `steps_per_epoch` batches are an epoch.
 
-    Raises LengthError where the warm-up is not shorter than the run.
+    Raises LengthError where the warm-up is not shorter than the run, or an entry of data.size_schedule begins after it.
     """
     train, warmup = recipe.train, recipe.optim.warmup_epochs
     total = train.steps
@@ -81,7 +81,14 @@ def length(recipe: "Recipe", images: int, steps_per_epoch: int) -> Length:
             f"optim.warmup_epochs is {format_value(warmup)}, but the run has {total} steps, {epochs:.3g} epochs of "
             f"{images} images; add optim.warmup_epochs={_WARMUP * epochs:.3g}, or null, for a twentieth of the run"
         )
-    return Length(steps_per_epoch, total, every, warmup)
+    found = Length(steps_per_epoch, total, every, warmup)
+    last = max((epoch for epoch, _ in recipe.data.size_schedule), default=0)
+    if last >= found.epochs_begun:
+        raise LengthError(
+            f"data.size_schedule changes the size in epoch {last}, but the run has {found.epochs_begun} epochs, "
+            "counted from 0; give it epochs of this run, or add data.size_schedule=[]"
+        )
+    return found
 
 
 def settled(recipe: "Recipe", found: Length) -> "Recipe":

@@ -512,7 +512,8 @@ def _view_conflicts(
     views = overridden(own, data.views)
     problems = list(view_problems(views))
     if not problems and image_size is not None:
-        problems = list(resolution_problems(views, data, image_size))
+        sizes = [image_size, *(size for _, size in data.size_schedule)]
+        problems = dict.fromkeys(problem for size in sizes for problem in resolution_problems(views, data, size))
     for name, field, problem in problems:
         yield ("data", "views", name, field), problem
 

@@ -36,7 +36,7 @@ from fastdeit.models.freeze import freeze_parts
 from fastdeit.recipe.length import Length, LengthError, length
 from fastdeit.run.places import check_root
 from fastdeit.run.weights import load, network, open_weights
-from fastdeit.views import View, overridden, parse_policy, resolved
+from fastdeit.views import View, overridden, parse_policy, resolved, size_at
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -111,10 +111,11 @@ def loader_device(device: torch.device) -> str | int:
     return "cpu" if device.type == "cpu" else device.index or 0
 
 
-def augmentations(recipe: "Recipe") -> tuple[Augment, ...]:
-    """What the plan of a training sample is drawn from: one for each view that the method wants."""
+def augmentations(recipe: "Recipe", epoch: int | None = None) -> tuple[Augment, ...]:
+    """What the plan of a training sample is drawn from: one for each view that the method wants; `epoch` as of
+    `views`."""
     made: dict[str, Augment] = {}
-    for view in views(recipe):
+    for view in views(recipe, epoch):
         stream = view.name if made else ""
         made[view.name] = Augment(
             size=view.size,
@@ -130,10 +131,13 @@ def augmentations(recipe: "Recipe") -> tuple[Augment, ...]:
     return tuple(made.values())
 
 
-def views(recipe: "Recipe") -> tuple[View, ...]:
-    """The views of every training sample, with every setting that method, recipe and data section give them."""
-    own = recipe.method.views()
-    return resolved(overridden(own, recipe.data.views), recipe.data, recipe.model.image_size)
+def views(recipe: "Recipe", epoch: int | None = None) -> tuple[View, ...]:
+    """The views of every training sample, with every setting that method, recipe and data section give them, in an
+    epoch; None: as if `data.size_schedule` were empty."""
+    own, size = recipe.method.views(), recipe.model.image_size
+    if epoch is not None:
+        size = size_at(recipe.data.size_schedule, epoch, size)
+    return resolved(overridden(own, recipe.data.views), recipe.data, size)
 
 
 def mixing(recipe: "Recipe") -> Mixing:
@@ -203,10 +207,12 @@ def train_loader(
     run's own."""
     data = recipe.data
     check_batch(recipe, world.size)
+    later = {epoch: augmentations(recipe, epoch) for epoch, _ in data.size_schedule[1:]}
     return TrainLoader(
         source,
-        augmentations(recipe),
+        augmentations(recipe, 0),
         mixing(recipe),
+        later=later,
         seed=recipe.train.seed,
         batch_size=recipe.train.batch_size,
         accumulate=recipe.train.accumulate,
@@ -286,6 +292,8 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
         _keep_activations(built)
     if recipe.engine.residual != "fp32":
         _keep_residual(built, recipe)
+    for _, size in recipe.data.size_schedule:
+        _check_takes(built, size)
     if config.weights is not None:
         with _naming("model.weights"):
             found = open_weights(config.weights)
@@ -342,6 +350,23 @@ def _keep_residual(network: nn.Module, recipe: "Recipe") -> None:
     network.set_residual(DTYPES[residual])
 
 
+def _check_takes(network: nn.Module, size: int | tuple[int, int]) -> None:
+    """Refuse a size of `data.size_schedule` that the network does not take, by the forward of one image, or, of a
+    network without storage, as in a dry run, by the count of its operations."""
+    height, width = size_pair(size, "data.size_schedule")
+    try:
+        network.flops((height, width))
+        if not any(parameter.is_meta for parameter in network.parameters()):
+            with torch.no_grad():
+                network.eval()(torch.zeros(1, 3, height, width))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"data.size_schedule: the model does not take images of {height} x {width} pixels: {error}"
+        ) from error
+    finally:
+        network.train()
+
+
 @contextmanager
 def _naming(field: str) -> Iterator[None]:
     """Errors of usage inside say which field of the recipe they come from."""
@@ -389,6 +414,7 @@ def method(
             "move it"
         )
     _check_evaluators(made, recipe)
+    made.resizes = bool(recipe.data.size_schedule)
     return made
 
 

@@ -52,6 +52,8 @@ def images_of(recipe: "Recipe", source: Source) -> dict[str, Any]:
         "data (training images)": source.fingerprint,
         "data (classes)": list(source.classes),
     }
+    if data.size_schedule:
+        found["data.size_schedule"] = data.size_schedule
     return json.loads(json.dumps(found))
 
 

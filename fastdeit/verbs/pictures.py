@@ -63,7 +63,7 @@ def show(args: argparse.Namespace) -> None:
     own = int(batch.index[place.slot])
     original = pixels(source.read(own))
     height, width = original.shape[:2]
-    augment = build.augmentations(recipe)[0]
+    augment = build.augmentations(recipe, args.epoch)[0]
     view = plan.samples(augment, recipe.train.seed, args.epoch, [own], [args.copy], [width], [height])
     rows = _words(augment.size, source, batch, view, place.slot, (width, height))
     where = (
