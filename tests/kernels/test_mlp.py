@@ -93,15 +93,46 @@ def test_mlp_as_good_as_pytorch(device, dtype, shape, layout, recompute):
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
-@pytest.mark.parametrize(("rows", "width", "hidden"), [(1, 24, 96), (130, 24, 150), (257, 40, 64)])
-def test_products_with_an_epilogue_are_as_good_as_pytorch(device, dtype, rows, width, hidden, recompute):
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden", "backend"),
+    [
+        (1, 24, 96, "epilogue"),
+        (130, 24, 150, "epilogue"),
+        (257, 40, 64, "epilogue"),
+        (130, 24, 150, "epilogue_forward"),
+        (130, 24, 150, "epilogue_backward"),
+    ],
+)
+def test_products_with_an_epilogue_are_as_good_as_pytorch(device, dtype, rows, width, hidden, backend, recompute):
     x = normal(1, rows, width, dtype=dtype, device=device, seed=0).requires_grad_()
     inputs = {"x": x, **weights(width, hidden, dtype, device), "recompute": recompute}
-    prove(kernels.mlp, inputs, "strided", mine=kernels.use("triton", mlp="epilogue"))
+    prove(kernels.mlp, inputs, "strided", mine=kernels.use("triton", mlp=backend))
 
 
-def test_products_take_16_bit_operands_of_one_dtype(device):
-    with kernels.use(mlp="epilogue"):
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_mixture_has_the_products_of_one_way(way, device):
+    """Those of the other are the vendor's: their launches, or their absence, are those of "triton"."""
+    x = torch.empty(4, 24, dtype=torch.float16, device="meta")
+    given = [t.detach().to("meta") for t in weights(24, 96, torch.float16, "cpu").values()]
+
+    def launches(name):
+        run = next(backend for backend in OPS["mlp"].backends if backend.name == name)
+        with _triton.recording(90) as recorded:
+            out, pre, _ = run.forward(x, *given, True)
+            forward = [launch.kernel.fn.__name__ for launch in recorded.launches]
+            run.backward(out, x, given[0], given[2], pre, None)
+        names = [launch.kernel.fn.__name__ for launch in recorded.launches]
+        return {"forward": forward, "backward": names[len(forward) :]}
+
+    mixed, ours, plain = map(launches, (f"epilogue_{way}", "epilogue", "triton"))
+    assert mixed[way] == ours[way] != plain[way]
+    other = {"forward": "backward", "backward": "forward"}[way]
+    assert mixed[other] == plain[other] != ours[other]
+
+
+@pytest.mark.parametrize("backend", ["epilogue", "epilogue_forward", "epilogue_backward"])
+def test_products_take_16_bit_operands_of_one_dtype(backend, device):
+    with kernels.use(mlp=backend):
         for dtypes, reason in (
             ((torch.float32,) * 2, "16-bit operands, not torch.float32"),
             ((torch.float16, torch.bfloat16), "operands are"),
@@ -112,7 +143,7 @@ def test_products_take_16_bit_operands_of_one_dtype(device):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("backend", ["triton", "epilogue"])
+@pytest.mark.parametrize("backend", ["triton", "epilogue", "epilogue_forward", "epilogue_backward"])
 @pytest.mark.parametrize("stream", [torch.float32, torch.float16])
 def test_layer_norm_mlp_as_good_as_pytorch(device, stream, backend, recompute):
     x = normal(2, 7, 24, dtype=stream, device=device, seed=0).requires_grad_()

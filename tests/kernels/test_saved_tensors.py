@@ -19,7 +19,7 @@ from tests.kernels.examples import REFUSED, every_example, few, leaves
 from tests.kernels.test_optimizer import interpreted
 
 STAND_IN = "stand-in"
-ONLY_FLOAT16 = {"fused_backward", "epilogue"}
+ONLY_FLOAT16 = {"fused_backward", "epilogue", "epilogue_forward", "epilogue_backward"}
 NEEDS_A_CARD = {"quack", "native", "efficient", "cudnn", "fa3", "fa4"}
 CALLS = {
     f"{name}-{backend}": (op, example, backend)

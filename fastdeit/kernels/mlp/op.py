@@ -15,7 +15,9 @@ forward writes 2, backward reads 2, since GELU, its derivative and the bias grad
 Two backends in Triton. "triton" leaves the products to the vendor's library; between those of its backward stands one
 kernel that makes dpre, db1 and, if need be, act in one pass (`gelu.py`): it reads 4 and writes 4, or 2 without act.
 "epilogue" has products of its own that do all this on the way (`gelu_products.py`) and needs tensor cores; it is taken
-where it was measured to be faster, or asked for. "quack" (`quack.py`) has QuACK do the same, where it is asked for.
+where it was measured to be faster, or asked for. So are "epilogue_forward" and "epilogue_backward", which have them on
+one of the two ways, and the vendor's on the other. "quack" (`quack.py`) has QuACK do what "epilogue" does, where it is
+asked for.
 """
 
 import math
@@ -152,6 +154,14 @@ def _products_backward(
     return _gradients(x, rows, grads, w1, w2, dpre, again if act is None else _rows(act), db1)
 
 
+def _forward_before_products(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`triton_forward` of what the backward of `gelu_products` takes: refusing there would be too late."""
+    gelu_products.check(x, w1, w2)
+    return triton_forward(x, w1, b1, w2, b2, recompute)
+
+
 def _gradients(
     x: Tensor, rows: Tensor, grads: Tensor, w1: Tensor, w2: Tensor, dpre: Tensor, act: Tensor, db1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -190,20 +200,29 @@ def _normed_backward(
     return *layer_norm.plain_triton_backward(dnormed, x, weight, mean, rstd), *grads
 
 
+def _mixed_capability(device: torch.device, forced: bool) -> tuple[bool, str]:
+    """That of "epilogue". The kernels are those of "triton" and "epilogue", so the lint compiles none for it."""
+    return _triton.capability(device, forced, needs=80)
+
+
+_epilogue, _quack = (
+    _op.Backend(
+        name,
+        capability,
+        partial(_products_forward, products.product_gelu),
+        partial(_products_backward, products.product_gelu_backward),
+    )
+    for name, capability, products in (
+        ("epilogue", partial(_triton.capability, needs=80), gelu_products),
+        ("quack", quack.capability, quack),
+    )
+)
 _PLAIN = [
     _op.Backend("triton", _triton.capability, triton_forward, triton_backward),
-    *(
-        _op.Backend(
-            name,
-            capability,
-            partial(_products_forward, products.product_gelu),
-            partial(_products_backward, products.product_gelu_backward),
-        )
-        for name, capability, products in (
-            ("epilogue", partial(_triton.capability, needs=80), gelu_products),
-            ("quack", quack.capability, quack),
-        )
-    ),
+    _epilogue,
+    _op.Backend("epilogue_forward", _mixed_capability, _epilogue.forward, triton_backward),
+    _op.Backend("epilogue_backward", _mixed_capability, _forward_before_products, _epilogue.backward),
+    _quack,
 ]
 _AFTER_NORM = [
     backend._replace(
