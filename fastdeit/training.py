@@ -35,7 +35,6 @@ from fastdeit.engine.schedule import learning_rate
 from fastdeit.engine.step import Engine
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.estimate import capture
-from fastdeit.fields import size_pair
 from fastdeit.methods.base import Method, Phase
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, Evaluator
@@ -51,7 +50,6 @@ from fastdeit.run.health import Health, stopped
 from fastdeit.run.record import Record, RunLog, describe
 from fastdeit.run.saver import Saver
 from fastdeit.text import one_line
-from fastdeit.views import size_at
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -341,9 +339,9 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
                 if schedule.enter(epoch, engine):
                     steady = False
                     log.say(f"epoch {epoch}: phase {schedule.phase.name}")
-                if size != (size := size_at(recipe.data.size_schedule, epoch, None)):
+                if size != (size := build.scheduled_size(recipe, epoch)):
                     steady = False
-                    log.say(f"epoch {epoch}: images of {' x '.join(map(str, size_pair(size, 'size')))} pixels")
+                    log.say(f"epoch {epoch}: images of {size[0]} x {size[1]} pixels")
                     engine.resized()
                 method.on_epoch(epoch, engine)
             seed_torch(recipe.train.seed, step, world.rank)

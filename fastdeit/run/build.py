@@ -106,6 +106,12 @@ def image_size(recipe: "Recipe") -> tuple[int, int]:
     return size_pair(recipe.model.image_size, "model.image_size")
 
 
+def scheduled_size(recipe: "Recipe", epoch: int) -> tuple[int, int] | None:
+    """(height, width) that `data.size_schedule` has in an epoch; None where there is no schedule."""
+    size = size_at(recipe.data.size_schedule, epoch, None)
+    return None if size is None else size_pair(size, "data.size_schedule")
+
+
 def loader_device(device: torch.device) -> str | int:
     """The device as the loaders name it: "cpu" or the index of a GPU."""
     return "cpu" if device.type == "cpu" else device.index or 0
