@@ -16,7 +16,9 @@ from fastdeit.recipe import resolve as recipes
 IMAGENET = [name for name in recipes.names() if name.startswith("deit_")]
 OURS = ["deit_base_24h", "deit_base_160", "deit_base_160_224"]
 """Made by us of the paper's settings: other lengths and resolutions."""
-PRETRAINING = [name for name in IMAGENET if not name.endswith("_384") and name not in OURS]
+GROWING = ["deit_small_progressive"]
+"""Ours as well, with a size schedule, of which `fastdeit plan` knows nothing."""
+PRETRAINING = [name for name in IMAGENET if not name.endswith("_384") and name not in OURS + GROWING]
 DEIT3 = [name for name in recipes.names() if name.startswith("deit3_")]
 DISTILLED = [name for name in recipes.names() if recipes.load(name).method.use == "distill"]
 LOW_RESOLUTION = {
@@ -42,7 +44,13 @@ def test_what_is_shipped():
         "_21k_to_1k": ("small", "base", "large", "huge"),
     }
     assert sorted(IMAGENET) == sorted(
-        [*(f"{size}{kind}" for size in deit for kind in of_deit), "deit_base_384", "deit_base_distilled_384", *OURS]
+        [
+            *(f"{size}{kind}" for size in deit for kind in of_deit),
+            "deit_base_384",
+            "deit_base_distilled_384",
+            *OURS,
+            *GROWING,
+        ]
     )
     assert sorted(DEIT3) == sorted(f"deit3_{size}{kind}" for kind, sizes in deit3.items() for size in sizes)
     assert set(recipes.names()) - {*IMAGENET, *DEIT3} >= {
