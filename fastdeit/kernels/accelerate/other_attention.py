@@ -180,7 +180,16 @@ def _out_proj(module: nn.Module) -> str | None:
     return passed_by(module, "weight")
 
 
-_PACKED = Structure({"out_proj": _out_proj}, required=("out_proj",), tensors=("in_proj_weight", "in_proj_bias"))
+def _torchs(cls: type[nn.Module]) -> tuple[FunctionType, ...]:
+    return (F.multi_head_attention_forward,)
+
+
+_PACKED = Structure(
+    {"out_proj": _out_proj},
+    required=("out_proj",),
+    tensors=("in_proj_weight", "in_proj_bias"),
+    functions=_torchs,
+)
 
 
 def _packed_misfit(module: nn.Module) -> str | None:
