@@ -118,7 +118,7 @@ def test_timm_rosenbrock_one_coordinate_at_a_time(name, lr):
 
 # ---- apex's optimizers -----------------------------------------------------------------------------------------------
 
-SIZES = {"one": [(1,)], "long": [(1801,)], "several": [(41, 10), (41,), (41, 20), (323, 10), (1,)]}
+SIZES = {"one": [(1,)], "several": [(41, 10), (41,), (7, 20), (1,)]}
 OPTIONS = {
     "usual": {"lr": 5e-4, "betas": (0.9, 0.999), "eps": 1e-8},
     "others": {"lr": 0.01, "betas": (0.6, 0.9), "eps": 3e-6},
@@ -212,7 +212,8 @@ def test_liger_layer_norm(shape, dtype, tolerance):
     with kernels.use("triton" if INTERPRETED else "auto"):
         assert_same(
             lambda x, w, b: kernels.add_layer_norm(x, None, w, b, 1e-6)[1],
-            lambda x, w, b: F.layer_norm(x, shape[-1:], w, b, 1e-6),
+            # In float32: PyTorch's gradient of the weight in bfloat16 is off by 0.3 on a CPU.
+            lambda x, w, b: F.layer_norm(x.float(), shape[-1:], w.float(), b.float(), 1e-6).to(dtype),
             inputs,
             tolerance,
         )
