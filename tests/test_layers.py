@@ -41,6 +41,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels._rows": {"kernels._op", "kernels._triton"},
     "kernels.layer_norm": _OPS | {"kernels._checks", "kernels._derivatives", "kernels._rows"},
     "kernels.rms_norm": _OPS | {"kernels._checks", "kernels._rows"},
+    "kernels.qk_norm_rope": _OPS | {"kernels._checks", "kernels._rows"},
     "kernels.swiglu": _OPS | {"kernels._checks"},
     "kernels.native": {"kernels._op"},
     "kernels.attention": _OPS | {"kernels._checks", "kernels._derivatives", "kernels.native"},
@@ -60,13 +61,13 @@ LAYERS: dict[str, set[str]] = {
             "kernels.mlp",
             "kernels.positions",
         ),
-        *("kernels.rms_norm", "kernels.swiglu"),
+        *("kernels.qk_norm_rope", "kernels.rms_norm", "kernels.swiglu"),
     },
     "kernels.accelerate": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp", "kernels.nn"},
     "kernels": {
         *("kernels._op", "kernels.accelerate", "kernels.attention", "kernels.cosub", "kernels.input"),
         *("kernels.layer_norm", "kernels.losses", "kernels.mlp", "kernels.nn", "kernels.optimizer", "kernels.trial"),
-        *("kernels.rms_norm", "kernels.swiglu", "kernels.native"),
+        *("kernels.qk_norm_rope", "kernels.rms_norm", "kernels.swiglu", "kernels.native"),
     },
     # ---- what a batch is, and where it comes from
     "batch": {"kernels"},

@@ -17,6 +17,7 @@ from fastdeit.kernels.losses import DistillationLoss, distillation_loss
 from fastdeit.kernels.mlp.op import layer_norm_mlp, mlp
 from fastdeit.kernels.native.choice import native_status
 from fastdeit.kernels.optimizer.calls import fused_adamw, fused_lamb, fused_sgd, global_norm
+from fastdeit.kernels.qk_norm_rope import qk_norm_rope
 from fastdeit.kernels.rms_norm import add_rms_norm
 from fastdeit.kernels.swiglu import swiglu
 from fastdeit.kernels.trial.tuning import Tuning
@@ -44,6 +45,7 @@ __all__ = [
     "nn",
     "patchify",
     "pixels",
+    "qk_norm_rope",
     "query_attention",
     "restore",
     "swiglu",

@@ -14,6 +14,7 @@ What later models add are `RMSNorm` and `SwiGlu`, normalised queries and keys, r
 positions, registers and masks of keys: `Block` takes a norm, an attention and an MLP of another kind.
 """
 
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from fastdeit.kernels.attention.op import attention
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.mlp.op import mlp
 from fastdeit.kernels.positions import PrefixTokens, RelativePositionBias, Rope2d
+from fastdeit.kernels.qk_norm_rope import qk_norm_rope
 from fastdeit.kernels.rms_norm import add_rms_norm
 from fastdeit.kernels.swiglu import swiglu
 
@@ -105,7 +107,8 @@ class Attention(nn.Module):
     relative  makes a bias of the logits. No kernel adds it yet: PyTorch's own attention runs, and RuntimeError says so
               where a kernel is asked for by name
 
-    With qk_norm or rope, queries and keys are unpacked, and packed again by a copy, which no kernel saves yet.
+    RMSNorm of queries and keys and their rotation are one op, `qk_norm_rope`. With another norm, queries and keys are
+    unpacked, and packed again by a copy, which no kernel saves yet.
     """
 
     def __init__(
@@ -137,6 +140,12 @@ class Attention(nn.Module):
         return self.proj(attention(qkv, self.num_heads, key_mask=key_mask, logit_bias=logit_bias))
 
     def _with_positions(self, qkv: Tensor) -> Tensor:
+        norms, rope = (self.q_norm, self.k_norm), self.rope
+        kinds, eps = {type(norm) for norm in norms}, {getattr(norm, "eps", 0.0) for norm in norms}
+        if kinds in ({RMSNorm}, {nn.Identity}) and len(eps) == 1 and type(rope) in (Rope2d, NoneType):
+            weights = (getattr(norm, "weight", None) for norm in norms)
+            turns = (None, None) if rope is None else rope.turns(qkv)
+            return qk_norm_rope(qkv, self.num_heads, *weights, *eps, *turns)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:

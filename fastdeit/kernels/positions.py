@@ -1,5 +1,5 @@
 """Where tokens stand: rotary embeddings, biases of relative positions, and the tokens before the patches. PyTorch's
-own operations: no kernel of this package fuses them yet.
+own operations; the op `qk_norm_rope` turns packed queries and keys by the angles of a `Rope2d`.
 
 Tokens of an image are `prefix` tokens without a place, such as the class token and registers, and then the patches of a
 grid, row by row.
@@ -59,11 +59,19 @@ class Rope2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Queries or keys `[B, N, H, d]` with their pairs turned, in the same dtype; the arithmetic is float32 at
         least."""
-        if x.shape[1] != len(self.cos):
-            raise ValueError(f"x has {x.shape[1]} tokens, but prefix and grid have {len(self.cos)}")
+        self._check(x)
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         turned = even * self.cos - odd * self.sin, even * self.sin + odd * self.cos
         return torch.stack(turned, -1).flatten(-2).to(x.dtype)
+
+    def turns(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine `[N, d/2]` of the angles, for tokens `[B, N, ...]`."""
+        self._check(x)
+        return self.cos[:, 0], self.sin[:, 0]
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[1] != len(self.cos):
+            raise ValueError(f"x has {x.shape[1]} tokens, but prefix and grid have {len(self.cos)}")
 
 
 class RelativePositionBias(nn.Module):

@@ -130,6 +130,7 @@ def test_a_row_knows_the_width_that_an_eager_call_is_looked_up_by(monkeypatch):
         "layer_norm": dim,
         "add_rms_norm": dim,
         "rms_norm": dim,
+        "qk_norm_rope": 3 * dim,
         "swiglu": 8 * dim,
         "mlp": dim,
         "layer_norm_mlp": dim,

@@ -140,7 +140,7 @@ def test_a_field_is_explained():
     assert explained("data.eval_crop_ratio") == (
         "data.eval_crop_ratio\n"
         "  Side of the central crop in evaluation over the side of the resized image.\n"
-        "  values     number > 0 and ≤ 1\n"
+        "  values     number ≥ 0.01 and ≤ 1\n"
         "  default    0.875\n"
         "  elsewhere  timm: --crop-pct\n"
         "  elsewhere  deit: --eval-crop-ratio"

@@ -224,6 +224,7 @@ _MORE: tuple[tuple[str, Sizes, tuple[torch.dtype, ...], dict[str, Any]], ...] = 
     ("layer_norm", _LOOPS, _BOTH, {"small": (("layer_norm._PROGRAMS", 2),)}),
     ("add_rms_norm", _LOOPS, _BOTH, {"small": (("rms_norm._PROGRAMS", 2),)}),
     ("rms_norm", _LOOPS, _BOTH, {"small": (("rms_norm._PROGRAMS", 2),)}),
+    ("qk_norm_rope", _LOOPS, _BOTH, {"small": (("qk_norm_rope._PROGRAMS", 2), ("_rows.ELEMENTS", 1024))}),
     ("swiglu", _LOOPS, _BOTH, {}),
     ("mlp", _LOOPS, _BOTH, {"small": (("mlp.gelu._PROGRAMS", 2),)}),
     ("layer_norm_mlp/triton", _LOOPS, (_FP32,), {"small": (("layer_norm._PROGRAMS", 2),)}),

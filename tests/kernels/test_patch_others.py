@@ -49,8 +49,8 @@ MODELS = {
     "CLIP": lambda: of_transformers("CLIPVision"),
 }
 OF_TRANSFORMERS = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "torchvision"]
-SWAPPED = {"torchvision": 2, "SigLIP": 1, "CLIP": 1}
-"""Kinds of modules on ops, where that is not 2: blocks and MLPs. GELU of another kind than the exact one stays."""
+SWAPPED = {"SigLIP": 2, "CLIP": 2}
+"""Kinds of modules on ops, where that is not 3: GELU of another kind than the exact one stays."""
 
 
 @cache
@@ -100,7 +100,7 @@ def assert_same_model(mine, theirs, x=None):
 def test_results_and_gradients_are_theirs(name):
     mine, theirs = pair_of(name)
     parts = [part for part in mine.modules() if isinstance(part, modules.Accelerated)]
-    assert len({part.op for part in parts}) == SWAPPED.get(name, 2)
+    assert len({part.op for part in parts}) == SWAPPED.get(name, 3)
     assert len([part for part in parts if part.op == "add_layer_norm"]) == 2
     assert [difference(part) for part in parts] == [None] * len(parts)
     for part in parts:
@@ -114,13 +114,13 @@ def test_results_and_gradients_are_theirs(name):
 
 @pytest.mark.parametrize("name", ["torchvision", *OF_TRANSFORMERS])
 def test_float32_is_as_close(name):
-    mine, theirs = (model.float() for model in pair_of(name))
-    (my, *grads), (their, *expected) = (
-        outcome(Tensors(model), images(dtype=torch.float32)) for model in (mine, theirs)
-    )
-    torch.testing.assert_close(my, their, rtol=1e-5, atol=1e-5)
-    for one, other in zip(grads, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1, float(other.abs().max())))
+    """Errors of result and gradients are at most twice theirs, beside rounding: of the largest gradient, since that of
+    a bias of the keys is a sum whose terms cancel."""
+    exact = outcome(Tensors(pair_of(name)[1]), images(dtype=torch.float32).double())
+    mine, theirs = (outcome(Tensors(model.float()), images(dtype=torch.float32)) for model in pair_of(name))
+    rounding = 32 * torch.finfo(torch.float32).eps * max(float(truth.abs().max()) for truth in exact[1:-1])
+    for my, their, truth in zip(mine, theirs, exact, strict=True):
+        assert (my - truth).abs().max() <= 2 * (their - truth).abs().max() + rounding
 
 
 # ---- every change of a block and of what is in it --------------------------------------------------------------------
@@ -129,30 +129,40 @@ BLOCKS = {
     "torchvision": "encoder.layers.encoder_layer_0",
     "ViT": "vit.layers.0",
     "DINOv2": "encoder.layer.0",
+    "SigLIP": "encoder.layers.0.self_attn",
 }
 PATHS = {
-    "torchvision": ["", "ln_1", "self_attention", "dropout", "ln_2", "mlp", *(f"mlp.{place}" for place in range(5))],
+    "torchvision": [
+        *("", "ln_1", "self_attention", "self_attention.out_proj", "dropout", "ln_2", "mlp"),
+        *(f"mlp.{place}" for place in range(5)),
+    ],
     "ViT": [
         *("", "layernorm_before", "attention", "layernorm_after", "dropout", "mlp"),
-        *("mlp.fc1", "mlp.activation_fn", "mlp.fc2", "attention.q_proj"),
+        *("mlp.fc1", "mlp.activation_fn", "mlp.fc2", "attention.q_proj", "attention.v_proj", "attention.o_proj"),
     ],
     "DINOv2": ["", "norm1", "attention", "layer_scale1", "drop_path", "norm2", "mlp", "mlp.fc2", "layer_scale2"],
+    "SigLIP": ["model", "model.k_proj", "model.out_proj"],
 }
 OTHERS = sorted(set(CHANGES) - {"shared", "wrapper", "parametrised"})
-QUICK = {("ln_2", "class patch"), ("mlp.1", "same_name"), ("mlp", "hook"), ("", "own_forward")}
+QUICK = {
+    *(("ln_2", "class patch"), ("mlp.1", "same_name"), ("mlp", "hook"), ("", "own_forward")),
+    *(("self_attention", "class patch"), ("self_attention", "subclass"), ("self_attention.out_proj", "hook")),
+}
+LINEAR = {"fc2", "3", "q_proj", "v_proj", "o_proj", "k_proj", "out_proj"}
 CASES = [
     pytest.param(
         name, path, change, marks=() if (path, change) in QUICK and name == "torchvision" else pytest.mark.slow
     )
     for name, paths in PATHS.items()
     for path in paths
-    for change in [*OTHERS, *(["parametrised"] if path.rpartition(".")[2] in ("ln_2", "fc2", "norm2", "3") else [])]
+    for change in [*OTHERS, *(["parametrised"] if path.rpartition(".")[2] in {"ln_2", "norm2", *LINEAR} else [])]
 ]
 
 
 def block_pair(name):
     mine, theirs = pair_of(name)
-    return mine.get_submodule(BLOCKS[name]), theirs.get_submodule(BLOCKS[name])
+    pair = mine.get_submodule(BLOCKS[name]), theirs.get_submodule(BLOCKS[name])
+    return tuple(map(Tensors, pair)) if name == "SigLIP" else pair
 
 
 @pytest.mark.parametrize(("name", "path", "change"), CASES)
@@ -178,7 +188,12 @@ def test_changes_before_accelerating(name, path, change):
         ("torchvision", "ln_2", "eps"),
         pytest.param("ViT", "layernorm_after", "eps", marks=pytest.mark.slow),
         pytest.param("DINOv2", "drop_path", "drop_prob", marks=pytest.mark.slow),
-        pytest.param("ViT", "attention", "scaling", marks=pytest.mark.slow),
+        *(("torchvision", "self_attention", key) for key in ("num_heads", "batch_first", "add_zero_attn", "dropout")),
+        *(
+            pytest.param("ViT", "attention", key, marks=pytest.mark.slow)
+            for key in ("scaling", "head_dim", "is_causal", "attention_dropout")
+        ),
+        *(pytest.param("SigLIP", "model", key, marks=pytest.mark.slow) for key in ("scale", "head_dim", "dropout")),
     ],
 )
 def test_attributes_that_change_after_accelerating(name, path, key):

@@ -33,6 +33,9 @@ _CHECKPOINTS = "transformers.modeling_layers"
 """Where the forward of a layer of transformers is wrapped by one that may checkpoint it. That is done to every subclass
 as well, and so to the class of an accelerated module."""
 
+_CONFIGURED = "_attn_implementation"
+"""An attribute of every configuration of transformers: modules share one, which stands for its values."""
+
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, type, FunctionType, BuiltinFunctionType)
 _ABSENT = object()
 
@@ -53,6 +56,7 @@ class Leaf(NamedTuple):
     """A module that an op stands for, or the module itself.
 
     settings  (attribute, value) of the instance
+    configured (attribute, name, value): of the configuration that the instance has as that attribute
     methods   functions that the instance has of its class, and could have of its own
     inherited other attributes of that kind
     tensors   (name, whether there is one) of its parameters and buffers
@@ -61,6 +65,7 @@ class Leaf(NamedTuple):
     name: str
     cls: type[nn.Module]
     settings: tuple[tuple[str, Any], ...]
+    configured: tuple[tuple[str, str, Any], ...]
     methods: tuple[str, ...]
     inherited: tuple[str, ...]
     tensors: tuple[tuple[str, bool], ...]
@@ -93,14 +98,16 @@ def remember(
     called: Collection[str],
     *,
     calls_module: bool = False,
+    functions: Collection[FunctionType] = (),
 ) -> Remembered:
     """What an op stands for in `module`, whose own code is that of `original`; `Unknown` if that cannot be said.
 
     leaves        names of children that the op stands for
     called        those of them whose own code runs nevertheless, so that their settings and tensors may change
     calls_module  whether the module's own code runs nevertheless, so that its other children and its tensors may change
+    functions     that the module's own code calls, and the op stands for as well
     """
-    own = _Code(original)
+    own = _Code(original, functions)
     code, seen = dict.fromkeys(own.references), []
     if not calls_module and (reason := _patched(original)):
         raise Unknown(reason)
@@ -123,12 +130,15 @@ def remember(
 
 def _leaf(name: str, module: nn.Module, cls: type[nn.Module], code: "_Code | None") -> Leaf:
     if code is None:
-        return Leaf(name, cls, settings=(), methods=("forward",), inherited=(), tensors=())
+        return Leaf(name, cls, settings=(), configured=(), methods=("forward",), inherited=(), tensors=())
     state, prefix = vars(module), f"{name} " if name else ""
     if replaced := sorted(state.keys() & code.methods.keys()):
         raise Unknown(f"{prefix}{replaced[0]} has been replaced")
-    settings = {}
+    settings, configured = {}, []
     for key in sorted(code.names & state.keys() - _SWITCHED):
+        if hasattr(type(state[key]), _CONFIGURED):
+            configured += _configured(key, state[key], code.names)
+            continue
         if not _constant(state[key]):
             raise Unknown(f"{prefix}reads {key}, a {type(state[key]).__name__}, which may change unnoticed")
         settings[key] = state[key]
@@ -137,7 +147,18 @@ def _leaf(name: str, module: nn.Module, cls: type[nn.Module], code: "_Code | Non
     methods = [key for key in inherited if isinstance(inspect.getattr_static(cls, key), FunctionType)]
     tensors = [(key, value is not None) for own in (module._parameters, module._buffers) for key, value in own.items()]
     others = [key for key in inherited if key not in methods]
-    return Leaf(name, cls, tuple(settings.items()), tuple(methods), tuple(others), tuple(tensors))
+    of_leaf = tuple(settings.items()), tuple(configured), tuple(methods), tuple(others), tuple(tensors)
+    return Leaf(name, cls, *of_leaf)
+
+
+def _configured(key: str, config: Any, names: set[str]) -> Iterator[tuple[str, str, Any]]:
+    """What code with these names may read of a configuration of transformers."""
+    for name in sorted(names):
+        value = getattr(config, name, _ABSENT)
+        if value is not _ABSENT and not _constant(value):
+            raise Unknown(f"reads {key}.{name}, a {type(value).__name__}, which may change unnoticed")
+        if value is not _ABSENT:
+            yield key, name, value
 
 
 def _constant(value: Any) -> bool:
@@ -152,7 +173,7 @@ class _Code:
     references  to the methods, and to what the names are in the Python modules that the methods were written in
     """
 
-    def __init__(self, cls: type[nn.Module]) -> None:
+    def __init__(self, cls: type[nn.Module], functions: Collection[FunctionType] = ()) -> None:
         self.methods: dict[str, Any] = {}
         self.names: set[str] = set()
         self.references: list[Reference] = [Reference(cls, "__call__", cls.__call__)]
@@ -162,6 +183,8 @@ class _Code:
             if name not in self.methods:
                 self.methods[name] = getattr(cls, name)
                 waiting += [other for other in self._read(cls, name) if _is_stable(cls, other)]
+        for function in functions:
+            self._read_function(function)
 
     def _read(self, cls: type[nn.Module], name: str) -> set[str]:
         """Note what a method, and the one that it may reach by `super()`, refers to; the names in their code."""
@@ -174,11 +197,14 @@ class _Code:
             value = vars(base)[name]
             function = inspect.unwrap(value.fget if isinstance(value, property) else getattr(base, name))
             if isinstance(function, FunctionType):
-                names = set(_names(function.__code__))
-                found |= names
-                self.references += _in_module(sys.modules.get(function.__module__), names, set())
-        self.names |= found
+                found |= self._read_function(function)
         return found
+
+    def _read_function(self, function: FunctionType) -> set[str]:
+        names = set(_names(function.__code__))
+        self.references += _in_module(sys.modules.get(function.__module__), names, set())
+        self.names |= names
+        return names
 
 
 def _patched(cls: type[nn.Module]) -> str | None:
@@ -241,7 +267,7 @@ def rewritten(cls: type) -> str | None:
     for name, value in remembered.methods:
         if getattr(cls, name, None) is not value:
             return f"{name} has been replaced"
-    return None
+    return cls.replaced()
 
 
 # A constant of the trace for Dynamo, which would guard each of its comparisons. It guards most code that it traces
@@ -281,6 +307,9 @@ def _differs(module: nn.Module, leaf: Leaf) -> str | None:
     for name, value in leaf.settings:
         if state.get(name, _ABSENT) != value:
             return f"has another {name} than when it was tried out"
+    for key, name, value in leaf.configured:
+        if getattr(state.get(key), name, _ABSENT) != value:
+            return f"has another {key}.{name} than when it was tried out"
     for name in leaf.methods:
         # Dynamo does not guard what is in `vars`; it guards the second comparison.
         if name in state or _code_of(module, name) is not _code_of(type(module), name):

@@ -94,12 +94,20 @@ def drop_path(module: nn.Module) -> str | None:
     return passed_by(module) if drops(module) else nothing(module)
 
 
+def _no_functions(cls: type[nn.Module]) -> tuple[FunctionType, ...]:
+    return ()
+
+
 class Structure(NamedTuple):
-    """Children and what each has to be, those that have to be there, and tensors of the module's own."""
+    """Children and what each has to be, those that have to be there, and tensors of the module's own.
+
+    functions  of a class, that its methods call and the op stands for as well
+    """
 
     children: Mapping[str, Callable[[nn.Module], str | None]]
     required: tuple[str, ...]
     tensors: tuple[str, ...] = ()
+    functions: Callable[[type[nn.Module]], tuple[FunctionType, ...]] = _no_functions
 
     def remember(self, module: nn.Module, original: type[nn.Module]) -> Remembered:
         """What an op stands for in `module`, which fits, and whose own code is that of `original`; `Unknown`."""
@@ -108,7 +116,7 @@ class Structure(NamedTuple):
         if getattr(module, "q_bias", None) is not None:
             leaves.append("qkv")  # whose weight is read, because its bias is apart
         called = [name for name in leaves if self.children[name] is drop_path]
-        return remember(module, original, leaves, called)
+        return remember(module, original, leaves, called, functions=self.functions(original))
 
     def misfit(self, module: nn.Module) -> str | None:
         """Why `module` is not built like this, in words; None if it is."""
@@ -201,6 +209,16 @@ class Accelerated:
     remembered: Remembered
     last: bool
 
+    @classmethod
+    def replaced(cls) -> str | None:
+        """Which code that the op stands for, beside what is remembered, is not what it was; None for none."""
+        return None
+
+    @classmethod
+    def on_tokens(cls, module: nn.Module, x: Tensor) -> Tensor:
+        """The result of `module`, by its own code or the op, for the tokens x alone."""
+        return module.forward(x)
+
     def steps_aside(self, refused: str | None) -> bool:
         """Whether the module's own code has to run: because of `refused`, which is about the arguments of this call, or
         because something has changed, of which one warning tells. ChoiceError if a kernel has been asked for by name.
@@ -257,7 +275,7 @@ def accelerated(
         "last": last,
         "forward": functools.wraps(original.forward)(own),
         "__doc__": original.__doc__,
-        "__module__": __name__,
+        "__module__": original.__module__,  # by which torch.fx knows what it leaves whole
     }
     return AcceleratedClass(f"Accelerated{original.__name__}", (mixin, original), body)
 
@@ -285,11 +303,13 @@ def given(args: tuple, kwargs: Mapping[str, Any]) -> dict[str | int, Any]:
     return {name: value for name, value in arguments.items() if value is not None and value is not False}
 
 
-def _not_taken(arguments: Collection[str | int]) -> str | None:
+def not_taken(arguments: Collection[str | int]) -> str | None:
+    """Why an op cannot do what these arguments ask for."""
     return f"is given {', '.join(map(str, arguments))}, which the op does not take" if arguments else None
 
 
-def _not_tokens(x: Tensor) -> str | None:
+def not_tokens(x: Tensor) -> str | None:
+    """Why `x` is not what an op for attention takes."""
     return None if x.dim() == 3 else f"is given a tensor of {x.dim()} dimensions, not tokens [B, N, C]"
 
 
@@ -373,6 +393,10 @@ class AnyBlock(Accelerated):
     arguments: Mapping[str, Any] = {}
     makes_pair = False
 
+    @classmethod
+    def on_tokens(cls, module: nn.Module, x: Tensor) -> Tensor:
+        return module.forward(x, **cls.arguments)
+
 
 class BlockMixin(AnyBlock):
     """A block on `add_layer_norm`. Asked for the first tokens, it makes their queries, projection and MLP alone."""
@@ -382,7 +406,7 @@ class BlockMixin(AnyBlock):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the original computes; its own forward for what the ops do not do."""
         arguments = given(args, kwargs)
-        if traced(x) or self.steps_aside(_not_taken(arguments.keys() - _OF_ATTENTION)):
+        if traced(x) or self.steps_aside(not_taken(arguments.keys() - _OF_ATTENTION)):
             return super().forward(x, *args, **kwargs)
         norm1, norm2 = self.norm1, self.norm2
         _, normed = add_layer_norm(x, None, norm1.weight, norm1.bias, norm1.eps)
@@ -428,7 +452,7 @@ class AttentionMixin(Accelerated):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the original computes; its own forward for what the op does not do."""
-        if traced(x) or self.steps_aside(_not_taken(given(args, kwargs)) or _not_tokens(x)):
+        if traced(x) or self.steps_aside(not_taken(given(args, kwargs)) or not_tokens(x)):
             return super().forward(x, *args, **kwargs)
         apart = getattr(self, "q_bias", None) is not None
         qkv = F.linear(x, self.qkv.weight, self._qkv_bias()) if apart else self.qkv(x)
@@ -455,7 +479,7 @@ class MlpMixin(Accelerated):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the original computes; its own forward for what the op does not do."""
-        if traced(x) or self.steps_aside(_not_taken(given(args, kwargs))):
+        if traced(x) or self.steps_aside(not_taken(given(args, kwargs))):
             return super().forward(x, *args, **kwargs)
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 

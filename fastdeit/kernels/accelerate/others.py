@@ -1,6 +1,5 @@
 """Blocks and MLPs of other libraries than timm: torchvision's vision transformer, and those of transformers that are
-built like ViT, DINOv2 or SigLIP. Their attention is called, whatever it is: transformers have a table of attentions
-of their own, by `attn_implementation`, and torchvision has PyTorch's `MultiheadAttention`.
+built like ViT, DINOv2 or SigLIP. Their attention is called, whatever it is (`other_attention`).
 
 They are recognised by the names of their children, tried out, and compared at every call, as timm's are.
 """

@@ -32,7 +32,7 @@ from torch import nn
 
 from fastdeit.kernels import nn as drop_in
 from fastdeit.kernels.accelerate import last_block as patch_last_block
-from fastdeit.kernels.accelerate import others
+from fastdeit.kernels.accelerate import other_attention, others
 from fastdeit.kernels.accelerate.identity import Unknown, difference
 from fastdeit.kernels.accelerate.last_block import LastBlockMixin
 from fastdeit.kernels.accelerate.modules import (
@@ -47,7 +47,8 @@ from fastdeit.kernels.accelerate.modules import (
 )
 from fastdeit.kernels.accelerate.trial import disagreement, signature
 
-_KINDS = (*KINDS, *others.KINDS)
+_KINDS = (*KINDS, *others.KINDS, *other_attention.KINDS)
+_BY_CLASS = (others.SEQUENCE, other_attention.PACKED)
 
 
 class Row(NamedTuple):
@@ -193,7 +194,7 @@ def _not_tried_out(mixin: type[Accelerated], original: type[nn.Module]) -> type[
     def setstate(self: nn.Module, state: dict) -> None:
         original.__setstate__(self, state)
         self.__class__ = original
-        kinds = [kind for kind in (*_KINDS, others.SEQUENCE) if kind.mixin is mixin]
+        kinds = [kind for kind in (*_KINDS, *_BY_CLASS) if kind.mixin is mixin]
         kind = next((kind for kind in kinds if not kind.misfit(self)), kinds[0] if kinds else None)
         cls = _asking(self) if kind is None else kind.misfit(self) or _swapped(kind, self, _TRIED)
         if isinstance(cls, str):
@@ -238,5 +239,7 @@ def _kind(path: str, module: nn.Module) -> Kind | None:
     children = module._modules.keys()
     if isinstance(module, nn.Sequential) and name == others.SEQUENCE.name:
         return others.SEQUENCE
+    if isinstance(module, nn.MultiheadAttention):
+        return other_attention.PACKED if name in other_attention.NAMES else None
     by_children = (kind for kind in _KINDS if children >= set(kind.structure.required))
     return next(by_children, next((kind for kind in _KINDS if kind.name == name), None))
