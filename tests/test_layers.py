@@ -52,6 +52,8 @@ LAYERS: dict[str, set[str]] = {
     "kernels.lint": _OPS | {"kernels.optimizer"},
     "kernels.trial": {"kernels._op", "kernels._tried", "kernels.native"},
     "kernels.positions": set(),
+    "kernels.casts": {"kernels._derivatives", "kernels._op"},
+    "kernels.linear": {"kernels._checks", "kernels._derivatives", "kernels._op"},
     "kernels.nn": {
         *(
             "kernels._op",
@@ -68,6 +70,7 @@ LAYERS: dict[str, set[str]] = {
         *("kernels._op", "kernels.accelerate", "kernels.attention", "kernels.cosub", "kernels.input"),
         *("kernels.layer_norm", "kernels.losses", "kernels.mlp", "kernels.nn", "kernels.optimizer", "kernels.trial"),
         *("kernels.qk_norm_rope", "kernels.rms_norm", "kernels.swiglu", "kernels.native"),
+        *("kernels._derivatives", "kernels.casts", "kernels.linear"),
     },
     # ---- what a batch is, and where it comes from
     "batch": {"kernels"},

@@ -120,14 +120,16 @@ def _total(launches: Iterable[Launch]) -> Total:
     return Total(*map(sum, zip(*rows, strict=True))) if rows else Total(0, 0, 0)
 
 
-def ours(cell: Counted, arch: int, form: str, skip: bool = False) -> Count:
-    """Our step in one of `FORMS`, on a card of that architecture: 90 is sm_90. `skip`: with model.drop_path_skip.
+def ours(cell: Counted, arch: int, form: str, skip: bool = False, residual: torch.dtype | None = None) -> Count:
+    """Our step in one of `FORMS`, on a card of that architecture: 90 is sm_90. `skip`: with model.drop_path_skip;
+    `residual`: the dtype of the stream, as of engine.residual.
     RuntimeError where a backend that the form forces cannot run there, ValueError where the model cannot skip."""
     choices = dict(FORMS[form])
     with counted_card(arch) as (card, counter), kernels.use(choices.pop(""), **choices):
         engine, _, _ = bench_step.engine(cell, CARD, "none")
         if skip:
             engine.method.model.set_drop_path_skip(SKIP_GROUP)
+        engine.method.model.set_residual(residual)
         images = torch.zeros(cell.batch, cell.image_size, cell.image_size, 3, dtype=torch.uint8)
         batch = bench_step.batch(cell, engine.method.noise(), CARD, images)
         return counter.second(card, lambda: engine.step([batch], LR))
@@ -205,7 +207,8 @@ class Watch:
         fresh = [tensor for tensor in made if _storage(tensor) not in known]
         if not fresh and not changed:  # a view, or nothing of the card's
             return
-        overwritten = set(map(id, changed)) if name in _OVERWRITES else set()
+        only_written = name in _OVERWRITES or function._overloadname.endswith("out")
+        overwritten = set(map(id, changed)) if only_written else set()
         read = [tensor for tensor in given if id(tensor) not in overwritten]
         flops = flop_registry.get(function.overloadpacket, lambda *_, **__: 0)(*args, **options, out_val=result)
         moved = bytes_of(read) + bytes_of([*fresh, *changed])
@@ -213,7 +216,8 @@ class Watch:
         if name == FLASH_BACKWARD:
             self.launches.append(flash_backward(self._now_in(), args[1], moved, int(flops)))
         else:
-            kind = kind_of_operation(name)
+            casts = name == "_foreach_copy_" and args[0][0].dtype != args[1][0].dtype
+            kind = "casts" if casts else kind_of_operation(name)
             self.launches.append(Launch(name, self._now_in(), kind, moved, int(flops), launches))
 
     def launch(self, kernel: Any, arguments: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate.gpus import GPUS
+from fastdeit.estimate.options import with_options
 from fastdeit.estimate.rows import known_gpu
 from fastdeit.estimate.subject import network
 from fastdeit.fields import size_pair
@@ -61,7 +62,8 @@ def chosen(recipe: "Recipe", card: str | None, processes: int) -> tuple[str, str
     images = recipe.method.passes * train.batch_size // (processes * train.accumulate)
     work = estimate.Work(images, recipe.engine.precision, model.drop_path > 0, recipe.optim.ema_decay is not None)
     design = estimate.FUSED if student.vit is not None else estimate.EAGER
-    design = estimate.keeping(design) if recipe.engine.keep_activations else design
+    options = {"keep_activations": recipe.engine.keep_activations, "residual": recipe.engine.residual}
+    design = with_options(design, **options)
     ops = estimate.ops(student, work, design, gpu)
     busy, host = (
         train.accumulate * (step.forward + step.backward) + step.update

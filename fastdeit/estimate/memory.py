@@ -20,14 +20,20 @@ _CONTEXT = 1.0 * GIB
 def blocks_saved(vit: ViT, work: Work, design: Design) -> list[float]:
     """Bytes that each block keeps for backward.
 
-    For all tokens the input of the first LayerNorm in float32, its result, keys and values; for the tokens that come
-    out the rest: `Design.kept`. Besides, statistics of the LayerNorms and of the softmax.
+    For all tokens the input of the first LayerNorm, its result, keys and values; for the tokens that come out the rest:
+    `Design.kept`. Besides, statistics of the LayerNorms and of the softmax. The stream is that of all samples.
     """
     a = work.bytes
     channels, hidden = design.kept
-    of_input = (4 + 3 * a) * vit.dim + 8
-    of_output = (4 + (channels - 3) * a) * vit.dim + hidden * a * vit.hidden + 4 * vit.heads + 8
-    return [float(work.batch * (vit.tokens * of_input + rows * of_output)) for rows in vit.rows]
+    of_input = 3 * a * vit.dim + 8
+    of_output = (channels - 3) * a * vit.dim + hidden * a * vit.hidden + 4 * vit.heads + 8
+    return [
+        float(
+            work.batch
+            * (design.stream * vit.dim * (vit.tokens + rows) + share * (vit.tokens * of_input + rows * of_output))
+        )
+        for rows, share in zip(vit.rows, work.shares(vit, design), strict=True)
+    ]
 
 
 def peak(
@@ -66,7 +72,7 @@ def peak(
     return parts | {
         "embedding": float(a * batch * vit.patches * vit.patch_values) * (trained.still == 0),
         **_kept(vit, work, design, trained),
-        "workspace": float(batch * vit.tokens * (wide + (4 + 2 * a) * vit.dim)),
+        "workspace": float(batch * vit.tokens * (wide + (design.stream + 2 * a) * vit.dim)),
     }
 
 
@@ -77,7 +83,7 @@ def _kept(vit: ViT, work: Work, design: Design, trained: Trained) -> dict[str, f
     whole = [saved * learns for saved, learns in zip(blocks_saved(vit, work, design), learn, strict=True)]
     if not trained.recomputed:
         return {"blocks": whole}
-    inputs = [4.0 * work.batch * vit.tokens * vit.dim * learns for learns in learn]
+    inputs = [float(design.stream) * work.batch * vit.tokens * vit.dim * learns for learns in learn]
     return {"blocks": inputs, "recomputed": max(whole)}
 
 

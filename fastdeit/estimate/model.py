@@ -18,7 +18,7 @@ Only the standard library is imported.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -58,10 +58,18 @@ class ViT:
     @property
     def flops(self) -> int:
         """Of the forward for one image: matrix products, 2 per multiply-add."""
-        per_row = 2 * self.dim * self.dim + 2 * self.tokens * self.dim + 2 * self.dim * self.hidden
-        blocks = sum(self.rows) * per_row + self.depth * self.tokens * 2 * self.dim * self.dim
         embed = self.patches * self.patch_values * self.dim
-        return 2 * (embed + blocks + self.prefix * self.dim * self.classes)
+        return sum(self._of_blocks) + 2 * (embed + self.prefix * self.dim * self.classes)
+
+    @property
+    def _of_blocks(self) -> list[int]:
+        per_row = 2 * self.dim * self.dim + 2 * self.tokens * self.dim + 2 * self.dim * self.hidden
+        return [2 * (rows * per_row + self.tokens * 2 * self.dim * self.dim) for rows in self.rows]
+
+    def skipped_flops(self, kept: Sequence[float]) -> float:
+        """FLOPs of the forward, a mean of all images, that are left out where the branches of a block are computed for
+        a `kept` share of them; () is all."""
+        return sum((1 - share) * flops for share, flops in zip(kept, self._of_blocks, strict=bool(kept)))
 
     @property
     def parameters(self) -> int:
@@ -153,19 +161,25 @@ class Trained:
 class Work:
     """A micro-batch of one process: images, precision (fp32, fp16, bf16), and what else a step has to do.
 
-    `trained` None is everything, by AdamW.
+    `trained` None is everything, by AdamW. kept: for each block the share of the samples whose branches our designs
+    compute, where `model.drop_path_skip` leaves out the others; () is all.
     """
 
-    batch: int
+    batch: float
     precision: str = "bf16"
     drop_path: bool = True
     ema: bool = False
     trained: Trained | None = None
+    kept: tuple[float, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Of an activation."""
         return 4 if self.precision == "fp32" else 2
+
+    def shares(self, vit: ViT, design: "Design") -> tuple[float, ...]:
+        """For each block, the share of the samples whose branches the design computes."""
+        return self.kept if self.kept and design.ours else (1.0,) * vit.depth
 
     def of(self, network: Network) -> Trained:
         """What of the network is trained."""
@@ -197,20 +211,20 @@ _PIECES = (
     ("drop", "forward", "pointwise", (2, 0, 6), None, None),
     ("drop", "backward", "pointwise", (2, 0, 2), None, None),
     ("hidden", "forward", "pointwise", (2, 0, 1), (2, 0, 1), (2, 0, 1)),  # GELU
-    ("hidden", "backward", "pointwise", (3, 0, 1), (3, 0, 1), (4, 0, 1)),  # ours makes it again instead of keeping it
+    ("hidden", "backward", "pointwise", (3, 0, 1), (3, 0, 1), (4, 0, 3)),  # ours makes it again instead of keeping it
     ("hidden", "backward", "reduction", (1, 0, 1), (1, 0, 1), None),  # bias gradients
-    ("out", "backward", "reduction", (2, 0, 2), (2, 0, 2), (1, 0, 1)),
+    ("out", "backward", "reduction", (2, 0, 2), (2, 0, 2), None),
     ("qkv", "backward", "reduction", (1, 0, 1), (1, 0, 1), None),
     ("qkv", "backward", "pointwise", (2, 0, 1), (2, 0, 1), None),  # dq, dk and dv packed into one tensor
-    ("copy", "forward", "pointwise", (0, 6, 8), (0, 6, 4), (0, 6, 8)),  # autocast's, and of their gradients
-    ("copy", "backward", "pointwise", (0, 6, 8), (0, 6, 4), (0, 6, 8)),
-    ("ends", "forward", "pointwise", (0, 0, 4), (0, 0, 4), (0, 0, 4)),  # launches of the same for embedding and heads
+    ("copy", "forward", "pointwise", (0, 6, 8), (0, 6, 4), (0, 6, 1)),  # autocast's, and of their gradients
+    ("copy", "backward", "pointwise", (0, 6, 8), (0, 6, 4), (0, 6, 1)),
+    ("ends", "forward", "pointwise", (0, 0, 4), (0, 0, 4), (0, 0, 2)),  # launches of the same for embedding and heads
     ("ends", "backward", "pointwise", (0, 0, 4), (0, 0, 4), (0, 0, 4)),
     ("pixels", "forward", "pointwise", (0, 46, 6), (0, 46, 6), (1, 2, 1)),  # mixed in float32, cast, laid out
-    ("tokens", "forward", "pointwise", (1, 8, 2), (1, 8, 1), (1, 8, 1)),
-    ("tokens", "backward", "reduction", (1, 8, 4), (1, 8, 2), (1, 8, 2)),
-    ("logits", "forward", "pointwise", (0, 120, 30), (0, 120, 12), (0, 20, 1)),  # the loss
-    ("weights", "update", "pointwise", (0, 16, 8), (0, 16, 8), (0, 16, 6)),  # the gradients' norm, the optimizer
+    ("tokens", "forward", "pointwise", (1, 8, 2), (1, 8, 1), (1, 4, 2)),
+    ("tokens", "backward", "reduction", (1, 8, 4), (1, 8, 2), (2, 20, 6)),  # ours adds the first LayerNorm's apart
+    ("logits", "forward", "pointwise", (0, 120, 30), (0, 120, 12), (0, 20, 20)),  # the loss, draws of drop-path
+    ("weights", "update", "pointwise", (0, 16, 8), (0, 16, 8), (0, 16, 40)),  # the gradients' norm, guard, optimizer
     ("states", "update", "pointwise", (0, 8, 0), (0, 8, 0), (0, 8, 0)),  # what it keeps, read and written
     ("average", "update", "pointwise", (0, 12, 4), (0, 12, 4), (0, 8, 0)),  # ours in the pass of AdamW
 )
@@ -249,9 +263,15 @@ _ATTENTION = {
         _Attention("backward", "library", 5, (128, 128), (5, 16), 4, launches=3),
     ),
     # Two kernels in backward, one for dq and one for dk and dv, which both make the scores and their gradients.
-    "triton": (_OURS_FORWARD, _Attention("backward", "ours", 7, (64, 64), (6, 0), 6, launches=3)),
+    "triton": (_OURS_FORWARD, _Attention("backward", "ours", 7, (64, 64), (6, 0), 6, launches=4)),
     "fused_backward": (_OURS_FORWARD, _Attention("backward", "ours", 5, (32, 16), (4, 0), 4, launches=2)),
+    "native": (  # as "triton", in CUDA C++
+        _Attention("forward", "ours", 2, (64, 32), (2, 0), 2),
+        _Attention("backward", "ours", 7, (64, 32), (6, 0), 6, launches=3),
+    ),
 }
+_OF_QUERIES = {"fused_backward": "triton", "native": "library"}
+"""What the last block's attention is instead, whose queries are fewer than its keys."""
 
 # ---- designs ---------------------------------------------------------------------------------------------------------
 
@@ -266,6 +286,7 @@ class Design:
     epilogue   GELU and its derivative are inside the products
     launch     seconds of the host for a kernel, autograd and autocast included
     kept       bytes of a block kept for backward, in units of a: per channel of a token, and per hidden channel
+    stream     bytes of an element of the residual stream
     peer       timm's code, which computes the last block for all tokens
     """
 
@@ -277,6 +298,7 @@ class Design:
     epilogue: bool = False
     launch: float = 6e-6
     kept: tuple[int, int] = (7, 2)
+    stream: int = 4
     peer: bool = False
 
 
@@ -299,18 +321,6 @@ _SECOND_PASS = Piece("norm", "backward", "reduction", 1, 4, 4)
 COMPILE_2_9 = replace(TIMM_COMPILE, name="compile < 2.10", pieces=(*_COMPILE, _SECOND_PASS))
 
 
-def keeping(design: Design) -> Design:
-    """The design with `engine.keep_activations`: backward reads GELU's result instead of making it again."""
-    if not design.ours:
-        return design
-    pieces = tuple(
-        piece._replace(each=piece.each - 1) if (piece.of, piece.phase) == ("hidden", "backward") else piece
-        for piece in design.pieces
-    )
-    channels, hidden = design.kept
-    return replace(design, pieces=pieces, kept=(channels, hidden + 1))
-
-
 def designs(gpu: GPU, precision: str, network: Network) -> list[Design]:
     """Those that differ for the network on that GPU."""
     if network.vit is None:
@@ -331,6 +341,8 @@ def computed(network: Network, design: Design) -> Network:
 
 _FUSED_BACKWARD_TOKENS, _FUSED_BACKWARD_WIDTH = 208, 64
 """The largest that attention's fused backward takes: more tokens or wider heads go to the split backward."""
+_NATIVE_WIDTHS = 32, 64, 96, 128
+"""Of the heads that the native kernels take, in fp16."""
 
 
 def selected(design: Design, vit: ViT, work: Work, gpu: GPU) -> Design:
@@ -338,7 +350,9 @@ def selected(design: Design, vit: ViT, work: Work, gpu: GPU) -> Design:
     if not design.ours:
         return design
     attention, mlp = (backend(gpu, *op) for op in (("attention", 3 * vit.dim), ("mlp", vit.dim)))
-    if attention == "reference" or not gpu.triton_products:
+    if not gpu.triton_products and work.precision == "fp16" and vit.dim // vit.heads in _NATIVE_WIDTHS:
+        design = replace(design, attention="native")
+    elif attention == "reference" or not gpu.triton_products:
         design = replace(design, attention="library", pieces=(*design.pieces, *_QKV))
     elif attention == "fused_backward" and work.bytes == 2:
         narrow = vit.tokens <= _FUSED_BACKWARD_TOKENS and vit.dim // vit.heads <= _FUSED_BACKWARD_WIDTH
@@ -378,12 +392,11 @@ def _kind(vit: ViT) -> str:
 
 
 def _attention(vit: ViT, work: Work, design: Design, rows: int) -> Iterator[Op]:
-    # The last block's queries are fewer than its keys, which the fused backward does not take.
-    split = design.attention == "fused_backward" and rows != vit.tokens
+    name = design.attention if rows == vit.tokens else _OF_QUERIES.get(design.attention, design.attention)
     a, heads, width = work.bytes, work.batch * vit.heads, vit.dim // vit.heads
     queries, keys = float(work.batch * rows * vit.dim), float(work.batch * vit.tokens * vit.dim)
     scores = float(heads * rows * vit.tokens)
-    for kernel in _ATTENTION["triton" if split else design.attention]:
+    for kernel in _ATTENTION[name]:
         moved = sum(
             (each * a + fixed) * of for (each, fixed), of in ((kernel.queries, queries), (kernel.scores, scores))
         )
@@ -392,23 +405,28 @@ def _attention(vit: ViT, work: Work, design: Design, rows: int) -> Iterator[Op]:
         yield Op(kernel.kind, kernel.phase, flops, moved + kernel.keys * a * keys, kernel.launches, spent=spent)
 
 
-def _between(design: Design, elements: dict[str, float], a: int) -> Iterator[Op]:
-    """The pieces of a design whose elements these are."""
+def _between(design: Design, elements: dict[str, float], a: int, kept: float = 1.0) -> Iterator[Op]:
+    """The pieces of a design whose elements these are. LayerNorms read and write the branches of the samples that are
+    `kept`, and the stream of all."""
     for piece in design.pieces:
         if of := elements.get(piece.of):
-            moved = (piece.each * a + piece.fixed) * of
+            moved = (piece.each * a * (kept if piece.of == "norm" else 1.0) + piece.fixed) * of
             yield Op(piece.kind, piece.phase, bytes=moved, launches=piece.launches)
 
 
-def _block(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int, share: float = 1.0) -> Iterator[Op]:
-    """Forward and backward of a block that returns `rows` tokens; a `share` of its weights is trained."""
+def _block(
+    vit: ViT, work: Work, design: Design, gpu: GPU, rows: int, share: float = 1.0, kept: float = 1.0
+) -> Iterator[Op]:
+    """Forward and backward of a block that returns `rows` tokens; a `share` of its weights is trained, and its branches
+    are computed for the samples that are `kept`."""
+    branch = replace(work, batch=kept * work.batch)
     out = float(work.batch * rows * vit.dim)
     norm = out + work.batch * vit.tokens * vit.dim
     elements = {"norm": norm, "cast": norm * (work.bytes < 4), "drop": norm * work.drop_path, "out": out}
-    elements |= {"qkv": 2 * norm - out, "hidden": float(work.batch * rows * vit.hidden)}
-    yield from _products(vit, work, design, gpu, rows, share)
-    yield from _attention(vit, work, design, rows)
-    yield from _between(design, elements, work.bytes)
+    elements |= {"qkv": kept * (2 * norm - out), "hidden": float(branch.batch * rows * vit.hidden)}
+    yield from _products(vit, branch, design, gpu, rows, share)
+    yield from _attention(vit, branch, design, rows)
+    yield from _between(design, elements, work.bytes, kept)
 
 
 def _embedding_and_heads(vit: ViT, work: Work, still: int) -> Iterator[Op]:
@@ -440,10 +458,12 @@ def ops(network: Network, work: Work, design: Design, gpu: GPU) -> list[Op]:
         design = selected(design, vit, work, gpu)
         pixels, tokens = batch * vit.patches * vit.patch_values, batch * vit.tokens * vit.dim
         elements |= {"pixels": pixels, "tokens": tokens, "logits": batch * vit.prefix * vit.classes}
-        blocks = Counter((rows, place >= trained.still_blocks) for place, rows in enumerate(vit.rows))
+        learn = [place >= trained.still_blocks for place in range(vit.depth)]
+        blocks = Counter(zip(vit.rows, learn, work.shares(vit, design), strict=True))
         found = []
-        for (rows, learns), count in blocks.items():
-            both = [op._replace(count=op.count * count) for op in _block(vit, work, design, gpu, rows, trained.share)]
+        for (rows, learns, kept), count in blocks.items():
+            made = _block(vit, work, design, gpu, rows, trained.share, kept)
+            both = [op._replace(count=op.count * count) for op in made]
             forward = [op for op in both if op.phase == "forward"]
             found += both if learns else forward
             if learns and trained.recomputed:
@@ -458,7 +478,8 @@ def useful_flops(network: Network, work: Work) -> float:
     passed on, and as many for those of the weights; of these two only the parts that training needs."""
     trained = work.of(network)
     learns = 1.0 if network.vit is None else 1 - trained.still_blocks / network.vit.depth
-    return network.flops * (1 + learns * (1 + trained.share))
+    skipped = network.vit.skipped_flops(work.kept) if network.vit is not None else 0.0
+    return (network.flops - skipped) * (1 + learns * (1 + trained.share))
 
 
 def seconds(op: Op, gpu: GPU, precision: str) -> float:

@@ -17,6 +17,7 @@ from fastdeit.engine.progress import table
 from fastdeit.estimate import communication, memory
 from fastdeit.estimate import interval as estimate_interval
 from fastdeit.estimate import model as estimate
+from fastdeit.estimate import options as estimate_options
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import GPU
 from fastdeit.estimate.machines import Machine
@@ -108,13 +109,16 @@ def _work(trained: Subject, machine: Machine) -> Work:
     recipe = trained.recipe
     micro = recipe.method.passes * recipe.train.batch_size // (machine.count * recipe.train.accumulate)
     precision = _precision(recipe, machine.gpu)
-    return Work(micro, precision, recipe.model.drop_path > 0, recipe.optim.ema_decay is not None, trained.trained)
+    average = recipe.optim.ema_decay is not None
+    return Work(micro, precision, recipe.model.drop_path > 0, average, trained.trained, trained.kept)
 
 
 def _designs(trained: Subject, machine: Machine) -> list[Design]:
     recipe = trained.recipe
     found = estimate.designs(machine.gpu, _precision(recipe, machine.gpu), trained.student)
-    return [estimate.keeping(design) for design in found] if recipe.engine.keep_activations else found
+    engine = recipe.engine
+    options = {"keep_activations": engine.keep_activations, "residual": engine.residual}
+    return [estimate_options.with_options(design, **options) for design in found]
 
 
 def _plans(
@@ -252,10 +256,6 @@ def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: 
         notes.append(trained.assumed)
     if recipe.engine.precision == "bf16" and any(machine.gpu.name == "V100" for machine in machines):
         notes.append("V100 has no bf16: planned there with engine.precision=fp16, which train has to be told")
-    if recipe.engine.residual != "fp32":
-        notes.append("bytes and memory are those of a float32 residual stream; that in 16 bit takes fewer of both")
-    if recipe.model.drop_path_skip:
-        notes.append("model.drop_path_skip is left out: the figures are of a step that computes all that is dropped")
     notes += _cost_of_kept_activations(trained, machines[0], sharding)
     if sharding == "fsdp":
         notes.append("train runs ddp; fsdp is what full sharding would change")
@@ -285,7 +285,11 @@ def _cost_of_kept_activations(trained: Subject, machine: Machine, sharding: str)
     fused = any(design.name == "fused" for design in _designs(trained, machine))
     if not fused or trained.recipe.engine.checkpoint_blocks:
         return []
-    sides = estimate.FUSED, estimate.keeping(estimate.FUSED)
+    residual = trained.recipe.engine.residual
+    sides = [
+        estimate_options.with_options(estimate.FUSED, keep_activations=keep, residual=residual)
+        for keep in (False, True)
+    ]
     options = {"world": machine.count, "sharding": sharding}
     less, more = (memory.total(memory.peak(student, work, design, **options)) / GIB for design in sides)
     slow, fast = (sum(estimate.step(student, work, design, machine.gpu)) for design in sides)

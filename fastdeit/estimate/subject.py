@@ -4,7 +4,7 @@ Networks are built on the meta device, without storage; no data set is opened.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ from fastdeit.data.plan import order
 from fastdeit.engine import optimizers
 from fastdeit.engine.groups import ParamGroup
 from fastdeit.errors import UsageError
+from fastdeit.estimate import options as estimate_options
 from fastdeit.estimate.model import Network, Trained, ViT
 from fastdeit.fields import size_pair
+from fastdeit.models.drop_path import dropped_of
 from fastdeit.models.freeze import freeze_parts
 from fastdeit.models.layers import hidden_matrices, layers
 from fastdeit.recipe import resolve as recipes
@@ -48,7 +50,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A recipe as the estimate sees it. `teacher_runs`: the trainings of teachers that have recipes of their own."""
+    """A recipe as the estimate sees it. kept: as of `Work`. teacher_runs: the trainings of teachers that have recipes
+    of their own."""
 
     recipe: "Recipe"
     student: Network
@@ -57,6 +60,7 @@ class Subject:
     held_out: int
     assumed: str | None
     trained: Trained
+    kept: tuple[float, ...] = ()
     teacher_runs: tuple["Subject", ...] = ()
 
     @property
@@ -97,8 +101,22 @@ def subject(recipe: "Recipe", images: int | None = None) -> Subject:
             name, timm, size = _teacher(config)
         size = size_pair(config.image_size or size or model.image_size, "method.teacher.image_size")
         teachers.append(network(name, timm, size, classes))
-    kept = _trained(recipe, classes)
-    return Subject(recipe, student, tuple(teachers), train, held_out, assumed, kept, tuple(own))
+    trained, kept = _trained(recipe, classes), () if student.vit is None else _kept(recipe)
+    return Subject(recipe, student, tuple(teachers), train, held_out, assumed, trained, kept, tuple(own))
+
+
+def _kept(recipe: "Recipe") -> tuple[float, ...]:
+    """`Work.kept` of the student. Raises UsageError where `model.drop_path_skip` does not fit the model."""
+    model = recipe.model
+    if not model.drop_path_skip:
+        return ()
+    size, classes = size_pair(model.image_size, "model.image_size"), model.num_classes or 1
+    config = _built(model.name, None, size, classes, model.drop_path).config
+    config = replace(config, drop_path_mode=model.drop_path_mode or config.drop_path_mode)
+    try:
+        return estimate_options.kept(dropped_of(config, recipe.data.group_size), recipe.data.group_size)
+    except ValueError as error:
+        raise UsageError(f"model.drop_path_skip: {error}") from error
 
 
 def _teacher(config: "TeacherConfig") -> tuple[str | None, str | None, "ImageSize | None"]:

@@ -7,12 +7,15 @@ for a new one. `Tuning` tries the backends out in the first steps of a run.
 """
 
 from fastdeit.kernels import nn
+from fastdeit.kernels._derivatives import with_bias_gradient
 from fastdeit.kernels._op import OpInfo, format_info, info, use
 from fastdeit.kernels.accelerate.patch import Report, accelerate, restore
 from fastdeit.kernels.attention.op import attention, query_attention
+from fastdeit.kernels.casts import autocast_copies
 from fastdeit.kernels.cosub import cosub_loss
 from fastdeit.kernels.input import patchify, pixels, to_patches
 from fastdeit.kernels.layer_norm import add_layer_norm
+from fastdeit.kernels.linear import queries_apart
 from fastdeit.kernels.losses import DistillationLoss, distillation_loss
 from fastdeit.kernels.mlp.op import layer_norm_mlp, mlp
 from fastdeit.kernels.native.choice import native_status
@@ -31,6 +34,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "autocast_copies",
     "cosub_loss",
     "distillation_loss",
     "format_info",
@@ -46,9 +50,11 @@ __all__ = [
     "patchify",
     "pixels",
     "qk_norm_rope",
+    "queries_apart",
     "query_attention",
     "restore",
     "swiglu",
     "to_patches",
     "use",
+    "with_bias_gradient",
 ]

@@ -86,6 +86,8 @@ def reference(
     branch_bias: Tensor | None,
     branch_samples: Tensor | None,
     norm_samples: Tensor | None,
+    branch_places: Tensor | None,
+    norm_places: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(new residual, normed, mean, rstd) as in the module's formula; the statistics, `[..., 1]`, are for backward."""
@@ -127,6 +129,8 @@ def reference_backward(
     branch_bias: Tensor | None,
     branch_samples: Tensor | None,
     norm_samples: Tensor | None,
+    branch_places: Tensor | None,
+    norm_places: Tensor | None,
     branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of residual, branch, weight, bias, gamma and branch_bias, empty where there is none: the last two
@@ -316,12 +320,12 @@ def _apply_kernel(x, weight, bias, mean, rstd, normed, rows, C: tl.constexpr, BL
     tl.store(normed + row[:, None] * C + column[None, :], y.to(normed.dtype.element_ty), mask=mask)
 
 
-def _slots(samples: Tensor | None, batch: int) -> Tensor | None:
-    """int32 `[batch]`: place of every sample among the selected, -1 for the others."""
-    if samples is None:
-        return None
-    places = torch.arange(len(samples), dtype=torch.int32, device=samples.device)
-    return torch.full((batch,), -1, dtype=torch.int32, device=samples.device).index_copy_(0, samples, places)
+def _places_of(samples: Tensor | None, places: Tensor | None, batch: int) -> Tensor | None:
+    """int32 `[batch]`: place of every sample among the selected, -1 for the others; `places`, if it is there."""
+    if samples is None or places is not None:
+        return places
+    counted = torch.arange(len(samples), dtype=torch.int32, device=samples.device)
+    return torch.full((batch,), -1, dtype=torch.int32, device=samples.device).index_copy_(0, samples, counted)
 
 
 def triton_forward(
@@ -335,6 +339,8 @@ def triton_forward(
     branch_bias: Tensor | None,
     branch_samples: Tensor | None,
     norm_samples: Tensor | None,
+    branch_places: Tensor | None,
+    norm_places: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference` in one launch."""
@@ -348,7 +354,7 @@ def triton_forward(
     rstd = torch.empty_like(mean)
     rows, tokens = _rows.rows_and_tokens(residual)
     batch, tile = residual.shape[0], _rows.tile(width)
-    slots = _slots(branch_samples, batch), _slots(norm_samples, batch)
+    slots = _places_of(branch_samples, branch_places, batch), _places_of(norm_samples, norm_places, batch)
     results = new_residual, normed, mean, rstd
     grid = (_triton.cdiv(rows, tile["ROWS"]),)
     _triton.launch(_forward_kernel, grid, residual, *others, *slots, *results, rows, tokens, eps, **tile)
@@ -368,12 +374,14 @@ def triton_backward(
     branch_bias: Tensor | None,
     branch_samples: Tensor | None,
     norm_samples: Tensor | None,
+    branch_places: Tensor | None,
+    norm_places: Tensor | None,
     branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """`reference_backward` in one pass over the rows and a sum of the programs' partial sums. Without `dnormed` nothing
     was normalised, and the reference makes what little is left. Without a branch there is no `branch_dtype`."""
     if dnormed is None:
-        selection = branch_samples, norm_samples, branch_dtype
+        selection = branch_samples, norm_samples, branch_places, norm_places, branch_dtype
         scales = gamma, keep, branch_bias
         return reference_backward(dresidual, None, new_residual, branch, weight, mean, rstd, *scales, *selection)
     inputs = dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep
@@ -387,7 +395,7 @@ def triton_backward(
     grid = (min(_triton.cdiv(rows, tile["ROWS"]), _PROGRAMS * _triton.processors(dr.device)),)
     sums = 4 if gamma is not None else 3 if branch_bias is not None else 2
     partial = torch.empty(grid[0], sums, width, dtype=torch.float32, device=dr.device)
-    slots = _slots(branch_samples, batch), _slots(norm_samples, batch)
+    slots = _places_of(branch_samples, branch_places, batch), _places_of(norm_samples, norm_places, batch)
     tensors = dresidual, dnormed, new_residual, branch, *others, *slots, dr, dbranch, partial
     _triton.launch(_backward_kernel, grid, *tensors, rows, tokens, SUMS=sums, **tile)
     dweight, dbias, *rest = partial.sum(0).unbind()
@@ -400,14 +408,14 @@ def plain_triton_forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`normalize` in one launch."""
-    return triton_forward(x, None, weight, bias, eps, *[None] * 5, out_dtype)[1:]
+    return triton_forward(x, None, weight, bias, eps, *[None] * 7, out_dtype)[1:]
 
 
 def plain_triton_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, in their dtypes."""
-    dx, _, dweight, dbias, *_ = triton_backward(None, grad, x, None, weight, mean, rstd, *[None] * 6)
+    dx, _, dweight, dbias, *_ = triton_backward(None, grad, x, None, weight, mean, rstd, *[None] * 8)
     return dx, dweight, dbias
 
 
@@ -431,9 +439,11 @@ def _example(
     keep: bool = False,
     bias: bool = False,
     skipping: bool = False,
+    places: bool = False,
     stream: torch.dtype | None = None,
 ) -> list[Any]:
-    """Arguments of `reference`; `skipping`: a quarter of the samples skip the branch, others the normalisation."""
+    """Arguments of `reference`; `skipping`: a quarter of the samples skip the branch, others the normalisation;
+    `places`: it is known who is where among the others."""
     sizes = make.sizes
     kept = sizes.batch - max(1, sizes.batch // 4) if skipping else sizes.batch
     samples = torch.arange(sizes.batch, device=make.device)
@@ -444,7 +454,8 @@ def _example(
     )
     factors = 1.25 * (samples[:kept] % 10 > 0).to(make.full)
     scales = make.vector() if gamma else None, factors if keep else None, make.vector() if bias else None
-    return [residual, branch, make.vector(), make.vector(), 1e-6, *scales, *chosen, make.dtype]
+    places = [_places_of(selected, None, sizes.batch) for selected in chosen] if places else (None, None)
+    return [residual, branch, make.vector(), make.vector(), 1e-6, *scales, *chosen, *places, make.dtype]
 
 
 def _plain_example(make: Maker) -> list[Any]:
@@ -463,7 +474,9 @@ _EXAMPLES = [
     Example("layer_scale", partial(_example, gamma=True)),
     Example("layer_scale drop_path", partial(_example, gamma=True, keep=True, bias=True)),
     Example("layer_scale, skipped samples", partial(_example, gamma=True, bias=True, skipping=True)),
-    Example("layer_scale drop_path, skipped samples", partial(_example, gamma=True, keep=True, skipping=True)),
+    Example(
+        "layer_scale drop_path, skipped samples", partial(_example, gamma=True, keep=True, skipping=True, places=True)
+    ),
     Example("16-bit stream", lambda make: _example(make, bias=True, stream=make.dtype)),
 ]
 _PLAIN_EXAMPLES = [
@@ -482,7 +495,8 @@ def _fake_normalize(x: Tensor, samples: Tensor | None, out_dtype: torch.dtype) -
 
 
 @OP.registered.register_fake
-def _(residual, branch, weight, bias, eps, gamma, keep, branch_bias, branch_samples, norm_samples, out_dtype):
+def _(residual, branch, weight, bias, eps, gamma, keep, branch_bias, branch_samples, norm_samples, *others):
+    *_, out_dtype = others
     return residual.new_empty(residual.shape), *_fake_normalize(residual, norm_samples, out_dtype)
 
 
@@ -492,7 +506,8 @@ def _(x, weight, bias, eps, out_dtype):
 
 
 @OP.registered_backward.register_fake
-def _(dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep, branch_bias, samples, _, dtype):
+def _(dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep, branch_bias, samples, *others):
+    *_, dtype = others
     dbranch = new_residual.new_empty(
         (len(new_residual if samples is None else samples), *new_residual.shape[1:]), dtype=dtype
     )
@@ -519,13 +534,13 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dresidual, dnormed, *_):
     saved = ctx.saved_tensors
-    *_, gamma, _, branch_bias, _, _ = saved
+    gamma, _, branch_bias = saved[5:8]
     grads = OP.run_backward(ctx, dresidual, dnormed, *saved, ctx.branch_dtype)
     dr, dbranch, dweight, dbias, dgamma, dbranch_bias = grads
     affine = (None, None) if dnormed is None else (dweight, dbias)
     dgamma = None if gamma is None else dgamma
     dbranch_bias = None if branch_bias is None else dbranch_bias
-    return dr, dbranch, *affine, None, dgamma, None, dbranch_bias, None, None, None
+    return dr, dbranch, *affine, None, dgamma, None, dbranch_bias, *[None] * 5
 
 
 def _save_plain(ctx, inputs, output):
@@ -559,6 +574,8 @@ def add_layer_norm(
     branch_bias: Tensor | None = None,
     branch_samples: Tensor | None = None,
     norm_samples: Tensor | None = None,
+    branch_places: Tensor | None = None,
+    norm_places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and normalise the sum.
 
@@ -576,6 +593,10 @@ def add_layer_norm(
                   This is stochastic depth that saves the work of the samples it drops (Oquab et al., "DINOv2", 2023,
                   section 5): a fixed number of samples a step instead of a Bernoulli draw for each, hence another
                   distribution than `keep`. Scale the branch by `keep`, B / B' for the kept
+    branch_places, norm_places
+                  int32 `[B]`: the place of every sample among `branch_samples` and `norm_samples`, -1 for those that
+                  are not there. The kernels read them; None makes them here and again in backward, in three launches
+                  each
 
     Returns (new residual, normed): `residual + keep * gamma * branch` in residual's dtype (residual itself without a
     branch), and its LayerNorm in out_dtype, `[B'', ..., C]`. Statistics are float32 (float64 for float64). Samples
@@ -584,13 +605,14 @@ def add_layer_norm(
     """
     _checks.check_number("eps", eps, 0)
     _check(residual, branch, weight, bias, gamma, keep, branch_bias, branch_samples, norm_samples)
+    _check_places("branch_places", branch_places, branch_samples, residual)
+    _check_places("norm_places", norm_places, norm_samples, residual)
     if out_dtype is None:
         out_dtype = _op.autocast_dtype(residual) or residual.dtype
     if branch is None:
         return residual, PLAIN(_selected(residual, norm_samples), weight, bias, eps, out_dtype)[0]
-    return OP(residual, branch, weight, bias, eps, gamma, keep, branch_bias, branch_samples, norm_samples, out_dtype)[
-        :2
-    ]
+    selection = branch_samples, norm_samples, branch_places, norm_places
+    return OP(residual, branch, weight, bias, eps, gamma, keep, branch_bias, *selection, out_dtype)[:2]
 
 
 def _check(
@@ -639,3 +661,15 @@ def _check_samples(name: str, samples: Tensor | None, batch: int) -> None:
     _checks.check_index(name, samples, batch)
     if _checks.can_look_at(samples) and len(samples.unique()) < len(samples):
         raise ValueError(f"{name} holds a sample more than once, but must be distinct")
+
+
+def _check_places(name: str, places: Tensor | None, samples: Tensor | None, residual: Tensor) -> None:
+    if places is None:
+        return
+    if samples is None:
+        raise ValueError(f"{name} is where samples stand among those selected, but none are: leave it out")
+    _checks.check_dtype(name, places, torch.int32)
+    _checks.check_device(name, places, residual, "residual")
+    _checks.check_shape(name, places, residual.shape[:1], "[B], B the first dimension of residual,")
+    if _checks.can_look_at(places) and not torch.equal(places, _places_of(samples, None, len(places))):
+        raise ValueError(f"{name} does not say where the samples stand")

@@ -17,6 +17,8 @@ from fastdeit.models.config import ViTConfig
 from fastdeit.models.drop_path import Kept
 from fastdeit.models.tokens import QKV
 
+_ALL = Kept()
+
 
 class Branch(NamedTuple):
     """What a sublayer adds to the tokens: `kept.factor * gamma * value`, to those of `kept.samples`.
@@ -25,12 +27,12 @@ class Branch(NamedTuple):
     gamma  LayerScale `[dim]`; None is 1
     kept   what drop-path leaves of the branch; by default all
     bias   `[dim]`: a bias that value was made with, but without its gradient, which the LayerNorm behind the addition
-           has as a by-product. Only the last branch in front of a LayerNorm may have one
+           has as a by-product
     """
 
     value: Tensor
     gamma: Tensor | None = None
-    kept: Kept = Kept()
+    kept: Kept = _ALL
     bias: Tensor | None = None
 
 
@@ -44,24 +46,26 @@ class Stream(NamedTuple):
         """The tokens in residual's dtype, where no LayerNorm follows that could do the addition."""
         return _added(self.residual, self.branches)
 
-    def normed(self, norm: nn.LayerNorm, samples: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(the tokens, their LayerNorm, of these samples alone). The last branch is added by LayerNorm's kernel."""
-        weight, bias, eps = norm.weight, norm.bias, norm.eps
+    def normed(self, norm: nn.LayerNorm, kept: Kept = _ALL) -> tuple[Tensor, Tensor]:
+        """(the tokens, their LayerNorm, of the samples that `kept` keeps). The last branch is added by LayerNorm's
+        kernel."""
+        arguments = norm.weight, norm.bias, norm.eps
+        selection = {"norm_samples": kept.samples, "norm_places": kept.places}
         if not self.branches:
-            return kernels.add_layer_norm(self.residual, None, weight, bias, eps, norm_samples=samples)
+            return kernels.add_layer_norm(self.residual, None, *arguments, **selection)
         *others, last = self.branches
+        selection |= {"branch_samples": last.kept.samples, "branch_places": last.kept.places}
         options = {"gamma": last.gamma, "keep": last.kept.factor, "branch_bias": last.bias}
-        selection = {"branch_samples": last.kept.samples, "norm_samples": samples}
-        residual = _added(self.residual, others)
-        return kernels.add_layer_norm(residual, last.value, weight, bias, eps, **options, **selection)
+        return kernels.add_layer_norm(_added(self.residual, others), last.value, *arguments, **options, **selection)
 
 
 def _added(residual: Tensor, branches: Iterable[Branch]) -> Tensor:
-    for value, gamma, (factor, samples), _ in branches:
+    for value, gamma, kept, bias in branches:
+        value = kernels.with_bias_gradient(value, bias)
         value = value if gamma is None else value * gamma
-        value = value if factor is None else value * factor[:, None, None]
+        value = value if kept.factor is None else value * kept.factor[:, None, None]
         value = value.to(residual.dtype)
-        residual = residual + value if samples is None else residual.index_add(0, samples, value)
+        residual = residual + value if kept.samples is None else residual.index_add(0, kept.samples, value)
     return residual
 
 
@@ -74,22 +78,27 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def operands(self) -> list[Tensor]:
+        """What the products multiply and add: weight and bias of qkv, then of proj. Kernels behind the products have
+        the gradients of the biases, which are detached therefore."""
+        return [self.qkv.weight, self.qkv.bias.detach(), self.proj.weight, self.proj.bias.detach()]
+
     def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
         """`[B, N, dim]`, or `[B, rows, dim]`: the result of the first `rows` tokens, made from their queries alone."""
-        return F.linear(self._mixed(x, rows), self.proj.weight, self.proj.bias)
+        branch = self.branch(x, kernels.autocast_copies(self.operands()), None, Kept(), rows)
+        return kernels.with_bias_gradient(branch.value, branch.bias)
 
-    def branch(self, x: Tensor, gamma: Tensor | None, kept: Kept, rows: int | None = None) -> Branch:
-        """`forward` as the last branch in front of a LayerNorm, which has the gradient of `proj.bias`."""
-        bias = self.proj.bias
-        return Branch(F.linear(self._mixed(x, rows), self.proj.weight, bias.detach()), gamma, kept, bias)
-
-    def _mixed(self, x: Tensor, rows: int | None) -> Tensor:
-        weight, bias = self.qkv.weight, self.qkv.bias
+    def branch(
+        self, x: Tensor, operands: Sequence[Tensor], gamma: Tensor | None, kept: Kept, rows: int | None = None
+    ) -> Branch:
+        """`forward` as the last branch in front of a LayerNorm, which has the gradient of `proj.bias`. `operands` has
+        the module's, in the dtype of the products."""
+        weight, bias, *of_proj = operands
         if rows is None:
-            return kernels.attention(F.linear(x, weight, bias.detach()), self.heads, bias=bias)
-        dim = x.shape[-1]
-        queries = F.linear(x[:, :rows], weight[:dim], bias[:dim])
-        return kernels.query_attention(queries, F.linear(x, weight[dim:], bias[dim:]), self.heads)
+            mixed = kernels.attention(F.linear(x, weight, bias), self.heads, bias=self.qkv.bias)
+        else:
+            mixed = kernels.query_attention(*kernels.queries_apart(x, weight, bias, self.qkv.bias, rows), self.heads)
+        return Branch(F.linear(mixed, *of_proj), gamma, kept, self.proj.bias)
 
     def heads_of(self, x: Tensor) -> QKV:
         """Queries, keys and values `[B, heads, N, head_dim]` of `x`, for whoever compares them."""
@@ -106,10 +115,17 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.recompute = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., dim]` -> `[..., dim]`."""
-        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        return kernels.mlp(x, *weights, recompute=self.recompute)
+    def operands(self) -> list[Tensor]:
+        """What the products multiply and add: weight and bias of fc1, then of fc2, whose bias is detached: a kernel
+        behind the product has its gradient."""
+        return [self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias.detach()]
+
+    def forward(self, x: Tensor, operands: Sequence[Tensor] | None = None) -> Tensor:
+        """`[..., dim]` -> `[..., dim]`. `operands` has the module's, in the dtype of the products; who gives them sees
+        to the gradient of `fc2.bias`."""
+        if operands is not None:
+            return kernels.mlp(x, *operands, recompute=self.recompute)
+        return kernels.with_bias_gradient(self(x, kernels.autocast_copies(self.operands())), self.fc2.bias)
 
 
 def _layer_scale(config: ViTConfig) -> LayerScale | None:
@@ -143,10 +159,12 @@ class Block(nn.Module):
         rows   only that many of the first tokens come out, and only they are computed behind keys and values
         """
         of_attention, of_mlp = keeps
-        residual, normed = stream.normed(self.norm1, of_attention.samples)
-        attention = self.attn.branch(normed, _gamma(self.ls1), of_attention, rows)
-        residual, normed = Stream(_first(residual, rows), (attention,)).normed(self.norm2, of_mlp.samples)
-        return Stream(residual, (Branch(self.mlp(normed), _gamma(self.ls2), of_mlp),))
+        operands = kernels.autocast_copies([*self.attn.operands(), *self.mlp.operands()])
+        residual, normed = stream.normed(self.norm1, of_attention)
+        attention = self.attn.branch(normed, operands[:4], _gamma(self.ls1), of_attention, rows)
+        residual, normed = Stream(_first(residual, rows), (attention,)).normed(self.norm2, of_mlp)
+        value = self.mlp(normed, operands[4:])
+        return Stream(residual, (Branch(value, _gamma(self.ls2), of_mlp, self.mlp.fc2.bias),))
 
     def qkv(self, tokens: Tensor) -> QKV:
         """Queries, keys and values `[B, heads, N, head_dim]` of the tokens `[B, N, dim]` before the block."""
@@ -188,13 +206,15 @@ class ParallelBlock(nn.Module):
         count = len(self.attns)
         keeps = keeps or (Kept(),) * (2 * count)
         residual, inputs = _normed_by_each(stream, self.attns, keeps[:count])
-        *others, last = zip(self.attns, inputs, keeps[:count], strict=True)
-        branches = [Branch(part.attn(normed, rows), _gamma(part.ls), kept) for part, normed, kept in others]
-        part, normed, kept = last
-        branches.append(part.attn.branch(normed, _gamma(part.ls), kept, rows))
+        branches = [
+            part.attn.branch(normed, kernels.autocast_copies(part.attn.operands()), _gamma(part.ls), kept, rows)
+            for part, normed, kept in zip(self.attns, inputs, keeps[:count], strict=True)
+        ]
         residual, inputs = _normed_by_each(Stream(_first(residual, rows), tuple(branches)), self.ffns, keeps[count:])
         branches = [
-            Branch(part.mlp(normed), _gamma(part.ls), kept)
+            Branch(
+                part.mlp(normed, kernels.autocast_copies(part.mlp.operands())), _gamma(part.ls), kept, part.mlp.fc2.bias
+            )
             for part, normed, kept in zip(self.ffns, inputs, keeps[count:], strict=True)
         ]
         return Stream(residual, tuple(branches))
@@ -210,6 +230,6 @@ class ParallelBlock(nn.Module):
 def _normed_by_each(stream: Stream, parts: nn.ModuleList, keeps: Sequence[Kept]) -> tuple[Tensor, list[Tensor]]:
     """(tokens, their LayerNorm by the norm of each part, of the samples that keep it). The additions are done once,
     with the first of them."""
-    residual, first = stream.normed(parts[0].norm, keeps[0].samples)
+    residual, first = stream.normed(parts[0].norm, keeps[0])
     others = zip(parts[1:], keeps[1:], strict=True)
-    return residual, [first, *(Stream(residual).normed(part.norm, kept.samples)[1] for part, kept in others)]
+    return residual, [first, *(Stream(residual).normed(part.norm, kept)[1] for part, kept in others)]

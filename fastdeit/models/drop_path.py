@@ -24,10 +24,12 @@ class Kept(NamedTuple):
 
     factor   float32 `[B']`: what the branch of each sample is multiplied by; None is 1
     samples  distinct int64 `[B']`: the samples whose branch is computed; None is all of them
+    places   int32 `[B]`: the place of each sample among these, -1 for the others; None where samples is
     """
 
     factor: Tensor | None = None
     samples: Tensor | None = None
+    places: Tensor | None = None
 
 
 def drawn(noise: Tensor, config: ViTConfig) -> list[Kept]:
@@ -77,7 +79,19 @@ def skipping(noise: Tensor, dropped: Sequence[int], group: int) -> list[Kept]:
     # One launch for all factors: their numbers travel with it, and not in a copy from the host.
     ones = list(noise.new_ones(sum(counts)).split(counts))
     factors = torch._foreach_mul(ones, [group / (group - dropped[branch]) for branch in numbers])
+    places = _places(order, [(group - count) * groups for count in dropped])
     kept = [Kept()] * branches
     for branch, count, factor in zip(numbers, counts, factors, strict=True):
-        kept[branch] = Kept(factor, order[branch, :count])
+        kept[branch] = Kept(factor, order[branch, :count], places[branch])
     return kept
+
+
+def _places(order: Tensor, counts: Sequence[int]) -> Tensor:
+    """int32 `[branches, B]`: the place of each sample in its row of `order`, a permutation of the samples; -1 for those
+    behind the first `counts` of a row."""
+    branches, batch = order.shape
+    every = torch.arange(batch, dtype=torch.int32, device=order.device).expand(branches, batch)
+    places = torch.empty_like(every, memory_format=torch.contiguous_format).scatter_(1, order, every)
+    limits = torch.ones_like(places)
+    torch._foreach_mul_(list(limits.unbind()), list(counts))
+    return torch.where(places < limits, places, -1)

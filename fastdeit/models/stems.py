@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdeit import kernels
 from fastdeit.models.config import ViTConfig
 
 
@@ -24,7 +25,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Flat patches `[B, P, C*p*p]` as tokens `[B, P, dim]`."""
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        weight, bias = kernels.autocast_copies([self.proj.weight, self.proj.bias])
+        return F.linear(patches, weight.flatten(1), bias)
 
     def multiply_adds(self, patches: int) -> int:
         """Multiply-adds of one image of so many patches."""

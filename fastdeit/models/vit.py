@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +25,7 @@ from fastdeit.models.blocks import Block, Mlp, ParallelBlock, Stream
 from fastdeit.models.config import ViTConfig
 from fastdeit.models.contract import ImageSize, Logits, Owner, TokenMaps, refuse_patches, split_decay
 from fastdeit.models.drop_path import Kept, drawn, dropped_of, skipping
+from fastdeit.models.embedding import joined
 from fastdeit.models.init import SCHEMES
 from fastdeit.models.layers import block_layers
 from fastdeit.models.positions import interpolated, sincos
@@ -176,9 +178,11 @@ class VisionTransformer(nn.Module):
         return Stream(mean).normed(self.fc_norm)[1] if self.config.fc_norm else mean
 
     def _logits(self, features: Tensor) -> Logits:
-        if self.config.distilled:
-            return self.head(features[:, 0]), self.head_dist(features[:, 1])
-        return self.head(features[:, 0])
+        heads = [getattr(self, name) for name in self.head_names]
+        operands = kernels.autocast_copies([tensor for head in heads for tensor in (head.weight, head.bias)])
+        pairs = zip(features.unbind(1), operands[::2], operands[1::2], strict=True)
+        logits = [F.linear(feature, weight, bias) for feature, weight, bias in pairs]
+        return tuple(logits) if self.config.distilled else logits[0]
 
     def _input(self, x: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
         """What the stem takes, flat patches `[B, P, C*p*p]` or images, and the grid (rows, columns) of the patches."""
@@ -211,17 +215,17 @@ class VisionTransformer(nn.Module):
         """Tokens `[B, prefix + P, dim]` before the first block; `keep` as of `tokens`."""
         positions = self._positions(grid)
         if keep is None:
-            patches = self.patch_embed(x) + positions
+            patches = self.patch_embed(x)
         else:
             patches = self.patch_embed(kept(x, keep)) if self.patch_size else kept(self.patch_embed(x), keep)
-            patches = patches + positions[0, keep]
+            positions = positions[0, keep]
+        dtype = self._residual or torch.promote_types(patches.dtype, positions.dtype)
         if not self.config.class_token:
-            return patches if self._residual is None else patches.to(self._residual)
+            return (patches + positions).to(dtype)
         prefix = torch.cat((self.cls_token, self.dist_token), 1) if self.config.distilled else self.cls_token
         if self.prefix_positions:
             prefix = prefix + self.pos_embed[:, : self.prefix_positions]
-        parts = prefix.expand(len(patches), -1, -1), patches
-        return torch.cat(parts if self._residual is None else [part.to(self._residual) for part in parts], 1)
+        return joined(prefix, patches, positions, dtype)
 
     def _keeps(self, noise: Tensor | None, batch: int) -> Keeps:
         """What drop-path leaves of the branches of each block."""

@@ -97,6 +97,17 @@ def test_skipping_what_is_dropped_asks_less_of_a_card():
     assert 0.7 < less["products"].flops / whole["products"].flops < 0.9  # one of two blocks keeps half of the samples
 
 
+@pytest.mark.slow
+def test_tables_of_what_is_skipped_are_made_once_for_all_blocks():
+    """A dozen launches, however many blocks there are, where each block asked for twenty-two."""
+    cell = replace(SMALL, batch=count.SKIP_GROUP, drop_path=0.5)
+    whole, less = (
+        [count.ours(replace(cell, depth=depth), 90, "auto", skip).total.launches for depth in (2, 4)]
+        for skip in (False, True)
+    )
+    assert less[0] - whole[0] == less[1] - whole[1] < 12
+
+
 # ---- how a step is counted -------------------------------------------------------------------------------------------
 
 
@@ -133,6 +144,19 @@ def test_what_changes_in_place_is_read_and_written_and_what_is_overwritten_is_no
     assert operation(lambda x, y: x.add_(y), (8,), (8,)) == [("add_", "other", 3 * 32, 0, 1)]
     assert operation(lambda x, y: x.copy_(y), (8,), (8,)) == [("copy_", "copies", 2 * 32, 0, 1)]
     assert operation(lambda x: x.zero_(), (8,)) == [("zero_", "zeros", 32, 0, 1)]
+    assert operation(lambda x, y: torch.neg(x, out=y), (8,), (8,)) == [("neg", "other", 2 * 32, 0, 1)]
+
+
+def test_lists_that_are_copied_to_another_dtype_are_casts():
+    def copied(*dtypes):
+        def run():
+            new, old = ([on_card(8, dtype=dtype), on_card(3, dtype=dtype)] for dtype in dtypes)
+            return lambda: torch._foreach_copy_(new, old)
+
+        return [(kind, moved, launches) for _, kind, moved, _, launches in counted(run)]
+
+    assert copied(torch.bfloat16, torch.float32) == [("casts", 6 * 11, 1)]
+    assert copied(torch.float32, torch.float32) == [("update", 8 * 11, 1)]
 
 
 def test_views_and_allocations_launch_nothing():

@@ -212,10 +212,19 @@ def test_kept_activations_are_said_to_cost_memory(plan):
     assert not any("keep_activations" in note for note in plan(*TINY, "engine.checkpoint_blocks=true")["notes"])
 
 
-def test_what_skipping_dropped_samples_saves_is_said_to_be_left_out(plan):
-    for skip in (True, False):
-        notes = plan(*TINY, f"model.drop_path_skip={str(skip).lower()}")["notes"]
-        assert any(note.startswith("model.drop_path_skip is left out") for note in notes) == skip
+@pytest.mark.parametrize("option", ["model.drop_path_skip=true", "engine.residual=bf16"])
+def test_options_that_move_less_take_ours_less_time_and_memory(plan, option):
+    """timm has neither of them."""
+    without, found = plan(*TINY), plan(*TINY, option)
+    assert fused(found)["step"]["seconds"] < fused(without)["step"]["seconds"]
+    assert fused(found)["memory"]["total"] < fused(without)["memory"]["total"]
+    peers = [[row["step"] for row in each["plans"] if row["design"] == "timm"] for each in (without, found)]
+    assert peers[0] == peers[1]
+
+
+def test_samples_that_no_group_can_skip_are_refused(capsys):
+    assert cli.main(["plan", *TINY, "model.drop_path_skip=true", "model.drop_path=0.001"]) == 2
+    assert "model.drop_path_skip: of " in capsys.readouterr().err
 
 
 def test_fsdp_is_said_to_be_hypothetical(plan):

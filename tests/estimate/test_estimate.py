@@ -16,13 +16,14 @@ from fastdeit import kernels, models
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
-from fastdeit.estimate import communication, gpus, memory, subject
+from fastdeit.estimate import communication, gpus, memory, options, subject
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.model import DESIGNS, EAGER, EPILOGUE, FUSED, TIMM, TIMM_COMPILE, Network, ViT, Work
 from fastdeit.kernels import _op
 from fastdeit.kernels.attention import fused_backward, tiles
+from fastdeit.kernels.native.launches import HEAD_DIMS
 from fastdeit.models.deit import CONFIGS
 
 NAMES = list(CONFIGS)
@@ -100,11 +101,12 @@ def test_flops_of_a_training_step_are_those_that_torch_counts(name):
         (TIMM, False, 136 + 40 + 42 + 24 + 18),
         (EAGER, True, 136 + 16 + 40 + 42 + 12 + 18),
         (TIMM_COMPILE, True, 56 + 40 + 42 + 12 + 18),
-        (FUSED, True, 56 + 48 + 32 + 2),
-        (replace(FUSED, attention="fused_backward"), True, 56 + 48 + 24 + 2),
-        (EPILOGUE, True, 56 + 32 + 2),
+        (FUSED, True, 56 + 48 + 32),
+        (replace(FUSED, attention="fused_backward"), True, 56 + 48 + 24),
+        (EPILOGUE, True, 56 + 32),
+        (options.narrowed(FUSED), True, 36 + 48 + 32),
     ],
-    ids=["timm", "timm without drop-path", "eager", "timm_compile", "fused", "fused backward", "epilogue"],
+    ids=["timm", "timm without drop-path", "eager", "timm_compile", "fused", "fused backward", "epilogue", "16 bit"],
 )
 def test_bytes_between_the_products_of_a_block(design, drop_path, bytes_per_value):
     """In units of tokens * channels, 16 bit: the table in docs/plan.md."""
@@ -171,8 +173,27 @@ def test_float32_and_options_cost_time():
     assert time(design=EAGER, drop_path=True) > time(design=EAGER, drop_path=False)
 
 
-def test_on_a_v100_attention_is_the_library_s():
-    kinds = {op.kind for op in estimate.ops(BASE, Work(64, "fp16"), FUSED, GPUS["V100"])}
+def test_on_a_v100_attention_is_native_where_the_heads_fit():
+    expected = {"forward": [(1, 11)], "backward": [(3, 11)]}
+    fits, not_fp16, wide = (
+        {
+            phase: [(op.launches, op.count) for op in found if (op.kind, op.phase) == ("ours", phase)]
+            for phase in expected
+        }
+        for found in (
+            estimate.ops(network_of(replace(BASE.vit, heads=heads)), Work(64, precision), FUSED, GPUS["V100"])
+            for heads, precision in ((12, "fp16"), (12, "fp32"), (4, "fp16"))
+        )
+    )
+    assert fits == expected  # the last block's queries are the library's
+    assert not_fp16 == wide == {"forward": [], "backward": []}
+    assert estimate._NATIVE_WIDTHS == HEAD_DIMS
+
+
+def test_on_a_v100_wide_attention_is_the_library_s():
+    kinds = {
+        op.kind for op in estimate.ops(network_of(replace(BASE.vit, heads=4)), Work(64, "fp16"), FUSED, GPUS["V100"])
+    }
     assert "library" in kinds
     assert "ours" not in kinds
 
@@ -197,19 +218,19 @@ def attention_backward(work=None, gpu="A100", tokens=196 + 2, heads=12, pruned=T
 
 
 @pytest.mark.parametrize(
-    ("backend", "expected"), [("triton", (7, 3)), ("fused_backward", (5, 2)), ("reference", (5, 3))]
+    ("backend", "expected"), [("triton", (7, 4)), ("fused_backward", (5, 2)), ("reference", (5, 3))]
 )
 def test_attention_is_what_the_table_of_choices_has_for_the_gpu(choose, backend, expected):
     choose(attention={"backend": backend})
     assert attention_backward() == expected
-    assert attention_backward(gpu="H100") == (7, 3)
+    assert attention_backward(gpu="H100") == (7, 4)
 
 
 def test_a_width_has_a_choice_of_its_own(choose):
     choose(attention={"backend": "triton", "widths": {"2304": {"backend": "fused_backward"}}})
     assert attention_backward() == (5, 2)
     choose(attention={"backend": "fused_backward", "widths": {"2304": {"backend": "triton"}}})
-    assert attention_backward() == (7, 3)
+    assert attention_backward() == (7, 4)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +238,7 @@ def test_a_width_has_a_choice_of_its_own(choose):
 )
 def test_what_the_fused_backward_does_not_take_goes_to_the_split_one(choose, options):
     choose(attention={"backend": "fused_backward"})
-    assert attention_backward(**options) == (7, 3)
+    assert attention_backward(**options) == (7, 4)
     assert attention_backward(tokens=208) == (5, 2)
 
 
@@ -238,7 +259,7 @@ def test_the_last_block_s_queries_have_the_split_backward(choose):
         )
         for pruned in (True, False)
     ]
-    assert counts == [[(2, 11), (3, 1)], [(2, 12)]]
+    assert counts == [[(2, 11), (4, 1)], [(2, 12)]]
 
 
 @pytest.mark.parametrize(("precision", "same"), [("bf16", True), ("fp32", False)])
@@ -265,12 +286,12 @@ def test_gelu_is_made_again_as_the_mlp_does_by_default():
 @pytest.mark.parametrize("design", [FUSED, EPILOGUE])
 def test_kept_activations_take_memory_and_save_bytes(design):
     """One more of the MLP's hidden values is kept, and one fewer written, in every block."""
-    kept, work = estimate.keeping(design), Work(256)
+    kept, work = options.keeping(design), Work(256)
     rows = 256 * sum(BASE.vit.rows) * BASE.vit.hidden * work.bytes
     held = [sum(memory.blocks_saved(BASE.vit, work, side)) for side in (design, kept)]
     moved = [sum(op.bytes * op.count for op in estimate.ops(BASE, work, side, GPUS["A100"])) for side in (design, kept)]
     assert held[1] - held[0] == moved[0] - moved[1] == rows
-    assert estimate.keeping(EAGER) is EAGER
+    assert options.keeping(EAGER) is EAGER
 
 
 def test_designs_that_cannot_run_are_not_offered():
@@ -320,7 +341,7 @@ def test_blocks_keep_what_torch_keeps(design, backend, keep):
     """The registered references keep what the fused kernels keep. Differences leave copies of weights out."""
     two, three = (saved_bytes(backend, 3, depth, keep) - saved_bytes(backend, 2, depth, keep) for depth in (2, 3))
     vit = ViT(16, 2, 768, 192, 3, 3, 768, 1000)
-    full, _, last = memory.blocks_saved(vit, Work(1), estimate.keeping(design) if keep else design)
+    full, _, last = memory.blocks_saved(vit, Work(1), options.keeping(design) if keep else design)
     assert full == pytest.approx(three - two, rel=0.01)
     patches = 2 * 16 * 768
     assert full + last + patches == pytest.approx(two, rel=0.05)

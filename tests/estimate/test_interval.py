@@ -5,11 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastdeit.estimate import interval, memory
+from fastdeit import models
+from fastdeit.bench import count, count_command
+from fastdeit.bench.count_command import MODELS
+from fastdeit.estimate import interval, memory, options
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.model import EPILOGUE, FUSED, TIMM_COMPILE, Network, Op, ViT, Work
+from fastdeit.models.drop_path import dropped_of
 
 COUNTS = sorted((Path(__file__).parents[1] / "golden" / "counts").glob("torch-*.json"))[-1]
 WIDTHS = {"base": 768, "small": 384, "tiny": 192}
@@ -33,6 +38,31 @@ def test_a_step_does_and_moves_what_is_counted_of_it(size, design, form):
     ops = estimate.ops(network(WIDTHS[size]), WORK, design, H200)
     assert sum(op.count * op.flops for op in ops) == flops
     assert sum(op.count * op.bytes for op in ops) == pytest.approx(moved, rel=0.06)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["residual", "skip"])
+def test_options_are_counted_alike(option):
+    """A step with a 16-bit stream, and one that skips what drop-path drops; what lives where backward begins, too."""
+    cell, design, work = count_command.cell(MODELS[-1], 256, drop_path=0.2), FUSED, WORK
+    if option == "residual":
+        found, design = count.ours(cell, 90, "auto", residual=torch.bfloat16), options.narrowed(FUSED)
+    else:
+        found = count.ours(cell, 90, "auto", skip=True)
+        dropped = dropped_of(models.build(cell.model, drop_path=0.2).config, count.SKIP_GROUP)
+        work = replace(WORK, kept=options.kept(dropped, count.SKIP_GROUP))
+    ops = estimate.ops(network(192), work, design, H200)
+    assert sum(op.count * op.flops for op in ops) == pytest.approx(found.total.flops, rel=1e-9)
+    assert sum(op.count * op.bytes for op in ops) == pytest.approx(found.total.bytes, rel=0.06)
+    kept = sum(memory.peak(network(192), work, design, world=1, sharding="ddp")["blocks"])
+    assert kept == pytest.approx(found.live - found.state, rel=0.06)
+
+
+def test_launches_are_those_that_are_counted():
+    counted = json.loads(COUNTS.read_text())["deit_base_distilled_patch16_224 | all blocks | auto | sm_90"]
+    launches = sum(row[0] for kind, row in counted.items() if kind != "memory")
+    ops = estimate.ops(network(768), WORK, FUSED, H200)
+    assert sum(op.count * op.launches for op in ops) == pytest.approx(launches, rel=0.06)
 
 
 def test_the_peer_computes_the_last_block_for_all_tokens():

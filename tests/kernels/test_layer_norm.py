@@ -76,6 +76,25 @@ def test_skipped_samples(device, dtype, held, normed):
     prove(kernels.add_layer_norm, inputs)
 
 
+def test_places_of_samples_must_be_theirs(device):
+    inputs = arguments(device, torch.float32, 4, 5, 48)
+    samples, places = torch.tensor([2, 0], device=device), [1, -1, 0, -1]
+
+    def refused(reason, numbers, dtype=torch.int32, **selection):
+        given = torch.tensor(numbers, dtype=dtype, device=device)
+        with pytest.raises((ValueError, TypeError), match=reason):
+            kernels.add_layer_norm(**inputs, norm_places=given, **selection)
+
+    kernels.add_layer_norm(
+        **inputs, norm_samples=samples, norm_places=torch.tensor(places, dtype=torch.int32, device=device)
+    )
+    refused("none are: leave it out", places)
+    refused("norm_places is torch.int64", places, torch.int64, norm_samples=samples)
+    refused(r"norm_places has shape \[3\]", places[:3], norm_samples=samples)
+    if device == "cpu":
+        refused("norm_places does not say where the samples stand", [0, -1, 1, -1], norm_samples=samples)
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_huge_and_tiny_values(device, scale):
     prove(kernels.add_layer_norm, arguments(device, torch.float32, 2, 9, 192, scale=scale, gamma=False))

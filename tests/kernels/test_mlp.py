@@ -199,7 +199,7 @@ def test_backward_writes_the_activation_only_where_it_was_not_kept(name, backend
         out, pre, act, *statistics = run.forward(x, *norm, *([1e-6] if norm else []), *meta.values(), recompute)
         assert act.shape == ((0,) if recompute else pre.shape)
         recorded.launches.clear()
-        run.backward(out, x, *norm, meta["w1"], meta["w2"], pre, None if recompute else act, *statistics)
+        run.backward(out, x, *norm, meta["w1"], meta["w2"], pre, None if recompute else act, *statistics, True)
     (acts,) = (launch.arguments["act"] for launch in recorded.launches if "dpre" in launch.arguments)
     assert (acts is not None) == recompute
 

@@ -139,3 +139,13 @@ def test_evaluation_skips_nothing_and_needs_no_groups():
     before = vit(x)
     vit.set_drop_path_skip(GROUP)
     assert all(map(torch.equal, vit(x), before))
+
+
+def test_places_say_where_the_samples_of_a_branch_stand():
+    noise = torch.rand(2 * GROUP, 3, generator=torch.Generator().manual_seed(0))
+    kept = skipping(noise, (2, 0, 3), GROUP)
+    for branch in (0, 2):
+        places = torch.full((2 * GROUP,), -1, dtype=torch.int32)
+        places[kept[branch].samples] = torch.arange(len(kept[branch].samples), dtype=torch.int32)
+        assert torch.equal(kept[branch].places, places)
+    assert kept[1] == (None, None, None)

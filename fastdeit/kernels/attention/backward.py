@@ -152,9 +152,9 @@ def backward(
     key_mask: Tensor | None = None,
     *,
     sums: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """Fill the gradients; with `sums`, return float32 column sums of dq `[H*d]` and of dk and dv `[2*H*d]`. key_mask is
-    that of `forward`."""
+) -> Tensor | None:
+    """Fill the gradients; with `sums`, return the float32 column sums `[3*H*d]` of dq, dk and dv. key_mask is that of
+    `forward`."""
     q, tile = operands.q, operands.check()
     batch, queries, width = q.shape
     tokens, step = operands.k.shape[1], tile["ROWS"]
@@ -172,4 +172,9 @@ def backward(
     _triton.launch(_query_gradient_kernel, query_grid, *tensors, *operands.sizes, **constants)
     tensors = *inputs, grad, lse, delta, gradients.k, gradients.v, key_sums
     _triton.launch(_key_gradient_kernel, key_grid, *tensors, *operands.sizes, **constants)
-    return (query_sums.sum(0), key_sums.sum(0)) if sums else None
+    if not sums:
+        return None
+    total = torch.empty(3 * width, dtype=torch.float32, device=q.device)
+    torch.sum(query_sums, 0, out=total[:width])
+    torch.sum(key_sums, 0, out=total[width:])
+    return total

@@ -191,7 +191,7 @@ def triton_backward(
     dqkv = torch.empty_like(qkv)
     operands, gradients = (_operands(packed, num_heads, scale) for packed in (qkv, dqkv))
     sums = backward.backward(grad, operands, out, lse, gradients, _bytes_of(key_mask), sums=with_bias)
-    return dqkv, torch.cat(sums) if sums else lse.new_empty(0)
+    return dqkv, lse.new_empty(0) if sums is None else sums
 
 
 def fused_forward(

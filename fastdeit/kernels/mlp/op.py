@@ -55,10 +55,10 @@ def _kept(act: Tensor, recompute: bool) -> Tensor:
 
 
 def reference_backward(
-    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, act: Tensor | None
+    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, act: Tensor | None, with_b2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, b1, w2, b2; act is recomputed if it is None. The derivative of GELU and the sums over tokens
-    are at least float32."""
+    """Gradients of x, w1, b1, w2, b2 (empty unless `with_b2`); act is recomputed if it is None. The derivative of GELU
+    and the sums over tokens are at least float32."""
     compute = _op.statistics_dtype(pre.dtype)
     rows, grads, pres = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, grad, pre))
     exact = pres.to(compute)
@@ -71,7 +71,7 @@ def reference_backward(
         dpre.T @ rows,
         dpre.sum(0, dtype=compute).to(w1.dtype),
         grads.T @ acts,
-        grads.sum(0, dtype=compute).to(w2.dtype),
+        grads.sum(0, dtype=compute).to(w2.dtype) if with_b2 else w2.new_empty(0),
     )
 
 
@@ -107,10 +107,12 @@ def layer_norm_reference_backward(
     act: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    with_b2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, w1, b1, w2, b2; the normalised tokens are recomputed."""
+    """Gradients of x, weight, bias, w1, b1, w2, b2, the last as of `reference_backward`; the normalised tokens are
+    recomputed."""
     normed = ((x - mean) * rstd * weight + bias).to(pre.dtype)
-    dnormed, *grads = reference_backward(grad, normed, w1, w2, pre, act)
+    dnormed, *grads = reference_backward(grad, normed, w1, w2, pre, act, with_b2)
     dx, dweight, dbias = normalize_backward(dnormed, x, weight, mean, rstd)
     return dx.to(x.dtype), dweight, dbias, *grads
 
@@ -124,13 +126,13 @@ def triton_forward(
 
 
 def triton_backward(
-    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, act: Tensor | None
+    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, act: Tensor | None, with_b2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference_backward` with everything between the products in one pass."""
     _triton.require_dtypes(grad, x, w1, w2, pre)
     rows, grads, pres = (_rows(tensor) for tensor in (x, grad, pre))
     dpre, again, db1 = gelu.backward(grads @ w2, pres, act=act is None)
-    return _gradients(x, rows, grads, w1, w2, dpre, again if act is None else _rows(act), db1)
+    return _gradients(x, rows, grads, w1, w2, dpre, again if act is None else _rows(act), db1, with_b2)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -146,12 +148,19 @@ def _products_forward(
 
 
 def _products_backward(
-    product_gelu_backward: Callable, grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, act: Tensor | None
+    product_gelu_backward: Callable,
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    pre: Tensor,
+    act: Tensor | None,
+    with_b2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference_backward` with everything between the products in the first of them: `product_gelu_backward`."""
     rows, grads, pres = (_rows(tensor) for tensor in (x, grad, pre))
     dpre, again, db1 = product_gelu_backward(grads, w2.contiguous(), pres, act=act is None)
-    return _gradients(x, rows, grads, w1, w2, dpre, again if act is None else _rows(act), db1)
+    return _gradients(x, rows, grads, w1, w2, dpre, again if act is None else _rows(act), db1, with_b2)
 
 
 def _forward_before_products(
@@ -163,14 +172,22 @@ def _forward_before_products(
 
 
 def _gradients(
-    x: Tensor, rows: Tensor, grads: Tensor, w1: Tensor, w2: Tensor, dpre: Tensor, act: Tensor, db1: Tensor
+    x: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    dpre: Tensor,
+    act: Tensor,
+    db1: Tensor,
+    with_b2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         (dpre @ w1).reshape(x.shape),
         dpre.T @ rows,
         db1.to(w1.dtype),
         grads.T @ act,
-        gelu.column_sums(grads).to(w2.dtype),
+        gelu.column_sums(grads).to(w2.dtype) if with_b2 else w2.new_empty(0),
     )
 
 
@@ -193,10 +210,11 @@ def _normed_backward(
     act: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    with_b2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`layer_norm_reference_backward`; the normalised tokens are recomputed in one launch."""
     normed = layer_norm.triton_apply(x, weight, bias, mean, rstd, pre.dtype)
-    dnormed, *grads = mlp_backward(grad, normed, w1, w2, pre, act)
+    dnormed, *grads = mlp_backward(grad, normed, w1, w2, pre, act, with_b2)
     return *layer_norm.plain_triton_backward(dnormed, x, weight, mean, rstd), *grads
 
 
@@ -282,8 +300,9 @@ NORMED = _op.Op(
 )
 
 
-def _fake_weight_gradients(w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
-    return tuple(w.new_empty(shape) for w in (w1, w2) for shape in (w.shape, w.shape[:1]))
+def _fake_weight_gradients(w1: Tensor, w2: Tensor, with_b2: bool) -> tuple[Tensor, ...]:
+    biases = w1.new_empty(w1.shape[:1]), w2.new_empty(w2.shape[:1] if with_b2 else 0)
+    return w1.new_empty(w1.shape), biases[0], w2.new_empty(w2.shape), biases[1]
 
 
 def _fake_results(rows: torch.Size, w1: Tensor, w2: Tensor, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,8 +316,8 @@ def _(x, w1, b1, w2, b2, recompute):
 
 
 @OP.registered_backward.register_fake
-def _(grad, x, w1, w2, pre, act):
-    return x.new_empty(x.shape), *_fake_weight_gradients(w1, w2)
+def _(grad, x, w1, w2, pre, act, with_b2):
+    return x.new_empty(x.shape), *_fake_weight_gradients(w1, w2, with_b2)
 
 
 @NORMED.registered.register_fake
@@ -309,31 +328,34 @@ def _(x, weight, bias, eps, w1, b1, w2, b2, recompute):
 
 
 @NORMED.registered_backward.register_fake
-def _(grad, x, weight, bias, w1, w2, pre, act, mean, rstd):
-    return *(like.new_empty(like.shape) for like in (x, weight, weight)), *_fake_weight_gradients(w1, w2)
+def _(grad, x, weight, bias, w1, w2, pre, act, mean, rstd, with_b2):
+    return *(like.new_empty(like.shape) for like in (x, weight, weight)), *_fake_weight_gradients(w1, w2, with_b2)
 
 
 def _save(ctx, inputs, output):
-    x, w1, _, w2, _, recompute = inputs
+    x, w1, _, w2, b2, recompute = inputs
     _, pre, act = output
     ctx.mark_non_differentiable(pre, act)
+    ctx.with_b2 = b2.requires_grad
     ctx.save_for_backward(x, w1, w2, pre, None if recompute else act)
 
 
 def _differentiate(ctx, grad, *_):
-    return *OP.run_backward(ctx, grad, *ctx.saved_tensors), None
+    *grads, db2 = OP.run_backward(ctx, grad, *ctx.saved_tensors, ctx.with_b2)
+    return *grads, db2 if ctx.with_b2 else None, None
 
 
 def _save_normed(ctx, inputs, output):
-    x, weight, bias, _, w1, _, w2, _, recompute = inputs
+    x, weight, bias, _, w1, _, w2, b2, recompute = inputs
     _, pre, act, mean, rstd = output
     ctx.mark_non_differentiable(pre, act, mean, rstd)
+    ctx.with_b2 = b2.requires_grad
     ctx.save_for_backward(x, weight, bias, w1, w2, pre, None if recompute else act, mean, rstd)
 
 
 def _differentiate_normed(ctx, grad, *_):
-    dx, dweight, dbias, *grads = NORMED.run_backward(ctx, grad, *ctx.saved_tensors)
-    return dx, dweight, dbias, None, *grads, None
+    dx, dweight, dbias, *grads, db2 = NORMED.run_backward(ctx, grad, *ctx.saved_tensors, ctx.with_b2)
+    return dx, dweight, dbias, None, *grads, db2 if ctx.with_b2 else None, None
 
 
 OP.differentiable(_save, _differentiate)
@@ -345,7 +367,8 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, recompute:
 
     x          floating `[..., C]`
     w1, b1     `[F, C]`, `[F]`
-    w2, b2     `[C', F]`, `[C']`
+    w2, b2     `[C', F]`, `[C']`. The gradient of b2 is a pass over that of the result, which a b2 that requires none
+               saves: `add_layer_norm` has it as a by-product (`branch_bias`)
     recompute  whether backward makes the activation `[..., F]` again, instead of keeping it from forward. Keeping it
                takes its bytes of memory and saves the time to write it. Native autograd, which is the reference in
                eager mode, always keeps it
