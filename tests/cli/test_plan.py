@@ -212,6 +212,17 @@ def test_kept_activations_are_said_to_cost_memory(plan):
     assert not any("keep_activations" in note for note in plan(*TINY, "engine.checkpoint_blocks=true")["notes"])
 
 
+@pytest.mark.parametrize("decay", ["null", "0.999"])
+def test_checkpoints_beside_the_training_cost_a_copy_of_the_state(plan, decay):
+    chosen = recipe.load("deit_tiny", [f"optim.ema_decay={decay}"])
+    network = build.model(chosen, 1000, lambda text: None)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    gib = 4 * count * (3 if decay == "null" else 4) / 2**30  # weights, two moments of AdamW, averages
+    notes = plan(*TINY, f"optim.ema_decay={decay}", "engine.async_checkpoints=true")["notes"]
+    assert any(f"async_checkpoints takes {gib:.2f} GiB of memory of the host" in note for note in notes), notes
+    assert not any("async_checkpoints" in note for note in plan(*TINY)["notes"])
+
+
 def test_what_skipping_dropped_samples_saves_is_said_to_be_left_out(plan):
     for skip in (True, False):
         notes = plan(*TINY, f"model.drop_path_skip={str(skip).lower()}")["notes"]
