@@ -325,8 +325,20 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
         method.train()
         log.evaluation(step, results, record, parts.bad_images())
 
+    def hear(wait: bool) -> bool:
+        """Hear of the checkpoint that is written in the background; whether it is to be made again."""
+        if wait and parts.saver.unheard:
+            world.at("a checkpoint", patient=True)
+        try:
+            parts.saver.heard(run_dir, record, wait=wait)
+        except CheckpointError as error:
+            log.not_saved(error)
+            return True
+        return False
+
     health = Health(engine, parts.saver, run_dir, start, log.say, again)
-    with health.explaining(), closing(parts.loader.batches(start, total)) as batches:
+    stream = parts.loader.batches(start, total)
+    with health.explaining(), parts.saver.ending(log.say), closing(stream) as batches:
         check_metrics(parts, start, record)
         method.train()
         if 0 < start != record.evaluated_step and (start % eval_every == 0 or start == total):
@@ -372,6 +384,8 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
             if logs:
                 log.training(step, engine, record, lr)
             if logs or evaluates or saves:
+                if hear(wait=evaluates or saves or recipe.engine.on_spike == "rollback"):
+                    save_is_due, saves = True, saves or not engine.guard.in_row()
                 health.look(epoch)
             if evaluates:
                 evaluate_now()
@@ -383,7 +397,7 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
                 measure_average()
                 record.kernels, record.clock = parts.tuning.state(), log.clock.state()
                 try:
-                    parts.saver.save(run_dir, step, record)
+                    parts.saver.save(run_dir, step, record, wait=finished or stop or ends)
                     save_is_due = False
                 except CheckpointError as error:
                     if finished or stop or ends:  # there is no next time

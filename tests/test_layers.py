@@ -104,6 +104,8 @@ LAYERS: dict[str, set[str]] = {
     "stepping": {"batch", "errors", "data.plan", "methods", "engine", "recipe", "run", "estimate", "training"},
     "feed": {"batch", "errors", "engine", "recipe", "run"},
     # ---- what the command line calls
+    "launch": {"errors", "signals"},
+    "chaos": {"batch", "errors", "data.loader", "engine", "launch", "run"},
     "bench": {
         *("errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe", "run"),
         *("estimate", "feed", "stepping", "data.pixel_ops", "data.plan", "data.sources"),
@@ -117,7 +119,6 @@ LAYERS: dict[str, set[str]] = {
         *("errors", "rng", "text", "kernels", "batch", "methods", "engine", "recipe", "run", "training"),
         *("data.sources",),
     },
-    "launch": {"errors", "signals"},
     "api": {"errors", "engine", "feed", "recipe", "run", "stepping", "training", "verbs"},
     "cli": {
         "version",
@@ -131,6 +132,7 @@ LAYERS: dict[str, set[str]] = {
         "estimate",
         "bench",
         "verbs",
+        "chaos",
         "experiments",
         "launch",
     },

@@ -391,3 +391,31 @@ def test_a_run_that_is_stopped_at_once_says_how_to_go_on(recipe_file, tmp_path, 
     assert command_in(str(stop.value), "go on with") == ["train", "--resume", str(tmp_path / "run"), "--trust"]
     assert not isinstance(stop.value, UsageError)
     assert not (tmp_path / "run" / "lock.json").exists()
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_an_evaluation_that_was_made_again_before_a_kill_is_logged_once(recipe_file, tmp_path, kills):
+    """The run is stopped at an evaluation's step before the evaluation; those that resume it evaluate, and die."""
+    run, evaluated = tmp_path / "run", ["train.eval_every=1", "engine.checkpoint_every=2"]
+
+    def begin(step, world):
+        train(small(recipe_file, *evaluated), run, world, resume=step > 0)
+
+    with pytest.raises(Interrupted):
+        begin(0, StopAt(STEPS_PER_EPOCH))
+    assert logged(run) == []
+    for _ in range(kills):
+        with pytest.raises(ZeroDivisionError):
+            begin(STEPS_PER_EPOCH, Dies(torch.device("cpu")))
+        assert [record["kind"] for record in logged(run)] == ["eval"]
+    begin(STEPS_PER_EPOCH, World(torch.device("cpu")))
+    assert [(record["kind"], record["step"]) for record in logged(run)] == [("eval", 3), ("train", 6), ("eval", 6)]
+    train(small(recipe_file, *evaluated), tmp_path / "other", World(torch.device("cpu")))
+    assert logged(run) == logged(tmp_path / "other")
+
+
+class Dies(World):
+    """A world that ends after the first step."""
+
+    def stop_requested(self):
+        return 1 / 0

@@ -88,6 +88,10 @@ def sentence(row: dict[str, Any]) -> str:
     width = max(map(len, [*row["seconds"], *row.get("failed", {})]), default=0)
     lines += [f"  {name:{width}}  {_speed(row, name)}" for name in told(row)]
     lines += [f"  {name:{width}}  cannot run: {why}" for name, why in row.get("failed", {}).items()]
+    if watched := row.get("watching_seconds"):
+        step_s = median(row, step.name_of("none"))
+        parts = ", ".join(f"{name} {seconds / step_s:.3%}" for name, seconds in watched.items())
+        lines.append(f"  watching over a run takes {sum(watched.values()) / step_s:.2%} of a step: {parts}")
     return "\n".join(lines)
 
 

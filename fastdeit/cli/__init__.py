@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from fastdeit.cli import (
     bench,
     cache,
+    chaos,
     completion,
     data,
     doctor,
@@ -42,7 +43,13 @@ GROUPS: dict[str, dict[str, Verb]] = {
     "find out before": {**recipes.VERBS, **explain.VERBS, **models.VERBS, **plan.VERBS},
     "look at runs": {**runs.VERBS, **experiments.VERBS},
     "data": data.VERBS,
-    "this machine": {**doctor.VERBS, **kernels.VERBS, **bench.VERBS, "completion": completion.verb(lambda: VERBS)},
+    "this machine": {
+        **doctor.VERBS,
+        **chaos.VERBS,
+        **kernels.VERBS,
+        **bench.VERBS,
+        "completion": completion.verb(lambda: VERBS),
+    },
 }
 VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()}
 

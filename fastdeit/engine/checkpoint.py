@@ -21,7 +21,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +79,7 @@ class Checkpoint:
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def save(root: Path, step: int, tensors: dict[str, dict[str, "Tensor"]], state: dict[str, Any]) -> Path:
+def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, "Tensor"]], state: dict[str, Any]) -> Path:
     """Write `root/step_%08d` and return it; when this returns, the checkpoint survives a kill and a power cut.
 
     Each key of `tensors` becomes a file (`[a-z_]+`, ".safetensors" is added). Tensors of any device, stride and

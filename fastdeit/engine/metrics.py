@@ -63,9 +63,16 @@ class MetricsLog:
             self._file.truncate(start)
             raise OSError(errno.ENOSPC, "no space left for a line of metrics", str(self.path))
 
-    def truncate(self, step: int) -> None:
-        """Drop the records of steps after `step`, which the resumed run will write again, and damaged lines."""
-        kept = [line for line, record in _records(self.path) if record["step"] <= step]
+    def truncate(self, step: int, kind: str | None = None) -> None:
+        """Drop the records of steps after `step`, which the resumed run will write again, and damaged lines.
+
+        kind  drop those of this kind of `step` itself, too
+        """
+        kept = [
+            line
+            for line, record in _records(self.path)
+            if record["step"] < step or (record["step"] == step and (kind is None or record.get("kind") != kind))
+        ]
         temporary = self.path.with_name(f".tmp-{self.path.name}")
         _fault.point(f"write {temporary.name}")
         with open(temporary, "wb") as file:

@@ -3,6 +3,7 @@
 It stands apart from `checkpoint`, so that a manifest can be read without the seconds that torch takes to import.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -16,7 +17,7 @@ _DTYPES = frozenset(
 )
 
 
-def storable(group: dict[str, Tensor], file: str) -> dict[str, Tensor]:
+def storable(group: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
     """The same values as dense CPU tensors, no two of which share memory, which is what safetensors can store.
 
     `file` names the group in messages. Raises ValueError for what cannot be stored.

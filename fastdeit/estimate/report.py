@@ -257,6 +257,13 @@ def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: 
     if recipe.engine.precision == "bf16" and any(machine.gpu.name == "V100" for machine in machines):
         notes.append("V100 has no bf16: planned there with engine.precision=fp16, which train has to be told")
     notes += _cost_of_kept_activations(trained, machines[0], sharding)
+    if recipe.engine.async_checkpoints:
+        kept, averages = trained.trained, recipe.optim.ema_decay is not None
+        numbers = trained.student.parameters + kept.states + averages * kept.parameters
+        notes.append(
+            f"engine.async_checkpoints takes {4 * numbers / GIB:,.2f} GiB of memory of the host more, in the process "
+            "that writes"
+        )
     if sharding == "fsdp":
         notes.append("train runs ddp; fsdp is what full sharding would change")
     if recipe.train.batch_size > trained.images:

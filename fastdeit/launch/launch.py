@@ -27,7 +27,7 @@ LAUNCHER_VARIABLE = "FASTDEIT_LAUNCHER_PID"
 BEGAN_VARIABLE = "FASTDEIT_BEGAN"
 _WORKER = (
     "import sys; n = int(sys.argv[1]) + 2; sys.path[:] = sys.argv[2:n]; del sys.argv[1:n]; "
-    "import runpy; runpy.run_module('fastdeit', run_name='__main__', alter_sys=True)"
+    "module = sys.argv.pop(1); import runpy; runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -232,15 +232,17 @@ def worker_environment(began: float) -> dict[str, str]:
     return {LAUNCHER_VARIABLE: str(os.getpid()), BEGAN_VARIABLE: repr(began)}
 
 
-def worker_command(argv: list[str]) -> list[str]:
+def worker_command(argv: list[str], module: str = "fastdeit") -> list[str]:
     """The command of a worker: `fastdeit argv` with the modules of this process, and none of the current folder.
+
+    module  what is run as `python -m` runs it
 
     `python -m fastdeit` would search that folder first, and execute a random.py that happens to lie there.
     """
     own = str(Path(__file__).parents[2])
     path = [entry for entry in sys.path if entry]
     path += [] if own in path else [own]
-    return [sys.executable, "-c", _WORKER, str(len(path)), *path, *argv]
+    return [sys.executable, "-c", _WORKER, str(len(path)), *path, module, *argv]
 
 
 def launcher_began(env: Mapping[str, str], began: float) -> float:

@@ -349,6 +349,9 @@ class EngineConfig(Section):
     """Epochs between two checkpoints; fractions are allowed."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints kept. At least two, so that a damaged one costs an interval and not the run."""
+    async_checkpoints: bool = False
+    """Write checkpoints beside the training, which waits only while its state is copied into host memory, as much as a
+    checkpoint is large. One is written at a time, and the last one of a run is waited for."""
     on_save_error: Literal["stop", "warn"] = "stop"
     """What a file of the run that cannot be written does, as on a full disk. stop: the run ends, and says how to go on;
     warn: it says so, goes on, and tries the next time again. The last checkpoint is never given up silently."""

@@ -43,6 +43,7 @@ class Health:
         last step.
         """
         if tripped := self.engine.guard.trip():
+            self.saver.settle()  # the error names the checkpoints that there are
             raise gave_up(
                 self.recipe, self.run_dir, self.start + tripped, self.engine.guard.limit, self.world, self.again
             )

@@ -86,6 +86,7 @@ class RunLog:
         self.mark = (0, 0.0, 0.0)
         self.drawn = time.monotonic()
         self._warned: set[str] = set()
+        self._again: set[str] = set()
 
     def say(self, text: str) -> None:
         """One line to the person watching."""
@@ -259,6 +260,11 @@ class RunLog:
 
     def _append(self, step: int, values: Mapping[str, Any]) -> None:
         with disk.writing(self.metrics.path):
+            if step == self.start > 0 and values["kind"] not in self._again:
+                # What a run that is resumed at a step finds missing there, such as the evaluation of a run that was
+                # stopped before it, an earlier resume may have written already, before it was killed.
+                self._again.add(values["kind"])
+                self.metrics.truncate(step, values["kind"])
             self.metrics.write(step, **values)
 
     def summarise(self, step: int, record: Record, bad_images: int, *, last: bool = False) -> dict[str, Any]:

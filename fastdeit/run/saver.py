@@ -1,7 +1,9 @@
 """The checkpoints of a run: what is in them, and how a run goes on from one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.engine import checkpoint
+from fastdeit.engine.background import HostCopies, Worker
 from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.fit import FitError, check_fit
@@ -57,6 +60,7 @@ class Saver:
     lineage   the runs that this one is a fork of, the oldest first (`fork.Origin.lineage`)
     overrides settings of `engine:` and places of the data that the newest checkpoint does not have yet, as on a command
               line: a run that goes on from it needs to be given them again
+    unheard   whether a checkpoint was begun in the background, and `heard` has not told yet what became of it
     changes   {step, fields: {what: [before, after]}} of each resume with other settings, processes or versions, which
               change the numbers of a run if only by rounding
     """
@@ -69,12 +73,17 @@ class Saver:
         self.lineage: list[dict[str, Any]] = []
         self.overrides: list[str] = []
         self.changes: list[dict[str, Any]] = []
+        self._copies, self._writer = HostCopies(), Worker()
+        self.unheard = False
         # Such as a mask of minus infinity; by their names in the method, and in the student.
         buffers = set(_non_finite(dict(engine.method.named_buffers())))
         self._never_finite = buffers | {name.removeprefix("model.") for name in buffers}
 
-    def save(self, run_dir: Path, step: int, record: Record) -> None:
+    def save(self, run_dir: Path, step: int, record: Record, *, wait: bool = True) -> None:
         """Save everything a run needs to go on as if it had never stopped. Call it on every process.
+
+        wait  False: with `engine.async_checkpoints` only the copy of the state is made before this returns, and
+              `heard` tells what has become of the rest; it has to be asked, with `wait`, before the next save
 
         Raises PoisonedError where a tensor is not finite, DriftError where the processes have other weights, and
         CheckpointError where the main process could not write it, on every process: then nothing is saved, and the
@@ -83,23 +92,69 @@ class Saver:
         record.phase = self.phases.phase.name
         engine_state = self.engine.state_dict()
         self._refuse_non_finite()
-        problem, known = None, {}
+        self.unheard = self.recipe.engine.async_checkpoints and not wait
+        problem, root = None, run_dir / directory.CHECKPOINTS
         if self.world.main:
-            root = run_dir / directory.CHECKPOINTS
-            try:
-                self._write(root, step, record, engine_state)
-            except CheckpointError as error:
-                problem, known = str(error), _newest_record(root)
+            files = self._snapshot(engine_state)
+            write = partial(self._write, root, step, record.best_step, files, self._state(record))
+            if self.unheard:
+                self._writer.begin(write)
+            else:
+                problem = _problem_of(write)
+        if not self.unheard:
+            self._tell(root, record, problem)
+
+    def _snapshot(self, engine_state: dict[str, Tensor]) -> Mapping[str, Mapping[str, Tensor]]:
+        """The whole state of the run as it is now, by file and name; a copy, if the training goes on while it is
+        written."""
+        files = self.tensors() | {"engine": engine_state}
+        return self._copies.of(files) if self.unheard else files
+
+    def heard(self, run_dir: Path, record: Record, *, wait: bool) -> None:
+        """What has become of the checkpoint that is written in the background, if one is: raises CheckpointError as
+        `save` does. Call it on every process.
+
+        wait  until it is written; else nothing is told of one that is not
+        """
+        if not self.unheard:
+            return
+        done = self.world.same(wait or self._writer.done)
+        if done:
+            self.unheard = False
+            problem = _problem_of(self._writer.result) if self.world.main else None
+            self._tell(run_dir / directory.CHECKPOINTS, record, problem)
+
+    @contextmanager
+    def ending(self, say: Report) -> Iterator[None]:
+        """Around the steps of a run: one that fails waits for the checkpoint that is being written, as its own message
+        says where to go on from. Ctrl-C for the second time waits for nothing."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            problem = _problem_of(self._writer.result)
+            if problem is not None:
+                say(f"warning: {problem}")
+            raise
+
+    def settle(self) -> None:
+        """Wait until nothing is written in the background, on this process alone; `heard` tells of it later."""
+        self._writer.join()
+
+    def _tell(self, root: Path, record: Record, problem: str | None) -> None:
+        known = _newest_record(root) if problem is not None else {}
         problem, known = self.world.same((problem, known))
         if problem is not None:
             record.take_back_best(known)
             raise CheckpointError(problem)
         self.overrides = []
 
-    def _write(self, root: Path, step: int, record: Record, engine_state: dict[str, Tensor]) -> None:
-        checkpoint.save(root, step, self.tensors() | {"engine": engine_state}, self._state(record))
-        keep = [record.best_step] if record.best_step else []
-        checkpoint.prune(root, self.recipe.engine.keep_checkpoints, keep)
+    def _write(
+        self, root: Path, step: int, best_step: int, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+    ) -> None:
+        checkpoint.save(root, step, files, state)
+        checkpoint.prune(root, self.recipe.engine.keep_checkpoints, [best_step] if best_step else [])
 
     def _state(self, record: Record) -> dict[str, Any]:
         return {
@@ -238,6 +293,15 @@ class Saver:
         data = [(name, theirs[key], ours[key]) for key, name in named.items() if theirs[key] != ours[key]]
         cache = differences(theirs.get("cache", {}), ours.get("cache", {}))
         return data + [(f"cache ({name})", *both) for name, *both in cache]
+
+
+def _problem_of(write: Callable[[], None]) -> str | None:
+    """Why the checkpoint could not be written by `write`; None where it was."""
+    try:
+        write()
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _newest_record(root: Path) -> dict[str, Any]:

@@ -19,12 +19,16 @@ from fastdeit.bench import (
     places,
     step,
     stronger_peers,
+    watching,
 )
 from fastdeit.bench import (
     peers as bench_peers,
 )
 from fastdeit.bench.measure import CannotRun
 from fastdeit.bench.step import Cell
+from fastdeit.engine.dist import World
+from fastdeit.engine.guard import Guard
+from fastdeit.engine.metrics import MetricsLog
 from fastdeit.errors import UsageError
 from fastdeit.methods.teacher import Teacher
 from tests.toys import toy_context
@@ -36,6 +40,26 @@ TINY = ["--image-size", "32", "--batch", "2", "--rounds", "2", "--device", "cpu"
 
 def tiny(what="step", model=DISTILLED, **changes):
     return Cell(**{"what": what, "model": model, "batch": 2, "image_size": 32, "precision": "fp32"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "method", "share"),
+    [("guard", Guard, "judge", 1), ("preemption", World, "stop_requested", 1), ("log", MetricsLog, "write", 50)],
+)
+def test_each_part_of_watching_is_timed(monkeypatch, what, kind, method, share):
+    ours, _, _ = step.engine(tiny(), CPU, "none")
+    ours.step([step.batch(tiny(), ours.method.noise(), CPU)], 1e-4)
+    monkeypatch.setattr(watching, "_CALLS", 2)
+    usual = getattr(kind, method)
+
+    def slow(self, *args, **options):
+        time.sleep(0.02)
+        return usual(self, *args, **options)
+
+    monkeypatch.setattr(kind, method, slow)
+    found = watching.seconds(ours, 1)
+    assert found[what] >= 0.02 / share
+    assert all(seconds > 0 for seconds in found.values())
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -54,6 +78,7 @@ def test_a_row_of_a_step_has_all_that_is_needed_to_read_it(tmp_path, capsys):
     assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in row["seconds"].values())
     assert (row["what"], row["model"], row["batch"], row["images"]) == ("step", DISTILLED, 2, 2)
     assert (row["image_size"], row["precision"], row["teacher"], row["ema"]) == (32, "fp32", TEACHER, True)
+    assert set(row["watching_seconds"]) == {"guard", "heartbeat", "preemption", "progress", "log"}
     assert (row["drop_path"], row["capture"], row["threads"]) == (0.1, {"fastdeit": "none"}, torch.get_num_threads())
     graph = "a CUDA graph needs a CUDA device"
     assert row["failed"] == {
@@ -66,6 +91,7 @@ def test_a_row_of_a_step_has_all_that_is_needed_to_read_it(tmp_path, capsys):
     assert set(row["peak_bytes"].values()) == {None}
     assert row["kernels"]["attention"] == "reference"
     printed = capsys.readouterr().out
+    assert "watching over a run takes " in printed
     assert "timm_compile_cudnn  cannot run: cuDNN's attention needs a CUDA device" in printed
     assert "of the matrix rate" in printed
     assert cells.CPU_NOTE in printed

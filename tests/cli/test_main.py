@@ -109,6 +109,7 @@ def test_flags_are_pinned():
         "data preview": ["--data", "--trust", "--rows", "--columns", "--out"],
         "data make": ["--out", "--from", "--packages"],
         "doctor": [],
+        "chaos": ["--data", "--kills", "--seed", "--nproc", "--keep", "--json"],
         "kernels": [],
         "kernels lint": ["--arch", "--op", "--json", "--update-golden", "--bounds"],
         "kernels bench": [

@@ -227,6 +227,17 @@ def test_samples_that_no_group_can_skip_are_refused(capsys):
     assert "model.drop_path_skip: of " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("decay", ["null", "0.999"])
+def test_checkpoints_beside_the_training_cost_a_copy_of_the_state(plan, decay):
+    chosen = recipe.load("deit_tiny", [f"optim.ema_decay={decay}"])
+    network = build.model(chosen, 1000, lambda text: None)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    gib = 4 * count * (3 if decay == "null" else 4) / 2**30  # weights, two moments of AdamW, averages
+    notes = plan(*TINY, f"optim.ema_decay={decay}", "engine.async_checkpoints=true")["notes"]
+    assert any(f"async_checkpoints takes {gib:.2f} GiB of memory of the host" in note for note in notes), notes
+    assert not any("async_checkpoints" in note for note in plan(*TINY)["notes"])
+
+
 def test_fsdp_is_said_to_be_hypothetical(plan):
     found = plan(*TINY, "--sharding", "fsdp")
     assert found["run"]["sharding"] == "fsdp"

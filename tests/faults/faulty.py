@@ -6,6 +6,7 @@ import signal
 import torch
 
 from fastdeit.engine import _fault, checkpoint
+from fastdeit.engine.background import HostCopies, Worker
 
 torch.set_num_threads(1)
 
@@ -14,8 +15,14 @@ def tensors(value):
     return {"model": {"w": torch.full((64, 64), float(value))}, "optim": {"m": torch.full((32,), float(value))}}
 
 
-def save(root, step):
-    return checkpoint.save(root, step, tensors(step), {"step": step})
+def save(root, step, background=False):
+    """Save the checkpoint of `step`; in the background as `engine.async_checkpoints` does, and wait for it."""
+    if not background:
+        checkpoint.save(root, step, tensors(step), {"step": step})
+        return
+    worker, copies = Worker(), HostCopies().of(tensors(step))
+    worker.begin(lambda: checkpoint.save(root, step, copies, {"step": step}))
+    worker.result()
 
 
 def never(path, reason):

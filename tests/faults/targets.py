@@ -48,7 +48,12 @@ TARGETS = (
             "tests/test_train_resume.py::test_a_run_that_is_stopped_after_any_step_ends_as_if_it_had_not_been",
             "tests/test_train.py::test_another_optimizer_resumes_exactly",
             "tests/test_train.py::test_ctrl_c_then_resume_on_the_command_line",
+            "tests/faults/test_chaos.py::test_twenty_kills_and_what_comes_with_them_lose_nothing",
             "tests/data/test_loader.py::test_restart_at_any_step",
+        ),
+        why_not=(
+            "with several processes the means of a line of the log that a resume falls into may differ in their last "
+            "digits"
         ),
     ),
     Target(
@@ -146,9 +151,10 @@ TARGETS = (
         "A kill at a random moment of a save costs nothing that was saved before.",
         (
             "tests/faults/test_writing.py::test_sigkill_at_random_times_costs_nothing_that_was_saved",
+            "tests/faults/test_chaos.py::test_twenty_kills_and_what_comes_with_them_lose_nothing",
             "tests/faults/test_sweep.py::test_sweep_removes_what_the_dead_left_and_nothing_else",
         ),
-        why_not="40 kills of small checkpoints, not 200 of 64 MiB",
+        why_not="100 kills of small checkpoints, not 200 of 64 MiB (`fastdeit chaos RECIPE --kills 200`)",
     ),
     Target(
         14,
@@ -213,14 +219,17 @@ TARGETS = (
         (
             "tests/faults/test_ranks.py::test_a_run_that_is_started_anew_ends_as_if_nothing_had_happened",
             "tests/faults/test_ranks.py::test_torchrun_restarts_from_the_newest_checkpoint_too",
+            "tests/faults/test_chaos.py::test_two_processes_and_their_launcher_lose_nothing",
         ),
         why_not="two processes, not four",
     ),
     Target(
         21,
         "A run that is killed again and again still moves on, and ends as if nothing had happened.",
-        ("tests/faults/test_ranks.py::test_a_run_that_is_started_anew_ends_as_if_nothing_had_happened",),
-        why_not="two kills in a run, not ten",
+        (
+            "tests/faults/test_chaos.py::test_twenty_kills_and_what_comes_with_them_lose_nothing",
+            "tests/faults/test_ranks.py::test_a_run_that_is_started_anew_ends_as_if_nothing_had_happened",
+        ),
     ),
     Target(
         22,
@@ -459,8 +468,9 @@ TARGETS = (
         (
             "tests/engine/test_dry.py::test_a_step_waits_for_nothing_and_launches_its_kernels",
             "tests/engine/test_gpu.py::test_a_step_waits_for_nothing",
+            "tests/bench/test_step.py::test_each_part_of_watching_is_timed",
         ),
-        why_not="the share of the time needs a GPU",
+        why_not="the share of the time on a GPU needs one; on a CPU `fastdeit bench step` prints it",
     ),
     Target(
         45,

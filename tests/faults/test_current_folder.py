@@ -61,9 +61,9 @@ def test_a_worker_gets_the_words_of_its_command_and_the_modules_of_its_launcher(
     monkeypatch.setattr(sys, "path", ["", "/a b", str(ROOT)])
     words = ["train", "x=$HOME", ""]
     command = launch.worker_command(words)
-    assert command[3:] == ["2", "/a b", str(ROOT), *words]
+    assert command[3:] == ["2", "/a b", str(ROOT), "fastdeit", *words]
     monkeypatch.setattr(sys, "path", ["/a"])
-    assert launch.worker_command([])[3:] == ["2", "/a", str(ROOT)]
+    assert launch.worker_command([], "other.module")[3:] == ["2", "/a", str(ROOT), "other.module"]
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 knows no PYTHONSAFEPATH")

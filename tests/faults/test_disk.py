@@ -31,6 +31,8 @@ train: {epochs: 3, batch_size: 12}
 engine: {device: cpu, log_every: 1, checkpoint_every: 0.5}
 """
 TOTAL = 6
+WAYS = {"waited for": (), "in the background": ("engine.async_checkpoints=true",)}
+"""How checkpoints are written: the overrides for it."""
 ERRORS = {"ENOSPC": errno.ENOSPC, "EROFS": errno.EROFS, "EDQUOT": errno.EDQUOT, "EIO": errno.EIO}
 HARMLESS = "curves.png"
 """What is drawn from other files."""
@@ -88,8 +90,9 @@ def watched(tmp_path_factory):
 FILES = ("lock.json", "checkpoint", "recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", HARMLESS)
 DEFAULT = {("checkpoint", "ENOSPC", "last"), ("metrics.jsonl", "EROFS", "middle")}
 CASES = [
-    pytest.param(file, name, when, marks=[] if (file, name, when) in DEFAULT else [pytest.mark.slow])
-    for file in FILES
+    pytest.param(way, file, name, when, marks=[] if (file, name, when) in DEFAULT else [pytest.mark.slow])
+    for way in WAYS
+    for file in (FILES if way == "waited for" else ["checkpoint"])
     for name in ERRORS
     for when in ("first", "middle", "last")
 ]
@@ -103,17 +106,17 @@ def test_the_cases_are_all_files_that_a_run_writes(watched):
     assert written <= set(FILES)
 
 
-@pytest.mark.parametrize(("file", "name", "when"), CASES)
-def test_a_disk_that_refuses_a_file(tmp_path, watched, capsys, file, name, when):
+@pytest.mark.parametrize(("way", "file", "name", "when"), CASES)
+def test_a_disk_that_refuses_a_file(tmp_path, watched, capsys, way, file, name, when):
     whole, counts = watched
     number = ERRORS[name]
     at = {"first": 0, "middle": counts[file] // 2, "last": counts[file] - 1}[when]
     with _fault.inject(Refuses(file, number, at)):
         if file == HARMLESS:
-            run_of(tmp_path)
+            run_of(tmp_path, *WAYS[way])
         else:
             with pytest.raises(FastdeitError) as stop:
-                run_of(tmp_path)
+                run_of(tmp_path, *WAYS[way])
     if file == HARMLESS:
         assert "curves.png was not drawn" in capsys.readouterr().out
         assert_same_weights(whole, tmp_path / "run", TOTAL)
@@ -157,16 +160,17 @@ class RefusesFor(Refuses):
                 raise
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "file", ["checkpoint", *(pytest.param(f, marks=pytest.mark.slow) for f in ("metrics.jsonl", "summary.json"))]
 )
-def test_a_run_that_is_to_go_on_says_so_and_does(tmp_path, watched, capsys, file):
+def test_a_run_that_is_to_go_on_says_so_and_does(tmp_path, watched, capsys, file, way):
     whole, _ = watched
     skip = {"checkpoint": 1, "metrics.jsonl": 5, "summary.json": 0}[file]  # not what the start of a run needs
     fault = RefusesFor(file, errno.ENOSPC, 2)
     fault.at = skip
     with _fault.inject(fault):
-        run_of(tmp_path, "engine.on_save_error=warn")
+        run_of(tmp_path, "engine.on_save_error=warn", *WAYS[way])
     assert fault.times == 0
     out = capsys.readouterr().out
     assert out.count("warning: ") == (2 if file == "checkpoint" else 1), "the same words are said once"
@@ -174,7 +178,8 @@ def test_a_run_that_is_to_go_on_says_so_and_does(tmp_path, watched, capsys, file
     assert_same_weights(whole, tmp_path / "run", TOTAL)
 
 
-def test_a_best_that_could_not_be_saved_costs_no_earlier_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_best_that_could_not_be_saved_costs_no_earlier_one(tmp_path, monkeypatch, way):
     """Else the checkpoint of the earlier best would go, and @best would name one that is not there."""
     values, save = iter((5.0, 9.0, 1.0)), checkpoint.save
 
@@ -185,35 +190,38 @@ def test_a_best_that_could_not_be_saved_costs_no_earlier_one(tmp_path, monkeypat
 
     monkeypatch.setattr(RunLog, "_judged_by", lambda self, results: ("top1_class", next(values), operator.gt))
     monkeypatch.setattr(checkpoint, "save", refuse)
-    run_of(tmp_path, "engine.on_save_error=warn")
+    run_of(tmp_path, "engine.on_save_error=warn", *WAYS[way])
     root = tmp_path / "run" / "checkpoints"
     assert checkpoint.newest_state(root)["record"]["best_step"] == 2
     assert checkpoint.steps(root) == [2, 5, 6]
 
 
-def test_the_last_checkpoint_is_never_given_up(tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_last_checkpoint_is_never_given_up(tmp_path, way):
     def refuse(point):
         if file_of(point) == "checkpoint" and not point.startswith("mkdir"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with _fault.inject(refuse), pytest.raises(FastdeitError, match=f"(?s)step {TOTAL} was not saved.*start it again"):
-        run_of(tmp_path, "engine.on_save_error=warn")
+        run_of(tmp_path, "engine.on_save_error=warn", *WAYS[way])
 
 
-def refused_on_main(rank, size, folder):
+def refused_on_main(rank, size, folder, overrides):
     """A run of which the disk of the main process is full: what each process is told, and its exit code."""
     with _fault.inject(Refuses("checkpoint", errno.ENOSPC, 1 if rank == 0 else 10**9)):
         try:
-            train(recipes.load(str(folder / "small.yaml")), folder / "run", World(torch.device("cpu"), rank, size))
+            recipe = recipes.load(str(folder / "small.yaml"), overrides)
+            train(recipe, folder / "run", World(torch.device("cpu"), rank, size))
         except FastdeitError as error:
             return str(error), error.exit_code
     return None
 
 
 @pytest.mark.slow
-def test_every_process_is_told(tmp_path, ranks):
+@pytest.mark.parametrize("way", WAYS)
+def test_every_process_is_told(tmp_path, ranks, way):
     small(tmp_path)
-    one, other = ranks(2, refused_on_main, tmp_path)
+    one, other = ranks(2, refused_on_main, tmp_path, WAYS[way])
     assert one == other
     assert "step 1 was not saved" in one[0]
     assert one[1] == 1

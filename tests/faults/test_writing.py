@@ -7,15 +7,22 @@ import resource
 import select
 import signal
 import time
+from functools import partial
 
 import pytest
 
 from fastdeit.engine import _fault, checkpoint
 from fastdeit.engine.checkpoint import CheckpointError
-from tests.faults.faulty import Nth, assert_intact, die, in_child, leftovers, never, points, save
+from tests.faults import faulty
+from tests.faults.faulty import Nth, assert_intact, die, in_child, leftovers, never, points
 
 
-def test_everything_is_synced_before_the_rename_and_the_rename_after_it(tmp_path):
+@pytest.fixture(params=[False, True], ids=["waited for", "in the background"])
+def save(request):
+    return partial(faulty.save, background=request.param)
+
+
+def test_everything_is_synced_before_the_rename_and_the_rename_after_it(tmp_path, save):
     names = points(lambda: save(tmp_path / "root", 1))
     temporary = names[-3].removeprefix("fsync ")
     assert temporary.startswith(".tmp-step_00000001-")
@@ -37,7 +44,7 @@ def test_everything_is_synced_before_the_rename_and_the_rename_after_it(tmp_path
 # ---- kills ---------------------------------------------------------------------------------------
 
 
-def save_for_ever(root, first, out):
+def save_for_ever(save, root, first, out):
     for step in range(first, 10**6):
         save(root, step)
         os.write(out, b"%08d" % step)
@@ -45,7 +52,7 @@ def save_for_ever(root, first, out):
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_times_costs_nothing_that_was_saved(tmp_path):
+def test_sigkill_at_random_times_costs_nothing_that_was_saved(tmp_path, save):
     rng = random.Random(0)
     save(tmp_path, 0)
     began = time.perf_counter()
@@ -57,7 +64,7 @@ def test_sigkill_at_random_times_costs_nothing_that_was_saved(tmp_path):
         child = os.fork()
         if child == 0:
             try:
-                save_for_ever(tmp_path, last + 1, writer)
+                save_for_ever(save, tmp_path, last + 1, writer)
             finally:
                 os._exit(1)
         os.close(writer)
@@ -88,7 +95,7 @@ def test_sigkill_at_random_times_costs_nothing_that_was_saved(tmp_path):
     assert torn >= 5, "the kills missed the saves, so this proved nothing"
 
 
-def replace_damaged(root):
+def replace_damaged(root, save):
     """Save step 2 where a damaged step 2 lies."""
     damaged = root / "step_00000002" / "model.safetensors"
     if damaged.exists():
@@ -96,25 +103,25 @@ def replace_damaged(root):
     save(root, 2)
 
 
-def prune_to_one(root):
+def prune_to_one(root, save=None):
     checkpoint.prune(root, keep_last=1)
 
 
 # name: (steps there before, what runs, steps one of which must be newest afterwards)
 OPERATIONS = {
-    "first save": ((), lambda root: save(root, 1), (None, 1)),
-    "save": ((1,), lambda root: save(root, 2), (1, 2)),
+    "first save": ((), lambda root, save: save(root, 1), (None, 1)),
+    "save": ((1,), lambda root, save: save(root, 2), (1, 2)),
     "replace a damaged one": ((1, 2), replace_damaged, (1, 2)),
     "prune": ((1, 2, 3), prune_to_one, (3,)),
 }
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_sigkill_at_every_point_leaves_a_resumable_run(tmp_path, operation, prepare):
+def test_sigkill_at_every_point_leaves_a_resumable_run(tmp_path, operation, prepare, save):
     before, action, allowed = OPERATIONS[operation]
     rehearsal = tmp_path / "rehearsal"
     prepare(rehearsal, before)
-    names = points(lambda: action(rehearsal))
+    names = points(lambda: action(rehearsal, save))
     assert len(names) >= 8
     for n in range(len(names)):
         root = tmp_path / str(n)
@@ -122,7 +129,7 @@ def test_sigkill_at_every_point_leaves_a_resumable_run(tmp_path, operation, prep
 
         def killed(root=root, n=n):
             with _fault.inject(Nth(n, lambda name: die())):
-                action(root)
+                action(root, save)
 
         assert in_child(killed) == signal.SIGKILL, names[n]
         reported = []
@@ -133,7 +140,7 @@ def test_sigkill_at_every_point_leaves_a_resumable_run(tmp_path, operation, prep
             assert_intact(found, found.step)
         checkpoint.sweep(root)
         assert leftovers(root) == [], names[n]
-        action(root)
+        action(root, save)
         assert_intact(checkpoint.newest(root, never), allowed[-1])
 
 
@@ -141,7 +148,7 @@ def test_sigkill_at_every_point_leaves_a_resumable_run(tmp_path, operation, prep
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
-def test_a_disk_error_at_every_point_of_a_save_is_one_clear_error(tmp_path, number, prepare):
+def test_a_disk_error_at_every_point_of_a_save_is_one_clear_error(tmp_path, number, prepare, save):
     (tmp_path / "rehearsal").mkdir()
     names = points(lambda: save(tmp_path / "rehearsal", 2))
     assert {name.split()[0] for name in names} == {"mkdir", "write", "fsync", "rename"}
@@ -185,7 +192,7 @@ def test_a_disk_error_in_prune_is_clear_and_costs_no_kept_checkpoint(tmp_path, p
 
 
 @pytest.mark.parametrize("limit", [100, 5000])
-def test_a_file_that_cannot_grow_is_an_error(tmp_path, limit, prepare):
+def test_a_file_that_cannot_grow_is_an_error(tmp_path, limit, prepare, save):
     """A real failing write inside safetensors, for which a limit on file sizes stands in for a full disk."""
     prepare(tmp_path, (1,))
 
@@ -199,7 +206,7 @@ def test_a_file_that_cannot_grow_is_an_error(tmp_path, limit, prepare):
     assert_intact(checkpoint.newest(tmp_path, never), 1)
 
 
-def test_an_interrupt_in_a_save_leaves_nothing_behind(tmp_path, prepare):
+def test_an_interrupt_in_a_save_leaves_nothing_behind(tmp_path, prepare, save):
     prepare(tmp_path, (1,))
 
     def interrupt(name):

@@ -1,0 +1,11 @@
+"""`fastdeit chaos`: a training that is interrupted again and again, and held against one that was not.
+
+    faults   what is done to the run, and when: a function of the seed
+    victim   in the processes of the run: it does the fault, and writes down what the run sees
+    lives    starts the run, waits for its end, and starts it again
+    damage   spoils a checkpoint
+    compare  the two runs, bit for bit
+    command  the verb
+
+Nothing of this is in the path of a training: `victim` wraps the loop from outside, in processes that chaos has started.
+"""
