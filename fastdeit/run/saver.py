@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from fastdeit.engine import checkpoint
+from fastdeit.engine import checkpoint, shards
 from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.fit import FitError, check_fit
@@ -43,7 +43,8 @@ class PoisonedError(Exception):
 
 NUMERICS = frozenset(
     {"engine.device", "engine.threads", "engine.precision", "engine.capture", "engine.autotune", "engine.residual"}
-    | {"engine.checkpoint_blocks", "engine.keep_activations", "engine.reduce", "engine.sync_batchnorm"}
+    | {"engine.checkpoint_blocks", "engine.keep_activations", "engine.parallel", "engine.reduce"}
+    | {"engine.sync_batchnorm"}
 )
 """Settings with which a run that goes on may get other numbers, if only by rounding."""
 
@@ -83,11 +84,11 @@ class Saver:
         record.phase = self.phases.phase.name
         engine_state = self.engine.state_dict()
         self._refuse_non_finite()
-        problem, known = None, {}
+        problem, known, tensors = None, {}, self.whole() | {"engine": engine_state}
         if self.world.main:
             root = run_dir / directory.CHECKPOINTS
             try:
-                self._write(root, step, record, engine_state)
+                self._write(root, step, record, tensors)
             except CheckpointError as error:
                 problem, known = str(error), _newest_record(root)
         problem, known = self.world.same((problem, known))
@@ -96,8 +97,8 @@ class Saver:
             raise CheckpointError(problem)
         self.overrides = []
 
-    def _write(self, root: Path, step: int, record: Record, engine_state: dict[str, Tensor]) -> None:
-        checkpoint.save(root, step, self.tensors() | {"engine": engine_state}, self._state(record))
+    def _write(self, root: Path, step: int, record: Record, tensors: dict[str, dict[str, Tensor]]) -> None:
+        checkpoint.save(root, step, tensors, self._state(record))
         keep = [record.best_step] if record.best_step else []
         checkpoint.prune(root, self.recipe.engine.keep_checkpoints, keep)
 
@@ -116,21 +117,34 @@ class Saver:
         }
 
     def _refuse_non_finite(self) -> None:
-        """The main process looks at what it is about to save, and all hear of it."""
-        found = None
-        if self.world.main:
-            bad = ((name, file) for file, group in self.tensors().items() for name in _non_finite(group))
-            found = next((f"{name} of {file}" for name, file in bad if name not in self._never_finite), None)
-        found = self.world.same(found)
+        """Every process looks at what it holds of what is about to be saved, and all hear of it."""
+        bad = ((name, file) for file, group in self.tensors().items() for name in _non_finite(group))
+        found = next((f"{name} of {file}" for name, file in bad if name not in self._never_finite), None)
+        found = self.world.first(found)
         if found is not None:
             raise PoisonedError(f"{found} has numbers that are not finite")
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds besides the engine's state, by the names of its files."""
+        """What a checkpoint holds besides the engine's state, by the names of its files. A tensor that the processes
+        share is in parts here."""
         method, ema = self.engine.method, self.engine.ema
         own = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("model.")}
         held = {"model": method.model.state_dict(), "method": own, "optim": self.engine.optimizer.state_dict()}
         return held if ema is None else held | {"ema": ema.average}
+
+    def whole(self) -> dict[str, dict[str, Tensor]]:
+        """`tensors` for the main process to save: what is in parts is put together on its CPU, one tensor after the
+        other, so that no process holds all of them on its device. Other processes get their parts. A collective where
+        something is in parts.
+        """
+
+        def gathered(tensor: Tensor) -> Tensor:
+            if not shards.is_part(tensor):
+                return tensor
+            found = shards.whole(tensor)
+            return found.cpu() if self.world.main else tensor
+
+        return {file: {name: gathered(t) for name, t in group.items()} for file, group in self.tensors().items()}
 
     def size(self) -> int:
         """Bytes of a checkpoint."""
@@ -224,7 +238,8 @@ class Saver:
         except FitError as error:
             raise self._misfit(found, error) from error
         student = {f"model.{name}": tensor for name, tensor in tensors["model"].items()}
-        engine.method.load_state_dict(student | tensors["method"])
+        mine, given = engine.method.state_dict(), student | tensors["method"]
+        engine.method.load_state_dict({name: shards.placed(given[name], mine[name]) for name in given})
         engine.optimizer.load_state_dict(tensors["optim"])
         if engine.ema is not None:
             engine.ema.load(tensors["ema"])
@@ -258,8 +273,9 @@ def present(found: Checkpoint) -> Checkpoint:
 
 
 def _non_finite(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """The names of those tensors that have a number which is not finite. Reads the device once."""
-    named = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    """The names of those tensors that have, in this process, a number which is not finite. Reads the device once."""
+    held = {name: shards.local(tensor.detach()) for name, tensor in tensors.items()}
+    named = {name: tensor for name, tensor in held.items() if tensor.is_floating_point() and tensor.numel()}
     if not named:
         return iter(())
     # The largest absolute value of each in few launches; it is NaN where a number is.
