@@ -41,7 +41,7 @@ from fastdeit.methods.evaluators import Classify, Evaluator
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
-from fastdeit.run import agreement, build, cached, carry, directory, precision, request, teachers, threads
+from fastdeit.run import agreement, build, cached, carry, directory, precision, request, sharing, teachers, threads
 from fastdeit.run.clock import Clock
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
@@ -245,6 +245,7 @@ class Parts:
         method = build.method(recipe, student, count, length.total, make_teacher, train_source).to(world.device)
         if recipe.engine.sync_batchnorm and world.size > 1 and not batchnorm.synchronise(method, world.device):
             log.say("engine.sync_batchnorm changes nothing: this model has no BatchNorm")
+        share = sharing.shared(recipe, method, world, log.say)
         tuning = build.tuning(recipe, world, log.say)
         schedule, decay = PhaseSchedule(method, recipe, length.epochs_begun), recipe.optim.ema_decay
         engine = Engine(
@@ -255,7 +256,7 @@ class Parts:
             accumulate=recipe.train.accumulate,
             **build.clipping(recipe, student),
             ema=None if decay is None else Ema(schedule.trainable, decay, method),
-            reduce=recipe.engine.reduce,
+            parallel=share,
             capture=recipe.engine.capture,
             tuning=tuning,
             on_spike=recipe.engine.on_spike,

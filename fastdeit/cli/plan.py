@@ -27,11 +27,12 @@ PLAN = Verb(
     "plan",
     "time, memory and cost of a recipe on GPUs that need not be there",
     "RECIPE [section.field=value ...] [--as NAME ...] [--gpu NAME ...] [--count N ...] [--nodes M] [--price USD ...]\n"
-    "       [--sharding ddp|fsdp] [--images N] [--json] [--trust]",
+    "       [--images N] [--json] [--trust]",
     _plan,
     examples=[
         "fastdeit plan deit_base --gpu H200 --gpu A100 --count 8",
         "fastdeit plan deit_small train.batch_size=4096 --count 64  # eight nodes of eight",
+        "fastdeit plan deit3_huge engine.parallel=fsdp2 --gpu A100 --count 8",
     ],
 )
 _add = PLAN.parser.add_argument
@@ -41,7 +42,6 @@ _add("--gpu", action="append", metavar="NAME", help="V100, A100, ...; may be rep
 _add("--count", type=positive, action="append", metavar="N", help="GPUs in all; may be repeated (default: 1 and 8)")
 _add("--nodes", type=positive, metavar="M", help="nodes that share them (default: as few as of 8 GPUs)")
 _add("--price", type=float, action="append", metavar="USD", help="of a GPU for an hour, one for each --gpu in order")
-_add("--sharding", choices=("ddp", "fsdp"), default="ddp", help="default: ddp, which is what train runs")
 _add("--images", type=positive, metavar="N", help="training images (default: what the data source tells)")
 _add("--json", action="store_true", help="print everything as JSON")
 add_trust(PLAN.parser)

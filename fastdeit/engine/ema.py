@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastdeit.engine import shards
 from fastdeit.engine.fit import check_fit
 
 
@@ -62,7 +63,8 @@ class Ema:
     def applied(self) -> Iterator[None]:
         """Inside, the parameters hold the averages, and BatchNorm the statistics of these.
 
-        No tensor is copied, and the weights come back whatever happens.
+        No tensor is copied, but parts of tensors, of which FSDP2 knows the memory. The weights come back whatever
+        happens.
         """
         self._swap()
         try:
@@ -72,14 +74,17 @@ class Ema:
 
     def _swap(self) -> None:
         for name, tensor in [*self.params.items(), *self._statistics()]:
-            tensor.data, self.average[name] = self.average[name], tensor.data
+            if shards.is_part(tensor):
+                shards.exchange(tensor, self.average[name])
+            else:
+                tensor.data, self.average[name] = self.average[name], tensor.data
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """Copy the averages in. Raises FitError where names, shapes and dtypes are not exactly these."""
         check_fit("ema", state, self.average)
         for name, tensor in self.average.items():
-            tensor.copy_(state[name])
+            tensor.copy_(shards.placed(state[name], tensor))
         self.stale = False
 
 
@@ -124,7 +129,9 @@ class EmaTeacher(nn.Module):
         """
         momentum = self.momentum(step) if callable(self.momentum) else self.momentum
         keep = torch.where(skipped, 1.0, momentum).float()
-        averages, sources = list(self.module.parameters()), [p.float() for p in self.source.parameters()]
+        averages, sources = (
+            [shards.local(p).float() for p in module.parameters()] for module in (self.module, self.source)
+        )
         torch._foreach_mul_(averages, keep)
         torch._foreach_add_(averages, torch._foreach_mul(sources, 1 - keep))
         for average, source in zip(self.module.buffers(), self.source.buffers(), strict=True):

@@ -1,11 +1,11 @@
 """The guard of a step: loss scale, global norm, clipping, and the decision to skip, all on the device.
 
-After the gradient reduction the norm is the same on every process, so the decision is, too, without a collective. The
-host looks at the counters only when it logs or saves.
+After the gradient reduction the norm is the same on every process, so the decision is, too; where each process holds a
+part of the gradients, one number is summed over all for it. The host looks at the counters only when it logs or saves.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -58,13 +58,22 @@ class Guard:
     norms which stay high are the usual ones after a few steps. `on_spike` "warn" counts spikes, "skip" and "rollback"
     skip their steps as well.
 
+    `norm` is the 2-norm of all gradients, a float32 scalar that is the same on all processes; it is given those that
+    this process holds.
+
     A row of skipped steps is no part of a checkpoint: a run that is resumed begins to count anew, so that it can get
     past what it was stopped for.
     """
 
     def __init__(
-        self, precision: str, clip_grad: float | None, device: torch.device, on_spike: OnSpike = "warn"
+        self,
+        precision: str,
+        clip_grad: float | None,
+        device: torch.device,
+        on_spike: OnSpike = "warn",
+        norm: Callable[[list[Tensor]], Tensor] = kernels.global_norm,
     ) -> None:
+        self._norm = norm
         self.scaled = precision == "fp16"
         self.clip_grad = clip_grad
         self.limit = _SKIPS_IN_A_ROW[precision]
@@ -82,7 +91,7 @@ class Guard:
     @torch.no_grad()
     def judge(self, gradients: list[Tensor]) -> Verdict:
         """The verdict on this step, for all its parameter groups, and the counters moved on."""
-        norm = kernels.global_norm(gradients)
+        norm = self._norm(gradients)
         unscale = self.scale
         if self.scaled:
             unscale = 1 / self.scale

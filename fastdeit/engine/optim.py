@@ -6,13 +6,14 @@ parameters are trained, and state for a checkpoint. `groups.py` says what a grou
 that fastdeit brings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fastdeit.engine import shards
 from fastdeit.engine.fit import check_fit
 from fastdeit.engine.groups import ParamGroup, check
 from fastdeit.engine.guard import Verdict
@@ -35,6 +36,8 @@ class Update:
                  norm of the gradients of all parameters of the optimizer, float32 scalar, before clipping
     ema          running averages like params, to follow them in the same pass; None for no average
     ema_decay    `ema = ema_decay * ema + (1 - ema_decay) * param` after the update
+    total        sums a tensor over all processes, in place, where each holds a part of every parameter, some of its
+                 rows or none; None where each has all of them
     """
 
     params: list[Tensor]
@@ -47,6 +50,7 @@ class Update:
     verdict: Verdict
     ema: list[Tensor] | None
     ema_decay: float
+    total: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class Optimizer:
     """Whether an update depends on the number of updates before it, as Adam's does through its bias corrections."""
     tells_matrices: ClassVar[bool] = False
     """Whether 2-D weights between embedding and head want a group of their own (`ParamGroup.matrix`)."""
+    takes_parts: ClassVar[bool] = False
+    """Whether `update` is right for parts of parameters, too (`Update.total`): because an element's update depends on
+    that element alone, or on sums that `total` completes. Else `engine.parallel: fsdp2` is refused."""
 
     def __init__(self, groups: Sequence[ParamGroup], options: OptimizerOptions | None = None) -> None:
         self.options = self.Options() if options is None else options
@@ -130,7 +137,8 @@ class Optimizer:
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def gradients(self) -> list[Tensor]:
-        """Gradients of all parameters. One that got none is an error: DDP and the EMA would go wrong silently."""
+        """What this process holds of the gradients of all parameters. A parameter that got none is an error: DDP and
+        the EMA would go wrong silently."""
         missing = [name for name, p in self.params.items() if p.grad is None]
         if missing:
             raise RuntimeError(
@@ -139,29 +147,36 @@ class Optimizer:
                 "__init__; if they are in a part of the run only, say so in the method's phases(). Calling "
                 "requires_grad_ later does not help"
             )
-        return [p.grad for p in self.params.values()]
+        return [shards.local(p.grad) for p in self.params.values()]
 
     @torch.no_grad()
     def step(
-        self, lr: float | Tensor, verdict: Verdict, ema: Mapping[str, Tensor] | None = None, ema_decay: float = 0.0
+        self,
+        lr: float | Tensor,
+        verdict: Verdict,
+        ema: Mapping[str, Tensor] | None = None,
+        ema_decay: float = 0.0,
+        total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """One update of all parameters with what the guard says of their gradients; averages follow in the same pass.
 
-        Nothing changes, in parameters, state, counts and averages, where `verdict.skip` is true.
+        Nothing changes, in parameters, state, counts and averages, where `verdict.skip` is true. total: as of `Update`.
         """
         for part in self._parts:
             params = [self.params[name] for name in part.names]
+            states = [self.state[kind] for kind in self.states_of(part.group)]
             lists = Update(
-                params=params,
-                grads=[p.grad for p in params],
-                state=[[self.state[kind][name] for name in part.names] for kind in self.states_of(part.group)],
+                params=[shards.local(p) for p in params],
+                grads=[shards.local(p.grad) for p in params],
+                state=[[shards.local(tensors[name]) for name in part.names] for tensors in states],
                 step=part.step,
                 lr=lr * part.group.lr_scale,
                 weight_decay=part.group.weight_decay,
                 matrix=part.group.matrix,
                 verdict=verdict,
-                ema=None if ema is None else [ema[name] for name in part.names],
+                ema=None if ema is None else [shards.local(ema[name]) for name in part.names],
                 ema_decay=ema_decay,
+                total=total,
             )
             self.update(lists)
 
@@ -192,7 +207,7 @@ class Optimizer:
         check_fit("optim", state, self.state_dict())
         for kind, tensors in self.state.items():
             for name, tensor in tensors.items():
-                tensor.copy_(state[f"{kind}.{name}"])
+                tensor.copy_(shards.placed(state[f"{kind}.{name}"], tensor))
         if self.counts:
             numbers = torch.stack([state[f"step.{name}"] for name in self.params]).tolist()
             equal = {number: torch.tensor(number) for number in numbers}

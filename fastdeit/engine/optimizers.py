@@ -2,6 +2,7 @@
 
 from fastdeit import kernels
 from fastdeit.engine.groups import ParamGroup
+from fastdeit.engine.lamb import lamb_update
 from fastdeit.engine.muon import muon_update
 from fastdeit.engine.optim import Optimizer, Update
 from fastdeit.engine.options import AdamWOptions, LambOptions, MuonOptions, SgdOptions, shipped
@@ -13,6 +14,7 @@ class AdamW(Optimizer):
 
     Options = AdamWOptions
     state_names = ("exp_avg", "exp_avg_sq")
+    takes_parts = True
 
     def update(self, lists: Update) -> None:
         kernels.fused_adamw(
@@ -41,8 +43,12 @@ class Lamb(Optimizer):
 
     Options = LambOptions
     state_names = ("exp_avg", "exp_avg_sq")
+    takes_parts = True
 
     def update(self, lists: Update) -> None:
+        if lists.total is not None:
+            lamb_update(lists, self.options.betas, self.options.eps)
+            return
         kernels.fused_lamb(
             lists.params,
             lists.grads,
@@ -65,6 +71,7 @@ class Sgd(Optimizer):
     Options = SgdOptions
     state_names = ("momentum_buffer",)
     counts = False
+    takes_parts = True
 
     def update(self, lists: Update) -> None:
         kernels.fused_sgd(
@@ -88,12 +95,14 @@ class Muon(AdamW):
     Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024).
 
     Both have one learning rate and one weight decay: a Muon step is scaled to the size of an AdamW step, as
-    `adjust_lr_fn="match_rms_adamw"` of `torch.optim.Muon` does. q, k and v are one matrix, as they are one layer.
+    `adjust_lr_fn="match_rms_adamw"` of `torch.optim.Muon` does. q, k and v are one matrix, as they are one layer. An
+    update needs all of a matrix.
     """
 
     Options = MuonOptions
     state_names = ("momentum_buffer", "exp_avg", "exp_avg_sq")
     tells_matrices = True
+    takes_parts = False
 
     def states_of(self, group: ParamGroup) -> tuple[str, ...]:
         return self.state_names[:1] if group.matrix else self.state_names[1:]

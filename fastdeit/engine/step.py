@@ -1,7 +1,6 @@
 """One training step: micro-batches, autocast, gradient reduction, guard, update, EMA, and sums for the log."""
 
 import gc
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -10,11 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.nn.parallel import DistributedDataParallel
 
 from fastdeit.batch import Step
-from fastdeit.engine import batchnorm, replicas
+from fastdeit.engine import batchnorm, replicas, shards
 from fastdeit.engine.buffers import Buffers
 from fastdeit.engine.capture import GraphedStep
 from fastdeit.engine.clip import UnitClipping
@@ -24,24 +21,26 @@ from fastdeit.engine.fit import check_fit
 from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.guard import Guard, OnSpike
 from fastdeit.engine.optim import Optimizer
+from fastdeit.engine.parallel import Replicated
 from fastdeit.kernels import Tuning
 
-_REDUCTIONS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
-"""What sends a bucket of gradients in 16 bit: each process's share is rounded, and so is the sum."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """fp32, fp16 or bf16 as a context for forward passes."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
+def autocast(device: torch.device, precision: str, keeps_casts: bool = True) -> AbstractContextManager:
+    """fp32, fp16 or bf16 as a context for forward passes. keeps_casts: keep the 16-bit copies of weights inside."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision], cache_enabled=keeps_casts)
 
 
 class Engine:
     """Runs the steps of a method, which is to it an `nn.Module` with `step` and `after_step`.
 
     capture: "none" runs a step kernel by kernel, "compile" compiles the method's forward and its gradient with
-    torch.compile, "graph" records the whole step as a CUDA graph. reduce: the type in which gradients travel between
-    processes. tuning: tries the backends of the ops in the first steps. on_spike: as of `Guard`.
+    torch.compile, "graph" records the whole step as a CUDA graph. parallel: how the processes share the networks, of
+    which it has spread the method already; None: each has all of them. tuning: tries the backends of the ops in the
+    first steps. on_spike: as of `Guard`.
 
     A method uses `run`, `backward`, `micro` and `input_gradient` in its `step`, and `now` there and in `after_step`,
     where `skipped` says what became of the update.
@@ -63,7 +62,7 @@ class Engine:
         clip_grad: float | None = None,
         clip_units: UnitClipping | None = None,
         ema: Ema | None = None,
-        reduce: str = "fp32",
+        parallel: Replicated | None = None,
         capture: str = "none",
         tuning: Tuning | None = None,
         on_spike: OnSpike = "warn",
@@ -71,9 +70,10 @@ class Engine:
         if capture == "graph" and world.device.type != "cuda":
             raise DeviceError(f"engine.capture graph needs a CUDA device, not {world.device}; use none or compile")
         self.method, self.optimizer, self.world, self.ema = method, optimizer, world, ema
-        self.precision, self.accumulate, self.reduce, self.capture = precision, accumulate, reduce, capture
+        self.precision, self.accumulate, self.capture = precision, accumulate, capture
+        self.parallel = parallel or Replicated(world)
         self.tuning = tuning
-        self.guard = Guard(precision, clip_grad, world.device, on_spike)
+        self.guard = Guard(precision, clip_grad, world.device, on_spike, self.parallel.norm)
         self.clip_units = clip_units
         self.sums: dict[str, Tensor] = {}
         self._buffers = Buffers(method, world)
@@ -113,19 +113,8 @@ class Engine:
     def _wrap(self) -> None:
         trained = {id(p) for p in self.optimizer.params.values()}
         self._untrained = [(name, p) for name, p in self.method.named_parameters() if id(p) not in trained]
-        self.module = torch.compile(self.method, dynamic=False) if self.capture == "compile" else self.method
-        if self.world.size > 1:
-            # For one-token parameters the stride of a dimension of size 1 differs, which costs nothing.
-            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-            # Its new name, forward_sync_buffers, came with PyTorch 2.14.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
-            device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            # Its broadcast of the main process's buffers before a forward would throw the others' statistics away.
-            self.module = DistributedDataParallel(
-                self.module, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
-            if self.reduce in _REDUCTIONS:
-                self.module.register_comm_hook(None, _REDUCTIONS[self.reduce])
+        module = torch.compile(self.method, dynamic=False) if self.capture == "compile" else self.method
+        self.module = self.parallel.wrap(module)
         self.record_anew()
 
     def record_anew(self) -> None:
@@ -140,16 +129,16 @@ class Engine:
 
         A method that goes backward several times a micro-batch says `last=False` in all but the last.
         """
-        reduce = last and self._last_micro
-        with nullcontext() if reduce or self.world.size == 1 else self.module.no_sync():
+        with self.parallel.reducing(self.module, last and self._last_micro):
             yield
 
     def run(self, batch: Any, log: bool = True) -> Any:
-        """The method's forward, in the precision of the run and through DDP. Methods call this, never `self(batch)`.
+        """The method's forward, in the precision of the run and through DDP or FSDP2. Methods call this, never
+        `self(batch)`.
 
         Loss and parts go into the log, unless `log` is false; of several runs on a micro-batch their mean does.
         """
-        with autocast(self.world.device, self.precision):
+        with autocast(self.world.device, self.precision, self.parallel.keeps_casts):
             out = self.module(batch)
         if log:
             for name, value in {"loss": out.loss, **out.parts}.items():
@@ -212,13 +201,16 @@ class Engine:
             self.method.step(batch, self)
             self._end_micro()
         self._refuse_stray_gradients()
-        verdict = self.guard.judge(self.optimizer.gradients())
-        if self.clip_units is not None:
-            self.clip_units.apply(self.optimizer.params, verdict.factor)
-        average, decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
-        self.skipped = verdict.skip
-        self._buffers.settle(buffers, verdict.skip)
-        self.optimizer.step(lr, verdict, average, decay)
+        total = self.parallel.total
+        # Trials are made on all processes alike, but parts have other shapes on each.
+        with nullcontext() if self.tuning is None or total is None else self.tuning.paused():
+            verdict = self.guard.judge(self.optimizer.gradients())
+            self.skipped = verdict.skip
+            if self.clip_units is not None:
+                self.clip_units.apply(self.optimizer.params, verdict.factor, total)
+            self._buffers.settle(buffers, verdict.skip)
+            average, decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
+            self.optimizer.step(lr, verdict, average, decay, total)
         self.optimizer.zero_grad()
         for teacher in self._averages:
             teacher.follow(self.now, verdict.skip)
@@ -272,14 +264,17 @@ class Engine:
         self._logged = []
 
     def _totals(self) -> dict[str, Tensor]:
-        """The sums over all processes, which must have the same weights; a collective. Raises DriftError."""
+        """The sums over all processes, which must have the same weights where each has them all; a collective. Raises
+        DriftError."""
         names = sorted(self.sums)
         if self.world.size == 1:
             return {name: self.sums[name] for name in names}
         own = [self.sums[name] for name in names]
-        weights = replicas.slots(list(self.method.parameters()), self.world.rank, self.world.size)
-        total = self.world.sum(torch.cat([*(tensor.reshape(1) for tensor in own), weights]))
-        replicas.check(total[len(own) :])
+        alike = [p for p in self.method.parameters() if not shards.is_part(p)]
+        weights = [replicas.slots(alike, self.world.rank, self.world.size)] if alike else []
+        total = self.world.sum(torch.cat([*(tensor.reshape(1) for tensor in own), *weights]))
+        if weights:
+            replicas.check(total[len(own) :])
         return dict(zip(names, total[: len(own)], strict=True))
 
     def check_replicas(self) -> None:

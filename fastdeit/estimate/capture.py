@@ -46,6 +46,8 @@ def chosen(recipe: "Recipe", card: str | None, processes: int) -> tuple[str, str
     """(none or graph, why) for a card that names itself so; None is a CPU."""
     if card is None:
         return "none", "since there are no CUDA graphs on a CPU"
+    if recipe.engine.parallel == "fsdp2":
+        return "none", "since engine.parallel fsdp2 gathers and frees weights within a step"
     gpu = GPUS.get(known_gpu(card) or "")
     if gpu is None:
         return "none", f"since there is no model of the speed of {card}"

@@ -38,32 +38,30 @@ def of_step(
     *,
     world: int,
     nodes: int,
-    sharding: str,
+    parallel: str,
     accumulate: int,
     reduced: int = 4,
 ) -> Communication:
     """Of a step; `time` is that of the micro-batch `work`, and a gradient travels in `reduced` bytes.
 
-    ddp   a ring all-reduce of the gradients: 2 (W - 1) / W of their bytes, hidden behind the backward of the last
-          micro-batch but for the last bucket
-    fsdp  every micro-batch gathers the weights in forward and in backward, (W - 1) / W of their bytes each, and
-          scatters float32 gradients, (W - 1) / W of theirs; a block is sent while its neighbour computes, but for the
-          first of each direction
+    ddp    a ring all-reduce of the gradients: 2 (W - 1) / W of their bytes, hidden behind the backward of the last
+           micro-batch but for the last bucket
+    fsdp2  every micro-batch gathers the float32 weights in forward and in backward, (W - 1) / W of their bytes each;
+           the last one scatters the gradients, (W - 1) / W of theirs. A block is sent while its neighbour computes, but
+           for the first of each direction
 
     The latency of a collective, tens of microseconds, is left out.
     """
     share, rate = (world - 1) / world, bus(gpu, world, nodes)
     trained = work.of(network).parameters
-    if sharding == "ddp":
+    if parallel == "ddp":
         sent = 2.0 * reduced * trained * share
         last = min(1.0, _BUCKET / (4 * trained))
         return Communication(sent, sent / rate, max(sent / rate - time.backward, sent / rate * last))
-    gradients = 4.0 * trained * share
-    weights = work.bytes * network.parameters * share
+    gathered, scattered = 4.0 * network.parameters * share, reduced * trained * share
     unit = 1 / network.vit.depth if network.vit else 1.0
-    exposed = sum(
-        max(sent / rate - busy, sent / rate * unit)
-        for sent, busy in ((weights, time.forward), (weights + gradients, time.backward))
-    )
-    sent = 2 * weights + gradients
-    return Communication(accumulate * sent, accumulate * sent / rate, accumulate * exposed)
+    passes = [(gathered, time.forward)] * accumulate + [(gathered, time.backward)] * (accumulate - 1)
+    passes.append((gathered + scattered, time.backward))
+    sent = sum(each for each, _ in passes)
+    exposed = sum(max(each / rate - busy, each / rate * unit) for each, busy in passes)
+    return Communication(sent, sent / rate, exposed)

@@ -37,25 +37,33 @@ def blocks_saved(vit: ViT, work: Work, design: Design) -> list[float]:
 
 
 def peak(
-    network: Network, work: Work, design: Design, *, world: int, sharding: str, teachers: Sequence[Network] = ()
+    network: Network,
+    work: Work,
+    design: Design,
+    *,
+    world: int,
+    parallel: str,
+    accumulate: int = 1,
+    teachers: Sequence[Network] = (),
 ) -> dict[str, float | list[float]]:
     """Bytes of a process at the peak, the begin of backward, by what they are for; `blocks` has one entry a block.
 
-    casts: autocast's copies of the weights, or fsdp's two gathered blocks and a block of gradients. workspace: the
-    gradients of a block's activations. recomputed: of the block that is
-    computed again. input: a uint8 batch, two more that are prefetched, and the rendered images
-    (a ViT's are those that `embedding` keeps).
+    gradients: with fsdp2, those of several micro-batches are whole until the last of them. casts: autocast's copies of
+    the weights, which backward reads; of one block, where fsdp2 computes it again. gathered: with fsdp2, the float32
+    weights of two blocks and the gradients of two, one on their way. workspace: the gradients of a block's activations.
+    recomputed: of the block that is computed again. input: a uint8 batch, two more that are prefetched, and the
+    rendered images (a ViT's are those that `embedding` keeps).
     """
     a, vit, batch = work.bytes, computed(network, design).vit, work.batch
-    trained, shards = work.of(network), world if sharding == "fsdp" else 1
-    depth = vit.depth if vit else 1
-    sharded = (2 * a + 4) * network.parameters / depth
+    trained, split = work.of(network), parallel == "fsdp2" and world > 1
+    shards, unit = world if split else 1, 1 / vit.depth if vit else 1.0
     parts: dict[str, float | list[float]] = {
         "weights": 4 * network.parameters / shards,
-        "gradients": 4 * trained.parameters / shards,
+        "gradients": 4 * trained.parameters / (shards if accumulate == 1 else 1),
         "moments": 4 * trained.states / shards,
         "ema": 4 * trained.parameters / shards * work.ema,
-        "casts": sharded if sharding == "fsdp" else a * network.parameters * (a < 4),
+        "casts": a * network.parameters * (a < 4) * (unit if split and trained.recomputed else 1),
+        "gathered": 16 * network.parameters * unit * split,
         "teacher": 0.0,
         "input": 3.0 * batch * network.values + (0 if vit else a * batch * network.values),
         "logits": float((8 + a) * batch * network.outputs),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def main(args: argparse.Namespace, recipe: "Recipe", on: Sequence[Machine], prices: Mapping[str, float]) -> None:
     """`fastdeit plan`: print the report of a recipe, as tables or as JSON."""
-    found = report(recipe, on, prices=prices, sharding=args.sharding, images=args.images)
+    found = report(recipe, on, prices=prices, images=args.images)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
@@ -47,7 +47,6 @@ def report(
     machines: Sequence[Machine],
     *,
     prices: dict[str, float] | None = None,
-    sharding: str = "ddp",
     images: int | None = None,
     results: Path = estimate_rows.RESULTS,
 ) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def report(
     plans = [
         plan
         for machine in machines
-        for plan in _plans(trained, machine, sharding, measured, (prices or {}).get(machine.gpu.name))
+        for plan in _plans(trained, machine, measured, (prices or {}).get(machine.gpu.name))
     ]
     train = recipe.train
     return {
@@ -76,7 +75,7 @@ def report(
             "accumulate": train.accumulate,
             "group_size": recipe.data.group_size,
             "evaluations": trained.evaluations,
-            "sharding": sharding,
+            "parallel": recipe.engine.parallel,
         },
         "published": [
             {
@@ -88,7 +87,7 @@ def report(
             for row in estimate_rows.PUBLISHED
         ],
         "plans": plans,
-        "notes": _notes(trained, machines, sharding, {plan["basis"]["speed"] for plan in plans}),
+        "notes": _notes(trained, machines, {plan["basis"]["speed"] for plan in plans}),
     }
 
 
@@ -113,6 +112,12 @@ def _work(trained: Subject, machine: Machine) -> Work:
     return Work(micro, precision, recipe.model.drop_path > 0, average, trained.trained, trained.kept)
 
 
+def _shared(trained: Subject, machine: Machine) -> dict[str, Any]:
+    """What memory and communication ask of how processes share the work."""
+    recipe = trained.recipe
+    return {"world": machine.count, "parallel": recipe.engine.parallel, "accumulate": recipe.train.accumulate}
+
+
 def _designs(trained: Subject, machine: Machine) -> list[Design]:
     recipe = trained.recipe
     found = estimate.designs(machine.gpu, _precision(recipe, machine.gpu), trained.student)
@@ -122,7 +127,7 @@ def _designs(trained: Subject, machine: Machine) -> list[Design]:
 
 
 def _plans(
-    trained: Subject, machine: Machine, sharding: str, measured: dict[Any, Any], price: float | None
+    trained: Subject, machine: Machine, measured: dict[Any, Any], price: float | None
 ) -> Iterator[dict[str, Any]]:
     """The rows of a machine, one for each design."""
     precision, designs = _precision(trained.recipe, machine.gpu), _designs(trained, machine)
@@ -130,16 +135,15 @@ def _plans(
         design: measured.get((machine.gpu.name, design.name, precision), estimate_rows.NOT_CALIBRATED)
         for design in designs
     }
-    runs = {design: _run(trained, machine, design, sharding, found[design]) for design in designs}
+    runs = {design: _run(trained, machine, design, found[design]) for design in designs}
     for design in designs:
-        yield _plan(trained, machine, design, sharding, found[design], runs[design], runs.get(TIMM_COMPILE), price)
+        yield _plan(trained, machine, design, found[design], runs[design], runs.get(TIMM_COMPILE), price)
 
 
 def _plan(
     trained: Subject,
     machine: Machine,
     design: Design,
-    sharding: str,
     calibration: estimate_rows.Calibration,
     run: dict[str, Any],
     peer: dict[str, Any] | None,
@@ -150,12 +154,15 @@ def _plan(
     work = _work(trained, machine)
     seconds = {name: run[name] for name in ("training", "evaluation", "teacher")}
     seconds["total"] = sum(seconds.values())
-    options = {"world": machine.count, "sharding": sharding, "teachers": trained.teachers}
+    options = _shared(trained, machine) | {"teachers": trained.teachers}
     parts = memory.peak(student, work, design, **options)
     sizes, passes = (trained.recipe.data.group_size, 1), trained.recipe.method.passes
     fits, unmixed = (
         memory.largest_batch(student, work, design, gpu, passes * size, **options) // passes for size in sizes
     )
+    # With fsdp2, gradients of several micro-batches take more memory than those of one.
+    several = options | {"accumulate": max(2, train.accumulate)}
+    divided = memory.largest_batch(student, work, design, gpu, passes * sizes[0], **several) // passes
     peak = gpu.tf32 if work.precision == "fp32" else gpu.flops
     flops = estimate.useful_flops(student, work) * passes * train.batch_size
     return {
@@ -175,7 +182,7 @@ def _plan(
         "largest_batch": fits,
         "largest_group": unmixed,
         "fits": work.batch // passes <= fits,
-        "accumulate": _accumulate(trained.recipe, machine.count, fits),
+        "accumulate": _accumulate(trained.recipe, machine.count, divided),
         "seconds": seconds,
         "usd": None if price is None else price * machine.count * seconds["total"] / 3600,
         "basis": {"speed": str(calibration)} | dict.fromkeys(("teacher", "communication", "memory"), MODELLED),
@@ -198,9 +205,7 @@ def _accumulate(recipe: "Recipe", world: int, fits: int) -> int | None:
     )
 
 
-def _run(
-    trained: Subject, machine: Machine, design: Design, sharding: str, calibration: estimate_rows.Calibration
-) -> dict[str, Any]:
+def _run(trained: Subject, machine: Machine, design: Design, calibration: estimate_rows.Calibration) -> dict[str, Any]:
     """Seconds of a step and of the run; the calibration is of the student's computation, and of nothing else.
 
     drawn     the step's seconds in each draw of the shares
@@ -215,9 +220,8 @@ def _run(
     for teacher in trained.teachers:
         usual = design if teacher.own and teacher.vit else estimate.EAGER
         judged += estimate.step(teacher, unseen, usual, gpu).forward
-    ring = {"world": machine.count, "nodes": machine.nodes, "sharding": sharding}
-    ring |= {"accumulate": train.accumulate, "reduced": 4 if trained.recipe.engine.reduce == "fp32" else 2}
-    spent = communication.of_step(trained.student, time, gpu, work, **ring)
+    ring = {"nodes": machine.nodes, "reduced": 4 if trained.recipe.engine.reduce == "fp32" else 2}
+    spent = communication.of_step(trained.student, time, gpu, work, **_shared(trained, machine), **ring)
 
     def whole(time: Step) -> float:
         return train.accumulate * (time.forward + time.backward + judged) + time.update + spent.exposed
@@ -232,7 +236,7 @@ def _run(
     forward = factor * estimate.step(trained.student, unseen, design, gpu).forward
     share = trained.held_out / (machine.count * work.batch)
     not_measured = estimate_rows.NOT_CALIBRATED
-    first = [_run(each, machine, estimate.EAGER, sharding, not_measured) for each in trained.teacher_runs]
+    first = [_run(each, machine, estimate.EAGER, not_measured) for each in trained.teacher_runs]
     own = sum(each["training"] + each["evaluation"] for each in first)
     return {
         "step": step,
@@ -247,7 +251,7 @@ def _run(
     }
 
 
-def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: set[str]) -> list[str]:
+def _notes(trained: Subject, machines: Sequence[Machine], bases: set[str]) -> list[str]:
     """What somebody who reads a figure alone would miss."""
     recipe = trained.recipe
     notes = ["no row of benchmarks/results is of these GPUs: nothing here is measured"] if bases == {MODELLED} else []
@@ -256,7 +260,7 @@ def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: 
         notes.append(trained.assumed)
     if recipe.engine.precision == "bf16" and any(machine.gpu.name == "V100" for machine in machines):
         notes.append("V100 has no bf16: planned there with engine.precision=fp16, which train has to be told")
-    notes += _cost_of_kept_activations(trained, machines[0], sharding)
+    notes += _cost_of_kept_activations(trained, machines[0])
     if recipe.engine.async_checkpoints:
         kept, averages = trained.trained, recipe.optim.ema_decay is not None
         numbers = trained.student.parameters + kept.states + averages * kept.parameters
@@ -264,8 +268,6 @@ def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: 
             f"engine.async_checkpoints takes {4 * numbers / GIB:,.2f} GiB of memory of the host more, in the process "
             "that writes"
         )
-    if sharding == "fsdp":
-        notes.append("train runs ddp; fsdp is what full sharding would change")
     if recipe.train.batch_size > trained.images:
         notes.append(f"a batch has more than the {trained.images:,} training images: each is in it several times")
     if trained.student.vit is None:
@@ -286,7 +288,7 @@ def _notes(trained: Subject, machines: Sequence[Machine], sharding: str, bases: 
     return notes
 
 
-def _cost_of_kept_activations(trained: Subject, machine: Machine, sharding: str) -> list[str]:
+def _cost_of_kept_activations(trained: Subject, machine: Machine) -> list[str]:
     """What `engine.keep_activations` costs and saves, whether it is on or not."""
     student, work = trained.student, _work(trained, machine)
     fused = any(design.name == "fused" for design in _designs(trained, machine))
@@ -297,7 +299,7 @@ def _cost_of_kept_activations(trained: Subject, machine: Machine, sharding: str)
         estimate_options.with_options(estimate.FUSED, keep_activations=keep, residual=residual)
         for keep in (False, True)
     ]
-    options = {"world": machine.count, "sharding": sharding}
+    options = _shared(trained, machine)
     less, more = (memory.total(memory.peak(student, work, design, **options)) / GIB for design in sides)
     slow, fast = (sum(estimate.step(student, work, design, machine.gpu)) for design in sides)
     return [
@@ -342,7 +344,7 @@ def _head(found: dict[str, Any]) -> Iterator[str]:
     accumulated = f" in {run['accumulate']:,} micro-batches" if run["accumulate"] > 1 else ""
     yield (
         f"run       {run['epochs']:,} epochs, {run['steps']:,} steps of {run['batch_size']:,} images{accumulated}, "
-        f"{run['evaluations']:,} evaluations, {run['sharding']}"
+        f"{run['evaluations']:,} evaluations, {run['parallel']}"
     )
     for whole, what in ((False, "steps on one GPU"), (True, "whole runs, whose input and communication it leaves out")):
         off = [row["modelled"] / row["published"] - 1 for row in found["published"] if row["whole"] == whole]
@@ -410,7 +412,7 @@ def _remedy(plan: dict[str, Any], run: dict[str, Any]) -> str:
     if plan["accumulate"] is not None:
         return f"with train.accumulate={plan['accumulate']} they do"
     if plan["largest_group"] == 0:
-        return "nor does a single image: take a smaller model or smaller images"
+        return "nor does a single image: take a smaller model or smaller images, or engine.parallel=fsdp2 on more GPUs"
     most = plan["largest_group"]
     return f"nor does one mixing group of {run['group_size']:,}: set data.group_size to at most {most:,}"
 

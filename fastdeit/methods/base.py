@@ -79,6 +79,10 @@ class Method(nn.Module):
     CUDA graphs keep the value they first saw. What changes during the run is a tensor: a buffer, or a function of
     `batch.step`. The engine raises an error if a number, a text, or a list, tuple, dict or set of these changes in an
     attribute of the method, or of a module below it, after a step was recorded as a CUDA graph.
+
+    Networks may be split over processes (`engine.parallel: fsdp2`). Then parameters are whole tensors inside `forward`,
+    `predict` and `features` alone, and in backward. Networks are called there, and nowhere else. Parameters are
+    replaced after `__init__`, so a method keeps their names and not the tensors.
     """
 
     Config: ClassVar[type[MethodConfig]]

@@ -337,6 +337,10 @@ class EngineConfig(Section):
     residual: Literal["fp32", "bf16"] = "fp32"
     """Type of the residual stream between the blocks and of its gradient. bf16 moves fewer bytes and rounds them in
     every block; it needs precision bf16, or auto on a device that has it."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """What each of several processes keeps. ddp: all of the network; fsdp2: a share of its weights, gradients, moments
+    and averages. It then gathers the weights of a block whenever it computes the block. That is for networks that do
+    not fit otherwise. The result is the same but for rounding, and a run may go on with the other."""
     reduce: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type in which gradients travel between processes. 16 bit halve the traffic and round every gradient twice; fp16
     needs precision fp16, or auto where that is fp16: its loss scale keeps small gradients from vanishing."""
@@ -373,6 +377,16 @@ class EngineConfig(Section):
                 "choose one"
             )
         return keep
+
+    @field_validator("parallel")
+    @classmethod
+    def _not_captured(cls, parallel: str, info: ValidationInfo) -> str:
+        if parallel == "fsdp2" and (capture := info.data.get("capture", "none")) in ("compile", "graph"):
+            raise ValueError(
+                f"fsdp2 gathers and frees weights between the blocks of a step, which engine.capture {capture} cannot "
+                "follow; use engine.capture=none, or engine.parallel=ddp"
+            )
+        return parallel
 
     @field_validator("reduce")
     @classmethod

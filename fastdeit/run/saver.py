@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from fastdeit.engine import checkpoint
+from fastdeit.engine import checkpoint, shards
 from fastdeit.engine.background import HostCopies, Worker
 from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
 from fastdeit.engine.dist import World
@@ -46,7 +46,8 @@ class PoisonedError(Exception):
 
 NUMERICS = frozenset(
     {"engine.device", "engine.threads", "engine.precision", "engine.capture", "engine.autotune", "engine.residual"}
-    | {"engine.checkpoint_blocks", "engine.keep_activations", "engine.reduce", "engine.sync_batchnorm"}
+    | {"engine.checkpoint_blocks", "engine.keep_activations", "engine.parallel", "engine.reduce"}
+    | {"engine.sync_batchnorm"}
 )
 """Settings with which a run that goes on may get other numbers, if only by rounding."""
 
@@ -93,9 +94,8 @@ class Saver:
         engine_state = self.engine.state_dict()
         self._refuse_non_finite()
         self.unheard = self.recipe.engine.async_checkpoints and not wait
-        problem, root = None, run_dir / directory.CHECKPOINTS
+        problem, root, files = None, run_dir / directory.CHECKPOINTS, self._snapshot(engine_state)
         if self.world.main:
-            files = self._snapshot(engine_state)
             write = partial(self._write, root, step, record.best_step, files, self._state(record))
             if self.unheard:
                 self._writer.begin(write)
@@ -106,9 +106,9 @@ class Saver:
 
     def _snapshot(self, engine_state: dict[str, Tensor]) -> Mapping[str, Mapping[str, Tensor]]:
         """The whole state of the run as it is now, by file and name; a copy, if the training goes on while it is
-        written."""
-        files = self.tensors() | {"engine": engine_state}
-        return self._copies.of(files) if self.unheard else files
+        written. Call it on every process; what the main process gets is to be written."""
+        files = self.whole() | {"engine": engine_state}
+        return self._copies.of(files) if self.unheard and self.world.main else files
 
     def heard(self, run_dir: Path, record: Record, *, wait: bool) -> None:
         """What has become of the checkpoint that is written in the background, if one is: raises CheckpointError as
@@ -171,21 +171,34 @@ class Saver:
         }
 
     def _refuse_non_finite(self) -> None:
-        """The main process looks at what it is about to save, and all hear of it."""
-        found = None
-        if self.world.main:
-            bad = ((name, file) for file, group in self.tensors().items() for name in _non_finite(group))
-            found = next((f"{name} of {file}" for name, file in bad if name not in self._never_finite), None)
-        found = self.world.same(found)
+        """Every process looks at what it holds of what is about to be saved, and all hear of it."""
+        bad = ((name, file) for file, group in self.tensors().items() for name in _non_finite(group))
+        found = next((f"{name} of {file}" for name, file in bad if name not in self._never_finite), None)
+        found = self.world.first(found)
         if found is not None:
             raise PoisonedError(f"{found} has numbers that are not finite")
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds besides the engine's state, by the names of its files."""
+        """What a checkpoint holds besides the engine's state, by the names of its files. A tensor that the processes
+        share is in parts here."""
         method, ema = self.engine.method, self.engine.ema
         own = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("model.")}
         held = {"model": method.model.state_dict(), "method": own, "optim": self.engine.optimizer.state_dict()}
         return held if ema is None else held | {"ema": ema.average}
+
+    def whole(self) -> dict[str, dict[str, Tensor]]:
+        """`tensors` for the main process to save: what is in parts is put together on its CPU, one tensor after the
+        other, so that no process holds all of them on its device. Other processes get their parts. A collective where
+        something is in parts.
+        """
+
+        def gathered(tensor: Tensor) -> Tensor:
+            if not shards.is_part(tensor):
+                return tensor
+            found = shards.whole(tensor)
+            return found.cpu() if self.world.main else tensor
+
+        return {file: {name: gathered(t) for name, t in group.items()} for file, group in self.tensors().items()}
 
     def size(self) -> int:
         """Bytes of a checkpoint."""
@@ -279,7 +292,8 @@ class Saver:
         except FitError as error:
             raise self._misfit(found, error) from error
         student = {f"model.{name}": tensor for name, tensor in tensors["model"].items()}
-        engine.method.load_state_dict(student | tensors["method"])
+        mine, given = engine.method.state_dict(), student | tensors["method"]
+        engine.method.load_state_dict({name: shards.placed(given[name], mine[name]) for name in given})
         engine.optimizer.load_state_dict(tensors["optim"])
         if engine.ema is not None:
             engine.ema.load(tensors["ema"])
@@ -322,8 +336,9 @@ def present(found: Checkpoint) -> Checkpoint:
 
 
 def _non_finite(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """The names of those tensors that have a number which is not finite. Reads the device once."""
-    named = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    """The names of those tensors that have, in this process, a number which is not finite. Reads the device once."""
+    held = {name: shards.local(tensor.detach()) for name, tensor in tensors.items()}
+    named = {name: tensor for name, tensor in held.items() if tensor.is_floating_point() and tensor.numel()}
     if not named:
         return iter(())
     # The largest absolute value of each in few launches; it is NaN where a number is.

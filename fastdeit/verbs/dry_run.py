@@ -148,9 +148,8 @@ def _estimates(recipe: "Recipe", subject: Subject, processes: int, device: torch
     micro = recipe.method.passes * recipe.train.batch_size // (processes * recipe.train.accumulate)
     averaged = recipe.optim.ema_decay is not None
     work = estimate.Work(micro, recipe.engine.precision, recipe.model.drop_path > 0, averaged, subject.trained)
-    parts = memory.peak(
-        subject.student, work, estimate.EAGER, world=processes, sharding="ddp", teachers=subject.teachers
-    )
+    shared = {"world": processes, "parallel": recipe.engine.parallel, "accumulate": recipe.train.accumulate}
+    parts = memory.peak(subject.student, work, estimate.EAGER, **shared, teachers=subject.teachers)
     parts.pop("context")  # of CUDA
     yield f"{memory.total(parts) / memory.GIB:,.2g} GiB a process besides the libraries (modelled, not measured)"
     yield f"no time: there is no model of the speed of {_named(device)}; `fastdeit plan {recipe.name}` knows some GPUs"

@@ -96,7 +96,7 @@ def test_flags_are_pinned():
         "recipes show": ["--resolved", "--as"],
         "explain": [],
         "models": [],
-        "plan": ["--as", "--gpu", "--count", "--nodes", "--price", "--sharding", "--images", "--json", "--trust"],
+        "plan": ["--as", "--gpu", "--count", "--nodes", "--price", "--images", "--json", "--trust"],
         "runs list": [],
         "runs diff": [],
         "runs curves": ["--out"],

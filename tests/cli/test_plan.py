@@ -238,10 +238,11 @@ def test_checkpoints_beside_the_training_cost_a_copy_of_the_state(plan, decay):
     assert not any("async_checkpoints" in note for note in plan(*TINY)["notes"])
 
 
-def test_fsdp_is_said_to_be_hypothetical(plan):
-    found = plan(*TINY, "--sharding", "fsdp")
-    assert found["run"]["sharding"] == "fsdp"
-    assert any("train runs ddp" in note for note in found["notes"])
+def test_fsdp2_needs_less_memory_and_sends_more(plan):
+    whole, parts = (plan(*TINY, f"engine.parallel={kind}", "--count", "8") for kind in ("ddp", "fsdp2"))
+    assert parts["run"]["parallel"] == "fsdp2"
+    assert fused(parts)["memory"]["parts"]["weights"] == fused(whole)["memory"]["parts"]["weights"] / 8
+    assert fused(parts)["communication"]["bytes"] > fused(whole)["communication"]["bytes"]
 
 
 def test_an_online_teacher_costs_time_and_memory(plan):
@@ -435,7 +436,7 @@ def test_size_of_synthetic_data(plan):
         (("deit_tiny", "train.epochs=1e400"), "must be a finite number"),
         (("deit_tiny", "model.image_size=100000"), "model.image_size: must be at most 16384, got 100000"),
         (("deit_tiny", "model.num_classes=1000000000"), "model.num_classes: must be at most 1000000"),
-        (("deit_tiny", "--sharding", "zero"), "invalid choice"),
+        (("deit_tiny", "engine.parallel=zero"), "must be one of ddp, fsdp2"),
         (("deit_tiny", "model.timm=vit_tinny_patch16_224"), "did you mean"),
         (("deit_tiny", "model.image_size=225"), "multiple of the patch size"),
     ],

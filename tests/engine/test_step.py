@@ -16,6 +16,7 @@ from fastdeit.engine.ema import Ema, EmaTeacher
 from fastdeit.engine.groups import default_groups
 from fastdeit.engine.guard import Guard
 from fastdeit.engine.optimizers import AdamW
+from fastdeit.engine.parallel import Replicated
 from fastdeit.engine.step import Engine
 from tests.toys import toy_batch
 
@@ -118,7 +119,8 @@ def test_two_processes_equal_one(ranks):
 
 def gradients_of_rank(rank, size, reduce):
     """By name the gradients of this process alone, and those that the update gets."""
-    engine = make(world=World(CPU, rank, size), reduce=reduce)
+    world = World(CPU, rank, size)
+    engine = make(world=world, parallel=Replicated(world, reduce))
     part = X.chunk(size)[rank]
     with engine.micro(last=False):
         engine.backward(engine.run(part).loss)

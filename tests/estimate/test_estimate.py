@@ -351,7 +351,7 @@ def test_weights_moments_and_average_are_the_optimizer_s():
     model = models.build("deit_tiny_patch16_224")
     optimizer = AdamW(default_groups(model.named_parameters(), 0.05))
     average = Ema(dict(model.named_parameters()), 0.9, model).average
-    parts = memory.peak(network_of(vit_of(model)), Work(1, ema=True), FUSED, world=1, sharding="ddp")
+    parts = memory.peak(network_of(vit_of(model)), Work(1, ema=True), FUSED, world=1, parallel="ddp")
 
     def size(tensors):
         return sum(tensor.nbytes for tensor in tensors)
@@ -362,19 +362,28 @@ def test_weights_moments_and_average_are_the_optimizer_s():
 
 
 def test_sharding_divides_what_belongs_to_parameters():
-    whole, sharded = (
-        memory.peak(BASE, Work(8, ema=True), FUSED, world=8, sharding=sharding) for sharding in ("ddp", "fsdp")
-    )
+    def peak(parallel, **options):
+        work = Work(8, ema=True, trained=options.pop("trained", None))
+        return memory.peak(BASE, work, FUSED, world=8, parallel=parallel, **options)
+
+    whole, sharded = map(peak, ("ddp", "fsdp2"))
     for part in ("weights", "gradients", "moments", "ema"):
         assert sharded[part] == whole[part] / 8
-    for part in ("blocks", "logits", "input", "embedding"):
+    for part in ("blocks", "logits", "input", "embedding", "casts"):
         assert sharded[part] == whole[part]
+    assert (whole["gathered"], sharded["gathered"]) == (0, pytest.approx(16 * BASE.parameters / BASE.vit.depth))
+    # Between micro-batches gradients are whole, and what is computed again keeps no copy of its weights.
+    assert peak("fsdp2", accumulate=2)["gradients"] == whole["gradients"] == peak("ddp", accumulate=2)["gradients"]
+    again = replace(Work(8).of(BASE), recomputed=True)
+    assert peak("fsdp2", trained=again)["casts"] == pytest.approx(whole["casts"] / BASE.vit.depth)
+    alone = [memory.peak(BASE, Work(8), FUSED, world=1, parallel=parallel) for parallel in ("ddp", "fsdp2")]
+    assert alone[0] == alone[1]
 
 
 @pytest.mark.parametrize("network", [BASE, CONVNET], ids=["vit", "convnet"])
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_the_largest_batch_fits_and_the_next_does_not(network, sharding):
-    options = {"world": 8, "sharding": sharding, "teachers": [CONVNET]}
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_the_largest_batch_fits_and_the_next_does_not(network, parallel):
+    options = {"world": 8, "parallel": parallel, "teachers": [CONVNET]}
     largest = memory.largest_batch(network, Work(1), EAGER, GPUS["A100"], 64, **options)
     sizes = [memory.total(memory.peak(network, Work(batch), EAGER, **options)) for batch in (largest, largest + 64)]
     assert largest % 64 == 0
@@ -383,16 +392,16 @@ def test_the_largest_batch_fits_and_the_next_does_not(network, sharding):
 
 def test_nothing_fits_into_too_little():
     card = replace(GPUS["A100"], memory=memory.GIB)
-    assert memory.largest_batch(BASE, Work(1), EAGER, card, 64, world=1, sharding="ddp") == 0
+    assert memory.largest_batch(BASE, Work(1), EAGER, card, 64, world=1, parallel="ddp") == 0
 
 
 def test_a_teacher_takes_memory():
     without, with_it = (
-        memory.peak(BASE, Work(64), FUSED, world=1, sharding="ddp", teachers=teachers) for teachers in ((), (BASE,))
+        memory.peak(BASE, Work(64), FUSED, world=1, parallel="ddp", teachers=teachers) for teachers in ((), (BASE,))
     )
     assert without["teacher"] == 0
     assert with_it["teacher"] > 4 * BASE.parameters
-    two = memory.peak(BASE, Work(64), FUSED, world=1, sharding="ddp", teachers=(BASE, BASE))
+    two = memory.peak(BASE, Work(64), FUSED, world=1, parallel="ddp", teachers=(BASE, BASE))
     assert two["teacher"] - with_it["teacher"] == 4 * BASE.parameters
 
 
@@ -405,30 +414,32 @@ def ring_bytes(world, size, *, gather, scatter):
     return turns * size / world
 
 
-def communicated(world, sharding="ddp", nodes=1, gpu="A100", accumulate=1, network=BASE, **options):
+def communicated(world, parallel="ddp", nodes=1, gpu="A100", accumulate=1, network=BASE, **options):
     step = estimate.step(network, Work(128), FUSED, GPUS[gpu])
-    options |= {"world": world, "nodes": nodes, "sharding": sharding, "accumulate": accumulate}
+    options |= {"world": world, "nodes": nodes, "parallel": parallel, "accumulate": accumulate}
     return communication.of_step(network, step, GPUS[gpu], Work(128), **options)
 
 
 def test_one_gpu_sends_nothing():
-    assert communicated(1) == communicated(1, "fsdp") == (0, 0, 0)
+    assert communicated(1) == communicated(1, "fsdp2") == (0, 0, 0)
 
 
 @pytest.mark.parametrize("world", [2, 8, 16])
 def test_bytes_are_those_of_rings(world):
-    gradients, weights = 4 * BASE.parameters, 2 * BASE.parameters
-    ddp = ring_bytes(world, gradients, gather=1, scatter=1)
-    fsdp = ring_bytes(world, weights, gather=2, scatter=0) + ring_bytes(world, gradients, gather=0, scatter=1)
+    weights = 4 * BASE.parameters
+    ddp = ring_bytes(world, weights, gather=1, scatter=1)
+    fsdp = [ring_bytes(world, weights, gather=2 * count, scatter=1) for count in (1, 3)]
     assert communicated(world).bytes == pytest.approx(ddp)
-    assert communicated(world, "fsdp", accumulate=3).bytes == pytest.approx(3 * fsdp)
+    assert [communicated(world, "fsdp2", accumulate=count).bytes for count in (1, 3)] == pytest.approx(fsdp)
+    halved = ring_bytes(world, weights, gather=2, scatter=0.5)
+    assert communicated(world, "fsdp2", reduced=2).bytes == pytest.approx(halved)
     assert communicated(world, accumulate=3).bytes == communicated(world).bytes
     assert communicated(world, reduced=2) == tuple(figure / 2 for figure in communicated(world))
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_some_of_it_shows_and_never_more_than_all(sharding):
-    near, far = communicated(8, sharding), communicated(16, sharding, nodes=16)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_some_of_it_shows_and_never_more_than_all(parallel):
+    near, far = communicated(8, parallel), communicated(16, parallel, nodes=16)
     for spent in (near, far):
         assert 0 < spent.exposed <= spent.seconds
     assert near.seconds < far.seconds

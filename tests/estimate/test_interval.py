@@ -54,7 +54,7 @@ def test_options_are_counted_alike(option):
     ops = estimate.ops(network(192), work, design, H200)
     assert sum(op.count * op.flops for op in ops) == pytest.approx(found.total.flops, rel=1e-9)
     assert sum(op.count * op.bytes for op in ops) == pytest.approx(found.total.bytes, rel=0.06)
-    kept = sum(memory.peak(network(192), work, design, world=1, sharding="ddp")["blocks"])
+    kept = sum(memory.peak(network(192), work, design, world=1, parallel="ddp")["blocks"])
     assert kept == pytest.approx(found.live - found.state, rel=0.06)
 
 
@@ -69,7 +69,7 @@ def test_the_peer_computes_the_last_block_for_all_tokens():
     step = {design: sum(op.count * op.flops for op in estimate.ops(network(768), WORK, design, H200))
             for design in (FUSED, TIMM_COMPILE)}  # fmt: skip
     assert step[TIMM_COMPILE] > 1.05 * step[FUSED]
-    kept = [memory.peak(network(768), WORK, of, world=1, sharding="ddp")["blocks"] for of in (FUSED, TIMM_COMPILE)]
+    kept = [memory.peak(network(768), WORK, of, world=1, parallel="ddp")["blocks"] for of in (FUSED, TIMM_COMPILE)]
     assert kept[0][-1] < kept[0][0]
     assert kept[1][-1] == kept[1][0]
 

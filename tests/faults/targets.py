@@ -78,14 +78,22 @@ TARGETS = (
     Target(
         5,
         "Training with FSDP2 gives the result of training with DDP.",
-        (),
-        why_not="not built: training with FSDP2",
+        (
+            "tests/engine/test_parallel.py::test_two_processes_that_share_in_parts_train_as_two_that_each_have_all",
+            "tests/engine/test_parallel.py::test_four_processes_are_near",
+            "tests/test_train_fsdp.py::test_a_run_in_parts_has_the_bits_of_one_with_whole_networks_also_from_the_middle_on",
+            "tests/test_train_fsdp.py::test_every_method_trains_in_parts_as_with_whole_networks",
+        ),
     ),
     Target(
         6,
         "A checkpoint is gone on with by another number of processes, and by DDP or FSDP2.",
-        ("tests/run/test_state.py::test_other_versions_and_another_number_of_processes_are_said",),
-        why_not="not built: FSDP2; no test compares the weights of a run that changed its number of processes",
+        (
+            "tests/test_train_fsdp.py::test_every_checkpoint_loads_into_every_number_of_processes_bit_for_bit",
+            "tests/test_train_fsdp.py::test_a_run_may_change_its_processes_as_often_as_it_likes",
+            "tests/test_train_fsdp.py::test_a_run_in_parts_has_the_bits_of_one_with_whole_networks_also_from_the_middle_on",
+            "tests/run/test_state.py::test_other_versions_and_another_number_of_processes_are_said",
+        ),
     ),
     Target(
         7,

@@ -41,6 +41,17 @@ def test_the_fastest_that_is_right_runs_from_the_first_call_on(make, begin, cach
     assert op.select(CPU)[0].name == "slow"  # what holds without a trial
 
 
+def test_calls_in_a_pause_are_not_tried(make, begin):
+    """Such as those whose shapes differ between processes, which would wait for each other."""
+    op, tuner = make("slow", "quick"), begin()
+    with tuner.trying():
+        with tuner.paused():
+            op(x(), 2.0)
+        assert chosen(tuner) == {}
+        op(x(), 2.0)
+    assert chosen(tuner) == {op.name: "quick"}
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [((), INDUCTOR), (("slow",), INDUCTOR), (("slow", "quick"), "quick"), (("middling",), "middling")],

@@ -34,16 +34,17 @@ class Incubation(Method):
         super().__init__(model, config, context)
         if model.config.drop_path:
             raise ValueError("incubation runs blocks on their own, which have no drop-path: set model.drop_path to 0")
-        self.stages = model.stages(config.depths)
+        names = {id(owner): f"model.{name}" for name, owner in self._owners()}
+        # By name: parameters are others once processes share the networks.
+        self.stages = [[names[id(owner)] for owner in stage] for stage in model.stages(config.depths)]
         self.meta = VisionTransformer(replace(model.config, depth=len(config.depths)))
         self.trained: int | None = None
 
     def phases(self):
-        names = {id(owner): f"model.{name}" for name, owner in self._owners()}
         end, found = self.config.meta_epochs, [Phase("meta", self.config.meta_epochs, ["meta"])]
         for number, stage in enumerate(self.stages):
             end += self.config.stage_epochs
-            found.append(Phase(f"stage {number}", end, [names[id(owner)] for owner in stage]))
+            found.append(Phase(f"stage {number}", end, stage))
         return [*found, Phase("together", trains=["model"])]
 
     def on_phase(self, phase: Phase) -> None:

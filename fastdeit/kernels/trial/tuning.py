@@ -114,6 +114,18 @@ class Tuning:
             if self._main:
                 self._say(self.summary())
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside `trying`, around calls whose shapes differ between processes: they are not tried."""
+        if not self._open:
+            yield
+            return
+        self._tried.open(None)
+        try:
+            yield
+        finally:
+            self._tried.open(self._meet)
+
     def left_to_compiler(self) -> bool:
         """Whether `torch.compile` may now see through an op that was opaque to it before it was tried."""
         chosen = self._tried.chosen if self._tried is not None else {}
