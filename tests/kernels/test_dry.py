@@ -35,7 +35,8 @@ def test_every_example_runs_forward_and_backward(name, capturing):
 def test_the_sides_of_a_card_are_all_backends_of_triton_and_the_others_say_why():
     with pretended_card():
         found = dict(kernels._sides("mlp", CARD))
-        assert list(found) == ["triton", "epilogue", "quack", "reference", "compiled"]
+        mixtures = ["epilogue_forward", "epilogue_backward"]
+        assert list(found) == ["triton", "epilogue", *mixtures, "quack", "reference", "compiled"]
         with pytest.raises(CannotRun, match="QuACK"):
             found["quack"](None)
 

@@ -120,7 +120,7 @@ def test_a_mixture_has_the_products_of_one_way(way, device):
         with _triton.recording(90) as recorded:
             out, pre, _ = run.forward(x, *given, True)
             forward = [launch.kernel.fn.__name__ for launch in recorded.launches]
-            run.backward(out, x, given[0], given[2], pre, None)
+            run.backward(out, x, given[0], given[2], pre, None, True)
         names = [launch.kernel.fn.__name__ for launch in recorded.launches]
         return {"forward": forward, "backward": names[len(forward) :]}
 
