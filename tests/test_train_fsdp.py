@@ -88,7 +88,8 @@ def shared_and_whole(rank, size, path, folder):
     """A run of each kind, and one that goes on in parts after it was stopped with whole networks."""
     ddp, fsdp = (recipes.load(path, [f"engine.parallel={kind}"]) for kind in ("ddp", "fsdp2"))
     train(ddp, folder / "ddp", World(CPU, rank, size))
-    train(fsdp, folder / "fsdp2", World(CPU, rank, size))
+    beside = recipes.override(fsdp, ["engine.async_checkpoints=true"])
+    train(beside, folder / "fsdp2", World(CPU, rank, size))
     with pytest.raises(Interrupted):
         train(ddp, folder / "both", Stop(CPU, rank, size))
     train(fsdp, folder / "both", World(CPU, rank, size), resume=True)
@@ -104,6 +105,7 @@ def test_a_run_in_parts_has_the_bits_of_one_with_whole_networks_also_from_the_mi
     changes = checkpoint.newest_state(tmp_path / "both" / "checkpoints")["changes"]
     assert changes == [{"step": STEPS_PER_EPOCH, "fields": {"engine.parallel": ["ddp", "fsdp2"]}}]
     plugins.trust("tests.test_train_fsdp:small_vit")
+    capfd.readouterr()  # what the processes have said
     assert cli(["eval", str(tmp_path / "fsdp2"), "--json"]) == 0
     printed = [each["metrics"]["top1_class"] for each in json.loads(capfd.readouterr().out)["results"]]
     summary = json.loads((tmp_path / "fsdp2" / "summary.json").read_text())

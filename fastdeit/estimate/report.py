@@ -412,7 +412,7 @@ def _remedy(plan: dict[str, Any], run: dict[str, Any]) -> str:
     if plan["accumulate"] is not None:
         return f"with train.accumulate={plan['accumulate']} they do"
     if plan["largest_group"] == 0:
-        return "nor does a single image: take a smaller model or smaller images, or engine.parallel=fsdp2 on more GPUs"
+        return "nor does a single image: take a smaller model or smaller images"
     most = plan["largest_group"]
     return f"nor does one mixing group of {run['group_size']:,}: set data.group_size to at most {most:,}"
 
