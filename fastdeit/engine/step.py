@@ -263,33 +263,34 @@ class Engine:
             torch._foreach_add_([self.sums[name] for name in names], list(islice(counted, len(names))))
         self._logged = []
 
-    def _totals(self) -> dict[str, Tensor]:
-        """The sums over all processes, which must have the same weights where each has them all; a collective. Raises
-        DriftError."""
-        names = sorted(self.sums)
+    def _own_sums(self) -> Tensor:
+        """This process's sums in the order of their names, float32 `[names]`."""
+        own = [self.sums[name] for name in sorted(self.sums)]
+        return torch.stack(own) if own else torch.zeros(0, device=self.world.device)
+
+    def _over_processes(self, values: Tensor) -> Tensor:
+        """The sum of `values`, float32 `[n]`, over all processes, which must have the same weights where each has them
+        all; a collective. Raises DriftError."""
         if self.world.size == 1:
-            return {name: self.sums[name] for name in names}
-        own = [self.sums[name] for name in names]
+            return values
         alike = [p for p in self.method.parameters() if not shards.is_part(p)]
         weights = [replicas.slots(alike, self.world.rank, self.world.size)] if alike else []
-        total = self.world.sum(torch.cat([*(tensor.reshape(1) for tensor in own), *weights]))
+        total = self.world.sum(torch.cat([values, *weights]))
         if weights:
-            replicas.check(total[len(own) :])
-        return dict(zip(names, total[: len(own)], strict=True))
+            replicas.check(total[len(values) :])
+        return total[: len(values)]
 
     def check_replicas(self) -> None:
         """Raise DriftError, on every process, unless all processes have the same weights. A collective."""
-        self._totals()
+        self._over_processes(self._own_sums())
 
     def means(self) -> dict[str, float]:
         """Means over processes and over the steps since the last call, without those that were skipped; nothing where
         all were. Reads the device: call it when logging. Raises DriftError.
         """
-        totals = self._totals()
-        values = torch.stack([*totals.values()]).tolist() if totals else []
+        found = dict(zip(sorted(self.sums), self._over_processes(self._own_sums()).tolist(), strict=True))
         for total in self.sums.values():
             total.zero_()  # in place: a recorded step adds to these very tensors
-        found = dict(zip(totals, values, strict=True))
         steps = found.pop("steps", 0.0)
         return {name: total / steps for name, total in found.items()} if steps else {}
 
@@ -298,16 +299,23 @@ class Engine:
 
         A collective: call it on every process. Raises DriftError.
         """
-        return self.guard.state_dict() | {f"sum.{name}": total.reshape(1) for name, total in self._totals().items()}
+        own = self._own_sums()
+        sums = own.new_zeros(self.world.size, len(own))
+        sums[self.world.rank] = own
+        sums = self._over_processes(sums.flatten()).view_as(sums)
+        named = zip(sorted(self.sums), sums.unbind(1), strict=True)
+        return self.guard.state_dict() | {f"sum.{name}": of_processes.contiguous() for name, of_processes in named}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict`; the sums of all processes go to the main one, zeros to the others.
+        """Restore `state_dict`. Each process goes on from its own sum, because sums in another order round otherwise;
+        where the number of processes is another one, the main process goes on from the sum of all.
 
         Raises FitError where names, shapes or dtypes are others.
         """
         sums = {name: tensor for name, tensor in state.items() if name.startswith("sum.")}
-        check_fit("engine", sums, dict.fromkeys(sums, torch.zeros(1)))
+        check_fit("engine", sums, {name: torch.zeros(tensor.shape[:1] or 1) for name, tensor in sums.items()})
         self.guard.load_state_dict({name: tensor for name, tensor in state.items() if name not in sums})
-        share = 1.0 if self.world.main else 0.0
         for name, tensor in sums.items():
-            self.sums[name.removeprefix("sum.")] = tensor[0].to(self.world.device) * share
+            same = len(tensor) == self.world.size
+            own = tensor[self.world.rank] if same else tensor.sum() * float(self.world.main)
+            self.sums[name.removeprefix("sum.")] = own.to(self.world.device, copy=True)

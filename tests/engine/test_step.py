@@ -117,6 +117,28 @@ def test_two_processes_equal_one(ranks):
     assert means["loss"] == pytest.approx(engine.means()["loss"], rel=1e-5)
 
 
+def sums_of_rank(rank, size):
+    """This process's sum before and after a restart, and what one process or three go on from."""
+    engine, again = (make(world=World(CPU, rank, size)) for _ in range(2))
+    engine.sums = {"loss": torch.tensor([1.0, 2.0**-24][rank]), "steps": torch.tensor(3.0)}
+    saved = engine.state_dict()
+    again.load_state_dict(saved)
+    others = []
+    for world in (World(CPU, 0, 1), World(CPU, 0, 3), World(CPU, 1, 3)):
+        other = make()
+        other.world = world
+        other.load_state_dict(saved)
+        others.append({name: total.item() for name, total in other.sums.items()})
+    return engine.sums["loss"].item(), again.sums["loss"].item(), others
+
+
+def test_each_process_goes_on_from_its_own_sums(ranks):
+    """Sums in another order would round otherwise: the mean of a line into which a resume falls would differ."""
+    for rank, (before, after, others) in enumerate(ranks(2, sums_of_rank)):
+        assert before == after == [1.0, 2.0**-24][rank]
+        assert others == [{"loss": 1.0, "steps": 6.0}] * 2 + [{"loss": 0.0, "steps": 0.0}]
+
+
 def gradients_of_rank(rank, size, reduce):
     """By name the gradients of this process alone, and those that the update gets."""
     world = World(CPU, rank, size)

@@ -179,6 +179,7 @@ def harmed(tensors):
                 forms["turned"] = group | {name: tensor.t().contiguous()}
             if file == "engine" and name.startswith("sum."):
                 forms.pop("gone")  # a run that has logged nothing has no sums
+                forms.pop("wider")  # the sums of two processes
             for how, changed in forms.items():
                 yield f"{file}.{name} {how}", name, tensors | {file: changed}
 
