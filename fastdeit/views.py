@@ -59,7 +59,7 @@ Jitter = Annotated[
     AfterValidator(_goes_with_the_policy),
 ]
 SizeSchedule = Annotated[
-    tuple[tuple[Annotated[int, Field(ge=0)], ImageSize], ...], AfterValidator(_from_the_first_epoch)
+    tuple[tuple[Annotated[int, Field(ge=0, le=100_000_000)], ImageSize], ...], AfterValidator(_from_the_first_epoch)
 ]
 """(epoch, size) pairs: from that epoch on, images have that size."""
 CROP_FIELDS = ("crop", "crop_scale", "crop_ratio", "flip")

@@ -324,6 +324,7 @@ def test_commands_that_cannot_be(words, message, capsys, tmp_path, monkeypatch):
 
 MATTERS = {
     "model.image_size": "32",
+    "data.size_schedule": "[[0, 16], [1, 32]]",
     "data.crop": "simple",
     "data.crop_scale": "[0.2, 0.9]",
     "data.crop_ratio": "[0.5, 2.0]",

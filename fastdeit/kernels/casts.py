@@ -24,7 +24,9 @@ def autocast_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
     if torch.compiler.is_compiling() or _derivatives.transformed():  # each by itself, for the compiler to fuse
         return [tensor.to(dtype) for tensor in tensors]
-    return list(_Copies.apply([dtype] * len(tensors), *tensors))
+    others = [tensor for tensor in tensors if tensor.dtype != dtype]  # a frozen network is stored in 16 bit
+    copies = iter(_Copies.apply([dtype] * len(others), *others) if others else ())
+    return [next(copies) if tensor.dtype != dtype else tensor for tensor in tensors]
 
 
 class _Copies(torch.autograd.Function):

@@ -106,8 +106,13 @@ class _Casts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        given = _tensors((args, kwargs))
         is_cast = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == self.dtype
-        (self.cast if is_cast else self.used).update(map(id, _tensors((args, kwargs))))
+        if func is torch.ops.aten._foreach_copy_.default and all(copy.dtype == self.dtype for copy in args[0]):
+            is_cast, given = True, args[1]  # many at once, as `kernels.autocast_copies` does it
+        if func is torch.ops.aten.empty_like.default:  # reads no element
+            given = []
+        (self.cast if is_cast else self.used).update(map(id, given))
         return func(*args, **kwargs)
 
 

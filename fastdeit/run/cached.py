@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TAU = "method.tau"
 _NORMALISATION = "data.mean", "data.std"
+_SCHEDULE = "data.size_schedule"
 _OF_THE_TEACHER = "teacher."
 
 
@@ -43,6 +44,7 @@ def images_of(recipe: "Recipe", source: Source) -> dict[str, Any]:
         "train.seed": train.seed,
         "train.batch_size": train.batch_size,
         "model.image_size": view.size,
+        _SCHEDULE: data.size_schedule,
         "data.repeats": data.repeats,
         **{f"data.{name}": getattr(view, name) for name in AugmentSettings.model_fields},
         **{f"data.{field.name}": getattr(data, field.name) for field in fields(Mixing)},
@@ -52,8 +54,6 @@ def images_of(recipe: "Recipe", source: Source) -> dict[str, Any]:
         "data (training images)": source.fingerprint,
         "data (classes)": list(source.classes),
     }
-    if data.size_schedule:
-        found["data.size_schedule"] = data.size_schedule
     return json.loads(json.dumps(found))
 
 
@@ -98,7 +98,7 @@ def differences(
     """(field, value in the fingerprint `cache`, value here) of the fields of a fingerprint that differ."""
     return [
         (name, value, here.get(name))
-        for name, value in cache.items()
+        for name, value in ({_SCHEDULE: []} | dict(cache)).items()  # caches of before there were schedules
         if not name.startswith(ignored) and value != here.get(name)
     ]
 

@@ -23,7 +23,7 @@ B, SIDE, CLASSES = 8, 32, 10
 CARD = torch.device("cuda", 0)
 STEP = {
     *("_render_kernel", "_forward_kernel", "_backward_kernel", "_one_pass_kernel", "_query_gradient_kernel"),
-    *("_key_gradient_kernel", "_column_sums_kernel", "_scale_kernel"),
+    *("_key_gradient_kernel", "_scale_kernel"),
     *("_squares_kernel", "_root_kernel", "_schedule_kernel", "_adamw_kernel"),
 }
 """Kernels of a step in 16 bit, without those that two files have under one name."""

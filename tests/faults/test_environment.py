@@ -25,8 +25,8 @@ NUMBERS = [
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
 ]
 PATHS = ["FASTDEIT_CACHE", "CUDA_HOME", "CUDA_PATH", "HOME", "TMPDIR", "XDG_CACHE_HOME"]
-ELSEWHERE = {"TRITON_CACHE_DIR", "TRITON_DUMP_PTXAS_LOG", "TRITON_INTERPRET"}
-"""Set by fastdeit for Triton, and never read by it."""
+ELSEWHERE = {"TRITON_CACHE_DIR", "TRITON_DUMP_PTXAS_LOG", "TRITON_INTERPRET", "TORCH_CUDNN_SDPA_AVOID_RECOMPILE"}
+"""Set by fastdeit for Triton, and never read by it; and with the last one cuDNN's attention is refused by name."""
 AS_UNSET = {
     "RANK": (),
     "WORLD_SIZE": (),
