@@ -30,9 +30,10 @@ from fastdeit.training import Parts, schedule_of, seed_torch
 class Stepper:
     """Makes the steps of a run of `steps` steps by `recipe`, on the batches that it is given.
 
-    recipe   as of a run; its `data:` section says the normalisation alone, and `model.num_classes` the classes (1,000
-             where it is null). Of train, batch_size and accumulate are used, and `epochs` for the schedule and the
-             phases of the method: an epoch is the `epochs`-th part of the steps
+    recipe   as of a run; its `data:` section says the normalisation and, epoch by epoch, the size of the images, and
+             nothing else, and `model.num_classes` the classes (1,000 where it is null). Of train, batch_size and
+             accumulate are used, and `epochs` for the schedules and the phases of the method: an epoch is the
+             `epochs`-th part of the steps
     steps    of the whole run, which the schedule is made for
 
     `number` counts the steps made so far. On a CPU it computes with torch's threads as they are set, whatever
@@ -61,7 +62,7 @@ class Stepper:
         self.recipe = capture.fixed(precision.fixed(self.recipe, world, print), world, print)
         self._parts = Parts.of(self.recipe, world, True, {})
         self._rates = schedule_of(self._parts.recipe, self._parts.length)
-        self.number = 0
+        self.number, self._size = 0, self._size_in(0)
         self.method.train()
 
     @property
@@ -109,20 +110,23 @@ class Stepper:
     ) -> dict[str, float]:
         """One update. Returns `loss`, its parts and `grad_norm`.
 
-        images  float `[batch_size, 3, H, W]` in the recipe's normalisation, erased and mixed already
+        images  float `[batch_size, 3, H, W]` in the recipe's normalisation, erased and mixed already; H and W are those
+                of the step's epoch
         labels  int64 `[batch_size]`, or the two labels of each mixed sample with their share
         noise   by name uniforms `[batch_size, columns]`; None: those of `noise()`
         """
-        parts, length, size = self._parts, self._parts.length, self.recipe.train.batch_size
+        parts, length, batch_size = self._parts, self._parts.length, self.recipe.train.batch_size
         if self.number == length.total:
             raise ValueError(f"all {length.total} steps of the run are made; its schedule has none behind them")
-        expected = [size, 3, *build.image_size(self.recipe)]
+        epoch, within = divmod(self.number, length.steps_per_epoch)
+        size = self._size_in(epoch)
+        expected = [batch_size, 3, *size]
         if list(images.shape) != expected:
             raise ValueError(
-                f"images has shape {list(images.shape)}, but must be [train.batch_size, 3, *model.image_size] = "
-                f"{expected}"
+                f"images has shape {list(images.shape)}, but must be [train.batch_size, 3, H, W] = {expected} in epoch "
+                f"{epoch}, as model.image_size or data.size_schedule says"
             )
-        targets = labels if isinstance(labels, Labels) else Labels(labels, labels, torch.ones(size))
+        targets = labels if isinstance(labels, Labels) else Labels(labels, labels, torch.ones(batch_size))
         batch = Batch.ready(
             images,
             targets,
@@ -131,15 +135,21 @@ class Stepper:
             std=self.recipe.data.std,
             noise=self.noise() if noise is None else noise,
         )
-        epoch, within = divmod(self.number, length.steps_per_epoch)
         if within == 0:
             parts.schedule.enter(epoch, self.engine)
+            if size != self._size:
+                self._size = size
+                self.engine.resized()
             self.method.on_epoch(epoch, self.engine)
         seed_torch(self.recipe.train.seed, self.number, 0)
         micro_batches = batch.split(self.recipe.train.accumulate)
         self.engine.step([one.to(self.engine.world.device) for one in micro_batches], self.rate)
         self.number += 1
         return self.engine.means()
+
+    def _size_in(self, epoch: int) -> tuple[int, int]:
+        """(height, width) of the images of an epoch."""
+        return build.views(self.recipe, epoch)[0].size
 
 
 def _refuse_what_needs_data(recipe: Recipe) -> None:

@@ -279,7 +279,8 @@ class Parts:
             return build.eval_loader(self.recipe, self.sources[0], self.world, {}, self.log.bad_image, self.bad[0])
 
         precision = self.recipe.engine.precision
-        return evaluate(self.method, evaluators, self.val_loader, training, self.world, precision, batches)
+        with self.engine.parallel.gathered(self.method):
+            return evaluate(self.method, evaluators, self.val_loader, training, self.world, precision, batches)
 
     def share_bad(self, run_dir: Path) -> None:
         """Keep the lists of bad images in the run directory, one for all processes. What an earlier start has entered,

@@ -146,3 +146,14 @@ def test_other_numbers_are_refused(settings):
     batch = Batch.ready(torch.zeros(8, 3, 32, 32), labels, Step.at(0, 1, 1), mean=(0,) * 3, std=(1,) * 3)
     with pytest.raises(ValueError, match="8 samples cannot be split into 3 equal micro-batches"):
         batch.split(3)
+
+
+def test_images_have_the_size_of_their_epoch(settings, monkeypatch):
+    steps = fastdeit.stepper(settings, ["data.size_schedule=[[0, 16], [1, 32]]"], steps=4)
+    resized, labels = [], torch.arange(8)
+    monkeypatch.setattr(steps.engine, "resized", lambda: resized.append(steps.number))
+    for size in (16, 16, 32, 32):
+        with pytest.raises(ValueError, match=rf"must be .* = \[8, 3, {size}, {size}\] in epoch {size // 32}"):
+            steps.step(torch.zeros(8, 3, 48 - size, 48 - size), labels)
+        assert steps.step(torch.zeros(8, 3, size, size), labels)["loss"] > 0
+    assert resized == [2]

@@ -2,6 +2,7 @@
 their checkpoints those of any number of processes."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,12 +11,15 @@ from safetensors.torch import save_file
 
 from fastdeit import models, plugins
 from fastdeit.cli import main as cli
+from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
+from fastdeit.methods.evaluators import Classify, HeldOutLoss
 from fastdeit.models.config import ViTConfig
 from fastdeit.models.vit import VisionTransformer
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
 from fastdeit.training import Parts, train
 from tests.small_runs import StopAt, logged, stored
 
@@ -110,6 +114,39 @@ def test_a_run_in_parts_has_the_bits_of_one_with_whole_networks_also_from_the_mi
     printed = [each["metrics"]["top1_class"] for each in json.loads(capfd.readouterr().out)["results"]]
     summary = json.loads((tmp_path / "fsdp2" / "summary.json").read_text())
     assert printed == [summary["top1_class"], summary["top1_class_ema"]]
+
+
+def evaluated(rank, size, path, counts):
+    """For each number of held-out images what an evaluation finds, before the first step and after it."""
+    world, found = World(CPU, rank, size), []
+    parts = Parts.of(recipes.load(path, ["engine.parallel=fsdp2", "train.batch_size=8"]), world, True, {})
+
+    def look():
+        parts.method.eval()
+        for count in counts:
+            source = SyntheticSource(count, 5, (16, 16))
+            loader = build.eval_loader(parts.recipe, source, world, {}, print)
+            result = replace(parts, val_loader=loader).held_out({"loss": HeldOutLoss(), "class": Classify()})
+            found.append((result.images, result.metrics))
+        parts.method.train()
+
+    look()
+    (batch,) = next(parts.loader.batches(0, 1))
+    parts.engine.step([batch], 0.1)
+    look()
+    return found
+
+
+def test_an_evaluation_in_parts_takes_any_number_of_images(path, ranks):
+    """Of 9 images two processes have two batches and one, of 1 image one batch and none."""
+    counts = 9, 1
+    expected = evaluated(0, 1, path, counts)
+    assert [images for images, _ in expected] == [*counts, *counts]
+    for found in ranks(2, evaluated, path, counts):
+        for (images, metrics), (wanted, its) in zip(found, expected, strict=True):
+            assert images == wanted
+            assert metrics == pytest.approx(its, rel=1e-5)
+    assert expected[0] != expected[2]
 
 
 # ---- any number of processes -----------------------------------------------------------------------------------------

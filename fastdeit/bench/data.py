@@ -175,6 +175,7 @@ def _recipe(args: argparse.Namespace, root: str, fixed: dict[str, Any]) -> "Reci
     own = {"data.root": root, "data.source": "folder", "data.train": "train", "data.val": "val", "data.repeats": 1}
     own |= {"data.threads": args.threads or len(os.sched_getaffinity(0)), "data.group_size": batch}
     own |= {"train.batch_size": batch, "train.accumulate": 1, **fixed}
+    own["data.size_schedule"] = []  # peers make images of `model.image_size`
     for field in (override.partition("=")[0] for override in args.overrides):
         if field in own:
             raise UsageError(f"{field} is set by the benchmark (by flags: --batch, --threads)")

@@ -5,7 +5,7 @@ The engine asks one object, `Replicated` or `Sharded`, and nothing else in it kn
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -71,6 +71,11 @@ class Replicated:
         """Around a forward and backward of what `wrap` returned: whether the processes reduce gradients in it."""
         return nullcontext() if now or self.world.size == 1 else module.no_sync()
 
+    def gathered(self, method: nn.Module) -> AbstractContextManager:
+        """Around an evaluation of `method`: inside, this process has whole networks and waits for no other in a
+        forward, since processes have different numbers of batches there. Enter it on every process."""
+        return nullcontext()
+
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """2-norm of all gradients, of which `gradients` are what this process holds: float32 scalar."""
         return kernels.global_norm(gradients)
@@ -81,7 +86,8 @@ class Sharded(Replicated):
 
     A block's weights are gathered before its forward and before its backward, and freed after them. What belongs to no
     block is gathered for the whole of `forward`, `predict` and `features` of the method, and for the whole of backward.
-    Gradients are reduced to the mean of each part. Between micro-batches that are not reduced they are whole.
+    For an evaluation everything is gathered. Gradients are reduced to the mean of each part. Between micro-batches that
+    are not reduced they are whole.
     """
 
     keeps_casts = False
@@ -102,7 +108,7 @@ class Sharded(Replicated):
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
         options = {
             "mesh": DeviceMesh.from_group(dist.group.WORLD, self.world.device.type),
-            # Of the root as well: an evaluation would leave it gathered, and the next one would not see an update.
+            # Of the root as well: a forward alone would leave it gathered, and the next one would not see an update.
             "reshard_after_forward": True,
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=_DTYPES.get(self.reduce), cast_forward_inputs=False),
         }
@@ -124,6 +130,22 @@ class Sharded(Replicated):
         """As of `Replicated`."""
         module.set_requires_gradient_sync(now)
         return nullcontext()
+
+    @contextmanager
+    def gathered(self, method: nn.Module) -> Iterator[None]:
+        """As of `Replicated`. A collective at its begin."""
+        from torch.distributed.fsdp import FSDPModule
+
+        units = [module for module in method.modules() if isinstance(module, FSDPModule)]
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.reshard()
+                unit.set_reshard_after_forward(True, recurse=False)
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """As of `Replicated`, the same on all processes. A collective."""

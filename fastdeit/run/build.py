@@ -184,7 +184,8 @@ def check_batch(recipe: "Recipe", processes: int) -> None:
     except ValueError as error:
         raise UsageError(f"recipe {recipe.name} on {processes} processes: {error}") from error
     samples, there = train.batch_size // train.accumulate // processes, cores.memory()
-    needed = samples * sum(3 * view.size[0] * view.size[1] for view in views(recipe))
+    epochs = [epoch for epoch, _ in recipe.data.size_schedule] or [None]
+    needed = samples * max(sum(3 * view.size[0] * view.size[1] for view in views(recipe, epoch)) for epoch in epochs)
     if needed > there:
         raise UsageError(
             f"recipe {recipe.name}: the images of a micro-batch, {samples:,} in a process, have "

@@ -14,6 +14,7 @@ from fastdeit.bench import data, data_peers, report
 from fastdeit.bench.data import Side
 from fastdeit.data.plan.plan import Augment
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
 
 BURNT = 0.2
 
@@ -189,6 +190,12 @@ def test_repeated_files_are_those_of_their_class(short, tmp_path):
 def test_what_cannot_be_compared(short, capsys, argv, message):
     assert cli.main(["bench", "data", *argv.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_ours_makes_images_of_the_size_that_peers_make(short):
+    args = SimpleNamespace(threads=1, batch=4, recipe="deit_small_progressive", overrides=[], eval=False)
+    with data.opened(args, torch.device("cpu")) as setting:
+        assert build.augmentations(setting.recipe, 0)[0].size == setting.size == (224, 224)
 
 
 def test_several_views_of_a_sample_are_nobodys(short, capsys, monkeypatch):

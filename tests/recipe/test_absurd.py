@@ -15,6 +15,7 @@ from annotated_types import Le, Lt
 from fastdeit import cores, methods
 from fastdeit.cli import main as cli
 from fastdeit.engine.options import OPTIMIZERS
+from fastdeit.errors import UsageError
 from fastdeit.methods.config import METHODS
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe import yaml
@@ -155,20 +156,23 @@ def test_a_micro_batch_is_what_has_to_fit_the_memory(recipe, monkeypatch):
         build.check_batch(found, 1)
     build.check_batch(found, 2)
     build.check_batch(recipes.load(recipe, ["train.accumulate=2"]), 1)
+    build.check_batch(recipes.load(recipe, ["data.size_schedule=[[0, 16]]"]), 1)
+    with pytest.raises(UsageError, match="8 in a process"):
+        build.check_batch(recipes.load(recipe, ["data.size_schedule=[[0, 16], [1, 64]]"]), 2)
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 MANY = yaml.MAX_VALUES + 1
 TEXTS = {
-    "a flow list of 200 KB": (RECIPE + "about: [" + "1," * 100_000 + "1]\n", "has more than 5000 names and values"),
+    "a flow list of 200 KB": (RECIPE + "about: [" + "1," * 100_000 + "1]\n", "has more than 25000 names and values"),
     "a list in a field": (
         RECIPE.replace("data: {", "data: {mean: [" + "1," * MANY + "], "),
-        "has more than 5000 names",
+        "has more than 25000 names",
     ),
     "15,000 unknown fields": (
         RECIPE + "".join(f"k{i}: 1\n" for i in range(15_000)),
-        "has more than 5000 names and values",
+        "has more than 25000 names and values",
     ),
     "2,000 unknown fields": (RECIPE + "".join(f"k{i}: 1\n" for i in range(2000)), "and 1950 more problems"),
     "2,000 anchors": (RECIPE + "".join(f"k{i}: &k{i} 1\n" for i in range(2000)), "and 3950 more problems"),
@@ -186,6 +190,15 @@ def test_long_texts_are_refused_in_few_words(tmp_path, case):
     assert words in str(raised.value)
     assert len(str(raised.value)) < 60 * (yaml.MAX_TOLD if "name" in words or "import" in case else 150)
     assert len(str(raised.value).splitlines()) <= yaml.MAX_SHOWN + 1
+
+
+def test_weights_of_as_many_classes_as_imagenet_21k_has_are_read(tmp_path):
+    """Text that a run writes as its recipe.yaml is read again, too."""
+    weights = ", ".join(["0.12345"] * 21_841)
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("supervised", f"supervised, class_weights: [{weights}]"))
+    found = recipes.load(str(tmp_path / "r.yaml"))
+    assert found.method.class_weights == (0.12345,) * 21_841
+    assert len(recipes.dump(found)) < recipes.MAX_BYTES
 
 
 def test_long_overrides_are_refused_in_few_words(recipe):

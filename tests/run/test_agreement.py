@@ -127,7 +127,9 @@ def test_one_process_a_machine_reads_the_files(here, monkeypatch, local_rank):
     data[-1] ^= 1
     file.write_bytes(data)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    assert agreement.newest(World(CPU), root, lambda text: None).step == (2 if local_rank == 0 else 4)
+    two = Two(lambda why: None)
+    assert agreement.newest(two, root, lambda text: None).step == (2 if local_rank == 0 else 4)
+    assert agreement.newest(World(CPU), root, lambda text: None).step == 2, "a process alone relies on nobody"
 
 
 @pytest.mark.parametrize("error", [UsageError("no room"), OSError("no room")])
