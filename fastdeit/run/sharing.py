@@ -14,7 +14,7 @@ from fastdeit.run.build import Report
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
 
-_OLDEST = 2, 14
+OLDEST = 2, 14
 """The first PyTorch whose FSDP2 finds the tensors in the dataclasses that methods take and return."""
 
 
@@ -47,8 +47,8 @@ def _refuse(recipe: "Recipe") -> None:
             f"with engine.reduce {recipe.engine.reduce} it would add up the {recipe.train.accumulate} micro-batches "
             "of train.accumulate in 16 bit; use engine.reduce=fp32"
         )
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST:
-        raise _refusal(f"it needs PyTorch {'.'.join(map(str, _OLDEST))}, and this is {torch.__version__}")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST:
+        raise _refusal(f"it needs PyTorch {'.'.join(map(str, OLDEST))}, and this is {torch.__version__}")
 
 
 def _refusal(why: str) -> UsageError:
