@@ -7,7 +7,7 @@ for a new one. `Tuning` tries the backends out in the first steps of a run.
 """
 
 from fastdeit.kernels import nn
-from fastdeit.kernels._derivatives import with_bias_gradient
+from fastdeit.kernels._derivatives import transformed, with_bias_gradient
 from fastdeit.kernels._op import OpInfo, format_info, info, use
 from fastdeit.kernels.accelerate.patch import Report, accelerate, restore
 from fastdeit.kernels.attention.op import attention, query_attention
@@ -55,6 +55,7 @@ __all__ = [
     "restore",
     "swiglu",
     "to_patches",
+    "transformed",
     "use",
     "with_bias_gradient",
 ]

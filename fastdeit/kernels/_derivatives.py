@@ -54,7 +54,7 @@ class _BiasGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        return grad, grad.flatten(0, -2).sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
+        return grad, grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
 
 
 def with_bias_gradient(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdeit import kernels
+
 
 def joined(prefix: Tensor, patches: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
     """Tokens `[B, K + P, C]` in `dtype`: `prefix`, and `patches + positions`, added in the wider of their dtypes.
@@ -17,7 +19,7 @@ def joined(prefix: Tensor, patches: Tensor, positions: Tensor, dtype: torch.dtyp
     patches    floating `[B, P, C]`
     positions  floating `[1, P, C]`, or `[B, P, C]`
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or kernels.transformed():
         parts = prefix.expand(len(patches), -1, -1), patches + positions
         return torch.cat([part.to(dtype) for part in parts], 1)
     return _Joined.apply(prefix, patches, positions, dtype)

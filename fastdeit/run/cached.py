@@ -95,10 +95,12 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def differences(
     cache: Mapping[str, Any], here: Mapping[str, Any], ignored: tuple[str, ...] = ()
 ) -> list[tuple[str, Any, Any]]:
-    """(field, value in the fingerprint `cache`, value here) of the fields of a fingerprint that differ."""
+    """(field, value in the fingerprint `cache`, value here) of the fields of a fingerprint that differ. An empty
+    `cache` is that of a run without one, and differs in nothing."""
+    known = {_SCHEDULE: [], **cache} if cache else {}  # caches of before there were schedules do not name them
     return [
         (name, value, here.get(name))
-        for name, value in ({_SCHEDULE: []} | dict(cache)).items()  # caches of before there were schedules
+        for name, value in known.items()
         if not name.startswith(ignored) and value != here.get(name)
     ]
 

@@ -260,6 +260,17 @@ def test_a_mask_of_keys_is_refused(library):
         kernels.attention(**given_of(torch.float16, 5), key_mask=torch.ones(2, 5, dtype=torch.bool))
 
 
+def test_what_its_forward_refuses_its_backward_refuses_too(library):
+    """A compiled graph chooses a backend anew in backward: one that ignored the mask would give wrong gradients."""
+    name, calls = library
+    qkv = given_of(torch.float16, 5)["qkv"].detach()
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    out, lse = OP.backends[-1].forward(qkv, 2, SCALE, None, mask)
+    with pytest.raises(_op.Unsupported, match="it does not take a mask of keys here"):
+        backend_of(name).backward(torch.ones_like(out), qkv, out, lse, 2, SCALE, False, mask)
+    assert calls == []
+
+
 def test_installed_packages_take_these_calls():
     interface = pytest.importorskip("flash_attn.cute.interface", reason="FlashAttention-4 is not installed")
     forward = inspect.signature(interface._flash_attn_fwd).bind(1, 2, 3, softmax_scale=SCALE, return_lse=True)

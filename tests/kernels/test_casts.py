@@ -1,12 +1,14 @@
 """What is no kernel of ours, but spares launches and bytes: casts of many parameters at once, and the queries of a few
 tokens beside the keys and values of all, against autograd of the plain formula."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastdeit.bench.count import CARD, counted_card
-from fastdeit.kernels import autocast_copies, queries_apart
+from fastdeit.kernels import autocast_copies, queries_apart, with_bias_gradient
 
 BF16 = torch.bfloat16
 SHAPES = (6, 4), (6,), (3, 2, 2)
@@ -54,6 +56,18 @@ def test_without_autocast_and_in_float64_tensors_are_left_alone(dtype):
         assert all(copy is tensor for copy, tensor in zip(autocast_copies(tensors), tensors, strict=True))
 
 
+def test_what_has_the_dtype_already_is_not_copied():
+    first, second, third = parameters()
+    half = second.detach().to(BF16).requires_grad_()
+    with autocast():
+        copies = autocast_copies([first, half, third])
+        alone = autocast_copies([half])
+    assert copies[1] is half
+    assert alone[0] is half
+    assert torch.equal(copies[0], first.to(BF16))
+    assert torch.equal(copies[2], third.to(BF16))
+
+
 def test_a_gradient_can_be_differentiated():
     (tensor,) = parameters()[:1]
     with autocast():
@@ -86,6 +100,19 @@ def test_all_copies_are_one_launch_and_all_gradients_another():
         ("casts", 6 * elements, 1),
         ("casts", 6 * elements, 1),
     ]
+
+
+# ---- biases whose gradient is made elsewhere -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (0, 4), (2, 3, 4)], ids=str)
+def test_the_gradient_of_a_bias_is_the_sum_over_all_rows(shape):
+    bias, weights = torch.zeros(4, requires_grad=True), torch.arange(math.prod(shape)).float().view(shape)
+    grads = [
+        torch.autograd.grad((made * weights).sum(), bias)[0]
+        for made in (with_bias_gradient(weights + bias.detach(), bias), weights + bias)
+    ]
+    assert torch.equal(*grads)
 
 
 # ---- queries of a few tokens -----------------------------------------------------------------------------------------

@@ -256,6 +256,15 @@ def test_trying_it_out_draws_no_random_number():
 # ---- layout and precision --------------------------------------------------------------------------------------------
 
 
+def test_weights_of_our_own_networks_are_cast_once_and_for_all():
+    network = models.build("deit_digits_patch8_32", num_classes=K).eval()
+    frozen, x = freeze(network, (32, 32), torch.bfloat16), torch.randn(2, 3, 32, 32)
+    weights = {name: p for name, p in frozen.named_parameters() if name.startswith("blocks") and p.ndim == 2}
+    assert {p.dtype for p in (*weights.values(), frozen.head.weight)} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen(x), network(x))
+
+
 def test_convolutions_work_in_channels_last_from_end_to_end():
     seen = []
     frozen = freeze(with_statistics(Net(FOLDED["plain"]())), SIZE)

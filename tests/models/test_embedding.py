@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastdeit.bench.count import CARD, counted_card
 from fastdeit.models.embedding import joined
@@ -62,6 +63,15 @@ def test_transforms_and_compilers_see_the_plain_formula():
     compiled = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(*args), args)
     for found in (torch.func.grad(loss, (0, 1, 2))(*args), compiled):
         torch.testing.assert_close(tuple(found), expected)
+
+
+def test_forward_mode_sees_the_plain_formula():
+    prefix, patches, positions = (tensor.detach() for tensor in operands(shared=True))
+    tangent = torch.full_like(patches, 0.5)
+    with forward_ad.dual_level():
+        dual = torch._VF._make_dual(patches, tangent, level=0)  # as `make_dual`, without its decompositions
+        found = forward_ad.unpack_dual(joined(prefix, dual, positions, torch.float64)).tangent
+    assert torch.equal(found, torch.cat([torch.zeros(B, K, C, dtype=torch.float64), tangent], 1))
 
 
 def test_tokens_are_written_once():

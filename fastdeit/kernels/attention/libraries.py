@@ -206,8 +206,10 @@ def _backward(
     with_bias: bool,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(dqkv, dbias) as of the op's backward."""
+    """(dqkv, dbias) as of the op's backward. `Unsupported` for what `_forward` refuses: a registered op chooses anew in
+    its backward, and then the forward was another backend's."""
     library = _ON_CPU if library is FLASH_2 and qkv.device.type == "cpu" else library
+    _check(library, qkv, num_heads, key_mask)
     grad, out = (_dense(x).unflatten(2, (num_heads, -1)) for x in (grad.to(qkv.dtype), out))
     with torch.cuda.device_of(qkv):
         dqkv = library.backward(grad, _five(qkv, num_heads), out, lse, scale).flatten(2)
