@@ -3,15 +3,21 @@
 import json
 from dataclasses import asdict
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from fastdeit.engine.dist import World
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import state
+from fastdeit.run import sharing, state
 from fastdeit.run.record import Record
 from fastdeit.training import train
+
+fsdp2_is_there = pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < sharing.OLDEST,
+    reason=f"engine.parallel fsdp2 needs PyTorch {'.'.join(map(str, sharing.OLDEST))}",
+)
 
 
 class StopAt(World):

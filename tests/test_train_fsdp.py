@@ -21,7 +21,9 @@ from fastdeit.models.vit import VisionTransformer
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.training import Parts, train
-from tests.small_runs import StopAt, logged, stored
+from tests.small_runs import StopAt, fsdp2_is_there, logged, stored
+
+pytestmark = fsdp2_is_there
 
 RECIPE = """\
 model: {name: "tests.test_train_fsdp:small_vit", image_size: 16, drop_path: 0.2}

@@ -179,9 +179,12 @@ class VisionTransformer(nn.Module):
 
     def _logits(self, features: Tensor) -> Logits:
         heads = [getattr(self, name) for name in self.head_names]
-        operands = kernels.autocast_copies([tensor for head in heads for tensor in (head.weight, head.bias)])
-        pairs = zip(features.unbind(1), operands[::2], operands[1::2], strict=True)
-        logits = [F.linear(feature, weight, bias) for feature, weight, bias in pairs]
+        if all(map(_is_plain, heads)):  # their weights and biases are cast together
+            operands = kernels.autocast_copies([tensor for head in heads for tensor in (head.weight, head.bias)])
+            pairs = zip(features.unbind(1), operands[::2], operands[1::2], strict=True)
+            logits = [F.linear(feature, weight, bias) for feature, weight, bias in pairs]
+        else:
+            logits = [head(feature) for head, feature in zip(heads, features.unbind(1), strict=True)]
         return tuple(logits) if self.config.distilled else logits[0]
 
     def _input(self, x: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
@@ -333,3 +336,9 @@ class VisionTransformer(nn.Module):
         queries = (config.depth - 1) * tokens + (self.prefix_tokens if config.pool == "token" else tokens)
         blocks = config.parallel * (queries * per_query + config.depth * tokens * 2 * dim * dim)
         return 2 * (self.patch_embed.multiply_adds(patches) + blocks + heads * dim * config.num_classes)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether calling `head` does nothing but its product: somebody may have put another module there, or hooks."""
+    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
+    return type(head) is nn.Linear and head.bias is not None and not any(hooks)

@@ -18,6 +18,9 @@ from fastdeit.engine.step import Engine
 from fastdeit.methods.base import Out
 from fastdeit.models.config import ViTConfig
 from fastdeit.models.vit import VisionTransformer
+from tests.small_runs import fsdp2_is_there
+
+pytestmark = fsdp2_is_there
 
 STEPS = 3
 CONFIG = ViTConfig(16, 8, dim=12, depth=2, heads=2, mlp_ratio=1.25, num_classes=5, distilled=True, layer_scale=0.5)

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -408,3 +409,18 @@ def test_build_by_name():
         models.build("deit_digits_patch8_32", drop_pth=0.1)
     with pytest.raises(ValueError, match=r"no model '!!'; `fastdeit models` lists those there are"):
         models.build("!!")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_head_may_be_another_module_or_have_hooks(autocast):
+    vit, x = VisionTransformer(SMALL).eval(), torch.randn(2, 3, 16, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, _ = vit(x)
+        vit.head.register_forward_hook(lambda module, inputs, output: output + 1)
+        torch.testing.assert_close(vit(x)[0], logits + 1)
+        own = nn.Linear(32, 5, bias=False)
+        own.weight = vit.head.weight
+        vit.head = own
+        torch.testing.assert_close(vit(x)[0], logits)  # the bias is zero at the beginning
+        vit.head = nn.Identity()
+        assert vit(x)[0].shape == (2, 32)
