@@ -25,7 +25,9 @@ def queries_apart(x: Tensor, weight: Tensor, bias: Tensor, trained_bias: Tensor,
     """
     _checks.check_shape("weight", weight, (3 * x.shape[-1], x.shape[-1]), "[3 * C, C], C the last dimension of x,")
     if torch.compiler.is_compiling() or _derivatives.transformed():
-        return _apart(x, weight, bias + (trained_bias - trained_bias.detach()).to(bias.dtype), rows)
+        width = x.shape[-1]
+        biases = trained_bias[:width], trained_bias[width:]
+        return tuple(map(_derivatives.with_bias_gradient, _apart(x, weight, bias, rows), biases))
     dtype = _op.autocast_dtype(x)
     if dtype is not None:
         x, weight, bias = (tensor.to(dtype) for tensor in (x, weight, bias))
