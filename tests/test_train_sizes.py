@@ -133,8 +133,12 @@ def test_a_cache_of_logits_is_of_a_schedule(path):
         cached.images_of(recipe, build.sources(recipe)[0])
         for recipe in (recipes.load(str(path), ["data.size_schedule=[]"]), recipes.load(str(path)))
     )
-    assert cached.differences(sized, plain) == [("data.size_schedule", [[0, 16], [1, [16, 24]], [2, 32]], None)]
-    assert "data.size_schedule" not in plain  # caches made before there were schedules hold
+    name, schedule = "data.size_schedule", [[0, 16], [1, [16, 24]], [2, 32]]
+    assert cached.differences(sized, plain) == [(name, schedule, [])]
+    assert cached.differences(plain, sized) == [(name, [], schedule)]
+    older = {field: value for field, value in plain.items() if field != name}  # made before there were schedules
+    assert cached.differences(older, sized) == [(name, [], schedule)]
+    assert cached.differences(older, plain) == []
 
 
 def test_a_size_where_two_views_do_not_go_together_is_refused(path):
