@@ -10,6 +10,7 @@ step, on any number of processes, from any step on.
 """
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Generator, Iterator
@@ -42,7 +43,8 @@ class Loader:
     Without `uint8` a batch is (images, targets): float32 `[B, 3, H, W]` (in the dtype of autocast where that is on),
     normalised, erased and mixed, and shares of the classes, float32 `[B, K]`, which `torch.nn.CrossEntropyLoss` takes;
     labels int64 `[B]` where the recipe mixes nothing, and of held-out images. Labels are not smoothed: that is for the
-    loss. `step` is the number of the next batch since the first epoch. Raises UsageError and DataError as a run does,
+    loss. With `data.size_schedule` H and W change with the epoch. `step` is the number of the next batch since the
+    first epoch. Raises UsageError and DataError as a run does,
     and UsageError for a method that wants several views of a sample.
     """
 
@@ -59,10 +61,13 @@ class Loader:
         recipe = recipes.override(recipe, ["train.accumulate=1"])
         if train and len(build.augmentations(recipe)) > 1:
             raise UsageError(f"recipe {recipe.name}: its method wants several views of a sample; a loader gives one")
-        rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-        world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+        rank = _of_launcher("RANK", 0) if rank is None else rank
+        world = _of_launcher("WORLD_SIZE", 1) if world is None else world
         if not 0 <= rank < world:
-            raise UsageError(f"rank {rank} of {world} processes: ranks are 0 to {world - 1}")
+            raise UsageError(
+                f"rank {rank} of {world} processes: ranks are 0 to {world - 1}; give rank and world, or set both RANK "
+                "and WORLD_SIZE or none"
+            )
         self._here, self._uint8, self.step = World(torch.device(device), rank, world), uint8, 0
         data = recipe.data
         self._mixes = train and bool(data.mix_probability and (data.mixup or data.cutmix))
@@ -122,3 +127,10 @@ class Loader:
 
 def _warn(path: str, reason: str) -> None:
     warnings.warn(f"{path} is not used: {reason}", stacklevel=2)
+
+
+def _of_launcher(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UsageError(f"{name}={text[:40]!r} is not a number of torchrun; give rank and world, or unset it")
+    return int(text)

@@ -327,17 +327,6 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
         method.train()
         log.evaluation(step, results, record, parts.bad_images())
 
-    def hear(wait: bool) -> bool:
-        """Hear of the checkpoint that is written in the background; whether it is to be made again."""
-        if wait and parts.saver.unheard:
-            world.at("a checkpoint", patient=True)
-        try:
-            parts.saver.heard(run_dir, record, wait=wait)
-        except CheckpointError as error:
-            log.not_saved(error)
-            return True
-        return False
-
     health = Health(engine, parts.saver, run_dir, start, log.say, again)
     stream = parts.loader.batches(start, total)
     with health.explaining(), parts.saver.ending(log.say), closing(stream) as batches:
@@ -386,7 +375,7 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
             if logs:
                 log.training(step, engine, record, lr)
             if logs or evaluates or saves:
-                if hear(wait=evaluates or saves or recipe.engine.on_spike == "rollback"):
+                if save_failed(parts, run_dir, record, evaluates or saves or recipe.engine.on_spike == "rollback"):
                     save_is_due, saves = True, saves or not engine.guard.in_row()
                 health.look(epoch)
             if evaluates:
@@ -410,6 +399,19 @@ def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Ca
         if step < total:
             log.say(f"stopped at step {step}: {recipe.train.stop_after} evaluations in a row brought no new best")
         return log.finish(record, parts.bad_images())
+
+
+def save_failed(parts: Parts, run_dir: Path, record: Record, wait: bool) -> bool:
+    """Whether the checkpoint that is written in the background is to be made again, which the log says. With `wait`
+    that is known afterwards; else nothing is said of one that is not written yet."""
+    if wait and parts.saver.unheard:
+        parts.world.at("a checkpoint", patient=True)
+    try:
+        parts.saver.heard(run_dir, record, wait=wait)
+    except CheckpointError as error:
+        parts.log.not_saved(error)
+        return True
+    return False
 
 
 def check_metrics(parts: Parts, start: int, record: Record) -> None:

@@ -123,3 +123,13 @@ def test_what_a_loader_refuses():
         fastdeit.loader("deit_tiny", FIELDS, rank=2, world=2)
     with pytest.raises(UsageError, match="needs images: add --data ROOT"):
         fastdeit.loader("deit_tiny")
+
+
+@pytest.mark.parametrize(("rank", "world", "said"), [("x", "2", "RANK='x' is not"), ("3", None, "give rank and world")])
+def test_what_a_launcher_left_over_is_refused_with_the_way_out(monkeypatch, rank, world, said):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(UsageError, match=said):
+        fastdeit.loader("deit_tiny", {"data.source": "synthetic"})

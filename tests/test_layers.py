@@ -30,6 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "fields": set(),
     # ---- fused ops: they import nothing outside kernels
     "kernels._checks": set(),
+    "kernels._hooks": set(),
     "kernels._example": set(),
     "kernels._derivatives": set(),
     "kernels._tried": set(),
@@ -56,6 +57,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels.linear": {"kernels._checks", "kernels._derivatives", "kernels._op"},
     "kernels.nn": {
         *(
+            "kernels._hooks",
             "kernels._op",
             "kernels._rows",
             "kernels.attention",
@@ -65,7 +67,14 @@ LAYERS: dict[str, set[str]] = {
         ),
         *("kernels.qk_norm_rope", "kernels.rms_norm", "kernels.swiglu"),
     },
-    "kernels.accelerate": {"kernels._op", "kernels.attention", "kernels.layer_norm", "kernels.mlp", "kernels.nn"},
+    "kernels.accelerate": {
+        "kernels._hooks",
+        "kernels._op",
+        "kernels.attention",
+        "kernels.layer_norm",
+        "kernels.mlp",
+        "kernels.nn",
+    },
     "kernels": {
         *("kernels._op", "kernels.accelerate", "kernels.attention", "kernels.cosub", "kernels.input"),
         *("kernels.layer_norm", "kernels.losses", "kernels.mlp", "kernels.nn", "kernels.optimizer", "kernels.trial"),
@@ -86,7 +95,7 @@ LAYERS: dict[str, set[str]] = {
     "data": set(),
     "views": {"fields", "data.plan"},
     # ---- networks, losses, steps; none of them knows a data set
-    "models": {"kernels", "fields", "plugins", "text"},
+    "models": {"kernels", "kernels._hooks", "fields", "plugins", "text"},
     "methods": {"models", "kernels", "batch", "data.logits", "views", "fields", "plugins"},
     "engine": {"kernels", "batch", "plugins", "signals", "text"},
     # ---- a run

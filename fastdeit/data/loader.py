@@ -51,15 +51,15 @@ class TrainLoader:
     """Training batches of process `rank` of `world`, by global step: step s is batch s % steps_per_epoch of epoch
     s // steps_per_epoch.
 
-    views: augmentation of each view, further ones with a `stream` of their own. later: by the epoch from which they
-    hold, views that take their place, such as larger ones. Mixing is drawn once for all views of a
-    sample, in the first, and the cut box scaled to the size of each. batch_size is that of
-    all processes and micro-batches together. threads: DALI's CPU threads (default: the machine's cores divided by
-    world). device: "cpu" or a GPU's index. noise: columns of uniforms by name, stores: what comes with every sample,
-    by name; both are what a method asks for. mean, std: the student's normalisation. total_steps: of the whole run
-    (default: an epoch's), which `Step.progress` is a share of. on_bad(path, reason) is called once for each file that
-    cannot be used (default: a warning); DataError once they are more than `max_bad_fraction` allows (`bad.allowed`),
-    and MachineError where no file is at fault (`sources.faults`). bad_list: that of all who read the same samples.
+    views: augmentation of each view, further ones with a `stream` of their own. later: what takes the place of `views`,
+    such as larger ones, by the epoch from which it holds. Mixing is drawn once for all views of a sample, in the first,
+    and the cut box scaled to the size of each. batch_size is that of all processes and micro-batches together. threads:
+    DALI's CPU threads (default: the machine's cores divided by world). device: "cpu" or a GPU's index. noise: columns
+    of uniforms by name, stores: what comes with every sample, by name; both are what a method asks for. mean, std: the
+    student's normalisation. total_steps: of the whole run (default: an epoch's), which `Step.progress` is a share of.
+    on_bad(path, reason) is called once for each file that cannot be used (default: a warning); DataError once they are
+    more than `max_bad_fraction` allows (`bad.allowed`), and MachineError where no file is at fault (`sources.faults`).
+    bad_list: that of all who read the same samples.
     """
 
     def __init__(
@@ -100,9 +100,8 @@ class TrainLoader:
 
     def batches(self, start_step: int, stop_step: int) -> Generator[list[Batch], None, None]:
         """One list of `accumulate` micro-batches for each step, on the host but for the images, which are on the
-        loader's device. Threads live until the generator is exhausted or
-        closed, and starting them costs a pipeline: iterate a whole run by one call. They start anew where other views
-        take the place of the first ones."""
+        loader's device. Threads live until the generator is exhausted or closed, and starting them costs a pipeline:
+        iterate a whole run by one call. They start anew where `later` views take the place of the others."""
         for first, end, views in self._parts(start_step, stop_step):
             works, executor = self._works(first, end, views), partial(self._executor, views)
             with closing(_stream(works, executor, self._device, self._fields)) as stream:

@@ -244,13 +244,14 @@ _CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[
 def _lost(error: RuntimeError, watch: Watch) -> str:
     """Why a collective has failed, in words."""
     first = str(error).splitlines()[0]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:  # else it is left over from a shell
         return f"the connection to the other processes is lost ({first}); the launcher says which one ended first"
     return watch.lost() or f"a collective failed, though all processes are alive: {first}"
 
 
 def _device(name: str) -> torch.device:
-    chosen = pick_device(name, int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else 0  # else it is left over
+    chosen = pick_device(name, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     return chosen

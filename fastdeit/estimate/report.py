@@ -261,6 +261,8 @@ def _notes(trained: Subject, machines: Sequence[Machine], bases: set[str]) -> li
     if recipe.engine.precision == "bf16" and any(machine.gpu.name == "V100" for machine in machines):
         notes.append("V100 has no bf16: planned there with engine.precision=fp16, which train has to be told")
     notes += _cost_of_kept_activations(trained, machines[0])
+    if recipe.data.size_schedule:
+        notes.append("data.size_schedule is left out: every step is planned with images of model.image_size")
     if recipe.engine.async_checkpoints:
         kept, averages = trained.trained, recipe.optim.ema_decay is not None
         numbers = trained.student.parameters + kept.states + averages * kept.parameters

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.kernels import _op
+from fastdeit.kernels._hooks import hooks
 from fastdeit.kernels._rows import branch_scale
 from fastdeit.kernels.attention.op import attention
 from fastdeit.kernels.layer_norm import add_layer_norm
@@ -142,7 +143,8 @@ class Attention(nn.Module):
     def _with_positions(self, qkv: Tensor) -> Tensor:
         norms, rope = (self.q_norm, self.k_norm), self.rope
         kinds, eps = {type(norm) for norm in norms}, {getattr(norm, "eps", 0.0) for norm in norms}
-        if kinds in ({RMSNorm}, {nn.Identity}) and len(eps) == 1 and type(rope) in (Rope2d, NoneType):
+        seen = any(any(hooks(module)) for module in (*norms, rope) if module is not None)
+        if not seen and kinds in ({RMSNorm}, {nn.Identity}) and len(eps) == 1 and type(rope) in (Rope2d, NoneType):
             weights = (getattr(norm, "weight", None) for norm in norms)
             turns = (None, None) if rope is None else rope.turns(qkv)
             return qk_norm_rope(qkv, self.num_heads, *weights, *eps, *turns)

@@ -167,7 +167,7 @@ def rank_environment(env: Mapping[str, str]) -> dict[str, str] | None:
     return None
 
 
-_START = "start with --nproc, torchrun or srun, or unset RANK and WORLD_SIZE"
+_START = "start with --nproc, torchrun or srun, or unset RANK and WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
 
 
 def _number(env: Mapping[str, str], name: str, default: str) -> int:

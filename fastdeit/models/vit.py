@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdeit import kernels
+from fastdeit.kernels._hooks import hooks
 from fastdeit.models.blocks import Block, Mlp, ParallelBlock, Stream
 from fastdeit.models.config import ViTConfig
 from fastdeit.models.contract import ImageSize, Logits, Owner, TokenMaps, refuse_patches, split_decay
@@ -340,5 +341,4 @@ class VisionTransformer(nn.Module):
 
 def _is_plain(head: nn.Module) -> bool:
     """Whether calling `head` does nothing but its product: somebody may have put another module there, or hooks."""
-    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
-    return type(head) is nn.Linear and head.bias is not None and not any(hooks)
+    return type(head) is nn.Linear and head.bias is not None and not any(hooks(head))

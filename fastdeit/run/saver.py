@@ -133,9 +133,10 @@ class Saver:
         except KeyboardInterrupt:
             raise
         except BaseException:
-            problem = _problem_of(self._writer.result)
-            if problem is not None:
-                say(f"warning: {problem}")
+            try:
+                self._writer.result()
+            except Exception as error:  # it must not take the place of what has ended the run
+                say(f"warning: {error}")
             raise
 
     def settle(self) -> None:

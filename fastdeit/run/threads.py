@@ -30,7 +30,9 @@ def fixed(recipe: "Recipe", world: World) -> "Recipe":
     """
     threads = _asked() or recipe.engine.threads
     if threads is None:
-        threads = max(1, cores.available() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+        # Without a rank the variable is left over from another launch.
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if "RANK" in os.environ else world.size
+        threads = max(1, cores.available() // sharing)
     threads = world.same(threads)
     return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"threads": threads})})
 

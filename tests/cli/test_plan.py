@@ -238,6 +238,12 @@ def test_checkpoints_beside_the_training_cost_a_copy_of_the_state(plan, decay):
     assert not any("async_checkpoints" in note for note in plan(*TINY)["notes"])
 
 
+def test_a_size_schedule_is_said_to_be_left_out(plan):
+    for schedule, said in (("[[0, 160], [10, 224]]", True), ("[]", False)):
+        notes = plan(*TINY, f"data.size_schedule={schedule}")["notes"]
+        assert any(note.startswith("data.size_schedule is left out") for note in notes) == said
+
+
 def test_fsdp2_needs_less_memory_and_sends_more(plan):
     whole, parts = (plan(*TINY, f"engine.parallel={kind}", "--count", "8") for kind in ("ddp", "fsdp2"))
     assert parts["run"]["parallel"] == "fsdp2"

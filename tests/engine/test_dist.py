@@ -131,3 +131,15 @@ def test_two_processes_with_one_gpu_are_refused(monkeypatch):
     answers[2] = ("n1", "GPU-1")
     with pytest.raises(DeviceError, match="processes 0 and 2 have the same GPU of n1; start as many processes as"):
         dist._refuse_shared(world)
+
+
+@pytest.mark.parametrize(("rank", "place"), [(None, 0), ("0", 3)])
+def test_a_local_rank_without_a_rank_is_left_over(monkeypatch, rank, place):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    asked = []
+    monkeypatch.setattr(dist, "pick_device", lambda name, local_rank: asked.append(local_rank) or CPU)
+    dist._device("cpu")
+    assert asked == [place]

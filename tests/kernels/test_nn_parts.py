@@ -162,3 +162,13 @@ def test_mistakes_are_told():
         nn.Rope2d(GRID, 8, PREFIX)(torch.ones(1, 5, 1, 8))
     with pytest.raises(ValueError, match="count is 0"):
         nn.PrefixTokens(DIM, 0)
+
+
+@pytest.mark.parametrize("part", ["q_norm", "k_norm", "rope"])
+def test_hooks_on_what_the_fused_op_stands_for_are_called(part):
+    attention = nn.Attention(32, 2, qk_norm=nn.RMSNorm, rope=nn.Rope2d((2, 2), 16, prefix=0)).double()
+    x, called = torch.randn(1, 4, 32, dtype=torch.float64), []
+    expected = attention(x)
+    getattr(attention, part).register_forward_hook(lambda module, inputs, output: called.append(module))
+    torch.testing.assert_close(attention(x), expected)
+    assert len(called) == (2 if part == "rope" else 1)

@@ -55,6 +55,8 @@ def test_a_run_has_a_number_of_threads_and_keeps_it(machine, monkeypatch):
     machine(2)
     assert threads.fixed(begun, ALONE).engine.threads == 8, "whoever goes on with the run has the same"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert threads.fixed(recipe, ALONE).engine.threads == 2, "left over from another launch"
+    monkeypatch.setenv("RANK", "0")
     assert threads.fixed(recipe, ALONE).engine.threads == 1, "a process's share, and at least one"
 
 

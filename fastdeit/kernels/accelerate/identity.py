@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdeit.kernels._hooks import hooks
+
 PLAIN = (nn.Parameter, Tensor)
 """Types of tensors that an op may read. A subclass may compute something else."""
 
@@ -253,11 +255,6 @@ def _in_module(module: ModuleType | None, names: set[str], visited: set[int]) ->
 # ---- comparing -------------------------------------------------------------------------------------------------------
 
 
-def hooks(module: nn.Module) -> tuple[dict, ...]:
-    """The registries of functions that see what `module` takes and returns."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
 def rewritten(cls: type) -> str | None:
     """Which code that the op of an accelerated class stands for is not what it was, or None."""
     remembered = cls.remembered
@@ -291,7 +288,7 @@ def difference(module: nn.Module) -> str | None:
         child = children.get(leaf.name)
         if type(child) is not leaf.cls:
             return f"{leaf.name} is a {type(child).__name__} that was not there when it was tried out"
-        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        if any(hooks(child)):
             return f"{leaf.name} has hooks, which would not run"
         if reason := _differs(child, leaf):
             return f"{leaf.name} {reason}"

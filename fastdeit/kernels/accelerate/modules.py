@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from fastdeit.kernels import _op
 from fastdeit.kernels import nn as drop_in
-from fastdeit.kernels.accelerate.identity import PLAIN, Remembered, difference, hooks, remember
+from fastdeit.kernels._hooks import hooks
+from fastdeit.kernels.accelerate.identity import PLAIN, Remembered, difference, remember
 from fastdeit.kernels.attention.op import attention, query_attention
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.mlp.op import mlp

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdeit.kernels.accelerate.identity import Remembered, difference, hooks
+from fastdeit.kernels._hooks import hooks
+from fastdeit.kernels.accelerate.identity import Remembered, difference
 from fastdeit.kernels.accelerate.modules import (
     AnyBlock,
     Kind,
