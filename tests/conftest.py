@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.process_of_ranks import be_rank
+from tests.process_of_ranks import be_rank, without_curves
 
 torch.set_num_threads(1)
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -66,6 +66,21 @@ def modes_stay():
     before = modes()
     yield
     assert modes() == before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    """Runs of tests draw no curves, which takes longer than most of them. The fixture `curves` undoes this."""
+    return without_curves()
+
+
+@pytest.fixture(scope="module")
+def curves(no_curves):
+    """Runs of this module draw their curves, as those of users do."""
+    report, draw = no_curves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "curves", draw)
+        yield
 
 
 @pytest.fixture

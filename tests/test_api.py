@@ -25,7 +25,7 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def run(few_digits, tmp_path_factory):
+def run(few_digits, curves, tmp_path_factory):
     """A run of two epochs of six steps."""
     overrides = SMALL | {"data.root": str(few_digits), "data.mean": (0.5, 0.5, 0.5), "optim.clip_grad": None}
     return api.train("digits_teacher", overrides, run_dir=tmp_path_factory.mktemp("runs") / "<one>")

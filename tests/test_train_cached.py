@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from fastdeit.cli import main as cli
 from fastdeit.data import bad, logits
 from fastdeit.data.logits import Cache
-from fastdeit.engine import report
 from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError, Interrupted, UsageError
 from fastdeit.methods.config import DistillConfig, TeacherConfig
@@ -47,8 +46,7 @@ CPU = World(torch.device("cpu"))
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """No drawing, and a prediction from two steps."""
-    monkeypatch.setattr(report, "curves", lambda metrics, out: None)
+    """A prediction from two steps."""
     monkeypatch.setattr(verb, "_WARM_STEPS", 1)
     monkeypatch.setattr(verb, "_TRIAL_STEPS", 2)
 

@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 
-from fastdeit.engine import report
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted
 from fastdeit.recipe import resolve as recipes
@@ -31,7 +30,6 @@ def records(run):
 
 
 def test_the_clock_begins_with_the_command_and_goes_on_through_resumes_but_not_through_forks(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "curves", lambda metrics, out: None)
     (tmp_path / "small.yaml").write_text(RECIPE)
     recipe, run, cpu = recipes.load(str(tmp_path / "small.yaml")), tmp_path / "run", World(torch.device("cpu"))
     with pytest.raises(Interrupted):

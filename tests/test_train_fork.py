@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastdeit.cli import main as cli
-from fastdeit.engine import checkpoint, report
+from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.recipe import resolve as recipes
@@ -33,9 +33,8 @@ CPU = World(torch.device("cpu"))
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """An empty directory, and no drawing, which takes longer than these runs."""
+    """An empty directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "curves", lambda metrics, out: None)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdeit.engine import checkpoint, report
+from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError
 from fastdeit.methods.supervised import Supervised
@@ -48,7 +48,6 @@ class Faulty(Supervised):
 @pytest.fixture(autouse=True)
 def sound(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "curves", lambda metrics, out: None)
     monkeypatch.setattr(Faulty, "harm", {})
     monkeypatch.setattr(Faulty, "grow", {})
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastdeit.cli import main as cli
-from fastdeit.engine import checkpoint, report
+from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.methods.supervised import Supervised
@@ -52,9 +52,8 @@ class Poisoned(Supervised):
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """An empty directory, and no drawing, which takes longer than these runs."""
+    """An empty directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "curves", lambda metrics, out: None)
 
 
 @pytest.fixture(scope="module")

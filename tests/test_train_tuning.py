@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-from fastdeit.engine import report
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted
 from fastdeit.kernels import _tried
@@ -37,7 +36,6 @@ def fastest(monkeypatch, tmp_path):
     """`fastest(name)`: the candidate of that name is the fastest from now on. Nothing is compiled."""
     monkeypatch.setenv("FASTDEIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Op, "inductor", property(lambda op: op.native))
-    monkeypatch.setattr(report, "curves", lambda *args: None)  # drawing would take longer than the runs
 
     def choose(name):
         def clock(candidate, call):

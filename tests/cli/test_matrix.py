@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 
 from fastdeit import cli
-from fastdeit.engine import report
 from fastdeit.models import timm_model
 from fastdeit.run import reach
 from tests.painted_runs import RECIPE, paint
@@ -92,7 +91,6 @@ def here(things, tmp_path, monkeypatch):
 
     monkeypatch.setattr(timm_model, "try_to_load_from_cache", look_up)
     monkeypatch.setattr(reach.socket, "create_connection", no_network)
-    monkeypatch.setattr(report, "curves", lambda metrics, out: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -144,7 +144,7 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow) for name in (EVIL, "$" * 7, 
 
 
 @pytest.mark.parametrize("name", ["a$\\frac{$", *NAMES])
-def test_pictures(tmp_path, name):
+def test_pictures(tmp_path, curves, name):
     """matplotlib takes what stands between dollars for TeX, and raises where it is none."""
     record = {"kind": "train", "epoch": 1.0, "loss": 1.0, "lr": 0.1, "step": 1}
     judged = {"kind": "eval", "epoch": 1.0, f"top1_{name}": 50.0, "step": 1}

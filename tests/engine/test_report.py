@@ -7,6 +7,8 @@ from PIL import Image
 
 from fastdeit.engine import metrics, report
 
+pytestmark = pytest.mark.usefixtures("curves")
+
 
 def draw(tmp_path, records):
     path, out = tmp_path / "metrics.jsonl", tmp_path / "curves.png"

@@ -74,7 +74,7 @@ class Refuses:
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory):
+def watched(tmp_path_factory, curves):
     """(an undisturbed run, {file: how often something is done to it})."""
     folder = tmp_path_factory.mktemp("watched")
     counts = {}

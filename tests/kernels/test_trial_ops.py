@@ -154,7 +154,7 @@ def test_the_compiler_sees_through_what_runs_on_pytorch(make, begin, monkeypatch
 
 @pytest.mark.parametrize(("seconds", "most"), [(1e-6, 1 + candidates._MOST_CALLS), (4e-4, 1 + 5), (3.0, 1)])
 def test_a_short_call_is_timed_many_times_and_a_long_one_once(monkeypatch, seconds, most):
-    """The clock of this test advances with the calls alone, so that a busy machine does not decide how many there are."""
+    """The clock advances with the calls alone, so that a busy machine does not decide how many there are."""
     calls = []
     monkeypatch.setattr(candidates, "perf_counter", lambda: seconds * len(calls))
     assert candidates.with_launches(CPU)("any", lambda: calls.append(1)) == pytest.approx(seconds)

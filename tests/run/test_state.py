@@ -14,7 +14,7 @@ import torch
 
 from fastdeit import plugins
 from fastdeit.cli import main as cli
-from fastdeit.engine import checkpoint, report
+from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.recipe import resolve as recipes
@@ -32,7 +32,6 @@ TOTAL = 6
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "curves", lambda metrics, out: None)
     plugins.trust("tests.small_runs:Tiny")
 
 
