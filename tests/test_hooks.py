@@ -159,7 +159,11 @@ def test_noise_has_the_width_that_the_method_asks_for(whole):
     assert whole[1].noise_shapes == {(8, 5)}
 
 
-@pytest.fixture(scope="module", params=[1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1], ids=lambda step: f"at {step}")
+@pytest.fixture(
+    scope="module",
+    params=[1, *(pytest.param(n, marks=pytest.mark.slow) for n in (STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1))],
+    ids=lambda step: f"at {step}",
+)
 def interrupted(request, whole, tmp_path_factory):
     """The step at which a run was stopped, its method until then, and the method and checkpoint of its resumed half."""
     folder, run = whole[0], tmp_path_factory.mktemp("interrupted")
@@ -194,6 +198,7 @@ def one_of_two(rank, size, folder):
     return method.calls, method.draws, method.noise_shapes, {n: t.numpy() for n, t in saved.tensors["model"].items()}
 
 
+@pytest.mark.slow
 def test_hooks_on_two_processes(ranks, whole, tmp_path):
     """Every process makes the same calls; its noise is its own; the weights are those of one process."""
     _, _, _, alone = whole

@@ -154,9 +154,7 @@ def test_retention_keeps_two_and_the_best(whole):
     "stop",
     [
         3,
-        pytest.param(STEPS_PER_EPOCH, marks=pytest.mark.slow),
-        STEPS_PER_EPOCH + 1,
-        pytest.param(TOTAL - 1, marks=pytest.mark.slow),
+        *(pytest.param(step, marks=pytest.mark.slow) for step in (STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1, TOTAL - 1)),
     ],
 )
 def test_interrupted_and_resumed_run_ends_with_the_same_weights(load, whole, tmp_path, stop):
@@ -171,6 +169,7 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(load, whole, tmp
     assert logged(whole[0]) == logged(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_interrupted_teacher_is_resumed_too(load, whole, tmp_path):
     with pytest.raises(Interrupted, match=r"step 2 of 6.*teacher"):
         train(load(), tmp_path / "run", StopAt(2), resume=False)

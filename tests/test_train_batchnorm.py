@@ -68,6 +68,7 @@ def printed(summary):
     return [(summary[f"top1_class{kind}"], pytest.approx(summary[f"held_out_loss{kind}"], rel=1e-5)) for kind in kinds]
 
 
+@pytest.mark.slow
 def test_the_number_of_the_run_is_the_number_of_its_checkpoint(whole, capsys):
     run, summary = whole
     assert evaluated(run, capsys) == printed(summary)
@@ -87,6 +88,7 @@ def test_an_interrupted_run_ends_with_the_same_statistics(load, whole, tmp_path,
     assert logged(whole[0]) == logged(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_print_the_number_of_their_checkpoint(ranks, recipe_file, few_digits, tmp_path, capsys):
     run = tmp_path / "run"
     ranks(2, train_rank, str(recipe_file), [f"data.root={few_digits}", "train.epochs=1"], run)

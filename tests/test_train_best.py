@@ -145,7 +145,7 @@ def test_a_method_without_metrics_has_no_best_step(tmp_path):
     assert (summary["best_by"], summary["best"], summary["best_step"]) == (None, None, 0)
 
 
-@pytest.mark.parametrize("ema", ["null", "0.5"])
+@pytest.mark.parametrize("ema", [pytest.param("null", marks=pytest.mark.slow), "0.5"])
 def test_eval_judges_in_the_phase_of_the_checkpoint(tmp_path, capsys, ema):
     summary = run(tmp_path, "method.use=tests.test_train_best:InTwoPhases", "train.epochs=2", f"optim.ema_decay={ema}")
     capsys.readouterr()

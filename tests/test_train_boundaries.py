@@ -90,6 +90,7 @@ def test_a_run_resumes_exactly_around_boundaries(path, whole, tmp_path, stop):
     assert logged(whole[0]) == logged(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_what_stands_still_does_so_with_its_average_and_starts_anew(path, tmp_path):
     folder = tmp_path / "run"
     run(path, folder, None, False, "engine.keep_checkpoints=9")
@@ -103,6 +104,7 @@ def test_what_stands_still_does_so_with_its_average_and_starts_anew(path, tmp_pa
     assert {"head" in name: count for name, count in counts.items()} == {True: TOTAL, False: STEPS_PER_EPOCH}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_over_boundaries(path, whole, ranks, tmp_path):
     ranks(2, train_rank, path, [], tmp_path / "run")
     for kind in ("model.safetensors", "ema.safetensors"):
@@ -111,6 +113,7 @@ def test_two_processes_equal_one_over_boundaries(path, whole, ranks, tmp_path):
         assert difference < 1e-3, kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "words"),
     [

@@ -101,6 +101,7 @@ def shared_and_whole(rank, size, path, folder):
     train(fsdp, folder / "both", World(CPU, rank, size), resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_has_the_bits_of_one_with_whole_networks_also_from_the_middle_on(path, ranks, tmp_path, capfd):
     ranks(2, shared_and_whole, path, tmp_path)
     for run in ("fsdp2", "both"):

@@ -103,7 +103,8 @@ def test_an_interrupted_run_goes_on_in_its_phase(load, whole, tmp_path, stop):
     assert logged(whole) == logged(tmp_path / "run")
 
 
-@pytest.mark.parametrize("stop", [STEPS_PER_EPOCH, *(pytest.param(n, marks=pytest.mark.slow) for n in (None, 7))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [STEPS_PER_EPOCH, None, 7])
 def test_a_line_of_the_log_has_the_parts_of_its_phase_alone(load, tmp_path, stop):
     """Also where the phase ends between two lines, and where the run is interrupted there."""
     asked = load("method.use=tests.test_train_phases:OwnPart", "engine.log_every=4")

@@ -114,6 +114,7 @@ def test_choices_are_the_fastest_at_each_width_and_over_all_models(tmp_path):
     assert choices["sm_90"]["cosub_loss"]["because"].startswith("measured: nothing else runs")
 
 
+@pytest.mark.slow
 def test_a_row_knows_the_width_that_an_eager_call_is_looked_up_by(monkeypatch):
     monkeypatch.setattr(kernels, "_sides", lambda name, device: [("reference", lambda work: None)])
     with torch.device("meta"):

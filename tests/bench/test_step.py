@@ -211,7 +211,7 @@ def test_both_averages_are_the_same_and_move():
 
 
 @pytest.mark.parametrize("name", ["fastdeit", "timm", "accelerate"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 def test_a_step_of_every_side_moves_the_weights_and_the_average(name, precision, monkeypatch):
     built = []
 
@@ -261,6 +261,7 @@ def one_block(monkeypatch):
     monkeypatch.setattr(models, "build_timm", build)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["step", "forward"])
 def test_the_compiled_peer(what, one_block, monkeypatch):
     compiled = partial(torch.compile, backend="aot_eager")
@@ -279,6 +280,7 @@ def test_the_peer_compiled_by_inductor(what, one_block):
     side.run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["step", "forward"])
 def test_compiled_sides_in_one_process_have_the_attention_that_they_name(what, one_block, monkeypatch):
     compiled = []
@@ -443,6 +445,7 @@ def test_a_precision_that_the_card_does_not_have(monkeypatch):
     assert step.cell("step", PLAIN, card, batch=2).precision == "bf16"
 
 
+@pytest.mark.slow
 def test_a_model_that_timm_does_not_have_is_no_reason_to_stop():
     row = step.measure(tiny("forward", "deit_digits_patch8_32"), cells.builders(("none",), ("timm",)), 1, CPU)
     assert "has no model 'deit_digits_patch8_32'" in row["failed"]["timm"]

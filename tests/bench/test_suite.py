@@ -61,6 +61,7 @@ def test_a_cell_without_room_is_recorded_and_the_suite_goes_on(small, monkeypatc
     assert bench_cells.CPU_NOTE in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_cell_begins_after_the_time_limit(small, monkeypatch, capsys):
     clock = iter([0.0, 1.0, 61.0])
     monkeypatch.setattr(suite, "time", SimpleNamespace(monotonic=lambda: next(clock)))

@@ -59,6 +59,7 @@ def test_a_row_has_all_that_is_needed_to_read_it(short, tmp_path, capsys):
     assert [(item.ours, item.peer) for item in report.comparisons(row)] == [("fastdeit", "timm")]
 
 
+@pytest.mark.slow
 def test_every_batch_of_a_stream_is_trained_on_and_the_resident_side_repeats_one(short, monkeypatch):
     ours, theirs, streamed = [], [], []
     monkeypatch.setattr(Engine, "step", lambda engine, batches, lr: ours.append((batches[0].index.tolist(), lr)))

@@ -184,6 +184,7 @@ class Stages(nn.Module):
         return default_groups(self.named_parameters(), 0.0)
 
 
+@pytest.mark.slow
 def test_every_phase_is_compiled_however_many_there_are(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch.compiler.reset()

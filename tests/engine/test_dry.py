@@ -70,7 +70,7 @@ def engine(method, precision="bf16", accumulate=1, capture="none"):
     return Engine(method.train(), optimizer, World(CARD), ema=Ema(optimizer.params, 0.99, method), **options)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_waits_for_nothing_and_launches_its_kernels(name, precision):
     with pretended_card() as card:

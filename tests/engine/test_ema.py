@@ -243,6 +243,7 @@ def largest_difference(ours, expected):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_with_synchronised_batchnorm_equal_one(ranks):
     expected = one_process()
     for found in ranks(2, synchronised_rank, True):

@@ -145,9 +145,8 @@ def apart(one, other):
     return found
 
 
-@pytest.mark.parametrize(
-    "cases", [pytest.param(SAME | NEAR, id="most"), pytest.param(SAME_TOO, id="more", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [pytest.param(SAME | NEAR, id="most"), pytest.param(SAME_TOO, id="more")])
 def test_two_processes_that_share_in_parts_train_as_two_that_each_have_all(ranks, cases):
     first, second = ranks(2, trained, cases)
     for name in cases:

@@ -526,7 +526,7 @@ class Trials:
         return self.left
 
 
-@pytest.mark.parametrize("capture", ["none", "compile"])
+@pytest.mark.parametrize("capture", [pytest.param("none", marks=pytest.mark.slow), "compile"])
 @pytest.mark.parametrize(("changed", "left"), [(True, True), (True, False), (False, True)])
 def test_kernels_are_tried_around_a_whole_step_and_compiled_anew_only_where_that_gains(
     capture, changed, left, monkeypatch

@@ -93,5 +93,6 @@ def named():
                 yield node.value
 
 
+@pytest.mark.slow
 def test_the_table_has_every_variable_that_the_sources_name():
     assert set(named()) - {*NUMBERS, *PATHS} == ELSEWHERE

@@ -116,7 +116,9 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    "operation", [pytest.param(name, marks=[pytest.mark.slow] * (name != "save")) for name in OPERATIONS]
+)
 def test_sigkill_at_every_point_leaves_a_resumable_run(tmp_path, operation, prepare, save):
     before, action, allowed = OPERATIONS[operation]
     rehearsal = tmp_path / "rehearsal"

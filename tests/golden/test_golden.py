@@ -14,7 +14,7 @@ from tests.golden.golden_losses import FOLDER, PORTABLE, RUNS, STEPS
 HERE = Path(__file__).parent
 
 
-QUICK = "supervised", "distill_hard"
+QUICK = ("supervised",)
 
 
 @cache

@@ -18,7 +18,9 @@ CARD = torch.device("cuda", 0)
 CALLS = dry_calls()
 
 
-@pytest.mark.parametrize("capturing", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize(
+    "capturing", [pytest.param(False, id="eager", marks=pytest.mark.slow), pytest.param(True, id="captured")]
+)
 @pytest.mark.parametrize("name", CALLS)
 def test_every_example_runs_forward_and_backward(name, capturing):
     op, backend, example, sizes, dtype = CALLS[name]

@@ -139,7 +139,10 @@ def test_the_teachers_label_is_the_first_of_the_largest(device, classes, row):
 @pytest.mark.parametrize("tensor", ["cls", "dist", "teacher"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("column", [7, 49, 20], ids=["label", "label_without_share", "other"])
-@pytest.mark.parametrize(("base", "distillation"), [("ce", "soft"), ("ce", "hard"), ("bce", "soft")])
+@pytest.mark.parametrize(
+    ("base", "distillation"),
+    [("ce", "soft"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("ce", "hard"), ("bce", "soft")))],
+)
 def test_not_finite_where_pytorch_is_not(device, base, distillation, tensor, value, column):
     function, inputs = case(device, torch.float32, 4, 50, base, distillation)
     with torch.no_grad():

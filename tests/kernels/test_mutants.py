@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(interpreter.unavailable() is not None, reason=st
 NAMES = {mutant.name: mutant for mutant in MUTANTS}
 
 
+@pytest.mark.slow
 def test_every_fault_can_be_planted_and_is_taken_back():
     """A change of the kernels may take away the text that a fault changes: then it has to be planted anew."""
     before = {name: function.fn for name, function in jit_functions().items()}

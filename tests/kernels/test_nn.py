@@ -126,6 +126,7 @@ def test_checkpointing_repeats_the_draws():
     torch.testing.assert_close(outcome(ours, tokens()), plain)
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph():
     ours = pair({"init_values": 0.5, "drop_path": 0.4})[0].double().train()
     plain = outcome(ours, tokens().double())

@@ -69,7 +69,10 @@ def run_all(all_three, name, grads, **changes):
     assert_good_training(mine, same, exact)
 
 
-@pytest.fixture(params=FORMS)
+OPTIONS = "sgd nesterov", "sgd decoupled"
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in OPTIONS)) for name in FORMS])
 def name(request):
     return request.param
 

@@ -159,6 +159,7 @@ def test_a_feature_extractor_after_accelerating(pair):
 LATE = ["blocks", "norm", "blocks.1"]
 LATE += [f"blocks.1.{name}" for name in ("norm1", "attn", "attn.qkv", "attn.proj_drop", "attn.proj", "drop_path1")]
 LATE += [f"blocks.1.{name}" for name in ("norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", "drop_path2")]
+A_FEW = "norm", "blocks.1.attn", "blocks.1.mlp.fc2"
 HOOKS = {
     "forward": lambda module, see: module.register_forward_hook(lambda m, args, out: see(out)),
     "pre": lambda module, see: module.register_forward_pre_hook(lambda m, args: see(*args)),
@@ -168,7 +169,10 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("kind", HOOKS)
-@pytest.mark.parametrize("path", LATE)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path not in A_FEW)) for path in LATE],
+)
 def test_hooks_see_all_tokens(path, kind, pair):
     model, timms = pair
     images = images_for(model)

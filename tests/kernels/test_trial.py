@@ -320,6 +320,7 @@ def trial_of_a_rank(rank, size, cache):
     return tuner.state(), OPS["fused_adamw"].select(CPU)[0].name, len(timed), args[0][0].sum().item()
 
 
+@pytest.mark.slow
 def test_two_processes_choose_alike(ranks, cache):
     main, other = ranks(2, trial_of_a_rank, str(cache.parent))
     assert main[0] == other[0] != []

@@ -339,6 +339,7 @@ def test_16_bit_is_as_exact_as_autocast(name, dtype):
     assert mine <= 2 * plain
 
 
+@pytest.mark.slow
 def test_a_transformer_of_timm_runs_on_the_fused_ops():
     torch.manual_seed(0)
     network = models.build_timm("vit_tiny_patch16_224", image_size=32, num_classes=K).eval()
@@ -414,6 +415,7 @@ engine: {device: cpu, precision: bf16}
 """
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_is_resumed_bit_by_bit_and_saves_none_of_it(weights, tmp_path, monkeypatch):
     class StopAt(World):
         def stop_requested(self):

@@ -152,6 +152,7 @@ def test_positions_are_never_stale():
         before = after
 
 
+@pytest.mark.slow
 def test_is_compiled_in_one_graph_for_each_grid():
     vit = model(drop_path=0.2, depth=1).train()
     compiled = torch.compile(vit, fullgraph=True, dynamic=False, backend="eager")

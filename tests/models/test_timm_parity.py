@@ -22,6 +22,7 @@ DIGITS = {
     "num_classes": _SHAPE.num_classes,
 }
 ALL = [*NAMES, "deit_digits_patch8_32", "deit_digits_distilled_patch8_32"]
+QUICK = "deit_tiny_patch16_224", "deit_digits_patch8_32", "deit_digits_distilled_patch8_32"
 
 
 def randomised(model, seed=0):
@@ -75,7 +76,11 @@ def _free_memory():
     gc.collect()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("_384")) for name in ALL])
+def marked(names):
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(ALL))
 def test_state_dict_and_logits_are_timms(name):
     ours, peer = pair(name)
     assert list(ours.state_dict()) == list(peer.state_dict())
@@ -91,7 +96,7 @@ def test_state_dict_and_logits_are_timms(name):
         assert theirs.std() > 0.05
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if "distilled" in name and "base" not in name])
+@pytest.mark.parametrize("name", marked(name for name in ALL if "distilled" in name and "base" not in name))
 def test_mean_of_heads_is_timms_eval_output(name):
     ours, peer = pair(name)
     x = image(ours)
@@ -102,10 +107,10 @@ def test_mean_of_heads_is_timms_eval_output(name):
             assert torch.equal(train, evaluated)
 
 
-# Base models differ from small ones in width alone, so two of their blocks are enough for gradients.
-@pytest.mark.parametrize(("name", "options"), [(n, {"depth": 2} if "base" in n else {}) for n in ALL])
-def test_gradients_are_timms(name, options):
-    ours, peer = pair(name, **options)
+@pytest.mark.parametrize("name", marked(ALL))
+def test_gradients_are_timms(name):
+    # Base models differ from small ones in width alone, so two of their blocks are enough.
+    ours, peer = pair(name, **({"depth": 2} if "base" in name else {}))
     x = image(ours)
     for model in (ours, peer):
         logits = heads(model.train()(x))

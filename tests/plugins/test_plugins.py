@@ -79,7 +79,7 @@ def teacher():
     return Teacher(models.build("convnet_digits", num_classes=10))
 
 
-LONG = {"dino", "incubation", "adversarial", "relations"}
+LONG = {"mae", "dino", "incubation", "adversarial", "relations"}
 
 
 @pytest.fixture(
@@ -237,6 +237,7 @@ def adversarial_by_hand():
     return {f"model.{name}": p.grad for name, p in model.named_parameters()}, label_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_rounds_of_an_inner_loop_add_up_to_the_gradient_of_their_losses(ranks, precision):
     expected, loss = adversarial_by_hand()

@@ -181,7 +181,11 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("case", TEXTS)
+LONG = "a flow list of 200 KB", "a list in a field", "15,000 unknown fields"
+"""It takes seconds to read these."""
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LONG)) for case in TEXTS])
 def test_long_texts_are_refused_in_few_words(tmp_path, case):
     text, words = TEXTS[case]
     (tmp_path / "r.yaml").write_text(text)
