@@ -30,3 +30,7 @@ class Interrupted(FastdeitError):
     """
 
     exit_code = 75
+
+
+COMMON_CODES = frozenset({UsageError.exit_code, NonFiniteError.exit_code, Interrupted.exit_code})
+"""All processes of a run come to these ends together, so the one of rank 0 says why for all."""

@@ -32,7 +32,7 @@ from fastdeit.cli import (
     train,
 )
 from fastdeit.cli.parser import Parser, Verb
-from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.errors import COMMON_CODES, FastdeitError, UsageError
 from fastdeit.launch.began import process_began
 from fastdeit.text import did_you_mean, lines
 from fastdeit.version import __version__
@@ -73,8 +73,6 @@ _EXIT_CODES = {
     ("fastdeit.kernels._op", "UnknownOpError"): UsageError.exit_code,
     ("fastdeit.kernels.trial.candidates", "BrokenDevice"): FastdeitError.exit_code,
 }
-# Every rank comes to these together, so that rank 0 can speak for all.
-_COMMON_CODES = {UsageError.exit_code, NonFiniteError.exit_code, Interrupted.exit_code}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +108,7 @@ def exit_code(error: BaseException) -> int | None:
 def _report(error: Exception) -> int:
     code = exit_code(error)
     rank = _rank(os.environ)
-    if code not in _COMMON_CODES or rank == "0":
+    if code not in COMMON_CODES or rank == "0":
         who = "fastdeit" if rank == "0" else f"fastdeit: rank {rank}"
         if code is None:
             print("\n".join(lines("".join(traceback.format_exception(error)).rstrip())), file=sys.stderr)

@@ -36,7 +36,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from fastdeit import signals
-from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
+from fastdeit.errors import COMMON_CODES, FastdeitError, Interrupted, NonFiniteError, UsageError
 
 HOST = "127.0.0.1"
 KILL_SIGNAL = signal.SIGQUIT
@@ -165,6 +165,7 @@ class _Agent(LocalElasticAgent):
         self.codes: dict[int, int] = {}
         self.killed: set[int] = set()
         self._first_failure: int | None = None
+        self._first_end: float | None = None  # of a worker that has not done its work, by `time.monotonic()`
         self._grace_s = grace_s
         self._deadline: float | None = None
         self._demand = signals.Demand()
@@ -205,7 +206,8 @@ class _Agent(LocalElasticAgent):
         most = self._restarts + self._remaining_restarts - 1
         self.report(FastdeitError.exit_code)
         _say(f"starting all ranks anew, from the newest checkpoint (restart {self._restarts} of {most})")
-        self.codes, self.killed, self._first_failure, self._deadline = {}, set(), None, None
+        self.codes, self.killed = {}, set()
+        self._first_failure = self._first_end = self._deadline = None
 
     def _reap(self, worker_group: WorkerGroup) -> dict[int, int]:
         """Note the workers that have ended; return the process ids of the others, by rank."""
@@ -219,6 +221,8 @@ class _Agent(LocalElasticAgent):
                 running[rank] = worker.id
                 continue
             self.codes[rank] = code
+            if code != 0 and self._first_end is None:
+                self._first_end = time.monotonic()
             if code not in (0, Interrupted.exit_code) and self._first_failure is None and rank not in self.killed:
                 self._first_failure = rank
         return running
@@ -230,16 +234,21 @@ class _Agent(LocalElasticAgent):
                 f"{self._demand.first.name} received; the workers have {seconds:g} s to save and stop "
                 "(Ctrl-C or a second SIGTERM kills them now)"
             )
+        elif self._first_end is None or (0 in running and self._rank_0_follows()):
+            return
         elif self._first_failure is not None:
             seconds = min(PEER_GRACE_S, self._grace_s)
-        elif Interrupted.exit_code in self.codes.values():
-            seconds = self._grace_s
         else:
-            return
+            seconds = self._grace_s
         self._deadline = time.monotonic() + seconds
         for pid in running.values():
             # To the worker alone, not to its process group: its loader must go on feeding it until it has saved.
             os.kill(pid, signal.SIGTERM)
+
+    def _rank_0_follows(self) -> bool:
+        """Whether rank 0, which is running, may be about to come to the same end as others, and to say why."""
+        common = set(self.codes.values()) <= COMMON_CODES | {0}
+        return common and time.monotonic() - self._first_end < PEER_GRACE_S
 
     def _kill(self, running: dict[int, int]) -> None:
         for rank, pid in running.items():

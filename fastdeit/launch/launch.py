@@ -109,12 +109,15 @@ def process_of_a_run(processes: Processes) -> Iterator[None]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     before = {number: signal.signal(number, _exit_idle) for number in signals.listened()}
     # The launcher has started this process with these signals blocked: one that came before now is delivered here.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP_SIGNALS)
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP_SIGNALS)
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # A worker of the launcher has come to its end here. It is asked to stop once more if another worker was
+            # faster, and must not die of that while it says why it ends, and Python shuts down. A mask would not keep
+            # the signal away: it is of one thread, and libraries have others.
+            signal.signal(number, signal.SIG_IGN if number in blocked else handler)
 
 
 def _exit_idle(number: int, frame: object) -> None:

@@ -17,7 +17,7 @@ from fastdeit.launch.began import process_began
 from fastdeit.launch.launch import Processes
 
 WORKER = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 from pathlib import Path
 from fastdeit.launch import launch
 
@@ -30,12 +30,13 @@ if mode == "slow":
     while signal.SIGTERM not in signal.sigpending():  # one that is not blocked ends this process
         time.sleep(0.01)
 with launch.process_of_a_run(launch.Processes()):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else lambda number, frame: stop.append(number))
+    if mode != "follow":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else lambda *_: stop.append(1))
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     words = [str(os.getpid()), *(os.environ[name] for name in names), *sys.argv[3:]]
     (folder / f"{rank}.part").write_text(" ".join(words))
     (folder / f"{rank}.part").rename(folder / f"{rank}.up")
-    if mode in ("fail", "late"):  # the other one is asked to stop when this one ends, and has to be there to hear it
+    if mode in ("fail", "follow", "late"):  # the other one is asked to stop when this one ends, and is there to hear it
         while not (folder / f"{1 - int(rank)}.up").exists():
             time.sleep(0.01)
     if mode == "fail":
@@ -44,6 +45,10 @@ with launch.process_of_a_run(launch.Processes()):
             os.kill(os.getpid(), -code)
         if code:
             sys.exit(code)
+    if mode == "follow":
+        if rank == sys.argv[4]:  # the launcher sees the end of the other one meanwhile
+            atexit.register(time.sleep, 0.3) if sys.argv[5] == "shuts down" else time.sleep(0.3)
+        sys.exit(int(sys.argv[3]))
     if mode == "again" and rank == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] in sys.argv[4:]:
         sys.exit(int(sys.argv[3]))
     if mode == "late" and rank == "0":
@@ -126,6 +131,16 @@ def test_all_done_is_0_and_ranks_find_their_place(worker, capfd):
 def test_failure_of_a_worker_is_the_runs(worker, capfd, codes, expected, message):
     assert run(worker, "fail", *codes.split()) == expected
     assert capfd.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("code", "slower", "does"),
+    [("2", "0", "ends"), ("75", "1", "shuts down"), pytest.param("75", "0", "ends", marks=pytest.mark.slow)],
+)
+def test_all_workers_may_come_to_the_same_end_one_after_the_other(worker, capfd, code, slower, does):
+    """The end of a faster one cuts neither the end of rank 0 short, which says why, nor the shutdown of a Python."""
+    assert run(worker, "follow", code, slower, does) == int(code)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_failure_is_started_anew_as_often_as_allowed(worker, capfd):
