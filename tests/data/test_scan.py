@@ -151,9 +151,14 @@ def test_where_no_process_can_be_started_all_is_done_here(processes, monkeypatch
     assert found == [(path, os.getpid()) for path in PATHS]
 
 
-def test_an_error_in_a_process_is_raised_here(processes):
-    with pytest.warns(UserWarning, match="has ended"), pytest.raises(ZeroDivisionError):
-        list(scanned(PATHS, fails))
+@pytest.mark.filterwarnings("error")
+def test_an_error_in_a_process_is_raised_here_and_printed_nowhere(processes, capfd):
+    """What comes before it is found all the same, and the process goes on."""
+    found = scanned(PATHS, fails)
+    assert [next(found) for _ in PATHS[:8]] == [1] * 8
+    with pytest.raises(ZeroDivisionError):
+        list(found)
+    assert capfd.readouterr().err == ""
 
 
 def test_processes_end_with_a_caller_that_wants_no_more(processes):

@@ -84,12 +84,14 @@ def _by_processes(paths: Sequence[str], scan: Callable[[str], Found], count: int
                 for process in wait(busy):
                     answered = busy.pop(process)
                     try:
-                        done[answered] = process.recv()
+                        found = process.recv()
                     except (EOFError, OSError):
                         warnings.warn("a process that lists files has ended; what it had is listed here", stacklevel=2)
-                    else:
-                        give(process)
-            # If it was `scan` that ended a process, it raises again, and this time where it is heard.
+                        continue
+                    if found is not None:
+                        done[answered] = found
+                    give(process)
+            # Where `scan` raised in a process, or ended it, it does so again, and this time where it is heard.
             yield from done.pop(number) if number in done else map(scan, part)
 
 
@@ -123,8 +125,13 @@ def _processes(count: int) -> Generator[list[Connection], None, None]:
 
 
 def serve(handle: int) -> None:
-    """Body of such a process: functions with lists of paths arrive at the socket `handle`, and results leave."""
+    """Body of such a process: functions with lists of paths arrive at the socket `handle`, and their results leave, None
+    for a list in which one of them raised."""
     with Connection(handle) as parent, ThreadPoolExecutor(_READERS_EACH) as pool, suppress(EOFError, OSError):
         while True:
             scan, paths = parent.recv()
-            parent.send(list(pool.map(scan, paths)))
+            try:
+                found = list(pool.map(scan, paths))
+            except Exception:
+                found = None  # the caller scans these again: its exception needs no way through the socket
+            parent.send(found)
