@@ -18,7 +18,9 @@ from tests.data.writers import arrow, arrow_table, features, saved
 
 pyarrow = pytest.importorskip("pyarrow")
 
-from fastdeit.data.sources.arrow import ArrowSource, _Body, _Message, files  # noqa: E402
+from pyarrow import parquet  # noqa: E402
+
+from fastdeit.data.sources.arrow import ArrowSource, _Bodies, _Message, files  # noqa: E402
 
 NAMES = ["cat", "dog", "eel"]
 IMAGE = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
@@ -91,6 +93,90 @@ def test_slices_empty_batches_and_the_file_format(tmp_path, varied):
     source = open_source("arrow", tmp_path, "train")
     assert [source.read(i).tobytes() for i in range(7)] == varied[1:8]
     assert not source.skipped
+
+
+# dictionaries
+
+
+def encoded_column(items, kind, index="int8"):
+    return pyarrow.array(items, kind).dictionary_encode().cast(pyarrow.dictionary(getattr(pyarrow, index)(), kind))
+
+
+def inside(column):
+    return pyarrow.StructArray.from_arrays([column, pyarrow.nulls(len(column), "string")], ["bytes", "path"])
+
+
+def with_dictionaries(varied, width, nested):
+    """Five rows with three pictures, one row without; a dictionary in every column, also in one that nobody reads."""
+    images = encoded_column([varied[i] if i is not None else None for i in (2, 0, None, 1, 0)], width, "int32")
+    return {
+        "other": encoded_column(["x", None, "y", "x", "x"], pyarrow.string(), "int16"),
+        "label": encoded_column(["eel", "cat", "cat", "eel", "cat"], pyarrow.string()),
+        "image": inside(images) if nested else images,
+    }
+
+
+@pytest.mark.parametrize("width", [pyarrow.binary(), pyarrow.large_binary()], ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("form", ["stream", "file", "parquet"])
+def test_columns_with_dictionaries(tmp_path, varied, width, nested, form):
+    table = pyarrow.table(with_dictionaries(varied, width, nested))
+    if form == "parquet":
+        parquet.write_table(table, tmp_path / "train.parquet", row_group_size=3)
+    else:
+        opened = {"stream": pyarrow.ipc.new_stream, "file": pyarrow.ipc.new_file}[form]
+        with opened(str(tmp_path / "train.arrow"), table.schema) as stream:
+            stream.write_table(table, max_chunksize=2)
+    source = open_source("parquet" if form == "parquet" else "arrow", tmp_path, "train")
+    assert source.classes == ["cat", "eel"]
+    assert [source.label(i) for i in range(5)] == [1, 0, 0, 1, 0]
+    assert [source.read(i).tobytes() for i in (0, 1, 3, 4)] == [varied[i] for i in (2, 0, 1, 0)]
+    with pytest.raises(BadImage, match="the row has no image bytes"):
+        source.read(2)
+    assert not source.skipped
+
+
+def two_batches(path, varied, **options):
+    """The second batch has other dictionaries, which begin as those of the first do."""
+    batches = [
+        pyarrow.record_batch(
+            {
+                "image": encoded_column(varied[: 2 + more], pyarrow.binary()),
+                "label": encoded_column(["cat", "dog", "eel", "fox"][: 2 + more], pyarrow.string()),
+            }
+        )
+        for more in (0, 2)
+    ]
+    schema = batches[0].schema
+    with pyarrow.ipc.new_stream(str(path), schema, options=pyarrow.ipc.IpcWriteOptions(**options)) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+
+
+def test_dictionaries_that_are_replaced(tmp_path, varied):
+    two_batches(tmp_path / "train.arrow", varied)
+    source = open_source("arrow", tmp_path, "train")
+    assert [source.read(i).tobytes() for i in range(6)] == [*varied[:2], *varied[:4]]
+    assert [source.classes[source.label(i)] for i in range(6)] == ["cat", "dog", "cat", "dog", "eel", "fox"]
+
+
+def test_dictionaries_that_grow_are_refused_by_name(tmp_path, varied):
+    two_batches(tmp_path / "train.arrow", varied, emit_dictionary_deltas=True)
+    with pytest.warns(
+        UserWarning, match="a dictionary .* is stored in parts, .* without deltas; rows from 2 on are lost"
+    ):
+        assert len(open_source("arrow", tmp_path, "train")) == 2
+
+
+@pytest.mark.parametrize("damage", [b"\7", b"\xff"])
+def test_an_index_beyond_its_dictionary(tmp_path, varied, damage):
+    columns = {"image": encoded_column(varied[:3], pyarrow.binary()), "label": [0, 1, 1]}
+    path = write(tmp_path / "a.arrow", columns)
+    data = path.read_bytes()
+    at = data.rindex(b"\0\1\2" + bytes(5))
+    path.write_bytes(data[:at] + damage + data[at + 1 :])
+    with pytest.raises(DataError, match="compressed or damaged: images lie outside of their dictionary"):
+        ArrowSource(tmp_path, ["a.arrow"])
 
 
 # classes
@@ -304,14 +390,13 @@ def test_a_buffer_that_is_too_short_for_its_rows(four):
     assert len(left(four, "compressed or damaged: a buffer is too short for its rows; rows from 6 on")) == 6
 
 
-def test_a_buffer_that_is_not_in_the_file(tmp_path):
+def test_a_buffer_that_is_not_in_the_file():
     """What Arrow decompresses lies elsewhere; it must not be taken for a place in the file."""
-    elsewhere = pyarrow.py_buffer(bytes(100))
-    message = _Message(3, b"", 1000, 100)
-    assert _Body("a", message, elsewhere.address).place(elsewhere) == 1000
-    for origin in (elsewhere.address - 1, elsewhere.address + 1, 0):
+    bodies = _Bodies("a", [_Message(3, bytes(16), 1000, 100), _Message(3, bytes(32), 5000, 60)])
+    assert [bodies.place(bodies.stream[at : at + 60]) for at in (16, 56, 148)] == [1000, 1040, 5000]
+    for buffer in (bodies.stream[15:20], bodies.stream[110:120], bodies.stream[147:150], pyarrow.py_buffer(bytes(9))):
         with pytest.raises(pyarrow.ArrowInvalid, match="a buffer lies outside of it"):
-            _Body("a", message, origin).place(elsewhere)
+            bodies.place(buffer)
 
 
 def test_labels_that_are_no_text(tmp_path, varied):

@@ -3,7 +3,8 @@
 A file is a stream of messages: the schema, then batches of rows. A message's metadata say where in its body each buffer
 is; the images of a batch are one buffer after another of offsets, so that offset and size of every image make each a
 `pread`. Only metadata, offsets and labels are read to list them, which takes seconds for a million rows; it is done at
-every start. Nothing is mapped (`index.read_range` says why). Arrow files have no checksums.
+every start. Nothing is mapped (`index.read_range` says why). Arrow files have no checksums. Where a column has a
+dictionary, its values are in a message of their own, and the batches that follow have indices into it.
 
 The file format (`ARROW1`, Feather) is the same stream behind 8 bytes and is read as well.
 """
@@ -30,7 +31,7 @@ from fastdeit.data.sources.source import BadImage, DataError, contents, unreadab
 _PREFIX = struct.Struct("<iI")
 _CONTINUES = -1
 _FILE_MAGIC = b"ARROW1\0\0"
-_SCHEMA, _RECORD_BATCH = 1, 3
+_DICTIONARY, _RECORD_BATCH = 2, 3
 _NO_IMAGE = -1
 
 
@@ -47,10 +48,10 @@ class ArrowSource(Listed):
         self._root, self._files = str(root), list(files)
         names, columns, skipped = [], [], []
         schemas = [_schema(os.path.join(self._root, file), image, label) for file in self._files]
-        empty = [pyarrow.array([], schema.field(label).type) for schema in schemas]
+        empty = [pyarrow.nulls(0, schema.field(label).type) for schema in schemas]
         require_one_type(root, label, self._files, [plain_labels(self._root, label, one).type for one in empty])
-        for number, (file, schema) in enumerate(zip(self._files, schemas, strict=True)):
-            for rows in _batches(os.path.join(self._root, file), schema, image, label, skipped):
+        for number, file in enumerate(self._files):
+            for rows in _batches(os.path.join(self._root, file), image, label, skipped):
                 names += [f"{file}:{rows.first + row}" for row in range(len(rows.start))]
                 labels = plain_labels(self._root, label, rows.label)
                 columns.append((np.full(len(rows.start), number, np.int32), rows.start, rows.size, labels))
@@ -136,12 +137,14 @@ def _info_names(folder: Path, label: str) -> list[str] | None:
 
 
 class _Message(NamedTuple):
-    """metadata: with the prefix in front; start, size: of the body in the file."""
+    """metadata: with the prefix in front; start, size: of the body in the file; dictionary: the number of the one in
+    it."""
 
     kind: int
     metadata: bytes
     start: int
     size: int
+    dictionary: int = 0
 
 
 class _Rows(NamedTuple):
@@ -171,28 +174,41 @@ def _messages(path: str) -> Iterator[_Message]:
             return
         start = at + _PREFIX.size + length
         metadata = read_range(path, at, start - at).tobytes() if start <= end else b""
-        kind, size = _header(metadata[_PREFIX.size :]) if metadata else (0, 0)
+        kind, size, dictionary = _header(metadata[_PREFIX.size :]) if metadata else (0, 0, 0)
         if start + size > end or size < 0:
             raise _Damaged(
                 f"the Arrow file is cut short or damaged: it ends at byte {end}, inside the message at byte {at}"
             )
-        yield _Message(kind, metadata, start, size)
+        yield _Message(kind, metadata, start, size, dictionary)
         at = start + size
 
 
-def _header(metadata: bytes) -> tuple[int, int]:
-    """(kind, size of the body) of a message: fields 1 and 3 of a flatbuffer's table, of which a list says where they
-    are; (0, -1) if it is none."""
+def _header(metadata: bytes) -> tuple[int, int, int]:
+    """(kind, size of the body, number of the dictionary in it) of a message, from a flatbuffer's tables; size -1 if it
+    is none. _Damaged for a dictionary that continues an earlier one, which Arrow copies: no addresses tell of it."""
     try:
-        (table,) = struct.unpack_from("<I", metadata)
-        places = table - struct.unpack_from("<i", metadata, table)[0]
-        count = struct.unpack_from("<H", metadata, places)[0] // 2 - 2
-        fields = (*struct.unpack_from(f"<{min(count, 4)}H", metadata, places + 4), 0, 0, 0, 0)
-        kind = metadata[table + fields[1]] if fields[1] else 0
-        size = struct.unpack_from("<q", metadata, table + fields[3])[0] if fields[3] else 0
+        fields = _fields(metadata, *struct.unpack_from("<I", metadata))
+        kind = metadata[fields[1]] if fields[1] else 0
+        size = struct.unpack_from("<q", metadata, fields[3])[0] if fields[3] else 0
+        number, grows = 0, False
+        if kind == _DICTIONARY:
+            inner = _fields(metadata, fields[2] + struct.unpack_from("<I", metadata, fields[2])[0])
+            number = struct.unpack_from("<q", metadata, inner[0])[0] if inner[0] else 0
+            grows = bool(inner[2] and metadata[inner[2]])
     except (struct.error, IndexError):
-        return 0, -1
-    return kind, size
+        return 0, -1, 0
+    if grows:
+        raise _Damaged("a dictionary in it is stored in parts, which are not read; write the file anew without deltas")
+    return kind, size, number
+
+
+def _fields(metadata: bytes, table: int) -> list[int]:
+    """Where the first four fields of the flatbuffer's table at byte `table` are, as a list of the table says; 0 for one
+    that is not there."""
+    places = table - struct.unpack_from("<i", metadata, table)[0]
+    count = struct.unpack_from("<H", metadata, places)[0] // 2 - 2
+    offsets = (*struct.unpack_from(f"<{min(count, 4)}H", metadata, places + 4), 0, 0, 0, 0)
+    return [offset and table + offset for offset in offsets[:4]]
 
 
 def _schema(path: str, image: str, label: str) -> pyarrow.Schema:
@@ -200,11 +216,6 @@ def _schema(path: str, image: str, label: str) -> pyarrow.Schema:
     try:
         schema = ipc.read_schema(pyarrow.py_buffer(next(_messages(path)).metadata))
         require_columns(path, schema, image, label)
-        if pyarrow.types.is_dictionary(schema.field(label).type):
-            raise DataError(
-                f"{path}: column {label!r} is stored as a dictionary, which is not read from Arrow files; cast it to "
-                f"{schema.field(label).type.value_type}, or save the data set as Parquet"
-            )
     except StopIteration:
         raise DataError(f"{path}: the Arrow file cannot be read: it holds nothing") from None
     except (_Damaged, pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -215,17 +226,18 @@ def _schema(path: str, image: str, label: str) -> pyarrow.Schema:
     return schema
 
 
-def _batches(
-    path: str, schema: pyarrow.Schema, image: str, label: str, skipped: list[tuple[str, str]]
-) -> Iterator[_Rows]:
+def _batches(path: str, image: str, label: str, skipped: list[tuple[str, str]]) -> Iterator[_Rows]:
     """The rows of a file, batch by batch; what is wrong with it goes to `skipped`."""
     first = 0
+    before: dict[int | None, _Message] = {}  # the schema, and the dictionaries as they are now
     try:
         for message in _messages(path):
             if message.kind == _RECORD_BATCH:
-                rows = _rows(path, message, schema, image, label, first)
+                rows = _rows(path, [*before.values(), message], image, label, first)
                 first += len(rows.start)
                 yield rows
+            else:
+                before[message.dictionary if message.kind == _DICTIONARY else None] = message
     except _Damaged as error:
         skipped.append((path, f"{error}; rows from {first} on are lost"))
     except OSError as error:
@@ -234,36 +246,43 @@ def _batches(
         skipped.append((path, f"the Arrow file cannot be read: {error.strerror or error}"))
 
 
-def _rows(path: str, message: _Message, schema: pyarrow.Schema, image: str, label: str, first: int) -> _Rows:
-    """The rows of a batch. Arrow itself says where buffers are: it is given the metadata with a body of zeros, none of
-    which is ever touched, and the addresses that it answers are places in the body that the file has."""
+def _rows(path: str, messages: Sequence[_Message], image: str, label: str, first: int) -> _Rows:
+    """The rows of the last message, a batch; the others are the schema and dictionaries. Arrow itself says where
+    buffers are: it is given the metadata with bodies of zeros, none of which is ever touched, and the addresses that it
+    answers are places in the bodies that the file has."""
     try:
-        memory = np.zeros(len(message.metadata) + message.size, np.uint8)
-        memory[: len(message.metadata)] = np.frombuffer(message.metadata, np.uint8)
-        buffer = pyarrow.py_buffer(memory)
-        batch = ipc.read_record_batch(ipc.read_message(buffer), schema)
-        body = _Body(path, message, buffer.address + len(message.metadata))
+        body = _Bodies(path, messages)
+        with ipc.open_stream(body.stream) as stream:
+            batch = stream.read_next_batch()
         start, size = _images(body, batch.column(image))
         labels = _labels(body, batch.column(label))
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
         if isinstance(error, OSError) and not of_file(error):
             raise
-        raise _Damaged(f"the batch at byte {message.start} is compressed or damaged: {error}") from error
+        raise _Damaged(f"the batch at byte {messages[-1].start} is compressed or damaged: {error}") from error
     return _Rows(first, start, size, labels)
 
 
-class _Body:
-    """The body of a message in the file, addressed as that of zeros at `origin`."""
+class _Bodies:
+    """The bodies of messages in the file, addressed as those of zeros in `stream`, where the messages follow each
+    other."""
 
-    def __init__(self, path: str, message: _Message, origin: int) -> None:
-        self._path, self._message, self._origin = path, message, origin
+    def __init__(self, path: str, messages: Sequence[_Message]) -> None:
+        self._path, self._messages = path, messages
+        ends = np.cumsum([len(message.metadata) + message.size for message in messages])
+        memory = np.zeros(int(ends[-1]), np.uint8)
+        self.stream = pyarrow.py_buffer(memory)
+        self._origins = [int(end) - message.size for end, message in zip(ends, messages, strict=True)]
+        for origin, message in zip(self._origins, messages, strict=True):
+            memory[origin - len(message.metadata) : origin] = np.frombuffer(message.metadata, np.uint8)
 
     def place(self, buffer: pyarrow.Buffer) -> int:
         """Where in the file a buffer starts."""
-        place = buffer.address - self._origin
-        if not 0 <= place <= self._message.size - buffer.size:
-            raise pyarrow.ArrowInvalid("a buffer lies outside of it")
-        return self._message.start + place
+        for origin, message in zip(self._origins, self._messages, strict=True):
+            place = buffer.address - self.stream.address - origin
+            if 0 <= place <= message.size - buffer.size:
+                return message.start + place
+        raise pyarrow.ArrowInvalid("a buffer lies outside of it")
 
     def read(self, buffer: pyarrow.Buffer | None, kind: Any, count: int) -> NDArray[Any]:
         """The first `count` items of a buffer."""
@@ -273,29 +292,42 @@ class _Body:
         return read_range(self._path, self.place(buffer), size).view(kind)
 
 
-def _images(body: _Body, column: pyarrow.Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _images(body: _Bodies, column: pyarrow.Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Start in the file and size of every image of a column; the size is _NO_IMAGE where there is none."""
-    nested, count = pyarrow.types.is_struct(column.type), len(column)
-    images = column.field("bytes") if nested else column
-    validity, offsets, data = images.buffers()
-    if not count:
+    if pyarrow.types.is_struct(column.type):
+        start, size = _images(body, column.field("bytes"))
+        return start, np.where(_there(body, column), size, _NO_IMAGE)
+    if not len(column):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    width = np.int64 if pyarrow.types.is_large_binary(images.type) else np.int32
-    ends = body.read(offsets, width, count + 1).astype(np.int64)
+    if pyarrow.types.is_dictionary(column.type):
+        start, size = _images(body, column.dictionary)
+        indices, there = column.indices, _there(body, column.indices)
+        at = body.read(indices.buffers()[1], indices.type.to_pandas_dtype(), len(indices)).astype(np.int64)
+        if (there & ((at < 0) | (at >= len(size)))).any():
+            raise pyarrow.ArrowInvalid("images lie outside of their dictionary")
+        at[~there] = len(size)
+        return np.append(start, 0)[at], np.append(size, _NO_IMAGE)[at]
+    _, offsets, data = column.buffers()
+    width = np.int64 if pyarrow.types.is_large_binary(column.type) else np.int32
+    ends = body.read(offsets, width, len(column) + 1).astype(np.int64)
     if ends[0] < 0 or (np.diff(ends) < 0).any() or ends[-1] > (data.size if data else 0):
         raise pyarrow.ArrowInvalid("images lie outside of it")
-    there = np.ones(count, bool)
-    for bits in (validity, column.buffers()[0] if nested else None):
-        if bits is not None:
-            there &= np.unpackbits(body.read(bits, np.uint8, -(-count // 8)), count=count, bitorder="little").astype(
-                bool
-            )
     start = body.place(data) if data else 0
-    return start + ends[:-1], np.where(there, np.diff(ends), _NO_IMAGE)
+    return start + ends[:-1], np.where(_there(body, column), np.diff(ends), _NO_IMAGE)
 
 
-def _labels(body: _Body, column: pyarrow.Array) -> pyarrow.Array:
+def _there(body: _Bodies, column: pyarrow.Array) -> NDArray[np.bool_]:
+    """Which items of a column are no nulls."""
+    bits, count = column.buffers()[0], len(column)
+    if bits is None:
+        return np.ones(count, bool)
+    return np.unpackbits(body.read(bits, np.uint8, -(-count // 8)), count=count, bitorder="little").astype(bool)
+
+
+def _labels(body: _Bodies, column: pyarrow.Array) -> pyarrow.Array:
     """The labels themselves."""
+    if pyarrow.types.is_dictionary(column.type):
+        return pyarrow.DictionaryArray.from_arrays(_labels(body, column.indices), _labels(body, column.dictionary))
     buffers = [one and pyarrow.py_buffer(body.read(one, np.uint8, one.size)) for one in column.buffers()]
     labels = pyarrow.Array.from_buffers(column.type, len(column), buffers)
     labels.validate(full=True)

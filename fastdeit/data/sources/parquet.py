@@ -68,6 +68,8 @@ class ParquetSource(Listed):
         except pyarrow.ArrowException as error:
             raise BadImage(f"its row group cannot be read: {error}") from error
         data = row["bytes"] if pyarrow.types.is_struct(row.type) else row
+        if pyarrow.types.is_dictionary(data.type):
+            data = data.value
         if not data.is_valid:
             raise BadImage("the row has no image bytes (data sets that only hold paths cannot be used)")
         return np.frombuffer(data.as_buffer(), np.uint8)
@@ -165,6 +167,7 @@ def _holds_images(kind: pyarrow.DataType) -> bool:
 
 
 def _is_bytes(kind: pyarrow.DataType) -> bool:
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 

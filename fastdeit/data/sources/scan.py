@@ -125,8 +125,8 @@ def _processes(count: int) -> Generator[list[Connection], None, None]:
 
 
 def serve(handle: int) -> None:
-    """Body of such a process: functions with lists of paths arrive at the socket `handle`, and their results leave, None
-    for a list in which one of them raised."""
+    """Body of such a process: functions with lists of paths arrive at the socket `handle`, and results leave. None
+    stands for those of a list in which one of them raised."""
     with Connection(handle) as parent, ThreadPoolExecutor(_READERS_EACH) as pool, suppress(EOFError, OSError):
         while True:
             scan, paths = parent.recv()
