@@ -1,12 +1,12 @@
 """What training makes of a file: its pixels, by the executors' own decoders, and what is odd about it.
 
-`fastdeit data check` asks about every file, `data pack --normalise` about those that it encodes anew, and a resumed run
+`fastdeit data check` and `data pack --normalise` ask about every file, and a resumed run
 about those that it could not use before.
 """
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.ExifTags import Base as Tag
 
+from fastdeit.data.execute import pillow
 from fastdeit.data.execute.decode import decoded, pixels
-from fastdeit.data.execute.route import file_of, formats
+from fastdeit.data.execute.route import file_of, formats, routed
 from fastdeit.data.sources.source import BadImage, Source
 
 PLAIN = "JPEG", "PNG", "WEBP"
@@ -33,7 +34,6 @@ _MODES = {
     "HSV": "HSV, converted to RGB",
     "F": "floats, converted to 8 bits",
 }
-_PILLOW_REFUSES = "file that Pillow refuses, and other programs may refuse too"
 _DEEP = "more than 8 bits a channel, read as 8"
 _SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF"}
 _SUFFIXES |= {".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".gif": "GIF"}
@@ -41,11 +41,14 @@ _SUFFIXES |= {".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".gif": "GIF"}
 
 @dataclass(frozen=True)
 class Odd:
-    """One thing that is odd about a file. kind: what, in words that do not depend on the file; rewritten: whether the
-    same pixels in a plain file would be read without it."""
+    """One thing that is odd about a file. kind: what, in words that do not depend on the file; rewritten: whether a
+    plain file with the same pixels would be without it."""
 
     kind: str
     rewritten: bool = False
+
+
+_PILLOW_REFUSES = Odd("file that Pillow refuses, and other programs may refuse too", rewritten=True)
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,24 @@ def picture(data: NDArray[np.uint8], name: str) -> Picture:
     rgb, route = decoded(data)
     try:
         with Image.open(io.BytesIO(memoryview(data)), formats=formats()) as image:
-            odd = tuple(_odd(image, name)) or ((Odd(route.why),) if route.why else ())
-            return Picture(f"{image.format} {image.mode}", route.why, odd, rgb)
-    except Exception:  # as in `oddities`; DALI has read it all the same
-        return Picture(f"{route.format} RGB", route.why, (Odd(_PILLOW_REFUSES),), rgb)
+            kind, odd = f"{image.format} {image.mode}", list(_odd(image, name))
+    except Exception:  # whatever the parser of a format trips over; DALI has read it all the same
+        kind, odd = f"{route.format} RGB", [_PILLOW_REFUSES]
+    if route.why and not any(one.rewritten for one in odd):
+        odd.append(Odd(route.why, rewritten=True))
+    return Picture(kind, route.why, tuple(odd), rgb)
 
 
-def oddities(data: NDArray[np.uint8], name: str) -> tuple[Odd, ...]:
-    """What the header of a file tells that is odd about it; nothing of a file that Pillow does not know."""
-    try:
-        with Image.open(io.BytesIO(memoryview(data)), formats=formats()) as image:
-            return tuple(_odd(image, name))
-    except Exception:  # whatever the parser of a format trips over; what is wrong is for the decoder to say
-        return ()
+def read_by_both(data: NDArray[np.uint8], name: str) -> Picture:
+    """As `picture`, for twice the time: Pillow, too, decodes the file, so that what it refuses behind the header is
+    known to be odd."""
+    found = picture(data, name)
+    if not found.why and _PILLOW_REFUSES not in found.odd:
+        try:
+            pillow.pixels(routed(data))
+        except BadImage:
+            return replace(found, odd=(*found.odd, _PILLOW_REFUSES))
+    return found
 
 
 def fault(source: Source, index: int) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdeit.data.examine import oddities, pixels
+from fastdeit.data.examine import read_by_both
 from fastdeit.data.sources.source import BadImage, NamedSource
 
 _SUFFIX = ".png"
@@ -30,7 +30,7 @@ class Rewritten:
 class Normalised:
     """The samples of `source`, of which `read` encodes the odd ones as PNG, with the pixels that training sees, and
     ends their names in .png. rewritten: those that were read so far, by number; unusable: (path, reason) likewise of
-    odd files that training cannot use, whose bytes stay."""
+    files that training cannot use, whose bytes stay."""
 
     def __init__(self, source: NamedSource) -> None:
         self._source = source
@@ -56,14 +56,15 @@ class Normalised:
     def read(self, index: int) -> NDArray[np.uint8]:
         """The file, or a PNG file in its place: uint8 `[n]`. Raises what the source raises."""
         data = self._source.read(index)
-        odd = [one.kind for one in oddities(data, self._source.name(index)) if one.rewritten]
-        if not odd:
-            return data
         try:
-            made = _png(pixels(data))
+            found = read_by_both(data, self._source.name(index))
         except BadImage as error:
             self.unusable.append((self.path(index), str(error)))
             return data
+        odd = [one.kind for one in found.odd if one.rewritten]
+        if not odd:
+            return data
+        made = _png(found.rgb)
         self.rewritten[index] = Rewritten(self.path(index), odd, len(data), len(made))
         return made
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from fastdeit import cli
-from fastdeit.data.examine import fault, oddities, pixels
+from fastdeit.data.examine import fault, picture, pixels, read_by_both
 from fastdeit.data.execute.decode import decoded
 from fastdeit.data.loader import EvalLoader
 from fastdeit.data.sources.datasets import open_source
@@ -91,7 +91,7 @@ def check(capsys):
 
 
 def test_what_is_odd_about_a_file_is_told(odd_files, make_image, encode):
-    found = {name: oddities(np.frombuffer(data, np.uint8), name) for name, (data, *_) in odd_files.items()}
+    found = {name: picture(np.frombuffer(data, np.uint8), name).odd for name, (data, *_) in odd_files.items()}
     assert {name: [one.kind for one in odd] for name, odd in found.items()} == {
         name: kinds for name, (_, kinds, _) in odd_files.items()
     }
@@ -99,8 +99,7 @@ def test_what_is_odd_about_a_file_is_told(odd_files, make_image, encode):
         name: rewritten for name, (*_, rewritten) in odd_files.items()
     }
     plain = np.frombuffer(encode(make_image(0, 9, 9)), np.uint8)
-    assert oddities(plain, "a.JPG") == oddities(plain, "a.JPEG") == oddities(plain, "a") == ()
-    assert oddities(np.zeros(9, np.uint8), "a.jpg") == ()
+    assert [picture(plain, name).odd for name in ("a.JPG", "a.JPEG", "a")] == [(), (), ()]
 
 
 def test_pixels_are_those_of_training(odd_files, memory):
@@ -427,29 +426,35 @@ def test_a_page_of_nothing_usable():
 def test_normalise_encodes_the_odd_ones_anew_with_the_pixels_of_training(tmp_path, root, odd_files, capsys):
     for name, (data, *_) in odd_files.items():
         (root / "train/cat" / name).write_bytes(data)
-    cut = odd_files["scan.tiff"][0][:900]
-    (root / "train/cat/cut.tiff").write_bytes(cut)
+    cut = {
+        f"cut{at}.tiff": data[:-100] for at, data in enumerate((odd_files["scan.tiff"][0], pictures.ordinary()["jpeg"]))
+    }
+    told = {**pictures.damaged(), **pictures.forgiven()}
+    only_one_reads = {f"{at}.jpg": data for at, data in enumerate(told.values(), start=10)}
+    for name, data in (cut | only_one_reads).items():
+        (root / "train/cat" / name).write_bytes(data)
     assert cli.main(["data", "pack", str(root), str(tmp_path / "packed"), "--normalise"]) == 0
     out = capsys.readouterr().out
     before, after = open_source("folder", root, "train"), open_source("packed", tmp_path / "packed", "train")
     assert after.fingerprint == before.fingerprint
     rewritten = {name: kinds for name, (_, kinds, anew) in odd_files.items() if anew}
+    refuse = dict.fromkeys(pictures.damaged(), "DALI refuses") | dict.fromkeys(pictures.forgiven(), "Pillow ref")
+    rewritten |= {file: [f"file that {refuse[name]}"] for file, name in zip(only_one_reads, told, strict=True)}
     for index in range(len(before)):
         name, old, new = before.name(index), before.read(index), after.read(index)
         file = name.rpartition("/")[2]
         if file in rewritten:
             assert after.name(index) == f"{name}.png"
             assert np.array_equal(pixels(old), pixels(new))
-            assert oddities(new, after.name(index)) == ()
-            assert (
-                f"encoded anew: {root}/train/{name}: {rewritten[file][0]}; {len(old):,} bytes, as PNG {len(new):,}"
-                in out
-            )
+            assert read_by_both(new, after.name(index)).odd == ()
+            (line,) = (line for line in out.splitlines() if f"encoded anew: {root}/train/{name}: " in line)
+            assert rewritten[file][0] in line
+            assert line.endswith(f"; {len(old):,} bytes, as PNG {len(new):,}")
         else:
             assert after.name(index) == name
             assert old.tobytes() == new.tobytes()
     assert out.count("encoded anew") == len(rewritten)
-    assert f"copied as it is, since it cannot be used: {root}/train/cat/cut.tiff: " in out
+    assert all(f"copied as it is, since it cannot be used: {root}/train/cat/{name}: " in out for name in cut)
 
 
 def test_without_normalise_all_bytes_are_copied(tmp_path, root, odd_files):
