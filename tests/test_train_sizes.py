@@ -141,6 +141,25 @@ def test_a_cache_of_logits_is_of_a_schedule(path):
     assert cached.differences(older, plain) == []
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "named"),
+    [
+        (["data.views={main: {size: 24}}"], ["data.views={main: {size: 24}}", "data.size_schedule=[]"], []),
+        (["data.size_schedule=[[0, 32]]"], ["data.size_schedule=[]"], []),
+        (["data.size_schedule=[[0, 16], [1, 24]]"], ["data.size_schedule=[[0, 16], [1, 24], [2, 24]]"], []),
+        (["data.size_schedule=[[0, 16], [1, 24]]"], ["data.size_schedule=[[0, 16], [2, 24]]"], ["data.size_schedule"]),
+        (["data.size_schedule=[[0, 16]]"], ["data.size_schedule=[[0, 24]]"], ["model.image_size"]),
+    ],
+)
+def test_a_cache_is_of_the_sizes_that_the_images_have(path, one, other, named):
+    """However the recipe says them."""
+    found = []
+    for words in (one, other):
+        recipe = recipes.load(str(path), words)
+        found.append(cached.images_of(recipe, build.sources(recipe)[0]))
+    assert [name for name, *_ in cached.differences(*found)] == named
+
+
 def test_a_size_where_two_views_do_not_go_together_is_refused(path):
     """A simple crop is shared by views of one size, and the schedule changes that of one alone."""
     overrides = ["method={use: tests.run.test_build:MultiCrop}", "data.crop=simple", "data.views.local_1.size=32"]

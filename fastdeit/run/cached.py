@@ -39,12 +39,13 @@ def images_of(recipe: "Recipe", source: Source) -> dict[str, Any]:
 
     The settings of the first view are called by their names in the data section, wherever the recipe sets them.
     """
-    view, data, train = build.views(recipe)[0], recipe.data, recipe.train
+    sizes = _sizes(recipe)
+    view, data, train = build.views(recipe, None if sizes else 0)[0], recipe.data, recipe.train
     found = {
         "train.seed": train.seed,
         "train.batch_size": train.batch_size,
         "model.image_size": view.size,
-        _SCHEDULE: data.size_schedule,
+        _SCHEDULE: sizes,
         "data.repeats": data.repeats,
         **{f"data.{name}": getattr(view, name) for name in AugmentSettings.model_fields},
         **{f"data.{field.name}": getattr(data, field.name) for field in fields(Mixing)},
@@ -55,6 +56,19 @@ def images_of(recipe: "Recipe", source: Source) -> dict[str, Any]:
         "data (classes)": list(source.classes),
     }
     return json.loads(json.dumps(found))
+
+
+def _sizes(recipe: "Recipe") -> list[tuple[int, Any]]:
+    """The entries of `data.size_schedule` if they change the size of the first view, which may have its own; one that
+    only repeats the size before it is left out."""
+    found: list[tuple[int, Any]] = []
+    before = None
+    for epoch, size in recipe.data.size_schedule:
+        here = build.views(recipe, epoch)[0].size
+        if here != before:
+            found.append((epoch, size))
+        before = here
+    return found if len(found) > 1 else []
 
 
 def fingerprint(
