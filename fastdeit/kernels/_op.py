@@ -92,7 +92,8 @@ class Op:
     examples             calls of it, the usual one first: what is compiled by the lint, measured, and checked by tests
     others               backends to prefer to the reference, best first
     native               what runs under native autograd, where the registered reference does more than that
-    cast                 arguments that take the autocast dtype under autocast; the op itself runs with autocast off
+    cast                 arguments that take the autocast dtype under autocast; the op itself runs with autocast off,
+                         `native` with autocast on
     mutates              arguments that are changed in place; `mutated` are their places
     """
 

@@ -321,9 +321,11 @@ def _apply_kernel(x, weight, bias, mean, rstd, normed, rows, C: tl.constexpr, BL
 
 
 def _places_of(samples: Tensor | None, places: Tensor | None, batch: int) -> Tensor | None:
-    """int32 `[batch]`: place of every sample among the selected, -1 for the others; `places`, if it is there."""
-    if samples is None or places is not None:
-        return places
+    """int32 `[batch]`, dense: place of every sample among the selected, -1 for the others; `places`, if it is there."""
+    if places is not None:
+        return places.contiguous()
+    if samples is None:
+        return None
     counted = torch.arange(len(samples), dtype=torch.int32, device=samples.device)
     return torch.full((batch,), -1, dtype=torch.int32, device=samples.device).index_copy_(0, samples, counted)
 
@@ -421,12 +423,12 @@ def plain_triton_backward(
 
 def triton_apply(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, out_dtype: torch.dtype) -> Tensor:
     """The normalised tokens again, from statistics that are known."""
-    x = x.contiguous()
+    x, *others = _rows.dense(x, weight, bias, mean, rstd)
     normed = torch.empty_like(x, dtype=out_dtype)
     rows, _ = _rows.rows_and_tokens(x)
     tile = _rows.tile(x.shape[-1])
     grid = (_triton.cdiv(rows, tile["ROWS"]),)
-    _triton.launch(_apply_kernel, grid, x, weight, bias, mean, rstd, normed, rows, **tile)
+    _triton.launch(_apply_kernel, grid, x, *others, normed, rows, **tile)
     return normed
 
 

@@ -74,6 +74,11 @@ def reference(
     return _packed(*turned, v, dtype=qkv.dtype)
 
 
+def native(qkv: Tensor, *others: Any) -> Tensor:
+    """`reference`, which takes the autocast dtype itself: none of its operations does."""
+    return reference(qkv.to(_op.autocast_dtype(qkv) or qkv.dtype), *others)
+
+
 def reference_backward(
     grad: Tensor,
     qkv: Tensor,
@@ -318,7 +323,15 @@ _EXAMPLES = [
     Example("norms", partial(_example, norms=True, rope=False), compiled=BASE_FP16),
 ]
 _TRITON = _op.Backend("triton", _triton.capability, triton_forward, triton_backward)
-OP = _op.Op("qk_norm_rope", reference, reference_backward, examples=_EXAMPLES, others=[_TRITON], cast={"qkv"})
+OP = _op.Op(
+    "qk_norm_rope",
+    reference,
+    reference_backward,
+    examples=_EXAMPLES,
+    others=[_TRITON],
+    native=native,
+    cast={"qkv"},
+)
 
 
 @OP.registered.register_fake

@@ -37,6 +37,11 @@ def reference(x: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * value).to(x.dtype)
 
 
+def native(x: Tensor) -> Tensor:
+    """`reference`, which takes the autocast dtype itself: none of its operations does."""
+    return reference(x.to(_op.autocast_dtype(x) or x.dtype))
+
+
 def reference_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of x."""
     gate, value = _halves(x)
@@ -118,7 +123,7 @@ _EXAMPLES = [
     Example("", _example, compiled=[*DEITS, (BASE, torch.float32)], bytes=lambda args: 4 * args[0].nbytes),
 ]
 _TRITON = _op.Backend("triton", _triton.capability, triton_forward, triton_backward)
-OP = _op.Op("swiglu", reference, reference_backward, examples=_EXAMPLES, others=[_TRITON], cast={"x"})
+OP = _op.Op("swiglu", reference, reference_backward, examples=_EXAMPLES, others=[_TRITON], native=native, cast={"x"})
 
 
 @OP.registered.register_fake

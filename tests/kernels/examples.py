@@ -11,6 +11,8 @@ from fastdeit.kernels.lint.cases import backends
 
 REFUSED = {("attention", "fused_backward", "key mask"), ("attention", "flash", "key mask")}
 """(op, backend, example) of calls that a backend refuses."""
+ONLY_FLOAT16 = {"fused_backward", "epilogue", "epilogue_forward", "epilogue_backward"}
+"""Backends that take operands of 16 bit alone."""
 
 
 def every_example() -> dict[str, tuple[Op, Example]]:

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from fastdeit import kernels
-from fastdeit.kernels import _op
-from tests.kernels.examples import differentiable, every_example, few, leaves
+from fastdeit.kernels import _op, _triton
+from fastdeit.kernels._example import FEW, Maker
+from fastdeit.kernels.lint import cases
+from tests.kernels.examples import ONLY_FLOAT16, REFUSED, differentiable, every_example, few, leaves
 
 B, N, C, H, F, K = 2, 5, 8, 2, 12, 7
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -51,6 +53,16 @@ def cosub_args(dtype, smoothing, binarise):
 
 EXAMPLES = every_example()
 DIFFERENTIABLE = {name: pair for name, pair in EXAMPLES.items() if hasattr(pair[0], "registered_backward")}
+
+
+ON_TRITON = {
+    f"{name}-{backend.name}": (op, backend, example, torch.float16 if backend.name in ONLY_FLOAT16 else torch.float32)
+    for name, (op, example) in EXAMPLES.items()
+    for owner, backend in cases.backends()
+    if owner == op.name and not op.mutated and (owner, backend.name, example.name) not in REFUSED
+}
+"""(op, backend, example, dtype) of each example by each backend that launches Triton kernels. Updates are left out,
+whose own tensors have to be dense."""
 
 
 @pytest.fixture(params=DIFFERENTIABLE)
@@ -166,6 +178,33 @@ def test_arguments_of_any_layout(case, layout):
     torch.library.opcheck(op.registered, strided, test_utils="test_faketensor")
 
 
+def apart(t):
+    """The same tensor in memory where something else lies between any two elements."""
+    return t.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_(t.requires_grad) if t.dim() else t
+
+
+def memory(t):
+    """Tells the memory of tensors apart that have no address."""
+    return t.untyped_storage()._cdata
+
+
+@pytest.mark.parametrize("name", ON_TRITON)
+def test_kernels_get_dense_memory(name):
+    """Kernels go through memory, whatever the layout of an argument or of a gradient: so they get a dense copy."""
+    op, backend, example, dtype = ON_TRITON[name]
+    args = example.build(Maker(FEW, dtype, torch.device("meta")))
+    given = [apart(a) if isinstance(a, torch.Tensor) else a for a in args]
+    with _triton.recording(90) as recorded:
+        ends = differentiable(op.run_on(backend, *given))
+        grads = [apart(torch.empty_like(end)) for end in ends]
+        torch.autograd.backward(ends, grads)
+    assert recorded.launches
+    spaced = {memory(t) for t in (*given, *grads) if isinstance(t, torch.Tensor) and not t.is_contiguous()}
+    for launch in recorded.launches:
+        tensors = {name: a for name, a in launch.arguments.items() if isinstance(a, torch.Tensor)}
+        assert [name for name, a in tensors.items() if memory(a) in spaced] == [], launch.kernel.__name__
+
+
 def public_calls(dtype):
     """Every public function as a closure, with its tensors that require a gradient."""
     torch.manual_seed(0)
@@ -177,6 +216,8 @@ def public_calls(dtype):
     targets = y1, y2, lam
     halves, *cosub_targets = cosub_args(dtype, 0.1, False)[:4]
     images, plan = image_args()
+    width, angles = C // H, torch.linspace(-3, 3, N * C // H // 2).view(N, -1)
+    turns = rand(width, dtype=dtype), rand(width, dtype=dtype), angles.cos(), angles.sin()
     return {
         "attention": (lambda: kernels.attention(qkv, H), [qkv]),
         "query_attention": (lambda: kernels.query_attention(q, kv, H), [q, kv]),
@@ -185,6 +226,10 @@ def public_calls(dtype):
             lambda: kernels.add_layer_norm(x, branch, weight, bias, gamma=gamma, keep=keep),
             [x, branch, weight, bias, gamma],
         ),
+        "rms_norm": (lambda: kernels.add_rms_norm(x, None, weight)[1], [x, weight]),
+        "add_rms_norm": (lambda: kernels.add_rms_norm(x, branch, weight, gamma=gamma, keep=keep), [x, branch, weight]),
+        "qk_norm_rope": (lambda: kernels.qk_norm_rope(qkv, H, *turns[:2], 1e-6, *turns[2:]), [qkv, *turns[:2]]),
+        "swiglu": (lambda: kernels.swiglu(branch), [branch]),
         "mlp": (lambda: kernels.mlp(x, *weights), [x, *weights]),
         "layer_norm_mlp": (lambda: kernels.layer_norm_mlp(x, weight, bias, 1e-6, *weights), [x, weight, *weights]),
         "distillation_loss": (
@@ -198,19 +243,11 @@ def public_calls(dtype):
     }
 
 
-NAMES = [
-    "attention",
-    "query_attention",
-    "layer_norm",
-    "add_layer_norm",
-    "mlp",
-    "layer_norm_mlp",
-    "distillation_loss",
-    "cosub_loss",
-    "pixels",
-    "patchify",
-    "global_norm",
-]
+NAMES = list(public_calls(torch.float32))
+
+
+def test_each_op_but_the_updates_has_a_call():
+    assert set(NAMES) == {name for name, op in _op.OPS.items() if not op.mutated}
 
 
 def run(call, free):
@@ -287,6 +324,10 @@ AUTOCAST_DTYPES = {
     "query_attention": [torch.bfloat16],
     "layer_norm": [torch.bfloat16],
     "add_layer_norm": [torch.float32, torch.bfloat16],
+    "rms_norm": [torch.bfloat16],
+    "add_rms_norm": [torch.float32, torch.bfloat16],
+    "qk_norm_rope": [torch.bfloat16],
+    "swiglu": [torch.bfloat16],
     "mlp": [torch.bfloat16],
     "layer_norm_mlp": [torch.bfloat16],
     "distillation_loss": [torch.float32],

@@ -15,11 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdeit import kernels
 from fastdeit.kernels._op import AUTO, REFERENCE, Backend
-from tests.kernels.examples import REFUSED, every_example, few, leaves
+from tests.kernels.examples import ONLY_FLOAT16, REFUSED, every_example, few, leaves
 from tests.kernels.test_optimizer import interpreted
 
 STAND_IN = "stand-in"
-ONLY_FLOAT16 = {"fused_backward", "epilogue", "epilogue_forward", "epilogue_backward"}
 NEEDS_A_CARD = {"quack", "native", "efficient", "cudnn", "fa3", "fa4"}
 CALLS = {
     f"{name}-{backend}": (op, example, backend)

@@ -136,7 +136,7 @@ def check(*tensors: Tensor) -> None:
 
 
 def product_gelu(x: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
-    """(pre, act) `[rows, F]` of contiguous x `[rows, C]`, w1 `[F, C]` and b1 `[F]`, all of one 16-bit dtype."""
+    """(pre, act) `[rows, F]` of x `[rows, C]`, w1 `[F, C]` and b1 `[F]`, all contiguous and of one 16-bit dtype."""
     check(x, w1, b1)
     (rows, depth), width = x.shape, w1.shape[0]
     pre = torch.empty(rows, width, dtype=x.dtype, device=x.device)

@@ -143,7 +143,7 @@ def _products_forward(
     product_gelu: Callable, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference` with GELU in the first product: `product_gelu`, as of `gelu_products`."""
-    pre, act = (t.reshape(*x.shape[:-1], -1) for t in product_gelu(_rows(x), w1.contiguous(), b1))
+    pre, act = (t.reshape(*x.shape[:-1], -1) for t in product_gelu(_rows(x), w1.contiguous(), b1.contiguous()))
     return F.linear(act, w2, b2), pre, _kept(act, recompute)
 
 
