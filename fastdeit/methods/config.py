@@ -126,6 +126,8 @@ class TeacherConfig(BaseModel):
             )
         if self.model is not None and self.weights is None:
             raise ValueError("a teacher given by model needs weights: an untrained network has nothing to teach")
+        if self.weights_grid is not None and self.weights is None:
+            raise ValueError("weights_grid is of weights, and there are none; leave it out")
         if (self.mean is None) != (self.std is None):
             raise ValueError("give mean and std together, or neither")
         return self

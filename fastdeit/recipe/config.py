@@ -167,6 +167,14 @@ class DataSplits(Section):
             raise ValueError(f"has no place beside data.source {source}, which reads no directory of yours")
         return root
 
+    @field_validator("train", "val", "image_column", "label_column", "classes")
+    @classmethod
+    def _is_read(cls, value: str | None, info: ValidationInfo) -> str | None:
+        source = info.data.get("source", "folder")
+        if source in kinds.GENERATED and value != cls.model_fields[info.field_name].default:
+            raise ValueError(f"has no place beside data.source {source}, whose images are made here; leave it out")
+        return value
+
 
 class DataConfig(AugmentSettings, DataSplits):
     """The input of training and evaluation. Fields that stand here with their default alone are those of

@@ -24,6 +24,7 @@ from ruamel.yaml.nodes import SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from fastdeit import methods, plugins
+from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.data.sources.share import is_share
 from fastdeit.engine import options
 from fastdeit.fields import Section
@@ -407,8 +408,9 @@ def _merged(base: Item, child: Item, path: FieldPath = ()) -> Item:
             return Item(shared | child.value, first_place(child))
         kept = base.without(*choice.stale).value
         held_out = base.value.get("val")
-        if held_out is not None and isinstance(held_out.value, str) and is_share(held_out.value):
-            kept["val"] = held_out  # a share is one of any source
+        generated = "source" in child.value and child.value["source"].value in GENERATED
+        if not generated and held_out is not None and isinstance(held_out.value, str) and is_share(held_out.value):
+            kept["val"] = held_out  # a share is one of any source that is read
     rivals = _RIVALS.get(path, ())
     if any(key in child.value and child.value[key].value is not None for key in rivals):
         kept = {key: item for key, item in kept.items() if key not in rivals or key in child.value}

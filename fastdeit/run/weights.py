@@ -345,6 +345,12 @@ def load(
     notes, rows = [], None
     if classes is not None and purpose != "features":
         notes, rows = _compared(weights, classes, purpose)
+    if None not in (grid, weights.grid) and grid != weights.grid:
+        theirs, said = (f"{rows} x {columns}" for rows, columns in (weights.grid, grid))
+        raise UsageError(
+            f"{weights.origin}: weights_grid says {said} patches, but the weights themselves say {theirs}; leave "
+            "weights_grid out"
+        )
     may_differ = {"student": None, "teacher": (), "features": (*network.head_names, "head", "head_dist")}[purpose]
     try:
         report = load_weights(network, tensors, weights.grid or grid, may_differ)

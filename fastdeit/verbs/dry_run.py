@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from fastdeit.data.sources.source import Source
 from fastdeit.engine import checkpoint
@@ -58,7 +59,7 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     known = recipe.model_copy(update={"model": recipe.model.model_copy(update={"num_classes": classes})})
     subject = replace(subject_of(known, len(training)), held_out=len(held_out))
     begins = _begins(asked, length)
-    told = list(_opened(known, training, length, begins is None))
+    student, told = _opened(known, training, length, begins is None)
 
     yield f"recipe    {recipe.name}, method {recipe.method.use}: nothing is trained, this is what would run"
     yield f"device    {processes} process{'es' * (processes > 1)} on {_named(device)}, {recipe.engine.precision}"
@@ -76,7 +77,7 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
         f"run       {length.epochs:,.6g} epochs of {length.steps_per_epoch:,} steps, {length.total:,} in all, of "
         f"{train.batch_size:,} images{accumulated}; {subject.evaluations:,} evaluations"
     )
-    yield from (f"note      {note}" for note in build.notes(recipe, len(training)))
+    yield from (f"note      {note}" for note in build.notes(recipe, len(training), student))
     if begins is not None:
         yield f"begins    {begins}"
     yield from (f"weights   {note}" for note in told)
@@ -94,8 +95,9 @@ def _begins(asked: Request, length: "Length") -> str | None:
     return None
 
 
-def _opened(recipe: "Recipe", source: Source, length: "Length", anew: bool) -> list[str]:
-    """Open what the student begins with and what the teacher is, as a start would; returns what is to be said of it.
+def _opened(recipe: "Recipe", source: Source, length: "Length", anew: bool) -> tuple[nn.Module, list[str]]:
+    """Open what the student begins with and what the teacher is, as a start would; returns the student, without
+    storage, and what is to be said.
 
     Raises the errors of parts and weights that do not fit.
     """
@@ -113,7 +115,7 @@ def _opened(recipe: "Recipe", source: Source, length: "Length", anew: bool) -> l
         if config.recipe is None and not _is_far(name, told):
             options = {"classes": classes, "say": told.append}
             build.teacher(config, build.image_size(recipe), count, None, recipe.engine.precision, **options)
-    return told
+    return student, told
 
 
 def _is_far(text: str, told: list[str]) -> bool:

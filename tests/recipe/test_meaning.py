@@ -32,7 +32,7 @@ def test_numbers_are_numbers(write, written, value):
 )
 def test_words_are_words(write, word):
     """YAML 1.1 would make a truth value, a number in base 60 or a date of most of these."""
-    loaded = recipes.load(write(GOOD.replace("source: synthetic", f"source: synthetic\n  val: {word}")))
+    loaded = recipes.load(write(GOOD.replace("source: synthetic", f"val: {word}")))
     assert loaded.data.val == word.strip("'")
 
 
@@ -213,16 +213,20 @@ def test_another_source_and_another_model(write):
 
 
 def test_every_kind_of_data_set_can_be_chosen_and_only_files_have_a_root(write):
-    path = write(GOOD.replace("  source: synthetic\n", "  root: /data\n"))
+    path = write(GOOD.replace("  source: synthetic\n", "  root: /data\n  val: 10%\n"))
     for kind in READERS:
         data = recipes.load(path, [f"data.source={kind}", "data.root=/data"]).data
         assert (data.source, data.root) == (kind, "/data")
     own = recipes.load(path, ["data.source=mine.readers:KIND", "data.root=/data"]).data
     assert (own.source, own.root) == ("mine.readers:KIND", "/data")
     for kind in ("synthetic", "digits"):
-        assert recipes.load(path, [f"data.source={kind}"]).data.root is None
-        with pytest.raises(RecipeError, match=f"has no place beside data.source {kind}"):
-            recipes.load(path, [f"data.source={kind}", "data.root=/data"])
+        made = recipes.load(path, [f"data.source={kind}"]).data
+        assert (made.root, made.val) == (None, "val")
+        for word in ("root=/data", "train=fit", "val=10%", "image_column=i", "label_column=l", "classes=names.txt"):
+            with pytest.raises(
+                RecipeError, match=rf"data\.{word.split('=')[0]}: has no place beside data.source {kind}"
+            ):
+                recipes.load(path, [f"data.source={kind}", f"data.{word}"])
 
 
 def test_overrides_are_typed_as_yaml(write):
@@ -231,7 +235,7 @@ def test_overrides_are_typed_as_yaml(write):
         *("data.train=no", "data.val='7'", "data.mean=[0,0,0]", "train={epochs: 20, seed: 3}"),
         *("model.weights=a=b", "engine.device=cpu"),
     ]
-    loaded = recipes.load(write(GOOD), words)
+    loaded = recipes.load(write(GOOD.replace("  source: synthetic\n", "")), words)
     optim, data, train = loaded.optim, loaded.data, loaded.train
     assert (optim.lr, optim.clip_grad, optim.betas, optim.decay_dist_token) == (5e-4, None, (0.9, 0.95), True)
     assert (data.train, data.val, data.mean) == ("no", "7", (0.0, 0.0, 0.0))

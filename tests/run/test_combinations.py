@@ -134,8 +134,9 @@ def test_a_batch_of_more_than_all_images_is_made_and_told(path):
     assert sorted(set(stream.sample.tolist())) == list(range(40))
     assert len(stream.sample) == 64
     note = "train.batch_size 64 is more than the 40 training images: a batch has some of them repeatedly"
-    assert build.notes(recipe, 40) == [note]
-    assert build.notes(recipe, 64) == []
+    student = models.build("deit_digits_patch8_32")
+    assert build.notes(recipe, 40, student) == [note]
+    assert build.notes(recipe, 64, student) == []
 
 
 def test_a_warm_up_as_long_as_the_run_says_what_to_add(path):

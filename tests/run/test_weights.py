@@ -359,6 +359,9 @@ def test_positions_come_from_the_true_grid_of_a_run(here, write):
     )
     torch.testing.assert_close(built.pos_embed.detach(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(network(found).pos_embed, found.tensors["pos_embed"])
+    assert torch.equal(network(found, grid=(2, 8)).pos_embed, found.tensors["pos_embed"])
+    with pytest.raises(UsageError, match=r"wide.*: weights_grid says 4 x 4 patches, but the weights .* say 2 x 8"):
+        network(found, grid=(4, 4))
 
 
 def test_a_file_of_an_ambiguous_grid_asks_for_it(here, write):
@@ -383,6 +386,8 @@ def test_a_file_of_an_ambiguous_grid_asks_for_it(here, write):
     made, said = teacher(TeacherConfig(**of_file, weights_grid=(2, 8)), size=(16, 64))
     assert torch.equal(made.model.pos_embed, wide.pos_embed)
     assert said == []
+    with pytest.raises(ValueError, match="weights_grid is of weights, and there are none"):
+        TeacherConfig(timm="resnet18", weights_grid=(2, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -226,7 +226,7 @@ def parse(
     policy = replace(_named(text), size=tuple(size))
     if color_jitter is None:
         return policy
-    if text not in ("none", "three_augment") and not text.startswith("3a"):
+    if _AUGREG.get(text, text) not in ("none", "three_augment") and not text.startswith("3a"):
         # timm leaves colour jitter out beside these policies, without a word.
         raise ValueError(f"has no place beside augment {text}, which changes the colours itself; set it to null")
     strengths = (color_jitter,) * 3 if isinstance(color_jitter, int | float) else tuple(color_jitter)

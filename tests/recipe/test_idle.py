@@ -1,0 +1,178 @@
+"""Settings that have no effect beside others are told, and told truly."""
+
+import pytest
+import torch
+
+from fastdeit import rng
+from fastdeit.batch import Batch, Labels, Step
+from fastdeit.engine.dist import World
+from fastdeit.engine.schedule import learning_rate
+from fastdeit.methods.config import CosubConfig, DistillConfig, SupervisedConfig
+from fastdeit.recipe import config as sections
+from fastdeit.recipe import idle
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
+from fastdeit.run.groups import decay_groups
+from fastdeit.training import schedule_of
+
+RECIPE = """\
+model: {name: deit_digits_distilled_patch8_32, image_size: 32, drop_path: 0.4}
+method: {use: supervised}
+data: {source: synthetic, synthetic_samples: 32, synthetic_classes: 10, group_size: 8, repeats: 1, threads: 1}
+optim: {lr: 1e-3, warmup_epochs: 1}
+train: {epochs: 2, batch_size: 16}
+engine: {device: cpu, threads: 1}
+"""
+DISTILL = "method={{use: distill, teacher: runs/x{}}}"
+HARD, SOFT = DISTILL.format(""), DISTILL.format(", distillation: soft")
+LEARNS_LABELS, LEARNS_TEACHER = DISTILL.format(", alpha: 0"), DISTILL.format(", alpha: 1")
+UNMIXED = ("data.mixup=0", "data.cutmix=0")
+ONE_HEAD = ("model.name=deit_digits_patch8_32",)
+
+
+def of(method, **fields):
+    """`method`, a whole section in braces, with more fields."""
+    return method[:-1] + "".join(f", {name}: {value}" for name, value in fields.items()) + "}"
+
+
+CASES = [
+    # field, its value, beside what it has no effect, beside what it has one
+    ("data.crop_scale", "[0.5, 0.6]", ("data.crop=simple",), ()),
+    ("data.crop_ratio", "[0.5, 0.6]", ("data.crop=simple",), ()),
+    ("data.crop_scale", "[0.5, 0.6]", ("data.views={main: {crop_scale: [0.1, 0.2]}}",), ()),
+    ("data.flip", "1.0", ("data.views={main: {flip: 0.0}}",), ()),
+    ("data.color_jitter", "0.9", ("data.views={main: {augment: three_augment}}",), ()),
+    ("data.views.main.crop_scale", "[0.5, 0.6]", ("data.crop=simple",), ()),
+    ("data.mix_probability", "0.3", UNMIXED, ()),
+    ("data.mix_switch", "0.9", UNMIXED, ()),
+    ("data.mix_switch", "0.9", ("data.mixup=0",), ()),
+    ("data.mix_switch", "0.9", ("data.cutmix=0",), ()),
+    ("data.mix_mode", "pair", UNMIXED, ()),
+    ("data.mixup", "0.3", ("data.mix_probability=0",), ()),
+    ("data.mixup", "0.3", ("data.mix_switch=1",), ()),
+    ("data.cutmix", "0.3", ("data.mix_switch=0",), ()),
+    ("method.tau", "3.0", (HARD,), (SOFT,)),
+    ("method.reduction", "batchmean", (HARD,), (SOFT,)),
+    ("method.distillation", "soft", (LEARNS_LABELS,), (HARD,)),
+    ("method.smoothing", "0.4", (LEARNS_TEACHER,), (HARD,)),
+    ("method.fuse", "softmax", ONE_HEAD, ()),
+    ("model.drop_path_mode", "constant", ("model.drop_path=0",), ()),
+    ("optim.warmup_lr", "1e-4", ("optim.warmup_epochs=0",), ()),
+    ("optim.decay_dist_token", "true", ("optim.weight_decay=0",), ()),
+    ("optim.decay_dist_token", "true", ONE_HEAD, ()),
+    ("train.eval_every", "0.5", ("train.eval_every_steps=1",), ()),
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    file = tmp_path_factory.mktemp("idle") / "small.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+def load(path, field, value, beside):
+    """The recipe with the field set, or with its default where `value` is None."""
+    given, name = list(beside), field.removeprefix("method.")
+    if value is not None and field.startswith("method.") and given and given[0].startswith("method="):
+        given[0] = of(given[0], **{name: value})
+    elif value is not None:
+        given.append(f"{field}={value}")
+    return recipes.load(str(path), given)
+
+
+def told(recipe):
+    return idle.notes(recipe, 2 if "distilled" in recipe.model.name else 1)
+
+
+@pytest.mark.parametrize(("field", "value", "beside", "awake"), CASES)
+def test_what_has_no_effect_is_told_in_a_sentence(path, field, value, beside, awake):
+    others = told(load(path, field, None, beside))  # nobody has asked for a default
+    assert all(note.startswith("method.teacher ") for note in others)
+    (note,) = set(told(load(path, field, value, beside))) - set(others)
+    assert note.startswith(f"{field} ")
+    assert " has no effect: " in note
+    assert told(load(path, field, value, awake)) == []
+
+
+class Answers:
+    """A teacher whose answers are a function of the image's number."""
+
+    def __init__(self, classes):
+        self.classes = classes
+
+    def __call__(self, batch):
+        return torch.randn(len(batch.index), self.classes, generator=torch.Generator().manual_seed(7))
+
+
+def effects(recipe):
+    """All that the fields of CASES can change: batches, loss and answer, rates, what is decayed, evaluations."""
+    source, world = build.sources(recipe)[0], World(torch.device("cpu"))
+    length = build.run_length(recipe, len(source))
+    seen = []
+    for (batch,) in build.train_loader(recipe, source, world, {}, print).batches(0, 4):
+        seen += [batch.pixels(), batch.targets.y1, batch.targets.y2, batch.targets.lam]
+    method = build.method(recipe, build.model(recipe, 10, print), 10, length.total, lambda config: None, source)
+    if hasattr(method, "teacher") and recipe.method.use == "distill":
+        method.teacher = Answers(10)
+    images = torch.from_numpy(rng.uniform(rng.key(0, "x"), range(8), 3 * 32 * 32)).float().view(8, 3, 32, 32)
+    noise = {name: torch.rand(8, n, generator=torch.Generator().manual_seed(1)) for name, n in method.noise().items()}
+    y = torch.arange(8)
+    batch = Batch.ready(
+        images,
+        Labels(y, y.flip(0), torch.full((8,), 0.7)),
+        Step.at(0, 1, 1),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        noise=noise,
+    )
+    with torch.no_grad():
+        seen.append(method.train()(batch).loss)
+        seen.append(next(iter(method.eval().predict(images).values())))
+    rates = [learning_rate(step, **schedule_of(recipe, length)) for step in range(length.total)]
+    return seen, rates, [group.weight_decay and sorted(group.params) for group in decay_groups(method, recipe)], length
+
+
+def same(one, other):
+    return all(map(torch.equal, one[0], other[0])) and one[1:] == other[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("field", "value", "beside", "awake"), CASES)
+def test_what_is_told_is_true(path, field, value, beside, awake):
+    assert same(effects(load(path, field, value, beside)), effects(load(path, field, None, beside)))
+    assert not same(effects(load(path, field, value, awake)), effects(load(path, field, None, awake)))
+
+
+ALWAYS = {
+    "model": {"name", "timm", "image_size", "num_classes", "drop_path", "dropout", "weights", "needs_weights", "freeze"}
+    | {"drop_path_skip"},
+    "data": {"source", "root", "train", "val", "image_column", "label_column", "classes", "size_schedule", "views"}
+    | {"group_size", "repeats", "mean", "std", "eval_crop_ratio", "threads", "max_bad_fraction"},
+    "optim": {"name", "lr", "weight_decay", "clip_grad", "clip_mode", "schedule", "warmup_epochs", "min_lr"}
+    | {"ema_decay", "layer_decay"},
+    "train": {"epochs", "steps", "batch_size", "accumulate", "seed", "eval_every_steps", "stop_after", "best_by"},
+    "method": {"use", "alpha", "class_weights", "binarise"},
+}
+"""Fields that count in every recipe, or are refused where they do not."""
+OF_A_CASE = {
+    *("data.augment", "data.crop", "data.erase", "data.synthetic_samples", "data.synthetic_classes"),
+    *("method.loss", "method.teacher", "method.cached", "model.weights_grid"),
+}
+"""Fields of which `notes` knows a case like one of those that are tried."""
+
+
+def test_every_field_has_been_decided_on():
+    kinds = {"model": sections.ModelConfig, "data": sections.DataConfig, "optim": sections.OptimConfig}
+    own = [*SupervisedConfig.model_fields, *DistillConfig.model_fields, *CosubConfig.model_fields]
+    fields = {name: set(kind.model_fields) for name, kind in (kinds | {"train": sections.TrainConfig}).items()}
+    for name, known in (fields | {"method": set(own)}).items():
+        cases = {field.partition(".")[2] for field, *_ in CASES if field.startswith(f"{name}.")}
+        cases |= {field.partition(".")[2] for field in OF_A_CASE if field.startswith(f"{name}.")}
+        assert ALWAYS[name] | {field for field in cases if "." not in field} == known
+        assert not ALWAYS[name] & cases
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_no_recipe_that_is_shipped_has_any(name):
+    assert told(recipes.load(name)) == []
