@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -59,17 +60,26 @@ class BuildError(Exception):
         self.output = output
 
 
+def first_error(output: str) -> str:
+    """The first error of what CMake said, in a line. CMake's own errors are indented under a line that says where."""
+    lines = output.strip().splitlines() or ["no reason given"]
+    at = next((at for at, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
+    message = [line.strip() for line in takewhile(str.strip, lines[at + 1 :])]
+    return " ".join(message) if lines[at].startswith("CMake Error at") and message else lines[at]
+
+
 def build_library(folder: Path) -> Path:
     """Build the library in `folder` by CMake. Raises BuildError."""
     if why := missing():
         raise BuildError(why)
-    configure = ["cmake", "-B", str(folder), "-S", str(ROOT), f"-DCMAKE_CUDA_COMPILER={compiler()}"]
-    for command in (configure, ["cmake", "--build", str(folder)]):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # pip hides every package but those of the build from Python, and so from a cmake that `pip install cmake` brought.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["CUDACXX"] = compiler()
+    for command in (["cmake", "-B", str(folder), "-S", str(ROOT)], ["cmake", "--build", str(folder)]):
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        done = subprocess.run(command, env=environment, **pipe)
         if done.returncode != 0:
-            lines = done.stdout.strip().splitlines()
-            error = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no reason given")
-            raise BuildError(f"{' '.join(command)}: {error}", done.stdout)
+            raise BuildError(f"{' '.join(command)}: {first_error(done.stdout)}", done.stdout)
     return folder / LIBRARY
 
 

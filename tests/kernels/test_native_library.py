@@ -228,14 +228,19 @@ def test_without_a_toolkit_cmake_says_what_to_do(cmake):
 
 
 @pytest.mark.slow
-def test_a_compiler_that_does_not_work_is_told_apart_from_none(cmake, tmp_path):
+@pytest.mark.parametrize("named", [True, False])
+def test_a_compiler_that_does_not_work_is_told_apart_from_none(cmake, tmp_path, named):
     (tmp_path / "nvcc").write_text("#!/bin/sh\necho 'error: unsupported GNU version!' >&2\nexit 1\n")
     (tmp_path / "nvcc").chmod(0o755)
-    done = cmake("-B", "build", "-S", ROOT, PATH="/usr/bin:/bin", CUDACXX=str(tmp_path / "nvcc"))
+    environment = {"PATH": "/usr/bin:/bin", "CUDACXX": str(tmp_path / "nvcc")}
+    if not named:
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = cmake("-B", "build", "-S", ROOT, **environment)
     assert done.returncode == 1
     said = " ".join(done.stdout.split())
-    assert f"CUDACXX={tmp_path}/nvcc is no CUDA compiler that works here, so the native library cannot be built" in said
-    assert "unsupported GNU version!" in (tmp_path / "build" / "CMakeFiles" / "CMakeConfigureLog.yaml").read_text()
+    assert f"{tmp_path}/nvcc is no CUDA compiler that works here, so the native library cannot be built" in said
+    logs = Path(re.search(r"What it said is in a log in (\S+);", said).group(1)).iterdir()
+    assert any("unsupported GNU version!" in path.read_text() for path in logs if path.is_file())
 
 
 @pytest.mark.slow
@@ -255,10 +260,30 @@ def test_cmake_builds_the_library(cmake, tmp_path):
     version, architectures = re.search(
         r"fastdeit_native: CUDA ([\d.]+), architectures (\S+)", configured.stdout
     ).groups()
-    if int(version.split(".")[0]) >= 13:
-        assert architectures == "75"
-        pytest.skip(f"CUDA {version} built the library, but does not compile for sm_70, which remains unchecked here")
-    assert architectures == "70;75-real"
+    assert architectures == ("75" if int(version.split(".")[0]) >= 13 else "70;75-real")
+
+
+_OLDER = """#!/bin/bash
+for each in "$@"; do
+    [ "$each" = --version ] && echo "Cuda compilation tools, release 12.9, V12.9.86" && exit
+done
+exec {nvcc} "${{@//_70/_75}}"
+"""
+
+
+@pytest.mark.slow
+def test_a_toolkit_before_cuda_13_is_asked_for_volta(cmake, tmp_path):
+    """What CMake asks of an nvcc that says it is 12.9; the one that is here compiles for Turing instead."""
+    if (nvcc := _setup().compiler()) is None:
+        pytest.skip("there is no nvcc here, so CMake configures nothing")
+    (tmp_path / "nvcc").write_text(_OLDER.format(nvcc=nvcc))
+    (tmp_path / "nvcc").chmod(0o755)
+    done = cmake("-B", "build", "-S", ROOT, PATH="/usr/bin:/bin", CUDACXX=str(tmp_path / "nvcc"))
+    assert done.returncode == 0, done.stdout
+    assert "fastdeit_native: CUDA 12.9.86, architectures 70;75-real" in done.stdout
+    flags = (tmp_path / "build" / "CMakeFiles" / "fastdeit_native.dir" / "flags.make").read_text()
+    wanted = {"arch=compute_70,code=[compute_70,sm_70]", "arch=compute_75,code=[sm_75]"}
+    assert set(re.findall(r"--generate-code=(\S+?\])", flags)) == wanted
 
 
 # ---- pip -------------------------------------------------------------------------------------------------------------
@@ -315,6 +340,35 @@ def test_where_nvcc_is_looked_for(setup, monkeypatch):
     assert setup.missing() == "cmake is not here: pip install cmake"
     monkeypatch.setenv("CUDACXX", "/opt/other/nvcc")
     assert setup.compiler() == "/opt/other/nvcc"
+
+
+def test_cmake_is_run_without_what_pip_hides_from_python(setup, monkeypatch, tmp_path):
+    """The cmake of `pip install cmake` is a script in Python. Its failure is the reason, in a line."""
+    (tmp_path / "cmake").write_text('#!/bin/sh\necho "error: ${PYTHONPATH-none}, ${CUDACXX-none}"\nexit 1\n')
+    (tmp_path / "nvcc").touch()
+    for name in ("cmake", "nvcc"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("PYTHONPATH", "/of/pip")
+    monkeypatch.delenv("CUDACXX", raising=False)
+    with pytest.raises(setup.BuildError, match=f"^cmake -B .*: error: none, {tmp_path}/nvcc$"):
+        setup.build_library(tmp_path / "build")
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "-- found\nCMake Error at C.txt:5 (message):\n  no nvcc.  Set\n  CUDACXX.\n\n\n-- errors!",
+            "no nvcc.  Set CUDACXX.",
+        ),
+        ("[ 50%] Building\na.cu(3): error: broken\n1 error detected", "a.cu(3): error: broken"),
+        ("it ends like this", "it ends like this"),
+        ("", "no reason given"),
+    ],
+)
+def test_the_first_error_of_cmake_is_the_reason(setup, said, reason):
+    assert setup.first_error(said) == reason
 
 
 @pytest.fixture
