@@ -27,7 +27,8 @@ BATCH = 16
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure what `args.what` says and append its rows to `--out`, count a step, or report what was measured."""
+    """Measure what `args.what` says and append its rows to `--out`; or measure or count a step, or report what was
+    measured, and print that."""
     if args.what == "report":
         from fastdeit.bench import report
 
@@ -44,6 +45,11 @@ def main(args: argparse.Namespace) -> None:
         count_command.main(args)
         return
     device = pick_device(args.device)
+    if args.what == "overhead":
+        from fastdeit.bench import overhead
+
+        overhead.main(args, device)
+        return
     if args.what in ("suite", "calibrate"):
         from fastdeit.bench import calibrate, suite
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -325,12 +326,22 @@ def _our_step(wanted: Cell, device: torch.device, capture: str) -> Side:
 
 
 def engine(
-    wanted: Cell, device: torch.device, capture: str, tuning: kernels.Tuning | None = None
+    wanted: Cell,
+    device: torch.device,
+    capture: str,
+    tuning: kernels.Tuning | None = None,
+    cached: Path | None = None,
 ) -> tuple[Engine, float, int]:
-    """(engine for the steps of a cell, their FLOPs, the steps before the first that is like all others)"""
+    """(engine for the steps of a cell, their FLOPs, the steps before the first that is like all others)
+
+    cached  a cache of a teacher's logits, from which the steps of a cell without a teacher then learn
+    """
     _check_capture(device, capture)
     model, judge = models.build(wanted.model, **wanted.options), teacher(wanted)
-    if judge is None:
+    if cached is not None:
+        kind, config = methods.find("distill"), methods.config("distill")(cached=str(cached))
+        context = Context(CLASSES, 1, 1, lambda config: None, EmaTeacher)
+    elif judge is None:
         kind, config = methods.find("supervised"), methods.config("supervised")()
         context = Context(CLASSES, 1, 1, lambda config: None, EmaTeacher)
     else:

@@ -1,4 +1,4 @@
-"""`fastdeit bench step`, `forward`, `train`, `data`, `suite`, `calibrate`, `count`, `parity` and `report`."""
+"""`fastdeit bench step`, `forward`, `train`, `data`, `overhead`, `suite`, `calibrate`, `count`, `parity`, `report`."""
 
 import argparse
 
@@ -40,10 +40,14 @@ def _verb(what: str, help: str, usage: str, example: str) -> Verb:
 
 def _add_measuring(verb: Verb) -> None:
     """What every measurement has."""
+    _add_rounds(verb)
+    verb.parser.add_argument("--out", type=path, metavar="FILE", help="append the rows to this file")
+
+
+def _add_rounds(verb: Verb) -> None:
     add = verb.parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--rounds", type=positive, default=5, metavar="N", help="measurements of each side (default: 5)")
-    add("--out", type=path, metavar="FILE", help="append the rows to this file")
 
 
 def _add_peers(verb: Verb, default: str) -> None:
@@ -55,10 +59,10 @@ def _add_peers(verb: Verb, default: str) -> None:
     )
 
 
-def _add_cell(verb: Verb, batch: str = "16") -> None:
+def _add_cell(verb: Verb, batch: str = "16", model: str = "deit_tiny_patch16_224") -> None:
     """Which network, and at which size."""
     add = verb.parser.add_argument
-    add("--model", default="deit_tiny_patch16_224", metavar="NAME", help="default: deit_tiny_patch16_224")
+    add("--model", default=model, metavar="NAME", help=f"default: {model}")
     add("--batch", type=positive, metavar="N", help=f"images per batch (default: {batch})")
     add("--image-size", type=positive, metavar="N", help="pixels of a side (default: the model's)")
     add("--precision", choices=("fp32", "fp16", "bf16"), help="default: bf16, fp16 before sm_80, fp32 on a CPU")
@@ -143,6 +147,17 @@ _add("--batch", type=positive, metavar="N", help="images per batch (default: 64)
 _add("--peer", choices=(*DATA_PEERS, "all", "none"), default="timm", help="what to measure with it (default: timm)")
 _add_measuring(DATA)
 
+OVERHEAD = _verb(
+    "overhead",
+    "what a teacher, a cache of its answers, the average and the log add to a step",
+    f"{_CELL}\n       [--teacher NAME] [--device auto|cpu|cuda] [--rounds N]",
+    "fastdeit bench overhead --model deit_base_distilled_patch16_224 --batch 256 --teacher regnety_160  # on a GPU",
+)
+_add_cell(OVERHEAD, model="deit_tiny_distilled_patch16_224")
+_add = OVERHEAD.parser.add_argument
+_add("--teacher", default="regnety_002", metavar="NAME", help="timm model that teaches (default: regnety_002)")
+_add_rounds(OVERHEAD)
+
 SUITE = _verb(
     "suite",
     "the grid of steps and forwards of DeiT, the most telling first",
@@ -216,6 +231,7 @@ VERBS = {
     "bench forward": FORWARD,
     "bench train": TRAIN,
     "bench data": DATA,
+    "bench overhead": OVERHEAD,
     "bench suite": SUITE,
     "bench calibrate": CALIBRATE,
     "bench parity": PARITY,
