@@ -16,7 +16,8 @@ class Phase(Protocol):
     until: int | None
     trains: Sequence[str] | None
 
-    def holds(self, parameter: str) -> bool: ...
+    def holds(self, parameter: str) -> bool:
+        """Whether it trains the parameter of that name."""
 
 
 class PhaseError(ValueError):

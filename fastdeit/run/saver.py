@@ -33,11 +33,14 @@ class Phases(Protocol):
     """The phase that training is in."""
 
     @property
-    def phase(self) -> Any: ...
+    def phase(self) -> Any:
+        """The one that is under way."""
 
-    def resume(self, name: str, engine: Engine) -> None: ...
+    def resume(self, name: str, engine: Engine) -> None:
+        """Make the phase called `name` that of the engine."""
 
-    def enter(self, epoch: int, engine: Engine) -> bool: ...
+    def enter(self, epoch: int, engine: Engine) -> bool:
+        """Make the phase of `epoch` that of the engine; whether it is another than before."""
 
 
 class PoisonedError(Exception):
