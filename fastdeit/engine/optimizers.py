@@ -1,5 +1,7 @@
 """The optimizers that `options.OPTIMIZERS` names. Third parties plug in by import path."""
 
+from typing import Any
+
 from fastdeit import kernels
 from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.lamb import lamb_update
@@ -7,6 +9,17 @@ from fastdeit.engine.muon import muon_update
 from fastdeit.engine.optim import Optimizer, Update
 from fastdeit.engine.options import AdamWOptions, LambOptions, MuonOptions, SgdOptions, shipped
 from fastdeit.plugins import load, load_shipped
+
+
+def _of_all(lists: Update) -> dict[str, Any]:
+    """The arguments that the fused updates of all optimizers have."""
+    return {
+        "weight_decay": lists.weight_decay,
+        "grad_scale": lists.verdict.factor,
+        "found_inf": lists.verdict.skip,
+        "ema": lists.ema,
+        "ema_decay": lists.ema_decay,
+    }
 
 
 class AdamW(Optimizer):
@@ -25,11 +38,7 @@ class AdamW(Optimizer):
             lists.lr,
             betas=self.options.betas,
             eps=self.options.eps,
-            weight_decay=lists.weight_decay,
-            grad_scale=lists.verdict.factor,
-            found_inf=lists.verdict.skip,
-            ema=lists.ema,
-            ema_decay=lists.ema_decay,
+            **_of_all(lists),
         )
 
 
@@ -57,11 +66,7 @@ class Lamb(Optimizer):
             lists.lr,
             betas=self.options.betas,
             eps=self.options.eps,
-            weight_decay=lists.weight_decay,
-            grad_scale=lists.verdict.factor,
-            found_inf=lists.verdict.skip,
-            ema=lists.ema,
-            ema_decay=lists.ema_decay,
+            **_of_all(lists),
         )
 
 
@@ -82,11 +87,7 @@ class Sgd(Optimizer):
             momentum=self.options.momentum,
             nesterov=self.options.nesterov,
             decoupled=self.options.decoupled_decay,
-            weight_decay=lists.weight_decay,
-            grad_scale=lists.verdict.factor,
-            found_inf=lists.verdict.skip,
-            ema=lists.ema,
-            ema_decay=lists.ema_decay,
+            **_of_all(lists),
         )
 
 

@@ -115,20 +115,9 @@ def to_patches(x: Tensor, patch_size: int) -> Tensor:
 # ---- host ------------------------------------------------------------------------------------------------------------
 
 
-def host_patchify(
-    images: Tensor,
-    patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    partner: Tensor | None,
-    lam: Tensor | None,
-    box: Tensor | None,
-    boxes: Tensor | None,
-    keys: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def host_patchify(images: Tensor, patch_size: int, *others: Any) -> Tensor:
     """`host_pixels` as patches."""
-    return to_patches(host_pixels(images, mean, std, partner, lam, box, boxes, keys, dtype), patch_size)
+    return to_patches(host_pixels(images, *others), patch_size)
 
 
 def _host_capability(device: torch.device, forced: bool) -> tuple[bool, str]:
@@ -300,18 +289,15 @@ def _render(
     images: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
-    partner: Tensor | None,
-    lam: Tensor | None,
-    box: Tensor | None,
-    boxes: Tensor | None,
-    keys: Tensor | None,
+    *tensors: Tensor | None,
 ) -> Tensor:
-    """Fill `out` in one launch: cells of (height, width) pixels one after the other, `plane` pixels to a channel."""
+    """Fill `out` in one launch: cells of (height, width) pixels one after the other, `plane` pixels to a channel.
+    `tensors` are partner, lam, box, boxes and keys."""
     _triton.require_dtypes(out)
     batch, height, width, _ = images.shape
-    if partner is not None:
-        _checks.check_index("partner", partner, batch)
-    images, *plan = (None if t is None else t.contiguous() for t in (images, partner, lam, box, boxes, keys))
+    if tensors[0] is not None:
+        _checks.check_index("partner", tensors[0], batch)
+    images, *plan = (None if t is None else t.contiguous() for t in (images, *tensors))
     # Runs fill a store of 128 bits where the cells' width and the address of the images let them.
     run = math.gcd(cell[1], 16 // out.element_size(), images.data_ptr())
     grid = (batch * _triton.cdiv(height * width, _PIXELS),)
@@ -322,40 +308,21 @@ def _render(
     return out
 
 
-def triton_pixels(
-    images: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    partner: Tensor | None,
-    lam: Tensor | None,
-    box: Tensor | None,
-    boxes: Tensor | None,
-    keys: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def triton_pixels(images: Tensor, *plan: Any) -> Tensor:
     """`reference_pixels` in one launch: an image's rows are its cells, the whole image is a plane."""
     batch, height, width, channels = images.shape
+    *plan, dtype = plan
     out = torch.empty(batch, channels, height, width, dtype=dtype, device=images.device)
-    return _render(out, (1, width), height * width, images, mean, std, partner, lam, box, boxes, keys)
+    return _render(out, (1, width), height * width, images, *plan)
 
 
-def triton_patchify(
-    images: Tensor,
-    patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    partner: Tensor | None,
-    lam: Tensor | None,
-    box: Tensor | None,
-    boxes: Tensor | None,
-    keys: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def triton_patchify(images: Tensor, patch_size: int, *plan: Any) -> Tensor:
     """`reference_patchify` in one launch: patches are the cells, and each is a plane."""
     batch, height, width, channels = images.shape
+    *plan, dtype = plan
     p = patch_size
     out = torch.empty(batch, height * width // (p * p), channels * p * p, dtype=dtype, device=images.device)
-    return _render(out, (p, p), p * p, images, mean, std, partner, lam, box, boxes, keys)
+    return _render(out, (p, p), p * p, images, *plan)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ read the step themselves, so the order of programs does not matter. SGD counts n
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,6 +30,27 @@ from torch import Tensor
 from fastdeit.kernels import _triton
 
 MUTATED = "params", "exp_avgs", "exp_avg_sqs", "step", "ema", "copies"
+
+
+class AdamArguments(NamedTuple):
+    """The arguments of the ops `fused_adamw` and `fused_lamb`, as their references have them."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    step: Tensor
+    lr: Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    ema: Sequence[Tensor]
+    ema_decay: float
+    copies: Sequence[Tensor]
+
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 

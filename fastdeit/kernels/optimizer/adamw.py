@@ -7,6 +7,7 @@ moves just these, in one pass.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -52,46 +53,31 @@ def reference(
     _update.follow(params, skip, ema, ema_decay, copies)
 
 
-def aten(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    ema: Sequence[Tensor],
-    ema_decay: float,
-    copies: Sequence[Tensor],
-) -> None:
+def aten(*arguments: Any) -> None:
     """The same by the kernel of `torch.optim.AdamW(fused=True)`: one pass over the tensors, which skips by itself."""
-    skip = _update.skipped(found_inf)
+    a = _update.AdamArguments(*arguments)
+    skip = _update.skipped(a.found_inf)
     if skip is True:
         return
     torch._fused_adamw_(
-        params,
+        a.params,
         # Scaled out of place: the kernel's own grad_scale divides, and overwrites the gradients.
-        _update.gradients(params, grads, grad_scale),
-        exp_avgs,
-        exp_avg_sqs,
+        _update.gradients(a.params, a.grads, a.grad_scale),
+        a.exp_avgs,
+        a.exp_avg_sqs,
         [],
-        [step + 1] * len(params),
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
+        [a.step + 1] * len(a.params),
+        lr=a.lr,
+        beta1=a.beta1,
+        beta2=a.beta2,
+        weight_decay=a.weight_decay,
+        eps=a.eps,
         amsgrad=False,
         maximize=False,
         found_inf=None if skip is False else skip.float(),
     )
-    _update.write(skip, [step], [step + 1])
-    _update.follow(params, skip, ema, ema_decay, copies)
+    _update.write(skip, [a.step], [a.step + 1])
+    _update.follow(a.params, skip, a.ema, a.ema_decay, a.copies)
 
 
 def _aten_capability(device: torch.device, forced: bool) -> tuple[bool, str]:
@@ -178,28 +164,13 @@ def update(
         _triton.launch(_adamw_kernel, (part.chunks,), *arguments, warps=_multi_tensor.WARPS, **constants)
 
 
-def triton_adamw(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    ema: Sequence[Tensor],
-    ema_decay: float,
-    copies: Sequence[Tensor],
-) -> None:
+def triton_adamw(*arguments: Any) -> None:
     """`reference` in one pass over the tensors."""
-    grads = [grad.contiguous() for grad in grads]
-    parts = _multi_tensor.split(params, grads, exp_avgs, exp_avg_sqs, ema, copies)
-    schedule = _update.make_schedule(step, lr, beta1, beta2, grad_scale, found_inf)
-    update(parts, schedule, found_inf, beta1, beta2, eps, weight_decay, ema_decay)
+    a = _update.AdamArguments(*arguments)
+    grads = [grad.contiguous() for grad in a.grads]
+    parts = _multi_tensor.split(a.params, grads, a.exp_avgs, a.exp_avg_sqs, a.ema, a.copies)
+    schedule = _update.make_schedule(a.step, a.lr, a.beta1, a.beta2, a.grad_scale, a.found_inf)
+    update(parts, schedule, a.found_inf, a.beta1, a.beta2, a.eps, a.weight_decay, a.ema_decay)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------

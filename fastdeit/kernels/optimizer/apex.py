@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,85 +45,41 @@ def capability(device: torch.device, forced: bool) -> tuple[bool, str]:
     return device.type == "cuda", "NVIDIA apex" if device.type == "cuda" else "apex needs a CUDA device"
 
 
-def adamw(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    ema: Sequence[Tensor],
-    ema_decay: float,
-    copies: Sequence[Tensor],
-) -> None:
+def adamw(*arguments: Any) -> None:
     """AdamW by `multi_tensor_adam_capturable`."""
-    lists, flag, scale, lr = _inputs(params, grads, exp_avgs, exp_avg_sqs, lr, grad_scale, found_inf)
-    numbers = lr, beta1, beta2, eps, (step + 1).int(), _DECOUPLED_DECAY, _BIAS_CORRECTION, weight_decay
+    a = _update.AdamArguments(*arguments)
+    lists, flag, scale, lr = _inputs(a)
+    numbers = lr, a.beta1, a.beta2, a.eps, (a.step + 1).int(), _DECOUPLED_DECAY, _BIAS_CORRECTION, a.weight_decay
     _kernels().multi_tensor_adam_capturable(_CHUNK, flag, lists, *numbers, scale)
-    _finish(params, step, flag, ema, ema_decay, copies)
+    _finish(a, flag)
 
 
-def lamb(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    ema: Sequence[Tensor],
-    ema_decay: float,
-    copies: Sequence[Tensor],
-) -> None:
+def lamb(*arguments: Any) -> None:
     """LAMB by `multi_tensor_lamb_mp`."""
-    lists, flag, scale, lr = _inputs(params, grads, exp_avgs, exp_avg_sqs, lr, grad_scale, found_inf)
+    a = _update.AdamArguments(*arguments)
+    lists, flag, scale, lr = _inputs(a)
     norm, limit = torch.zeros_like(scale), torch.ones_like(scale)  # below the limit: clipping is in the scale already
-    numbers = lr, beta1, beta2, eps, (step + 1).int(), _BIAS_CORRECTION, weight_decay, _GRAD_AVERAGING, _DECOUPLED_DECAY
-    _kernels().multi_tensor_lamb_mp(_CHUNK, flag, lists, *numbers, norm, limit, _USE_NVLAMB, flag.float(), scale)
-    _finish(params, step, flag, ema, ema_decay, copies)
+    numbers = lr, a.beta1, a.beta2, a.eps, (a.step + 1).int(), _BIAS_CORRECTION, a.weight_decay
+    modes = _GRAD_AVERAGING, _DECOUPLED_DECAY, norm, limit, _USE_NVLAMB
+    _kernels().multi_tensor_lamb_mp(_CHUNK, flag, lists, *numbers, *modes, flag.float(), scale)
+    _finish(a, flag)
 
 
-def _inputs(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    lr: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> tuple[list[Sequence[Tensor]], Tensor, Tensor, Tensor]:
+def _inputs(a: _update.AdamArguments) -> tuple[list[Sequence[Tensor]], Tensor, Tensor, Tensor]:
     """apex's lists, its int32 flag to skip, and the factor of the gradients and lr as float32, all on the device."""
-    _triton.require(params[0].dtype == torch.float32, f"apex does not update {params[0].dtype}")
-    dense = all(t.is_contiguous() for tensors in (params, exp_avgs, exp_avg_sqs) for t in tensors)
+    _triton.require(a.params[0].dtype == torch.float32, f"apex does not update {a.params[0].dtype}")
+    dense = all(t.is_contiguous() for tensors in (a.params, a.exp_avgs, a.exp_avg_sqs) for t in tensors)
     _triton.require(dense, "apex does not take tensors that are not contiguous")
-    device = params[0].device
-    flag = torch.zeros(1, device=device) if found_inf is None else found_inf.reshape(1)
-    scale = torch.ones((), device=device) if grad_scale is None else grad_scale.float()
+    device = a.params[0].device
+    flag = torch.zeros(1, device=device) if a.found_inf is None else a.found_inf.reshape(1)
+    scale = torch.ones((), device=device) if a.grad_scale is None else a.grad_scale.float()
     # A host's lr is filled in by a kernel: copying it would make the host wait.
-    lr = torch.full((), float(lr), device=device) if _update.host_may_look(lr) else lr.float()
-    grads = [torch.empty_like(p).copy_(g) for p, g in zip(params, grads, strict=True)]
-    return [grads, params, exp_avgs, exp_avg_sqs], (flag != 0).int(), scale, lr
+    lr = torch.full((), float(a.lr), device=device) if _update.host_may_look(a.lr) else a.lr.float()
+    grads = [torch.empty_like(p).copy_(g) for p, g in zip(a.params, a.grads, strict=True)]
+    return [grads, a.params, a.exp_avgs, a.exp_avg_sqs], (flag != 0).int(), scale, lr
 
 
-def _finish(
-    params: Sequence[Tensor],
-    step: Tensor,
-    flag: Tensor,
-    ema: Sequence[Tensor],
-    ema_decay: float,
-    copies: Sequence[Tensor],
-) -> None:
+def _finish(a: _update.AdamArguments, flag: Tensor) -> None:
     skip = flag[0] != 0
-    _update.write(skip, [step], [step + 1])
-    _update.follow(params, skip, ema, ema_decay, copies)
+    _update.write(skip, [a.step], [a.step + 1])
+    _update.follow(a.params, skip, a.ema, a.ema_decay, a.copies)

@@ -13,6 +13,7 @@ one program a tensor adds the chunks' sums in a fixed order, so that every run h
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -211,33 +212,18 @@ def _trusting_update(
     _triton.launch(_apply_kernel, (part.chunks,), *applied, *numbers, COPY=part.types[5], **constants)
 
 
-def triton_lamb(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    ema: Sequence[Tensor],
-    ema_decay: float,
-    copies: Sequence[Tensor],
-) -> None:
+def triton_lamb(*arguments: Any) -> None:
     """`reference` in two passes over the tensors, in one where there is no decay."""
-    grads = [grad.contiguous() for grad in grads]
-    parts = _multi_tensor.split(params, grads, exp_avgs, exp_avg_sqs, ema, copies)
-    schedule = _update.make_schedule(step, lr, beta1, beta2, grad_scale, found_inf)
-    numbers = beta1, beta2, eps, weight_decay, ema_decay
-    if weight_decay == 0:
-        adamw.update(parts, schedule, found_inf, *numbers)
+    a = _update.AdamArguments(*arguments)
+    grads = [grad.contiguous() for grad in a.grads]
+    parts = _multi_tensor.split(a.params, grads, a.exp_avgs, a.exp_avg_sqs, a.ema, a.copies)
+    schedule = _update.make_schedule(a.step, a.lr, a.beta1, a.beta2, a.grad_scale, a.found_inf)
+    numbers = a.beta1, a.beta2, a.eps, a.weight_decay, a.ema_decay
+    if a.weight_decay == 0:
+        adamw.update(parts, schedule, a.found_inf, *numbers)
         return
     for part in parts:
-        _trusting_update(part, schedule, found_inf, *numbers)
+        _trusting_update(part, schedule, a.found_inf, *numbers)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
