@@ -9,7 +9,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastdeit import kernels, rng
+from fastdeit.batch import Batch
 from fastdeit.data.bad import BadList
 from fastdeit.data.examine import fault
 from fastdeit.data.loader import EvalLoader, TrainLoader
@@ -300,105 +301,182 @@ class Parts:
 
 def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Callable[..., str]) -> dict[str, Any]:
     """Train from step `start` to the end and return the summary; `again(*overrides)` is the command to go on with."""
-    recipe, world, log, method = parts.recipe, parts.world, parts.log, parts.method
-    engine, schedule, length = parts.engine, parts.schedule, parts.length
-    steps_per_epoch, total, eval_every = length.steps_per_epoch, length.total, length.eval_every
-    log_every = recipe.engine.log_every
-    save_every = max(1, round(steps_per_epoch * recipe.engine.checkpoint_every))
-    measured_steps = math.ceil(_MEASURED_IMAGES / recipe.train.batch_size)
-    rates = schedule_of(recipe, length)
-    step, save_is_due, size = start, False, None
-    steady = False  # whether the next step is like the last one: else code may be compiled in it
-
-    def measure_average() -> None:
-        if engine.ema is not None and engine.ema.stale:
-            seed_torch(recipe.train.seed, step, world.rank)
-            with closing(parts.loader.batches(max(0, step - measured_steps), step)) as newest:
-                engine.measure_average(newest)
-
-    def evaluate_now() -> None:
-        world.at("an evaluation", patient=True)
-        measure_average()
-        method.eval()
-        results = {"": parts.held_out(method.evaluators())}
-        if engine.ema is not None:
-            with engine.ema.applied():
-                results["_ema"] = parts.held_out(method.evaluators())
-        method.train()
-        log.evaluation(step, results, record, parts.bad_images())
-
-    health = Health(engine, parts.saver, run_dir, start, log.say, again)
-    stream = parts.loader.batches(start, total)
-    with health.explaining(), parts.saver.ending(log.say), closing(stream) as batches:
+    log, length = parts.log, parts.length
+    loop = Loop(parts, run_dir, start, record, again)
+    stream = parts.loader.batches(start, length.total)
+    with loop.health.explaining(), parts.saver.ending(log.say), closing(stream) as batches:
         check_metrics(parts, start, record)
-        method.train()
-        if 0 < start != record.evaluated_step and (start % eval_every == 0 or start == total):
-            evaluate_now()  # the run was stopped after the last step of an epoch, before its evaluation
-        while step < total and not log.ends_early(record):
-            if step % steps_per_epoch == 0 or step == start:
-                epoch = step // steps_per_epoch
-                if schedule.ends_before(epoch) and step % log_every:  # a line of the log is of one phase
-                    log.training(step, engine, record, learning_rate(step - 1, **rates))
-                if schedule.enter(epoch, engine):
-                    steady = False
-                    log.say(f"epoch {epoch}: phase {schedule.phase.name}")
-                if size != (size := build.scheduled_size(recipe, epoch)):
-                    steady = False
-                    log.say(f"epoch {epoch}: images of {size[0]} x {size[1]} pixels")
-                    engine.resized()
-                method.on_epoch(epoch, engine)
-            seed_torch(recipe.train.seed, step, world.rank)
-            began = time.perf_counter()
-            world.at("the batch of a step", patient=not steady)
-            micro_batches = [batch.to(world.device) for batch in next(batches)]
-            waited = time.perf_counter() - began
-            lr = learning_rate(step, **rates)
-            world.at("the computation of a step", patient=not steady)
-            engine.step(micro_batches, lr)
-            health.step = step = step + 1
-            steady = not parts.tuning.changed
-            world.at("the end of a step", patient=not steady)
-            if parts.tuning.changed:
-                log.environment()
-
-            finished = step == total
-            stop = world.stop_requested() and not finished
-            logs = finished or step % log_every == 0
-            evaluates = finished or (step % eval_every == 0 and not stop)
-            # Not in a row of skipped steps: what made the first of them bad may be in the data or in the weights.
-            save_is_due = save_is_due or step % save_every == 0
-            saves = finished or stop or (save_is_due and not engine.guard.in_row())
-            if logs or evaluates or saves:
-                world.synchronize()  # what is still queued on the device belongs to the time of these steps
-            record.add(recipe.train.batch_size, time.perf_counter() - began, waited)
-            log.step(step)
-            if logs:
-                log.training(step, engine, record, lr)
-            if logs or evaluates or saves:
-                if save_failed(parts, run_dir, record, evaluates or saves or recipe.engine.on_spike == "rollback"):
-                    save_is_due, saves = True, saves or not engine.guard.in_row()
-                health.look(epoch)
-            if evaluates:
-                evaluate_now()
-            ends = evaluates and log.ends_early(record)
-            if ends and not logs:
-                log.training(step, engine, record, lr)
-            if saves or ends or (evaluates and record.best_step == step):  # the best is kept, so it must be on disk
-                world.at("a checkpoint", patient=True)
-                measure_average()
-                record.kernels, record.clock = parts.tuning.state(), log.clock.state()
-                try:
-                    parts.saver.save(run_dir, step, record, wait=finished or stop or ends)
-                    save_is_due = False
-                except CheckpointError as error:
-                    if finished or stop or ends:  # there is no next time
-                        raise
-                    log.not_saved(error)
-            if stop:
-                raise Interrupted(f"interrupted at step {step} of {total}; everything is saved, go on with {again()}")
-        if step < total:
-            log.say(f"stopped at step {step}: {recipe.train.stop_after} evaluations in a row brought no new best")
+        parts.method.train()
+        if 0 < start != record.evaluated_step and (start % length.eval_every == 0 or loop.finished):
+            loop.evaluate()  # the run was stopped after the last step of an epoch, before its evaluation
+        while not loop.finished and not log.ends_early(record):
+            if loop.step % length.steps_per_epoch == 0 or loop.step == start:
+                loop.begin_epoch()
+            due = loop.make_step(batches)
+            if due.line:
+                loop.write_line()
+            if due.any:
+                loop.look(due)
+            if due.evaluation:
+                loop.evaluate()
+                if log.ends_early(record):
+                    due.checkpoint = due.last = True
+                    if not due.line:
+                        loop.write_line()
+            if due.checkpoint or (due.evaluation and record.best_step == loop.step):  # the best has to be on disk
+                loop.save(due.last)
+            if due.stop:
+                raise Interrupted(
+                    f"interrupted at step {loop.step} of {length.total}; everything is saved, go on with {again()}"
+                )
+        if not loop.finished:
+            log.say(
+                f"stopped at step {loop.step}: {parts.recipe.train.stop_after} evaluations in a row brought no new best"
+            )
         return log.finish(record, parts.bad_images())
+
+
+@dataclass
+class Due:
+    """What is due after a step: a line of the log, an evaluation, a checkpoint, and the end that a signal asked for.
+
+    last  nothing comes after this step in this process
+    """
+
+    line: bool
+    evaluation: bool
+    checkpoint: bool
+    stop: bool
+    last: bool
+
+    @property
+    def any(self) -> bool:
+        """Whether anything has to be done that costs time."""
+        return self.line or self.evaluation or self.checkpoint
+
+
+class Loop:
+    """What `run_steps` does before, in and after a step.
+
+    step    how many steps are made
+    health  what names the fault when a step fails
+    """
+
+    def __init__(self, parts: Parts, run_dir: Path, start: int, record: Record, again: Callable[..., str]) -> None:
+        self._parts, self._run_dir, self._record = parts, run_dir, record
+        self._recipe, self._length, self._engine = parts.recipe, parts.length, parts.engine
+        self.step, self.health = start, Health(parts.engine, parts.saver, run_dir, start, parts.log.say, again)
+        self._rates = schedule_of(parts.recipe, parts.length)
+        self._save_every = max(1, round(parts.length.steps_per_epoch * parts.recipe.engine.checkpoint_every))
+        self._save_is_due = False
+        self._epoch, self._size = 0, None
+        self._steady = False  # whether the next step is like the last one: else code may be compiled in it
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps of the run are made."""
+        return self.step == self._length.total
+
+    def begin_epoch(self) -> None:
+        """Enter the phase and the image size of the epoch that the next step belongs to."""
+        schedule, log, engine = self._parts.schedule, self._parts.log, self._engine
+        self._epoch = epoch = self.step // self._length.steps_per_epoch
+        if schedule.ends_before(epoch) and self.step % self._recipe.engine.log_every:
+            self.write_line()  # a line of the log is of one phase
+        if schedule.enter(epoch, engine):
+            self._steady = False
+            log.say(f"epoch {epoch}: phase {schedule.phase.name}")
+        if self._size != (size := build.scheduled_size(self._recipe, epoch)):
+            self._size, self._steady = size, False
+            log.say(f"epoch {epoch}: images of {size[0]} x {size[1]} pixels")
+            engine.resized()
+        self._parts.method.on_epoch(epoch, engine)
+
+    def make_step(self, batches: Iterator[Sequence[Batch]]) -> Due:
+        """Take the next batch, make a step with it, and return what is due now."""
+        parts, world, recipe = self._parts, self._parts.world, self._recipe
+        seed_torch(recipe.train.seed, self.step, world.rank)
+        began = time.perf_counter()
+        world.at("the batch of a step", patient=not self._steady)
+        micro_batches = [batch.to(world.device) for batch in next(batches)]
+        waited = time.perf_counter() - began
+        world.at("the computation of a step", patient=not self._steady)
+        self._engine.step(micro_batches, learning_rate(self.step, **self._rates))
+        self.health.step = self.step = self.step + 1
+        self._steady = not parts.tuning.changed
+        world.at("the end of a step", patient=not self._steady)
+        if parts.tuning.changed:
+            parts.log.environment()
+        due = self._due()
+        if due.any:
+            world.synchronize()  # what is still queued on the device belongs to the time of these steps
+        self._record.add(recipe.train.batch_size, time.perf_counter() - began, waited)
+        parts.log.step(self.step)
+        return due
+
+    def _due(self) -> Due:
+        stop = self._parts.world.stop_requested() and not self.finished
+        last = self.finished or stop
+        self._save_is_due = self._save_is_due or self.step % self._save_every == 0
+        return Due(
+            line=self.finished or self.step % self._recipe.engine.log_every == 0,
+            evaluation=self.finished or (self.step % self._length.eval_every == 0 and not stop),
+            checkpoint=last or (self._save_is_due and self._may_save),
+            stop=stop,
+            last=last,
+        )
+
+    @property
+    def _may_save(self) -> bool:
+        """Not in a row of skipped steps: what made the first of them bad may be in the data or in the weights."""
+        return not self._engine.guard.in_row()
+
+    def write_line(self) -> None:
+        """Log the training since the line before."""
+        self._parts.log.training(self.step, self._engine, self._record, learning_rate(self.step - 1, **self._rates))
+
+    def look(self, due: Due) -> None:
+        """Find out whether a step or a checkpoint has failed meanwhile. A checkpoint that failed is due again."""
+        wait = due.evaluation or due.checkpoint or self._recipe.engine.on_spike == "rollback"
+        if save_failed(self._parts, self._run_dir, self._record, wait):
+            self._save_is_due, due.checkpoint = True, due.checkpoint or self._may_save
+        self.health.look(self._epoch)
+
+    def evaluate(self) -> None:
+        """Evaluate the weights and, where there is one, their average."""
+        method, ema = self._parts.method, self._engine.ema
+        self._parts.world.at("an evaluation", patient=True)
+        self._measure_average()
+        method.eval()
+        results = {"": self._parts.held_out(method.evaluators())}
+        if ema is not None:
+            with ema.applied():
+                results["_ema"] = self._parts.held_out(method.evaluators())
+        method.train()
+        self._parts.log.evaluation(self.step, results, self._record, self._parts.bad_images())
+
+    def save(self, last: bool) -> None:
+        """Save a checkpoint. One that cannot be written is made again at the next step; the `last` one raises
+        CheckpointError, because there is no next time."""
+        parts, record = self._parts, self._record
+        parts.world.at("a checkpoint", patient=True)
+        self._measure_average()
+        record.kernels, record.clock = parts.tuning.state(), parts.log.clock.state()
+        try:
+            parts.saver.save(self._run_dir, self.step, record, wait=last)
+            self._save_is_due = False
+        except CheckpointError as error:
+            if last:
+                raise
+            parts.log.not_saved(error)
+
+    def _measure_average(self) -> None:
+        """BatchNorm's statistics of the averaged weights, on the newest batches."""
+        if self._engine.ema is not None and self._engine.ema.stale:
+            seed_torch(self._recipe.train.seed, self.step, self._parts.world.rank)
+            steps = math.ceil(_MEASURED_IMAGES / self._recipe.train.batch_size)
+            with closing(self._parts.loader.batches(max(0, self.step - steps), self.step)) as newest:
+                self._engine.measure_average(newest)
 
 
 def save_failed(parts: Parts, run_dir: Path, record: Record, wait: bool) -> bool:
