@@ -117,7 +117,7 @@ LAYERS: dict[str, set[str]] = {
     "chaos": {"batch", "errors", "data.loader", "engine", "launch", "run"},
     "bench": {
         *("errors", "rng", "fields", "kernels", "batch", "views", "models", "methods", "engine", "recipe", "run"),
-        *("estimate", "feed", "stepping", "data.pixel_ops", "data.plan", "data.sources"),
+        *("estimate", "feed", "stepping", "data.logits", "data.pixel_ops", "data.plan", "data.sources"),
     },
     "verbs": {
         *("version", "cores", "errors", "text", "kernels", "batch", "models", "methods", "engine", "recipe", "run"),

@@ -57,7 +57,8 @@ def measure(wanted: Cell, rounds: int, device: torch.device) -> dict[str, Any]:
         sides: dict[str, Timer] = {}
         ours, _, _ = cells.engine(plain, device, "none")
         sides["undistilled"] = timed(_step_of(ours, plain, device), device)
-        sides |= _updates(ours, device)
+        ours, _, _ = cells.engine(plain, device, "none")
+        sides |= _updates(ours, device)  # which leave weights that nobody has trained
         ours, _, _ = cells.engine(plain, device, "none", cached=cache)
         sides["cached"] = timed(_cached_step(ours, plain, CachedLogits(cache), device), device)
         ours, _, _ = cells.engine(wanted, device, "none")
