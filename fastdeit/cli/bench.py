@@ -183,10 +183,11 @@ _add_measuring(CALIBRATE)
 PARITY = _verb(
     "parity",
     "the same training by fastdeit and by timm, step by step: how far they come apart",
-    "[--case NAME ...] [--steps N] [--batch N] [--image-size N] [--out FILE]",
-    "fastdeit bench parity --case hard  # DeiT's hard distillation; without --case all ways of training, some minutes",
+    "[--peer timm] [--case NAME ...] [--steps N] [--batch N] [--image-size N]\n       [--out FILE]",
+    "fastdeit bench parity --peer timm --case hard  # without --case all ways of training, some minutes",
 )
 _add = PARITY.parser.add_argument
+_add("--peer", choices=("timm",), default="timm", help="what to compare with (default: timm)")
 _add("--case", action="append", choices=PARITY_CASES, help="may be repeated (default: all)")
 _add("--steps", type=positive, default=50, metavar="N", help="a multiple of 5 (default: 50)")
 _add("--batch", type=positive, default=16, metavar="N", help="images per batch, a multiple of 4 (default: 16)")

@@ -40,7 +40,8 @@ def page(experiment: Experiment, rows: Sequence[Row]) -> str:
         "",
         _HOW,
         "",
-        f"`fastdeit experiments run {experiment.name}` has written this page from {experiment.name}.jsonl.",
+        f"`{' '.join(('fastdeit experiments run', experiment.name, *given(experiment, rows)))}` has written this page from "
+        f"{experiment.name}.jsonl.",
     ]
     return "\n".join(lines) + "\n"
 
