@@ -34,7 +34,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels._example": set(),
     "kernels._derivatives": set(),
     "kernels._tried": set(),
-    "kernels._op": {"kernels._derivatives", "kernels._example", "kernels._tried"},
+    "kernels._op": {"kernels._checks", "kernels._derivatives", "kernels._example", "kernels._tried"},
     "kernels._triton": {"kernels._op"},
     "kernels._loss": {"kernels._checks", "kernels._triton"},
     "kernels.noise": set(),

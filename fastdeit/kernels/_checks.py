@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
@@ -57,8 +60,13 @@ def check_index(name: str, index: Tensor, size: int) -> None:
 
 def can_look_at(tensor: Tensor) -> bool:
     """Whether the values of `tensor` may be read to check them: that would stall a device, and break a graph that is
-    being compiled, whose own indexing raises RuntimeError on the CPU."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    being compiled, whose own indexing raises RuntimeError on the CPU. A fake tensor has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(tensor)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether operations on `tensor` make no values: it is of a `FakeTensorMode`, or that mode is on."""
+    return isinstance(tensor, FakeTensor) or torch._C._get_dispatch_mode(_FAKE) is not None
 
 
 def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:

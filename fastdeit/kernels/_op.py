@@ -12,7 +12,8 @@ warning for each set of reasons.
 In eager mode the reference runs under native autograd and any other backend under an `autograd.Function`, since a
 registered op costs ten to twenty microseconds a call. `torch.compile` sees the registered op, which is opaque to it;
 where nothing would run but the reference, it sees that function under native autograd instead, and can fuse it with
-what surrounds it. When the reference is forced, the registered op runs, in eager mode and compiled.
+what surrounds it. When the reference is forced, the registered op runs, in eager mode and compiled. It also runs on
+fake tensors, for which it knows the shapes, dtypes and layouts of its results.
 
 Only PyTorch's own operations follow `torch.func` (vmap, grad, jvp and their compositions) and forward-mode AD. There an
 op that is not forced runs under native autograd, whatever its backends, and one that is forced raises. No backend has a
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdeit.kernels import _derivatives, _tried
+from fastdeit.kernels import _checks, _derivatives, _tried
 from fastdeit.kernels._example import Example
 from fastdeit.kernels._tried import INDUCTOR
 
@@ -159,7 +160,7 @@ class Op:
             return self._run_transformed(args)
         if torch.compiler.is_compiling():
             return (self.native if self._left_to_compiler(_device(args)) else self.registered)(*args)
-        if choice(self.name) == REFERENCE:
+        if choice(self.name) == REFERENCE or _checks.is_fake(_first(args)):
             return self.registered(*args)
         refusals = []
         for backend, _ in self._able(_device(args), args, self._differentiated):
@@ -186,10 +187,8 @@ class Op:
 
     def cast(self, args: Sequence[Any]) -> Sequence[Any]:
         """The arguments as a backend gets them: those that take the autocast dtype have it where autocast is on."""
-        device = _device(args).type
-        if not torch.is_autocast_enabled(device):
-            return args
-        return _to_autocast(args, self._cast, torch.get_autocast_dtype(device))
+        dtype = _tried.autocast_dtype(_device(args).type)
+        return args if dtype is None else _to_autocast(args, self._cast, dtype)
 
     def _left_to_compiler(self, device: torch.device) -> bool:
         # The choice last: Dynamo guards what it reads, so that another one compiles anew, but only where it matters.
@@ -561,11 +560,9 @@ which is as much as many a launch."""
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives `tensor` in the current region; None outside one, and for float64."""
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+    """The dtype that autocast gives `tensor` in the current region; None outside one, for float64, and on the meta
+    device, for which there is no autocast."""
+    return None if tensor.dtype == torch.float64 else _tried.autocast_dtype(tensor.device.type)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

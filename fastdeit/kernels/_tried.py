@@ -57,10 +57,15 @@ def shape_of(args: Sequence[Any], trained: bool) -> Shape:
         rows, tokens, (first, *_) = sum(map(Tensor.numel, first)), len(first), first
         width = _sizes(first)[2]
     dtype, device = _name(first.dtype), first.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != first.dtype:
-        dtype += f" in {_name(torch.get_autocast_dtype(device))}"
+    if autocast_dtype(device) not in (None, first.dtype):
+        dtype += f" in {_name(autocast_dtype(device))}"
     marks = " ".join(filter(None, map(_mark, others)))
     return Shape(1 << max(rows - 1, 0).bit_length(), tokens, width, dtype, marks, trained)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of autocast on devices of that type in the current region; None outside one, and for meta tensors."""
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:

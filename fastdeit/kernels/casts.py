@@ -14,19 +14,23 @@ from fastdeit.kernels import _derivatives, _op
 
 
 def autocast_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in the dtype that autocast gives them here; outside autocast, and in float64, they themselves.
+    """The tensors in the dtype that autocast gives each of them here; outside autocast, and in float64, they
+    themselves.
 
     The gradients of the copies reach the tensors together: those of one call should be of one part of a model, since
     none is there before all are. A tensor that requires no gradient has a copy that requires none.
     """
-    dtype = _op.autocast_dtype(tensors[0])
-    if dtype is None:
-        return list(tensors)
+    dtypes = [_op.autocast_dtype(tensor) or tensor.dtype for tensor in tensors]
     if torch.compiler.is_compiling() or _derivatives.transformed():  # each by itself, for the compiler to fuse
-        return [tensor.to(dtype) for tensor in tensors]
-    others = [tensor for tensor in tensors if tensor.dtype != dtype]  # a frozen network is stored in 16 bit
-    copies = iter(_Copies.apply([dtype] * len(others), *others) if others else ())
-    return [next(copies) if tensor.dtype != dtype else tensor for tensor in tensors]
+        return [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    # A frozen network is stored in 16 bit already.
+    places = [place for place, tensor in enumerate(tensors) if tensor.dtype != dtypes[place]]
+    result = list(tensors)
+    if places:
+        copies = _Copies.apply([dtypes[place] for place in places], *[tensors[place] for place in places])
+        for place, copy in zip(places, copies, strict=True):
+            result[place] = copy
+    return result
 
 
 class _Copies(torch.autograd.Function):

@@ -497,8 +497,21 @@ def _fake_normalize(x: Tensor, samples: Tensor | None, out_dtype: torch.dtype) -
 
 
 @OP.registered.register_fake
-def _(residual, branch, weight, bias, eps, gamma, keep, branch_bias, branch_samples, norm_samples, *others):
-    *_, out_dtype = others
+def _(
+    residual,
+    branch,
+    weight,
+    bias,
+    eps,
+    gamma,
+    keep,
+    branch_bias,
+    branch_samples,
+    norm_samples,
+    branch_places,
+    norm_places,
+    out_dtype,
+):
     return residual.new_empty(residual.shape), *_fake_normalize(residual, norm_samples, out_dtype)
 
 
@@ -508,11 +521,25 @@ def _(x, weight, bias, eps, out_dtype):
 
 
 @OP.registered_backward.register_fake
-def _(dresidual, dnormed, new_residual, branch, weight, mean, rstd, gamma, keep, branch_bias, samples, *others):
-    *_, dtype = others
-    dbranch = new_residual.new_empty(
-        (len(new_residual if samples is None else samples), *new_residual.shape[1:]), dtype=dtype
-    )
+def _(
+    dresidual,
+    dnormed,
+    new_residual,
+    branch,
+    weight,
+    mean,
+    rstd,
+    gamma,
+    keep,
+    branch_bias,
+    branch_samples,
+    norm_samples,
+    branch_places,
+    norm_places,
+    branch_dtype,
+):
+    count = len(new_residual if branch_samples is None else branch_samples)
+    dbranch = new_residual.new_empty((count, *new_residual.shape[1:]), dtype=branch_dtype)
     affine = None if dnormed is None else weight
     optional = affine, affine, gamma, branch_bias
     nothing_or = (weight.new_empty(0) if like is None else like.new_empty(like.shape) for like in optional)

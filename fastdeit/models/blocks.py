@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit import kernels
+from fastdeit.kernels._op import autocast_dtype
 from fastdeit.kernels.nn import LayerScale
 from fastdeit.models.config import ViTConfig
 from fastdeit.models.drop_path import Kept
@@ -48,15 +49,17 @@ class Stream(NamedTuple):
 
     def normed(self, norm: nn.LayerNorm, kept: Kept = _ALL) -> tuple[Tensor, Tensor]:
         """(the tokens, their LayerNorm, of the samples that `kept` keeps). The last branch is added by LayerNorm's
-        kernel."""
+        kernel. The LayerNorm is in the dtype of the products behind it: that of autocast or of the parameters, whatever
+        that of the tokens is."""
         arguments = norm.weight, norm.bias, norm.eps
-        selection = {"norm_samples": kept.samples, "norm_places": kept.places}
+        options = {"norm_samples": kept.samples, "norm_places": kept.places}
+        options["out_dtype"] = autocast_dtype(self.residual) or norm.weight.dtype
         if not self.branches:
-            return kernels.add_layer_norm(self.residual, None, *arguments, **selection)
+            return kernels.add_layer_norm(self.residual, None, *arguments, **options)
         *others, last = self.branches
-        selection |= {"branch_samples": last.kept.samples, "branch_places": last.kept.places}
-        options = {"gamma": last.gamma, "keep": last.kept.factor, "branch_bias": last.bias}
-        return kernels.add_layer_norm(_added(self.residual, others), last.value, *arguments, **options, **selection)
+        options |= {"gamma": last.gamma, "keep": last.kept.factor, "branch_bias": last.bias}
+        options |= {"branch_samples": last.kept.samples, "branch_places": last.kept.places}
+        return kernels.add_layer_norm(_added(self.residual, others), last.value, *arguments, **options)
 
 
 def _added(residual: Tensor, branches: Iterable[Branch]) -> Tensor:

@@ -1,6 +1,7 @@
 """How the weights of a vision transformer begin."""
 
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from fastdeit.models.stems import PatchEmbed
 
@@ -9,7 +10,10 @@ def trunc_normal_(tensor: Tensor, std: float = 0.02) -> Tensor:
     """Fill with a normal of standard deviation `std`, truncated at -2 and 2: absolute, as in DeiT, so hardly ever.
 
     `nn.init.normal_` would do as well, but on the meta device it imports all of `torch._dynamo`, which takes seconds.
+    Fake tensors stay as they are: PyTorch's function looks at the values, and they have none.
     """
+    if isinstance(tensor, FakeTensor):
+        return tensor
     return nn.init.trunc_normal_(tensor, std=std, a=-2.0, b=2.0)
 
 

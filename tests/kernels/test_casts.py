@@ -56,6 +56,19 @@ def test_without_autocast_and_in_float64_tensors_are_left_alone(dtype):
         assert all(copy is tensor for copy, tensor in zip(autocast_copies(tensors), tensors, strict=True))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_tensor_has_the_dtype_that_autocast_gives_it(order):
+    first, second, third = parameters()
+    tensors = [first.detach().double().requires_grad_(), second, third][::order]
+    with autocast():
+        copies = autocast_copies(tensors)
+        assert autocast_copies([]) == []
+    assert [copy.dtype for copy in copies] == [torch.float64, BF16, BF16][::order]
+    assert all(copy is tensor for copy, tensor in zip(copies, tensors, strict=True) if copy.dtype == torch.float64)
+    grads = torch.autograd.grad(sum(copy.double().sum() for copy in copies), tensors)
+    assert [grad.dtype for grad in grads] == [tensor.dtype for tensor in tensors]
+
+
 def test_what_has_the_dtype_already_is_not_copied():
     first, second, third = parameters()
     half = second.detach().to(BF16).requires_grad_()

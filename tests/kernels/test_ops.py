@@ -1,7 +1,10 @@
 """What every op promises: a sound registration, compilation to one graph, exact gradients, the autocast dtype."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from fastdeit import kernels
 from fastdeit.kernels import _op, _triton
@@ -351,6 +354,21 @@ def test_autocast(name, forced, force):
     assert all(g.dtype == torch.float32 for g in grads)
     exact = run(call, free)
     assert_near((*results, *grads), (*exact[0], *exact[1]), 0.02)
+
+
+@pytest.mark.parametrize("without_values", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_without_values(name, without_values):
+    """Results and gradients have the dtypes and shapes of real ones. There is no autocast for the meta device."""
+    outcomes = []
+    for inside in (nullcontext, without_values):
+        with inside(), torch.autocast("cpu", torch.bfloat16, enabled=without_values is FakeTensorMode):
+            call, free = public_calls(torch.float32)[name]
+            results, grads = run(call, free)
+        outcomes.append([(t.dtype, t.shape, t.stride()) for t in (*results, *grads)])
+        devices = {t.device.type for t in results}
+    assert outcomes[0] == outcomes[1]
+    assert devices == {"cpu" if without_values is FakeTensorMode else "meta"}
 
 
 @pytest.mark.parametrize("name", ["attention", "mlp", "layer_norm_mlp", "add_layer_norm"])

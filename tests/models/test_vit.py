@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -168,6 +169,29 @@ def test_a_residual_stream_in_16_bit_is_as_good_as_products_in_16_bit():
     assert all(rounded <= 2 * error for error, rounded, told in zip(*errors, many, strict=True) if told)
     whole, rounded = (torch.stack(each).norm() for each in errors)
     assert rounded <= 1.5 * whole
+
+
+@pytest.mark.parametrize(("dtype", "residual"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_residual_stream_of_another_dtype_than_the_parameters(dtype, residual):
+    """Without autocast the products are in the dtype of the parameters, whatever the stream is in."""
+    vit, x = model(), images(2)
+    exact = vit(x)
+    vit.to(dtype).set_residual(residual)
+    assert vit.tokens(x.to(dtype), stop=2).dtype == residual
+    for logits, expected in zip(vit(x.to(dtype)), exact, strict=True):
+        assert logits.dtype == dtype
+        assert (logits - expected).norm() <= 0.05 * expected.norm()
+    sum(logits.sum() for logits in vit(x.to(dtype))).backward()
+    assert {parameter.grad.dtype for parameter in vit.parameters()} == {dtype}
+
+
+def test_a_model_of_fake_tensors():
+    with FakeTensorMode():
+        vit = model()
+        logits, _ = vit(torch.empty(2, *images(2).shape[1:]))
+        logits.sum().backward()
+    assert isinstance(logits, FakeTensor)
+    assert isinstance(vit.head.weight.grad, FakeTensor)
 
 
 def test_drop_path_gradients_skip_dropped_branches():

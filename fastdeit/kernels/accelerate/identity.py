@@ -36,7 +36,8 @@ _CHECKPOINTS = "transformers.modeling_layers"
 as well, and so to the class of an accelerated module."""
 
 _CONFIGURED = "_attn_implementation"
-"""An attribute of every configuration of transformers: modules share one, which stands for its values."""
+"""An object with this attribute is a configuration of transformers. All modules of a model hold the same one, and code
+reads numbers of it. It is no constant, so the numbers are remembered in its place."""
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, type, FunctionType, BuiltinFunctionType)
 _ABSENT = object()
@@ -55,13 +56,15 @@ class Reference(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """A module that an op stands for, or the module itself.
+    """What is remembered of one instance: of the module that runs on an op, or of a child that the op stands for.
 
-    settings  (attribute, value) of the instance
-    configured (attribute, name, value): of the configuration that the instance has as that attribute
-    methods   functions that the instance has of its class, and could have of its own
-    inherited other attributes of that kind
-    tensors   (name, whether there is one) of its parameters and buffers
+    name        of the child; "" for the module itself
+    settings    (attribute, value): what the code reads of the instance
+    configured  (attribute, name, value): what the code reads of a configuration, which the instance has as `attribute`
+    methods     functions of the class that the code calls. An attribute of the instance would hide one:
+                `module.forward = ...`
+    inherited   what else of the class the code reads, such as properties, and an attribute would hide
+    tensors     (name, whether it is there, not None) of parameters and buffers
     """
 
     name: str

@@ -332,30 +332,34 @@ def _(grad, x, weight, bias, w1, w2, pre, act, mean, rstd, with_b2):
     return *(like.new_empty(like.shape) for like in (x, weight, weight)), *_fake_weight_gradients(w1, w2, with_b2)
 
 
+_B2 = -2
+"""Place of b2 among the arguments, from the end: in eager mode the backend stands in front of them."""
+
+
 def _save(ctx, inputs, output):
-    x, w1, _, w2, b2, recompute = inputs
+    x, w1, _, w2, _, recompute = inputs
     _, pre, act = output
     ctx.mark_non_differentiable(pre, act)
-    ctx.with_b2 = b2.requires_grad
     ctx.save_for_backward(x, w1, w2, pre, None if recompute else act)
 
 
 def _differentiate(ctx, grad, *_):
-    *grads, db2 = OP.run_backward(ctx, grad, *ctx.saved_tensors, ctx.with_b2)
-    return *grads, db2 if ctx.with_b2 else None, None
+    with_b2 = ctx.needs_input_grad[_B2]
+    *grads, db2 = OP.run_backward(ctx, grad, *ctx.saved_tensors, with_b2)
+    return *grads, db2 if with_b2 else None, None
 
 
 def _save_normed(ctx, inputs, output):
-    x, weight, bias, _, w1, _, w2, b2, recompute = inputs
+    x, weight, bias, _, w1, _, w2, _, recompute = inputs
     _, pre, act, mean, rstd = output
     ctx.mark_non_differentiable(pre, act, mean, rstd)
-    ctx.with_b2 = b2.requires_grad
     ctx.save_for_backward(x, weight, bias, w1, w2, pre, None if recompute else act, mean, rstd)
 
 
 def _differentiate_normed(ctx, grad, *_):
-    dx, dweight, dbias, *grads, db2 = NORMED.run_backward(ctx, grad, *ctx.saved_tensors, ctx.with_b2)
-    return dx, dweight, dbias, None, *grads, db2 if ctx.with_b2 else None, None
+    with_b2 = ctx.needs_input_grad[_B2]
+    dx, dweight, dbias, *grads, db2 = NORMED.run_backward(ctx, grad, *ctx.saved_tensors, with_b2)
+    return dx, dweight, dbias, None, *grads, db2 if with_b2 else None, None
 
 
 OP.differentiable(_save, _differentiate)

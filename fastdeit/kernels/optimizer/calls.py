@@ -7,6 +7,7 @@ from operator import attrgetter, mul
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fastdeit.kernels import _checks
 from fastdeit.kernels.optimizer import adamw, lamb, norm, sgd
@@ -221,7 +222,7 @@ def _check_own_memory(written: Mapping[str, Sequence[Tensor]]) -> None:
     if torch.compiler.is_compiling() or written["params"][0].device.type == "meta":
         return
     tensors = [tensor for tensors in written.values() for tensor in tensors]
-    if torch._subclasses.FakeTensor in set(map(type, tensors)):
+    if FakeTensor in set(map(type, tensors)):
         return
     lengths = map(mul, map(Tensor.numel, tensors), map(_ITEMSIZE, tensors))
     shared = _shared(tuple(map(Tensor.data_ptr, tensors)), tuple(lengths))
