@@ -38,7 +38,8 @@ LAYERS: dict[str, set[str]] = {
     "kernels._triton": {"kernels._op"},
     "kernels._loss": {"kernels._checks", "kernels._triton"},
     "kernels.noise": set(),
-    "kernels.input": _OPS | {"kernels._checks", "kernels.noise"},
+    "kernels._host_pixels": {"kernels._checks", "kernels._op", "kernels.noise"},
+    "kernels.input": _OPS | {"kernels._checks", "kernels._host_pixels", "kernels.noise"},
     "kernels._rows": {"kernels._op", "kernels._triton"},
     "kernels.layer_norm": _OPS | {"kernels._checks", "kernels._derivatives", "kernels._rows"},
     "kernels.rms_norm": _OPS | {"kernels._checks", "kernels._rows"},
@@ -107,7 +108,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "estimate": {"plugins", "errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "training": {
-        *("errors", "text", "rng", "kernels", "methods", "engine", "recipe", "run", "estimate"),
+        *("errors", "text", "rng", "kernels", "batch", "methods", "engine", "recipe", "run", "estimate"),
         *("data.bad", "data.examine", "data.sources", "data.loader"),
     },
     "stepping": {"batch", "errors", "data.plan", "methods", "engine", "recipe", "run", "estimate", "training"},
