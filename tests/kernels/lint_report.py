@@ -1,4 +1,9 @@
-"""What the lint finds, as JSON, from a process in which Triton compiles: the tests have it interpret."""
+"""What the lint finds, as JSON, from a process in which Triton compiles: the tests have it interpret.
+
+For the newest Triton the golden instruction mixes are those of `fastdeit kernels lint`. For an older one that a
+supported torch pins, a file has the mixes of `sample` alone; `python -m tests.kernels.lint_report --update-golden`
+writes it.
+"""
 
 import json
 import os
@@ -16,6 +21,7 @@ from fastdeit.kernels.lint import lint
 from fastdeit.kernels.lint.lint import Row
 from tests.kernels import bad_kernels
 
+OF_SAMPLE = lint.GOLDEN / "sample" / lint.golden_file().name
 VALUES = -16, -1, 0, 1, 2, 16, 17, 48, 2**31 - 1, 2**31, 2**31 + 1, 2**40, 1.0, 2.5, True, False
 
 
@@ -54,16 +60,22 @@ def main() -> None:
     bad = [row for case in bad_kernels.CASES for row in lint.record(case, 90)]
     facts = lint.compile_all([*chosen, *bad])
     mixes = {row.key: lint.golden_mix(facts[row.job]) for row in chosen if facts[row.job].mix is not None}
-    golden = lint.read_golden()
+    if "--update-golden" in sys.argv:
+        lines = (f"  {json.dumps(key)}: {json.dumps(mix)}" for key, mix in sorted(mixes.items()))
+        OF_SAMPLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        return
+    sampled = OF_SAMPLE.exists()
+    golden = json.loads(OF_SAMPLE.read_text()) if sampled else lint.read_golden()
     report = {
         "ops": sorted({row.case.op for row in rows}),
         "broken": [f"{row.key}: {limit}" for row in chosen for limit in lint.broken(row, facts[row.job])],
         "bad": {row.case.name: lint.broken(row, facts[row.job]) for row in bad},
         "disagreements": disagreements(),
         "golden": len(golden),
+        "update": f"{'python -m tests.kernels.lint_report' if sampled else 'fastdeit kernels lint'} --update-golden",
         "differences": lint.differences(golden, mixes),
         "gone": lint.gone(golden, rows),
-        "missing": [row.key for row in rows if row.job.arch != 70 and row.key not in golden],
+        "missing": [row.key for row in rows if row.job.arch != 70 and row.key not in golden and not sampled],
     }
     json.dump(report, sys.stdout)
 

@@ -1,8 +1,9 @@
 """The lint of kernels: it sees every kernel, and what is wrong with bad ones; and the kernels of the package are good.
 
 Each run compiles the kernels of one small op, slow runs a sample of all (`lint_report.py`), and `fastdeit kernels lint`
-everything. Instruction mixes are compared where tests/golden/kernels has a file for the installed version of Triton.
-`fastdeit kernels lint --update-golden` writes it: for a new version, and after a change that is meant.
+everything. Instruction mixes are compared where tests/golden/kernels has a file for the installed version of Triton, of
+all rows or of the sample. `fastdeit kernels lint --update-golden` writes the first, `lint_report.py` the second: for a
+new version, and after a change that is meant.
 """
 
 import json
@@ -88,9 +89,7 @@ def test_instructions_are_the_golden_ones(report):
         pytest.skip(
             f"tests/golden/kernels has no {lint.golden_file().name}; `fastdeit kernels lint --update-golden` writes it"
         )
-    assert report["differences"] + report["gone"] + report["missing"] == [], (
-        "if that is meant: fastdeit kernels lint --update-golden"
-    )
+    assert report["differences"] + report["gone"] + report["missing"] == [], f"if that is meant: {report['update']}"
 
 
 @pytest.mark.slow
