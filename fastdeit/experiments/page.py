@@ -21,6 +21,7 @@ _HOW = (
 
 def page(experiment: Experiment, rows: Sequence[Row]) -> str:
     """The page of an experiment of which there is at least one row."""
+    command = " ".join(("fastdeit experiments run", experiment.name, *given(experiment, rows)))
     lines = [
         f"# {experiment.name}",
         "",
@@ -40,8 +41,7 @@ def page(experiment: Experiment, rows: Sequence[Row]) -> str:
         "",
         _HOW,
         "",
-        f"`{' '.join(('fastdeit experiments run', experiment.name, *given(experiment, rows)))}` has written this page from "
-        f"{experiment.name}.jsonl.",
+        f"`{command}` has written this page from {experiment.name}.jsonl.",
     ]
     return "\n".join(lines) + "\n"
 
