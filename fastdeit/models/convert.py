@@ -22,8 +22,9 @@ Lightning's `model`."""
 
 _GAMMA = re.compile(r"(.*\bblocks\.\d+\.)gamma_([12])")  # of DeiT III, CaiT and BEiT
 _LS = re.compile(r"(.*\bblocks\.\d+\.)ls([12])\.gamma")  # of timm
-_SCALED = {"1": "attn.proj", "2": "mlp.fc2"}
-"""The last layer of the branch that LayerScale 1 or 2 multiplies."""
+_LS_OF_PARALLEL = re.compile(r"(.*\bblocks\.\d+\.(attns|ffns)\.\d+\.)ls\.gamma")
+_SCALED = {"1": "attn.proj", "2": "mlp.fc2", "attns": "attn.proj", "ffns": "mlp.fc2"}
+"""The last layer of the branch that a LayerScale multiplies: 1 or 2, or that of a part of a parallel block."""
 
 
 def bare(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -71,7 +72,7 @@ def layer_scale(own: Collection[str], tensors: Mapping[str, Tensor]) -> tuple[di
     """
     named, folded, mapped = dict(tensors), [], set()
     for name in tensors:
-        match = _GAMMA.fullmatch(name) or _LS.fullmatch(name)
+        match = _GAMMA.fullmatch(name) or _LS.fullmatch(name) or _LS_OF_PARALLEL.fullmatch(name)
         if match is None or name in own:
             continue
         block, which = match.groups()

@@ -1,13 +1,17 @@
 """Weights under other names give the same outputs: wrappers, LayerScale, and the layouts of published files."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 from fastdeit import models
+from fastdeit.models.config import ViTConfig
 from fastdeit.models.convert import bare, deit_names, layer_scale, levit
 from fastdeit.models.timm_model import TimmModel
+from fastdeit.models.vit import VisionTransformer
 from fastdeit.models.weights import load_weights
 
 TOLERANCE = {"rtol": 2e-6, "atol": 2e-6}
@@ -124,6 +128,22 @@ def test_folded_layer_scale_gives_the_same_outputs(names):
     assert len(report.converted) == 1
     assert report.converted[0].startswith("folded LayerScale (4 tensors, blocks.0.")
     assert all(torch.equal(source[name], tensor) for name, tensor in before.items())  # the caller's are left alone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [dict, deit_names])
+def test_folded_layer_scale_of_parallel_blocks_gives_the_same_outputs(names):
+    config = ViTConfig(
+        image_size=32, patch_size=8, dim=64, depth=2, heads=2, parallel=2, num_classes=5, layer_scale=0.1
+    )
+    scaled, ours = (VisionTransformer(each).eval() for each in (config, replace(config, layer_scale=None)))
+    for name, parameter in scaled.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.normal_(parameter, 1, 0.3)
+    report = load_weights(ours, names(scaled.state_dict()), may_differ=())
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(ours(x), scaled(x), **TOLERANCE)
+    assert report.converted[-1].startswith("folded LayerScale (8 tensors, blocks.0.")
 
 
 def test_folding_is_exact_where_the_product_is():
