@@ -24,7 +24,8 @@ from fastdeit.estimate import capture
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build, precision, teachers
-from fastdeit.training import Parts, schedule_of, seed_torch
+from fastdeit.run.parts import Parts
+from fastdeit.training import schedule_of, seed_torch
 
 
 class Stepper:

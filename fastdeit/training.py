@@ -9,7 +9,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -20,36 +20,23 @@ import torch
 
 from fastdeit import kernels, rng
 from fastdeit.batch import Batch
-from fastdeit.data.bad import BadList
-from fastdeit.data.examine import fault
-from fastdeit.data.loader import EvalLoader, TrainLoader
-from fastdeit.data.sources.source import Source, listed
-from fastdeit.engine import batchnorm, optimizers, phases, rendezvous
+from fastdeit.engine import rendezvous
 from fastdeit.engine.checkpoint import CheckpointError
 from fastdeit.engine.disk import DiskError, writing
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
-from fastdeit.engine.ema import Ema
-from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.metrics import check_sinks
 from fastdeit.engine.schedule import learning_rate
-from fastdeit.engine.step import Engine
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.estimate import capture
-from fastdeit.methods.base import Method, Phase
-from fastdeit.methods.config import TeacherConfig
-from fastdeit.methods.evaluators import Classify, Evaluator
-from fastdeit.methods.teacher import Teacher
-from fastdeit.recipe import resolve as recipes
-from fastdeit.recipe.length import Length, settled
-from fastdeit.run import agreement, build, cached, carry, directory, precision, request, sharing, teachers, threads
+from fastdeit.methods.evaluators import Classify
+from fastdeit.recipe.length import Length
+from fastdeit.run import agreement, build, carry, directory, precision, request, teachers, threads
 from fastdeit.run.clock import Clock
-from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.fork import Origin
-from fastdeit.run.groups import param_groups
 from fastdeit.run.health import Health, stopped
-from fastdeit.run.record import Record, RunLog, describe
-from fastdeit.run.saver import Saver
+from fastdeit.run.parts import Parts
+from fastdeit.run.record import Record, describe
 from fastdeit.text import one_line
 
 if TYPE_CHECKING:
@@ -191,112 +178,6 @@ def train(
         finally:
             parts.tuning.close()
             parts.log.close()
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of.
-
-    recipe   with the numbers written out that follow the size of the data set
-    sources  training and held-out samples
-    bad      those of them that cannot be used
-    """
-
-    recipe: "Recipe"
-    world: World
-    sources: tuple[Source, Source]
-    bad: tuple[BadList, BadList]
-    length: Length
-    log: RunLog
-    method: Method
-    schedule: "PhaseSchedule"
-    tuning: kernels.Tuning
-    engine: Engine
-    loader: TrainLoader
-    val_loader: EvalLoader
-    saver: Saver
-
-    @classmethod
-    def of(cls, recipe: "Recipe", world: World, begins: bool, known: teachers.Known) -> "Parts":
-        """Everything that the recipe asks for, in its initial state.
-
-        begins  whether the student begins with `model.weights`; else a checkpoint gives it its weights, and the file
-                need not exist any more
-        known   of teachers with recipes of their own: their runs, or these recipes while they are not trained yet
-        """
-        sources = train_source, val_source = build.sources(recipe)
-        count, size = len(train_source.classes), build.image_size(recipe)
-        names = build.compared_classes(recipe, train_source)
-        length = build.run_length(recipe, len(train_source))
-        build.check_batch(recipe, world.size)
-        recipe = settled(recipe, length)
-        log = RunLog(recipe, world, length.total, length.steps_per_epoch)
-        cache = cached.checked(recipe, train_source, length)
-        student = build.model(recipe if begins else recipes.without_weights(recipe), count, log.say, names)
-
-        def make_teacher(config: TeacherConfig) -> Teacher:
-            own = known.get(config)
-            if own is not None and not isinstance(own, Path):
-                return build.untrained_teacher(own, config, count).to(world.device)
-            with world.main_first():  # timm may have to download; the others then find the files
-                options = {"classes": names, "say": log.say}
-                made = build.teacher(config, size, count, own, recipe.engine.precision, **options)
-            return made.to(world.device)
-
-        method = build.method(recipe, student, count, length.total, make_teacher, train_source).to(world.device)
-        if recipe.engine.sync_batchnorm and world.size > 1 and not batchnorm.synchronise(method, world.device):
-            log.say("engine.sync_batchnorm changes nothing: this model has no BatchNorm")
-        share = sharing.shared(recipe, method, world, log.say)
-        tuning = build.tuning(recipe, world, log.say)
-        schedule, decay = PhaseSchedule(method, recipe, length.epochs_begun), recipe.optim.ema_decay
-        engine = Engine(
-            method,
-            optimizers.find(recipe.optim.name)(schedule.groups(), recipe.optim),
-            world,
-            precision=recipe.engine.precision,
-            accumulate=recipe.train.accumulate,
-            **build.clipping(recipe, student),
-            ema=None if decay is None else Ema(schedule.trainable, decay, method),
-            parallel=share,
-            capture=recipe.engine.capture,
-            tuning=tuning,
-            on_spike=recipe.engine.on_spike,
-        )
-        bad = train_bad, val_bad = BadList("train"), BadList("val")
-        loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image, train_bad)
-        val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image, val_bad)
-        identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": train_source.classes}
-        if cache is not None:
-            log.say(f"teacher: {cached.described(cache)}")
-            identity["cache"] = cache.fingerprint
-        saver = Saver(recipe, identity, engine, world, schedule, length)
-        loaders = loader, val_loader
-        return cls(recipe, world, sources, bad, length, log, method, schedule, tuning, engine, *loaders, saver)
-
-    def held_out(self, evaluators: Mapping[str, Evaluator], batches: int | None = None) -> Result:
-        """What the evaluators say of the held-out images, or of the first `batches` of them."""
-
-        def training() -> EvalLoader:
-            return build.eval_loader(self.recipe, self.sources[0], self.world, {}, self.log.bad_image, self.bad[0])
-
-        precision = self.recipe.engine.precision
-        with self.engine.parallel.gathered(self.method):
-            return evaluate(self.method, evaluators, self.val_loader, training, self.world, precision, batches)
-
-    def share_bad(self, run_dir: Path) -> None:
-        """Keep the lists of bad images in the run directory, one for all processes. What an earlier start has entered,
-        and is mended since, is struck out."""
-        with self.world.main_first():
-            for bad, source in zip(self.bad, self.sources, strict=True):
-                bad.keep_in(run_dir)
-                mended = bad.mended(source, partial(fault, source)) if self.world.main else []
-                if mended:
-                    self.log.say(f"images that were not used, and are sound now: {listed(mended)}")
-
-    def bad_images(self) -> int:
-        """How many training images all processes together could not use."""
-        self.bad[0].refresh()
-        return len(self.bad[0])
 
 
 def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Callable[..., str]) -> dict[str, Any]:
@@ -507,55 +388,6 @@ def check_metrics(parts: Parts, start: int, record: Record) -> None:
         names = parts.held_out(method.evaluators(), batches=1).metrics
         averaged = [f"{name}_ema" for name in names if parts.engine.ema is not None]
         parts.log.check_best_by([*names, *averaged])
-
-
-class PhaseSchedule:
-    """The phases of a method through a run, and which of them is under way.
-
-    trainable  by name all parameters that the method has not frozen, whichever phase trains them
-    epochs     of the run
-
-    Raises UsageError for phases that do not fit the run.
-    """
-
-    def __init__(self, method: Method, recipe: "Recipe", epochs: int) -> None:
-        self._method, self._recipe = method, recipe
-        self._phases: Sequence[Phase] = tuple(method.phases())
-        self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
-        names = [name for name, _ in method.named_parameters()]
-        try:
-            phases.check(self._phases, epochs, names, self.trainable)
-        except phases.PhaseError as error:
-            raise UsageError(f"method {recipe.method.use}: {error}") from error
-        self.phase = self._phases[0]
-
-    def groups(self) -> list[ParamGroup]:
-        """What is trained in the phase that is under way, in the method's groups; nothing else asks for gradients."""
-        phases.train_only(self._method, self.phase, self.trainable)
-        self._method.on_phase(self.phase)
-        return param_groups(self._method, self._recipe)
-
-    def ends_before(self, epoch: int) -> bool:
-        """Whether `epoch` is of another phase than the one that is under way."""
-        return self._phases[phases.index_at(self._phases, epoch)] is not self.phase
-
-    def enter(self, epoch: int, engine: Engine) -> bool:
-        """Make the phase of `epoch` that of the engine; whether it is another than before."""
-        return self._go_to(self._phases[phases.index_at(self._phases, epoch)], engine)
-
-    def resume(self, name: str, engine: Engine) -> None:
-        """Make the phase called `name`, of a checkpoint, that of the engine, before its state is loaded."""
-        found = next((phase for phase in self._phases if phase.name == name), None)
-        if found is None:
-            raise UsageError(f"the checkpoint is of phase {name!r}, but the method has no phase of that name")
-        self._go_to(found, engine)
-
-    def _go_to(self, phase: Phase, engine: Engine) -> bool:
-        if phase is self.phase:
-            return False
-        self.phase = phase
-        engine.enter(self.groups())
-        return True
 
 
 def schedule_of(recipe: "Recipe", length: Length) -> dict[str, Any]:

@@ -104,12 +104,11 @@ LAYERS: dict[str, set[str]] = {
     "run": {
         "plugins",
         *("version", "cores", "errors", "rng", "text", "fields", "kernels", "batch", "views", "models", "methods"),
-        *("engine", "recipe", "data.bad", "data.plan", "data.sources", "data.loader", "data.logits"),
+        *("engine", "recipe", "data.bad", "data.examine", "data.plan", "data.sources", "data.loader", "data.logits"),
     },
     "estimate": {"plugins", "errors", "text", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"},
     "training": {
         *("errors", "text", "rng", "kernels", "batch", "methods", "engine", "recipe", "run", "estimate"),
-        *("data.bad", "data.examine", "data.sources", "data.loader"),
     },
     "stepping": {"batch", "errors", "data.plan", "methods", "engine", "recipe", "run", "estimate", "training"},
     "feed": {"batch", "errors", "engine", "recipe", "run"},

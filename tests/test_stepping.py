@@ -17,8 +17,9 @@ from fastdeit.methods.config import SupervisedConfig
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
+from fastdeit.run.parts import Parts
 from fastdeit.stepping import Stepper
-from fastdeit.training import Parts, schedule_of, seed_torch
+from fastdeit.training import schedule_of, seed_torch
 from fastdeit.views import View
 
 SETTINGS = [

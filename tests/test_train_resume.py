@@ -332,7 +332,7 @@ def test_a_run_that_is_stopped_after_any_step_ends_as_if_it_had_not_been(recipe_
 
 
 DURING = {
-    "an evaluation": ("fastdeit.training.evaluate", STEPS_PER_EPOCH + 1),
+    "an evaluation": ("fastdeit.run.parts.evaluate", STEPS_PER_EPOCH + 1),
     "the first step, which compiles": ("fastdeit.engine.step.Engine.step", 1),
     "a save": ("fastdeit.engine.checkpoint.save", 2),
 }

@@ -15,7 +15,7 @@ from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.run.groups import param_groups
-from fastdeit.training import PhaseSchedule
+from fastdeit.run.parts import PhaseSchedule
 
 RECIPE = """\
 model: {name: deit_digits_patch8_32, image_size: 32}
