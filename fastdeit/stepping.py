@@ -60,6 +60,7 @@ class Stepper:
             ],
         )
         world = World(pick_device(recipe.engine.device))
+        precision.check_products(self.recipe)
         self.recipe = capture.fixed(precision.fixed(self.recipe, world, print), world, print)
         self._parts = Parts.of(self.recipe, world, True, {})
         self._rates = schedule_of(self._parts.recipe, self._parts.length)

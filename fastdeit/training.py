@@ -86,6 +86,7 @@ def alone(
 def _fixed(recipe: "Recipe", world: World) -> "Recipe":
     """The recipe with what it leaves to the machine."""
     recipe = precision.fixed(threads.fixed(recipe, world), world, _say_once)
+    precision.check_products(recipe, world)
     return capture.fixed(recipe, world, _say_once)
 
 
@@ -131,6 +132,7 @@ def train(
     start = 0 if origin is None else origin.start(parts.length)
     record = Record() if origin is None else carry.over(origin, parts.saver, parts.log.say)
     for each in own.values():
+        precision.check_products(each, world)
         Parts.of(each, world, True, teachers.to_train(each))
     directory.check_space(run_dir, parts.saver.size(), world, keep=recipe.engine.keep_checkpoints)
 

@@ -48,6 +48,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels.native": {"kernels._op"},
     "kernels.attention": _OPS | {"kernels._checks", "kernels._derivatives", "kernels.native"},
     "kernels.mlp": _OPS | {"kernels._checks", "kernels.layer_norm"},
+    "kernels.fp8": _OPS | {"kernels._checks", "kernels._derivatives", "kernels._rows", "kernels.mlp"},
     "kernels.losses": _OPS | {"kernels._checks", "kernels._loss"},
     "kernels.cosub": _OPS | {"kernels._loss"},
     "kernels.optimizer": _OPS | {"kernels._checks"},
@@ -80,7 +81,7 @@ LAYERS: dict[str, set[str]] = {
         *("kernels._op", "kernels.accelerate", "kernels.attention", "kernels.cosub", "kernels.input"),
         *("kernels.layer_norm", "kernels.losses", "kernels.mlp", "kernels.nn", "kernels.optimizer", "kernels.trial"),
         *("kernels.qk_norm_rope", "kernels.rms_norm", "kernels.swiglu", "kernels.native"),
-        *("kernels._derivatives", "kernels.casts", "kernels.linear"),
+        *("kernels._derivatives", "kernels.casts", "kernels.fp8", "kernels.linear"),
     },
     # ---- what a batch is, and where it comes from
     "batch": {"kernels"},

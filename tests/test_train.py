@@ -390,8 +390,9 @@ def test_a_teacher_trained_here_reads_the_students_data():
 def test_a_teacher_trained_here_is_computed_as_its_own_recipe_says():
     """The digits' teacher is a convolutional network, which has neither blocks nor a residual stream."""
     student = ["engine.checkpoint_blocks=true", "engine.precision=bf16", "engine.residual=bf16", "engine.log_every=7"]
-    (own,) = teachers.to_train(recipes.load("digits", student)).values()
+    (own,) = teachers.to_train(recipes.load("digits", [*student, "engine.products=fp8"])).values()
     assert (own.engine.checkpoint_blocks, own.engine.residual) == (False, "fp32")
+    assert own.engine.products == "precision"
     assert (own.engine.precision, own.engine.log_every) == ("bf16", 7)
     build.model(own, 10, print)
     (own,) = teachers.to_train(recipes.load("digits", ["engine.keep_activations=true"])).values()

@@ -120,9 +120,11 @@ def _total(launches: Iterable[Launch]) -> Total:
     return Total(*map(sum, zip(*rows, strict=True))) if rows else Total(0, 0, 0)
 
 
-def ours(cell: Counted, arch: int, form: str, skip: bool = False, residual: torch.dtype | None = None) -> Count:
+def ours(
+    cell: Counted, arch: int, form: str, skip: bool = False, residual: torch.dtype | None = None, fp8: bool = False
+) -> Count:
     """Our step in one of `FORMS`, on a card of that architecture: 90 is sm_90. `skip`: with model.drop_path_skip;
-    `residual`: the dtype of the stream, as of engine.residual.
+    `residual`: the dtype of the stream, as of engine.residual; `fp8`: with engine.products fp8.
     RuntimeError where a backend that the form forces cannot run there, ValueError where the model cannot skip."""
     choices = dict(FORMS[form])
     with counted_card(arch) as (card, counter), kernels.use(choices.pop(""), **choices):
@@ -130,6 +132,8 @@ def ours(cell: Counted, arch: int, form: str, skip: bool = False, residual: torc
         if skip:
             engine.method.model.set_drop_path_skip(SKIP_GROUP)
         engine.method.model.set_residual(residual)
+        if fp8:
+            engine.method.model.set_fp8_products()
         images = torch.zeros(cell.batch, cell.image_size, cell.image_size, 3, dtype=torch.uint8)
         batch = bench_step.batch(cell, engine.method.noise(), CARD, images)
         return counter.second(card, lambda: engine.step([batch], LR))
@@ -351,11 +355,12 @@ KINDS = (
     "update",
     "other",
 )
-"""products: of matrices, GELU in their epilogue included; norm: LayerNorm with the residual addition and drop-path that
-are fused into it; sums: over rows, of bias gradients above all; copies: tensors put together or laid out anew."""
+"""products: of matrices, GELU in their epilogue included; gelu: with casts of its results to 8 bits; norm: LayerNorm
+with the residual addition and drop-path that are fused into it; sums: over rows, of bias gradients above all; copies:
+tensors put together or laid out anew."""
 
 _OPERATIONS = {
-    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"), "products"),
+    **dict.fromkeys(("mm", "addmm", "_scaled_mm", "bmm", "baddbmm", "convolution", "convolution_backward"), "products"),
     **dict.fromkeys(("native_layer_norm", "native_layer_norm_backward"), "norm"),
     **dict.fromkeys(("gelu", "gelu_backward"), "gelu"),
     **dict.fromkeys(("sum", "mean"), "sums"),
@@ -370,6 +375,8 @@ _OF_KERNELS = (
     ("mlp.gelu_products.", "products"),
     ("mlp.gelu._column_sums_kernel", "sums"),
     ("mlp.gelu.", "gelu"),
+    ("fp8.gelu.", "gelu"),
+    ("fp8.cast.", "casts"),
     ("input.", "input"),
     ("losses.", "loss"),
     ("_loss.", "loss"),

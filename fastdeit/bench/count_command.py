@@ -34,6 +34,7 @@ PEERS: dict[str, Callable[[Counted, int], Count]] = {"timm": count_peers.eager, 
 SIDES: dict[str, Callable[[Counted, int], Count]] = {
     **{name: partial(count.ours, form=form) for name, form in OURS.items()},
     "fastdeit residual=bf16": partial(count.ours, form="auto", residual=torch.bfloat16),
+    "fastdeit products=fp8": partial(count.ours, form="auto", fp8=True),
     "fastdeit drop_path_skip": partial(count.ours, form="auto", skip=True),
     **PEERS,
 }

@@ -64,8 +64,8 @@ def chosen(recipe: "Recipe", card: str | None, processes: int) -> tuple[str, str
     images = recipe.method.passes * train.batch_size // (processes * train.accumulate)
     work = estimate.Work(images, recipe.engine.precision, model.drop_path > 0, recipe.optim.ema_decay is not None)
     design = estimate.FUSED if student.vit is not None else estimate.EAGER
-    options = {"keep_activations": recipe.engine.keep_activations, "residual": recipe.engine.residual}
-    design = with_options(design, **options)
+    names = "keep_activations", "residual", "products"
+    design = with_options(design, gpu, **{name: getattr(recipe.engine, name) for name in names})
     ops = estimate.ops(student, work, design, gpu)
     busy, host = (
         train.accumulate * (step.forward + step.backward) + step.update

@@ -97,6 +97,10 @@ def _merged(ops: Sequence[Op]) -> list[Op]:
 
 
 def _slowed(ops: Sequence[Op], judged: GPU, card: GPU) -> list[Op]:
-    """Products with an epilogue by the slowdown of the drawn card. (Padding is that of attention, which has none.)"""
+    """Products with an epilogue by the slowdown of the drawn card. (Padding is that of attention, which has none; those
+    of 8 bits have less spent than FLOPs.)"""
     factor = (1 + card.epilogue) / (1 + judged.epilogue)
-    return [op._replace(spent=op.spent * factor) if op.spent and op.kind in ("gemm", "narrow") else op for op in ops]
+    return [
+        op._replace(spent=op.spent * factor) if op.spent > op.flops and op.kind in ("gemm", "narrow") else op
+        for op in ops
+    ]

@@ -120,7 +120,8 @@ class Op(NamedTuple):
 
     kind    which shares of `GPU` it reaches
     phase   "forward", "backward" or "update"
-    spent   FLOPs that the time goes by, where padding or an epilogue makes them more than `flops`
+    spent   FLOPs of 16 bit that the time goes by, where padding or an epilogue makes them more than `flops`, or
+            operands of 8 bits fewer; 0 for as many
     again   whether it is an operation of the forward that backward repeats, for `engine.checkpoint_blocks`
     """
 
@@ -199,7 +200,8 @@ class Piece(NamedTuple):
 
 # (bytes: each, fixed; launches) of eager, compile and fused. The elements are, in a block, "norm": channels of the
 # tokens at both LayerNorms, "cast": the same, in 16 bit alone, "drop": the same, with drop-path, "qkv", "hidden",
-# "out": channels of the tokens that it returns, "copy": its share of the weights, in 16 bit alone; in a step, "ends":
+# "out": channels of the tokens that it returns, "branch": those of the samples that are kept, "matrices": its weights,
+# "copy": its share of all weights, in 16 bit alone; in a step, "ends":
 # one in 16 bit, "pixels", "tokens", "logits", "weights" and "states", which are of what is trained, and "average": the
 # weights that are trained, where they are averaged.
 _PIECES = (
@@ -231,6 +233,16 @@ _PIECES = (
 _EAGER, _COMPILE, _FUSED = (
     tuple(Piece(*row[:3], *row[3 + column]) for row in _PIECES if row[3 + column]) for column in range(3)
 )
+FP8_PIECES = (
+    Piece("hidden", "forward", "pointwise", 1, 1, 1),  # GELU and the cast of its result
+    Piece("hidden", "backward", "pointwise", 4, 1, 3),
+    Piece("branch", "forward", "pointwise", 3, 3, 3),  # casts of what qkv, proj and fc1 are given
+    Piece("branch", "backward", "pointwise", 2, 2, 2),  # and of the gradients of what proj and fc2 have made
+    Piece("qkv", "backward", "pointwise", 1, 1, 1),
+    Piece("matrices", "forward", "pointwise", 1, 1, 4),
+    Piece("matrices", "backward", "pointwise", 1, 1, 4),
+)
+"""What a block with products of 8 bits has in place of GELU's pieces: each cast reads a and writes 1 byte."""
 _QKV = tuple(piece for piece in _EAGER if piece.of == "qkv")
 """What attention leaves to do in backward where it is not ours."""
 _WITHOUT_GELU = tuple(piece for piece in _FUSED if piece.of != "hidden")
@@ -288,6 +300,7 @@ class Design:
     kept       bytes of a block kept for backward, in units of a: per channel of a token, and per hidden channel
     stream     bytes of an element of the residual stream
     peer       timm's code, which computes the last block for all tokens
+    fp8        `pieces` of a block that returns all tokens, where its products are of 8 bits; () where they are not
     """
 
     name: str
@@ -300,6 +313,7 @@ class Design:
     kept: tuple[int, int] = (7, 2)
     stream: int = 4
     peer: bool = False
+    fp8: tuple[Piece, ...] = ()
 
 
 EAGER = Design("eager", "PyTorch references of the kernels, one operation after the other", _EAGER)
@@ -380,6 +394,11 @@ def _products(vit: ViT, work: Work, design: Design, gpu: GPU, rows: int, share: 
     mlp = [(out, hidden, dim, hidden_bytes, 0), (out, dim, hidden, 0, hidden_bytes)]
     for m, n, k, forward, backward in [*plain, *mlp]:
         flops, moved = 2.0 * m * n * k, work.bytes * float(m * k + n * k + m * n)
+        if design.fp8:
+            for phase, operands, result in (("forward", m * k + n * k, m * n), ("backward", m * n + n * k, m * k)):
+                yield Op(_kind(vit), phase, flops, float(operands + work.bytes * result), spent=flops / gpu.fp8)
+            yield Op(_kind(vit), "backward", flops, moved, count=share)
+            continue
         yield Op(_kind(vit), "forward", flops, moved + forward, spent=flops * slow if forward else 0)
         # Read is what comes in front of GELU; written is its result, where that is not kept.
         backward *= 1 + (design.kept[1] == 1)
@@ -419,11 +438,14 @@ def _block(
 ) -> Iterator[Op]:
     """Forward and backward of a block that returns `rows` tokens; a `share` of its weights is trained, and its branches
     are computed for the samples that are `kept`."""
+    fp8 = design.fp8 if rows == vit.tokens else ()
+    design = replace(design, pieces=fp8, epilogue=False) if fp8 else replace(design, fp8=())
     branch = replace(work, batch=kept * work.batch)
     out = float(work.batch * rows * vit.dim)
     norm = out + work.batch * vit.tokens * vit.dim
     elements = {"norm": norm, "cast": norm * (work.bytes < 4), "drop": norm * work.drop_path, "out": out}
     elements |= {"qkv": kept * (2 * norm - out), "hidden": float(branch.batch * rows * vit.hidden)}
+    elements |= {"branch": kept * out, "matrices": float(4 * vit.dim**2 + 2 * vit.dim * vit.hidden)}
     yield from _products(vit, branch, design, gpu, rows, share)
     yield from _attention(vit, branch, design, rows)
     yield from _between(design, elements, work.bytes, kept)

@@ -6,13 +6,16 @@ Only the standard library is imported.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fastdeit.estimate.model import Design
+from fastdeit.estimate.gpus import GPU
+from fastdeit.estimate.model import FP8_PIECES, Design
 
 
-def with_options(design: Design, *, keep_activations: bool, residual: str) -> Design:
-    """The design with these of `engine`. What is not ours has neither."""
+def with_options(design: Design, gpu: GPU, *, keep_activations: bool, residual: str, products: str) -> Design:
+    """The design with these of `engine` on a GPU. What is not ours has none, and products of 8 bits are left out of a
+    GPU that has none."""
     design = keeping(design) if keep_activations else design
-    return design if residual == "fp32" else narrowed(design)
+    design = design if residual == "fp32" else narrowed(design)
+    return eight_bit(design) if products == "fp8" and gpu.fp8 else design
 
 
 def keeping(design: Design) -> Design:
@@ -35,6 +38,14 @@ def narrowed(design: Design) -> Design:
         piece._replace(fixed=piece.fixed / 2) if piece.of in ("norm", "tokens") else piece for piece in design.pieces
     )
     return replace(design, pieces=pieces, stream=2)
+
+
+def eight_bit(design: Design) -> Design:
+    """The design with `engine.products: fp8`: casts of every operand, which GELU makes of its own."""
+    if not design.ours:
+        return design
+    others = (piece for piece in design.pieces if piece.of != "hidden")
+    return replace(design, fp8=(*others, *FP8_PIECES))
 
 
 def kept(dropped: Sequence[int], group: int) -> tuple[float, ...]:

@@ -122,8 +122,8 @@ def _designs(trained: Subject, machine: Machine) -> list[Design]:
     recipe = trained.recipe
     found = estimate.designs(machine.gpu, _precision(recipe, machine.gpu), trained.student)
     engine = recipe.engine
-    options = {"keep_activations": engine.keep_activations, "residual": engine.residual}
-    return [estimate_options.with_options(design, **options) for design in found]
+    options = {"keep_activations": engine.keep_activations, "residual": engine.residual, "products": engine.products}
+    return [estimate_options.with_options(design, machine.gpu, **options) for design in found]
 
 
 def _plans(
@@ -261,6 +261,13 @@ def _notes(trained: Subject, machines: Sequence[Machine], bases: set[str]) -> li
     if recipe.engine.precision == "bf16" and any(machine.gpu.name == "V100" for machine in machines):
         notes.append("V100 has no bf16: planned there with engine.precision=fp16, which train has to be told")
     notes += _cost_of_kept_activations(trained, machines[0])
+    if recipe.engine.products == "fp8":
+        without = dict.fromkeys(machine.gpu.name for machine in machines if not machine.gpu.fp8)
+        notes += [
+            f"{name} has no products of 8 bits: engine.products is planned there as precision" for name in without
+        ]
+        if len(without) < len(machines):
+            notes.append("how fast products of 8 bits are is judged, and its range is not in 5 to 95 %")
     if recipe.data.size_schedule:
         notes.append("data.size_schedule is left out: every step is planned with images of model.image_size")
     if recipe.engine.async_checkpoints:
@@ -294,11 +301,12 @@ def _cost_of_kept_activations(trained: Subject, machine: Machine) -> list[str]:
     """What `engine.keep_activations` costs and saves, whether it is on or not."""
     student, work = trained.student, _work(trained, machine)
     fused = any(design.name == "fused" for design in _designs(trained, machine))
-    if not fused or trained.recipe.engine.checkpoint_blocks:
+    engine = trained.recipe.engine
+    if not fused or engine.checkpoint_blocks or engine.products == "fp8":
         return []
-    residual = trained.recipe.engine.residual
+    given = {"residual": engine.residual, "products": engine.products}
     sides = [
-        estimate_options.with_options(estimate.FUSED, keep_activations=keep, residual=residual)
+        estimate_options.with_options(estimate.FUSED, machine.gpu, keep_activations=keep, **given)
         for keep in (False, True)
     ]
     options = _shared(trained, machine)

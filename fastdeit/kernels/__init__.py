@@ -13,6 +13,7 @@ from fastdeit.kernels.accelerate.patch import Report, accelerate, restore
 from fastdeit.kernels.attention.op import attention, query_attention
 from fastdeit.kernels.casts import autocast_copies
 from fastdeit.kernels.cosub import cosub_loss
+from fastdeit.kernels.fp8.linear import fp8_linear, fp8_mlp, fp8_refusal
 from fastdeit.kernels.input import patchify, pixels, to_patches
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.linear import queries_apart
@@ -38,6 +39,9 @@ __all__ = [
     "cosub_loss",
     "distillation_loss",
     "format_info",
+    "fp8_linear",
+    "fp8_mlp",
+    "fp8_refusal",
     "fused_adamw",
     "fused_lamb",
     "fused_sgd",

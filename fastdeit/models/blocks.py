@@ -73,13 +73,18 @@ def _added(residual: Tensor, branches: Iterable[Branch]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of normalised tokens `[B, N, dim]`."""
+    """Multi-head self-attention of normalised tokens `[B, N, dim]`.
+
+    fp8  whether the products of training are of 8 bits (`kernels.fp8_linear`), but for queries apart from keys and
+         values
+    """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        self.fp8 = False
 
     def operands(self) -> list[Tensor]:
         """What the products multiply and add: weight and bias of qkv, then of proj. Kernels behind the products have
@@ -97,11 +102,12 @@ class Attention(nn.Module):
         """`forward` as the last branch in front of a LayerNorm, which has the gradient of `proj.bias`. `operands` has
         the module's, in the dtype of the products."""
         weight, bias, *of_proj = operands
+        linear = kernels.fp8_linear if self.fp8 and self.training else F.linear
         if rows is None:
-            mixed = kernels.attention(F.linear(x, weight, bias), self.heads, bias=self.qkv.bias)
+            mixed = kernels.attention(linear(x, weight, bias), self.heads, bias=self.qkv.bias)
         else:
             mixed = kernels.query_attention(*kernels.queries_apart(x, weight, bias, self.qkv.bias, rows), self.heads)
-        return Branch(F.linear(mixed, *of_proj), gamma, kept, self.proj.bias)
+        return Branch(linear(mixed, *of_proj), gamma, kept, self.proj.bias)
 
     def heads_of(self, x: Tensor) -> QKV:
         """Queries, keys and values `[B, heads, N, head_dim]` of `x`, for whoever compares them."""
@@ -110,13 +116,18 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (exact), linear."""
+    """Linear, GELU (exact), linear.
+
+    recompute  whether backward makes the activation again instead of keeping it
+    fp8        whether the products of training are of 8 bits (`kernels.fp8_mlp`), which always makes it again
+    """
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.recompute = True
+        self.fp8 = False
 
     def operands(self) -> list[Tensor]:
         """What the products multiply and add: weight and bias of fc1, then of fc2, whose bias is detached: a kernel
@@ -127,6 +138,8 @@ class Mlp(nn.Module):
         """`[..., dim]` -> `[..., dim]`. `operands` has the module's, in the dtype of the products; who gives them sees
         to the gradient of `fc2.bias`."""
         if operands is not None:
+            if self.fp8 and self.training:
+                return kernels.fp8_mlp(x, *operands)
             return kernels.mlp(x, *operands, recompute=self.recompute)
         return kernels.with_bias_gradient(self(x, kernels.autocast_copies(self.operands())), self.fc2.bias)
 

@@ -31,11 +31,11 @@ class Model(Protocol):
     Its `state_dict` is all that a checkpoint keeps of it. In eval mode its result is a function of the parameters, the
     buffers and the input alone.
 
-    Five methods are optional, and a recipe that needs one is refused where it is missing: `layers()` (see
+    Six methods are optional, and a recipe that needs one is refused where it is missing: `layers()` (see
     `models.layers`), `set_grad_checkpointing(enable)`, which computes activations again in backward instead of keeping
     them, `set_keep_activations(enable)`, which keeps those that the kernels would make again, `set_residual(dtype)`,
-    the dtype of the residual stream, and `set_drop_path_skip(group)`, which computes no branch of a sample that drops
-    it.
+    the dtype of the residual stream, `set_fp8_products(enable)`, which lets products of training be of 8 bits, and
+    `set_drop_path_skip(group)`, which computes no branch of a sample that drops it.
     """
 
     noise_per_sample: int

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdeit import kernels
 from fastdeit.kernels._hooks import hooks
-from fastdeit.models.blocks import Block, Mlp, ParallelBlock, Stream
+from fastdeit.models.blocks import Attention, Block, Mlp, ParallelBlock, Stream
 from fastdeit.models.config import ViTConfig
 from fastdeit.models.contract import ImageSize, Logits, Owner, TokenMaps, refuse_patches, split_decay
 from fastdeit.models.drop_path import Kept, drawn, dropped_of, skipping
@@ -301,6 +301,23 @@ class VisionTransformer(nn.Module):
         if self.config.drop_path == 0:
             raise ValueError("drop_path is 0, so that there is nothing to skip")
         self._skip = group, dropped_of(self.config, group)
+
+    def set_fp8_products(self, enable: bool = True) -> None:
+        """In training, let the products of the blocks' linear layers, and of the gradients of their inputs, be of 8
+        bits (`kernels.fp8_linear`). Not those of a last block of which the heads read tokens of the prefix alone: it
+        computes little, and what the heads read is worth the precision.
+
+        Raises ValueError for a width that such products do not take, and where no block is left.
+        """
+        config = self.config
+        if reason := kernels.fp8_refusal(torch.device("cpu"), config.dim, int(config.dim * config.mlp_ratio)):
+            raise ValueError(reason)
+        blocks = self.blocks[:-1] if config.pool == "token" else self.blocks
+        if not len(blocks):
+            raise ValueError("the only block of the model is its last, whose products stay as they are")
+        for module in blocks.modules():
+            if isinstance(module, (Attention, Mlp)):
+                module.fp8 = enable
 
     def set_keep_activations(self, enable: bool = True) -> None:
         """Keep the hidden activations of the MLPs for backward instead of making them again there."""

@@ -342,6 +342,11 @@ class EngineConfig(Section):
     keep_activations: bool = False
     """Keep the activations of the MLPs for backward instead of making them again: a tenth to a fifth more memory, fewer
     bytes moved. `fastdeit plan` says how much of both. false: fastdeit's kernels make them again."""
+    products: Literal["precision", "fp8"] = "precision"
+    """Numbers that the blocks' linear layers multiply in training. precision: those of `precision`; fp8: 8 bits with a
+    scale for each token and channel, forward and for the gradients of their inputs; those of the weights stay in bf16.
+    That rounds much more, and no card has measured it yet. It needs precision bf16, or auto on a device that has it,
+    and a GPU from the RTX 40 or H100 on; a CPU only imitates it."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Type of the residual stream between the blocks and of its gradient. bf16 moves fewer bytes and rounds them in
     every block; it needs precision bf16, or auto on a device that has it."""
@@ -405,6 +410,18 @@ class EngineConfig(Section):
                 "0; bf16 keeps them"
             )
         return reduce
+
+    @field_validator("products")
+    @classmethod
+    def _of_bf16(cls, products: str, info: ValidationInfo) -> str:
+        precision = info.data.get("precision", "bf16")
+        if products == "fp8" and precision not in ("bf16", "auto"):
+            raise ValueError(
+                f"fp8 rounds the operands of products in bf16: it needs engine.precision bf16, not {precision}"
+            )
+        if products == "fp8" and info.data.get("keep_activations"):
+            raise ValueError("fp8 makes the activations of the MLPs again; leave out engine.keep_activations")
+        return products
 
     @field_validator("residual")
     @classmethod

@@ -301,6 +301,8 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
         _keep_activations(built)
     if recipe.engine.residual != "fp32":
         _keep_residual(built, recipe)
+    if recipe.engine.products == "fp8":
+        _fp8_products(built)
     for _, size in recipe.data.size_schedule:
         _check_takes(built, size)
     if config.weights is not None:
@@ -357,6 +359,18 @@ def _keep_residual(network: nn.Module, recipe: "Recipe") -> None:
     if not hasattr(network, "set_residual"):
         raise UsageError(f"engine.residual {residual}: {type(network).__name__} has no set_residual(dtype); use fp32")
     network.set_residual(DTYPES[residual])
+
+
+def _fp8_products(network: nn.Module) -> None:
+    if not hasattr(network, "set_fp8_products"):
+        raise UsageError(
+            f"engine.products fp8: {type(network).__name__} has no set_fp8_products(enable); use "
+            "engine.products=precision"
+        )
+    try:
+        network.set_fp8_products(True)
+    except ValueError as error:
+        raise UsageError(f"engine.products fp8: {error}; use engine.products=precision") from error
 
 
 def _check_takes(network: nn.Module, size: int | tuple[int, int]) -> None:

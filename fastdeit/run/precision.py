@@ -1,11 +1,16 @@
-"""`engine.precision`: `auto` is bf16 where the device has products of it, else fp16, whose loss is scaled. A card
-without them has no tensor cores for bf16, so that bf16 is refused there."""
+"""What products multiply: `engine.precision` and `engine.products`.
+
+`engine.precision`: `auto` is bf16 where the device has products of it, else fp16, whose loss is scaled. A card
+without them has no tensor cores for bf16, so that bf16 is refused there. `engine.products: fp8` is refused where a
+device has none of 8 bits.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
+from fastdeit import kernels
 from fastdeit.engine.dist import World, pick_device
 from fastdeit.errors import UsageError
 
@@ -48,6 +53,19 @@ def fixed(recipe: "Recipe", world: World | None = None, say: Callable[[str], Non
         if say is not None:
             say(f"engine.precision auto: fp16 with a scaled loss, since {without} has no products in bf16")
     return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
+
+
+def check_products(recipe: "Recipe", world: World | None = None) -> None:
+    """Raise UsageError where a training is to have products that its device, or with a world that of any process, does
+    not have. With a world it is to be called on every process. An evaluation has no such products: it is not checked.
+    """
+    if recipe.engine.products != "fp8":
+        return
+    device = pick_device(recipe.engine.device) if world is None else world.device
+    reason = kernels.fp8_refusal(device)
+    reason = reason if world is None else world.first(reason)
+    if reason is not None:
+        raise UsageError(f"engine.products is fp8, but {reason}; use engine.products=precision")
 
 
 def has_bf16(device: torch.device) -> bool:

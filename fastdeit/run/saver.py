@@ -49,6 +49,7 @@ class PoisonedError(Exception):
 
 NUMERICS = frozenset(
     {"engine.device", "engine.threads", "engine.precision", "engine.capture", "engine.autotune", "engine.residual"}
+    | {"engine.products"}
     | {"engine.checkpoint_blocks", "engine.keep_activations", "engine.parallel", "engine.reduce"}
     | {"engine.sync_batchnorm"}
 )

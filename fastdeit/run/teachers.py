@@ -22,7 +22,7 @@ Known = Mapping[TeacherConfig, "Path | Recipe"]
 """Of each teacher with a recipe of its own: its run, or that recipe while it is not trained yet."""
 
 _WHICH_DATA = "source", "root", "train", "val", "synthetic_samples", "synthetic_classes"
-_OF_ITS_NETWORK = "checkpoint_blocks", "keep_activations", "residual"
+_OF_ITS_NETWORK = "checkpoint_blocks", "keep_activations", "residual", "products"
 """Fields of `engine:` that say how a network is computed, and that not every network knows."""
 
 
@@ -58,5 +58,7 @@ def _recipe(recipe: "Recipe", config: TeacherConfig, begun: Path | None) -> "Rec
     its = {name: getattr(own.engine, name) for name in _OF_ITS_NETWORK}
     if its["residual"] not in ("fp32", recipe.engine.precision):
         its["residual"] = "fp32"  # one in 16 bit goes with products in 16 bit alone
+    if recipe.engine.precision not in ("bf16", "auto"):
+        its["products"] = "precision"
     engine = recipe.engine.model_copy(update=its)
     return own.model_copy(update={"data": data, "engine": engine})

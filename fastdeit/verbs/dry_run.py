@@ -45,6 +45,7 @@ def show(asked: Request, processes: int) -> None:
 def lines(asked: Request, processes: int) -> Iterator[str]:
     """What `show` prints: facts first, then estimates, which are marked as such, then the resolved recipe."""
     recipe = precision.fixed(asked.recipe)
+    precision.check_products(recipe)
     build.check_batch(recipe, processes)
     device = pick_device(recipe.engine.device)
     check_sinks(recipe.engine.sinks)

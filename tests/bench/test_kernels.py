@@ -135,6 +135,8 @@ def test_a_row_knows_the_width_that_an_eager_call_is_looked_up_by(monkeypatch):
         "swiglu": 8 * dim,
         "mlp": dim,
         "layer_norm_mlp": dim,
+        **dict.fromkeys(("fp8_rows", "fp8_columns", "fp8_product"), dim),
+        **dict.fromkeys(("fp8_gelu", "fp8_gelu_gradient"), 4 * dim),
         "distillation_loss": classes,
         "cosub_loss": classes,
         "pixels": 3,

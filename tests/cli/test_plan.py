@@ -222,6 +222,22 @@ def test_options_that_move_less_take_ours_less_time_and_memory(plan, option):
     assert peers[0] == peers[1]
 
 
+def test_products_of_8_bits_are_planned_where_a_gpu_has_them_and_said_to_be_missing_elsewhere(plan):
+    words = "deit_base", "data.group_size=64", "--gpu", "A100", "--gpu", "H200", "--count", "8"
+    without, found = plan(*words), plan(*words, "engine.products=fp8")
+    seconds = [
+        {(row["gpu"], row["design"]): row["step"]["seconds"] for row in each["plans"]} for each in (without, found)
+    ]
+    faster = {key for key, value in seconds[0].items() if seconds[1][key] < value}
+    assert faster == {("H200", "fused"), ("H200", "epilogue")}
+    assert all(seconds[1][key] == value for key, value in seconds[0].items() if key not in faster)
+    said = [note for note in found["notes"] if note not in without["notes"]]
+    assert said == [
+        "A100 has no products of 8 bits: engine.products is planned there as precision",
+        "how fast products of 8 bits are is judged, and its range is not in 5 to 95 %",
+    ]
+
+
 def test_samples_that_no_group_can_skip_are_refused(capsys):
     assert cli.main(["plan", *TINY, "model.drop_path_skip=true", "model.drop_path=0.001"]) == 2
     assert "model.drop_path_skip: of " in capsys.readouterr().err

@@ -41,12 +41,16 @@ def test_a_step_does_and_moves_what_is_counted_of_it(size, design, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["residual", "skip"])
+@pytest.mark.parametrize("option", ["residual", "skip", "fp8"])
 def test_options_are_counted_alike(option):
-    """A step with a 16-bit stream, and one that skips what drop-path drops; what lives where backward begins, too."""
+    """A step with a 16-bit stream, one that skips what drop-path drops, and one with products of 8 bits; what lives
+    where backward begins, too."""
     cell, design, work = count_command.cell(MODELS[-1], 256, drop_path=0.2), FUSED, WORK
     if option == "residual":
         found, design = count.ours(cell, 90, "auto", residual=torch.bfloat16), options.narrowed(FUSED)
+    elif option == "fp8":
+        found, design = count.ours(cell, 90, "auto", fp8=True), options.eight_bit(FUSED)
+        assert found.by("name")["_scaled_mm"].launches == 2 * 4 * 11  # not in the last block
     else:
         found = count.ours(cell, 90, "auto", skip=True)
         dropped = dropped_of(models.build(cell.model, drop_path=0.2).config, count.SKIP_GROUP)
@@ -91,7 +95,7 @@ def test_shares_are_drawn_from_their_ranges_and_alike_in_every_call():
     assert max(card.gemm for card in full) == 1.0
 
 
-@pytest.mark.parametrize("design", [TIMM_COMPILE, FUSED, EPILOGUE], ids=lambda design: design.name)
+@pytest.mark.parametrize("design", [TIMM_COMPILE, FUSED, EPILOGUE, options.eight_bit(FUSED)], ids=lambda d: d.name)
 def test_draws_are_steps_of_the_same_model(monkeypatch, design):
     slower = replace(H200, gemm=0.5, epilogue=0.9, gap=5e-6)
     for card in (H200, slower):

@@ -62,7 +62,7 @@ def report():
 def test_every_backend_of_ours_has_a_case():
     """Others bring no Triton kernels of ours, and mixtures none of their own."""
     others = {"reference", "host", "aten", "native", "apex", "quack", *(backend.name for backend in libraries.BACKENDS)}
-    others |= {"epilogue_forward", "epilogue_backward"}
+    others |= {"epilogue_forward", "epilogue_backward", "scaled_mm"}
     cased = {(case.op, case.backend) for found in cases.cases().values() for case in found}
     assert cased == {
         (op.name, backend.name) for op in _op.OPS.values() for backend in op.backends if backend.name not in others

@@ -194,6 +194,41 @@ def test_a_model_of_fake_tensors():
     assert isinstance(vit.head.weight.grad, FakeTensor)
 
 
+WIDE = {"dim": 32, "heads": 2, "mlp_ratio": 3.0}
+
+
+def test_products_of_8_bits_round_training_as_much_as_4_bits_less_of_mantissa_do_and_nothing_else():
+    """Outputs and gradients are about 2**4 times as far from float64 as with products in bf16: not more, and not as
+    near as if nothing was cast. In eval mode nothing is."""
+    vit, x = model(**WIDE).train(), images(32)
+
+    def outcome(network, x):
+        logits = network(x)
+        return [*logits, *torch.autograd.grad(sum(part.square().sum() for part in logits), network.parameters())]
+
+    exact, errors = outcome(model(**WIDE).double(), x.double()), []
+    for enable in (False, True):
+        vit.set_fp8_products(enable)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = outcome(vit, x)
+            errors.append(torch.stack([(a.double() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]))
+            judged = vit.eval()(x)
+            vit.train()
+    assert errors[1].max() <= 20 * errors[0].max()
+    assert (errors[1] > 2 * errors[0]).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, judged, model(**WIDE)(x)))
+
+
+def test_where_no_product_can_be_of_8_bits_the_model_says_so():
+    with pytest.raises(ValueError, match="a width of 40 is not a multiple of 16"):
+        model(**WIDE | {"dim": 40}).set_fp8_products()
+    with pytest.raises(ValueError, match="a width of 104 is not a multiple of 16"):
+        model(**WIDE | {"mlp_ratio": 3.25}).set_fp8_products()
+    with pytest.raises(ValueError, match="the only block of the model is its last"):
+        model(**WIDE, depth=1).set_fp8_products()
+
+
 def test_drop_path_gradients_skip_dropped_branches():
     vit = model(drop_path=0.5).train()
     noise = torch.ones(2, 8)

@@ -14,8 +14,8 @@ from fastdeit.recipe import overlays
 from fastdeit.recipe import resolve as recipes
 
 IMAGENET = [name for name in recipes.names() if name.startswith("deit_")]
-OURS = ["deit_base_24h", "deit_base_160", "deit_base_160_224"]
-"""Made by us of the paper's settings: other lengths and resolutions."""
+OURS = ["deit_base_24h", "deit_base_160", "deit_base_160_224", "deit_base_fp8"]
+"""Made by us of the paper's settings: other lengths, resolutions and products."""
 GROWING = ["deit_small_progressive"]
 """Ours as well, with a size schedule, of which `fastdeit plan` knows nothing."""
 PRETRAINING = [name for name in IMAGENET if not name.endswith("_384") and name not in OURS + GROWING]

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastdeit.data.plan import plan
 from fastdeit.data.sources.packed import pack
@@ -313,6 +314,21 @@ def test_the_residual_stream_has_the_type_of_the_recipe(student):
             assert student(*words).tokens(torch.randn(1, 3, 32, 32), stop=1).dtype == dtype
 
 
+def test_products_of_training_are_of_8_bits_where_the_recipe_says_so(student, monkeypatch):
+    """In all blocks but the last one, of which the head reads one token."""
+    layers = []
+    monkeypatch.setattr(
+        "fastdeit.kernels.fp8_linear", lambda x, weight, bias: layers.append(1) or F.linear(x, weight, bias)
+    )
+    monkeypatch.setattr("fastdeit.kernels.fp8_mlp", lambda x, *_: layers.append(2) or x)
+    for words, expected in (((), []), (("engine.products=fp8", "engine.precision=bf16"), [1, 1, 2])):
+        made = student(*words)
+        for training in (False, True):
+            made.train(training)(torch.zeros(1, 3, *made.config.image_size))
+            assert layers == (expected * (made.config.depth - 1) if training else [])
+        layers.clear()
+
+
 def test_dropped_samples_are_skipped_in_groups_of_the_recipe(student):
     words = "model.drop_path=0.4", "data.group_size=6", "data.mixup=0", "data.cutmix=0", "train.batch_size=12"
     for made, expected in ((student(*words, "model.drop_path_skip=true"), 8), (student(*words), 12)):
@@ -351,6 +367,10 @@ def test_activations_are_kept_where_the_recipe_says_so(student, monkeypatch):
             r"engine.residual bf16: ConvNet has no set_residual\(dtype\); use fp32",
         ),
         (
+            ["model.name=convnet_digits", "engine.products=fp8", "engine.precision=bf16"],
+            r"engine.products fp8: ConvNet has no set_fp8_products\(enable\); use engine.products=precision",
+        ),
+        (
             ["model.drop_path_skip=true", "model.drop_path=0.01"],
             r"model.drop_path_skip: with groups of data.group_size, of \d+ samples none would lose a branch at "
             r"drop_path 0.01; use larger groups",
@@ -370,6 +390,18 @@ def test_what_a_model_cannot_do_is_refused(student, overrides, words):
     ("overrides", "words"),
     [
         (["engine.residual=bf16", "engine.precision=fp32"], "bf16 needs engine.precision bf16, not fp32"),
+        (
+            ["engine.products=fp8", "engine.precision=fp16"],
+            "products in bf16: it needs engine.precision bf16, not fp16",
+        ),
+        (
+            ["engine.products=fp8", "engine.precision=fp32"],
+            "products in bf16: it needs engine.precision bf16, not fp32",
+        ),
+        (
+            ["engine.products=fp8", "engine.precision=bf16", "engine.keep_activations=true"],
+            "engine.products: fp8 makes the activations of the MLPs again; leave out engine.keep_activations",
+        ),
         (
             ["engine.keep_activations=true", "engine.checkpoint_blocks=true"],
             "engine.keep_activations: has no effect beside engine.checkpoint_blocks",

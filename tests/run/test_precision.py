@@ -10,6 +10,7 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.estimate import report
 from fastdeit.estimate.gpus import GPUS
+from fastdeit.kernels import _triton
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import health, precision, request
 
@@ -31,8 +32,10 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a card of sm_{arch}")
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        _triton._arch_of.cache_clear()
 
-    return there_is
+    yield there_is
+    _triton._arch_of.cache_clear()
 
 
 @pytest.mark.parametrize("name", AUTO)
@@ -97,6 +100,25 @@ def test_a_residual_in_bf16_needs_a_device_with_it(card):
     card(70)
     with pytest.raises(UsageError, match="residual is bf16, which a card of sm_70 does not have; use"):
         precision.fixed(given)
+
+
+@pytest.mark.parametrize("arch", [70, 80, 86])
+def test_products_of_8_bits_need_a_device_with_them(card, arch):
+    """Of the device of any process; an evaluation has none, and asks for none."""
+    given = recipe("engine.products=fp8")
+    precision.check_products(given, World(CPU))
+    for able in (89, 90):
+        card(able)
+        precision.check_products(given, World(CARD))
+    with pytest.raises(UsageError, match=r"fp8, but the other's V100; use engine\.products=precision"):
+        precision.check_products(given, Second(CARD))
+    card(arch)
+    wanted = f"engine.products is fp8, but it needs sm_89 or newer, not sm_{arch}; use engine.products=precision"
+    for world in (None, World(CARD)):
+        with pytest.raises(UsageError, match=wanted):
+            precision.check_products(given, world)
+    precision.check_products(recipe(), World(CARD))
+    assert precision.fixed(given, World(CARD)).engine.products == "fp8"
 
 
 def test_gradients_that_travel_in_fp16_need_products_in_fp16(card):

@@ -270,16 +270,18 @@ def _wrong(mine: Tensor, same: Tensor, exact: Tensor | None) -> dict[str, Any] |
     if not mine.is_floating_point():
         equal = torch.equal(mine, same)
         return None if equal else {"what": f"{int((mine != same).sum())} of {mine.numel()} elements differ"}
+    eps, half = torch.finfo(mine.dtype).eps, mine.itemsize <= 2
+    if mine.itemsize == 1:  # PyTorch computes nothing in it
+        mine, same, exact = mine.float(), same.float(), None if exact is None else exact.double()
     finite = torch.isfinite(same)
     if not torch.equal(finite, torch.isfinite(mine)):
         return {"what": "other elements are not finite than in PyTorch's result"}
-    half = mine.dtype in (torch.float16, torch.bfloat16)
     units = (1 if half else 32) if exact is not None else (8 if half else 256)
     truth = (same if exact is None else exact)[finite]
     error, theirs = (_sizes(tensor[finite], truth) for tensor in (mine, same))
     whole = _sizes(truth, torch.zeros((), dtype=truth.dtype, device=truth.device))
     for kind, my, their, size in zip(("largest", "mean square"), error, theirs, whole, strict=True):
-        bound = 2 * their + units * torch.finfo(mine.dtype).eps * size
+        bound = 2 * their + units * eps * size
         if my > bound:
             what = f"its {kind} error is {my:.3g}, where PyTorch's is {their:.3g} and at most {bound:.3g} is right"
             return {"what": what, "error": my, "theirs": their, "bound": bound}

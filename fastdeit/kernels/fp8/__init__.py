@@ -1,0 +1,1 @@
+"""Linear layers whose products multiply numbers of 8 bits."""
