@@ -11,12 +11,13 @@ import torch
 
 from fastdeit import methods
 from fastdeit.engine.dist import World
+from fastdeit.engine.options import shipped
 from fastdeit.errors import UsageError
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.options import with_options
 from fastdeit.estimate.rows import known_gpu
-from fastdeit.estimate.subject import network
+from fastdeit.estimate.subject import kept_of, network, trained_of
 from fastdeit.fields import size_pair
 
 if TYPE_CHECKING:
@@ -53,16 +54,21 @@ def chosen(recipe: "Recipe", card: str | None, processes: int) -> tuple[str, str
         return "none", f"since there is no model of the speed of {card}"
     if recipe.method.use not in methods.METHODS:
         return "none", f"since method {recipe.method.use} is not fastdeit's own; say graph if its steps can be recorded"
+    if shipped(recipe.optim.name) is None:
+        return "none", f"since {recipe.optim.name} is not fastdeit's own; say graph if its updates can be recorded"
     if recipe.model.timm is not None:
         return "none", "since timm's models draw from torch's generator; say graph if this one draws nothing"
     model, train = recipe.model, recipe.train
     size = size_pair(model.image_size, "model.image_size")
+    classes = model.num_classes or _CLASSES
     try:
-        student = network(model.name, None, size, model.num_classes or _CLASSES, model.drop_path)
+        student = network(model.name, None, size, classes, model.drop_path)
+        trained, kept = trained_of(recipe, classes), () if student.vit is None else kept_of(recipe)
     except UsageError:
         return "none", f"since {model.name} is a network that cannot be modelled"
     images = recipe.method.passes * train.batch_size // (processes * train.accumulate)
-    work = estimate.Work(images, recipe.engine.precision, model.drop_path > 0, recipe.optim.ema_decay is not None)
+    averaged = recipe.optim.ema_decay is not None
+    work = estimate.Work(images, recipe.engine.precision, model.drop_path > 0, averaged, trained, kept)
     design = estimate.FUSED if student.vit is not None else estimate.EAGER
     names = "keep_activations", "residual", "products"
     design = with_options(design, gpu, **{name: getattr(recipe.engine, name) for name in names})

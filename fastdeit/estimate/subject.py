@@ -101,11 +101,11 @@ def subject(recipe: "Recipe", images: int | None = None) -> Subject:
             name, timm, size = _teacher(config)
         size = size_pair(config.image_size or size or model.image_size, "method.teacher.image_size")
         teachers.append(network(name, timm, size, classes))
-    trained, kept = _trained(recipe, classes), () if student.vit is None else _kept(recipe)
+    trained, kept = trained_of(recipe, classes), () if student.vit is None else kept_of(recipe)
     return Subject(recipe, student, tuple(teachers), train, held_out, assumed, trained, kept, tuple(own))
 
 
-def _kept(recipe: "Recipe") -> tuple[float, ...]:
+def kept_of(recipe: "Recipe") -> tuple[float, ...]:
     """`Work.kept` of the student. Raises UsageError where `model.drop_path_skip` does not fit the model."""
     model = recipe.model
     if not model.drop_path_skip:
@@ -182,7 +182,7 @@ def _built(
         raise UsageError(f"recipe: {error}") from error
 
 
-def _trained(recipe: "Recipe", classes: int) -> Trained:
+def trained_of(recipe: "Recipe", classes: int) -> Trained:
     """What the recipe trains of its student, and what its optimizer keeps for that. Raises UsageError where it trains
     nothing, and for words of `model.freeze` and optimizers that do not fit the model."""
     model = recipe.model

@@ -42,10 +42,30 @@ def test_micro_batches_cost_the_host_as_much_again():
 
 
 @pytest.mark.parametrize(
+    ("words", "besides"),
+    [
+        (["model.freeze=[embedding,blocks.0-8]"], []),
+        (["model.drop_path_skip=true"], ["model.drop_path=0.5"]),
+        (["engine.residual=bf16"], []),
+        (["engine.products=fp8"], ["model.name=deit_base_patch16_224"]),
+    ],
+)
+def test_the_modelled_step_is_that_of_the_recipe(words, besides):
+    """What is frozen has no backward, and what is skipped is not computed."""
+
+    def busy(*words):
+        _, why = capture.chosen(recipe("data.group_size=64", *besides, *words), H200, 1)
+        return float(why.split("H200 ")[1].split(" ms")[0])
+
+    assert busy(*words) < 0.97 * busy()
+
+
+@pytest.mark.parametrize(
     ("words", "card", "why"),
     [
         ([], None, "since there are no CUDA graphs on a CPU"),
         ([], "NVIDIA H100 PCIe", "since there is no model of the speed of NVIDIA H100 PCIe"),
+        (["optim.name=tests.toys:Sign"], H200, "since tests.toys:Sign is not fastdeit's own; say graph if its updates"),
         (["method.use=tests.toys:Toy"], H200, "since method tests.toys:Toy is not fastdeit's own; say graph if"),
         (["model.timm=deit_tiny_patch16_224", "model.name=null"], H200, "since timm's models draw from torch's gener"),
     ],
