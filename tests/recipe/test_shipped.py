@@ -199,7 +199,8 @@ def test_deit_iii_s_settings(name):
     """arXiv:2204.07118, and the commands of the public code."""
     recipe = recipes.load(name)
     pretraining = name not in FINE_TUNING
-    assert (recipe.model.drop_path_mode, recipe.data.eval_crop_ratio, recipe.data.erase) == ("constant", 1.0, 0.0)
+    assert (recipe.data.eval_crop_ratio, recipe.data.erase) == (1.0, 0.0)
+    assert recipe.model.drop_path == 0 or recipe.model.drop_path_mode == "constant"
     assert recipe.model.needs_weights == (not pretraining)
     if "_21k" in name:
         assert (recipe.data.crop, recipe.data.augment, recipe.data.mixup) == ("simple", "three_augment", 0.0)
