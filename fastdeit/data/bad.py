@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from fastdeit import jsons
 from fastdeit.data.sources.source import DataError, MachineError, Source
 from fastdeit.text import one_line
 
@@ -110,7 +111,7 @@ class BadList:
         self._read += len(data)
         for line in data.splitlines():
             with suppress(ValueError, TypeError, KeyError):  # a line that was cut when a process was killed
-                entry = json.loads(line)
+                entry = jsons.parsed(line)
                 if entry["split"] == self._split:
                     self._enter(int(entry["index"]), str(entry["path"]), str(entry["reason"]))
         if data and not data.endswith(b"\n"):
@@ -120,7 +121,7 @@ class BadList:
         others = []
         for line in self._file.read_bytes().splitlines(keepends=True):
             with suppress(ValueError, TypeError, KeyError):
-                others += [line] if json.loads(line)["split"] != self._split else []
+                others += [line] if jsons.parsed(line)["split"] != self._split else []
         ours = [self._line(index, *found) for index, found in self._found.items()]
         temporary = self._file.with_name(f".tmp-{FILE}")
         temporary.write_bytes(b"".join([*others, *ours]))

@@ -36,6 +36,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastdeit import jsons
 from fastdeit.data.sources.source import DataError
 
 FORMAT = 1
@@ -182,7 +183,7 @@ class Cache:
         """The cache in `folder`. Raises DataError where there is none, or none that this version can read."""
         path = folder / MANIFEST
         try:
-            found = json.loads(path.read_text())
+            found = jsons.read(path)
             if found["format"] != FORMAT:
                 raise DataError(f"{path} has format {found['format']}, and this version of fastdeit reads {FORMAT}")
             layout = Layout(**{field.name: found["layout"][field.name] for field in fields(Layout)})

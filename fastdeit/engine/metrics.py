@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastdeit import jsons
 from fastdeit.engine import _fault
 
 _log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if not line.endswith(b"\n"):
             break
         try:
-            record = json.loads(line)
+            record = jsons.parsed(line)
         except ValueError:
             record = None
         if isinstance(record, dict) and type(record.get("step")) is int:

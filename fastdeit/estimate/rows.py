@@ -8,7 +8,6 @@ Rows of `fastdeit bench` (benchmarks/README.md) on a known GPU calibrate: measur
 geometric mean of all rows and its range, by GPU, design and precision. Published rows never do.
 """
 
-import json
 import re
 import statistics
 from collections import defaultdict
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastdeit import jsons
 from fastdeit.errors import UsageError
 from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.model import COMPILE_2_9, DESIGNS, UNFUSED, Design, Network, ViT, Work, step
@@ -110,7 +110,7 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
         raise UsageError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            row = json.loads(line)
+            row = jsons.parsed(line)
         except ValueError as error:
             raise UsageError(f"{path}:{number} is no JSON: {error}") from error
         if not isinstance(row, dict):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fastdeit import jsons
 from fastdeit.errors import UsageError
 from fastdeit.experiments.experiment import Experiment, Variant
 
@@ -32,7 +33,7 @@ def read(path: Path) -> list[Row]:
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1].splitlines()  # a killed process may have written half a line
     try:
-        plain = [json.loads(line) for line in whole]
+        plain = [jsons.parsed(line) for line in whole]
         return [Row(**{**each, "overrides": tuple(each["overrides"])}) for each in plain]
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(

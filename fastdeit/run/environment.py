@@ -1,6 +1,5 @@
 """The environment of a run: versions, devices, kernels and room on disks, as its `environment.json` has them."""
 
-import json
 import os
 import platform
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastdeit import cores, kernels
+from fastdeit import cores, jsons, kernels
 from fastdeit.version import __version__
 
 DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
@@ -62,7 +61,7 @@ def versions() -> dict[str, str | None]:
 def read(path: Path) -> dict[str, Any] | None:
     """What the environment.json at `path` holds; None where it cannot be read."""
     try:
-        found = json.loads(path.read_bytes())
+        found = jsons.read(path)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -4,10 +4,10 @@
  "pretrained_cfg": {"input_size": [3, 224, 224], "mean": [...], "std": [...], "crop_pct": 0.9, ...}}
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from fastdeit import jsons
 from fastdeit.fields import size_pair
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -24,7 +24,7 @@ def described(weights: Path) -> dict[str, Any]:
     if weights.name not in _WEIGHTS or not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = jsons.read(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):

@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fastdeit import jsons
 from fastdeit.engine import _fault
 from fastdeit.errors import UsageError
 
@@ -79,7 +80,7 @@ def _is_still(descriptor: int, path: Path) -> bool:
 def _read(path: Path) -> dict[str, Any] | None:
     """What the owner has written, None where that is nothing."""
     try:
-        owner = json.loads(path.read_text())
+        owner = jsons.read(path)
     except (OSError, ValueError):
         return None
     return owner if isinstance(owner, dict) else None

@@ -4,7 +4,6 @@ Everything is read from small files, so that hundreds of runs are listed at once
 """
 
 import fcntl
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from fastdeit import jsons
 from fastdeit.engine import metrics
 from fastdeit.errors import UsageError
 from fastdeit.text import did_you_mean
@@ -75,6 +75,7 @@ class Overview:
         return {name: value for name, value in last.items() if name not in _NOT_MEASURED}
 
 
+_LARGEST_RECIPE = 1 << 20  # bytes; ours have some thousand
 _NOT_MEASURED = ("kind", "step", "epoch", "seconds", "images", "bad_images", "lower_is_better")
 
 
@@ -128,7 +129,7 @@ def _state(path: Path, summary: Mapping[str, Any]) -> State:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        found = jsons.read(path)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -137,7 +138,9 @@ def _json(path: Path) -> dict[str, Any]:
 def _recipe(path: Path) -> dict[str, Any]:
     """Not validated: a run of another version, or with a method that is not installed here, is listed all the same."""
     try:
+        if path.stat().st_size > _LARGEST_RECIPE:
+            return {}
         found = YAML(typ="safe", pure=True).load(path.read_bytes())
-    except (OSError, YAMLError, ValueError):
+    except (OSError, YAMLError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

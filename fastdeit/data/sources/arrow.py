@@ -24,7 +24,7 @@ from pyarrow import ipc
 
 from fastdeit.data.sources import shards
 from fastdeit.data.sources.faults import of_file
-from fastdeit.data.sources.index import Listed, Strings, digest, read_range
+from fastdeit.data.sources.index import Listed, Strings, digest, read_image, read_range
 from fastdeit.data.sources.parquet import class_labels, hub_names, plain_labels, require_columns, require_one_type
 from fastdeit.data.sources.source import BadImage, DataError, contents, unreadable
 
@@ -74,7 +74,7 @@ class ArrowSource(Listed):
         if size == _NO_IMAGE:
             raise BadImage("the row has no image bytes (data sets that only hold paths cannot be used)")
         path = os.path.join(self._root, self._files[self._file[index]])
-        data = read_range(path, int(self._start[index]), size)
+        data = read_image(path, int(self._start[index]), size)
         if len(data) < size:
             raise BadImage("the Arrow file ends before the image does; it was cut while in use")
         return data

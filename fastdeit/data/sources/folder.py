@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdeit.data.sources.index import Listed, Strings, digest, read_range
+from fastdeit.data.sources.index import Listed, Strings, digest, read_image
 from fastdeit.data.sources.kinds import Kind
 from fastdeit.data.sources.names import LeftOut, group, has_header, has_no_extension, is_image, is_litter, say, tell
 from fastdeit.data.sources.source import EXTENSIONS, DataError, listed
@@ -47,7 +47,7 @@ class FileSource(Listed):
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """The bytes of file `index`: uint8 `[n]`. OSError if it cannot be read."""
-        return read_range(self.path(index))
+        return read_image(self.path(index))
 
     def path(self, index: int) -> str:
         """Path of file `index`."""

@@ -14,12 +14,13 @@ from pathlib import Path
 from fastdeit.data.sources.folder import DEVKIT, KIT_ARCHIVE
 from fastdeit.data.sources.public import mat
 from fastdeit.data.sources.source import DataError, contents, listed, unreadable
+from fastdeit.data.sources.tar import Header
 
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _MAT = "meta.mat"
 _HELD_OUT = re.compile(r"ILSVRC2012_val_(\d{8})(?:\.jpe?g)?", re.IGNORECASE)
 _HELD_OUT_NAME = "ILSVRC2012_val_{:08d}.JPEG"
-_LARGEST = 64 << 20  # bytes of a file of the kit: the official ones have a few hundred thousand
+_LARGEST = 64 << 20  # bytes of what the kit unpacks to: the official one has a few million
 
 Truth = tuple[list[str], list[int]]
 """Class names, and the class numbers of held-out images 1, 2, ..."""
@@ -49,21 +50,23 @@ def _said(place: Path, read: Callable[[str], bytes]) -> Truth:
 def _unpacked(archive: Path, name: str) -> bytes:
     """A file of the kit's folder `data`, out of the archive."""
     try:
-        with tarfile.open(archive, "r:*") as opened:
-            info = opened.getmember(f"{DEVKIT}/data/{name}")
-            file = opened.extractfile(info)
-            if file is not None and info.size <= _LARGEST:
-                return file.read()
-            raise tarfile.ReadError(f"{info.name} is no file, or has more than {_LARGEST} bytes")
-    except KeyError as error:
-        raise DataError(
-            f"{archive}: it holds no {DEVKIT}/data/{name}, so it is not the development kit of tasks 1 and 2; download "
-            f"{KIT_ARCHIVE}"
-        ) from error
+        with tarfile.open(archive, "r:*", tarinfo=Header) as opened:
+            unpacked = 0
+            while (info := opened.next()) is not None:
+                unpacked += info.size
+                if unpacked > _LARGEST:  # before what is packed of it is unpacked, to find the next one
+                    raise tarfile.ReadError(f"it unpacks to more than {_LARGEST:,} bytes")
+                file = opened.extractfile(info) if info.name == f"{DEVKIT}/data/{name}" else None
+                if file is not None:
+                    return file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
         if isinstance(error, OSError):
             unreadable(error, archive)
         raise DataError(f"{archive}: cut short or damaged: {error}; download it anew") from error
+    raise DataError(
+        f"{archive}: it holds no {DEVKIT}/data/{name}, so it is not the development kit of tasks 1 and 2; download "
+        f"{KIT_ARCHIVE}"
+    )
 
 
 def number(image: str) -> int:

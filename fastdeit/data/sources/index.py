@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import tempfile
+import zipfile
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,8 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.data.sources.faults import retried
+from fastdeit.data.sources.source import BadImage
 
 _DIGEST = 16
+_MAX_IMAGE = (1 << 31) - 1
+"""Bytes of an encoded image. The largest picture that is decoded (`execute/route.py`) has fewer without any packing."""
 
 
 class Strings(Sequence[str]):
@@ -96,12 +100,20 @@ def seal(arrays: dict[str, NDArray[np.generic]]) -> bytes:
 
 
 def unseal(data: bytes | NDArray[np.uint8]) -> dict[str, NDArray[np.generic]]:
-    """Inverse of `seal`; ValueError if a bit of it has changed."""
+    """Inverse of `seal`; ValueError if a bit of it has changed, and for what `seal` does not make, whatever it is."""
     view = memoryview(data)
     if blake2b(view[_DIGEST:], digest_size=_DIGEST).digest() != view[:_DIGEST]:
         raise ValueError("the checksum does not match")
-    with np.load(io.BytesIO(view[_DIGEST:]), allow_pickle=False) as arrays:
-        return dict(arrays)
+    file = io.BytesIO(view[_DIGEST:])
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+                raise ValueError("it is compressed")  # a few bytes could become gigabytes
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:
+        # A seal tells of damage, not of who made it: the parsers meet anything, as a shape that no memory has room for.
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def text_array(text: bytes) -> NDArray[np.uint8]:
@@ -141,9 +153,17 @@ def read_range(path: str, offset: int = 0, size: int | None = None) -> NDArray[n
     return retried(partial(_read_once, path, offset, size))
 
 
-def _read_once(path: str, offset: int, size: int | None) -> NDArray[np.uint8]:
+def read_image(path: str, offset: int = 0, size: int | None = None) -> NDArray[np.uint8]:
+    """`read_range` of an encoded image; BadImage for more than 2 GiB, which are not read: a file may be a hole."""
+    return retried(partial(_read_once, path, offset, size, _MAX_IMAGE))
+
+
+def _read_once(path: str, offset: int, size: int | None, most: int | None = None) -> NDArray[np.uint8]:
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
+        length = os.fstat(handle).st_size - offset if size is None else size
+        if most is not None and length > most:
+            raise BadImage(f"it has {length:,} bytes; no image has more than {most:,}")
         return np.frombuffer(read_at(handle, offset, size), np.uint8)
     except OSError as error:
         error.filename = path

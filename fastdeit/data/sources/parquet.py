@@ -7,7 +7,6 @@ rows in order; for training, which reads in random order, pack the data set firs
 """
 
 import io
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -18,13 +17,19 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow
 from numpy.typing import NDArray
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
+from fastdeit import jsons
 from fastdeit.data.sources import shards
 from fastdeit.data.sources.index import Listed, Strings, digest, read_range
 from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, class_numbers, unreadable
 
 _CACHE_BYTES = 256 << 20
+_MAX_GROUP = 4 << 30
+"""Bytes of the image column of a row group: each image that is read costs memory for all of them."""
+_MAX_DICTIONARY = 1 << 30  # an array of Arrow's has 2 GiB
+_MAX_LABELS = 1 << 30
+"""Bytes of the labels of a file. A name of 64 letters for each of 16 million rows."""
 _Column = TypeVar("_Column", pyarrow.Array, pyarrow.ChunkedArray)
 
 
@@ -72,7 +77,7 @@ class ParquetSource(Listed):
             data = data.value
         if not data.is_valid:
             raise BadImage("the row has no image bytes (data sets that only hold paths cannot be used)")
-        return np.frombuffer(data.as_buffer(), np.uint8)
+        return np.frombuffer((data.value if isinstance(data, pyarrow.DictionaryScalar) else data).as_buffer(), np.uint8)
 
     def path(self, index: int) -> str:
         """FILE:ROW of sample `index`, with the folder of the data set."""
@@ -85,11 +90,36 @@ class ParquetSource(Listed):
             with parquet.ParquetFile(_Bytes(path)) as opened:
                 schema, metadata = opened.schema_arrow, opened.metadata
                 require_columns(path, schema, self._image, self._label)
-                return metadata, plain_labels(path, self._label, opened.read(columns=[self._label]).column(0))
+                self._require_fitting(path, schema, metadata)
+            with parquet.ParquetFile(_Bytes(path), metadata=metadata, read_dictionary=[self._label]) as opened:
+                labels = opened.read(columns=[self._label]).column(0)
+                _require_short(path, self._label, _text_size(labels))
+                return metadata, plain_labels(path, self._label, labels)
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError):
                 unreadable(error, path)
             raise DataError(f"{path}: the Parquet file cannot be read: {error}") from error
+
+    def _require_fitting(self, path: str, schema: pyarrow.Schema, metadata: parquet.FileMetaData) -> None:
+        """DataError for a file of a few bytes that would take gigabytes to read."""
+        size = os.stat(path).st_size
+        if metadata.num_rows > size:
+            raise DataError(
+                f"{path}: {metadata.num_rows:,} rows in {size:,} bytes, so most of them hold no image; write the file "
+                "anew without them"
+            )
+        column = _path_of(schema, self._image)
+        labels = 0
+        for number in range(metadata.num_row_groups):
+            labels += _size_of(metadata, number, self._label)
+            images = _size_of(metadata, number, column)
+            if images > _MAX_GROUP:
+                raise DataError(
+                    f"{path}: column {self._image!r} of row group {number} has {images:,} bytes uncompressed, and each "
+                    f"image would cost memory for all of them (more than {_MAX_GROUP:,} are not read); write the file "
+                    "anew with smaller row groups"
+                )
+        _require_short(path, self._label, labels)
 
     def _group(self, number: int) -> Any:
         """The image column of a row group."""
@@ -97,17 +127,62 @@ class ParquetSource(Listed):
             if number not in self._cache:
                 file, group = self._groups[number]
                 path = os.path.join(self._root, self._files[file])
-                with parquet.ParquetFile(
-                    _Bytes(path), metadata=self._metadata[file], page_checksum_verification=True
-                ) as opened:
-                    nested = pyarrow.types.is_struct(opened.schema_arrow.field(self._image).type)
-                    column = f"{self._image}.bytes" if nested else self._image
-                    table = opened.read_row_group(group, columns=[column], use_threads=False)
-                self._cache[number] = table.column(0)
+                self._cache[number] = _images(path, self._metadata[file], group, self._image)
             self._cache.move_to_end(number)
             while len(self._cache) > 1 and sum(column.nbytes for column in self._cache.values()) > _CACHE_BYTES:
                 self._cache.popitem(last=False)
             return self._cache[number]
+
+
+def _images(path: str, metadata: parquet.FileMetaData, group: int, image: str) -> pyarrow.ChunkedArray:
+    """The image column of a row group, in memory that the size of the group's pages bounds. BadImage where it has more
+    than `_MAX_GROUP` bytes."""
+    column = _path_of(metadata.schema.to_arrow_schema(), image)
+    small = _size_of(metadata, group, column) <= _MAX_DICTIONARY
+    with parquet.ParquetFile(
+        _Bytes(path),
+        metadata=metadata,
+        page_checksum_verification=True,
+        # An image of many rows that the file has once is in memory once.
+        read_dictionary=[column] if small else [],
+    ) as opened:
+        if small:
+            return opened.read_row_group(group, columns=[column], use_threads=False).column(0)
+        rows, size = [], 0
+        for row in opened.iter_batches(1, row_groups=[group], columns=[column], use_threads=False):
+            rows.append(row.column(0))
+            size += row.nbytes
+            if size > _MAX_GROUP:
+                raise BadImage(f"its row group has more than {_MAX_GROUP:,} bytes of images; write smaller row groups")
+    return pyarrow.chunked_array(rows)
+
+
+def _path_of(schema: pyarrow.Schema, image: str) -> str:
+    """What Parquet calls the column of the images' bytes."""
+    return f"{image}.bytes" if pyarrow.types.is_struct(schema.field(image).type) else image
+
+
+def _size_of(metadata: parquet.FileMetaData, group: int, column: str) -> int:
+    """Bytes of the uncompressed pages of a column."""
+    there = metadata.row_group(group)
+    columns = map(there.column, range(there.num_columns))
+    return sum(one.total_uncompressed_size for one in columns if one.path_in_schema == column)
+
+
+def _text_size(labels: pyarrow.ChunkedArray) -> int:
+    """Bytes of the labels, each for itself, though a dictionary may hold them once."""
+    if not pyarrow.types.is_dictionary(labels.type):
+        return labels.nbytes
+    lengths = [(compute.binary_length(one.dictionary.cast(pyarrow.binary())), one.indices) for one in labels.chunks]
+    return sum(compute.sum(each.take(indices).cast(pyarrow.int64())).as_py() or 0 for each, indices in lengths)
+
+
+def _require_short(path: str, label: str, size: int) -> None:
+    if size > _MAX_LABELS:
+        raise DataError(
+            f"{path}: column {label!r} has {size:,} bytes, more than labels can have ({_MAX_LABELS:,}); say by "
+            "data.label_column=NAME which column holds them"
+        )
 
 
 class _Bytes(io.RawIOBase):
@@ -220,7 +295,7 @@ def class_labels(
 def hub_names(metadata: Mapping[bytes, bytes] | None, label: str) -> list[str] | None:
     """Class names in the metadata of a schema that the `datasets` library wrote."""
     try:
-        return json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+        return jsons.parsed(metadata[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -20,6 +20,7 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),  # torchvision's
     *(".avif", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".pbm", ".pnm"),
 )
+_MAX_CONTENTS = 1 << 32
 MAX_LABEL = 999_999  # beyond any image data set: a larger one is some other number
 
 
@@ -98,12 +99,15 @@ def unreadable(error: OSError | MemoryError, path: str | Path) -> str:
 
 
 def contents(path: Path) -> bytes:
-    """A file of a data set that is no image: labels, lists. DataError if it cannot be read."""
+    """A file of a data set that is no image: labels, lists. DataError if it cannot be read, or has more than 4 GiB."""
     try:
+        size = faults.retried(path.stat).st_size
+        if size > _MAX_CONTENTS:
+            raise DataError(f"{path}: has {size:,} bytes, and no list of images or labels has; look whether it is one")
         return faults.retried(path.read_bytes)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         unreadable(error, path)
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def class_numbers(labels: NDArray[np.int64], root: str | Path) -> list[str]:

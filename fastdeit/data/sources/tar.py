@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.data.sources.faults import of_file
-from fastdeit.data.sources.index import Listed, Strings, digest, read_range, text_array
+from fastdeit.data.sources.index import Listed, Strings, digest, read_image, read_range, text_array
 from fastdeit.data.sources.kinds import Columns, Kind
 from fastdeit.data.sources.names import is_litter
 from fastdeit.data.sources.scan import scanned
@@ -42,6 +42,21 @@ _SHOWN = 3
 _WORD = {int: "number", str: "name"}
 _BLOCK = 512
 _CHUNK = 1 << 20
+_MAX_HEADER = 1 << 20
+_ABOUT_THE_NEXT = {
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+}
+
+
+class Header(tarfile.TarInfo):
+    """A header of a tar file. ReadError for one that says more of the next file than anybody has to say: Python keeps
+    that in memory, and a packed or sparse file may have gigabytes of it."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        """The method that tarfile names for those who add types of headers."""
+        if self.type in _ABOUT_THE_NEXT and self.size > _MAX_HEADER:
+            raise tarfile.ReadError(f"a header at byte {self.offset} has {self.size:,} bytes")
+        return super()._proc_member(archive)
 
 
 class Member(NamedTuple):
@@ -93,7 +108,7 @@ class TarSource(Listed):
 
 def read_member(path: str, offset: int, size: int) -> NDArray[np.uint8]:
     """The file with this place in a tar file: uint8 `[size]`. BadImage if the tar file was cut meanwhile."""
-    data = read_range(path, offset, size)
+    data = read_image(path, offset, size)
     if len(data) < size:
         raise BadImage("the tar file ends before the image does; it was cut while in use")
     return data
@@ -293,7 +308,7 @@ def members(path: str, skipped: Skipped, start: int = 0, stop: int | None = None
 def _archive(file: BinaryIO, path: str, start: int, length: int, skipped: Skipped) -> Generator[Member, None, int]:
     """The regular files of the archive that starts at byte `start` of `file`; returns the byte at which it ends."""
     file.seek(start)
-    with tarfile.open(fileobj=file, mode="r:") as archive:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as archive:
         end = start
         while end < length and (info := archive.next()) is not None:
             archive.members.clear()  # tarfile keeps every header it has read

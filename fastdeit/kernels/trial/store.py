@@ -135,7 +135,7 @@ class Store:
             return Content()
         except OSError as error:
             return self._ignored(error.strerror or str(error))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             return self._ignored(f"it is damaged ({type(error).__name__}: {error})")
         return Content({(row.op, row.shape): row for row in rows}, wrong)
 
