@@ -5,7 +5,6 @@ The 8x8 grey pictures become 32x32 JPEGs, once, in a cache directory: `train/` 8
 but it goes through the same reading, decoding and augmentation as ImageNet.
 """
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fastdeit import rng
+from fastdeit.cache_folder import cache_folder
 from fastdeit.data.sources.source import DataError
 
 VERSION = 1
@@ -28,7 +28,7 @@ def prepare(cache: str | Path | None = None) -> Path:
     The folder appears complete or not at all: it is written beside its place and renamed. Of several processes that
     start at once, one wins and the others use its folder. DataError where `cache` cannot be written.
     """
-    cache = Path(os.path.expanduser(cache or os.environ.get("FASTDEIT_CACHE") or "~/.cache/fastdeit"))
+    cache = cache_folder() if cache is None else Path(cache).expanduser()
     root = cache / f"digits-{VERSION}"
     if root.is_dir():
         return root

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdeit.cache_folder import cache_folder
 from fastdeit.data.sources.index import atomic, digest, seal, unseal
 from fastdeit.data.sources.source import DataError
 from fastdeit.text import one_line
@@ -154,7 +155,7 @@ def cached(root: Path, files: Sequence[str], kind: str, key: str, build: Callabl
     except OSError as error:
         raise DataError(f"{error.filename}: the {kind} file cannot be read: {error.strerror}") from error
     state = np.array([(one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino & _INT64) for one in states])
-    cache = Path(os.path.expanduser(os.environ.get("FASTDEIT_CACHE") or "~/.cache/fastdeit"))
+    cache = cache_folder()
     # Beside the files under one name for all machines; elsewhere the name has to tell data sets apart.
     elsewhere = digest([str(root.resolve()), key])
     places = root / f".fastdeit-{kind}-{key}", cache / f"{kind}-{elsewhere}"

@@ -18,9 +18,14 @@ class Damaged(Exception):
     """A file of the cache is not what was written; the message says how."""
 
 
+def home() -> Path:
+    """What `fastdeit.cache_folder` says. Kernels stand alone, so they do not import that."""
+    return Path(os.path.expanduser(os.environ.get("FASTDEIT_CACHE") or "~/.cache/fastdeit"))
+
+
 def folder() -> Path:
     """Where compiled kernels are kept. It need not exist."""
-    return Path(os.environ.get("FASTDEIT_CACHE") or Path.home() / ".cache" / "fastdeit") / "native"
+    return home() / "native"
 
 
 def read(path: Path) -> bytes | None:

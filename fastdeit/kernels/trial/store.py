@@ -24,6 +24,7 @@ import triton
 from fastdeit.kernels._op import REFERENCE
 from fastdeit.kernels._tried import Shape
 from fastdeit.kernels.native import sources
+from fastdeit.kernels.native.cache import home
 
 FORMAT = 1
 _PACKAGES = "flash-attn-3", "flash-attn-4"
@@ -108,7 +109,7 @@ def _code() -> str:
 
 def folder() -> Path:
     """Where files are kept."""
-    return Path(os.environ.get("FASTDEIT_CACHE") or Path.home() / ".cache" / "fastdeit") / "kernels"
+    return home() / "kernels"
 
 
 class Store:
