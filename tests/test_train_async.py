@@ -1,5 +1,7 @@
 """`engine.async_checkpoints`: the same checkpoints as those that are waited for, written beside the training."""
 
+import os
+import signal
 import threading
 import time
 
@@ -11,7 +13,7 @@ from fastdeit.engine.background import HostCopies, Worker
 from fastdeit.engine.checkpoint import CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.engine.step import Engine
-from fastdeit.errors import Interrupted
+from fastdeit.errors import FastdeitError, Interrupted
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.training import train
@@ -112,6 +114,29 @@ def test_a_run_that_is_stopped_waits_for_what_is_being_written(tmp_path, waited_
     run_of(tmp_path, ASYNC, resume=True)
     for step in (4, *SAVED[2:]):
         assert_same_weights(waited_for, tmp_path / "run", step)
+
+
+def test_a_second_ctrl_c_waits_for_nothing(tmp_path, monkeypatch):
+    """It raises KeyboardInterrupt (`World.stop_on_signals`); here that comes while a checkpoint is being written."""
+    save, writers, goes_on = checkpoint.save, [], threading.Event()
+
+    def stuck(root, number, *rest):
+        if number == 4:
+            writers.append(threading.current_thread())
+            os.kill(os.getpid(), signal.SIGINT)
+            goes_on.wait(60)
+        return save(root, number, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", stuck)
+    try:
+        with pytest.raises(FastdeitError, match="stopped at once; from the newest checkpoint go on with"):
+            run_of(tmp_path, ASYNC)
+        assert [writer.is_alive() for writer in writers] == [True]
+        assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2]
+    finally:
+        goes_on.set()
+        for writer in writers:
+            writer.join()
 
 
 class Fails(Supervised):
