@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import tarfile
+import zipfile
 from hashlib import blake2b
 
 import numpy as np
@@ -14,9 +15,9 @@ import pytest
 
 from fastdeit import jsons
 from fastdeit.data.logits import Cache
-from fastdeit.data.sources import imagenet_kit
+from fastdeit.data.sources import imagenet_kit, packed
 from fastdeit.data.sources.folder import FolderSource
-from fastdeit.data.sources.index import unseal
+from fastdeit.data.sources.index import seal, unseal
 from fastdeit.data.sources.source import BadImage, DataError, contents
 from fastdeit.data.sources.tar import TarSource
 from fastdeit.engine import metrics
@@ -142,18 +143,31 @@ def archive(save, **arrays):
     return out.getvalue()
 
 
+def with_shape(count):
+    """An archive of an array of 4 numbers that says it has `count`."""
+    out, head = io.BytesIO(), f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({count},), }}".ljust(117) + "\n"
+    with zipfile.ZipFile(out, "w") as file:
+        file.writestr("offset.npy", b"\x93NUMPY\1\0" + len(head).to_bytes(2, "little") + head.encode() + bytes(32))
+    return out.getvalue()
+
+
 SEALED = {
     "deflated": archive(np.savez_compressed, offset=np.zeros(1 << 20)),
-    "a shape of terabytes": archive(np.savez, offset=np.zeros(4)).replace(
-        b"(4,), }" + b" " * 12, b"(9000000000000,), }"
-    ),
-    "a shape that overflows": archive(np.savez, offset=np.zeros(4)).replace(
-        b"(4,), }" + b" " * 20, b"(9000000000000000000,), }  "
-    ),
+    "a shape of terabytes": with_shape("9000000000000"),
+    "a shape that overflows": with_shape("9000000000000000000"),
     "objects": archive(np.savez, offset=np.array([object], object)),
     "no archive": b"PK\3\4 and nothing",
     "nothing": b"",
 }
+
+
+def test_a_pack_with_a_right_seal_and_half_an_index_is_refused(tmp_path):
+    sealed, mark = seal({"offset": np.zeros(1)}), packed._MARK.pack(packed._MAGIC, packed.VERSION)
+    (tmp_path / "a.pack").write_bytes(mark + sealed + packed._FOOTER.pack(len(mark), len(sealed), mark))
+    with pytest.raises(
+        DataError, match=r"a\.pack: the index of the packed file is damaged: it has no classes and no crc"
+    ):
+        packed.PackedSource(tmp_path / "a.pack")
 
 
 @pytest.mark.parametrize("name", SEALED)

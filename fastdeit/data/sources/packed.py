@@ -116,7 +116,10 @@ def _read_index(path: str) -> dict[str, NDArray[np.generic]]:
         unreadable(error, path)
         raise DataError(f"{path}: the packed data set cannot be read: {error.strerror or error}") from error
     try:
-        return unseal(sealed)
+        index = unseal(sealed)
+        if missing := {"offset", "crc", "label", "names", "classes", "fingerprint"} - index.keys():
+            raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
+        return index
     except ValueError as error:
         raise DataError(f"{path}: the index of the packed file is damaged: {error}; copy or pack it anew") from error
 
