@@ -338,11 +338,20 @@ def test_a_single_block_is_a_model():
     assert [row.path for row in accelerate(block, strict=True).rows] == ["", "attn", "mlp"]
 
 
-def test_on_the_meta_device():
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+def test_on_the_meta_device(default):
     with torch.device("meta"):
-        model = timm.create_model("deit3_small_patch16_224", **TINY)
-    accelerate(model, strict=True)
+        model = timm.create_model("deit3_small_patch16_224", drop_path_rate=0.1, **TINY)
+    with torch.device(default):
+        accelerate(model, strict=True)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_trying_out_makes_tensors_where_the_model_is(pair):
+    _, timms = pair
+    with torch.device("meta"):
+        accelerate(timms, strict=True)
+    assert not any(parameter.is_meta for parameter in timms.parameters())
 
 
 class LyingGELU(nn.Module):

@@ -141,7 +141,7 @@ def disagreement(kind: Kind, module: nn.Module, remembered: Remembered) -> str |
 
 def _drops_samples(drop: nn.Module) -> bool:
     """Whether a drop-path, in training, multiplies whole samples by what it makes of ones: so the op uses it."""
-    x, ones = normal(64, 3, 2, like=torch.empty(0), seed=0), torch.ones(64, 1, 1)
+    x, ones = normal(64, 3, 2, like=torch.empty(0, device="cpu"), seed=0), torch.ones(64, 1, 1, device="cpu")
     if hasattr(drop, "drop_prob"):
         drop.drop_prob = 0.5
     drawn = []
@@ -154,11 +154,11 @@ def _drops_samples(drop: nn.Module) -> bool:
 
 @contextmanager
 def gradients_in_float(module: nn.Module) -> Iterator[None]:
-    """Whatever surrounds a trial, there are gradients in it, and no autocast."""
-    # There is no autocast for the meta device, from which copies come to the CPU.
-    kind = _device(module).type
-    device = "cpu" if kind == "meta" else kind
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+    """Whatever surrounds a trial: gradients are on in it, autocast is off, and tensors are made where the module is."""
+    device = _device(module)
+    if device.type == "meta":  # copies come to the CPU
+        device = torch.device("cpu")
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), device:
         yield
 
 
