@@ -13,7 +13,7 @@ In eager mode the reference runs under native autograd and any other backend und
 registered op costs ten to twenty microseconds a call. `torch.compile` sees the registered op, which is opaque to it;
 where nothing would run but the reference, it sees that function under native autograd instead, and can fuse it with
 what surrounds it. When the reference is forced, the registered op runs, in eager mode and compiled. It also runs on
-fake tensors, for which it knows the shapes, dtypes and layouts of its results.
+fake tensors of the CPU, for which it knows the shapes, dtypes and layouts of its results.
 
 Only PyTorch's own operations follow `torch.func` (vmap, grad, jvp and their compositions) and forward-mode AD. There an
 op that is not forced runs under native autograd, whatever its backends, and one that is forced raises. No backend has a
@@ -160,7 +160,7 @@ class Op:
             return self._run_transformed(args)
         if torch.compiler.is_compiling():
             return (self.native if self._left_to_compiler(_device(args)) else self.registered)(*args)
-        if choice(self.name) == REFERENCE or _checks.is_fake(_first(args)):
+        if choice(self.name) == REFERENCE or (_device(args).type == "cpu" and _checks.is_fake(_first(args))):
             return self.registered(*args)
         refusals = []
         for backend, _ in self._able(_device(args), args, self._differentiated):
