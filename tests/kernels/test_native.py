@@ -263,7 +263,8 @@ def test_native_is_the_choice_on_a_v100(v100):
     assert not card.launches  # of Triton
 
 
-NOT_TRITON = {"attention": "native", "query_attention": "reference"}
+FP8 = [name for name in OPS if name.startswith("fp8_")]
+NOT_TRITON = {"attention": "native", "query_attention": "reference", **dict.fromkeys(FP8, "reference")}
 """What runs on a V100, of the ops that do not run on Triton there."""
 
 
@@ -274,6 +275,8 @@ def test_what_is_used_for_each_op_of_a_v100(v100):
     reasons = {row.name: row.reason for row in rows}
     assert reasons.pop("attention") == "NVRTC 12.9 compiled it for sm_70; not measured on sm_70 yet"
     assert reasons.pop("query_attention") == "triton: it needs sm_80 or newer, not sm_70"
+    for name in FP8:
+        assert reasons.pop(name).endswith(": it needs sm_89 or newer, not sm_70")
     assert all(re.fullmatch(r"Triton [\d.]+ on sm_70; not measured on sm_70 yet", why) for why in reasons.values())
 
 

@@ -252,7 +252,9 @@ NAMES = list(public_calls(torch.float32))
 
 
 def test_each_op_but_the_updates_has_a_call():
-    assert set(NAMES) == {name for name, op in _op.OPS.items() if not op.mutated}
+    """Those of fp8 are parts of `fp8_linear` and `fp8_mlp`, which test_fp8.py calls."""
+    public = {name for name, op in _op.OPS.items() if not op.mutated and not name.startswith("fp8_")}
+    assert set(NAMES) == public
 
 
 def run(call, free):
