@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdeit.kernels._example import FEW, Example, Maker, Sizes
 from fastdeit.kernels._op import OPS, Backend, Op, Unsupported
+from fastdeit.kernels.fp8.cast import LARGEST
 from fastdeit.kernels.lint.cases import backends
 from tests.kernels.checked import checked
 from tests.kernels.proof import assert_as_good
@@ -24,6 +25,9 @@ Outcome = dict[str, Tensor]
 _KERNELS = "fastdeit.kernels"
 _SCALAR = 16
 """Units in the last place of 1 that a loss or a norm may be off: it is a sum of numbers of either sign."""
+_CASTS = "fp8_rows", "fp8_columns"
+"""Ops whose results are exactly those of their formula."""
+_EQUAL: dict[str, Any] = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,13 @@ class CheckedCase:
 
     def judge(self, outcome: Outcome) -> None:
         """AssertionError unless the outcome is as good as the reference's: by the rule of `proof.py`, but for single
-        numbers, whose error is a matter of chance, and products, which are rounded once."""
+        numbers, whose error is a matter of chance, products, which are rounded once, and casts, which are exact."""
         if not self.judged:
             return
         same, exact = self.reference(False), self.reference(True)
         assert outcome.keys() <= same.keys()
+        if self.op.name in _CASTS:
+            torch.testing.assert_close(*({n: t.float() for n, t in of.items()} for of in (outcome, same)), **_EQUAL)
         for name, mine in outcome.items():
             title = f"{self.name}: {name}"
             if mine.dim() == 0:
@@ -108,12 +114,11 @@ class CheckedCase:
 
 def same_bits(one: Outcome, other: Outcome) -> bool:
     """Whether two outcomes are equal, NaN included."""
-    return one.keys() == other.keys() and all(
-        one[name].detach().numpy(force=True).tobytes() == other[name].detach().numpy(force=True).tobytes()
-        if one[name].dtype != torch.bfloat16
-        else torch.equal(one[name].view(torch.int16), other[name].view(torch.int16))
-        for name in one
-    )
+    return one.keys() == other.keys() and all(torch.equal(_bits(one[name]), _bits(other[name])) for name in one)
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.detach().contiguous().flatten().view(torch.uint8)
 
 
 def _rounded_once(product: Tensor, exact: Tensor) -> None:
@@ -185,6 +190,17 @@ def _no_gradients(args: list[Any]) -> None:
             args[i] = arg.detach()
 
 
+def _not_finite(args: list[Any]) -> None:
+    """A row and a column of zeros, one with an Inf and one with a NaN."""
+    first = args[0]
+    first[0], first[:, 0], first[1, 1], first[2, 2] = 0, 0, torch.inf, torch.nan
+
+
+def _largest(args: list[Any]) -> None:
+    """A row and a column whose largest element is that of e4m3."""
+    args[0][0, 0] = LARGEST
+
+
 def _boxes_across_tiles(args: list[Any]) -> None:
     """Boxes to mix, then boxes to erase, that begin and end inside tiles and runs of pixels, or cover everything."""
     height, width = args[0].shape[1:3]
@@ -227,6 +243,10 @@ _MORE: tuple[tuple[str, Sizes, tuple[torch.dtype, ...], dict[str, Any]], ...] = 
     ("qk_norm_rope", _LOOPS, _BOTH, {"small": (("qk_norm_rope._PROGRAMS", 2), ("_rows.ELEMENTS", 1024))}),
     ("swiglu", _LOOPS, _BOTH, {}),
     ("mlp", _LOOPS, _BOTH, {"small": (("mlp.gelu._PROGRAMS", 2),)}),
+    *((op, _LOOPS, _BOTH, {}) for op in (*_CASTS, "fp8_gelu")),
+    ("fp8_gelu_gradient", _LOOPS, _BOTH, {"small": (("fp8.gelu._PROGRAMS", 2),)}),
+    *((op, FEW, _BOTH, {"change": _not_finite}) for op in (*_CASTS, "fp8_gelu", "fp8_gelu_gradient")),
+    *((op, FEW, _BOTH, {"change": _largest}) for op in _CASTS),
     ("layer_norm_mlp/triton", _LOOPS, (_FP32,), {"small": (("layer_norm._PROGRAMS", 2),)}),
     *(("mlp/epilogue", sizes, (_FP16,), {}) for sizes in (*_DEEP.values(), _MANY_ROWS)),
     ("distillation_loss", _CLASSES, _BOTH, {}),
