@@ -3,6 +3,7 @@
 Whoever comes to the step says so with a file `RANK.STEP` in the folder FAULTS; a fault happens once in that folder.
 """
 
+import ctypes
 import os
 import signal
 import time
@@ -30,6 +31,7 @@ def hang():
 
 FAULTS = {
     "hang": hang,
+    "hold": lambda: ctypes.PyDLL(None).sleep(3600),  # in C, and no other thread of Python comes to its turn
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "pause": lambda: time.sleep(0.05),

@@ -82,8 +82,7 @@ def _fault(rng: random.Random, kind: str, step: int, nproc: int, run: Undisturbe
         return Fault(kind, 0, step, delay=delay)
     if kind == "hang":
         # At the wait for a batch, where the other processes notice: they are patient with saves and evaluations.
-        # Not the main process of several: without a launcher it keeps the store by which the others would find out.
-        return Fault(kind, rank or nproc - 1, step, signal="SIGSTOP")
+        return Fault(kind, rank, step, signal="SIGSTOP")
     if kind == "disk":
         return Fault(kind, 0, step, limit=rng.randrange(max(1, run.largest)))
     name = "SIGKILL" if kind == "kill" else rng.choice(STOPS)

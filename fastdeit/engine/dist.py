@@ -1,5 +1,6 @@
 """The processes of a run: who this one is, and the few things all of them decide together."""
 
+import json
 import os
 import re
 import signal
@@ -217,7 +218,9 @@ def world(device: str, timeout_s: float = START_S) -> Iterator[World]:
         problem = str(error)
     start = timedelta(seconds=START_S)
     store = meet(place, problem, start, lambda text: print(f"fastdeit: {text}", file=sys.stderr, flush=True))
-    watch = Watch(place.rank, place.size, place.connect(start), timeout_s)
+    first = json.loads(store.get("here/0"))
+    keeper = f"process {first['pid']} on {first['host']}" if place.hosts else None
+    watch = Watch(place.rank, place.size, place.connect(start), timeout_s, keeper=keeper)
     with watch.running():
         backend, longest = "nccl" if chosen.type == "cuda" else "gloo", _of_collectives(watch.limit_s())
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=longest)

@@ -7,6 +7,10 @@ writes the stacks of its process to stderr and puts the count into the store. Th
 one that has put nothing there, is the one that hangs. Then all end.
 
 Each thread also puts a sign of life into the store. When a collective fails, those without one are dead.
+
+Two things keep a thread from that. A store does not answer while the process that keeps it is stopped: a second thread
+counts how long, and ends this process. And no thread of Python runs while C code keeps the interpreter's lock: a timer
+of faulthandler's, which needs no lock, writes the stacks then and ends the process.
 """
 
 import contextlib
@@ -32,6 +36,7 @@ are looked through, and files are written that all others wait for."""
 _LIFE_S = 1.0
 _LOST_LIVES = 5
 """Signs of life that a process may owe before it counts as dead."""
+_LOST_S = _LOST_LIVES * _LIFE_S
 
 
 class LostError(RuntimeError):
@@ -42,7 +47,10 @@ class Watch:
     """Watches the main thread of this process of a run, from `running` on.
 
     store      a connection for this object alone, with the keys of this attempt
-    timeout_s  seconds in which the main thread has to say something, once the run has made a step
+    timeout_s  seconds in which the main thread has to say something, once the run has made a step, and in which the
+               store has to answer, but at least `_LOST_S`
+    keeper     the process of rank 0 in words, if it keeps the store; None: a launcher does, whose silence alone does
+               not end the run
     leave      ends the process with a code
 
     At places that are `patient` START_S counts, if it is longer than `timeout_s`.
@@ -55,11 +63,13 @@ class Watch:
         store: Store,
         timeout_s: float,
         *,
+        keeper: str | None = None,
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self.patient = True
-        self._store, self._leave = store, leave
+        self._store, self._keeper, self._leave = store, keeper, leave
+        self._tick_s, self._answers = min(_LIFE_S, timeout_s / 4), 0
         self._said = (0, "the start", time.monotonic())
         self._main = threading.get_ident()
         self._end = threading.Event()
@@ -76,19 +86,22 @@ class Watch:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Watch for the time of the block."""
-        thread = threading.Thread(target=self._watch, daemon=True, name="fastdeit-watch")
-        thread.start()
+        watching = threading.Thread(target=self._watch, daemon=True, name="fastdeit-watch")
+        second = threading.Thread(target=self._watch_store, args=[watching], daemon=True, name="fastdeit-watch-store")
+        watching.start()
+        second.start()
         try:
             yield
         finally:
             self._end.set()
-            thread.join()
+            second.join()
+            faulthandler.cancel_dump_traceback_later()
 
     def lost(self) -> str | None:
         """Which other processes are dead, in words; None: all are alive. Takes some seconds."""
         try:
             before = self._lives()
-            time.sleep(_LOST_LIVES * _LIFE_S)
+            time.sleep(_LOST_S)
             after = self._lives()
             dead = [rank for rank in range(self.size) if rank != self.rank and before[rank] == after[rank]]
             whose = [json.loads(self._store.get(f"here/{rank}")) for rank in dead]
@@ -103,15 +116,49 @@ class Watch:
 
     def _watch(self) -> None:
         life = 0
-        while not self._end.wait(min(_LIFE_S, self.timeout_s / 4)):
+        while not self._end.wait(self._tick_s):
             life += 1
-            hangs = time.monotonic() - self._said[2] > self.limit_s()
+            hangs = self._stays()
             with contextlib.suppress(RuntimeError):  # the store is gone: the main thread will see that
                 self._store.set(f"life/{self.rank}", str(life))
-                hangs = hangs or self._store.check(["hangs"])  # another one has found that the run hangs
+                hangs = self._has(["hangs"]) or hangs  # another one has found that the run hangs
+            self._answers += 1
             if hangs:
                 self._hangs()
                 return
+
+    def _watch_store(self, watching: threading.Thread) -> None:
+        """End this process when the store does not answer the thread `watching`, or when no thread of Python runs.
+
+        Seconds are counted by turns of this thread: those in which this process is stopped as well do not count.
+        """
+        answers = turns = 0
+        while watching.is_alive():
+            # After the others have named this rank: they could not, if its store were gone.
+            faulthandler.dump_traceback_later(self.limit_s() + 3 * _LOST_S, exit=True, file=2)
+            watching.join(self._tick_s)
+            turns = turns + 1 if answers == self._answers else 0
+            answers = self._answers
+            seconds = turns * self._tick_s
+            if seconds > max(self.timeout_s, _LOST_S) and (self._keeper or (self._stays() and not self._end.is_set())):
+                who = f"rank 0 hangs ({self._keeper})" if self._keeper else "the launcher hangs"
+                _write(
+                    f"fastdeit: {who}: its store has not answered for {seconds:.0f} s, so it is stopped or its machine "
+                    "cannot be reached\n"
+                    f"fastdeit: rank {self.rank} waited for it in {self._line()}; its stacks:\n{_stacks()}"
+                )
+                self._leave(1)
+                return
+
+    def _stays(self) -> bool:
+        """Whether the main thread has been where it is for too long."""
+        return time.monotonic() - self._said[2] > self.limit_s()
+
+    def _has(self, keys: list[str]) -> bool:
+        """Whether the store has all `keys`; that it answers is noted."""
+        found = self._store.check(keys)
+        self._answers += 1
+        return found
 
     def _lives(self) -> list[bytes | None]:
         keys = [f"life/{rank}" for rank in range(self.size)]
@@ -146,8 +193,8 @@ class Watch:
 
     def _until(self, keys: list[str]) -> None:
         """Wait until the store has all `keys`, or until those who owe them count as dead."""
-        end = time.monotonic() + _LOST_LIVES * _LIFE_S
-        while time.monotonic() < end and not self._store.check(keys):
+        end = time.monotonic() + _LOST_S
+        while time.monotonic() < end and not self._has(keys):
             time.sleep(0.05)
 
     def _line(self) -> str:

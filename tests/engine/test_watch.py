@@ -76,6 +76,42 @@ def test_a_rank_that_does_not_move_is_named_with_its_stacks_and_all_leave(capfd)
     assert told[0].endswith("; ranks 0, 2 waited for it")
 
 
+class Silent:
+    """A store of a process that is stopped: `check` does not answer."""
+
+    def __init__(self):
+        self.goes_on = threading.Event()
+
+    def set(self, key, value):
+        pass
+
+    def check(self, keys):
+        self.goes_on.wait()
+        return False
+
+
+@pytest.mark.parametrize(
+    ("keeper", "patient", "told"),
+    [
+        ("process 7 on n1", True, "rank 0 hangs (process 7 on n1): its store has not answered for"),
+        (None, False, "the launcher hangs: its store has not answered for"),
+        (None, True, None),
+    ],
+    ids=["rank 0", "launcher", "launcher alone"],
+)
+def test_a_store_that_does_not_answer_names_who_keeps_it(keeper, patient, told, capfd, monkeypatch):
+    monkeypatch.setattr(watch, "_LOST_S", 0.1)
+    store, left = Silent(), threading.Event()
+    each = Watch(1, 2, store, 0.1, keeper=keeper, leave=lambda code: left.set())
+    with each.running():
+        each.at("the batch of a step", patient=patient)
+        assert left.wait(60 if told else 0.5) == bool(told)
+        store.goes_on.set()
+    err = capfd.readouterr().err
+    assert (told or "") in err
+    assert ("its stacks:" in err) == bool(told)
+
+
 # ---- the meeting -----------------------------------------------------------------------------------------------------
 
 

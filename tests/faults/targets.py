@@ -253,6 +253,8 @@ TARGETS = (
         (
             "tests/faults/test_ranks.py::test_a_rank_that_hangs_is_named_and_the_run_fails",
             "tests/engine/test_watch.py::test_a_rank_that_does_not_move_is_named_with_its_stacks_and_all_leave",
+            "tests/faults/test_ranks.py::test_under_srun_a_rank_that_cannot_speak_is_named",
+            "tests/engine/test_watch.py::test_a_store_that_does_not_answer_names_who_keeps_it",
         ),
     ),
     Target(

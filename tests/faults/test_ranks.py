@@ -157,6 +157,28 @@ def test_under_srun_one_process_speaks_and_the_dead_one_is_named(started):
     assert re.search(r"rank 1 of 2 ended or cannot be reached any more \(process \d+ on", err), err
 
 
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("stop 0 4", r"rank 0 hangs \(process \d+ on .*\): its store has not answered for \d+ s"),
+        ("hold 0 4", r"rank 0 hangs: it says nothing at all.*; rank 1 waited for it"),
+        ("stop 1 4", r"rank 1 hangs: it says nothing at all.*; rank 0 waited for it"),
+    ],
+)
+def test_under_srun_a_rank_that_cannot_speak_is_named(started, fault, told):
+    """Under srun rank 0 has the store by which the others find out who hangs."""
+    port, hangs = free_port(), int(fault.split()[1])
+    both = [started("engine.timeout_s=4", fault=fault, **srun(rank, port)) for rank in (0, 1)]
+    code, _, err = ended(both[1 - hangs])
+    assert code == 1
+    assert re.search(rf"^fastdeit: {told}", err, re.M), err
+    assert "its stacks:" in err
+    if fault.startswith("hold"):
+        code, _, err = ended(both[hangs])
+        assert code == 1
+        assert re.search(r"File .*faulty_ranks.py", err), err
+
+
 def test_under_srun_eval_evaluates_once(whole):
     port, env = free_port(), os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "fastdeit", "eval", str(whole), "--json", "--trust"]
