@@ -128,6 +128,8 @@ def _through_faults(
         steps = checkpoint.steps(path / directory.CHECKPOINTS)
         after = f", {now}" if now else ""
         say(f"{number} of {len(faults) - 1}: {_named(fault)}; checkpoint {steps[-1] if steps else 'none yet'}{after}")
+    if spoilt is not None and not outcome.problems:
+        outcome.problems.append(f"{spoilt}: no life came to look at it, so nothing is known of it{_end_of(life)}")
     if (folder / "canary").exists():
         outcome.problems.append("a pickle in the place of a checkpoint's file was executed")
     return outcome

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +160,26 @@ def test_a_spoilt_checkpoint_that_is_used_is_a_problem():
     assert (outcome.refused, outcome.problems) == (["a cut in x"], [])
     assert command._judge_spoilt(outcome, "a cut in y", Life({}, "resumed at step 4"))
     assert "a cut in y was not noticed" in outcome.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("last", "refused", "told"),
+    [
+        ("checkpoint x is damaged (...); skipped\nresumed at step 1", 1, None),
+        ("resumed at step 2", 0, "was not noticed"),
+        ("starting: r.yaml", 0, "no life came to look at it"),
+    ],
+)
+def test_the_last_life_judges_what_was_spoilt_before_it(tmp_path, prepare, monkeypatch, last, refused, told):
+    prepare(tmp_path / "run" / "checkpoints", (1, 2))
+    lives = iter([Life({0: -9}), Life({0: 0}, last)])
+    host = SimpleNamespace(live=lambda command, fault: next(lives))
+    monkeypatch.setattr(command, "plan", lambda *_: [Fault("kill", 0, 4)])
+    args = SimpleNamespace(seed=1, kills=1, nproc=1, recipe="r.yaml", overrides=[])
+    outcome = command._through_faults(args, host, RUN, tmp_path / "run", tmp_path, lambda text: None)
+    assert len(outcome.refused) == refused
+    assert [problem for problem in outcome.problems if told is None or told not in problem] == []
+    assert bool(outcome.problems) == (told is not None)
 
 
 @pytest.mark.parametrize(
