@@ -3,8 +3,9 @@
 Only the standard library is imported.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from fastdeit.estimate.gpus import GPU
 from fastdeit.estimate.model import Design, Network, Trained, ViT, Work, computed
@@ -46,7 +47,48 @@ def peak(
     accumulate: int = 1,
     teachers: Sequence[Network] = (),
 ) -> dict[str, float | list[float]]:
-    """Bytes of a process at the peak, the begin of backward, by what they are for; `blocks` has one entry a block.
+    """Bytes of a process at the peak, by what they are for; `blocks` has one entry a block.
+
+    The peak is that of a step, the begin of backward, and `evaluation` is what an evaluation needs beyond it: with
+    fsdp2 it gathers the whole float32 weights.
+    """
+    step = _step(network, work, design, world=world, parallel=parallel, accumulate=accumulate, teachers=teachers)
+    evaluation = 0.0
+    if _split(world, parallel):
+        evaluation = max(0.0, _evaluation(step, network, work, teachers) - total(step))
+    return step | {"evaluation": evaluation}
+
+
+def _split(world: int, parallel: str) -> bool:
+    """Whether each process keeps a share of every tensor alone."""
+    return parallel == "fsdp2" and world > 1
+
+
+def _evaluation(
+    step: dict[str, float | list[float]], network: Network, work: Work, teachers: Sequence[Network]
+) -> float:
+    """Bytes of a process in an evaluation with fsdp2, with the batch of a step, of which these are the parts.
+
+    Weights are whole, and autocast's copies those of one block. There are no gradients, and teachers are not asked.
+    """
+    a, vit = work.bytes, network.vit
+    stays = sum(step[part] for part in ("weights", "moments", "ema", "input", "logits", "context"))
+    stays += 4.0 * sum(teacher.parameters for teacher in teachers)
+    whole = (4 + a * (a < 4) / (vit.depth if vit else 1)) * network.parameters
+    return stays + whole + work.batch * (_forward_peak(network, a) + a * network.values * (vit is not None))
+
+
+def _step(
+    network: Network,
+    work: Work,
+    design: Design,
+    *,
+    world: int,
+    parallel: str,
+    accumulate: int = 1,
+    teachers: Sequence[Network] = (),
+) -> dict[str, float | list[float]]:
+    """The parts of `peak` at the begin of backward of a step.
 
     gradients: with fsdp2, those of several micro-batches are whole until the last of them. casts: autocast's copies of
     the weights, which backward reads; of one block, where fsdp2 computes it again. gathered: with fsdp2, the float32
@@ -55,7 +97,7 @@ def peak(
     rendered images (a ViT's are those that `embedding` keeps).
     """
     a, vit, batch = work.bytes, computed(network, design).vit, work.batch
-    trained, split = work.of(network), parallel == "fsdp2" and world > 1
+    trained, split = work.of(network), _split(world, parallel)
     shards, unit = world if split else 1, 1 / vit.depth if vit else 1.0
     parts: dict[str, float | list[float]] = {
         "weights": 4 * network.parameters / shards,
@@ -108,8 +150,18 @@ def total(parts: dict[str, float | list[float]]) -> float:
     return sum(sum(part) if isinstance(part, list) else part for part in parts.values())
 
 
-def largest_batch(network: Network, work: Work, design: Design, gpu: GPU, multiple: int, **options: object) -> int:
+def largest_batch(network: Network, work: Work, design: Design, gpu: GPU, multiple: int, **options: Any) -> int:
     """Images of the largest micro-batch of a process that fits, a multiple of `multiple`; 0 where none does."""
-    fixed = total(peak(network, replace(work, batch=0), design, **options))
-    each = total(peak(network, replace(work, batch=multiple), design, **options)) - fixed
-    return max(0, int((_USABLE * gpu.memory - fixed) // each)) * multiple
+
+    def most(needed: Callable[[float], float]) -> int:
+        fixed = needed(0)
+        return max(0, int((_USABLE * gpu.memory - fixed) // (needed(multiple) - fixed))) * multiple
+
+    def step(batch: float) -> dict[str, float | list[float]]:
+        return _step(network, replace(work, batch=batch), design, **options)
+
+    def evaluation(batch: float) -> float:
+        return _evaluation(step(batch), network, replace(work, batch=batch), options.get("teachers", ()))
+
+    found = most(lambda batch: total(step(batch)))
+    return min(found, most(evaluation)) if _split(options["world"], options["parallel"]) else found

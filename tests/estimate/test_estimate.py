@@ -380,6 +380,23 @@ def test_sharding_divides_what_belongs_to_parameters():
     assert alone[0] == alone[1]
 
 
+def test_an_evaluation_with_fsdp2_has_the_whole_weights():
+    """It sets the peak where a step keeps little: many parameters, few images, blocks that are computed again."""
+    again = replace(Work(1).of(BASE), recomputed=True)
+
+    def peak(batch, world=64, parallel="fsdp2", teachers=()):
+        work = Work(batch, trained=again)
+        return memory.peak(BASE, work, FUSED, world=world, parallel=parallel, teachers=teachers)
+
+    assert peak(1)["evaluation"] > 0
+    assert memory.total(peak(1)) > 4 * BASE.parameters + sum(
+        peak(1)[part] for part in ("weights", "moments", "context")
+    )
+    assert memory.total(peak(1, teachers=[BASE])) > 8 * BASE.parameters
+    assert peak(4096)["evaluation"] == 0, "the step needs more"
+    assert peak(1, world=1)["evaluation"] == peak(1, parallel="ddp")["evaluation"] == 0
+
+
 @pytest.mark.parametrize("network", [BASE, CONVNET], ids=["vit", "convnet"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_the_largest_batch_fits_and_the_next_does_not(network, parallel):
@@ -388,6 +405,15 @@ def test_the_largest_batch_fits_and_the_next_does_not(network, parallel):
     sizes = [memory.total(memory.peak(network, Work(batch), EAGER, **options)) for batch in (largest, largest + 64)]
     assert largest % 64 == 0
     assert sizes[0] <= 0.95 * 80e9 < sizes[1]
+
+
+def test_the_largest_batch_leaves_room_for_the_weights_of_an_evaluation():
+    """On a card that a step of one image fits on, and an evaluation of it does not."""
+    work, options = Work(1, trained=replace(Work(1).of(BASE), recomputed=True)), {"world": 64, "parallel": "fsdp2"}
+    parts = memory.peak(BASE, work, FUSED, **options)
+    needed = memory.total(parts) / 0.95
+    for bytes_, fits in ((needed * 1.001, 1), (needed - parts["evaluation"] / 2, 0)):
+        assert memory.largest_batch(BASE, work, FUSED, replace(GPUS["A100"], memory=bytes_), 1, **options) == fits
 
 
 def test_nothing_fits_into_too_little():
