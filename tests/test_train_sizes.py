@@ -147,6 +147,7 @@ def test_a_cache_of_logits_is_of_a_schedule(path):
         (["data.views={main: {size: 24}}"], ["data.views={main: {size: 24}}", "data.size_schedule=[]"], []),
         (["data.size_schedule=[[0, 32]]"], ["data.size_schedule=[]"], []),
         (["data.size_schedule=[[0, 16], [1, 24]]"], ["data.size_schedule=[[0, 16], [1, 24], [2, 24]]"], []),
+        (["data.size_schedule=[[0, 16], [1, 24]]"], ["data.size_schedule=[[0, [16, 16]], [1, [24, 24]]]"], []),
         (["data.size_schedule=[[0, 16], [1, 24]]"], ["data.size_schedule=[[0, 16], [2, 24]]"], ["data.size_schedule"]),
         (["data.size_schedule=[[0, 16]]"], ["data.size_schedule=[[0, 24]]"], ["model.image_size"]),
     ],

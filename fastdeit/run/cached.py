@@ -60,13 +60,13 @@ def images_of(recipe: "Recipe", source: Source) -> dict[str, Any]:
 
 def _sizes(recipe: "Recipe") -> list[tuple[int, Any]]:
     """The entries of `data.size_schedule` if they change the size of the first view, which may have its own; one that
-    only repeats the size before it is left out."""
+    only repeats the size before it is left out, and a square is said by its side."""
     found: list[tuple[int, Any]] = []
     before = None
-    for epoch, size in recipe.data.size_schedule:
-        here = build.views(recipe, epoch)[0].size
+    for epoch, _ in recipe.data.size_schedule:
+        height, width = here = build.views(recipe, epoch)[0].size
         if here != before:
-            found.append((epoch, size))
+            found.append((epoch, height if height == width else here))
         before = here
     return found if len(found) > 1 else []
 
