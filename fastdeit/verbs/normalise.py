@@ -30,13 +30,13 @@ class Rewritten:
 class Normalised:
     """The samples of `source`, of which `read` encodes the odd ones as PNG, with the pixels that training sees, and
     ends their names in .png. rewritten: those that were read so far, by number; unusable: (path, reason) likewise of
-    files that training cannot use, whose bytes stay."""
+    files that training cannot use, whose bytes stay. Several threads may read."""
 
     def __init__(self, source: NamedSource) -> None:
         self._source = source
         self.classes, self.fingerprint, self.skipped = source.classes, source.fingerprint, source.skipped
         self.rewritten: dict[int, Rewritten] = {}
-        self.unusable: list[tuple[str, str]] = []
+        self.unusable: dict[int, tuple[str, str]] = {}
 
     def __len__(self) -> int:
         return len(self._source)
@@ -59,7 +59,7 @@ class Normalised:
         try:
             found = read_by_both(data, self._source.name(index))
         except BadImage as error:
-            self.unusable.append((self.path(index), str(error)))
+            self.unusable[index] = self.path(index), str(error)
             return data
         odd = [one.kind for one in found.odd if one.rewritten]
         if not odd:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdeit import cli
+from fastdeit import cli, cores
 from fastdeit.data.examine import fault, picture, pixels, read_by_both
 from fastdeit.data.execute.decode import decoded
 from fastdeit.data.loader import EvalLoader
+from fastdeit.data.sources import packed
 from fastdeit.data.sources.datasets import open_source
 from fastdeit.data.sources.folder import FolderSource
 from fastdeit.data.sources.source import BadImage, DataError, MachineError
@@ -423,7 +424,17 @@ def test_a_page_of_nothing_usable():
 # ---- pack --normalise ------------------------------------------------------------------------------------------------
 
 
-def test_normalise_encodes_the_odd_ones_anew_with_the_pixels_of_training(tmp_path, root, odd_files, capsys):
+def test_normalise_encodes_the_odd_ones_anew_with_the_pixels_of_training(
+    tmp_path, root, odd_files, capsys, monkeypatch
+):
+    threads, pack = [], packed.pack
+
+    def seen(*args, **options):
+        threads.append(options["threads"])
+        pack(*args, **options)
+
+    monkeypatch.setattr(packed, "pack", seen)
+    monkeypatch.setattr(cores, "available", lambda: 3)
     for name, (data, *_) in odd_files.items():
         (root / "train/cat" / name).write_bytes(data)
     cut = {
@@ -434,6 +445,7 @@ def test_normalise_encodes_the_odd_ones_anew_with_the_pixels_of_training(tmp_pat
     for name, data in (cut | only_one_reads).items():
         (root / "train/cat" / name).write_bytes(data)
     assert cli.main(["data", "pack", str(root), str(tmp_path / "packed"), "--normalise"]) == 0
+    assert threads == [3, 3]
     out = capsys.readouterr().out
     before, after = open_source("folder", root, "train"), open_source("packed", tmp_path / "packed", "train")
     assert after.fingerprint == before.fingerprint

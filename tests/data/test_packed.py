@@ -1,6 +1,7 @@
 """One file for a whole data set: the same samples as the original, and damage is named."""
 
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -52,7 +53,33 @@ def test_progress_counts_the_samples(folder, out):
     assert seen == [(done, 7) for done in range(1, 8)]
 
 
-def test_an_unreadable_sample_is_named_and_leaves_no_file(folder, out):
+class Paired(SyntheticSource):
+    """Eight samples, of which the first of two is there when the second is being read."""
+
+    def __init__(self):
+        super().__init__(8, 2, (8, 8))
+        self.second = [threading.Event() for _ in range(4)]
+
+    def read(self, index):
+        if index % 2:
+            self.second[index // 2].set()
+        else:
+            assert self.second[index // 2].wait(60)
+        return super().read(index)
+
+    def written(self, done, total):
+        assert done > 1 or not self.second[3].wait(0.1), "the last one is read before the second is written"
+
+
+def test_threads_read_a_few_ahead_and_the_file_is_in_order(out, tmp_path):
+    source = Paired()
+    pack(source, out, source.written, threads=2)
+    pack(SyntheticSource(8, 2, (8, 8)), tmp_path / "alone.pack")
+    assert out.read_bytes() == (tmp_path / "alone.pack").read_bytes()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_unreadable_sample_is_named_and_leaves_no_file(folder, out, threads):
     os.unlink(folder.path(3))
     with pytest.raises(DataError, match=r"cannot be read: .*No such file.*; repair or delete it") as info:
         pack(folder, out)

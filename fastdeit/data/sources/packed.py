@@ -13,7 +13,10 @@ the original source: a run that was started on a folder may be continued on its 
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,8 +58,15 @@ class PackedSource(Listed):
         return f"{self._path}:{self.name(index)}"
 
 
-def pack(source: NamedSource, out: str | Path, progress: Callable[[int, int], None] | None = None) -> None:
+def pack(
+    source: NamedSource,
+    out: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+    threads: int = 1,
+) -> None:
     """Write the samples of `source` to the file `out`, replacing it; progress(done, total) is called after each.
+
+    threads  that call `source.read`, a few samples ahead of the file
 
     Bytes are copied, not re-encoded, images that cannot be decoded among them. DataError, and no file, if one cannot
     be read or `out` cannot be written.
@@ -64,22 +74,22 @@ def pack(source: NamedSource, out: str | Path, progress: Callable[[int, int], No
     out = Path(out)
     try:
         with atomic(out) as file:
-            _write(source, file, progress or (lambda done, total: None))
+            _write(source, file, progress or (lambda done, total: None), threads)
     except OSError as error:
         raise DataError(f"{out}: the packed file cannot be written: {error.strerror or error}") from error
 
 
-def _write(source: NamedSource, file: BinaryIO, progress: Callable[[int, int], None]) -> None:
+def _write(source: NamedSource, file: BinaryIO, progress: Callable[[int, int], None], threads: int) -> None:
     total = len(source)
     offset, crc = np.empty(total + 1, np.int64), np.empty(total, np.uint32)
     mark = _MARK.pack(_MAGIC, VERSION)
     file.write(mark)
     offset[0] = len(mark)
-    for i in range(total):
-        data = _sample(source, i)
-        file.write(data)
-        offset[i + 1], crc[i] = offset[i] + len(data), zlib.crc32(data)
-        progress(i + 1, total)
+    with closing(_samples(source, threads)) as samples:
+        for i, data in enumerate(samples):
+            file.write(data)
+            offset[i + 1], crc[i] = offset[i] + len(data), zlib.crc32(data)
+            progress(i + 1, total)
     index = seal(
         {
             "offset": offset,
@@ -92,6 +102,21 @@ def _write(source: NamedSource, file: BinaryIO, progress: Callable[[int, int], N
     )
     file.write(index)
     file.write(_FOOTER.pack(offset[-1], len(index), mark))
+
+
+def _samples(source: NamedSource, threads: int) -> Generator[NDArray[np.uint8]]:
+    """All samples in order, of which no more than twice as many as there are threads are in memory."""
+    with ThreadPoolExecutor(threads, "fastdeit-pack") as pool:
+        ahead: deque[Future[NDArray[np.uint8]]] = deque()
+        try:
+            for index in range(len(source)):
+                ahead.append(pool.submit(_sample, source, index))
+                if len(ahead) == 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _sample(source: NamedSource, index: int) -> NDArray[np.uint8]:
