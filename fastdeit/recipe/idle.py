@@ -7,7 +7,7 @@ differs from its default is told, since nobody has asked for the others. Importi
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastdeit.methods.config import DistillConfig
+from fastdeit.methods.config import METHODS, DistillConfig
 from fastdeit.recipe.yaml import format_value
 from fastdeit.views import CROP_FIELDS, AugmentSettings, View, overridden, resolved
 
@@ -26,7 +26,7 @@ def notes(recipe: "Recipe", heads: int) -> list[str]:
         *_of_the_rest(recipe),
         *_of_heads(recipe, heads),
     ]
-    return [f"{path} {_value(recipe, path)} has no effect: {why}" for path, why in told if _is_given(recipe, path)]
+    return [f"{path}{_value(recipe, path)} has no effect: {why}" for path, why in told if _is_given(recipe, path)]
 
 
 def _is_given(recipe: "Recipe", path: str) -> bool:
@@ -35,8 +35,10 @@ def _is_given(recipe: "Recipe", path: str) -> bool:
 
 
 def _value(recipe: "Recipe", path: str) -> str:
+    """A field's value behind a space; nothing of one that is a section itself."""
     *_, owner, _ = _along(recipe, path)
-    return format_value(owner.model_dump(mode="json")[path.rpartition(".")[2]])
+    value = owner.model_dump(mode="json")[path.rpartition(".")[2]]
+    return "" if isinstance(value, dict) else f" {format_value(value)}"
 
 
 def _along(recipe: "Recipe", path: str) -> Iterator[Any]:
@@ -92,8 +94,8 @@ def _of_mixing(recipe: "Recipe") -> Iterator[tuple[str, str]]:
 
 def _of_method(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     method = recipe.method
-    if not isinstance(method, DistillConfig):
-        return
+    if not isinstance(method, DistillConfig) or method.use not in METHODS:
+        return  # a method of somebody else that has the fields of ours may do something else with them
     if method.alpha == 0:
         for field in ("distillation", "tau", "reduction", "teacher", "cached"):
             yield f"method.{field}", "method.alpha is 0, so that nothing is learned from the teacher"

@@ -8,6 +8,7 @@ from fastdeit.batch import Batch, Labels, Step
 from fastdeit.engine.dist import World
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.methods.config import CosubConfig, DistillConfig, SupervisedConfig
+from fastdeit.methods.distill import Distill
 from fastdeit.recipe import config as sections
 from fastdeit.recipe import idle
 from fastdeit.recipe import resolve as recipes
@@ -93,6 +94,21 @@ def test_what_has_no_effect_is_told_in_a_sentence(path, field, value, beside, aw
     assert note.startswith(f"{field} ")
     assert " has no effect: " in note
     assert told(load(path, field, value, awake)) == []
+
+
+class Backwards(Distill):
+    """Somebody else's method, with the fields of ours."""
+
+    class Config(DistillConfig):
+        use: str = "tests.recipe.test_idle:Backwards"
+
+
+def test_of_the_fields_of_other_methods_nothing_is_told(path):
+    fields = "teacher: runs/x, alpha: 0, tau: 3"
+    assert told(recipes.load(str(path), [f"method={{use: 'tests.recipe.test_idle:Backwards', {fields}}}"])) == []
+    tau, teacher = told(recipes.load(str(path), [f"method={{use: distill, {fields}}}"]))
+    assert tau.startswith("method.tau 3.0 has no effect: ")
+    assert teacher.startswith("method.teacher has no effect: ")
 
 
 class Answers:
