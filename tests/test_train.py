@@ -21,6 +21,7 @@ from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Classify, images
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.config import DataSplits
 from fastdeit.run import build, directory, teachers
 from fastdeit.run.evaluate import evaluate
 from fastdeit.run.weights import open_weights
@@ -376,15 +377,23 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(load, tmp_path):
         build.train_loader(recipe, build.sources(recipe)[0], world, {}, print)
 
 
-def test_a_teacher_trained_here_reads_the_students_data():
-    own = recipes.load("digits_teacher").data
-    packed = ["data.source=packed", "data.root=/b", "data.train=a.pack", "data.val=b.pack", "data.flip=0.3"]
-    for overrides in (packed, ["data.source=synthetic", "data.synthetic_classes=7", "data.synthetic_samples=70"]):
-        recipe = recipes.load("digits", overrides)
-        (seen,) = (each.data for each in teachers.to_train(recipe).values())
-        for name in ("source", "root", "train", "val", "synthetic_classes", "synthetic_samples"):
-            assert getattr(seen, name) == getattr(recipe.data, name)
-        assert seen.flip == own.flip  # how it is augmented is the teacher's own
+PACKED = ("data.source=packed", "data.root=/b", "data.train=a.pack", "data.val=b.pack", "data.classes=/names.txt")
+PARQUET = ("data.source=parquet", "data.root=/b", "data.image_column=img", "data.label_column=fine", "data.val=10%")
+SYNTHETIC = ("data.source=synthetic", "data.synthetic_classes=7", "data.synthetic_samples=70")
+
+
+@pytest.mark.parametrize("overrides", [PACKED, PARQUET, SYNTHETIC], ids=["packed", "parquet", "synthetic"])
+def test_a_teacher_trained_here_reads_the_students_data(tmp_path, overrides):
+    """And what is written in its run can be read again, to go on by it."""
+    theirs = "{source: parquet, root: /c, image_column: i, label_column: l, classes: /c.txt, flip: 0.3}"
+    (tmp_path / "teacher.yaml").write_text(f"base: digits_teacher\ndata: {theirs}\n")
+    recipe = recipes.load("digits", [f"method.teacher.recipe={tmp_path}/teacher.yaml", "data.flip=0.1", *overrides])
+    (own,) = teachers.to_train(recipe).values()
+    for name in (*DataSplits.model_fields, "synthetic_classes", "synthetic_samples"):
+        assert getattr(own.data, name) == getattr(recipe.data, name)
+    assert own.data.flip == 0.3  # how it is augmented is the teacher's own
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(own))
+    assert recipes.load(str(tmp_path / "recipe.yaml")).data == own.data
 
 
 def test_a_teacher_trained_here_is_computed_as_its_own_recipe_says():

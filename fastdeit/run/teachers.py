@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fastdeit import plugins
 from fastdeit.methods.config import MethodConfig, TeacherConfig
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.config import DataSplits
 from fastdeit.run import directory
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 Known = Mapping[TeacherConfig, "Path | Recipe"]
 """Of each teacher with a recipe of its own: its run, or that recipe while it is not trained yet."""
 
-_WHICH_DATA = "source", "root", "train", "val", "synthetic_samples", "synthetic_classes"
+_WHICH_DATA = (*DataSplits.model_fields, "synthetic_samples", "synthetic_classes")
 _OF_ITS_NETWORK = "checkpoint_blocks", "keep_activations", "residual", "products"
 """Fields of `engine:` that say how a network is computed, and that not every network knows."""
 
