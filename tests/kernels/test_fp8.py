@@ -4,12 +4,14 @@ e4m3's grid of float64, nothing hides an Inf or a NaN, and what cannot be is ref
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from fastdeit import kernels
 from fastdeit.bench.count_card import pretended_card
@@ -253,6 +255,18 @@ def test_autocast_gives_all_tensors_its_dtype_and_gradients_their_own(layer):
     assert all(
         mine.dtype == torch.float32 and torch.equal(mine, theirs) for mine, theirs in zip(grads, expected, strict=True)
     )
+
+
+@pytest.mark.parametrize("without_values", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+def test_tensors_without_values_have_the_shapes_and_dtypes_of_real_ones(block, without_values):
+    outcomes = []
+    for inside in (nullcontext, without_values):
+        with inside():
+            *args, dout = [torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad) for t in block]
+            out = kernels.fp8_mlp(*args)
+            found = out, *torch.autograd.grad(out, args, dout)
+        outcomes.append([(t.shape, t.dtype, t.stride()) for t in found])
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("frozen", range(5))

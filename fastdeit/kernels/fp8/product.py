@@ -27,7 +27,8 @@ def reference(
     """`[M, N]` in `dtype` of e4m3 `a [M, K]` and `b [N, K]`, float32 `scale_a [M, 1]` and `scale_b [N, 1]` and
     `bias [N]`, as in the module's formula."""
     compute = _op.statistics_dtype(dtype)
-    with torch.autocast(a.device.type, enabled=False):
+    device = "cpu" if a.is_meta else a.device.type  # there is no autocast for the meta device
+    with torch.autocast(device, enabled=False):
         out = F.linear(a.to(compute), b.to(compute)) * scale_a * scale_b.t()
     return (out if bias is None else out + bias.to(compute)).to(dtype)
 
