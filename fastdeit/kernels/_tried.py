@@ -114,7 +114,8 @@ class Tried:
     _thread: int = 0
 
     def open(self, meet: Meet | None) -> None:
-        """From now on ask `meet` at the first call of each shape in this thread; None: no longer."""
+        """From now on ask `meet` at the first call of each shape in this thread, and in those of autograd that run its
+        backward; None: no longer."""
         self._meet, self._thread = meet, get_ident()
 
     def choice(self, op: Any, args: Sequence[Any], trained: bool | None) -> Choice | None:
@@ -129,12 +130,17 @@ class Tried:
             return next(iter(own.values()), None)
         shape = shape_of(args, bool(trained))
         found = own.get(shape) if trained is not None else None
-        if found is None and trained is not None and self._meet is not None and self._thread == get_ident():
+        if found is None and trained is not None and self._meet is not None and self._may_meet(shape.trained):
             found = self._meet(op, args, shape)
         if found is None:
             alike = (other for other in own if other.width == shape.width and (other.trained or trained is False))
             found = next(map(own.__getitem__, alike), None)
         return found or self.untried(op, args)
+
+    def _may_meet(self, trained: bool) -> bool:
+        """Whether this thread is that of `open`, or one of autograd's, in which a backward calls ops of its own. There
+        a call that is differentiated would wait for ever: its trial needs the very thread."""
+        return self._thread == get_ident() or (not trained and torch._C._current_graph_task_id() != -1)
 
 
 _current: Tried | None = None

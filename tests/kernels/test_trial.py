@@ -183,6 +183,26 @@ def test_only_the_thread_of_the_step_tries(make, begin):
     assert tuner.rows == []
 
 
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_what_a_backward_calls_is_tried_in_autograds_thread_unless_it_is_differentiated(make, begin, differentiated):
+    """On a GPU a backward runs in a thread of autograd's own, which a trial of a gradient would wait for."""
+    op, tuner = make("slow", "quick"), begin()
+
+    class Behind(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values):
+            return values.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.set_grad_enabled(differentiated):
+                return op(grad.clone().requires_grad_(differentiated), 2.0).detach()
+
+    with tuner.trying():
+        candidates.apart(lambda: Behind.apply(x()).sum().backward(), CPU)
+    assert chosen(tuner) == ({} if differentiated else {op.name: "quick"})
+
+
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
 
