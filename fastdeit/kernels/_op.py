@@ -24,7 +24,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, cached_property
 from pathlib import Path
@@ -403,6 +403,18 @@ def _choices(choices: dict[str, str] | None) -> Iterator[None]:
     finally:
         _used.reset(token)
         _let_dynamo_see(_used.get())
+
+
+def of_forward(choices: dict[str, str] | None) -> AbstractContextManager[Any]:
+    """A context for a backward that calls ops: inside, what `used()` told in its forward holds, in whatever thread and
+    whatever `use()` it runs."""
+    return nullcontext() if torch.compiler.is_compiling() else _choices(choices)
+
+
+def used() -> dict[str, str] | None:
+    """The choices of `use()` here, for `of_forward`; None for none, and in a graph that is being compiled, whose ops
+    look at every run."""
+    return None if torch.compiler.is_compiling() else _used.get()
 
 
 def _let_dynamo_see(choices: dict[str, str] | None) -> None:

@@ -15,8 +15,10 @@ from torch._subclasses import FakeTensorMode
 
 from fastdeit import kernels
 from fastdeit.bench.count_card import pretended_card
+from fastdeit.kernels import _op
 from fastdeit.kernels.fp8 import cast, gelu, product
 from fastdeit.kernels.fp8.cast import E4M3, LARGEST
+from fastdeit.kernels.trial import candidates
 from tests.kernels.proof import assert_as_good, few, laid_out, normal
 
 BF16 = torch.bfloat16
@@ -255,6 +257,26 @@ def test_autocast_gives_all_tensors_its_dtype_and_gradients_their_own(layer):
     assert all(
         mine.dtype == torch.float32 and torch.equal(mine, theirs) for mine, theirs in zip(grads, expected, strict=True)
     )
+
+
+@pytest.mark.parametrize("function", [kernels.fp8_mlp, lambda x, w1, b1, *_: kernels.fp8_linear(x, w1, b1)])
+def test_backward_runs_where_forward_ran_in_whatever_thread(block, function, monkeypatch):
+    """On a GPU it is a thread of autograd's own, to which `use()` means nothing."""
+    *args, _ = block
+    seen = []
+
+    def noting(op):
+        return lambda *args: seen.append(_op.choice(op.name)) or op.backends[-1].forward(*args)
+
+    for op in (cast.ROWS, cast.COLUMNS, gelu.FORWARD, gelu.BACKWARD, product.OP):
+        monkeypatch.setattr(op, "native", noting(op))
+        monkeypatch.setattr(op, "registered", noting(op))
+    with kernels.use("reference"):
+        out = function(*args)
+    before = len(seen)
+    candidates.apart(lambda: out.float().sum().backward(), torch.device("cpu"))
+    assert before < len(seen)
+    assert set(seen) == {"reference"}
 
 
 @pytest.mark.parametrize("without_values", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
