@@ -260,8 +260,8 @@ class _Agent(LocalElasticAgent):
     def report(self, code: int) -> None:
         """Say why a run ended with `code` where the ranks have not: a failed rank's peers may be louder than it was."""
         if self._first_failure is not None:
-            # Rank 0 has given the reason itself for an end that all ranks came to together.
-            if code == FastdeitError.exit_code or self.codes[0] != code:
+            # Rank 0 has given the reason itself for an end that all ranks came to together: on its machine.
+            if code == FastdeitError.exit_code or self.codes.get(0) != code:
                 _say(f"rank {self._first_failure} failed first: {_describe(self.codes[self._first_failure])}")
         elif self.killed:
             ranks = ", ".join(map(str, sorted(self.killed)))

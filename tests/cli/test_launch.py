@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -72,6 +73,12 @@ import sys
 from fastdeit.launch import agent, launch
 sys.exit(agent.elastic([sys.executable, *sys.argv[1:]], 2, grace_s=20, env=launch.worker_environment(0.0)))
 """
+ONE_OF_TWO_MACHINES = """
+import sys
+from fastdeit.launch import agent, launch
+command = [sys.executable, *sys.argv[2:]]
+sys.exit(agent.elastic(command, 1, grace_s=20, env=launch.worker_environment(0.0), nnodes=2, rdzv=sys.argv[1]))
+"""
 
 
 @pytest.fixture
@@ -141,6 +148,18 @@ def test_all_workers_may_come_to_the_same_end_one_after_the_other(worker, capfd,
     """The end of a faster one cuts neither the end of rank 0 short, which says why, nor the shutdown of a Python."""
     assert run(worker, "follow", code, slower, does) == int(code)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_the_launcher_of_another_machine_than_that_of_rank_0_ends_as_its_worker(worker):
+    with socket.create_server(("", 0)) as server:
+        rdzv = f"localhost:{server.getsockname()[1]}"
+    command = [sys.executable, "-c", ONE_OF_TWO_MACHINES, rdzv, str(worker), "fail", str(worker.parent), "2", "2"]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=100)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], said
+    ours = sorted([line for line in err.splitlines() if line.startswith("fastdeit: ")] for err in said)
+    assert ours == [[], ["fastdeit: rank 1 failed first: exit code 2"]], "rank 0 has said why itself"
 
 
 def test_a_failure_is_started_anew_as_often_as_allowed(worker, capfd):
