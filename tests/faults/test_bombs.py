@@ -76,6 +76,15 @@ def test_a_row_group_that_is_too_large_is_refused_by_its_metadata(table, monkeyp
         opened()
 
 
+def test_a_row_group_that_is_as_large_as_its_file_is_read(table, monkeypatch):
+    """As pandas writes it: all images in one group, which no compression makes smaller."""
+    image = np.random.default_rng(0).bytes(1 << 20)
+    opened = table([image, image[::-1]], [0, 1])
+    monkeypatch.setattr("fastdeit.data.sources.parquet._MAX_GROUP", 1 << 20)
+    monkeypatch.setattr("fastdeit.data.sources.parquet._MAX_DICTIONARY", 1 << 19)
+    assert opened().read(1).tobytes() == image[::-1]
+
+
 def test_a_row_group_that_is_too_large_is_refused_while_it_is_read(table, monkeypatch):
     """One image in many rows again, where the image is so large that Arrow could not have it in a dictionary."""
     opened = table(repeated([bytes(1 << 20)], 8), np.arange(8) % 2)

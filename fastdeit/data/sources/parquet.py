@@ -26,7 +26,8 @@ from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, class_n
 
 _CACHE_BYTES = 256 << 20
 _MAX_GROUP = 4 << 30
-"""Bytes of the image column of a row group: each image that is read costs memory for all of them."""
+"""Bytes of the image column of a row group that may be more than the file has: each image that is read costs memory for
+all of them. Encoded images hardly get smaller in a file, so a group that is as large as its file may be larger."""
 _MAX_DICTIONARY = 1 << 30  # an array of Arrow's has 2 GiB
 _MAX_LABELS = 1 << 30
 """Bytes of the labels of a file. A name of 64 letters for each of 16 million rows."""
@@ -113,11 +114,11 @@ class ParquetSource(Listed):
         for number in range(metadata.num_row_groups):
             labels += _size_of(metadata, number, self._label)
             images = _size_of(metadata, number, column)
-            if images > _MAX_GROUP:
+            if images > (most := _most(path)):
                 raise DataError(
                     f"{path}: column {self._image!r} of row group {number} has {images:,} bytes uncompressed, and each "
-                    f"image would cost memory for all of them (more than {_MAX_GROUP:,} are not read); write the file "
-                    "anew with smaller row groups"
+                    f"image would cost memory for all of them (more than {most:,} are not read of a file of {size:,}); "
+                    "write the file anew with smaller row groups"
                 )
         _require_short(path, self._label, labels)
 
@@ -136,7 +137,8 @@ class ParquetSource(Listed):
 
 def _images(path: str, metadata: parquet.FileMetaData, group: int, image: str) -> pyarrow.ChunkedArray:
     """The image column of a row group, in memory that the size of the group's pages bounds. BadImage where it has more
-    than `_MAX_GROUP` bytes."""
+    than `_most` bytes."""
+    most = _most(path)
     column = _path_of(metadata.schema.to_arrow_schema(), image)
     small = _size_of(metadata, group, column) <= _MAX_DICTIONARY
     with parquet.ParquetFile(
@@ -152,9 +154,14 @@ def _images(path: str, metadata: parquet.FileMetaData, group: int, image: str) -
         for row in opened.iter_batches(1, row_groups=[group], columns=[column], use_threads=False):
             rows.append(row.column(0))
             size += row.nbytes
-            if size > _MAX_GROUP:
-                raise BadImage(f"its row group has more than {_MAX_GROUP:,} bytes of images; write smaller row groups")
+            if size > most:
+                raise BadImage(f"its row group has more than {most:,} bytes of images; write smaller row groups")
     return pyarrow.chunked_array(rows)
+
+
+def _most(path: str) -> int:
+    """Bytes of images that a row group of the file may have."""
+    return max(_MAX_GROUP, 2 * os.stat(path).st_size)
 
 
 def _path_of(schema: pyarrow.Schema, image: str) -> str:
