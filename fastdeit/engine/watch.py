@@ -67,7 +67,7 @@ class Watch:
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
-        self.patient = True
+        self.patient, self._running = True, False
         self._store, self._keeper, self._leave = store, keeper, leave
         self._tick_s, self._answers = min(_LIFE_S, timeout_s / 4), 0
         self._said = (0, "the start", time.monotonic())
@@ -76,8 +76,10 @@ class Watch:
 
     def at(self, place: str, *, patient: bool) -> None:
         """The main thread says that it is at `place` now; costs a microsecond."""
-        self.patient = patient
+        changed, self.patient = patient != self.patient, patient
         self._said = (self._said[0] + 1, place, time.monotonic())
+        if changed and self._running:
+            self._set_timer()  # at once: in the next turn of a thread this one may hold the lock
 
     def limit_s(self) -> float:
         """Seconds that the main thread may be where it is."""
@@ -90,9 +92,11 @@ class Watch:
         second = threading.Thread(target=self._watch_store, args=[watching], daemon=True, name="fastdeit-watch-store")
         watching.start()
         second.start()
+        self._running = True
         try:
             yield
         finally:
+            self._running = False
             self._end.set()
             second.join()
             faulthandler.cancel_dump_traceback_later()
@@ -134,8 +138,7 @@ class Watch:
         """
         answers = turns = 0
         while watching.is_alive():
-            # After the others have named this rank: they could not, if its store were gone.
-            faulthandler.dump_traceback_later(self.limit_s() + 3 * _LOST_S, exit=True, file=2)
+            self._set_timer()
             watching.join(self._tick_s)
             turns = turns + 1 if answers == self._answers else 0
             answers = self._answers
@@ -149,6 +152,11 @@ class Watch:
                 )
                 self._leave(1)
                 return
+
+    def _set_timer(self) -> None:
+        """End this process with its stacks if no thread of Python runs. That is after the others have named this rank:
+        they could not, if its store were gone."""
+        faulthandler.dump_traceback_later(self.limit_s() + 3 * _LOST_S, exit=True, file=2)
 
     def _stays(self) -> bool:
         """Whether the main thread has been where it is for too long."""
