@@ -5,15 +5,20 @@ Sizes are real where a file may have a hole, and limits are lowered where it wou
 
 import gzip
 import io
+import math
 import os
+import struct
 import tarfile
 import zipfile
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastdeit import jsons
+from fastdeit.data.execute import pillow, route
 from fastdeit.data.logits import Cache
 from fastdeit.data.sources import imagenet_kit, packed
 from fastdeit.data.sources.folder import FolderSource
@@ -144,6 +149,33 @@ def test_a_kit_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):
     (tmp_path / imagenet_kit.KIT_ARCHIVE).write_bytes(gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20)))
     with pytest.raises(DataError, match=r"it unpacks to more than 67,108,864 bytes; download it anew"):
         imagenet_kit.truth(tmp_path)
+
+
+def peak_of(work):
+    """Bytes that this process needs for `work()` at its peak, beyond what it has before."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    before, _ = memory()
+    work()
+    return memory()[1] - before
+
+
+def memory():
+    """Bytes that this process has in memory now, and at its peak."""
+    found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(1024 * int(found[name].split()[0]) for name in ("VmRSS", "VmHWM"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_of_a_few_bytes_and_most_pixels_takes_less_than_a_gibibyte():
+    """A GIF with a canvas of as many pixels as are decoded: 144 bytes."""
+    out, side = io.BytesIO(), math.isqrt(route.MAX_PIXELS)
+    Image.new("L", (64, 64)).save(out, "GIF")
+    data = bytearray(out.getvalue())
+    data[6:10] = struct.pack("<HH", side, side)
+    encoded = route.routed(np.frombuffer(data, np.uint8))
+    assert (encoded.route.width, encoded.route.height) == (side, side)
+    assert peak_of(lambda: pillow.pixels(encoded)) < GIB
 
 
 def archive(save, **arrays):

@@ -11,6 +11,8 @@ from fastdeit.data.execute.route import Encoded, formats
 from fastdeit.data.sources.source import BadImage
 
 Box = tuple[int, int, int, int]
+_PIXELS_AT_ONCE = 1 << 22
+"""Of a conversion, whose copies would else take twice the memory of the largest pictures."""
 
 
 def pixels(encoded: Encoded, box: Box | None = None) -> NDArray[np.uint8]:
@@ -27,8 +29,12 @@ def pixels(encoded: Encoded, box: Box | None = None) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(memoryview(encoded.data)), formats=formats()) as image:
             image.load()
             found, white = image.size, _white(image)
-            part = image.crop((x, y, x + width, y + height))
-            rgb = np.array(part.convert("RGB")) if white is None else _scaled(np.asarray(part), white)
+            rgb = np.empty((height, width, 3), np.uint8)
+            rows = max(1, _PIXELS_AT_ONCE // max(1, width))
+            for top in range(0, height, rows):
+                strip = rgb[top : top + rows]
+                part = image.crop((x, y + top, x + width, y + top + len(strip)))
+                strip[:] = np.asarray(part.convert("RGB")) if white is None else _scaled(np.asarray(part), white)
     except Exception as error:
         # As in `route`, whatever the decoder of a format trips over.
         raise BadImage(str(error) or type(error).__name__) from error
