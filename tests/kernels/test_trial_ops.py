@@ -45,6 +45,23 @@ def test_one_element_that_is_off_in_any_op_is_found(name):
     assert found.wrong.keys() == {"twin"}
 
 
+@pytest.mark.parametrize("change", ["nothing", "one scale", "one NaN"])
+def test_8_bits_are_judged_with_their_scale(change):
+    """GELU of 7 may be 7 or a rounding above it, where the scale is the next: both stand for the same numbers."""
+    pre = torch.linspace(-3, 7, 48).expand(4, 48).clone().to(torch.bfloat16)
+    op = OPS["fp8_gelu"]
+
+    def by_the_next_scale(pre):
+        values, scale = op.backends[-1].forward(pre)
+        values, scale = (values.float() / 2).to(values.dtype), scale * 2
+        if change != "nothing":
+            scale[1] = torch.nan if change == "one NaN" else scale[1] * 1.5
+        return values, scale
+
+    wrong = tried(op, [pre], _op.Backend("twin", lambda device, forced: (True, ""), by_the_next_scale)).wrong
+    assert wrong.keys() == (set() if change == "nothing" else {"twin"})
+
+
 def test_without_memory_for_float64_what_is_grossly_wrong_is_found(monkeypatch):
     op, example = CALLS["mlp"]
     monkeypatch.setattr(candidates, "_doubled", raises(torch.OutOfMemoryError("out of memory")))
