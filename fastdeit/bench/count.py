@@ -125,7 +125,8 @@ def ours(
 ) -> Count:
     """Our step in one of `FORMS`, on a card of that architecture: 90 is sm_90. `skip`: with model.drop_path_skip;
     `residual`: the dtype of the stream, as of engine.residual; `fp8`: with engine.products fp8.
-    RuntimeError where a backend that the form forces cannot run there, ValueError where the model cannot skip."""
+    RuntimeError where the card lacks a backend that the form forces, or products of 8 bits; ValueError where the model
+    cannot skip."""
     choices = dict(FORMS[form])
     with counted_card(arch) as (card, counter), kernels.use(choices.pop(""), **choices):
         engine, _, _ = bench_step.engine(cell, CARD, "none")
@@ -133,6 +134,8 @@ def ours(
             engine.method.model.set_drop_path_skip(SKIP_GROUP)
         engine.method.model.set_residual(residual)
         if fp8:
+            if reason := kernels.fp8_refusal(CARD):
+                raise RuntimeError(reason)
             engine.method.model.set_fp8_products()
         images = torch.zeros(cell.batch, cell.image_size, cell.image_size, 3, dtype=torch.uint8)
         batch = bench_step.batch(cell, engine.method.noise(), CARD, images)

@@ -210,6 +210,12 @@ def test_updated_in_place_are_arguments_that_a_kernel_has():
     assert count._IN_PLACE & set(_adamw_kernel.arg_names) == {"masters", "exp_avgs", "exp_avg_sqs", "emas"}
 
 
+def test_products_of_8_bits_are_not_counted_where_a_training_refuses_them():
+    """They would be counted as PyTorch's operations that imitate them on a CPU."""
+    with pytest.raises(RuntimeError, match="sm_89 or newer, not sm_80"):
+        count.ours(SMALL, 80, "auto", fp8=True)
+
+
 def test_a_form_that_the_card_cannot_run_is_refused(monkeypatch):
     monkeypatch.setitem(count.FORMS, "mlp=quack", {"": "auto", "mlp": "quack", "layer_norm_mlp": "quack"})
     with pytest.raises(_op.ChoiceError, match="mlp=quack, which cannot run on cuda"):
