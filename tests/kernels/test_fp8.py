@@ -328,6 +328,10 @@ def test_other_shapes_are_refused(layer):
         kernels.fp8_mlp(x, weight, bias, weight[:32], bias[:32])
     with pytest.raises(TypeError, match=r"x is torch\.int64"):
         kernels.fp8_linear(x.long(), weight, bias)
+    with pytest.raises(
+        ValueError, match=r"fp8_linear needs tensors of one dtype, .*32, torch\.bfloat16, torch\.float32"
+    ):
+        kernels.fp8_linear(x.float(), weight.bfloat16(), bias.float())
 
 
 def test_derivatives_that_it_has_not_are_refused(layer):

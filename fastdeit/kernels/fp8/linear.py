@@ -33,7 +33,8 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias    `[F]`, or None. Its gradient is a pass over that of the result, which a bias that requires none saves
 
     Returns `[..., F]` in the dtype of x. All tensors have one dtype, or autocast gives them one. ValueError for other
-    widths; RuntimeError inside `torch.func` and forward-mode AD, which cannot follow this gradient.
+    widths and for several dtypes; RuntimeError inside `torch.func` and forward-mode AD, which cannot follow this
+    gradient.
     """
     _check("x", x, weight)
     return _Linear.apply(*_arguments("fp8_linear", x, weight, bias))
@@ -75,8 +76,12 @@ def _arguments(name: str, x: Tensor, *others: Tensor | None) -> list[Tensor | No
     """The arguments in the dtype that autocast gives them."""
     if _derivatives.transformed():
         raise RuntimeError(f"{name} rounds to 8 bits, of which torch.func and forward-mode AD know no derivative")
-    dtype = _op.autocast_dtype(x) or x.dtype
-    return [None if tensor is None else tensor.to(dtype) for tensor in (x, *others)]
+    tensors = [tensor for tensor in (x, *others) if tensor is not None]
+    dtype = _op.autocast_dtype(x)
+    if dtype is None and len({tensor.dtype for tensor in tensors}) > 1:
+        found = ", ".join(str(tensor.dtype) for tensor in tensors)
+        raise ValueError(f"{name} needs tensors of one dtype, or autocast, which gives them one; these have {found}")
+    return [None if tensor is None else tensor.to(dtype or x.dtype) for tensor in (x, *others)]
 
 
 def _flat(x: Tensor) -> Tensor:
