@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore
 
@@ -80,6 +81,33 @@ def meet(place: Place, problem: str | None, limit: timedelta, say: Callable[[str
     end = time.monotonic() + limit.total_seconds()
     store = _opened(place, end, limit, say)
     own = {"host": socket.gethostname(), "pid": os.getpid(), "problem": problem}
+    at = f"{place.host}:{place.port}"
+    try:
+        found = _come(store, place, own, end, at, limit, say)
+        problems = [
+            f"rank {rank} on {each['host']}: {each['problem']}" for rank, each in enumerate(found) if each["problem"]
+        ]
+        if problems:
+            _read_by_all(store, place)
+    except DistNetworkError:
+        raise RendezvousError(
+            f"rank 0 has left {at} while the processes met there; look for what it has said"
+        ) from None
+    if problems:
+        raise RendezvousError("\n".join(problems))
+    return store
+
+
+def _come(
+    store: Store,
+    place: Place,
+    own: Mapping[str, Any],
+    end: float,
+    at: str,
+    limit: timedelta,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """What each process has said of itself, by rank, once all have."""
     store.set(f"here/{place.rank}", json.dumps(own))
     missing = list(range(place.size))
 
@@ -87,7 +115,6 @@ def meet(place: Place, problem: str | None, limit: timedelta, say: Callable[[str
         missing[:] = [rank for rank in missing if not store.check([f"here/{rank}"])]
         return not missing
 
-    at = f"{place.host}:{place.port}"
     _wait(
         together, end, lambda: f"waiting at {at} for {ranks(missing)} of {place.size}", say if place.rank == 0 else None
     )
@@ -96,13 +123,16 @@ def meet(place: Place, problem: str | None, limit: timedelta, say: Callable[[str
             f"{ranks(missing)} of {place.size} did not come to {at} within {limit.total_seconds():g} s; look for what "
             "they have said, or unset RANK and WORLD_SIZE if this is to be the only process"
         )
-    found = [json.loads(store.get(f"here/{rank}")) for rank in range(place.size)]
-    problems = [
-        f"rank {rank} on {each['host']}: {each['problem']}" for rank, each in enumerate(found) if each["problem"]
-    ]
-    if problems:
-        raise RendezvousError("\n".join(problems))
-    return store
+    return [json.loads(store.get(f"here/{rank}")) for rank in range(place.size)]
+
+
+def _read_by_all(store: Store, place: Place) -> None:
+    """Say that this process knows why the run cannot begin. One that keeps the store waits until the others know it
+    too, since they read it there."""
+    store.set(f"read/{place.rank}", "")
+    if place.hosts and place.rank == 0:
+        keys = [f"read/{rank}" for rank in range(place.size)]
+        _wait(lambda: store.check(keys), time.monotonic() + ANSWER_S, lambda: "", None)
 
 
 def keep(env: Mapping[str, str], name: str, value: str) -> None:

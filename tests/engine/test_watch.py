@@ -1,5 +1,6 @@
 """Hung and dead processes of a run: who is named, and that all end."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -178,6 +179,41 @@ def test_what_one_process_lacks_all_are_told():
     for thread in threads:
         thread.join()
     assert errors == [f"rank 1 on {socket.gethostname()}: process 1 has no GPU"] * 2
+
+
+def test_who_keeps_the_store_waits_until_the_others_have_read_why(monkeypatch):
+    """A slow process would find the store gone, and say nothing of what is wrong."""
+    port, errors, come = free_port(), {}, rendezvous._come
+
+    def slow(store, place, own, *others):
+        if place.rank == 1:
+            store.set("here/1", json.dumps(own))
+            time.sleep(0.5)
+        return come(store, place, own, *others)
+
+    def join(rank):
+        try:
+            meet(place(port, rank), "it has no GPU" if rank else None, SOON, print)
+        except RendezvousError as error:
+            errors[rank] = str(error)
+
+    monkeypatch.setattr(rendezvous, "_come", slow)
+    threads = [threading.Thread(target=join, args=[rank]) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == dict.fromkeys(range(2), f"rank 1 on {socket.gethostname()}: it has no GPU")
+
+
+def test_a_rank_0_that_leaves_is_told():
+    stores = [TCPStore("127.0.0.1", 0, 2, True, SOON, wait_for_workers=False)]
+    stores[0].set("fastdeit/run", place(0).run)
+    port, timer = stores[0].port, threading.Timer(0.3, stores.clear)
+    timer.start()
+    with pytest.raises(RendezvousError, match=rf"rank 0 has left 127\.0\.0\.1:{port} while the processes met there"):
+        meet(place(port, rank=1), None, SOON, print)
+    timer.join()
 
 
 def test_a_signal_is_heard_while_processes_wait_for_each_other():
