@@ -1,5 +1,7 @@
 """Distillation from cached logits: training is that with the teacher itself, and a cache of other images is refused."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -207,19 +209,20 @@ def test_substitutes_are_those_of_the_run(place, photos, tmp_path, capsys):
 
 
 def fill_photos(rank, size, place, folder, overrides):
-    """Fill a cache of photos as one process of several (fixture `ranks`)."""
-    made(recipe_of(place, *overrides), folder, top_k=2, world=World(torch.device("cpu"), rank, size))
+    """Fill a cache of photos as one process of several (fixture `ranks`). Returns what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        made(recipe_of(place, *overrides), folder, top_k=2, world=World(torch.device("cpu"), rank, size))
+    return said.getvalue()
 
 
 @pytest.mark.slow
-def test_all_processes_share_one_list_of_bad_images(place, photos, ranks, tmp_path, capfd):
+def test_all_processes_share_one_list_of_bad_images(place, photos, ranks, tmp_path):
     """Each process makes an epoch, and meets the same image: it is told and counted once."""
     torch.manual_seed(0)
     save_file(Tiny((16, 16), 2).state_dict(), tmp_path / "two.safetensors")
     data = [f"data.root={tmp_path / 'photos'}", "data.source=folder", "data.max_bad_fraction=0.5", "train.epochs=4"]
     data += [f"method.teacher.weights={tmp_path / 'two.safetensors'}"]
-    ranks(2, fill_photos, place, tmp_path / "cache", data)
-    said = capfd.readouterr().out
+    said = "".join(ranks(2, fill_photos, place, tmp_path / "cache", data))
     assert said.count("image not used: ") == said.count(f"image not used: {photos[0]}: ") == 1
     (entry,) = map(json.loads, (tmp_path / "cache" / bad.FILE).read_text().splitlines())
     assert (entry["path"], entry["index"], entry["split"]) == (str(photos[0]), 0, "train")
@@ -411,7 +414,7 @@ def test_a_field_that_does_not_matter_changes_nothing(place, top):
 def test_the_fields_that_matter_are_those_that_change_the_images(place):
     def seen(recipe):
         recipe, source, _ = run_of(recipe)
-        batches = list(build.train_loader(recipe, source, CPU, {}, print).batches(0, 5))
+        batches = list(build.train_loader(recipe, source, CPU, {}, print).batches(0, TOTAL))
         return [torch.cat([batch.pixels() for batch in micro]) for micro in batches]
 
     first = seen(recipe_of(place))

@@ -14,7 +14,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import RecipeError
 from fastdeit.run import build, cached
 from fastdeit.training import train
-from tests.small_runs import StopAt, assert_same_weights, stored, train_rank
+from tests.small_runs import StopAt, assert_close_weights, assert_same_weights, train_rank
 
 RECIPE = """\
 model: {name: deit_digits_patch8_32, image_size: 32}
@@ -78,9 +78,7 @@ def test_processes_and_micro_batches_reach_the_result_of_one(path, whole, ranks,
     train(recipes.load(str(path), ["train.accumulate=2"]), tmp_path / "parts", CPU)
     ranks(2, train_rank, path, [], tmp_path / "shared")
     for run in ("parts", "shared"):
-        for file, tensors in stored(whole[0], TOTAL).items():
-            for name, tensor in stored(tmp_path / run, TOTAL)[file].items():
-                torch.testing.assert_close(tensor, tensors[name], rtol=1e-4, atol=1e-6, msg=f"{run} {file} {name}")
+        assert_close_weights(tmp_path / run, whole[0], TOTAL)
 
 
 def test_the_stream_of_a_size_is_that_of_a_recipe_of_this_size(path):

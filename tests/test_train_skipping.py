@@ -7,7 +7,7 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted
 from fastdeit.recipe import resolve as recipes
 from fastdeit.training import train
-from tests.small_runs import StopAt, assert_same_weights, stored, train_rank
+from tests.small_runs import StopAt, assert_close_weights, assert_same_weights, train_rank
 
 RECIPE = """\
 model: {name: deit_digits_patch8_32, image_size: 32, drop_path: 0.5, drop_path_skip: true}
@@ -37,12 +37,6 @@ def whole(path, tmp_path_factory):
     return run
 
 
-def assert_close(run, other):
-    for file, tensors in stored(other, TOTAL).items():
-        for name, tensor in stored(run, TOTAL)[file].items():
-            torch.testing.assert_close(tensor, tensors[name], rtol=1e-4, atol=1e-6, msg=f"{file} {name}")
-
-
 def test_a_run_resumes_exactly(path, whole, tmp_path):
     with pytest.raises(Interrupted):
         train(recipes.load(str(path)), tmp_path / "run", StopAt(3))
@@ -52,13 +46,13 @@ def test_a_run_resumes_exactly(path, whole, tmp_path):
 
 def test_micro_batches_and_processes_reach_the_result_of_one(path, whole, ranks, tmp_path):
     train(recipes.load(str(path), ["train.accumulate=4"]), tmp_path / "parts", CPU)
-    assert_close(tmp_path / "parts", whole)
+    assert_close_weights(tmp_path / "parts", whole, TOTAL)
     ranks(2, train_rank, path, [], tmp_path / "shared")
-    assert_close(tmp_path / "shared", whole)
+    assert_close_weights(tmp_path / "shared", whole, TOTAL)
 
 
 def test_another_draw_is_another_result(path, whole, tmp_path):
     """What the tests above would not see otherwise."""
     train(recipes.load(str(path), ["model.drop_path_skip=false"]), tmp_path / "drawn", CPU)
     with pytest.raises(AssertionError):
-        assert_close(tmp_path / "drawn", whole)
+        assert_close_weights(tmp_path / "drawn", whole, TOTAL)

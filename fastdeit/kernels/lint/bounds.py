@@ -126,22 +126,25 @@ def corners(grid: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def huge_cases() -> dict[str, list[Case]]:
-    """`cases`, with so many samples that the largest argument has more than 2**31 elements; for optimizers, which know
-    no samples, with so many classes. By op."""
+    """`cases`, with so many samples that the largest argument has more than 2**31 elements. Optimizers know no samples:
+    theirs have so many classes. The casts of weights know neither: theirs have so many hidden features. By op."""
     return {op: [_huge(case) for case in found] for op, found in cases().items()}
 
 
 def _huge(case: Case) -> Case:
     run, op, backend, example, make = case.run.func, *case.run.args
 
-    def sizes(times: int) -> Maker:
-        name = "classes" if isinstance(example.build(make)[0], list) else "batch"
+    def sizes(name: str, times: int) -> Maker:
         return replace(make, sizes=replace(make.sizes, **{name: times * getattr(make.sizes, name)}))
 
     def run_huge() -> None:
-        once, twice = (_elements(example.build(sizes(times))) for times in (1, 2))
-        largest = max(one for one, two in zip(once, twice, strict=True) if two > one)
-        run(op, backend, example, sizes(-(-_BEYOND // largest)))
+        once = _elements(example.build(make))
+        for name in ("batch", "classes", "hidden"):
+            twice = _elements(example.build(sizes(name, 2)))
+            growing = [one for one, two in zip(once, twice, strict=True) if two > one]
+            if growing:
+                break
+        run(op, backend, example, sizes(name, -(-_BEYOND // max(growing))))
 
     return replace(case, run=run_huge, name=f"{case.name}, huge")
 
