@@ -7,6 +7,7 @@ has to raise for the accelerated one, too.
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import cache
 
 import pytest
 import timm
@@ -33,8 +34,9 @@ FAMILIES = [
 ]
 
 
-def small(name):
-    """A small model of timm's, scriptable, with random values."""
+@cache
+def pair(name):
+    """A small model of timm's, scriptable, with random values; and the same, accelerated."""
     size = {} if "naflex" in name else {"img_size": 56 if "patch14" in name else 48}
     torch.manual_seed(0)
     with timm.layers.set_scriptable(True):
@@ -42,7 +44,9 @@ def small(name):
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
             parameter += 0.1 * normal(*parameter.shape, dtype=torch.float32, device="cpu", seed=i)
-    return model.eval()
+    accelerated = deepcopy(model.eval())
+    assert any(row.op for row in accelerate(accelerated).rows)
+    return model, accelerated
 
 
 # ---- what is asked of a model ----------------------------------------------------------------------------------------
@@ -216,9 +220,7 @@ UNABLE = {
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.__name__)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_timms_own_questions(name, question):
-    timms = small(name)
-    model = deepcopy(timms)
-    assert any(row.op for row in accelerate(model).rows)
+    timms, model = map(deepcopy, pair(name))
     theirs = answer(question, timms)
     assert isinstance(theirs, type) == name.startswith(tuple(UNABLE.get(question.__name__, "none").split()))
     assert_same(answer(question, model), theirs)
