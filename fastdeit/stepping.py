@@ -20,7 +20,7 @@ from fastdeit.data.plan import plan
 from fastdeit.engine.dist import World, pick_device
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.errors import UsageError
-from fastdeit.estimate import capture
+from fastdeit.estimate import activations, capture
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build, precision, teachers
@@ -61,7 +61,8 @@ class Stepper:
         )
         world = World(pick_device(recipe.engine.device))
         precision.check_products(self.recipe)
-        self.recipe = capture.fixed(precision.fixed(self.recipe, world, print), world, print)
+        for fixed in precision.fixed, activations.fixed, capture.fixed:
+            self.recipe = fixed(self.recipe, world, print)
         self._parts = Parts.of(self.recipe, world, True, {})
         self._rates = schedule_of(self._parts.recipe, self._parts.length)
         self.number, self._size = 0, self._size_in(0)

@@ -28,7 +28,7 @@ from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.metrics import check_sinks
 from fastdeit.engine.schedule import learning_rate
 from fastdeit.errors import Interrupted, UsageError
-from fastdeit.estimate import capture
+from fastdeit.estimate import activations, capture
 from fastdeit.methods.evaluators import Classify
 from fastdeit.recipe.length import Length
 from fastdeit.run import agreement, build, carry, directory, precision, request, teachers, threads
@@ -87,7 +87,7 @@ def _fixed(recipe: "Recipe", world: World) -> "Recipe":
     """The recipe with what it leaves to the machine."""
     recipe = precision.fixed(threads.fixed(recipe, world), world, _say_once)
     precision.check_products(recipe, world)
-    return capture.fixed(recipe, world, _say_once)
+    return capture.fixed(activations.fixed(recipe, world, _say_once), world, _say_once)
 
 
 def _say_once(text: str) -> None:

@@ -121,10 +121,17 @@ def _total(launches: Iterable[Launch]) -> Total:
 
 
 def ours(
-    cell: Counted, arch: int, form: str, skip: bool = False, residual: torch.dtype | None = None, fp8: bool = False
+    cell: Counted,
+    arch: int,
+    form: str,
+    skip: bool = False,
+    residual: torch.dtype | None = None,
+    fp8: bool = False,
+    keep: bool = False,
 ) -> Count:
     """Our step in one of `FORMS`, on a card of that architecture: 90 is sm_90. `skip`: with model.drop_path_skip;
-    `residual`: the dtype of the stream, as of engine.residual; `fp8`: with engine.products fp8.
+    `residual`: the dtype of the stream, as of engine.residual; `fp8`: with engine.products fp8; `keep`: with
+    engine.keep_activations.
     RuntimeError where the card lacks a backend that the form forces, or products of 8 bits; ValueError where the model
     cannot skip."""
     choices = dict(FORMS[form])
@@ -133,6 +140,7 @@ def ours(
         if skip:
             engine.method.model.set_drop_path_skip(SKIP_GROUP)
         engine.method.model.set_residual(residual)
+        engine.method.model.set_keep_activations(keep)
         if fp8:
             if reason := kernels.fp8_refusal(CARD):
                 raise RuntimeError(reason)

@@ -33,6 +33,7 @@ OURS = {"fastdeit" if form == "auto" else f"fastdeit {form}": form for form in F
 PEERS: dict[str, Callable[[Counted, int], Count]] = {"timm": count_peers.eager, "timm_compile": count_peers.compiled}
 SIDES: dict[str, Callable[[Counted, int], Count]] = {
     **{name: partial(count.ours, form=form) for name, form in OURS.items()},
+    "fastdeit keep_activations": partial(count.ours, form="auto", keep=True),
     "fastdeit residual=bf16": partial(count.ours, form="auto", residual=torch.bfloat16),
     "fastdeit products=fp8": partial(count.ours, form="auto", fp8=True),
     "fastdeit drop_path_skip": partial(count.ours, form="auto", skip=True),

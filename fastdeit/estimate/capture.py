@@ -2,7 +2,8 @@
 
 A graph spares the host the launches of a step. It pays where the GPU could have to wait for them, which is judged to be
 so where the GPU's modelled time of a step is less than twice the host's: a host that is busy with the input, or slower
-than the model's, then still keeps up or does not matter. Where the model knows nothing the answer is `none`.
+than the model's, then still keeps up or does not matter. With a size schedule the smallest images decide, as a graph
+costs the steps of larger ones nothing. Where the model knows nothing the answer is `none`.
 """
 
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from fastdeit.estimate import model as estimate
 from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.options import with_options
 from fastdeit.estimate.rows import known_gpu
-from fastdeit.estimate.subject import kept_of, network, trained_of
+from fastdeit.estimate.subject import kept_of, network, students, trained_of
 from fastdeit.fields import size_pair
 
 if TYPE_CHECKING:
@@ -64,18 +65,25 @@ def chosen(recipe: "Recipe", card: str | None, processes: int) -> tuple[str, str
     try:
         student = network(model.name, None, size, classes, model.drop_path)
         trained, kept = trained_of(recipe, classes), () if student.vit is None else kept_of(recipe)
+        sized = dict(students(recipe, classes)) or {size: student}
     except UsageError:
         return "none", f"since {model.name} is a network that cannot be modelled"
+    size, student = min(sized.items(), key=lambda one: one[1].flops)
     images = recipe.method.passes * train.batch_size // (processes * train.accumulate)
     averaged = recipe.optim.ema_decay is not None
     work = estimate.Work(images, recipe.engine.precision, model.drop_path > 0, averaged, trained, kept)
     design = estimate.FUSED if student.vit is not None else estimate.EAGER
-    names = "keep_activations", "residual", "products"
-    design = with_options(design, gpu, **{name: getattr(recipe.engine, name) for name in names})
+    engine = recipe.engine
+    options = {"residual": engine.residual, "products": engine.products}
+    design = with_options(design, gpu, keep_activations=engine.keep_activations is True, **options)
     ops = estimate.ops(student, work, design, gpu)
     busy, host = (
         train.accumulate * (step.forward + step.backward) + step.update
         for step in estimate.both(ops, work, design, gpu)
     )
     capture = "graph" if busy < _WORTH * host else "none"
-    return capture, f"since a step takes {gpu.name} {1e3 * busy:.3g} ms and the host {1e3 * host:.3g} ms (modelled)"
+    of_images = f" with images of {size[0]} x {size[1]}" if len(sized) > 1 else ""
+    return (
+        capture,
+        f"since a step{of_images} takes {gpu.name} {1e3 * busy:.3g} ms and the host {1e3 * host:.3g} ms (modelled)",
+    )

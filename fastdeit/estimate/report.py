@@ -8,21 +8,19 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdeit import methods
 from fastdeit.engine.progress import table
-from fastdeit.estimate import communication, memory
+from fastdeit.estimate import activations, duration, memory
 from fastdeit.estimate import interval as estimate_interval
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import options as estimate_options
 from fastdeit.estimate import rows as estimate_rows
-from fastdeit.estimate.gpus import GPU
 from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.memory import GIB
-from fastdeit.estimate.model import DESIGNS, TIMM_COMPILE, Design, Network, Step, Work
+from fastdeit.estimate.model import DESIGNS, TIMM_COMPILE, Design, Network
 from fastdeit.estimate.rows import MODELLED
 from fastdeit.estimate.subject import IMAGENET, Subject, network, subject
 
@@ -95,76 +93,69 @@ def _described(network: Network) -> dict[str, Any]:
     return {name: getattr(network, name) for name in ("name", "parameters", "flops")}
 
 
-def _precision(recipe: "Recipe", gpu: GPU) -> str:
-    """V100 has no bf16 products."""
-    asked = recipe.engine.precision
-    if asked in ("auto", "bf16"):
-        return "fp16" if gpu.name == "V100" else "bf16"
-    return asked
-
-
-def _work(trained: Subject, machine: Machine) -> Work:
-    """What the student computes: each image as often as the method shows it."""
+def _designs(trained: Subject, machine: Machine, keep: bool) -> list[Design]:
+    """`keep`: whether ours keep the activations of the MLPs."""
     recipe = trained.recipe
-    micro = recipe.method.passes * recipe.train.batch_size // (machine.count * recipe.train.accumulate)
-    precision = _precision(recipe, machine.gpu)
-    average = recipe.optim.ema_decay is not None
-    return Work(micro, precision, recipe.model.drop_path > 0, average, trained.trained, trained.kept)
-
-
-def _shared(trained: Subject, machine: Machine) -> dict[str, Any]:
-    """What memory and communication ask of how processes share the work."""
-    recipe = trained.recipe
-    return {"world": machine.count, "parallel": recipe.engine.parallel, "accumulate": recipe.train.accumulate}
-
-
-def _designs(trained: Subject, machine: Machine) -> list[Design]:
-    recipe = trained.recipe
-    found = estimate.designs(machine.gpu, _precision(recipe, machine.gpu), trained.student)
+    found = estimate.designs(machine.gpu, duration.precision(recipe, machine.gpu), trained.student)
     engine = recipe.engine
-    options = {"keep_activations": engine.keep_activations, "residual": engine.residual, "products": engine.products}
+    options = {"keep_activations": keep, "residual": engine.residual, "products": engine.products}
     return [estimate_options.with_options(design, machine.gpu, **options) for design in found]
+
+
+def _keeps(trained: Subject, machine: Machine) -> bool:
+    """Whether a run there would keep the activations of its MLPs."""
+    keep = trained.recipe.engine.keep_activations
+    if keep != "auto":
+        return keep
+    return activations.fits(trained, machine.gpu, machine.count, duration.precision(trained.recipe, machine.gpu))[0]
 
 
 def _plans(
     trained: Subject, machine: Machine, measured: dict[Any, Any], price: float | None
 ) -> Iterator[dict[str, Any]]:
     """The rows of a machine, one for each design."""
-    precision, designs = _precision(trained.recipe, machine.gpu), _designs(trained, machine)
+    precision = duration.precision(trained.recipe, machine.gpu)
+    designs = _designs(trained, machine, _keeps(trained, machine))
+    keep = trained.recipe.engine.keep_activations is True
+    leanest = {design.name: design for design in _designs(trained, machine, keep)}  # auto keeps none where memory ends
     found = {
         design: measured.get((machine.gpu.name, design.name, precision), estimate_rows.NOT_CALIBRATED)
         for design in designs
     }
-    runs = {design: _run(trained, machine, design, found[design]) for design in designs}
+    runs = {design: duration.run(trained, machine, design, found[design]) for design in designs}
     for design in designs:
-        yield _plan(trained, machine, design, found[design], runs[design], runs.get(TIMM_COMPILE), price)
+        lean = leanest[design.name]
+        yield _plan(trained, machine, design, lean, found[design], runs[design], runs.get(TIMM_COMPILE), price)
 
 
 def _plan(
     trained: Subject,
     machine: Machine,
     design: Design,
+    lean: Design,
     calibration: estimate_rows.Calibration,
     run: dict[str, Any],
     peer: dict[str, Any] | None,
     price: float | None,
 ) -> dict[str, Any]:
-    """One row of the report; `peer` is the run that it is compared with, where there is one."""
-    gpu, train, student = machine.gpu, trained.recipe.train, trained.student
-    work = _work(trained, machine)
+    """One row of the report; `peer` is the run that it is compared with, where there is one. Of `lean`, which takes no
+    memory that is not asked for, are the batches that fit."""
+    gpu, train, steps = machine.gpu, trained.recipe.train, trained.steps
+    largest, work = trained.largest, duration.work(trained, machine)
     seconds = {name: run[name] for name in ("training", "evaluation", "teacher")}
     seconds["total"] = sum(seconds.values())
-    options = _shared(trained, machine) | {"teachers": trained.teachers}
+    student, options = largest.student, duration.shared(trained, machine) | {"teachers": largest.teachers}
     parts = memory.peak(student, work, design, **options)
     sizes, passes = (trained.recipe.data.group_size, 1), trained.recipe.method.passes
     fits, unmixed = (
-        memory.largest_batch(student, work, design, gpu, passes * size, **options) // passes for size in sizes
+        memory.largest_batch(student, work, lean, gpu, passes * size, **options) // passes for size in sizes
     )
     # With fsdp2, gradients of several micro-batches take more memory than those of one.
     several = options | {"accumulate": max(2, train.accumulate)}
-    divided = memory.largest_batch(student, work, design, gpu, passes * sizes[0], **several) // passes
+    divided = memory.largest_batch(student, work, lean, gpu, passes * sizes[0], **several) // passes
     peak = gpu.tf32 if work.precision == "fp32" else gpu.flops
-    flops = estimate.useful_flops(student, work) * passes * train.batch_size
+    flops = sum(count / steps * estimate.useful_flops(part.student, work) for count, part in trained.stages)
+    flops *= passes * train.batch_size
     return {
         "gpu": gpu.name,
         "count": machine.count,
@@ -177,6 +168,7 @@ def _plan(
         "ratio": None if peer is None else _ratio(run, peer),
         "mfu": flops / (run["step"] * machine.count * peak),
         "step": {"seconds": run["step"], "teacher_seconds": run["teacher_step"]},
+        "sizes": run["sizes"],
         "communication": run["communication"],
         "memory": {"total": memory.total(parts), "parts": parts, "available": gpu.memory},
         "largest_batch": fits,
@@ -205,52 +197,6 @@ def _accumulate(recipe: "Recipe", world: int, fits: int) -> int | None:
     )
 
 
-def _run(trained: Subject, machine: Machine, design: Design, calibration: estimate_rows.Calibration) -> dict[str, Any]:
-    """Seconds of a step and of the run; the calibration is of the student's computation, and of nothing else.
-
-    drawn     the step's seconds in each draw of the shares
-    interval  of these, or where the speed rests on measurements, of their rows
-    """
-    factor = calibration.factor
-    gpu, train = machine.gpu, trained.recipe.train
-    work = _work(trained, machine)
-    time = estimate.step(trained.student, work, design, gpu).scaled(factor)
-    unseen = replace(work, drop_path=False, trained=None)
-    judged = 0.0
-    for teacher in trained.teachers:
-        usual = design if teacher.own and teacher.vit else estimate.EAGER
-        judged += estimate.step(teacher, unseen, usual, gpu).forward
-    ring = {"nodes": machine.nodes, "reduced": 4 if trained.recipe.engine.reduce == "fp32" else 2}
-    spent = communication.of_step(trained.student, time, gpu, work, **_shared(trained, machine), **ring)
-
-    def whole(time: Step) -> float:
-        return train.accumulate * (time.forward + time.backward + judged) + time.update + spent.exposed
-
-    draws = estimate_interval.steps(trained.student, work, design, gpu)
-    step, drawn = whole(time), [whole(draw.scaled(factor)) for draw in draws]
-    if calibration.rows:
-        low, high = (whole(time.scaled(end / factor)) for end in (calibration.low, calibration.high))
-        interval = estimate_interval.Interval(low, high)
-    else:
-        interval = estimate_interval.interval(drawn)
-    forward = factor * estimate.step(trained.student, unseen, design, gpu).forward
-    share = trained.held_out / (machine.count * work.batch)
-    not_measured = estimate_rows.NOT_CALIBRATED
-    first = [_run(each, machine, estimate.EAGER, not_measured) for each in trained.teacher_runs]
-    own = sum(each["training"] + each["evaluation"] for each in first)
-    return {
-        "step": step,
-        "drawn": drawn,
-        "interval": interval,
-        "teacher_step": train.accumulate * judged,
-        "communication": spent._asdict(),
-        "training": trained.steps * step,
-        # The teacher is evaluated once, before the first step.
-        "evaluation": share * (trained.evaluations * (1 + work.ema) * forward + judged),
-        "teacher": own,
-    }
-
-
 def _notes(trained: Subject, machines: Sequence[Machine], bases: set[str]) -> list[str]:
     """What somebody who reads a figure alone would miss."""
     recipe = trained.recipe
@@ -269,7 +215,7 @@ def _notes(trained: Subject, machines: Sequence[Machine], bases: set[str]) -> li
         if len(without) < len(machines):
             notes.append("how fast products of 8 bits are is judged, and its range is not in 5 to 95 %")
     if recipe.data.size_schedule:
-        notes.append("data.size_schedule is left out: every step is planned with images of model.image_size")
+        notes.append("data.size_schedule: times of a step are means over the run, memory is that of the largest images")
     if recipe.engine.async_checkpoints:
         kept, averages = trained.trained, recipe.optim.ema_decay is not None
         numbers = trained.student.parameters + kept.states + averages * kept.parameters
@@ -299,8 +245,8 @@ def _notes(trained: Subject, machines: Sequence[Machine], bases: set[str]) -> li
 
 def _cost_of_kept_activations(trained: Subject, machine: Machine) -> list[str]:
     """What `engine.keep_activations` costs and saves, whether it is on or not."""
-    student, work = trained.student, _work(trained, machine)
-    fused = any(design.name == "fused" for design in _designs(trained, machine))
+    student, work = trained.largest.student, duration.work(trained, machine)
+    fused = any(design.name == "fused" for design in _designs(trained, machine, False))
     engine = trained.recipe.engine
     if not fused or engine.checkpoint_blocks or engine.products == "fp8":
         return []
@@ -309,7 +255,7 @@ def _cost_of_kept_activations(trained: Subject, machine: Machine) -> list[str]:
         estimate_options.with_options(estimate.FUSED, machine.gpu, keep_activations=keep, **given)
         for keep in (False, True)
     ]
-    options = _shared(trained, machine)
+    options = duration.shared(trained, machine)
     less, more = (memory.total(memory.peak(student, work, design, **options)) / GIB for design in sides)
     slow, fast = (sum(estimate.step(student, work, design, machine.gpu)) for design in sides)
     return [

@@ -3,10 +3,11 @@
 Networks are built on the meta device, without storage; no data set is opened.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from fastdeit.models.layers import hidden_matrices, layers
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, LengthError, length
 from fastdeit.run.address import parse
+from fastdeit.run.build import views
 from fastdeit.run.weights import open_weights
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ SIZES = {
 @dataclass(frozen=True)
 class Subject:
     """A recipe as the estimate sees it. kept: as of `Work`. teacher_runs: the trainings of teachers that have recipes
-    of their own."""
+    of their own. sized: for each entry of `data.size_schedule` the same networks on its images."""
 
     recipe: "Recipe"
     student: Network
@@ -62,6 +64,22 @@ class Subject:
     trained: Trained
     kept: tuple[float, ...] = ()
     teacher_runs: tuple["Subject", ...] = ()
+    sized: tuple["Subject", ...] = ()
+
+    @property
+    def stages(self) -> tuple[tuple[int, "Subject"], ...]:
+        """(steps, what they train) of each size of the images in turn; all of the run without a size schedule. Raises
+        as `length`."""
+        if not self.sized:
+            return ((self.steps, self),)
+        begins = [epoch * self.length.steps_per_epoch for epoch, _ in self.recipe.data.size_schedule]
+        spans = pairwise([*begins, self.steps])
+        return tuple((end - begin, part) for (begin, end), part in zip(spans, self.sized, strict=True))
+
+    @property
+    def largest(self) -> "Subject":
+        """What it trains where the images are largest."""
+        return max(self.sized or (self,), key=lambda part: part.student.flops)
 
     @property
     def length(self) -> Length:
@@ -91,7 +109,7 @@ def subject(recipe: "Recipe", images: int | None = None) -> Subject:
     classes = model.num_classes or classes
     size = size_pair(model.image_size, "model.image_size")
     student = network(model.name, model.timm, size, classes, model.drop_path)
-    teachers, own = [], []
+    own, known = [], []
     for config in recipe.method.teachers():
         if config.recipe is not None:
             own.append(subject(recipes.load(config.recipe, own=plugins.is_own(config.recipe)), images))
@@ -99,10 +117,27 @@ def subject(recipe: "Recipe", images: int | None = None) -> Subject:
             name, timm, size = trained.name, trained.timm, trained.image_size
         else:
             name, timm, size = _teacher(config)
-        size = size_pair(config.image_size or size or model.image_size, "method.teacher.image_size")
-        teachers.append(network(name, timm, size, classes))
+        known.append((name, timm, config.image_size or size))
+
+    def teachers(image_size: "ImageSize") -> tuple[Network, ...]:
+        sizes = [size_pair(size or image_size, "method.teacher.image_size") for *_, size in known]
+        return tuple(network(*names, size, classes) for (*names, _), size in zip(known, sizes, strict=True))
+
     trained, kept = trained_of(recipe, classes), () if student.vit is None else kept_of(recipe)
-    return Subject(recipe, student, tuple(teachers), train, held_out, assumed, trained, kept, tuple(own))
+    whole = Subject(recipe, student, teachers(model.image_size), train, held_out, assumed, trained, kept, tuple(own))
+    sized = [
+        replace(whole, student=replace(on_size, parameters=student.parameters), teachers=teachers(size))
+        for size, on_size in students(recipe, classes)
+    ]
+    return replace(whole, sized=tuple(sized))
+
+
+def students(recipe: "Recipe", classes: int) -> Iterator[tuple[tuple[int, int], Network]]:
+    """((height, width), the student on such images) for each entry of `data.size_schedule`."""
+    model = recipe.model
+    for epoch, _ in recipe.data.size_schedule:
+        size = views(recipe, epoch)[0].size
+        yield size, network(model.name, model.timm, size, classes, model.drop_path)
 
 
 def kept_of(recipe: "Recipe") -> tuple[float, ...]:

@@ -339,9 +339,10 @@ class EngineConfig(Section):
     any device, whatever was measured."""
     checkpoint_blocks: bool = False
     """Compute the activations of each block again in backward instead of keeping them: less memory, more time."""
-    keep_activations: bool = False
+    keep_activations: bool | Literal["auto"] = "auto"
     """Keep the activations of the MLPs for backward instead of making them again: a tenth to a fifth more memory, fewer
-    bytes moved. `fastdeit plan` says how much of both. false: fastdeit's kernels make them again."""
+    bytes moved. `fastdeit plan` says how much of both. false: fastdeit's kernels make them again. auto: true where a
+    step with them is modelled to take at most four fifths of a GPU's memory, else false. The run keeps the answer."""
     products: Literal["precision", "fp8"] = "precision"
     """Numbers that the blocks' linear layers multiply in training. precision: those of `precision`; fp8: 8 bits with a
     scale for each token and channel, forward and for the gradients of their inputs; those of the weights stay in bf16.
@@ -383,8 +384,8 @@ class EngineConfig(Section):
 
     @field_validator("keep_activations")
     @classmethod
-    def _kept_or_made_again(cls, keep: bool, info: ValidationInfo) -> bool:
-        if keep and info.data.get("checkpoint_blocks"):
+    def _kept_or_made_again(cls, keep: bool | str, info: ValidationInfo) -> bool | str:
+        if keep is True and info.data.get("checkpoint_blocks"):
             raise ValueError(
                 "has no effect beside engine.checkpoint_blocks, which computes all activations of a block again; "
                 "choose one"
@@ -419,7 +420,7 @@ class EngineConfig(Section):
             raise ValueError(
                 f"fp8 rounds the operands of products in bf16: it needs engine.precision bf16, not {precision}"
             )
-        if products == "fp8" and info.data.get("keep_activations"):
+        if products == "fp8" and info.data.get("keep_activations") is True:
             raise ValueError("fp8 makes the activations of the MLPs again; leave out engine.keep_activations")
         return products
 

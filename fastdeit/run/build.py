@@ -297,7 +297,7 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
         _skip_dropped(built, recipe)
     if recipe.engine.checkpoint_blocks:
         _checkpoint_blocks(built, recipe)
-    if recipe.engine.keep_activations:
+    if recipe.engine.keep_activations is True:
         _keep_activations(built)
     if recipe.engine.residual != "fp32":
         _keep_residual(built, recipe)

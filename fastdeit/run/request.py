@@ -106,7 +106,7 @@ def given_again(recipe: "Recipe", before: "Recipe") -> "Recipe":
     """`recipe`, which is given again to go on with a run by the recipe `before`: with the run's name, and its threads
     if none are given, as its results depend on them. What it leaves to be chosen is what the run has chosen."""
     threads = recipe.engine.threads or before.engine.threads
-    unsaid = (name for name in ("capture", "precision") if getattr(recipe.engine, name) == "auto")
+    unsaid = (name for name in ("capture", "keep_activations", "precision") if getattr(recipe.engine, name) == "auto")
     chosen = {name: getattr(before.engine, name) for name in unsaid}
     engine = recipe.engine.model_copy(update={"threads": threads, **chosen})
     return recipe.model_copy(update={"name": before.name, "engine": engine})

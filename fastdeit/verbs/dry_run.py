@@ -152,7 +152,8 @@ def _estimates(recipe: "Recipe", subject: Subject, processes: int, device: torch
     averaged = recipe.optim.ema_decay is not None
     work = estimate.Work(micro, recipe.engine.precision, recipe.model.drop_path > 0, averaged, subject.trained)
     shared = {"world": processes, "parallel": recipe.engine.parallel, "accumulate": recipe.train.accumulate}
-    parts = memory.peak(subject.student, work, estimate.EAGER, **shared, teachers=subject.teachers)
+    largest = subject.largest
+    parts = memory.peak(largest.student, work, estimate.EAGER, **shared, teachers=largest.teachers)
     parts.pop("context")  # of CUDA
     yield f"{memory.total(parts) / memory.GIB:,.2g} GiB a process besides the libraries (modelled, not measured)"
     yield f"no time: there is no model of the speed of {_named(device)}; `fastdeit plan {recipe.name}` knows some GPUs"

@@ -27,6 +27,7 @@ PLAN_KEYS = {
     *(
         "interval",
         "ratio",
+        "sizes",
         "communication",
         "memory",
         "largest_batch",
@@ -254,10 +255,31 @@ def test_checkpoints_beside_the_training_cost_a_copy_of_the_state(plan, decay):
     assert not any("async_checkpoints" in note for note in plan(*TINY)["notes"])
 
 
-def test_a_size_schedule_is_said_to_be_left_out(plan):
-    for schedule, said in (("[[0, 160], [10, 224]]", True), ("[]", False)):
-        notes = plan(*TINY, f"data.size_schedule={schedule}")["notes"]
-        assert any(note.startswith("data.size_schedule is left out") for note in notes) == said
+def test_the_steps_of_each_size_of_a_schedule_add_up(plan):
+    """Epochs 0 to 9 with 160 pixels, the others with 224, which also take the memory."""
+    words = *TINY, "train.epochs=30"
+    small, whole = (fused(plan(*words, *size)) for size in (["model.image_size=160"], []))
+    found = plan(*words, "data.size_schedule=[[0, 160], [10, 224]]")
+    both, steps = fused(found), found["run"]["steps"]
+    assert [part["steps"] for part in both["sizes"]] == [steps // 3, steps - steps // 3]
+    seconds = [plan["step"]["seconds"] for plan in (small, whole)]
+    # Fewer patches have fewer positions, of which the update at 160 pixels alone knows.
+    assert [part["seconds"] for part in both["sizes"]] == pytest.approx(seconds, rel=1e-3)
+    assert both["seconds"]["training"] == pytest.approx((seconds[0] + 2 * seconds[1]) / 3 * steps, rel=1e-3)
+    assert both["step"]["seconds"] * steps == pytest.approx(both["seconds"]["training"])
+    assert both["memory"]["total"] == whole["memory"]["total"]
+    assert both["seconds"]["evaluation"] == whole["seconds"]["evaluation"]
+    assert both["interval"][0] < both["images_per_second"] < both["interval"][1]
+    parts = [small["mfu"] * seconds[0], 2 * whole["mfu"] * seconds[1]]
+    assert both["mfu"] == pytest.approx(sum(parts) / (seconds[0] + 2 * seconds[1]), rel=1e-3)
+    alone = fused(plan(*words, "data.size_schedule=[[0, 160]]"))
+    assert alone["seconds"]["training"] == pytest.approx(small["seconds"]["training"], rel=1e-3)
+
+
+def test_a_view_with_a_size_of_its_own_keeps_it_in_a_size_schedule(plan):
+    schedule, view = "data.size_schedule=[[0, 96], [10, 160]]", "data.views={main: {size: 224}}"
+    kept, whole = (fused(plan(*TINY, *words)) for words in ((schedule, view), ()))
+    assert kept["seconds"]["training"] == pytest.approx(whole["seconds"]["training"])
 
 
 def test_fsdp2_needs_less_memory_and_sends_more(plan):

@@ -60,6 +60,16 @@ def test_the_modelled_step_is_that_of_the_recipe(words, besides):
     assert busy(*words) < 0.97 * busy()
 
 
+def test_of_a_size_schedule_the_smallest_images_decide():
+    words = ["train.batch_size=256", "data.group_size=64"]
+    small, large = (capture.chosen(recipe(*words, f"model.image_size={size}"), H200, 1) for size in (128, 224))
+    assert (small[0], large[0]) == ("graph", "none")
+    for schedule in ("[[0, 128], [9, 224]]", "[[0, 224], [9, 128]]"):
+        found, why = capture.chosen(recipe(*words, f"data.size_schedule={schedule}"), H200, 1)
+        assert found == "graph"
+        assert why.replace(" with images of 128 x 128", "") == small[1]
+
+
 @pytest.mark.parametrize(
     ("words", "card", "why"),
     [

@@ -1,0 +1,77 @@
+"""`engine.keep_activations: auto`: whether a run keeps the activations of its MLPs, by the model of `fastdeit plan`.
+
+To keep them spares backward a pass, and takes memory. They are kept where the modelled peak of a step leaves a fifth of
+the card free: the model is not held to any card, and a run must not end for want of memory that nobody asked it to use.
+Where the model knows nothing they are made again.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastdeit.engine.dist import World
+from fastdeit.errors import UsageError
+from fastdeit.estimate import memory
+from fastdeit.estimate import model as estimate
+from fastdeit.estimate.gpus import GPU, GPUS
+from fastdeit.estimate.memory import GIB
+from fastdeit.estimate.options import with_options
+from fastdeit.estimate.rows import known_gpu
+from fastdeit.estimate.subject import Subject, subject
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastdeit.recipe.resolve import Recipe
+
+SHARE = 0.8
+"""Of a card's memory, which a step with kept activations may take."""
+
+
+def fixed(recipe: "Recipe", world: World, say: "Callable[[str], None]") -> "Recipe":
+    """`recipe` with true or false in place of `auto` in `engine.keep_activations`, the same on every process, and one
+    line that says why where there is a card. Call it on every process, with a precision that is not `auto`. The run's
+    recipe has the answer, so that whoever goes on with it keeps it."""
+    if recipe.engine.keep_activations != "auto":
+        return recipe
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+    keep, why = world.same(chosen(recipe, name, world.size))
+    if name is not None:
+        say(f"engine.keep_activations auto: {str(keep).lower()}, {why}")
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"keep_activations": keep})})
+
+
+def chosen(recipe: "Recipe", card: str | None, processes: int) -> tuple[bool, str]:
+    """(whether to keep them, why) for a card that names itself so; None is a CPU."""
+    if card is None:
+        return False, "since a CPU runs PyTorch's operations, which keep them in any case"
+    gpu = GPUS.get(known_gpu(card) or "")
+    if gpu is None:
+        return False, f"since the memory of {card} is not known"
+    if recipe.model.timm is not None:
+        return False, "since timm's models run operations that keep them in any case"
+    try:
+        found = subject(recipe)
+    except UsageError:
+        return False, f"since {recipe.model.name} is a network that cannot be modelled"
+    return fits(found, gpu, processes, recipe.engine.precision)
+
+
+def fits(found: Subject, gpu: GPU, processes: int, precision: str) -> tuple[bool, str]:
+    """`chosen` of a recipe as the estimate sees it, in `precision`, which is not `auto`."""
+    found = found.largest
+    recipe, engine = found.recipe, found.recipe.engine
+    if engine.checkpoint_blocks:
+        return False, "since engine.checkpoint_blocks makes them again"
+    if engine.products == "fp8" and gpu.fp8:
+        return False, "since engine.products fp8 makes them again"
+    if found.student.vit is None or not found.student.own:
+        return False, f"since of {found.student.name} nothing is made again"
+    images = recipe.method.passes * recipe.train.batch_size // (processes * recipe.train.accumulate)
+    averaged = recipe.optim.ema_decay is not None
+    work = estimate.Work(images, precision, recipe.model.drop_path > 0, averaged, found.trained, found.kept)
+    design = with_options(estimate.FUSED, gpu, keep_activations=True, residual=engine.residual, products="precision")
+    options = {"world": processes, "parallel": engine.parallel, "accumulate": recipe.train.accumulate}
+    needed = memory.total(memory.peak(found.student, work, design, teachers=found.teachers, **options))
+    words = f"since a step with them takes {needed / GIB:.3g} of {gpu.memory / GIB:.3g} GiB (modelled)"
+    return needed <= SHARE * gpu.memory, words

@@ -1,0 +1,100 @@
+"""`engine.keep_activations: auto`: who keeps them, that it is said in a line, and that run and plan have the answer."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastdeit.engine.dist import World
+from fastdeit.estimate import activations, report
+from fastdeit.estimate.gpus import GPUS
+from fastdeit.estimate.machines import Machine
+from fastdeit.estimate.subject import subject
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import request
+
+H200, RTX = "NVIDIA H200", "NVIDIA GeForce RTX 3090"
+
+
+def recipe(*words, name="deit_base", batch=256):
+    return recipes.load(name, ["engine.precision=bf16", "data.group_size=64", f"train.batch_size={batch}", *words])
+
+
+def gib(why):
+    """(needed, there) of the words that say why."""
+    needed, there = why.split(" takes ")[1].split(" GiB")[0].split(" of ")
+    return float(needed), float(there)
+
+
+@pytest.mark.parametrize(
+    ("card", "batch", "words", "processes"),
+    [
+        (H200, 256, [], 1),
+        (H200, 2048, [], 1),
+        (H200, 2048, [], 4),
+        (H200, 2048, ["train.accumulate=4"], 1),
+        (RTX, 256, [], 1),
+        (RTX, 256, ["model.name=deit_tiny_patch16_224"], 1),
+    ],
+)
+def test_they_are_kept_where_a_fifth_of_the_memory_stays_free(card, batch, words, processes):
+    keep, why = activations.chosen(recipe(*words, batch=batch), card, processes)
+    needed, there = gib(why)
+    assert keep == (needed <= 0.8 * there)
+
+
+def test_both_answers_come_out_and_larger_images_and_teachers_count():
+    one, four = (activations.chosen(recipe(batch=2048), H200, count) for count in (1, 4))
+    assert (one[0], four[0]) == (False, True)
+    found = subject(recipe(batch=256))
+    taught = replace(found, teachers=(found.student,))
+    grown = subject(recipe("data.size_schedule=[[0, 384], [10, 224]]"))
+    plain, more, most = (gib(activations.fits(each, GPUS["H200"], 1, "bf16")[1])[0] for each in (found, taught, grown))
+    assert plain + 4 * found.student.parameters / 2**30 < more
+    assert 2 * plain < most
+    other = replace(found, student=replace(found.student, vit=None))
+    keep, why = activations.fits(other, GPUS["H200"], 1, "bf16")
+    assert (keep, why) == (False, "since of deit_base_patch16_224 nothing is made again")
+
+
+@pytest.mark.parametrize(
+    ("words", "card", "why"),
+    [
+        ([], None, "since a CPU runs PyTorch's operations"),
+        ([], "NVIDIA H100 PCIe", "since the memory of NVIDIA H100 PCIe is not known"),
+        (["engine.checkpoint_blocks=true"], H200, "since engine.checkpoint_blocks makes them again"),
+        (["engine.products=fp8"], H200, "since engine.products fp8 makes them again"),
+        (["model.timm=deit_tiny_patch16_224", "model.name=null"], H200, "since timm's models run operations that keep"),
+    ],
+)
+def test_where_nothing_is_gained_or_known_they_are_not(words, card, why):
+    keep, said = activations.chosen(recipe(*words), card, 1)
+    assert (keep, said.startswith(why)) == (False, True), said
+
+
+def test_the_answer_is_said_and_kept_by_the_run(monkeypatch):
+    said = []
+    begun = activations.fixed(recipe(), World(torch.device("cpu")), said.append)
+    assert (begun.engine.keep_activations, said) == (False, [])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H200)
+    on_card = SimpleNamespace(device=torch.device("cuda", 0), size=1, same=lambda value: value)
+    kept = activations.fixed(recipe(), on_card, said.append)
+    assert kept.engine.keep_activations is True
+    assert said[0].startswith("engine.keep_activations auto: true, since a step with them takes ")
+    assert activations.fixed(kept, on_card, said.append) is kept
+    for before in (begun, kept):
+        again = request.given_again(recipe(), before).engine.keep_activations
+        assert again is before.engine.keep_activations
+    asked = recipe("engine.keep_activations=false")
+    assert request.given_again(asked, kept).engine.keep_activations is False
+
+
+@pytest.mark.parametrize("gpu", ["H200", "RTX3090"])
+def test_a_plan_is_of_what_a_run_would_do(gpu):
+    def fused(keep):
+        found = report.report(recipe(f"engine.keep_activations={keep}"), [Machine(GPUS[gpu], 1, 1)])
+        return next(plan for plan in found["plans"] if plan["design"] == "fused")["memory"]["total"]
+
+    assert fused("auto") == fused("true" if gpu == "H200" else "false")
+    assert fused("true") > fused("false")
