@@ -52,8 +52,8 @@ def chosen(recipe: "Recipe", card: str | None, processes: int) -> tuple[bool, st
         return False, "since timm's models run operations that keep them in any case"
     try:
         found = subject(recipe)
-    except UsageError:
-        return False, f"since {recipe.model.name} is a network that cannot be modelled"
+    except UsageError as error:
+        return False, f"since the memory of a step cannot be modelled: {error}"
     return fits(found, gpu, processes, recipe.engine.precision)
 
 

@@ -83,7 +83,5 @@ def chosen(recipe: "Recipe", card: str | None, processes: int) -> tuple[str, str
     )
     capture = "graph" if busy < _WORTH * host else "none"
     of_images = f" with images of {size[0]} x {size[1]}" if len(sized) > 1 else ""
-    return (
-        capture,
-        f"since a step{of_images} takes {gpu.name} {1e3 * busy:.3g} ms and the host {1e3 * host:.3g} ms (modelled)",
-    )
+    times = f"takes {gpu.name} {1e3 * busy:.3g} ms and the host {1e3 * host:.3g} ms (modelled)"
+    return capture, f"since a step{of_images} {times}"

@@ -28,7 +28,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, cached_property
 from pathlib import Path
-from threading import local
+from threading import get_ident, local
 from typing import Any, NamedTuple
 
 import torch
@@ -141,7 +141,8 @@ class Op:
             save(ctx, inputs, output)
 
         def save_choices(ctx: Any, inputs: tuple, output: Any) -> None:
-            ctx.choices = _used.get()
+            choices = _used.get()
+            ctx.choices = _caller()[1] if choices is None else choices
             save_for_gradients(ctx, inputs, output)
 
         def differentiate_once(ctx: Any, *grads: Tensor | None) -> Any:
@@ -370,6 +371,11 @@ def _warn_once(message: str) -> None:
 _used: ContextVar[dict[str, str] | None] = ContextVar("_used", default=None)
 
 
+_TO_BACKWARD = "fastdeit.kernels.use"
+"""Key under which PyTorch takes the choices of `use()` from the thread that calls `backward` to those of autograd's,
+where a compiled backward runs on a GPU, and where no context variable of the caller's is seen."""
+
+
 _traced = local()
 """What Dynamo reads of `_used` and guards, since that of torch 2.8 cannot read a context variable: `choices` of the
 context that last entered or left `use()` in this thread, missing where none has. It decides only whether an op is
@@ -382,12 +388,13 @@ def use(backend: str | None = None, **ops: str) -> Iterator[None]:
 
     It outranks `FASTDEIT_KERNELS`, and holds for this thread and this asyncio task alone, like any context variable.
     The backward of an eager call runs where its forward ran. Activation checkpointing runs the forward once more in
-    the backward, so there `use()` has to enclose both. Of a compiled function the registered ops look at every run, and
-    it is compiled once more where the reference is chosen that it had traced through. ValueError for an op that does
+    the backward, so there `use()` has to enclose both. Of a compiled function the registered ops look at every run, in
+    its backward at what holds where `backward` is called, in whatever thread that runs; and it is compiled once more
+    where the reference is chosen that it had traced through. ValueError for an op that does
     not exist; a backend that cannot run raises RuntimeError at the call.
     """
     _check_names("use()", ops)
-    outer = _used.get()
+    outer = _asked()
     outer = _environment() if outer is None else outer
     with _choices({**({} if backend else outer), **({"": backend} if backend else {}), **ops}):
         yield
@@ -396,13 +403,13 @@ def use(backend: str | None = None, **ops: str) -> Iterator[None]:
 @contextmanager
 def _choices(choices: dict[str, str] | None) -> Iterator[None]:
     """Inside, `use()` has made these choices; None for none."""
-    token = _used.set(choices)
-    _let_dynamo_see(choices)
+    token, caller = _used.set(choices), _caller()
+    _let_others_see(choices)
     try:
         yield
     finally:
         _used.reset(token)
-        _let_dynamo_see(_used.get())
+        _let_others_see(_used.get(), caller)
 
 
 def of_forward(choices: dict[str, str] | None) -> AbstractContextManager[Any]:
@@ -414,10 +421,31 @@ def of_forward(choices: dict[str, str] | None) -> AbstractContextManager[Any]:
 def used() -> dict[str, str] | None:
     """The choices of `use()` here, for `of_forward`; None for none, and in a graph that is being compiled, whose ops
     look at every run."""
-    return None if torch.compiler.is_compiling() else _used.get()
+    return None if torch.compiler.is_compiling() else _asked()
 
 
-def _let_dynamo_see(choices: dict[str, str] | None) -> None:
+def _asked() -> dict[str, str] | None:
+    """The choices of `use()` here; in a thread of autograd's own, those of the thread that called `backward`. Every
+    call of an op asks the same in lines of its own, which spares the host a function."""
+    choices = _used.get()
+    return _caller()[1] if choices is None else choices
+
+
+_NOBODY: tuple[int, dict[str, str] | None] = 0, None
+
+
+def _caller() -> tuple[int, dict[str, str] | None]:
+    """In a thread of autograd's own, the thread that called `backward` and its choices, else `_NOBODY`. What lies there
+    of this thread itself may be another asyncio task's."""
+    if torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(_TO_BACKWARD):
+        return _NOBODY
+    caller = torch._C._get_obj_in_tls(_TO_BACKWARD)
+    return _NOBODY if caller[0] == get_ident() else caller
+
+
+def _let_others_see(choices: dict[str, str] | None, caller: tuple[int, dict[str, str] | None] = _NOBODY) -> None:
+    """`caller` is that of a backward which this thread is at again, behind an op."""
+    torch._C._stash_obj_in_tls(_TO_BACKWARD, (get_ident(), choices) if caller is _NOBODY else caller)
     if choices is None:
         vars(_traced).pop("choices", None)
     else:
@@ -442,12 +470,15 @@ def _check_names(origin: str, names: Collection[str]) -> None:
 
 
 def _source() -> str:
-    return VARIABLE if _used.get() is None else "use()"
+    return VARIABLE if _asked() is None else "use()"
 
 
 def choice(name: str) -> str:
     """What `use()` or `FASTDEIT_KERNELS` asks for op `name`: a backend's name or "auto"."""
-    choices = getattr(_traced, "choices", None) if torch.compiler.is_compiling() else _used.get()
+    if torch.compiler.is_compiling():
+        choices = getattr(_traced, "choices", None)
+    elif (choices := _used.get()) is None:
+        _, choices = _caller()
     return _of_environment(name) if choices is None else _of(choices, name)
 
 

@@ -148,17 +148,26 @@ class Graphs:
         self.recorded, self.capturing = len(self.card.launches) - before, False
 
 
-@pytest.mark.parametrize("make", [supervised, pytest.param(skipping, marks=pytest.mark.slow)])
-def test_a_recorded_step_is_the_step_and_waits_for_nothing(make, monkeypatch):
-    with pretended_card() as card:
+def eight_bit():
+    method = supervised()
+    method.model.set_fp8_products()
+    return method
+
+
+@pytest.mark.parametrize(
+    ("make", "precision"), [(eight_bit, "bf16"), pytest.param(skipping, "fp16", marks=pytest.mark.slow)]
+)
+def test_a_recorded_step_is_the_step_and_waits_for_nothing(make, precision, monkeypatch):
+    with pretended_card(arch=90) as card:
         graphs = Graphs(monkeypatch, card)
-        running = engine(make(), "fp16", capture="graph")
+        running = engine(make(), precision, capture="graph")
         batches = [batch(running.method.noise())]
         with card.never_waited_for():
             for step in range(WARM_STEPS + 3):
                 running.step(batches, 1e-3 * step)
         assert graphs.replays == 3
         assert len(card.launches) == graphs.recorded * (WARM_STEPS + 1)
+        assert (make is eight_bit) == ({"_rows_kernel", "_columns_kernel"} <= card.launched)
 
 
 # ---- what this would find --------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import warnings
-from threading import Barrier, Thread
+from threading import Barrier, Thread, get_ident
 
 import pytest
 import torch
@@ -269,6 +269,62 @@ def test_a_backward_in_another_thread_runs_where_its_forward_ran(scale, forced):
     with kernels.use(**{scale.name: "quick" if forced == "reference" else "reference"}):
         scale.registered(x, 2.0)
     assert taken == [forced]
+
+
+class Nested(torch.autograd.Function):
+    """A backward that calls `backward` so many times, one within the other, and then `call()`. PyTorch moves such calls
+    to a thread of autograd's own where they are nested too deeply for the caller's."""
+
+    @staticmethod
+    def forward(ctx, x, depth, call):
+        ctx.depth, ctx.call = depth, call
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.depth == 0:
+            ctx.call()
+        else:
+            with torch.enable_grad():
+                Nested.apply(grad.detach().requires_grad_(), ctx.depth - 1, ctx.call).sum().backward()
+        return grad, None, None
+
+
+def test_threads_of_autograd_see_what_holds_where_backward_is_called(scale):
+    """The registered ops of a compiled backward look there, as on a card. What ran earlier has left nothing behind."""
+    found, x = [], torch.ones(3, requires_grad=True)
+
+    def call():
+        with _op.of_forward(None):  # as a backward in eager mode has it around its ops
+            assert _op.choice(scale.name) == "auto"
+        found.append((get_ident() == main, _op.choice(scale.name), _op._source()))
+
+    main = get_ident()
+    with kernels.use(**{scale.name: "quick"}):
+        Nested.apply(x, 100, call).sum().backward()
+        with kernels.use("reference"):
+            Nested.apply(x, 100, call).sum().backward()
+    Nested.apply(x, 100, call).sum().backward()
+    Nested.apply(x, 0, call).sum().backward()
+
+    async def suspended():
+        with kernels.use("reference"):
+            await asyncio.sleep(0)
+
+    async def other():
+        Nested.apply(x, 0, call).sum().backward()
+
+    async def both():
+        await asyncio.gather(suspended(), other())
+
+    asyncio.run(both())
+    assert found == [
+        (False, "quick", "use()"),
+        (False, "reference", "use()"),
+        (False, "auto", "FASTDEIT_KERNELS"),
+        (True, "auto", "FASTDEIT_KERNELS"),
+        (True, "auto", "FASTDEIT_KERNELS"),
+    ]
 
 
 def test_format_info_is_one_line_an_op():
