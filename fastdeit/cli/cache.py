@@ -20,7 +20,7 @@ def _cache(args: argparse.Namespace, argv: list[str]) -> int:
             from fastdeit.verbs import data
 
             args.overrides += data.implied(args.recipe, args.overrides, args.data)
-        lay_over(args)
+        lay_over(args, args.recipe)
         args.out = Path(args.out or f"caches/{Path(args.recipe).stem}")
         return launch.run(args, argv, _work, processes)
 

@@ -124,12 +124,12 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def lay_over(args: argparse.Namespace) -> None:
-    """Put what `--as` stands for before the command's own overrides, which win."""
+def lay_over(args: argparse.Namespace, recipe: str) -> None:
+    """Put what `--as` stands for in the recipe before the command's own overrides, which win."""
     if args.overlays:
         from fastdeit.recipe import overlays
 
-        args.overrides = [*overlays.overrides(args.overlays, args.overrides), *args.overrides]
+        args.overrides = [*overlays.overrides(recipe, args.overlays, args.overrides), *args.overrides]
 
 
 def is_override(word: str) -> bool:

@@ -10,7 +10,7 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
     args.recipe = one(args.words, "recipe")
     if args.recipe is None:
         raise UsageError("name a recipe: fastdeit plan RECIPE")
-    lay_over(args)
+    lay_over(args, args.recipe)
     from fastdeit.recipe import resolve as recipe
 
     # Before the import of torch, so that a mistake in the recipe is said at once.

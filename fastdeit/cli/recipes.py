@@ -23,7 +23,7 @@ def _show(args: argparse.Namespace, argv: list[str]) -> None:
         raise UsageError(f"{args.overrides[0]}: overrides need --resolved; without it the file is printed as it is")
     if args.overlays and not args.resolved:
         raise UsageError(f"--as {args.overlays[0]} needs --resolved; without it the file is printed as it is")
-    lay_over(args)
+    lay_over(args, name)
     from fastdeit.recipe import resolve as recipe
 
     print(recipe.dump(recipe.load(name, args.overrides)) if args.resolved else recipe.text(name), end="")

@@ -18,7 +18,7 @@ def _submit(args: argparse.Namespace, argv: list[str]) -> None:
         from fastdeit.verbs import data
 
         args.overrides += data.implied(name, args.overrides, args.data)
-    lay_over(args)
+    lay_over(args, name)
     found = recipe.load(name, args.overrides)
     recipe.check_complete(found)
     places.check(found)

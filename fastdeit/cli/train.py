@@ -41,7 +41,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
             args.overrides += data_verbs.implied(args.recipe, args.overrides, args.data)
         if args.overlays:
             _say_overlays(args)
-            lay_over(args)
+            lay_over(args, args.recipe)
         if args.dry_run or "RANK" not in os.environ:
             # Before torch is loaded and before any worker exists, so that a mistake is reported at once, and once.
             from fastdeit.recipe import resolve as recipe

@@ -36,9 +36,11 @@ def init_deit(model: nn.Module) -> None:
 
 
 def init_vit(model: nn.Module) -> None:
-    """That of the first vision transformers, as in big_vision and pycls: Xavier's uniform for the weights of attention
-    (of queries, keys and values each by itself) and MLP; a normal of 1e-6 for the biases of the MLP; zero heads and
-    class token; a normal of 0.02 for learned positions, and of variance 1 / fan-in for the linear embedding of patches.
+    """That of the first vision transformers, as in big_vision and, but for attention, in pycls.
+
+    Xavier's uniform for the weights of attention (of queries, keys and values each by itself) and MLP; a normal of 1e-6
+    for the biases of the MLP; zero heads and class token; a normal of 0.02 for learned positions, and of variance 1 /
+    fan-in for the linear embedding of patches.
     """
     for name, parameter in model.named_parameters(recurse=False):
         if parameter.requires_grad:

@@ -51,7 +51,7 @@ Figure = Annotated[str, BeforeValidator(_sourced)]
 
 
 class About(Section):
-    """What a reader can expect of a recipe. No code depends on it."""
+    """What a reader can expect of a recipe. No training depends on it."""
 
     summary: str = ""
     """One line for `fastdeit recipes`."""
@@ -63,6 +63,9 @@ class About(Section):
     """Wall-clock time of the whole run."""
     top1: Figure = "unverified"
     """Top-1 accuracy in per cent on the held-out images."""
+    follows: Literal["deit", "big_vision", "pycls"] | None = None
+    """Whose public code has these settings: a run then says at its start in what it differs from that. null: nobody's,
+    or the recipe does not say it."""
 
 
 class ModelConfig(Section):

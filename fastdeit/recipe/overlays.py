@@ -3,20 +3,23 @@
 Importing this module imports no torch.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from fastdeit.recipe import differences as public
 from fastdeit.recipe import resolve
 from fastdeit.recipe.yaml import format_value
 from fastdeit.text import did_you_mean
 
 
 class Setting(NamedTuple):
-    """One field of an overlay: the override `field=value`, and what it stands for."""
+    """One field of an overlay: the override `field=value`, what it stands for, and in which recipes it is set."""
 
     field: str
     value: str
     why: str
+    where: Callable[[resolve.Recipe], bool] = lambda recipe: True
 
 
 class Overlay(NamedTuple):
@@ -33,15 +36,18 @@ def _augreg(level: str, mixup: str) -> Overlay:
     return Overlay(f"the augmentation of AugReg's level {level}", settings)
 
 
+def _as_text(value: object) -> str:
+    """A value as an override has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 OVERLAYS = {
     "public-code": Overlay(
         "every setting in which the recipe differs from the public code of DeiT and DeiT III",
-        (
-            Setting("optim.schedule", "deit-exact", "the rate changes once an epoch, and one epoch late"),
-            Setting("optim.decay_dist_token", "true", "weight decay shrinks the distillation token, too"),
-            Setting("optim.ema_decay", "0.99996", "the weights are averaged by default"),
-            Setting("method.fuse", "logit", "two heads answer with the mean of their logits"),
-            Setting("engine.precision", "fp16", "autocast to float16 with a scaled loss"),
+        tuple(
+            Setting(one.field, _as_text(one.value), one.theirs, one.is_of)
+            for one in public.REFERENCES["deit"].differences
+            if one.field
         ),
     ),
     "augreg-none": _augreg("none", "0.0"),
@@ -62,16 +68,20 @@ OVERLAYS = {
 """By the name that `--as` takes."""
 
 
-def overrides(names: Sequence[str], given: Sequence[str]) -> list[str]:
-    """The overrides `field=value` that the overlays `names` stand for, but for fields that `given` overrides itself.
+def overrides(recipe: str, names: Sequence[str], given: Sequence[str]) -> list[str]:
+    """The overrides `field=value` that the overlays `names` stand for in a recipe with the overrides `given`, but for
+    fields that `given` overrides itself.
 
-    Raises RecipeError for an overlay that does not exist, where two of them set one field to different values, and
-    where `given` sets the whole section of such a field.
+    Raises RecipeError for an overlay that does not exist, where two of them set one field to different values, where
+    `given` sets the whole section of such a field, and for a recipe that cannot be.
     """
+    loaded = resolve.load(recipe, given)
     own = {text.partition("=")[0]: text for text in given}
     found: dict[str, tuple[str, str]] = {}
     for name in names:
         for setting in _overlay(name).settings:
+            if not setting.where(loaded):
+                continue
             value, by = found.setdefault(setting.field, (setting.value, name))
             if value != setting.value:
                 raise resolve.RecipeError(
@@ -91,7 +101,7 @@ def overrides(names: Sequence[str], given: Sequence[str]) -> list[str]:
 def differences(recipe: str, names: Sequence[str], given: Sequence[str]) -> Iterator[str]:
     """A line for each field that the overlays `names` change in a recipe with the overrides `given`."""
     before = resolve.load(recipe, given)
-    after = resolve.load(recipe, [*overrides(names, given), *given])
+    after = resolve.load(recipe, [*overrides(recipe, names, given), *given])
     why = {setting.field: (name, setting.why) for name in names for setting in _overlay(name).settings}
     for field, old, new in resolve.changes(before, after):
         name, reason = why[field]

@@ -33,7 +33,7 @@ from fastdeit.methods.evaluators import HeldOutLoss
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
 from fastdeit.models.freeze import freeze_parts
-from fastdeit.recipe import idle
+from fastdeit.recipe import differences, idle
 from fastdeit.recipe.length import Length, LengthError, length
 from fastdeit.run.places import check_root
 from fastdeit.run.weights import load, network, open_weights
@@ -197,7 +197,7 @@ def check_batch(recipe: "Recipe", processes: int) -> None:
 
 def notes(recipe: "Recipe", images: int, student: nn.Module) -> list[str]:
     """What a user should know of a run on so many training images, though it can be done."""
-    found, batch = idle.notes(recipe, len(student.head_names)), recipe.train.batch_size
+    found, batch = differences.notes(recipe) + idle.notes(recipe, len(student.head_names)), recipe.train.batch_size
     if batch > images:
         says = f"train.batch_size {batch} is more than the {images} training images"
         found.append(f"{says}: a batch has some of them repeatedly")

@@ -10,8 +10,9 @@ import pytest
 from fastdeit import cli, models
 from fastdeit.cli import VERBS
 from fastdeit.data.plan import order
-from fastdeit.recipe import overlays
+from fastdeit.recipe import differences, overlays
 from fastdeit.recipe import resolve as recipes
+from tests.recipe import headers
 
 IMAGENET = [name for name in recipes.names() if name.startswith("deit_")]
 OURS = ["deit_base_24h", "deit_base_160", "deit_base_160_224", "deit_base_fp8"]
@@ -221,15 +222,24 @@ def test_deit_iii_s_settings(name):
 FINE_TUNING = [name for name in DEIT3 if name.endswith(("_224", "_384", "_to_1k"))]
 
 
-@pytest.mark.parametrize("name", [*IMAGENET, *DEIT3, *(n for n in recipes.names() if n.startswith("transfer_"))])
-def test_the_header_says_how_it_differs_from_the_public_code(name):
-    """Each setting of `--as public-code` by its name, or where it can be read."""
-    header = " ".join(line.lstrip("# ") for line in recipes.text(name).partition("base:")[0].splitlines())
-    header = header.partition("about:")[0]
-    if name == "deit_tiny":
-        assert all(f"{setting.field}:" in header for setting in overlays.OVERLAYS["public-code"].settings)
-    else:
-        assert "as deit_tiny does" in header or "`--as public-code`" in header
+@every
+def test_the_header_lists_how_it_differs_from_the_public_code(name):
+    """Where this fails after a deliberate change: `python -m tests.recipe.headers --write`."""
+    recipe = recipes.load(name)
+    of_others = ("deit_", "deit3_", "transfer_", "augreg_", "vitc_", "vit_small_90")
+    assert (recipe.about.follows is not None) == name.startswith(of_others)
+    before, stated, _ = headers.split(recipes.text(name))
+    assert stated == headers.expected(recipe)
+    assert not any("iffers from" in line for line in before)  # nothing beside the table
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if recipes.load(name).about.follows == "deit"])
+def test_as_public_code_leaves_no_difference_that_has_a_setting(name):
+    laid_over = recipes.load(name, overlays.overrides(name, ["public-code"], []))
+    assert [one for one in differences.of(laid_over) if one.field] == []
+    assert {one.field for one in differences.of(recipes.load(name))} - {""} == {
+        field for field, *_ in recipes.changes(recipes.load(name), laid_over)
+    }
 
 
 @pytest.mark.parametrize("name", OURS)
