@@ -50,12 +50,14 @@ def _published(args: argparse.Namespace, argv: list[str]) -> int | None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     if args.data is None:
-        if args.json:
-            raise UsageError("--json prints what is measured; add --data DIR")
+        given = [*args.overrides, *(["--json"] if args.json else []), *(["--nproc"] if args.nproc else [])]
+        if given:
+            raise UsageError(f"{given[0]} is of a measurement, and none is made without data; add --data DIR")
         print(published.listing(rows))
         return None
     if not Path(args.data).is_dir():
         raise UsageError(f"--data {args.data}: there is no such folder")
+    published.check_overrides(args.overrides)
     from fastdeit.launch import launch
 
     processes = launch.Processes(args.nproc)

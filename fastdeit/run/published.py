@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
+from fastdeit.errors import UsageError
+from fastdeit.recipe.config import DataSplits
 from fastdeit.text import did_you_mean
 
 
@@ -34,9 +36,10 @@ class Published:
 def published(patterns: Sequence[str] = ()) -> list[Published]:
     """The rows of the models whose names fit one of the patterns, such as `deit3*`, in the table's order; all without.
 
-    A name without a tag stands for all tags. Raises ValueError for a pattern that fits no model.
+    A name without a tag stands for all tags, and one may begin with `timm:`, as an address of weights does. Raises
+    ValueError for a pattern that fits no model.
     """
-    rows = _table()
+    rows, patterns = _table(), [pattern.removeprefix("timm:") for pattern in patterns]
     for pattern in patterns:
         if not any(_fits(row, pattern) for row in rows):
             hint = did_you_mean(pattern, [name for row in rows for name in (row.model, row.model.partition(".")[0])])
@@ -44,6 +47,18 @@ def published(patterns: Sequence[str] = ()) -> list[Published]:
                 f"no published accuracy of {pattern!r} is known here{hint}; `fastdeit published` lists them"
             )
     return [row for row in rows if not patterns or any(_fits(row, pattern) for pattern in patterns)]
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise UsageError for an override of what is as published, or of what an evaluation does not ask."""
+    free = {"threads", "max_bad_fraction", *DataSplits.model_fields}
+    for text in overrides:
+        section, _, field = text.partition("=")[0].partition(".")
+        if section != "engine" and not (section == "data" and field in free):
+            raise UsageError(
+                f"{text}: a published number has its own model, size, crop and normalisation; only fields of engine: "
+                f"and data.{', data.'.join(sorted(free))} can be set"
+            )
 
 
 def listing(rows: Sequence[Published]) -> str:

@@ -38,7 +38,7 @@ def settings(weights: Weights, model: str | None, overrides: Sequence[str], root
         except ValidationError as error:
             wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
             raise UsageError(f"{weights.origin}: its model cannot be evaluated: {'; '.join(wrong)}") from error
-    return precision.fixed(recipes.override(recipe, [*_kind(recipe, overrides, root), *overrides]))
+    return precision.fixed(recipes.override(recipe, [*kind_of_data(recipe, overrides, root), *overrides]))
 
 
 def doubt(weights: Weights) -> str | None:
@@ -81,7 +81,7 @@ def _timm_data(name: str) -> dict[str, Any]:
     return {"mean": config.mean, "std": config.std, "eval_crop_ratio": config.crop_pct}
 
 
-def _kind(recipe: recipes.Recipe, overrides: Sequence[str], root: str | None) -> list[str]:
+def kind_of_data(recipe: recipes.Recipe, overrides: Sequence[str], root: str | None) -> list[str]:
     """An override for the kind of the data set at `root`, where it is not the recipe's and none is given."""
     if root is None or any(word.startswith("data.source=") for word in overrides):
         return []

@@ -11,7 +11,7 @@ from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import bare, build, threads
 from fastdeit.run.published import Published, published
-from fastdeit.run.settings import settings
+from fastdeit.run.settings import kind_of_data, settings
 from fastdeit.run.weights import open_weights
 from fastdeit.verbs.evaluate import judge, known_classes
 
@@ -22,10 +22,14 @@ IMAGES = 50_000
 def main(args: argparse.Namespace) -> None:
     """Evaluate the models that are asked for, and print a row for each as it is known.
 
-    Raises FastdeitError at the end where some could not be evaluated.
+    Raises UsageError for data that cannot be read, before any weights are looked for, and FastdeitError at the end
+    where some models could not be evaluated.
     """
     wanted, left_out = published(args.words), []
-    engine = recipes.override(bare.stand_in(), args.overrides).engine
+    stand_in = bare.stand_in()
+    recipe = recipes.override(stand_in, [*kind_of_data(stand_in, args.overrides, args.data), *args.overrides])
+    build.held_out(recipe)
+    engine = recipe.engine
     with join_world(engine.device, engine.timeout_s) as world:
         for index, row in enumerate(wanted):
             try:

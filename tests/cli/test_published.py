@@ -81,7 +81,24 @@ def test_the_table(capsys):
 
 def test_what_cannot_be_measured_is_said_at_once(capsys):
     assert "--data nowhere: there is no such folder" in refused(capsys, "published", "--data", "nowhere")
-    assert "add --data DIR" in refused(capsys, "published", "--json")
+    for word in ("--json", "--nproc=2", "engine.precision=bf16"):
+        assert "none is made without data; add --data DIR" in refused(capsys, "published", word)
+
+
+@pytest.mark.parametrize("override", ["model.image_size=64", "data.eval_crop_ratio=1", "optim.lr=1", "data=x"])
+def test_what_is_as_published_cannot_be_set(override, imagenet, capsys):
+    told = refused(capsys, "published", "--data", str(imagenet), override)
+    assert f"{override}: a published number has its own model, size, crop" in told
+
+
+def test_data_that_cannot_be_read_are_said_before_any_weights(imagenet, capsys):
+    told = refused(capsys, "published", "--data", str(imagenet.parent / "painted" / "val"))
+    assert "timm's weights" not in told
+    assert "val" in told
+
+
+def test_a_name_may_be_an_address(imagenet):
+    assert published.published(["timm:test_vit"]) == published.published(["test_vit"])
 
 
 def test_every_row_is_of_weights_that_timm_has_and_of_a_size_it_names():
