@@ -385,6 +385,13 @@ class EngineConfig(Section):
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
 
+    @field_validator("capture")
+    @classmethod
+    def _of_a_gpu(cls, capture: str, info: ValidationInfo) -> str:
+        if capture == "graph" and info.data.get("device") == "cpu":
+            raise ValueError("graph needs a GPU, and engine.device is cpu; use none or compile")
+        return capture
+
     @field_validator("keep_activations")
     @classmethod
     def _kept_or_made_again(cls, keep: bool | str, info: ValidationInfo) -> bool | str:

@@ -5,7 +5,7 @@ differs from its default is told, since nobody has asked for the others. Importi
 """
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastdeit.methods.config import METHODS, DistillConfig
 from fastdeit.recipe.yaml import format_value
@@ -17,14 +17,30 @@ if TYPE_CHECKING:
 _OF_THE_CROP = "crop_scale", "crop_ratio"
 
 
-def notes(recipe: "Recipe", heads: int) -> list[str]:
-    """A sentence for each setting of the recipe that has no effect. heads: how many the model has."""
+class Facts(NamedTuple):
+    """What a recipe alone does not tell.
+
+    heads       how many the model has
+    dist_token  whether the model has a distillation token, as its `decay_groups` tells
+    processes   how many train
+    device      the type of the device that they train on: cpu or cuda
+    """
+
+    heads: int
+    dist_token: bool
+    processes: int
+    device: str
+
+
+def notes(recipe: "Recipe", facts: Facts) -> list[str]:
+    """A sentence for each setting of the recipe that has no effect."""
     told = [
         *_of_views(recipe),
         *_of_mixing(recipe),
         *_of_method(recipe),
         *_of_the_rest(recipe),
-        *_of_heads(recipe, heads),
+        *_of_the_model(recipe, facts),
+        *_of_the_engine(recipe, facts),
     ]
     return [f"{path}{_value(recipe, path)} has no effect: {why}" for path, why in told if _is_given(recipe, path)]
 
@@ -120,12 +136,22 @@ def _of_the_rest(recipe: "Recipe") -> Iterator[tuple[str, str]]:
         yield "optim.warmup_lr", "optim.warmup_epochs is 0"
     if optim.weight_decay == 0:
         yield "optim.decay_dist_token", "optim.weight_decay is 0"
+        if hasattr(optim, "decoupled_decay"):  # of sgd
+            yield "optim.decoupled_decay", "optim.weight_decay is 0"
     if train.eval_every_steps is not None:
         yield "train.eval_every", f"train.eval_every_steps is {train.eval_every_steps}"
 
 
-def _of_heads(recipe: "Recipe", heads: int) -> Iterator[tuple[str, str]]:
-    if heads == 1:
+def _of_the_model(recipe: "Recipe", facts: Facts) -> Iterator[tuple[str, str]]:
+    if facts.heads == 1:
         yield "method.fuse", "the model has one head"
-        if recipe.optim.weight_decay > 0:
-            yield "optim.decay_dist_token", "the model has no distillation token"
+    if not facts.dist_token and recipe.optim.weight_decay > 0:
+        yield "optim.decay_dist_token", "the model has no distillation token"
+
+
+def _of_the_engine(recipe: "Recipe", facts: Facts) -> Iterator[tuple[str, str]]:
+    if facts.processes == 1:
+        for field in ("parallel", "reduce", "sync_batchnorm", "timeout_s"):
+            yield f"engine.{field}", "it is of several processes, and there is one"
+    if facts.device == "cpu" and recipe.engine.autotune == "off":
+        yield "engine.autotune", "on a CPU, auto tries no kernels out either"

@@ -195,9 +195,12 @@ def check_batch(recipe: "Recipe", processes: int) -> None:
         )
 
 
-def notes(recipe: "Recipe", images: int, student: nn.Module) -> list[str]:
-    """What a user should know of a run on so many training images, though it can be done."""
-    found, batch = differences.notes(recipe) + idle.notes(recipe, len(student.head_names)), recipe.train.batch_size
+def notes(recipe: "Recipe", images: int, student: nn.Module, processes: int, device: torch.device) -> list[str]:
+    """What a user should know of a run on so many training images, processes and such devices, though it can be
+    done."""
+    has_token = student.decay_groups(True) != student.decay_groups(False)
+    facts = idle.Facts(len(student.head_names), has_token, processes, device.type)
+    found, batch = differences.notes(recipe) + idle.notes(recipe, facts), recipe.train.batch_size
     if batch > images:
         says = f"train.batch_size {batch} is more than the {images} training images"
         found.append(f"{says}: a batch has some of them repeatedly")

@@ -347,5 +347,5 @@ def describe(recipe: "Recipe", method: Method, train: Source, val: Source, world
         f"global batch {batch} = {groups} groups of {data.group_size}, over {world.size} processes x "
         f"{recipe.train.accumulate} micro-batches; learning rate {recipe.optim.lr:g}; "
         f"{length.total} steps, {length.epochs:g} epochs of {length.steps_per_epoch}",
-        *build.notes(recipe, len(train), method.model),
+        *build.notes(recipe, len(train), method.model, world.size, world.device),
     ]

@@ -78,7 +78,8 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
         f"run       {length.epochs:,.6g} epochs of {length.steps_per_epoch:,} steps, {length.total:,} in all, of "
         f"{train.batch_size:,} images{accumulated}; {subject.evaluations:,} evaluations"
     )
-    yield from (f"note      {note}" for note in build.notes(recipe, len(training), student))
+    notes = build.notes(recipe, len(training), student, processes, device)
+    yield from (f"note      {note}" for note in notes)
     if begins is not None:
         yield f"begins    {begins}"
     yield from (f"weights   {note}" for note in told)

@@ -3,14 +3,18 @@
 import pytest
 import torch
 
-from fastdeit import rng
+from fastdeit import models, rng, training
 from fastdeit.batch import Batch, Labels, Step
+from fastdeit.engine import optimizers
 from fastdeit.engine.dist import World
+from fastdeit.engine.groups import ParamGroup
+from fastdeit.engine.guard import Verdict
+from fastdeit.engine.options import OPTIMIZERS
 from fastdeit.engine.schedule import learning_rate
-from fastdeit.methods.config import CosubConfig, DistillConfig, SupervisedConfig
+from fastdeit.methods.config import METHODS, DistillConfig
 from fastdeit.methods.distill import Distill
 from fastdeit.recipe import config as sections
-from fastdeit.recipe import idle
+from fastdeit.recipe import describe, idle
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.run.groups import decay_groups
@@ -28,6 +32,7 @@ DISTILL = "method={{use: distill, teacher: runs/x{}}}"
 HARD, SOFT = DISTILL.format(""), DISTILL.format(", distillation: soft")
 LEARNS_LABELS, LEARNS_TEACHER = DISTILL.format(", alpha: 0"), DISTILL.format(", alpha: 1")
 UNMIXED = ("data.mixup=0", "data.cutmix=0")
+SGD = "{name: sgd, lr: 1e-3, warmup_epochs: 1}"
 ONE_HEAD = ("model.name=deit_digits_patch8_32",)
 
 
@@ -61,6 +66,7 @@ CASES = [
     ("optim.warmup_lr", "1e-4", ("optim.warmup_epochs=0",), ()),
     ("optim.decay_dist_token", "true", ("optim.weight_decay=0",), ()),
     ("optim.decay_dist_token", "true", ONE_HEAD, ()),
+    ("optim.decoupled_decay", "true", (f"optim={SGD[:-1]}, weight_decay: 0}}",), (f"optim={SGD}",)),
     ("train.eval_every", "0.5", ("train.eval_every_steps=1",), ()),
 ]
 
@@ -74,16 +80,17 @@ def path(tmp_path_factory):
 
 def load(path, field, value, beside):
     """The recipe with the field set, or with its default where `value` is None."""
-    given, name = list(beside), field.removeprefix("method.")
-    if value is not None and field.startswith("method.") and given and given[0].startswith("method="):
+    given, (section, _, name) = list(beside), field.partition(".")
+    if value is not None and given and given[0].startswith(f"{section}="):
         given[0] = of(given[0], **{name: value})
     elif value is not None:
         given.append(f"{field}={value}")
     return recipes.load(str(path), given)
 
 
-def told(recipe):
-    return idle.notes(recipe, 2 if "distilled" in recipe.model.name else 1)
+def told(recipe, processes=1, device="cpu"):
+    distilled = "distilled" in recipe.model.name
+    return idle.notes(recipe, idle.Facts(1 + distilled, distilled, processes, device))
 
 
 @pytest.mark.parametrize(("field", "value", "beside", "awake"), CASES)
@@ -94,6 +101,51 @@ def test_what_has_no_effect_is_told_in_a_sentence(path, field, value, beside, aw
     assert note.startswith(f"{field} ")
     assert " has no effect: " in note
     assert told(load(path, field, value, awake)) == []
+
+
+ENGINE = [
+    # field, its value, the processes and device of which it tells nothing
+    ("parallel", "fsdp2", 2, "cpu"),
+    ("reduce", "bf16", 2, "cpu"),
+    ("sync_batchnorm", "true", 2, "cpu"),
+    ("timeout_s", "5.0", 2, "cpu"),
+    ("autotune", "'off'", 1, "cuda"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "processes", "device"), ENGINE)
+def test_what_has_no_effect_on_these_processes_is_told(path, field, value, processes, device):
+    recipe = recipes.load(str(path), [f"engine.{field}={value}"])
+    (note,) = told(recipe)
+    assert note.startswith(f"engine.{field} ")
+    assert " has no effect: " in note
+    assert told(recipe, processes, device) == []
+
+
+def test_the_distillation_token_is_asked_of_the_model(path):
+    """Not of its heads: a network may have two and no token, and a token and one head."""
+    recipe = recipes.load(str(path), ["optim.decay_dist_token=true"])
+    assert idle.notes(recipe, idle.Facts(1, True, 1, "cpu")) == []
+    (note,) = idle.notes(recipe, idle.Facts(2, False, 1, "cpu"))
+    assert note == "optim.decay_dist_token true has no effect: the model has no distillation token"
+    for name, notes in {"deit_digits_distilled_patch8_32": [], "deit_digits_patch8_32": [note]}.items():
+        student = models.build(name)
+        assert build.notes(recipe, 32, student, 1, torch.device("cpu")) == notes
+
+
+@pytest.mark.slow
+def test_they_change_nothing_indeed(path, tmp_path):
+    """Of one process on a CPU. The network has BatchNorm, which several processes would synchronise."""
+    given = [f"engine.{field}={value}" for field, value, *_ in ENGINE]
+    weights = []
+    for name, overrides in {"plain": [], "given": given}.items():
+        training.alone(
+            recipes.load(str(path), ["model.name=convnet_digits", "model.drop_path=0", *overrides]), tmp_path / name
+        )
+        (last,) = (tmp_path / name / "checkpoints").glob("step_00000004")
+        weights.append({file.name: file.read_bytes() for file in last.glob("*.safetensors")})
+    assert weights[0]
+    assert weights[0] == weights[1]
 
 
 class Backwards(Distill):
@@ -145,6 +197,13 @@ def effects(recipe):
     with torch.no_grad():
         seen.append(method.train()(batch).loss)
         seen.append(next(iter(method.eval().predict(images).values())))
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    group = ParamGroup({"weight": weight}, recipe.optim.weight_decay)
+    optimizers.find(recipe.optim.name)([group], recipe.optim).step(
+        0.1, Verdict(torch.ones(()), torch.tensor(False), torch.ones(()))
+    )
+    seen.append(weight.detach())
     rates = [learning_rate(step, **schedule_of(recipe, length)) for step in range(length.total)]
     return seen, rates, [group.weight_decay and sorted(group.params) for group in decay_groups(method, recipe)], length
 
@@ -161,16 +220,39 @@ def test_what_is_told_is_true(path, field, value, beside, awake):
 
 
 ALWAYS = {
-    "model": {"name", "timm", "image_size", "num_classes", "drop_path", "dropout", "weights", "needs_weights", "freeze"}
-    | {"drop_path_skip"},
-    "data": {"source", "root", "train", "val", "image_column", "label_column", "classes", "size_schedule", "views"}
-    | {"group_size", "repeats", "mean", "std", "eval_crop_ratio", "threads", "max_bad_fraction"},
-    "optim": {"name", "lr", "weight_decay", "clip_grad", "clip_mode", "schedule", "warmup_epochs", "min_lr"}
-    | {"ema_decay", "layer_decay"},
-    "train": {"epochs", "steps", "batch_size", "accumulate", "seed", "eval_every_steps", "stop_after", "best_by"},
-    "method": {"use", "alpha", "class_weights", "binarise"},
+    "about": {"no training depends on it": {"summary", "command", "hardware", "hours", "top1", "follows"}},
+    "model": {
+        "it is what is trained": {"image_size", "num_classes", "drop_path", "dropout", "weights", "freeze"},
+        "one of the two is refused": {"name", "timm"},
+        "refused without weights": {"needs_weights"},
+        "refused without drop-path": {"drop_path_skip"},
+    },
+    "data": {
+        "it says what is read": {"source", "classes", "max_bad_fraction", "threads"},
+        "refused where the source has no such thing": {"root", "train", "val", "image_column", "label_column"},
+        "it is what is seen": {"size_schedule", "views", "repeats", "mean", "std", "eval_crop_ratio", "group_size"},
+    },
+    "optim": {
+        "it is in the formula of the update": {"name", "lr", "weight_decay", "betas", "eps", "momentum", "clip_grad"},
+        "refused without what it changes": {"clip_mode", "nesterov"},
+        "it is in the rate": {"schedule", "warmup_epochs", "min_lr", "layer_decay"},
+        "it makes the average": {"ema_decay"},
+    },
+    "train": {
+        "it is in the length or the batches": {"epochs", "steps", "batch_size", "accumulate", "seed"},
+        "it says when to look, and what then follows": {"eval_every_steps", "stop_after", "best_by"},
+    },
+    "method": {"it is in the loss": {"use", "alpha", "class_weights", "binarise"}},
+    "engine": {
+        "it is how numbers are computed": {"device", "threads", "precision"},
+        "refused where it cannot be, and auto says what it chose": {"capture"},
+        "refused where the model has no such thing": {"checkpoint_blocks", "keep_activations", "products", "residual"},
+        "it is what is written, and when": {"log_every", "checkpoint_every", "keep_checkpoints", "async_checkpoints"}
+        | {"on_save_error", "sinks"},
+        "it is what becomes of a step": {"on_spike"},
+    },
 }
-"""Fields that count in every recipe, or are refused where they do not."""
+"""Fields that count in every recipe, by the reason."""
 OF_A_CASE = {
     *("data.augment", "data.crop", "data.erase", "data.synthetic_samples", "data.synthetic_classes"),
     *("method.loss", "method.teacher", "method.cached", "model.weights_grid"),
@@ -179,14 +261,17 @@ OF_A_CASE = {
 
 
 def test_every_field_has_been_decided_on():
-    kinds = {"model": sections.ModelConfig, "data": sections.DataConfig, "optim": sections.OptimConfig}
-    own = [*SupervisedConfig.model_fields, *DistillConfig.model_fields, *CosubConfig.model_fields]
-    fields = {name: set(kind.model_fields) for name, kind in (kinds | {"train": sections.TrainConfig}).items()}
-    for name, known in (fields | {"method": set(own)}).items():
-        cases = {field.partition(".")[2] for field, *_ in CASES if field.startswith(f"{name}.")}
-        cases |= {field.partition(".")[2] for field in OF_A_CASE if field.startswith(f"{name}.")}
-        assert ALWAYS[name] | {field for field in cases if "." not in field} == known
-        assert not ALWAYS[name] & cases
+    choices = {
+        "method": [shipped.config for shipped in METHODS.values()],
+        "optim": [sections.OptimConfig, *(shipped.options for shipped in OPTIMIZERS.values())],
+    }
+    tried = {*OF_A_CASE, *(field for field, *_ in CASES), *(f"engine.{field}" for field, *_ in ENGINE)}
+    for section in describe.SECTIONS:
+        models = choices.get(section, [recipes.Recipe.model_fields[section].annotation])
+        always = [field for fields in ALWAYS[section].values() for field in fields]
+        cases = {field.partition(".")[2] for field in tried if field.startswith(f"{section}.")}
+        assert sorted(always) == sorted({name for model in models for name in model.model_fields} - cases)
+        assert not set(always) & cases
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -390,6 +390,7 @@ def test_what_a_model_cannot_do_is_refused(student, overrides, words):
     ("overrides", "words"),
     [
         (["engine.residual=bf16", "engine.precision=fp32"], "bf16 needs engine.precision bf16, not fp32"),
+        (["engine.capture=graph", "engine.device=cpu"], "engine.capture: graph needs a GPU, and engine.device is cpu"),
         (
             ["engine.products=fp8", "engine.precision=fp16"],
             "products in bf16: it needs engine.precision bf16, not fp16",
