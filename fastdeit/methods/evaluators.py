@@ -63,7 +63,7 @@ class Evaluator(Protocol):
 
 
 _ROWS = 4096
-"""Images whose features are in float64 at a time."""
+"""Images that are compared with others, or whose features are in float64, at a time."""
 
 
 def images(batch: Batch) -> Tensor:
@@ -144,7 +144,9 @@ class Knn:
     """`knn_top1`, in per cent: the label that the `neighbours` nearest training images vote for.
 
     A neighbour's vote weighs exp(cosine / temperature), as in DINO (Caron et al., ICCV 2021, appendix F.1). Features
-    are those of `method.features`. The memory is that of the training features, `[N, D]` in float32, on every process.
+    are those of `method.features`. A process keeps the features of its own share of the training images, `[n, D]` in
+    float32, and those of all held-out images. It looks for the neighbours in its share, and the nearest of all shares
+    vote.
     """
 
     lower_is_better = False
@@ -154,19 +156,28 @@ class Knn:
 
     def __call__(self, evaluation: Evaluation) -> dict[str, float]:
         processes = evaluation.processes
-        known, labels = (processes.gather(rows) for rows in _features(evaluation, evaluation.training()))
-        known = F.normalize(known)
-        classes = int(labels.max()) + 1
-        features, wanted = _features(evaluation, evaluation.held_out())
-        right = torch.zeros((), dtype=torch.float64, device=processes.device)
-        for some, truth in zip(F.normalize(features).split(1024), wanted.split(1024), strict=True):
-            if len(some) == 0:
-                continue
-            cosine, index = (some @ known.t()).topk(min(self.neighbours, len(known)))
-            votes = torch.zeros(len(some), classes, device=some.device)
-            votes.scatter_add_(1, labels[index], (cosine / self.temperature).exp())
-            right += (votes.argmax(1) == truth).sum()
-        return {"knn_top1": _share(right, len(wanted), processes)}
+        known = [(F.normalize(x, out=x), labels) for x, labels in _blocks(evaluation, evaluation.training())]
+        features, wanted = (processes.gather(rows) for rows in _features(evaluation, evaluation.held_out()))
+        right = 0
+        for some, truth in zip(F.normalize(features).split(_ROWS), wanted.split(_ROWS), strict=True):
+            cosines, labels = (processes.gather(each.t().contiguous()) for each in self._nearest(some, known))
+            cosines, index = cosines.topk(self.neighbours, dim=0)
+            labels = labels.gather(0, index)
+            votes = torch.zeros(int(labels.max()) + 1, len(some), device=some.device)
+            votes.scatter_add_(0, labels, (cosines / self.temperature).exp())
+            right += int((votes.argmax(0) == truth).sum())
+        return {"knn_top1": 100.0 * right / max(len(wanted), 1)}
+
+    def _nearest(self, features: Tensor, known: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """(cosines, labels) `[n, neighbours]` of the nearest training images of this process; -inf where it has no more
+        of them."""
+        cosines = torch.full((len(features), self.neighbours), -torch.inf, device=features.device)
+        labels = torch.zeros(cosines.shape, dtype=torch.int64, device=features.device)
+        for x, theirs in known:
+            found, index = (features @ x.t()).topk(min(self.neighbours, len(x)))
+            cosines, kept = torch.cat((cosines, found), 1).topk(self.neighbours)
+            labels = torch.cat((labels, theirs[index]), 1).gather(1, kept)
+        return cosines, labels
 
 
 class LinearProbe:
@@ -213,15 +224,27 @@ class LinearProbe:
 
 def _features(evaluation: Evaluation, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
     """(features `[n, D]` float32, labels `[n]`) of this process's share of some images."""
-    features, labels = [], []
+    found = [*_blocks(evaluation, batches)]
+    if not found:  # fewer images than processes
+        device = evaluation.processes.device
+        return torch.zeros(0, 0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    features, labels = zip(*found, strict=True)
+    return torch.cat(features), torch.cat(labels)
+
+
+def _blocks(evaluation: Evaluation, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same in parts of at least `_ROWS` images, but for the last."""
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
     for batch in batches:
         with evaluation.autocast():
             features.append(evaluation.method.features(images(batch)).float())
         labels.append(batch.targets.y1)
-    if not features:  # fewer images than processes
-        device = evaluation.processes.device
-        return torch.zeros(0, 0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    return torch.cat(features), torch.cat(labels)
+        if sum(map(len, labels)) >= _ROWS:
+            yield torch.cat(features), torch.cat(labels)
+            features, labels = [], []
+    if labels:
+        yield torch.cat(features), torch.cat(labels)
 
 
 def _share(right: Tensor, seen: int, processes: Processes) -> float:

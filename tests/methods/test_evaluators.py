@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 from fastdeit import models
 from fastdeit.engine.dist import World
@@ -184,3 +185,14 @@ def test_the_features_of_a_model_are_what_its_head_reads():
         x = torch.randn(2, 3, 32, 32)
         features = Method(network.eval(), SupervisedConfig(), toy_context()).features(x)
         torch.testing.assert_close(network.head(features), network(x))
+
+
+def test_neighbours_are_found_in_parts_as_in_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    known, features = (F.normalize(torch.randn(n, 8, generator=generator)) for n in (300, 20))
+    labels = torch.randint(9, (300,), generator=generator)
+    parts = [(known[start : start + 70], labels[start : start + 70]) for start in range(0, 300, 70)]
+    cosines, found = Knn(neighbours=25)._nearest(features, parts)
+    expected, index = (features @ known.t()).topk(25)
+    torch.testing.assert_close(cosines, expected)
+    assert torch.equal(found, labels[index])
