@@ -6,6 +6,7 @@ generator, so unlike fastdeit's models the result of training with them depends 
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -96,6 +97,16 @@ class TimmModel(nn.Module):
                 if hasattr(module, "distilled_training"):
                     module.training = True
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Says of what `contract.Tokens` asks and this model lacks why that is so; an AttributeError all the same."""
+        if name in ("tokens", "qkv", "classify"):
+            raise AttributeError(
+                f"timm's {self.name} is a {type(self.inner).__name__}, whose tokens cannot be read: its blocks may "
+                "take more than tokens, such as the positions of EVA and BEiT. Those of timm's VisionTransformer can "
+                "(ViT, DeiT, DeiT III, DINOv2, CLIP, MAE); of others, ask `inner.forward_intermediates`"
+            )
+        return super().__getattr__(name)
 
     @property
     def mean(self) -> tuple[float, ...]:

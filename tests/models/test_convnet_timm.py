@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeit import models
+from fastdeit.models.contract import Tokens
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +162,12 @@ def test_timm_errors(distilled):
         models.build_timm("resnet18x")
     with pytest.raises(ValueError, match=r"timm's vgg11 cannot be built with .*drop_path_rate"):
         models.build_timm("vgg11", drop_path=0.1)
+
+
+@pytest.mark.parametrize("asked", ["tokens", "qkv", "classify"])
+def test_tokens_that_cannot_be_read_are_refused_by_name(asked):
+    with torch.device("meta"):
+        model = models.build_timm("eva02_tiny_patch14_224")
+    assert not isinstance(model, Tokens)
+    with pytest.raises(AttributeError, match=r"eva02_tiny_patch14_224 is a Eva, whose .*forward_intermediates"):
+        getattr(model, asked)
