@@ -122,6 +122,7 @@ def train(
     began = time.monotonic() if began is None else began
     world.agree("the kernels that they choose", {row.name: row.backend for row in kernels.info()})
     agreement.same_view(world, run_dir if resume else None, origin)
+    ahead = agreement.Ahead(world, run_dir / directory.CHECKPOINTS if resume and run_dir is not None else None)
     check_sinks(recipe.engine.sinks)
     begins = origin is None and not (resume and run_dir is not None and directory.has_checkpoint(run_dir))
     begun, folders = run_dir if resume else None, teachers.folders(recipe.method)
@@ -163,7 +164,7 @@ def train(
 
         # ---- go ----------------------------------------------------------------------------------------------------
         if resume:
-            start, record = parts.saver.restore(run_dir, parts.log.say)
+            start, record = parts.saver.restore(run_dir, parts.log.say, ahead)
         parts.share_bad(run_dir)
         facts = describe(recipe, parts.method, *parts.sources, world, parts.length)
         try:

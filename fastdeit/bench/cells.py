@@ -15,6 +15,7 @@ from fastdeit.bench import (
     measure,
     step,
     train,
+    watching,
 )
 from fastdeit.bench.measure import median
 
@@ -89,9 +90,7 @@ def sentence(row: dict[str, Any]) -> str:
     lines += [f"  {name:{width}}  {_speed(row, name)}" for name in told(row)]
     lines += [f"  {name:{width}}  cannot run: {why}" for name, why in row.get("failed", {}).items()]
     if watched := row.get("watching_seconds"):
-        step_s = median(row, step.name_of("none"))
-        parts = ", ".join(f"{name} {seconds / step_s:.3%}" for name, seconds in watched.items())
-        lines.append(f"  watching over a run takes {sum(watched.values()) / step_s:.2%} of a step: {parts}")
+        lines.append(f"  {watching.told(watched, median(row, step.name_of('none')))}")
     return "\n".join(lines)
 
 

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def measure(wanted: Cell, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Seconds and CPU seconds of the sides by round; `watching`, on a CPU, has those of the loop's own work."""
+    """Seconds and CPU seconds of the sides by round; `watching`, on a CPU, has the loop's own CPU seconds."""
     plain = replace(wanted, teacher=None)
     with tempfile.TemporaryDirectory() as folder:
         cache = _filled(Path(folder), wanted)
@@ -65,7 +65,7 @@ def measure(wanted: Cell, rounds: int, device: torch.device) -> dict[str, Any]:
         sides["online"] = timed(_step_of(ours, wanted, device), device)
         sides["teacher"] = timed(_forward_of(ours, wanted, device), device)
         found = interleave(sides, rounds, device, discard=int(device.type == "cuda"))
-    found["watching"] = watching.seconds(ours, rounds) if device.type == "cpu" else {}
+    found["watching"] = watching.seconds(ours, rounds, "cpu_seconds") if device.type == "cpu" else {}
     return found
 
 
@@ -92,13 +92,11 @@ def _rest(found: dict[str, Any]) -> list[str]:
     seconds = found["cpu_seconds" if found["device"] == "cpu" else "seconds"]
     whole = statistics.median(seconds["undistilled"])
     added = statistics.median(m - u for m, u in zip(seconds["averaged_update"], seconds["update"], strict=True)) / whole
-    watched = {name: each / whole for name, each in found["watching"].items()}
-    logged = sum(watched.pop(name, 0.0) for name in _OF_THE_LOG)
+    logged = sum(found["watching"].get(name, 0.0) for name in _OF_THE_LOG) / whole
     lines = [f"  the average of the weights adds {added:.2%} to an undistilled step"]
     if found["watching"]:
-        others = ", ".join(f"{name} {share:.3%}" for name, share in watched.items())
         lines[0] += f", the log {logged:.2%}, together {added + logged:.2%}; wanted: at most {REST:.0%}"
-        lines.append(f"  the rest of watching over a run: {others}")
+        lines.append(f"  {watching.told(found['watching'], whole)}")
     return lines
 
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_PIECES, _BITS = 2, 24
-"""A float32 holds integers of 24 bits exactly."""
-_WORDS = {8: torch.int32, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_PIECES, _BITS = 3, 24
+"""A float32 holds integers of 24 bits exactly, and three of them the 64 of a checksum."""
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 class DriftError(RuntimeError):
@@ -41,7 +41,7 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def slots(tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
-    """float32 `[size * 2]`: the checksum of this process in its own place and zeros elsewhere, to be summed over all
+    """float32 `[size * 3]`: the checksum of this process in its own place and zeros elsewhere, to be summed over all
     processes."""
     total = checksum(tensors)
     pieces = torch.stack([(total >> (_BITS * piece)) & (2**_BITS - 1) for piece in range(_PIECES)])
@@ -64,5 +64,7 @@ def check(summed: Tensor) -> None:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().contiguous().view(-1)
-    return flat.view(_WORDS[flat.element_size()])
+    """The bits as integers, of 64 bits where the tensor consists of such: fewer to add, and none to convert."""
+    flat, bytes_each = tensor.detach().contiguous().view(-1), tensor.element_size()
+    whole = all(count * bytes_each % 8 == 0 for count in (flat.numel(), flat.storage_offset()))
+    return flat.view(torch.int64 if whole else _WORDS[bytes_each])

@@ -4,8 +4,10 @@ Every process reads the checkpoint by itself. One whose directory is not shared,
 train other weights beside the others', and the main process would save its own as if they were those of all.
 """
 
+import contextlib
 import os
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,18 +45,44 @@ def same_view(world: World, run_dir: Path | None, origin: Origin | None) -> None
                 )
 
 
-def newest(world: World, root: Path, say: Callable[[str], None]) -> Checkpoint | None:
+class Ahead:
+    """The newest checkpoint under `root`, whose hashes a thread compares while the parts of the run are built.
+
+    The hash is most of the time of a restore, and what builds a run leaves cores and disk idle. `root` is None where
+    there is nothing to verify.
+    """
+
+    def __init__(self, world: World, root: Path | None) -> None:
+        self._digest: str | None = None
+        steps = checkpoint.steps(root) if root is not None and first_of_its_machine(world) else []
+        path = checkpoint.path_of(root, steps[-1]) if steps else None
+        self._thread = threading.Thread(target=self._verify, args=[path], daemon=True, name="fastdeit-verify")
+        self._thread.start()
+
+    def holds(self, path: Path) -> bool:
+        """Whether the checkpoint at `path` is the one that was verified, and is sound. Waits until that is known."""
+        self._thread.join()
+        return checkpoint.digest(path) == self._digest
+
+    def _verify(self, path: Path | None) -> None:
+        if path is not None:
+            with contextlib.suppress(CheckpointError):  # `newest` verifies it once more, and says what is wrong
+                self._digest = checkpoint.open_step(path, tensors=False).digest
+
+
+def newest(world: World, root: Path, say: Callable[[str], None], ahead: Ahead | None = None) -> Checkpoint | None:
     """The newest checkpoint under `root` that verifies on every machine, mapped; None where there is none.
 
-    One process a machine reads the files and compares their hashes; the others rely on it. Damaged checkpoints are
-    said and skipped, on every process. Raises CheckpointError if none verifies. Call it on every process, after
-    `same_view`.
+    One process a machine reads the files and compares their hashes, unless it has done so `ahead`; the others rely on
+    it. Damaged checkpoints are said and skipped, on every process. Raises CheckpointError if none verifies. Call it on
+    every process, after `same_view`.
     """
     reasons = []
+    verifies = first_of_its_machine(world)
     for step in reversed(checkpoint.steps(root)):
         path, found, why = checkpoint.path_of(root, step), None, None
         try:
-            found = checkpoint.open_step(path, verify=_first_of_its_machine(world))
+            found = checkpoint.open_step(path, verify=verifies and not (ahead is not None and ahead.holds(path)))
         except CheckpointError as error:
             why = str(error)
         problem = next((each for each in world.all(why) if each is not None), None)
@@ -107,6 +135,7 @@ def _told(value: Any) -> str:
     return str(value)[:12]
 
 
-def _first_of_its_machine(world: World) -> bool:
+def first_of_its_machine(world: World) -> bool:
+    """Whether this process is the one of its machine that verifies files for all."""
     # Of a process alone the variable is left over from another launch, and nobody else would compare the hashes.
     return world.size == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0

@@ -13,6 +13,7 @@ from fastdeit.engine import checkpoint
 from fastdeit.engine.checkpoint import Checkpoint
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run import agreement
 from fastdeit.run.build import Report
 from fastdeit.run.fork import Origin
 from fastdeit.run.record import Record
@@ -37,7 +38,9 @@ def over(origin: Origin, saver: Saver, say: Report) -> Record:
         raise UsageError(f"model.weights says what a run begins with; a fork begins with the weights of {origin.run}")
     if theirs != ours:
         raise _refusal(origin, f"the data there has {len(theirs)} classes, and other ones than the {len(ours)} here")
-    found, phase = present(checkpoint.load(origin.path)), origin.state["record"]["phase"]
+    verify = agreement.first_of_its_machine(saver.world)
+    found = agreement.together(saver.world, lambda: checkpoint.load(origin.path, verify=verify))
+    found, phase = present(found), origin.state["record"]["phase"]
     try:
         saver.phases.resume(phase, saver.engine)
         found = _averages(found, saver, origin, say)

@@ -209,14 +209,15 @@ class Saver:
         """Bytes of a checkpoint."""
         return sum(t.numel() * t.element_size() for group in self.tensors().values() for t in group.values())
 
-    def restore(self, run_dir: Path, say: Report) -> tuple[int, Record]:
+    def restore(self, run_dir: Path, say: Report, ahead: agreement.Ahead | None = None) -> tuple[int, Record]:
         """(step, record) of the newest checkpoint that verifies, with everything loaded; (0, fresh) when there is none.
+        `ahead` may have verified it already.
 
         All processes load it, or none: what one of them finds, all raise. Raises UsageError when the checkpoint is of
         another run (other model, method, data, optimizer, global batch or seed) or does not fit this code. Call it on
         every process.
         """
-        found = agreement.newest(self.world, run_dir / directory.CHECKPOINTS, say)
+        found = agreement.newest(self.world, run_dir / directory.CHECKPOINTS, say, ahead)
         if found is None:
             say("nothing to resume yet: starting at step 0")
             return 0, Record()

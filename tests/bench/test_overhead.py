@@ -35,7 +35,10 @@ def test_what_is_told_is_the_median_of_the_ratios_of_a_round():
     assert "takes 1.100 of an undistilled step and the teacher's forward (by round 1.000 to 1.250" in online
     adds, log = "the average of the weights adds 0.40% to an undistilled step", "the log 0.50%"
     assert rest == (f"  {adds}, {log}, together 0.90%; wanted: at most 1%")
-    assert others == "  the rest of watching over a run: guard 0.100%"
+    assert others == (
+        "  watching over a run takes 6000 us a step (guard 1000.0, progress 2000.0, log 3000.0), 0.60% of this one and "
+        "less than 1% of steps longer than 600 ms"
+    )
 
 
 @pytest.mark.slow

@@ -44,7 +44,13 @@ def tiny(what="step", model=DISTILLED, **changes):
 
 @pytest.mark.parametrize(
     ("what", "kind", "method", "share"),
-    [("guard", Guard, "judge", 1), ("preemption", World, "stop_requested", 1), ("log", MetricsLog, "write", 50)],
+    [
+        ("norm", watching.kernels, "global_norm", 1),
+        ("guard", Guard, "judge", 1),
+        ("drift", watching.replicas, "slots", 50),
+        ("preemption", World, "stop_requested", 1),
+        ("log", MetricsLog, "write", 50),
+    ],
 )
 def test_each_part_of_watching_is_timed(monkeypatch, what, kind, method, share):
     ours, _, _ = step.engine(tiny(), CPU, "none")
@@ -52,9 +58,9 @@ def test_each_part_of_watching_is_timed(monkeypatch, what, kind, method, share):
     monkeypatch.setattr(watching, "_CALLS", 2)
     usual = getattr(kind, method)
 
-    def slow(self, *args, **options):
+    def slow(*args, **options):
         time.sleep(0.02)
-        return usual(self, *args, **options)
+        return usual(*args, **options)
 
     monkeypatch.setattr(kind, method, slow)
     found = watching.seconds(ours, 1)
@@ -78,7 +84,7 @@ def test_a_row_of_a_step_has_all_that_is_needed_to_read_it(tmp_path, capsys):
     assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in row["seconds"].values())
     assert (row["what"], row["model"], row["batch"], row["images"]) == ("step", DISTILLED, 2, 2)
     assert (row["image_size"], row["precision"], row["teacher"], row["ema"]) == (32, "fp32", TEACHER, True)
-    assert set(row["watching_seconds"]) == {"guard", "heartbeat", "preemption", "progress", "log"}
+    assert set(row["watching_seconds"]) == {"norm", "guard", "drift", "heartbeat", "preemption", "progress", "log"}
     assert (row["drop_path"], row["capture"], row["threads"]) == (0.1, {"fastdeit": "none"}, torch.get_num_threads())
     graph = "a CUDA graph needs a CUDA device"
     assert row["failed"] == {

@@ -135,7 +135,7 @@ def test_what_would_be_broadcast_or_rounded_does_not_fit():
 
 def weights():
     generator = torch.Generator().manual_seed(0)
-    shapes = {"a": (5, 3), "b": (7,), "c": (), "empty": (0,)}
+    shapes = {"a": (5, 3), "b": (8,), "c": (), "empty": (0,)}
     tensors = [torch.randn(shape, generator=generator) for shape in shapes.values()]
     return [*tensors, torch.randn(4, 6, generator=generator).t(), torch.ones(3).bfloat16(), torch.ones(2).double()]
 
@@ -149,10 +149,11 @@ def test_equal_weights_pass(size):
     replicas.check(summed([weights() for _ in range(size)]))
 
 
-def bit(position):
+def bit(tensor, position):
     def flip(tensors):
-        words = replicas._words(tensors[0])
-        words[4] ^= 1 << position if position < 31 else -(2**31)
+        words = replicas._words(tensors[tensor])
+        sign = position == 8 * words.element_size() - 1
+        words[2] ^= -(2**position) if sign else 1 << position
 
     return flip
 
@@ -166,7 +167,8 @@ DRIFTS = {
     "a transposed one": lambda tensors: tensors[4][0, 0].add_(1e-6),
     "16 bit": lambda tensors: tensors[5][1].add_(0.01),
     "64 bit": lambda tensors: tensors[6][1].add_(1e-15),
-    **{f"bit {position}": bit(position) for position in (0, 7, 22, 23, 30, 31)},
+    **{f"bit {position} of 32": bit(0, position) for position in (0, 7, 22, 23, 30, 31)},
+    **{f"bit {position} of 64": bit(1, position) for position in (0, 31, 32, 47, 48, 62, 63)},
 }
 
 

@@ -132,6 +132,43 @@ def test_one_process_a_machine_reads_the_files(here, monkeypatch, local_rank):
     assert agreement.newest(World(CPU), root, lambda text: None).step == 2, "a process alone relies on nobody"
 
 
+def with_a_flipped_bit(run):
+    file = run / "checkpoints" / "step_00000004" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def exchanged(run):
+    another(run)
+    with_a_flipped_bit(run)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "step", "hashed"),
+    [
+        ((), (), 4, []),
+        ((with_a_flipped_bit,), (), 2, [4, 2]),
+        ((), (exchanged,), 2, [4, 2]),
+        ((), (lambda run: saved(run, 6),), 6, [6]),
+    ],
+    ids=["sound", "damaged", "exchanged", "newer"],
+)
+def test_what_was_verified_ahead_is_not_read_again(here, monkeypatch, before, after, step, hashed):
+    run, read, hash_file = saved("run", 2, 4), [], checkpoint._hash_file
+    for change in before:
+        change(run)
+    ahead = agreement.Ahead(World(CPU), run / "checkpoints")
+    ahead.holds(run)  # which waits
+    for change in after:
+        change(run)
+    monkeypatch.setattr(
+        checkpoint, "_hash_file", lambda path, form: read.append(int(path.parent.name[5:])) or hash_file(path, form)
+    )
+    assert agreement.newest(World(CPU), run / "checkpoints", lambda text: None, ahead).step == step
+    assert read == hashed
+
+
 @pytest.mark.parametrize("error", [UsageError("no room"), OSError("no room")])
 def test_what_fails_on_one_process_fails_on_all(error):
     def fail():
