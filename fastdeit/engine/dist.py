@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdeit import signals
 from fastdeit.engine.rendezvous import Place, meet
-from fastdeit.engine.watch import START_S, LostError, Watch
+from fastdeit.engine.watch import START_S, LostError, Watch, of_collectives
 
 
 class DeviceError(RuntimeError):
@@ -55,7 +55,7 @@ class World:
         before = watch.patient
         watch.at(place, patient=before if patient is None else patient)
         if watch.patient != before:
-            timeout = _of_collectives(watch.limit_s())
+            timeout = timedelta(seconds=of_collectives(watch.limit_s()))
             _set_timeout(timeout, dist.group.WORLD)
             _set_timeout(timeout, self._control)
 
@@ -222,7 +222,8 @@ def world(device: str, timeout_s: float = START_S) -> Iterator[World]:
     keeper = f"process {first['pid']} on {first['host']}" if place.hosts else None
     watch = Watch(place.rank, place.size, place.connect(start), timeout_s, keeper=keeper)
     with watch.running():
-        backend, longest = "nccl" if chosen.type == "cuda" else "gloo", _of_collectives(watch.limit_s())
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        longest = timedelta(seconds=of_collectives(watch.limit_s()))
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=longest)
         try:
             control = dist.new_group(backend="gloo", timeout=longest)
@@ -248,8 +249,15 @@ def _lost(error: RuntimeError, watch: Watch) -> str:
     """Why a collective has failed, in words."""
     first = str(error).splitlines()[0]
     if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:  # else it is left over from a shell
-        return f"the connection to the other processes is lost ({first}); the launcher says which one ended first"
-    return watch.lost() or f"a collective failed, though all processes are alive: {first}"
+        told = f"the connection to the other processes is lost ({first}); the launcher says which one ended first"
+    else:
+        told = watch.lost() or f"a collective failed, though all processes are alive: {first}"
+    if stopped_s := watch.stopped_s():
+        told += (
+            f". This process had been stopped for {stopped_s:.0f} s, as in a job that is suspended: a collective fails "
+            "after 1.5 times engine.timeout_s, and this time counts"
+        )
+    return told
 
 
 def _device(name: str) -> torch.device:
@@ -273,10 +281,6 @@ def _refuse_shared(world: World) -> None:
                 f"processes {found.index(each)} and {rank} have the same GPU of {each[0]}; start as many processes as "
                 "there are GPUs (--nproc), and give each its own"
             )
-
-
-def _of_collectives(limit_s: float) -> timedelta:
-    return timedelta(seconds=1.5 * limit_s)
 
 
 def _set_timeout(timeout: timedelta, group: dist.ProcessGroup | None) -> None:

@@ -8,9 +8,12 @@ one that has put nothing there, is the one that hangs. Then all end.
 
 Each thread also puts a sign of life into the store. When a collective fails, those without one are dead.
 
-Two things keep a thread from that. A store does not answer while the process that keeps it is stopped: a second thread
-counts how long, and ends this process. And no thread of Python runs while C code keeps the interpreter's lock: a timer
-of faulthandler's, which needs no lock, writes the stacks then and ends the process.
+A process that is stopped and continued (a suspended job) does not hang. So it counts its own time, by the turns of a
+second thread: a turn that takes far too long is one in which the process did not run.
+
+Two things keep a thread from all that. A store does not answer while the process that keeps it is stopped: the second
+thread counts how long, and ends this process. And no thread of Python runs while C code keeps the interpreter's lock: a
+timer of faulthandler's, which needs no lock, writes the stacks then and ends the process.
 """
 
 import contextlib
@@ -39,6 +42,11 @@ _LOST_LIVES = 5
 _LOST_S = _LOST_LIVES * _LIFE_S
 
 
+def of_collectives(limit_s: float) -> float:
+    """Seconds after which a collective gives up where the watch does after `limit_s`: later, as the watch says more."""
+    return 1.5 * limit_s
+
+
 class LostError(RuntimeError):
     """Other processes of the run have ended, or their machines cannot be reached."""
 
@@ -52,6 +60,7 @@ class Watch:
     keeper     the process of rank 0 in words, if it keeps the store; None: a launcher does, whose silence alone does
                not end the run
     leave      ends the process with a code
+    clock      seconds of a clock that goes on while this process is stopped
 
     At places that are `patient` START_S counts, if it is longer than `timeout_s`.
     """
@@ -65,19 +74,21 @@ class Watch:
         *,
         keeper: str | None = None,
         leave: Callable[[int], Any] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self.patient, self._running = True, False
-        self._store, self._keeper, self._leave = store, keeper, leave
+        self._store, self._keeper, self._leave, self._clock = store, keeper, leave, clock
+        self._time_s, self._turned, self._stopped_s = 0.0, clock(), 0.0
         self._tick_s, self._answers = min(_LIFE_S, timeout_s / 4), 0
-        self._said = (0, "the start", time.monotonic())
+        self._said = (0, "the start", self._time_s)
         self._main = threading.get_ident()
         self._end = threading.Event()
 
     def at(self, place: str, *, patient: bool) -> None:
         """The main thread says that it is at `place` now; costs a microsecond."""
         changed, self.patient = patient != self.patient, patient
-        self._said = (self._said[0] + 1, place, time.monotonic())
+        self._said = (self._said[0] + 1, place, self._time_s)
         if changed and self._running:
             self._set_timer()  # at once: in the next turn of a thread this one may hold the lock
 
@@ -85,9 +96,15 @@ class Watch:
         """Seconds that the main thread may be where it is."""
         return max(START_S, self.timeout_s) if self.patient else self.timeout_s
 
+    def stopped_s(self, now: float | None = None) -> float:
+        """Seconds that this process was stopped for, in all, until `now`."""
+        since = (self._clock() if now is None else now) - self._turned
+        return self._stopped_s + (since if since > _LOST_S else 0.0)
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Watch for the time of the block."""
+        self._turned = self._clock()
         watching = threading.Thread(target=self._watch, daemon=True, name="fastdeit-watch")
         second = threading.Thread(target=self._watch_store, args=[watching], daemon=True, name="fastdeit-watch-store")
         watching.start()
@@ -134,12 +151,13 @@ class Watch:
     def _watch_store(self, watching: threading.Thread) -> None:
         """End this process when the store does not answer the thread `watching`, or when no thread of Python runs.
 
-        Seconds are counted by turns of this thread: those in which this process is stopped as well do not count.
+        Turns of this thread are counted, so the time in which this process is stopped as well does not count.
         """
         answers = turns = 0
         while watching.is_alive():
             self._set_timer()
             watching.join(self._tick_s)
+            self._turn()
             turns = turns + 1 if answers == self._answers else 0
             answers = self._answers
             seconds = turns * self._tick_s
@@ -155,12 +173,21 @@ class Watch:
 
     def _set_timer(self) -> None:
         """End this process with its stacks if no thread of Python runs. That is after the others have named this rank:
-        they could not, if its store were gone."""
-        faulthandler.dump_traceback_later(self.limit_s() + 3 * _LOST_S, exit=True, file=2)
+        they could not, if its store were gone. The timer counts the time in which this process is stopped, so it has
+        the patience of the collectives, which do so, too."""
+        limit_s = self.limit_s()
+        faulthandler.dump_traceback_later(max(of_collectives(limit_s), limit_s + 3 * _LOST_S), exit=True, file=2)
+
+    def _turn(self) -> None:
+        """Count the time since the last turn. Of one that took far longer than any should, the process was stopped."""
+        now = self._clock()
+        self._stopped_s = self.stopped_s(now)
+        seconds, self._turned = now - self._turned, now
+        self._time_s += seconds if seconds <= _LOST_S else self._tick_s
 
     def _stays(self) -> bool:
         """Whether the main thread has been where it is for too long."""
-        return time.monotonic() - self._said[2] > self.limit_s()
+        return self._time_s - self._said[2] > self.limit_s()
 
     def _has(self, keys: list[str]) -> bool:
         """Whether the store has all `keys`; that it answers is noted."""
@@ -175,7 +202,7 @@ class Watch:
     def _hangs(self) -> None:
         """Say what there is to be said, and end the process."""
         count, place, since = self._said
-        seconds = time.monotonic() - since
+        seconds = self._time_s - since
         own = {"count": count, "place": place, "line": self._line(), "host": socket.gethostname(), "pid": os.getpid()}
         with contextlib.suppress(RuntimeError):
             self._store.set("hangs", str(self.rank))

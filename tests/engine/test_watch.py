@@ -77,6 +77,31 @@ def test_a_rank_that_does_not_move_is_named_with_its_stacks_and_all_leave(capfd)
     assert told[0].endswith("; ranks 0, 2 waited for it")
 
 
+def test_time_in_which_this_process_was_stopped_is_no_hang(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a launcher's, which says who ended")
+    monkeypatch.setenv("RANK", "0")
+    now = [0.0]
+    each = Watch(0, 1, HashStore(), 20.0, clock=lambda: now[0])
+    each.at("the batch of a step", patient=False)
+
+    def turns(*seconds):
+        for each_s in seconds:
+            now[0] += each_s
+            each._turn()
+        return each._stays()
+
+    assert not turns(1.0, 3600.0, 1.0)
+    assert each.stopped_s() == 3600.0
+    assert not turns(*[4.0] * 4), "turns on a busy machine are long, and count"
+    assert turns(4.0)
+    each.at("the computation of a step", patient=False)
+    assert not each._stays()
+    now[0] += 100.0
+    assert each.stopped_s() == 3700.0, "known before the next turn: a collective fails at once"
+    error = RuntimeError("Timed out waiting 30000ms for recv")
+    assert "This process had been stopped for 3700 s" in dist._lost(error, each)
+
+
 class Silent:
     """A store of a process that is stopped: `check` does not answer."""
 
