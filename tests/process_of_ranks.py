@@ -21,6 +21,7 @@ def be_rank(function, rank, size, rendezvous, arguments, results):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     try:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+        dist.barrier()  # a rank that left the group at once would cut off those that are still connecting to it
         results.put((rank, function(rank, size, *arguments), None))
         dist.destroy_process_group()
     except BaseException:
