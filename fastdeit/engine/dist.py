@@ -252,9 +252,9 @@ def _lost(error: RuntimeError, watch: Watch) -> str:
         told = f"the connection to the other processes is lost ({first}); the launcher says which one ended first"
     else:
         told = watch.lost() or f"a collective failed, though all processes are alive: {first}"
-    if stopped_s := watch.stopped_s():
+    if (stopped_s := watch.stopped_s()) > watch.timeout_s:
         told += (
-            f". This process had been stopped for {stopped_s:.0f} s, as in a job that is suspended: a collective fails "
+            f". This process did not run for {stopped_s:.0f} s, as in a job that is suspended: a collective fails "
             "after 1.5 times engine.timeout_s, and this time counts"
         )
     return told

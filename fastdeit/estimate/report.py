@@ -239,7 +239,11 @@ def _notes(trained: Subject, machines: Sequence[Machine], bases: set[str]) -> li
         if teacher.vit is None
     ]
     if recipe.method.use not in methods.METHODS:
-        notes.append(f"modules that method {recipe.method.use} owns beside the student are not counted")
+        gathered = ", nor is what fsdp2 gathers of them" if recipe.engine.parallel == "fsdp2" else ""
+        notes.append(
+            f"modules that method {recipe.method.use} owns beside the student, such as averaged teachers, are not "
+            f"counted{gathered}"
+        )
     return notes
 
 

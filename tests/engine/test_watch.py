@@ -99,7 +99,7 @@ def test_time_in_which_this_process_was_stopped_is_no_hang(monkeypatch):
     now[0] += 100.0
     assert each.stopped_s() == 3700.0, "known before the next turn: a collective fails at once"
     error = RuntimeError("Timed out waiting 30000ms for recv")
-    assert "This process had been stopped for 3700 s" in dist._lost(error, each)
+    assert "This process did not run for 3700 s" in dist._lost(error, each)
 
 
 class Silent:

@@ -255,6 +255,7 @@ TARGETS = (
             "tests/engine/test_watch.py::test_a_rank_that_does_not_move_is_named_with_its_stacks_and_all_leave",
             "tests/faults/test_ranks.py::test_under_srun_a_rank_that_cannot_speak_is_named",
             "tests/engine/test_watch.py::test_a_store_that_does_not_answer_names_who_keeps_it",
+            "tests/engine/test_watch.py::test_time_in_which_this_process_was_stopped_is_no_hang",
         ),
     ),
     Target(
@@ -342,7 +343,7 @@ TARGETS = (
     ),
     Target(
         32,
-        "Odd and damaged pictures are decoded as Pillow does, or replaced, counted and named.",
+        "Odd, damaged and hostile pictures are decoded as Pillow does, or replaced, counted and named.",
         (
             "tests/data/test_sources_bad.py::test_sound_files_pass_and_broken_ones_have_a_reason",
             "tests/data/test_sources_bad.py::test_loader_decodes_as_pil_and_names_the_broken_ones",
@@ -350,6 +351,8 @@ TARGETS = (
             "tests/data/test_bad.py::test_training_takes_substitutes_and_nothing_else_changes",
             "tests/data/test_bad.py::test_too_many_bad_files_are_an_error_that_lists_them",
             "tests/test_train.py::test_bad_images_are_replaced_counted_and_named",
+            "tests/faults/test_bombs.py::test_an_image_of_gigabytes_is_not_read",
+            "tests/faults/test_bombs.py::test_a_picture_of_a_few_bytes_and_most_pixels_takes_less_than_a_gibibyte",
         ),
     ),
     Target(
@@ -363,7 +366,10 @@ TARGETS = (
     ),
     Target(
         34,
-        "A hostile or damaged tar file writes nothing, and what is wrong with it is said.",
+        (
+            "A hostile or damaged tar file, table, list, archive or pack of data writes nothing and takes no memory "
+            "without end, and what is wrong with it is said."
+        ),
         (
             "tests/data/test_tar.py::test_names_that_lead_out_of_the_data_set",
             "tests/data/test_tar.py::test_links_devices_and_sparse_files",
@@ -373,6 +379,17 @@ TARGETS = (
             "tests/data/test_tar.py::test_headers_that_lie_about_the_size",
             "tests/data/test_tar.py::test_headers_nested_without_end",
             "tests/data/test_tar.py::test_nothing_usable_is_an_error_with_the_reasons",
+            "tests/faults/test_bombs.py::test_a_tar_header_of_gigabytes_is_not_read",
+            "tests/faults/test_bombs.py::test_rows_without_end_are_not_listed",
+            "tests/faults/test_bombs.py::test_an_image_that_a_row_group_has_once_is_in_memory_once",
+            "tests/faults/test_bombs.py::test_a_row_group_that_is_too_large_is_refused_by_its_metadata",
+            "tests/faults/test_bombs.py::test_a_row_group_that_is_as_large_as_its_file_is_read",
+            "tests/faults/test_bombs.py::test_a_row_group_that_is_too_large_is_refused_while_it_is_read",
+            "tests/faults/test_bombs.py::test_labels_that_are_too_long_are_refused",
+            "tests/faults/test_bombs.py::test_a_list_of_gigabytes_is_not_read",
+            "tests/faults/test_bombs.py::test_a_kit_that_unpacks_to_gigabytes_is_not_unpacked",
+            "tests/faults/test_bombs.py::test_a_pack_with_a_right_seal_and_half_an_index_is_refused",
+            "tests/faults/test_bombs.py::test_an_index_with_a_right_seal_and_a_wrong_inside_is_refused",
         ),
     ),
     Target(
@@ -402,12 +419,15 @@ TARGETS = (
     ),
     Target(
         37,
-        "Nothing in a hostile checkpoint or file of weights is executed.",
+        "Nothing in a hostile checkpoint, run or file of weights is executed, and what cannot be followed is damaged.",
         (
             "tests/faults/test_hostile.py::test_a_pickle_is_not_executed",
             "tests/faults/test_hostile.py::test_a_hostile_tensor_file_is_an_error_not_a_crash",
             "tests/faults/test_hostile.py::test_a_file_name_that_leads_elsewhere_is_refused",
             "tests/faults/test_hostile.py::test_a_manifest_that_makes_no_sense_is_refused",
+            "tests/faults/test_bombs.py::test_json_that_cannot_be_followed_is_what_is_damaged",
+            "tests/faults/test_bombs.py::test_lines_of_json_that_cannot_be_followed_are_damaged_lines",
+            "tests/faults/test_bombs.py::test_a_recipe_of_a_run_that_cannot_be_followed_is_left_empty",
             "tests/models/test_pickled.py::test_nothing_in_a_file_is_executed",
             "tests/models/test_pickled.py::test_the_canaries_sing",
             "tests/cli/test_trust.py::test_code_that_a_run_names_is_not_executed",

@@ -32,6 +32,12 @@ def test_a_target_has_tests_that_exist_or_a_reason_why_not(target):
         assert function in defined_in(file), f"there is no test {name}"
 
 
+def test_every_bomb_is_in_the_table():
+    file = "tests/faults/test_bombs.py"
+    named = {test.partition("::")[2] for target in TARGETS for test in target.tests if test.startswith(file)}
+    assert named == defined_in(file)
+
+
 def test_the_page_has_the_table_of_the_data():
     text = PAGE.read_text()
     assert text == page(text), "run `python -m tests.faults.targets --write`"
