@@ -88,7 +88,8 @@ LAYERS: dict[str, set[str]] = {
     # ---- what a batch is, and where it comes from
     "batch": {"kernels"},
     "data.nodes": set(),
-    "data.pixel_ops": {"data.nodes"},
+    "data.blur": set(),
+    "data.pixel_ops": {"data.nodes", "data.blur"},
     "data.plan": {"rng", "data.pixel_ops"},
     "data.sources": {"rng", "plugins", "text", "jsons", "cache_folder"},
     "data.execute": {"data.plan", "data.sources", "data.nodes", "data.pixel_ops"},

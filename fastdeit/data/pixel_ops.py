@@ -1,8 +1,8 @@
 """Pixel operations: one table, `PIXEL_OPS`, of what each is called, does on the CPU, does on the GPU, and reads like.
 
-On the CPU an operation takes one image as an array. `equalize`, `rotate`, `grayscale`, `color`, `blur` and `hue` are
-Pillow's. The others are a few passes of numpy with Pillow's rounding (float32, for `auto_contrast` float64, then
-truncated), cheaper where it counts:
+On the CPU an operation takes one image as an array. `equalize`, `rotate`, `grayscale`, `color` and `hue` are Pillow's,
+and `blur` has Pillow's pixels (`blur.py`). The others are a few passes of numpy with Pillow's rounding (float32, for
+`auto_contrast` float64, then truncated), cheaper where it counts:
 
     blend(base, x, f) = trunc(clip(base + f (x - base), 0, 255))
     color: base = grey; contrast: base = mean grey; brightness: base = 0; sharpness: base = smoothed
@@ -31,7 +31,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
+
+from fastdeit.data.blur import blurred
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
@@ -94,10 +96,6 @@ def _pillow(run: Callable[[Image.Image, float], Image.Image]) -> Callable[[Pixel
 
 def _rotate(image: Image.Image, degrees: float) -> Image.Image:
     return image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL)
-
-
-def _blur(image: Image.Image, radius: float) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 def _hue(image: Image.Image, factor: float) -> Image.Image:
@@ -451,7 +449,7 @@ PIXEL_OPS: tuple[PixelOp, ...] = (
     PixelOp("translate_y", lambda image, pixels: _translate(image, pixels, 0), _entry(1, 2), "by {:+.1f} pixels"),
     PixelOp("grayscale", lambda image, _: _grey(image), _grayscale_gpu, takes_grey=True),
     # radius of Pillow's ImageFilter.GaussianBlur
-    PixelOp("blur", _pillow(_blur), _blur_gpu, "with radius {:.2f}"),
+    PixelOp("blur", blurred, _blur_gpu, "with radius {:.2f}"),
     # factor of torchvision's adjust_hue, -0.5 to 0.5
     PixelOp("hue", _pillow(_hue), _hue_gpu, "by {:+.3f} turns"),
 )

@@ -13,7 +13,7 @@ from PIL import Image
 from fastdeit.bench import data as bench_data
 from fastdeit.bench import data_peers
 from fastdeit.bench.measure import CannotRun
-from fastdeit.data.execute.render import source_region
+from fastdeit.data.execute import dali
 from fastdeit.data.plan.plan import PAD
 from fastdeit.engine.dist import World
 from fastdeit.recipe import resolve as recipes
@@ -139,11 +139,11 @@ def test_the_decoder_alone_makes_the_boxes_that_ours_decodes(setting, evaluation
         works = list(build.train_loader(made.recipe, source, world, {}, print).works(0, bench_data.TIMED_BATCHES))
     for work in [*works, works[0]]:  # it begins again where they end
         boxes = next(stream)
-        parts = source_region(work.views[0], made.size).tolist()
+        parts = np.concatenate(dali._hull(work.views, [made.size]), axis=1).tolist()
         for box, encoded, (y, x, height, width) in zip(boxes, work.encoded, parts, strict=True):
             whole = np.asarray(Image.open(io.BytesIO(encoded.data)))
             assert np.array_equal(box, whole[y : y + height, x : x + width])
-            assert box.size < whole.size
+            assert box.size < whole.size or not evaluation  # the simple crop of these pictures needs most of each
     stream.close()
 
 

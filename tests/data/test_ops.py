@@ -146,6 +146,18 @@ def test_operations_on_a_picture_that_has_become_grey(name, size):
         assert np.abs(got.astype(int) - np.asarray(wanted)).max() <= parity.BOUNDS[name][0][0] * (1 + len(then))
 
 
+# The last three are among those where rounding second differences would not give Pillow's pixels.
+RADII = (*np.linspace(0, 3, 46), 1.4142, 0.12126756, 0.13636431, 0.15309316)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 2), (250, 130)])
+def test_blur_makes_the_pixels_of_pillow(size):
+    """Of black and white noise, too, whose second differences are the largest there are."""
+    for image in (noise(*size), (noise(*size) & 1) * np.uint8(255)):
+        apart = {radius: differences(image, "blur", radius).max() for radius in RADII}
+        assert not any(apart.values()), apart
+
+
 def test_auto_contrast_truncates_as_pillow_does_for_every_range():
     for spread in range(256):
         low = np.array([0, (255 - spread) // 2, 255 - spread])
@@ -368,8 +380,10 @@ def test_a_window_needs_no_more_of_its_image_than_it_looks_at(dirt, monkeypatch)
         whole = source[part[0] : part[0] + part[2], part[1] : part[1] + part[3]].copy()
         renderer = render.Renderer(size, 1)
         (got,) = renderer.batch([whole], part[None, :2], view)
+        (of_all,) = renderer.batch([source], np.zeros((1, 2), np.int32), view)
         renderer.close()
         assert np.array_equal(got.numpy(), expected), (box, resize, start, size)
+        assert np.array_equal(of_all.numpy(), expected), (box, resize, start, size)
         saved += whole.size < height * width * 3
     assert saved > 150
 
@@ -400,6 +414,15 @@ def test_evaluation_decodes_what_its_window_looks_at():
     (part,) = render.source_region(view, (224, 224)).tolist()
     assert part == [20, 81, 335, 336]
     assert dali._hull([view], [(224, 224)])[1].tolist() == [[335, 336]]
+
+
+def test_where_a_window_needs_most_of_its_box_all_is_decoded():
+    """Nothing has to be copied then. Of the two boxes the window needs 78 and 64 percent."""
+    boxes = np.array([[5, 7, 375, 480], [5, 7, 375, 600]], np.int32)
+    resize, start = np.array([[224, 286], [224, 358]], np.int32), np.array([[0, 30], [0, 60]], np.int32)
+    view = plan.unaugmented(boxes, resize, start)
+    corner, extent = dali._hull([view], [(224, 224)])
+    assert np.concatenate((corner, extent), axis=1).tolist() == [[5, 7, 375, 480], [5, 104, 375, 383]]
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ On the CPU, DALI decodes the box, which is what it is fastest at, and `render` d
 being decoded: less than half the CPU time of the DALI graph, and nearer to PIL. On the GPU all of it is that graph
 (`graph.py`).
 
-A sample is decoded once for all of its views: on the CPU the smallest rectangle that holds the source
-regions of all. DALI decodes the same pixels of a box whether it decodes more around it or not, so that no view depends
-on the others.
+A sample is decoded once for all of its views: on the CPU the smallest rectangle that holds the source regions of all,
+or somewhat more (`_hull`). DALI decodes the same pixels of a box whether it decodes more around it or not, so that no
+view depends on the others.
 
 Rules, each from a failure:
 
@@ -51,6 +51,9 @@ from fastdeit.data.plan.plan import Plan, unaugmented
 from fastdeit.data.sources.source import BadImage
 
 IN_FLIGHT = 2
+_MOST = 0.7
+"""Where a window needs that share of its box, all is decoded: it takes no longer, and spares a copy into an array of
+the size of the box."""
 Hull = tuple[NDArray[np.int32], NDArray[np.int32]]
 
 
@@ -282,12 +285,20 @@ def _drawn(encoded: Sequence[Encoded], hull: Hull | None, row: int) -> NDArray[n
 
 
 def _hull(views: Sequence[Plan], sizes: Sequence[tuple[int, int]]) -> Hull:
-    """(corner, extent), both int32 `[B, 2]` as (y, x), of the smallest rectangle that holds the source regions of all
-    views."""
-    parts = [source_region(view, size) for view, size in zip(views, sizes, strict=True)]
-    corner = np.min([part[:, :2] for part in parts], axis=0)
-    end = np.max([part[:, :2] + part[:, 2:] for part in parts], axis=0)
-    return corner.astype(np.int32), (end - corner).astype(np.int32)
+    """(corner, extent), both int32 `[B, 2]` as (y, x), of what is decoded: the smallest rectangle that holds the source
+    regions of all views, or their boxes where those are little larger."""
+    corner, extent = _around([source_region(view, size) for view, size in zip(views, sizes, strict=True)])
+    if any(view.resize is not None for view in views):
+        first, whole = _around([view.box for view in views])
+        most = (extent.prod(1) >= _MOST * whole.prod(1))[:, None]
+        corner, extent = np.where(most, first, corner), np.where(most, whole, extent)
+    return corner.astype(np.int32), extent.astype(np.int32)
+
+
+def _around(parts: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(corner, extent) of the smallest rectangles that hold all `parts`, each int32 `[B, 4]` (y, x, height, width)."""
+    corner = np.min([part[:, :2] for part in parts], axis=0).astype(np.int64)
+    return corner, np.max([part[:, :2] + part[:, 2:] for part in parts], axis=0) - corner
 
 
 def _sound(like: Work, sizes: Sequence[tuple[int, int]]) -> Work:

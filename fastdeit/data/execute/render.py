@@ -61,8 +61,7 @@ class Renderer:
         def run(_: int) -> None:
             for row in rows:
                 try:
-                    pixels = _pixels(sources[row], corner[row], parts[row])
-                    out[row] = self._image(pixels, parts[row], steps, row)
+                    out[row] = self._image(sources[row], corner[row], parts[row], steps, row)
                 except pixel_ops.OperationError as error:
                     raise RenderError(f"the file is sound, but {error}") from error
                 except Exception as error:
@@ -73,14 +72,16 @@ class Renderer:
             pass
         return torch.from_numpy(out)
 
-    def _image(self, pixels: Pixels, part: NDArray[np.int32], steps: Steps, row: int) -> Pixels:
-        box = steps.box[row]
+    def _image(
+        self, source: Pixels, corner: NDArray[np.int32], part: NDArray[np.int32], steps: Steps, row: int
+    ) -> Pixels:
         if steps.resize is None:
-            image = resized(pixels, self._size)
+            image = resized(_pixels(source, corner, part), self._size)
         elif math.prod(steps.resize[row].tolist()) > _LONG * math.prod(self._size):
-            image = window(*_shown(pixels, part, steps, row, self._size), self._size)
+            image = window(*_shown(_pixels(source, corner, part), part, steps, row, self._size), self._size)
         else:
-            image = window(resized(_whole(pixels, part, box), steps.resize[row].tolist()), steps.start[row], self._size)
+            whole = _whole(source, corner, part, steps.box[row])
+            image = window(resized(whole, steps.resize[row].tolist()), steps.start[row], self._size)
         if steps.flip[row]:
             image = flipped(image)
         return image if steps.ops is None else pixel_ops.apply(image, steps.ops.kind[row], steps.ops.value[row])
@@ -124,10 +125,11 @@ def _pixels(source: Pixels, corner: NDArray[np.int32], part: NDArray[np.int32]) 
     return source[top : top + height, left : left + width]
 
 
-def _whole(pixels: Pixels, part: NDArray[np.int32], box: NDArray[np.int32]) -> Pixels:
-    """`box` of an image, of which `pixels` are those of `part`; outside of it is anything."""
-    if (box == part).all():
-        return pixels
+def _whole(source: Pixels, corner: NDArray[np.int32], part: NDArray[np.int32], box: NDArray[np.int32]) -> Pixels:
+    """`box` of an image of which `source` holds `part` at least; what it lacks is anything."""
+    if (box[:2] >= corner).all() and (box[:2] + box[2:] <= corner + source.shape[:2]).all():
+        return _pixels(source, corner, box)
+    pixels = _pixels(source, corner, part)
     region = np.empty((*box[2:].tolist(), 3), np.uint8)
     (y, x), (height, width) = (part[:2] - box[:2]).tolist(), pixels.shape[:2]
     region[y : y + height, x : x + width] = pixels
