@@ -3,6 +3,7 @@
 Sizes are real where a file may have a hole, and limits are lowered where it would have to be written.
 """
 
+import ctypes
 import gzip
 import io
 import math
@@ -176,6 +177,48 @@ def test_a_picture_of_a_few_bytes_and_most_pixels_takes_less_than_a_gibibyte():
     encoded = route.routed(np.frombuffer(data, np.uint8))
     assert (encoded.route.width, encoded.route.height) == (side, side)
     assert peak_of(lambda: pillow.pixels(encoded)) < GIB
+
+
+SAVED = {
+    "JPEG": ("CMYK", {"progressive": True, "subsampling": 0}),
+    "WEBP": ("RGBA", {"method": 0}),
+    "AVIF": ("RGBA", {"speed": 10, "subsampling": "4:4:4"}),
+    "JPEG2000": ("RGBA", {"num_resolutions": 2}),
+    "PNG": ("RGBA", {"compress_level": 1}),
+    "TIFF": ("RGBA", {"compression": "tiff_lzw"}),
+    "GIF": ("P", {}),
+}
+"""Of each format the kind that takes the most memory a pixel."""
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_decoding_a_picture_takes_no_more_memory_than_its_limit_counts(name, monkeypatch):
+    """With a limit that the picture just keeps, and with one that it breaks by a pixel."""
+    monkeypatch.setattr(pillow, "_PIXELS_AT_ONCE", 1 << 14)  # as little of this picture as of the largest
+    mode, options = SAVED[name]
+
+    def saved(side):
+        out = io.BytesIO()
+        Image.radial_gradient("L").resize((side, side)).convert("RGB").convert(mode).save(out, name, **options)
+        return np.frombuffer(out.getvalue(), np.uint8)
+
+    pillow.pixels(route.routed(saved(32)))  # its decoder is there before memory is measured
+    side, data = 1024, saved(1024)
+    ctypes.CDLL(None).malloc_trim(0)  # and nothing lies about that could be used again
+    limit = side**2 * route._BYTES.get(name, route._BYTES_OF_OTHERS)
+    monkeypatch.setattr(route, "MAX_MEMORY", limit)
+    assert peak_of(lambda: pillow.pixels(route.routed(data))) <= limit + len(data)
+    monkeypatch.setattr(route, "MAX_MEMORY", limit - 1)
+    with pytest.raises(
+        BadImage, match=rf"1024 x 1024 pixels, which would take more than .* GiB .*: of {name}, \d+ are"
+    ):
+        route.routed(data)
+
+
+def test_the_page_says_how_large_a_picture_may_be():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    for pixels in (route.MAX_PIXELS, *(route.MAX_MEMORY // needed for needed in route._BYTES.values())):
+        assert f"{pixels:,} " in page
 
 
 def archive(save, **arrays):

@@ -20,6 +20,11 @@ from fastdeit.data.sources.source import BadImage, Source, unreadable
 
 MAX_PIXELS = 2 * 89_478_485
 """The largest picture that is decoded: where Pillow's check for decompression bombs raises."""
+MAX_MEMORY = 2 << 30
+"""The most memory in bytes that decoding one picture may take, besides that of its file."""
+# What it takes a pixel, by the format as Pillow calls it: as measured, rounded up (tests/faults/test_bombs.py).
+_BYTES = {"AVIF": 18, "JPEG": 16, "JPEG2000": 32, "MPO": 16, "WEBP": 20}
+_BYTES_OF_OTHERS = 12
 # Pillow hands an EPS file to Ghostscript, which runs it as a program.
 _REFUSED = ("EPS",)
 _JPEG_TAIL, _PNG_TAIL = 64, 64
@@ -80,8 +85,9 @@ def file_of(source: Source, index: int) -> Encoded | str:
 def route(data: NDArray[np.uint8]) -> Route:
     """How the file with these bytes, uint8 `[n]`, is decoded.
 
-    BadImage if Pillow knows no such format, if the header is damaged, or if the picture has more than `MAX_PIXELS`: a
-    header of a few bytes may ask for gigabytes. That the rest of the file is sound is for the decoder to find out.
+    BadImage if Pillow knows no such format, if the header is damaged, or if the picture has more than `MAX_PIXELS` or
+    takes more than `MAX_MEMORY`: a header of a few bytes may ask for gigabytes. That the rest of the file is sound is
+    for the decoder to find out.
     """
     view = memoryview(data)
     if len(view) == 0:
@@ -91,6 +97,12 @@ def route(data: NDArray[np.uint8]) -> Route:
         raise BadImage(f"the header is damaged: it says {found.width} x {found.height} pixels")
     if found.width * found.height > MAX_PIXELS:
         raise BadImage(f"the header says {found.width} x {found.height} pixels; more than {MAX_PIXELS} are not decoded")
+    most = MAX_MEMORY // _BYTES.get(found.format, _BYTES_OF_OTHERS)
+    if found.width * found.height > most:
+        raise BadImage(
+            f"the header says {found.width} x {found.height} pixels, which would take more than "
+            f"{MAX_MEMORY / (1 << 30):g} GiB to decode; make the picture smaller: of {found.format}, {most} are decoded"
+        )
     return found
 
 
