@@ -19,7 +19,8 @@ def _cache(args: argparse.Namespace, argv: list[str]) -> int:
         if args.data is not None:
             from fastdeit.verbs import data
 
-            args.overrides += data.implied(args.recipe, args.overrides, args.data)
+            told = launch.told_by_launcher()
+            args.overrides += data.implied(args.recipe, args.overrides, args.data, told)
         lay_over(args, args.recipe)
         args.out = Path(args.out or f"caches/{Path(args.recipe).stem}")
         return launch.run(args, argv, _work, processes)

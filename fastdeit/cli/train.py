@@ -38,7 +38,8 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         if args.data is not None and not of_a_run:
             from fastdeit.verbs import data as data_verbs
 
-            args.overrides += data_verbs.implied(args.recipe, args.overrides, args.data)
+            told = launch.told_by_launcher()
+            args.overrides += data_verbs.implied(args.recipe, args.overrides, args.data, told)
         if args.overlays:
             _say_overlays(args)
             lay_over(args, args.recipe)

@@ -230,6 +230,11 @@ def check_processes(processes: Processes, ranks: Mapping[str, str]) -> None:
             )
 
 
+def told_by_launcher() -> bool:
+    """Whether this process is a worker of a launcher of ours, which has read the same command before."""
+    return "RANK" in os.environ and LAUNCHER_VARIABLE in os.environ
+
+
 def worker_environment(began: float) -> dict[str, str]:
     """What the workers find in their environment besides their ranks; `began` as of `launcher_began`."""
     return {LAUNCHER_VARIABLE: str(os.getpid()), BEGAN_VARIABLE: repr(began)}

@@ -132,10 +132,10 @@ def _say_rewritten(source: "Normalised") -> None:
         print(one_line(f"copied as it is, since it cannot be used: {path}: {reason}"))
 
 
-def implied(recipe: str, overrides: Sequence[str], root: str | None) -> list[str]:
+def implied(recipe: str, overrides: Sequence[str], root: str | None, told: bool = False) -> list[str]:
     """The override data.source=KIND where `--data root` is unmistakably of another kind than the class folders that a
     recipe without a source of its own expects, and data.val=NAME where its held-out split is called otherwise; each
-    said in a line by the first process.
+    said in a line by the first process, unless it has been `told` already, by the launcher.
 
     Raises UsageError where several kinds fit, and for a file, which can only be one split of two; DataError where
     several splits may be the held-out one.
@@ -153,16 +153,16 @@ def implied(recipe: str, overrides: Sequence[str], root: str | None) -> list[str
     if kind == "folder" and not chosen and found and "folder" not in found:
         kind = _only(found, root, "data.source=KIND")
         words.append(f"data.source={kind}")
-        _say(f"{root} holds data of kind {kind}: reading it with data.source={kind}")
+        _say(told, f"{root} holds data of kind {kind}: reading it with data.source={kind}")
     val = data.val if kind in kinds.GENERATED else held_out_name(kind, path, data.val)
     if val != data.val:
         words.append(f"data.val={val}")
-        _say(f"{root} has no split {data.val}: holding out {val} with data.val={val}")
+        _say(told, f"{root} has no split {data.val}: holding out {val} with data.val={val}")
     return words
 
 
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+def _say(told: bool, text: str) -> None:
+    if not told and os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 

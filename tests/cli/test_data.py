@@ -12,6 +12,7 @@ from fastdeit import cli
 from fastdeit.data.plan import order
 from fastdeit.data.sources.datasets import open_pair
 from fastdeit.engine.dist import World
+from fastdeit.launch import launch
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.verbs import data as data_verbs
@@ -171,9 +172,29 @@ def test_data_detects_packed_files_and_says_so(packed, capsys, monkeypatch):
     root = f"data.root={packed}"
     assert data_verbs.implied("deit_tiny", [root], packed) == ["data.source=packed"]
     assert capsys.readouterr().out == f"{packed} holds data of kind packed: reading it with data.source=packed\n"
-    monkeypatch.setenv("RANK", "1")
-    assert data_verbs.implied("deit_tiny", [root], packed) == ["data.source=packed"]
-    assert capsys.readouterr().out == ""
+    for rank, told in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert data_verbs.implied("deit_tiny", [root], packed, told) == ["data.source=packed"]
+        assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("rank", "by_us", "said"), [(None, False, 1), ("0", False, 1), ("0", True, 0)])
+def test_what_data_implies_is_said_once_also_by_a_launcher(packed, capsys, monkeypatch, rank, by_us, said):
+    """The launcher of `--nproc` says it, before it starts the worker that is rank 0; torchrun says nothing."""
+    work = []
+    monkeypatch.setattr(launch, "run", lambda args, *_: work.append(args.overrides) or 0)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), rank) | dict.fromkeys(
+        ("WORLD_SIZE", "LOCAL_WORLD_SIZE"), rank and "1"
+    )
+    ranks |= {"MASTER_ADDR": rank and "127.0.0.1", "MASTER_PORT": rank and "29500"}
+    for name, value in {**ranks, launch.LAUNCHER_VARIABLE: by_us and "1"}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    assert cli.main(["train", "deit_tiny", "--data", packed]) == 0
+    assert "data.source=packed" in work[0]
+    assert capsys.readouterr().out.count("holds data of kind packed") == said
 
 
 def test_data_leaves_a_choice_of_the_user_alone(packed, folder, tmp_path):

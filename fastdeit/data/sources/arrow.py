@@ -12,7 +12,6 @@ The file format (`ARROW1`, Feather) is the same stream behind 8 bytes and is rea
 import json
 import os
 import struct
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from pyarrow import ipc
 from fastdeit.data.sources import shards
 from fastdeit.data.sources.faults import of_file
 from fastdeit.data.sources.index import Listed, Strings, digest, read_image, read_range
+from fastdeit.data.sources.names import say
 from fastdeit.data.sources.parquet import class_labels, hub_names, plain_labels, require_columns, require_one_type
 from fastdeit.data.sources.source import BadImage, DataError, contents, unreadable
 
@@ -58,9 +58,7 @@ class ArrowSource(Listed):
         if not names:
             raise DataError(f"{root}: no rows in {', '.join(self._files)}{shards.reasons(skipped)}")
         if skipped:
-            warnings.warn(
-                f"{root}: {len(skipped)} parts of Arrow files are left out:{shards.reasons(skipped)}", stacklevel=2
-            )
+            say(f"{root}: {len(skipped)} parts of Arrow files are left out:{shards.reasons(skipped)}")
         files, starts, sizes, chunks = zip(*columns, strict=True)
         self._file, self._start, self._size = map(np.concatenate, (files, starts, sizes))
         known = hub_names(schemas[0].metadata, label) or _info_names(Path(self._root, self._files[0]).parent, label)

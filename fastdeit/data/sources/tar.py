@@ -14,7 +14,6 @@ import json
 import os
 import re
 import tarfile
-import warnings
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from fastdeit.data.sources.faults import of_file
 from fastdeit.data.sources.index import Listed, Strings, digest, read_image, read_range, text_array
 from fastdeit.data.sources.kinds import Columns, Kind
-from fastdeit.data.sources.names import is_litter
+from fastdeit.data.sources.names import is_litter, say
 from fastdeit.data.sources.scan import scanned
 from fastdeit.data.sources.shards import TAR as SHARD
 from fastdeit.data.sources.shards import Index, Skipped, any_of, cached, of_split, reasons
@@ -88,7 +87,7 @@ class TarSource(Listed):
                 f"{reasons(skipped)}"
             )
         if skipped:
-            warnings.warn(f"{root}: {len(skipped)} entries of tar files are left out:{reasons(skipped)}", stacklevel=2)
+            say(f"{root}: {len(skipped)} entries of tar files are left out:{reasons(skipped)}")
         named = list(Strings(index["classes"].tobytes()))
         if len(named) == 1:
             raise DataError(f"{root}: every label is {named[0]!r}; classification needs two or more classes")

@@ -16,7 +16,6 @@ the numbers 1 to 1000 and keep 0 for a background, TFDS counts from 0. See `TFRe
 
 import json
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from fastdeit.data.sources import shards
 from fastdeit.data.sources.faults import of_file
 from fastdeit.data.sources.index import Listed, Strings, digest, read_at, read_range, text_array
 from fastdeit.data.sources.kinds import Kind
+from fastdeit.data.sources.names import say
 from fastdeit.data.sources.scan import scanned
 from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, contents
 
@@ -77,9 +77,7 @@ class TFRecordSource(Listed):
                 f"{shards.reasons(skipped)}"
             )
         if skipped:
-            warnings.warn(
-                f"{root}: {len(skipped)} entries of TFRecord files are left out:{shards.reasons(skipped)}", stacklevel=2
-            )
+            say(f"{root}: {len(skipped)} entries of TFRecord files are left out:{shards.reasons(skipped)}")
         labels, classes, self.first = _numbered(self._root, self._files, index["label"], first)
         fingerprint = digest(names.blob, labels, self._size)
         super().__init__(classes, names, labels, fingerprint, [tuple(entry) for entry in skipped])
