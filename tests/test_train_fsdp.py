@@ -297,4 +297,4 @@ def test_what_parts_cannot_do_is_refused_with_the_way_out(path, overrides, words
 @pytest.mark.parametrize("capture", ["compile", "graph"])
 def test_a_captured_step_is_refused_at_once(path, capture):
     with pytest.raises(recipes.RecipeError, match=f"fsdp2 gathers .* engine.capture {capture} cannot"):
-        recipes.load(path, ["engine.parallel=fsdp2", f"engine.capture={capture}"])
+        recipes.load(path, ["engine.parallel=fsdp2", f"engine.capture={capture}", "engine.device=cuda"])

@@ -1,4 +1,4 @@
-"""Pillow's Gaussian blur, bit for bit; for small radii in two thirds of its time.
+"""Pillow's Gaussian blur, bit for bit; for small radii in less time.
 
 Pillow approximates a Gaussian by box blurs, three along the rows and three along the columns (Gwosdek et al.,
 "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering", 2011). A box reaches by a fraction beyond

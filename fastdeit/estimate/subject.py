@@ -27,7 +27,7 @@ from fastdeit.models.layers import hidden_matrices, layers
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, LengthError, length
 from fastdeit.run.address import parse
-from fastdeit.run.build import views
+from fastdeit.run.build import not_taken, views
 from fastdeit.run.weights import open_weights
 
 if TYPE_CHECKING:
@@ -133,11 +133,15 @@ def subject(recipe: "Recipe", images: int | None = None) -> Subject:
 
 
 def students(recipe: "Recipe", classes: int) -> Iterator[tuple[tuple[int, int], Network]]:
-    """((height, width), the student on such images) for each entry of `data.size_schedule`."""
+    """((height, width), the student on such images) for each entry of `data.size_schedule`. UsageError for a size that
+    it does not take."""
     model = recipe.model
     for epoch, _ in recipe.data.size_schedule:
         size = views(recipe, epoch)[0].size
-        yield size, network(model.name, model.timm, size, classes, model.drop_path)
+        try:
+            yield size, network(model.name, model.timm, size, classes, model.drop_path)
+        except UsageError as error:
+            raise not_taken(size, error) from error
 
 
 def kept_of(recipe: "Recipe") -> tuple[float, ...]:

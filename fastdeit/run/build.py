@@ -386,11 +386,14 @@ def _check_takes(network: nn.Module, size: int | tuple[int, int]) -> None:
             with torch.no_grad():
                 network.eval()(torch.zeros(1, 3, height, width))
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"data.size_schedule: the model does not take images of {height} x {width} pixels: {error}"
-        ) from error
+        raise not_taken((height, width), error) from error
     finally:
         network.train()
+
+
+def not_taken(size: tuple[int, int], error: Exception) -> UsageError:
+    """The refusal of a (height, width) of `data.size_schedule` that the model does not take, which `error` says."""
+    return UsageError(f"data.size_schedule: the model does not take images of {size[0]} x {size[1]} pixels: {error}")
 
 
 @contextmanager

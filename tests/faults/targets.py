@@ -353,6 +353,8 @@ TARGETS = (
             "tests/test_train.py::test_bad_images_are_replaced_counted_and_named",
             "tests/faults/test_bombs.py::test_an_image_of_gigabytes_is_not_read",
             "tests/faults/test_bombs.py::test_a_picture_of_a_few_bytes_and_most_pixels_takes_less_than_a_gibibyte",
+            "tests/faults/test_bombs.py::test_decoding_a_picture_takes_no_more_memory_than_its_limit_counts",
+            "tests/faults/test_bombs.py::test_the_page_says_how_large_a_picture_may_be",
         ),
     ),
     Target(

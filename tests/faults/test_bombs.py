@@ -3,14 +3,17 @@
 Sizes are real where a file may have a hole, and limits are lowered where it would have to be written.
 """
 
-import ctypes
 import gzip
 import io
+import json
 import math
 import os
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -31,6 +34,8 @@ from fastdeit.errors import UsageError
 from fastdeit.estimate import rows as measured
 from fastdeit.experiments import rows as trained
 from fastdeit.run import environment, hub, lock, overview
+from tests.faults import decoding_memory
+from tests.faults.decoding_memory import SAVED, SIDE, peak_of, saved
 
 GIB = 1 << 30
 
@@ -152,20 +157,6 @@ def test_a_kit_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):
         imagenet_kit.truth(tmp_path)
 
 
-def peak_of(work):
-    """Bytes that this process needs for `work()` at its peak, beyond what it has before."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
-    before, _ = memory()
-    work()
-    return memory()[1] - before
-
-
-def memory():
-    """Bytes that this process has in memory now, and at its peak."""
-    found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(1024 * int(found[name].split()[0]) for name in ("VmRSS", "VmHWM"))
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_picture_of_a_few_bytes_and_most_pixels_takes_less_than_a_gibibyte():
@@ -179,35 +170,22 @@ def test_a_picture_of_a_few_bytes_and_most_pixels_takes_less_than_a_gibibyte():
     assert peak_of(lambda: pillow.pixels(encoded)) < GIB
 
 
-SAVED = {
-    "JPEG": ("CMYK", {"progressive": True, "subsampling": 0}),
-    "WEBP": ("RGBA", {"method": 0}),
-    "AVIF": ("RGBA", {"speed": 10, "subsampling": "4:4:4"}),
-    "JPEG2000": ("RGBA", {"num_resolutions": 2}),
-    "PNG": ("RGBA", {"compress_level": 1}),
-    "TIFF": ("RGBA", {"compression": "tiff_lzw"}),
-    "GIF": ("P", {}),
-}
-"""Of each format the kind that takes the most memory a pixel."""
+@cache
+def peaks():
+    """{format: (bytes that decoding a picture takes at its peak, bytes of the file)}"""
+    done = subprocess.run([sys.executable, "-m", decoding_memory.__name__], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("name", SAVED)
 def test_decoding_a_picture_takes_no_more_memory_than_its_limit_counts(name, monkeypatch):
     """With a limit that the picture just keeps, and with one that it breaks by a pixel."""
-    monkeypatch.setattr(pillow, "_PIXELS_AT_ONCE", 1 << 14)  # as little of this picture as of the largest
-    mode, options = SAVED[name]
-
-    def saved(side):
-        out = io.BytesIO()
-        Image.radial_gradient("L").resize((side, side)).convert("RGB").convert(mode).save(out, name, **options)
-        return np.frombuffer(out.getvalue(), np.uint8)
-
-    pillow.pixels(route.routed(saved(32)))  # its decoder is there before memory is measured
-    side, data = 1024, saved(1024)
-    ctypes.CDLL(None).malloc_trim(0)  # and nothing lies about that could be used again
-    limit = side**2 * route._BYTES.get(name, route._BYTES_OF_OTHERS)
+    (peak, size), data = peaks()[name], saved(name, SIDE)
+    limit = SIDE**2 * route._BYTES.get(name, route._BYTES_OF_OTHERS)
+    assert peak <= limit + size
     monkeypatch.setattr(route, "MAX_MEMORY", limit)
-    assert peak_of(lambda: pillow.pixels(route.routed(data))) <= limit + len(data)
+    route.routed(data)
     monkeypatch.setattr(route, "MAX_MEMORY", limit - 1)
     with pytest.raises(
         BadImage, match=rf"1024 x 1024 pixels, which would take more than .* GiB .*: of {name}, \d+ are"

@@ -8,7 +8,7 @@ from fastdeit.bench.count_card import pretended_card
 from fastdeit.cli import main as cli
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
-from fastdeit.estimate import report
+from fastdeit.estimate import duration
 from fastdeit.estimate.gpus import GPUS
 from fastdeit.kernels import _triton
 from fastdeit.recipe import resolve as recipes
@@ -138,7 +138,7 @@ def test_a_run_that_goes_on_keeps_its_precision():
 
 @pytest.mark.parametrize(("gpu", "wanted"), [("V100", "fp16"), ("A100", "bf16"), ("H200", "bf16")])
 def test_a_plan_has_what_would_run(gpu, wanted):
-    assert report._precision(recipe(), GPUS[gpu]) == wanted
+    assert duration.precision(recipe(), GPUS[gpu]) == wanted
 
 
 @pytest.mark.parametrize(("arch", "other"), [(70, "fp32"), (90, "bf16")])
