@@ -397,8 +397,8 @@ class EngineConfig(Section):
     def _kept_or_made_again(cls, keep: bool | str, info: ValidationInfo) -> bool | str:
         if keep is True and info.data.get("checkpoint_blocks"):
             raise ValueError(
-                "has no effect beside engine.checkpoint_blocks, which computes all activations of a block again; "
-                "choose one"
+                "has no effect beside engine.checkpoint_blocks, which computes all activations of a block again; use "
+                "false for one of the two"
             )
         return keep
 
@@ -431,7 +431,7 @@ class EngineConfig(Section):
                 f"fp8 rounds the operands of products in bf16: it needs engine.precision bf16, not {precision}"
             )
         if products == "fp8" and info.data.get("keep_activations") is True:
-            raise ValueError("fp8 makes the activations of the MLPs again; leave out engine.keep_activations")
+            raise ValueError("fp8 makes the activations of the MLPs again; use engine.keep_activations=false")
         return products
 
     @field_validator("residual")

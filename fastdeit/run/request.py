@@ -9,9 +9,12 @@ fastdeit train --from ADDRESS [section.field=value ...]               a new run 
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
 
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
@@ -104,11 +107,13 @@ def _resume(run: Path, args: argparse.Namespace) -> Request:
 
 def given_again(recipe: "Recipe", before: "Recipe") -> "Recipe":
     """`recipe`, which is given again to go on with a run by the recipe `before`: with the run's name, and its threads
-    if none are given, as its results depend on them. What it leaves to be chosen is what the run has chosen."""
-    threads = recipe.engine.threads or before.engine.threads
-    unsaid = (name for name in ("capture", "keep_activations", "precision") if getattr(recipe.engine, name) == "auto")
-    chosen = {name: getattr(before.engine, name) for name in unsaid}
-    engine = recipe.engine.model_copy(update={"threads": threads, **chosen})
+    if none are given, as its results depend on them. What it leaves to be chosen is what the run has chosen, but for
+    what other settings of it exclude, such as kept activations beside `checkpoint_blocks`: that is chosen anew."""
+    engine = recipe.engine.model_copy(update={"threads": recipe.engine.threads or before.engine.threads})
+    for name in ("capture", "keep_activations", "precision"):
+        if getattr(engine, name) == "auto":
+            with suppress(ValidationError):
+                engine = type(engine).model_validate(engine.model_dump() | {name: getattr(before.engine, name)})
     return recipe.model_copy(update={"name": before.name, "engine": engine})
 
 

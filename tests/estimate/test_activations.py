@@ -98,3 +98,27 @@ def test_a_plan_is_of_what_a_run_would_do(gpu):
 
     assert fused("auto") == fused("true" if gpu == "H200" else "false")
     assert fused("true") > fused("false")
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ("engine.checkpoint_blocks=true", "keep_activations"),
+        ("engine.products=fp8", "keep_activations"),
+        ("engine.parallel=fsdp2", "capture"),
+        ("engine.device=cpu", "capture"),
+    ],
+)
+def test_an_answer_that_other_settings_exclude_is_found_anew(asked, field):
+    """The run's recipe stays one that can be read again."""
+    before = recipe("engine.keep_activations=true", "engine.capture=graph")
+    again = request.given_again(recipe("engine.capture=auto", asked), before)
+    assert getattr(again.engine, field) == "auto"
+    assert recipes.override(again, []) == again
+
+
+def test_the_answer_goes_with_the_precision_that_is_asked_for():
+    before = recipes.load("deit_base", ["engine.precision=fp32"])
+    again, rounded = (recipes.load("deit_base", words) for words in ([], ["engine.residual=bf16"]))
+    assert request.given_again(again, before).engine.precision == "fp32"
+    assert request.given_again(rounded, before).engine.precision == "auto"

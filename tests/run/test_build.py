@@ -401,7 +401,7 @@ def test_what_a_model_cannot_do_is_refused(student, overrides, words):
         ),
         (
             ["engine.products=fp8", "engine.precision=bf16", "engine.keep_activations=true"],
-            "engine.products: fp8 makes the activations of the MLPs again; leave out engine.keep_activations",
+            "engine.products: fp8 makes the activations of the MLPs again; use engine.keep_activations=false",
         ),
         (
             ["engine.keep_activations=true", "engine.checkpoint_blocks=true"],
