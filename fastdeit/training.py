@@ -95,6 +95,10 @@ def _say_once(text: str) -> None:
         print(one_line(text), flush=True)
 
 
+def _of_teacher(recipe: "Recipe", text: str) -> None:
+    _say_once(f"of the teacher {recipe.name}, {text}")
+
+
 def train(
     recipe: "Recipe",
     run_dir: Path | None,
@@ -127,7 +131,8 @@ def train(
     begins = origin is None and not (resume and run_dir is not None and directory.has_checkpoint(run_dir))
     begun, folders = run_dir if resume else None, teachers.folders(recipe.method)
     trained = teachers.trained(recipe, begun) if origin is None else origin.teachers(recipe)
-    own = teachers.to_train(recipe, begun, trained)
+    to_train = teachers.to_train(recipe, begun, trained).items()
+    own = {config: activations.fixed(each, world, partial(_of_teacher, each)) for config, each in to_train}
     parts = Parts.of(recipe, world, begins, trained | own)
     recipe = parts.recipe
     start = 0 if origin is None else origin.start(parts.length)

@@ -144,6 +144,8 @@ def test_run_directory(whole):
     assert [r["step"] for r in records if r["kind"] == "train"] == [5, 10, 12]
     assert [r["images"] for r in records if r["kind"] == "eval"] == [100, 100]
     assert recipes.load(str(run / "recipe.yaml")).model_dump(exclude={"name"})["train"]["batch_size"] == 64
+    # What the student's recipe leaves to the machine is answered for a teacher of ours as well.
+    assert directory.recipe_of(run / "teacher").engine.keep_activations is False
 
 
 def test_retention_keeps_two_and_the_best(whole):
