@@ -252,10 +252,11 @@ def _lost(error: RuntimeError, watch: Watch) -> str:
         told = f"the connection to the other processes is lost ({first}); the launcher says which one ended first"
     else:
         told = watch.lost() or f"a collective failed, though all processes are alive: {first}"
-    if (stopped_s := watch.stopped_s()) > watch.timeout_s:
+    limit_s = watch.limit_s()
+    if (stopped_s := watch.stopped_s()) > limit_s:
         told += (
             f". This process did not run for {stopped_s:.0f} s, as in a job that is suspended: a collective fails "
-            "after 1.5 times engine.timeout_s, and this time counts"
+            f"after {of_collectives(limit_s):.0f} s here, and this time counts"
         )
     return told
 

@@ -81,14 +81,14 @@ class Watch:
         self._store, self._keeper, self._leave, self._clock = store, keeper, leave, clock
         self._time_s, self._turned, self._stopped_s = 0.0, clock(), 0.0
         self._tick_s, self._answers = min(_LIFE_S, timeout_s / 4), 0
-        self._said = (0, "the start", self._time_s)
+        self._said = (0, "the start", self._time_s, 0.0)
         self._main = threading.get_ident()
         self._end = threading.Event()
 
     def at(self, place: str, *, patient: bool) -> None:
         """The main thread says that it is at `place` now; costs a microsecond."""
         changed, self.patient = patient != self.patient, patient
-        self._said = (self._said[0] + 1, place, self._time_s)
+        self._said = (self._said[0] + 1, place, self._time_s, self._stopped_s)
         if changed and self._running:
             self._set_timer()  # at once: in the next turn of a thread this one may hold the lock
 
@@ -96,10 +96,9 @@ class Watch:
         """Seconds that the main thread may be where it is."""
         return max(START_S, self.timeout_s) if self.patient else self.timeout_s
 
-    def stopped_s(self, now: float | None = None) -> float:
-        """Seconds that this process was stopped for, in all, until `now`."""
-        since = (self._clock() if now is None else now) - self._turned
-        return self._stopped_s + (since if since > _LOST_S else 0.0)
+    def stopped_s(self) -> float:
+        """Seconds that this process was stopped for since the main thread last said where it is."""
+        return self._all_stopped_s(self._clock()) - self._said[3]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -181,9 +180,13 @@ class Watch:
     def _turn(self) -> None:
         """Count the time since the last turn. Of one that took far longer than any should, the process was stopped."""
         now = self._clock()
-        self._stopped_s = self.stopped_s(now)
+        self._stopped_s = self._all_stopped_s(now)
         seconds, self._turned = now - self._turned, now
         self._time_s += seconds if seconds <= _LOST_S else self._tick_s
+
+    def _all_stopped_s(self, now: float) -> float:
+        since = now - self._turned
+        return self._stopped_s + (since if since > _LOST_S else 0.0)
 
     def _stays(self) -> bool:
         """Whether the main thread has been where it is for too long."""
@@ -201,7 +204,7 @@ class Watch:
 
     def _hangs(self) -> None:
         """Say what there is to be said, and end the process."""
-        count, place, since = self._said
+        count, place, since, _ = self._said
         seconds = self._time_s - since
         own = {"count": count, "place": place, "line": self._line(), "host": socket.gethostname(), "pid": os.getpid()}
         with contextlib.suppress(RuntimeError):

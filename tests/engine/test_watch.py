@@ -97,9 +97,16 @@ def test_time_in_which_this_process_was_stopped_is_no_hang(monkeypatch):
     each.at("the computation of a step", patient=False)
     assert not each._stays()
     now[0] += 100.0
-    assert each.stopped_s() == 3700.0, "known before the next turn: a collective fails at once"
+    assert each.stopped_s() == 100.0, "known before the next turn: a collective fails at once"
     error = RuntimeError("Timed out waiting 30000ms for recv")
-    assert "This process did not run for 3700 s" in dist._lost(error, each)
+    assert dist._lost(error, each).endswith(
+        "did not run for 100 s, as in a job that is suspended: a collective fails after 30 s here, and this time counts"
+    )
+    each._turn()
+    each.at("an evaluation", patient=True)
+    assert "did not run" not in dist._lost(error, each), "the stops of before have failed no collective of now"
+    now[0] += 100.0
+    assert "did not run" not in dist._lost(error, each), "too short a stop for the collectives of an evaluation"
 
 
 class Silent:
