@@ -146,6 +146,12 @@ def without_weights(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
 
 
+def to_evaluate(recipe: Recipe) -> Recipe:
+    """The recipe of a run as an evaluation takes it: nothing is recorded there, so that `engine.capture: graph` of a
+    run on a GPU excludes no CPU."""
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"capture": "none"})})
+
+
 def check_complete(recipe: Recipe) -> None:
     """Raise RecipeError where a run lacks what the recipe leaves to its user: trained weights to go on from.
 

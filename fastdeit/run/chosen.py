@@ -57,7 +57,7 @@ def check(text: str, overrides: Sequence[str], model: str | None = None) -> None
     if address.kind in ("safetensors", "pickle", "timm"):
         recipes.override(bare.stand_in(), overrides)
     if address.kind == "run" and checkpoint.steps(address.path / directory.CHECKPOINTS):
-        recipes.override(directory.recipe_of(address.path), overrides)
+        recipes.override(recipes.to_evaluate(directory.recipe_of(address.path)), overrides)
 
 
 def state_of(address: Address, found: Checkpoint, part: str) -> dict[str, Any]:

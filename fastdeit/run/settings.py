@@ -31,7 +31,7 @@ def settings(weights: Weights, model: str | None, overrides: Sequence[str], root
             raise UsageError(f"--model {model}: {weights.origin} says itself which model its weights are of")
         recipe = checked_recipe(weights.checkpoint.state["recipe"], weights.checkpoint.path)
         # The checkpoint holds the weights; the file that training started from need not exist any more.
-        recipe = recipes.without_weights(recipe)
+        recipe = recipes.to_evaluate(recipes.without_weights(recipe))
     else:
         try:
             recipe = _recipe(weights, model)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from fastdeit.cli import main as cli
 from fastdeit.engine.dist import World
-from fastdeit.run import build
+from fastdeit.run import build, chosen, directory
+from fastdeit.run import settings as settings_of
 from fastdeit.run.settings import doubt, settings
 from fastdeit.run.weights import Known, Weights, open_weights
 from fastdeit.verbs import attention, evaluate, pictures
@@ -50,6 +51,18 @@ def test_a_run_is_judged_as_it_was_in_training_and_in_detail(run, capsys):
     assert f"{run}, step 2: 18 images (0 unreadable) at 16x32 pixels, crop ratio 1" in said
     assert f"{summary['top1_fused']:.2f} %" in next(line for line in said.splitlines() if "mean of softmaxes" in line)
     assert "both heads (mean of logits), averaged weights" in said
+
+
+def test_a_run_whose_steps_were_recorded_on_a_gpu_is_judged_on_a_cpu(run, monkeypatch):
+    def recorded(*where, checked=directory.checked_recipe):
+        recipe = checked(*where)
+        return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=on_gpu)})
+
+    on_gpu = {"device": "auto", "capture": "graph"}
+    for module in (directory, settings_of):
+        monkeypatch.setattr(module, "checked_recipe", recorded)
+    chosen.check(str(run), ["engine.device=cpu"])
+    assert settings(open_weights(str(run)), None, ["engine.device=cpu"]).engine.device == "cpu"
 
 
 def test_a_bare_file_gives_the_numbers_of_its_run(run, bare, held_out, capsys):
