@@ -160,6 +160,8 @@ class Knn:
         features, wanted = (processes.gather(rows) for rows in _features(evaluation, evaluation.held_out()))
         right = 0
         for some, truth in zip(F.normalize(features).split(_ROWS), wanted.split(_ROWS), strict=True):
+            if len(some) == 0:  # no held-out image can be used
+                continue
             cosines, labels = (processes.gather(each.t().contiguous()) for each in self._nearest(some, known))
             cosines, index = cosines.topk(self.neighbours, dim=0)
             labels = labels.gather(0, index)

@@ -63,6 +63,7 @@ def test_features_that_tell_labels_apart_are_told_from_those_that_do_not(evaluat
     assert found(0, 1, evaluator, Features(), TRAINING, HELD_OUT) == (7, {name: 100.0})
     _, metrics = found(0, 1, evaluator, Features(blind=True), TRAINING, HELD_OUT)
     assert metrics[name] < 50
+    assert found(0, 1, evaluator, Features(), TRAINING, []) == (0, {name: 0.0}), "no image can be used"
 
 
 def both(rank, size, training, held_out):
