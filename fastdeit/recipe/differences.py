@@ -63,6 +63,10 @@ def _has_two_heads(recipe: "Recipe") -> bool:
     return CONFIGS[name].distilled if name in CONFIGS else "distilled" in (recipe.model.timm or name or "")
 
 
+def _fuses(fuse: str) -> "Callable[[Recipe], bool]":
+    return lambda recipe: _has_two_heads(recipe) and recipe.method.fuse == fuse
+
+
 def _distils(recipe: "Recipe") -> bool:
     return isinstance(recipe.method, DistillConfig)
 
@@ -73,6 +77,10 @@ def _mixes(recipe: "Recipe") -> bool:
 
 def _begins_as_deit(recipe: "Recipe") -> bool:
     return recipe.model.name in CONFIGS and CONFIGS[recipe.model.name].init == "deit"
+
+
+def _with(field: str, *values: Any) -> "Callable[[Recipe], bool]":
+    return lambda recipe: _value(recipe, field) in values
 
 
 def _has_size(pixels: int) -> "Callable[[Recipe], bool]":
@@ -99,15 +107,24 @@ _DEIT = (
     Difference(
         "the weights are not averaged",
         "the weights are averaged, but no published result uses that",
-        field="optim.ema_decay",
-        value=0.99996,
+        _with("optim.ema_decay", None),
+        "optim.ema_decay",
+        0.99996,
     ),
     Difference(
-        "two heads answer with the sum of their softmaxes, as in the paper",
-        "two heads answer with the mean of their logits",
-        _has_two_heads,
-        "method.fuse",
-        "logit",
+        "the average of the weights has a decay of its own",
+        "the decay is 0.99996, but no published result uses the average",
+        lambda recipe: recipe.optim.ema_decay is not None,
+        "optim.ema_decay",
+        0.99996,
+    ),
+    *(
+        Difference(ours, "two heads answer with the mean of their logits", _fuses(fuse), "method.fuse", "logit")
+        for fuse, ours in (
+            ("softmax", "two heads answer with the sum of their softmaxes, as in the paper"),
+            ("class", "the class head answers alone"),
+            ("distillation", "the distillation head answers alone"),
+        )
     ),
     Difference(
         "the soft loss is divided by the batch, as in the paper",
@@ -116,8 +133,15 @@ _DEIT = (
         "method.reduction",
         "numel",
     ),
-    Difference(
-        "bf16 on a GPU that has it", "float16 by autocast, with a scaled loss", field="engine.precision", value="fp16"
+    *(
+        Difference(
+            ours,
+            "float16 by autocast, with a scaled loss",
+            _with("engine.precision", precision),
+            "engine.precision",
+            "fp16",
+        )
+        for precision, ours in (("auto", "bf16 on a GPU that has it"), ("bf16", "bf16"), ("fp32", "fp32"))
     ),
     Difference(
         "the blocks multiply numbers of 8 bits",
@@ -131,7 +155,7 @@ _DEIT = (
         field="model.drop_path_skip",
         value=False,
     ),
-    Difference("the images grow", "all images have one size", field="data.size_schedule", value=()),
+    Difference("the images change their size", "all images have one size", field="data.size_schedule", value=()),
     Difference(
         "the teacher teaches in fine-tuning, too",
         "distillation is refused in fine-tuning",
@@ -170,8 +194,8 @@ _DEIT = (
 _BIG_VISION = (
     Difference("all training images are used", "the last 1 % of them are kept for validation"),
     Difference(
-        "the sigmoid cross-entropy is the mean over the classes, and optim.clip_grad therefore 1.0 / 1000",
-        "it is their sum, and the limit 1.0",
+        "the sigmoid cross-entropy is the mean over the classes, so gradients are a thousandth",
+        "it is their sum, and gradients are clipped at 1.0",
         lambda recipe: recipe.method.loss == "bce",
     ),
     Difference("the head's bias begins at 0", "it begins at -6.9", lambda recipe: recipe.method.loss == "bce"),
@@ -181,7 +205,7 @@ _BIG_VISION = (
         _begins_as_deit,
     ),
     Difference("the head is one linear layer", "a layer of the model's width with tanh comes before it (rep_size)"),
-    Difference("AdamW's first moment has 32 bits", "it has 16"),
+    Difference("AdamW's first moment has 32 bits", "it has 16", _with("optim.name", "adamw")),
     Difference(
         "a sample is mixed with its mirror image in the group",
         "it is mixed with its neighbour, and keeps the larger share",
@@ -190,7 +214,7 @@ _BIG_VISION = (
     Difference(
         "RandAugment has timm's 15 operations, and what they uncover has ImageNet's mean colour",
         "it has Cutout as well, and grey",
-        lambda recipe: recipe.data.augment != "none",
+        lambda recipe: recipe.data.augment.startswith(("augreg-", "rand-")),
     ),
     Difference(
         "crops are resized bicubically with antialiasing, and so are the images of evaluation",
@@ -203,23 +227,31 @@ _PYCLS = (
     Difference(
         "the rate changes at every step, and its cosine begins anew after the warm-up",
         "it changes once an epoch, and the warm-up cuts into the cosine and begins at a tenth of the rate by default",
+        _with("optim.schedule", "cosine"),
     ),
     Difference("weight decay leaves positions and class token alone", "it leaves norms and biases alone only"),
     Difference(
-        "the average of the weights follows at every step, with DeiT's decay, as the paper names none",
+        "the average of the weights follows at every step, and its decay is optim.ema_decay, as the paper names none",
         "it follows every 32nd step, begins after the warm-up, and its decay is about 0.99995 a step by default",
+        lambda recipe: recipe.optim.ema_decay is not None,
     ),
     Difference(
         "the weights of attention begin by Xavier's uniform, queries, keys and values each by themselves",
         "these three begin together by Xavier's uniform, and the projection by PyTorch's default",
+        lambda recipe: recipe.model.name in CONFIGS,
     ),
-    Difference("a sample is mixed with its mirror image in the group", "it is mixed with any sample of its GPU"),
+    Difference(
+        "a sample is mixed with its mirror image in the group", "it is mixed with any sample of its GPU", _mixes
+    ),
     Difference(
         "crops have log-uniform proportions, and are resized bicubically with antialiasing",
         "they have uniform proportions, and are resized bilinearly without it",
+        _with("data.crop", "random_resized"),
     ),
     Difference(
-        "AutoAugment works bicubically, and what it uncovers has ImageNet's mean colour", "it works bilinearly, on grey"
+        "AutoAugment works bicubically, and what it uncovers has ImageNet's mean colour",
+        "it works bilinearly, on grey",
+        _with("data.augment", "v0"),
     ),
     Difference("colours are not shifted along their principal components", "they are, by 0.1 by default"),
 )
@@ -238,5 +270,12 @@ def of(recipe: "Recipe") -> Iterator[Difference]:
 
 
 def notes(recipe: "Recipe") -> list[str]:
-    """What a run says of them at its start."""
-    return [f"differs from {REFERENCES[recipe.about.follows].title}: {one.sentence()}" for one in of(recipe)]
+    """What a run says of them at its start: a title, and a line for each."""
+    told = [f"* {one.sentence()}" for one in of(recipe)]
+    return [f"{title(recipe)}:", *told] if told else []
+
+
+def title(recipe: "Recipe") -> str:
+    """What stands above the differences of a recipe that follows public code."""
+    settable = ", where `--as public-code` sets what has a name" if recipe.about.follows == "deit" else ""
+    return f"differs from {REFERENCES[recipe.about.follows].title}{settable}"

@@ -102,7 +102,12 @@ def differences(recipe: str, names: Sequence[str], given: Sequence[str]) -> Iter
     """A line for each field that the overlays `names` change in a recipe with the overrides `given`."""
     before = resolve.load(recipe, given)
     after = resolve.load(recipe, [*overrides(recipe, names, given), *given])
-    why = {setting.field: (name, setting.why) for name in names for setting in _overlay(name).settings}
+    why = {
+        setting.field: (name, setting.why)
+        for name in names
+        for setting in _overlay(name).settings
+        if setting.where(before)
+    }
     for field, old, new in resolve.changes(before, after):
         name, reason = why[field]
         yield f"--as {name}: {field} is {format_value(new)}, in the recipe {format_value(old)}: {reason}"

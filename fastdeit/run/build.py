@@ -200,11 +200,11 @@ def notes(recipe: "Recipe", images: int, student: nn.Module, processes: int, dev
     done."""
     has_token = student.decay_groups(True) != student.decay_groups(False)
     facts = idle.Facts(len(student.head_names), has_token, processes, device.type)
-    found, batch = differences.notes(recipe) + idle.notes(recipe, facts), recipe.train.batch_size
+    found, batch = idle.notes(recipe, facts), recipe.train.batch_size
     if batch > images:
         says = f"train.batch_size {batch} is more than the {images} training images"
         found.append(f"{says}: a batch has some of them repeatedly")
-    return found
+    return found + differences.notes(recipe)  # last: the list is long, and what is wrong with the run comes before
 
 
 def train_loader(

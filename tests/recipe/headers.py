@@ -18,9 +18,12 @@ def expected(recipe: recipes.Recipe) -> list[str]:
     """The lines that say how the recipe differs; none where it follows no public code."""
     if recipe.about.follows is None:
         return []
-    settable = ", where `--as public-code` sets what has a name" if recipe.about.follows == "deit" else ""
-    title = f"{BEGINS}{differences.REFERENCES[recipe.about.follows].title}{settable}:"
-    return ["#", title, *(line for one in differences.of(recipe) for line in _item(one.sentence()))]
+    title = differences.title(recipe)
+    return [
+        "#",
+        f"# {title[0].upper()}{title[1:]}:",
+        *(line for one in differences.of(recipe) for line in _item(one.sentence())),
+    ]
 
 
 def _item(sentence: str) -> Iterator[str]:

@@ -44,6 +44,31 @@ def test_what_the_recipe_has_already_is_no_difference():
     assert not any("optim.schedule" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("name", "override", "said"),
+    [
+        ("deit_tiny", "engine.precision=auto", "engine.precision: bf16 on a GPU that has it; there, float16"),
+        ("deit_tiny", "engine.precision=fp32", "engine.precision: fp32; there, float16"),
+        ("deit_tiny", "optim.ema_decay=0.9999", "optim.ema_decay: the average of the weights has a decay of its own"),
+        ("deit_tiny_distilled", "method.fuse=class", "method.fuse: the class head answers alone"),
+        ("vitc_1gf", "optim.ema_decay=null", None),
+        ("vitc_1gf", "data.augment=none", None),
+        ("vitc_1gf", "data={mixup: 0, cutmix: 0}", None),
+        ("augreg_small", "data.augment=v0", None),
+    ],
+)
+def test_a_difference_is_told_as_the_setting_is(name, override, said):
+    """What a setting that is laid over the recipe's makes untrue is not told."""
+    told, before = (differences.notes(recipes.load(name, words)) for words in ([override], []))
+    if said is None:
+        assert len(told) == len(before) - 1
+        assert set(told) < set(before)
+    else:
+        assert [line for line in told if line.startswith(f"* {said.partition(':')[0]}: ")] == [
+            next(line for line in told if line.startswith(f"* {said}"))
+        ]
+
+
 def test_the_command_s_own_overrides_win():
     texts = overlays.overrides("deit_tiny", ["public-code"], ["engine.precision=fp32"])
     assert not any(text.startswith("engine.precision") for text in texts)
@@ -98,8 +123,9 @@ def test_train_says_each_difference(capsys):
         "--as public-code: optim.schedule is 'deit-exact', in the recipe 'cosine': the rate changes once an epoch"
         in out
     )
-    assert "differs from DeiT's public code: RandAugment's Posterize keeps at least 1 bit; there, " in out
-    assert "differs from DeiT's public code: optim.schedule" not in out  # it is as theirs now
+    told = out.partition("differs from DeiT's public code, where `--as public-code` sets what has a name:\n")[2]
+    assert "* RandAugment's Posterize keeps at least 1 bit; there, " in told
+    assert "* optim.schedule" not in told  # it is as theirs now
     assert "engine.precision" not in out.partition("--as")[0] + out[out.rindex("--as public-code") :].partition("\n")[0]
 
 
