@@ -4,6 +4,7 @@ Networks are built on the meta device, without storage; no data set is opened.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -196,10 +197,11 @@ def network(
     size = size or built.config.image_size
     other = {}
     try:
-        flops = built.flops()
-        shape = _shape(built)
-        if shape is None or abs(shape.flops - flops) > _ALIKE * flops:  # some other network, or more in it than that
-            shape, other = None, _activations(built, size)
+        with _of_others(name):
+            flops = built.flops()
+            shape = _shape(built)
+            if shape is None or abs(shape.flops - flops) > _ALIKE * flops:  # another network, or more in it than that
+                shape, other = None, _activations(built, size)
     except (NotImplementedError, RuntimeError) as error:
         raise UsageError(f"the FLOPs of {timm or name} cannot be counted on the meta device ({error})") from error
     parameters = sum(parameter.numel() for parameter in built.parameters())
@@ -214,11 +216,25 @@ def _built(
     options = {"num_classes": classes, "drop_path": drop_path} | ({"image_size": size} if size else {})
     if timm is not None:
         import_module("timm")  # inside torch.device its first import fails (torch 2.8)
+    with _of_others(name):
+        try:
+            with torch.device("meta"):
+                return models.of(name, timm, **options)
+        except ValueError as error:
+            raise UsageError(f"recipe: {error}") from error
+
+
+@contextmanager
+def _of_others(name: str | None) -> Iterator[None]:
+    """Errors of somebody else's class, which may ask for values that the meta device has not, are UsageErrors."""
     try:
-        with torch.device("meta"):
-            return models.of(name, timm, **options)
-    except ValueError as error:
-        raise UsageError(f"recipe: {error}") from error
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        if ":" not in (name or ""):
+            raise
+        raise UsageError(f"{name} fails on the meta device ({type(error).__name__}: {error})") from error
 
 
 def trained_of(recipe: "Recipe", classes: int) -> Trained:
@@ -255,8 +271,9 @@ def _states(recipe: "Recipe", built: nn.Module, trained: Mapping[str, torch.Tens
         ParamGroup({name: p for name, p in trained.items() if (name in matrices) == matrix}, 0.0, matrix=matrix)
         for matrix in (True, False)
     ]
-    made = kind([group for group in groups if group.params], recipe.optim)
-    return sum(tensor.numel() for state in made.state.values() for tensor in state.values())
+    with _of_others(recipe.optim.name):
+        made = kind([group for group in groups if group.params], recipe.optim)
+        return sum(tensor.numel() for state in made.state.values() for tensor in state.values())
 
 
 def _shape(built: nn.Module) -> ViT | None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from fastdeit.engine.dist import World
 from fastdeit.estimate import activations, report
@@ -13,6 +14,7 @@ from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.subject import subject
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import request
+from tests.engine.test_optim import Sign
 
 H200, RTX = "NVIDIA H200", "NVIDIA GeForce RTX 3090"
 
@@ -71,6 +73,31 @@ def test_both_answers_come_out_and_larger_images_and_teachers_count():
 def test_where_nothing_is_gained_or_known_they_are_not(words, card, why):
     keep, said = activations.chosen(recipe(*words), card, 1)
     assert (keep, said.startswith(why)) == (False, True), said
+
+
+class ReadsWeights(nn.Module):
+    """Somebody else's model, which cannot be built without storage."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.largest = nn.Linear(2, 2).weight.max().item()
+
+
+class ReadsValues(Sign):
+    """Somebody else's optimizer, which cannot either."""
+
+    def __init__(self, groups, options):
+        super().__init__(groups, options)
+        self.largest = max(parameter.max().item() for group in groups for parameter in group.params.values())
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "more"), [("model.name", "ReadsWeights", ()), ("optim.name", "ReadsValues", ("optim.lr=1e-3",))]
+)
+def test_what_somebody_else_wrote_ends_no_run_because_it_cannot_be_modelled(field, name, more):
+    keep, said = activations.chosen(recipe(f"{field}={__name__}:{name}", *more), H200, 1)
+    assert keep is False
+    assert said.startswith(f"since the memory of a step cannot be modelled: {__name__}:{name} fails on the meta device")
 
 
 def test_the_answer_is_said_and_kept_by_the_run(monkeypatch):
