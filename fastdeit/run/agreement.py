@@ -66,7 +66,9 @@ class Ahead:
 
     def _verify(self, path: Path | None) -> None:
         if path is not None:
-            with contextlib.suppress(CheckpointError):  # `newest` verifies it once more, and says what is wrong
+            # What is wrong `newest` finds once more, and says. Where the start has failed and the interpreter shuts
+            # down meanwhile, no thread can be begun any more.
+            with contextlib.suppress(CheckpointError, RuntimeError):
                 self._digest = checkpoint.open_step(path, tensors=False).digest
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,6 +168,17 @@ def test_what_was_verified_ahead_is_not_read_again(here, monkeypatch, before, af
     )
     assert agreement.newest(World(CPU), run / "checkpoints", lambda text: None, ahead).step == step
     assert read == hashed
+
+
+def test_a_start_that_fails_meanwhile_leaves_no_traceback_of_the_thread(here, monkeypatch):
+    def shut_down(*of):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    root, told = saved("run", 2) / "checkpoints", []
+    monkeypatch.setattr(checkpoint, "_verify_all", shut_down)
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    assert not agreement.Ahead(World(CPU), root).holds(checkpoint.path_of(root, 2))
+    assert told == []
 
 
 @pytest.mark.parametrize("error", [UsageError("no room"), OSError("no room")])
