@@ -173,6 +173,9 @@ def ordinary() -> dict[str, bytes]:
     rows, grey = unfiltered(PIXELS), unfiltered(np.asarray(GREY))
     nibbles = unfiltered(np.frombuffer(packed_bits(bits, 4), np.uint8).reshape(SIDE, -1))
     head, *rest = segments(jpeg)
+    # (1 << 24) + 3 bytes, in chunks that libpng reads.
+    large = 2 * [chunk(b"noPe", bytes(7 << 20))]
+    large.append(chunk(b"noPe", bytes((1 << 24) + 3 - 12 - len(png(2, 8, rows, *large)))))
     return {
         "jpeg": jpeg,
         "jpeg grey": encoded(GREY),
@@ -198,6 +201,7 @@ def ordinary() -> dict[str, bytes]:
         "png with few significant bits": png(2, 8, rows, chunk(b"sBIT", b"\5\5\5")),
         "png turned by EXIF": encoded(PHOTO, "PNG", exif=exif(6)),
         "png with a tail": encoded(PHOTO, "PNG") + bytes(40),
+        "png of a size that float32 lacks": png(2, 8, rows, *large),
         "webp": encoded(PHOTO, "WEBP"),
         "webp lossless": encoded(PHOTO, "WEBP", lossless=True),
         "webp with alpha": encoded(TRANSPARENT, "WEBP"),

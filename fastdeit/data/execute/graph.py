@@ -35,10 +35,12 @@ class Form(NamedTuple):
 
 
 def guarded(encoded: DataNode) -> DataNode:
-    """The same bytes, available only once `peek_image_shape` has accepted them (cost: a copy of the encoded bytes)."""
+    """The same bytes, available only once `peek_image_shape` has accepted them (cost: a copy of the encoded bytes).
+
+    Their number is an integer: DALI computes relative shapes in float32, which lacks odd numbers above 16 MiB."""
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)
     zero = fn.cast(shape[0:1] * 0, dtype=types.INT32)
-    return fn.slice(encoded, start=zero, rel_shape=1.0, axes=(0,))
+    return fn.slice(encoded, start=zero, shape=fn.cast(encoded.shape(), dtype=types.INT32), axes=(0,))
 
 
 @pipeline_def
