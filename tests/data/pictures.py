@@ -129,6 +129,17 @@ def webp_with(data: bytes, *, odd: bool) -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
 
 
+def iptc(inside: bytes) -> bytes:
+    """An IPTC file that holds another one."""
+
+    def field(record: int, dataset: int, data: bytes) -> bytes:
+        return struct.pack(">BBBBBI", 0x1C, record, dataset, 0x84, 0, len(data)) + data
+
+    side = struct.pack(">I", SIDE)
+    head = field(3, 60, b"\1\0") + field(3, 20, side) + field(3, 30, side) + field(3, 120, b"\5")
+    return head + field(8, 10, inside) + bytes(5)
+
+
 def pnm(kind: int, samples: np.ndarray, maximum: int | None = None) -> bytes:
     height, width = samples.shape[:2]
     limit = b"" if maximum is None else b"%d\n" % maximum
@@ -336,6 +347,9 @@ def refused() -> dict[str, bytes]:
         "html": b"<!DOCTYPE html><html>404</html>",
         "zeros": bytes(400),
         "eps": encoded(PHOTO, "EPS"),
+        "jpeg in iptc": iptc(photo["JPEG"]),
+        "jpeg 2000 in icns": encoded(PHOTO.resize((32, 32)), "ICNS"),
+        "blp": encoded(GREY.convert("P"), "BLP"),
         "jpeg without an end": photo["JPEG"][:-2],
         **{f"{kind} cut": data[: len(data) // 2] for kind, data in photo.items() if kind not in ("BMP", "JPEG2000")},
         "bmp cut": photo["BMP"][:-50],

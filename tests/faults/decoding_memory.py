@@ -4,14 +4,17 @@ Run by `test_bombs.py` in a process of its own, where no thread and no memory of
 """
 
 import ctypes
+import gzip
 import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fastdeit.data.execute import pillow, route
+from tests.data import pictures
 
 SIDE = 1024
 SAVED = {
@@ -20,18 +23,44 @@ SAVED = {
     "AVIF": ("RGBA", {"speed": 10, "subsampling": "4:4:4"}),
     "JPEG2000": ("RGBA", {"num_resolutions": 2}),
     "PNG": ("RGBA", {"compress_level": 1}),
-    "TIFF": ("RGBA", {"compression": "tiff_lzw"}),
     "GIF": ("P", {}),
+    "TIFF": None,
+    "PPM": None,
+    "FITS": None,
 }
-"""Of each format the kind that takes the most memory a pixel: (Pillow's mode, options of its file)."""
+"""Of each format the kind that takes the most memory a pixel: (Pillow's mode, options of its file); None for kinds that
+Pillow does not write."""
 
 
 def saved(name, side):
     """The bytes of a square picture, uint8 `[n]`."""
+    if SAVED[name] is None:
+        return np.frombuffer({"TIFF": deep_tiff, "PPM": plain_ppm, "FITS": packed_fits}[name](side), np.uint8)
     mode, options = SAVED[name]
     out = io.BytesIO()
     Image.radial_gradient("L").resize((side, side)).convert("RGB").convert(mode).save(out, name, **options)
     return np.frombuffer(out.getvalue(), np.uint8)
+
+
+def deep_tiff(side):
+    """RGBA of 16 bits in one strip, packed."""
+    kind = {"BitsPerSample": (16,) * 4, "SamplesPerPixel": 4, "PhotometricInterpretation": 2, "ExtraSamples": 2}
+    return pictures.tiff(side, side, zlib.compress(bytes(8 * side**2)), Compression=8, **kind)
+
+
+def plain_ppm(side):
+    """RGB in digits."""
+    return b"P3\n%d %d\n255\n" % (side, side) + b"1 2 3 " * side**2
+
+
+def packed_fits(side):
+    """Greys of 16 bits in a table of one packed tile."""
+    tile = gzip.compress(bytes(4 * side**2))
+    table = {"XTENSION": "'BINTABLE'", "BITPIX": 8, "NAXIS": 2, "NAXIS1": 8, "NAXIS2": side, "PCOUNT": len(tile)}
+    table |= {"ZIMAGE": "T", "ZCMPTYPE": "'GZIP_1  '", "ZBITPIX": 16, "ZNAXIS": 2, "ZNAXIS1": side, "ZNAXIS2": side}
+    heads = ({"SIMPLE": "T", "BITPIX": 8, "NAXIS": 0}, table)
+    cards = (b"".join(f"{key:8}= {value:>20}".encode().ljust(80) for key, value in head.items()) for head in heads)
+    return b"".join((head + b"END").ljust(2880) for head in cards) + bytes(8 * side) + tile
 
 
 def peak_of(work):

@@ -23,10 +23,11 @@ MAX_PIXELS = 2 * 89_478_485
 MAX_MEMORY = 2 << 30
 """The most memory in bytes that decoding one picture may take, besides that of its file."""
 # What it takes a pixel, by the format as Pillow calls it: as measured, rounded up (tests/faults/test_bombs.py).
-_BYTES = {"AVIF": 18, "JPEG": 16, "JPEG2000": 32, "MPO": 16, "WEBP": 20}
+_BYTES = {"AVIF": 18, "FITS": 64, "JPEG": 16, "JPEG2000": 32, "MPO": 16, "PPM": 24, "TIFF": 16, "WEBP": 20}
 _BYTES_OF_OTHERS = 12
-# Pillow hands an EPS file to Ghostscript, which runs it as a program.
-_REFUSED = ("EPS",)
+# Pillow hands an EPS file to Ghostscript, which runs it as a program. An IPTC file holds a file of any format, such as
+# EPS. BLP and ICNS files hold pictures of other sizes than their headers say.
+_REFUSED = ("BLP", "EPS", "ICNS", "IPTC")
 _JPEG_TAIL, _PNG_TAIL = 64, 64
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
 _FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
@@ -122,7 +123,7 @@ def _other(view: memoryview, why: str) -> Route:
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The formats that Pillow may decode: all that it knows but EPS, for which it runs the file as a program."""
+    """The formats that Pillow may decode: all that it knows, without those that run programs or hide other files."""
     Image.init()
     return tuple(name for name in Image.ID if name not in _REFUSED)
 
