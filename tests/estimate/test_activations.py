@@ -16,7 +16,12 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run import request
 from tests.engine.test_optim import Sign
 
-H200, RTX = "NVIDIA H200", "NVIDIA GeForce RTX 3090"
+
+def card(name, memory):
+    return SimpleNamespace(name=name, total_memory=memory)
+
+
+H200, RTX = card("NVIDIA H200", 150_754_820_096), card("NVIDIA GeForce RTX 3090", 25_297_551_360)
 
 
 def recipe(*words, name="deit_base", batch=256):
@@ -60,13 +65,27 @@ def test_both_answers_come_out_and_larger_images_and_teachers_count():
     assert (keep, why) == (False, "since of deit_base_patch16_224 nothing is made again")
 
 
+def test_the_memory_is_that_of_the_card_and_not_of_its_name():
+    """But no more than plans count with, so that a run does what they say."""
+    words = recipe(batch=512)
+    whole, half = (activations.chosen(words, card(f"NVIDIA A100-SXM4-{gb}GB", gb * 1e9), 1) for gb in (80, 40))
+    assert (whole[0], half[0]) == (True, False)
+    assert gib(half[1])[1] == pytest.approx(37.3)
+    assert activations.chosen(words, card("NVIDIA A100-SXM4-80GB", 85_094_825_984), 1) == whole
+
+
 @pytest.mark.parametrize(
     ("words", "card", "why"),
     [
         ([], None, "since a CPU runs PyTorch's operations"),
-        ([], "NVIDIA H100 PCIe", "since the memory of NVIDIA H100 PCIe is not known"),
+        ([], card("NVIDIA H100 PCIe", 80e9), "since a step on NVIDIA H100 PCIe cannot be modelled"),
         (["engine.checkpoint_blocks=true"], H200, "since engine.checkpoint_blocks makes them again"),
         (["engine.products=fp8"], H200, "since engine.products fp8 makes them again"),
+        (
+            ["method.use=tests.plugins.dino:Dino"],
+            H200,
+            "since the memory of method tests.plugins.dino:Dino is not known",
+        ),
         (["model.timm=deit_tiny_patch16_224", "model.name=null"], H200, "since timm's models run operations that keep"),
     ],
 )
@@ -104,7 +123,7 @@ def test_the_answer_is_said_and_kept_by_the_run(monkeypatch):
     said = []
     begun = activations.fixed(recipe(), World(torch.device("cpu")), said.append)
     assert (begun.engine.keep_activations, said) == (False, [])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H200)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
     on_card = SimpleNamespace(device=torch.device("cuda", 0), size=1, same=lambda value: value)
     kept = activations.fixed(recipe(), on_card, said.append)
     assert kept.engine.keep_activations is True
