@@ -206,7 +206,7 @@ def _notes(trained: Subject, machines: Sequence[Machine], bases: set[str]) -> li
         notes.append(trained.assumed)
     if recipe.engine.precision == "bf16" and any(machine.gpu.name == "V100" for machine in machines):
         notes.append("V100 has no bf16: planned there with engine.precision=fp16, which train has to be told")
-    notes += _cost_of_kept_activations(trained, machines[0])
+    notes += _kept_activations(trained, machines)
     if recipe.engine.products == "fp8":
         without = dict.fromkeys(machine.gpu.name for machine in machines if not machine.gpu.fp8)
         notes += [
@@ -247,8 +247,9 @@ def _notes(trained: Subject, machines: Sequence[Machine], bases: set[str]) -> li
     return notes
 
 
-def _cost_of_kept_activations(trained: Subject, machine: Machine) -> list[str]:
-    """What `engine.keep_activations` costs and saves, whether it is on or not."""
+def _kept_activations(trained: Subject, machines: Sequence[Machine]) -> list[str]:
+    """What `engine.keep_activations` costs and saves, whether it is on or not, and what auto makes of it."""
+    machine = machines[0]
     student, work = trained.largest.student, duration.work(trained, machine)
     fused = any(design.name == "fused" for design in _designs(trained, machine, False))
     engine = trained.recipe.engine
@@ -262,10 +263,17 @@ def _cost_of_kept_activations(trained: Subject, machine: Machine) -> list[str]:
     options = duration.shared(trained, machine)
     less, more = (memory.total(memory.peak(student, work, design, **options)) / GIB for design in sides)
     slow, fast = (sum(estimate.step(student, work, design, machine.gpu)) for design in sides)
-    return [
-        f"engine.keep_activations=true takes {more - less:,.2f} GiB of a GPU more, and {1 - fast / slow:.1%} less time "
-        f"for a fused step ({machine.gpu.name}, modelled)"
-    ]
+    cost = (
+        f"engine.keep_activations=true takes {more - less:,.2f} GiB of a GPU more than false, and "
+        f"{1 - fast / slow:.1%} less time for a fused step ({machine.count} {machine.gpu.name}, modelled)"
+    )
+    if engine.keep_activations != "auto":
+        return [cost]
+    answers: dict[bool, list[str]] = {}
+    for each in machines:
+        answers.setdefault(_keeps(trained, each), []).append(f"{each.count} {each.gpu.name}")
+    planned = "; ".join(f"{str(keep).lower()} on {', '.join(names)}" for keep, names in answers.items())
+    return [cost, f"engine.keep_activations=auto is planned as {planned}"]
 
 
 # ---- for people ------------------------------------------------------------------------------------------------------

@@ -207,10 +207,12 @@ def test_kept_activations_are_said_to_cost_memory(plan):
     said = [note for note in kept["notes"] if note.startswith("engine.keep_activations=true takes ")]
     assert said == [note for note in without["notes"] if note.startswith("engine.keep")]
     more = (fused(kept)["memory"]["total"] - fused(without)["memory"]["total"]) / 2**30
-    assert f"takes {more:,.2f} GiB of a GPU more" in said[0]
+    assert f"takes {more:,.2f} GiB of a GPU more than false" in said[0]
     assert more > 0
     assert fused(kept)["step"]["seconds"] < fused(without)["step"]["seconds"]
     assert not any("keep_activations" in note for note in plan(*TINY, "engine.checkpoint_blocks=true")["notes"])
+    both = plan("deit_base", "--gpu", "H200", "--gpu", "A100", "--count", "1")["notes"]
+    assert "engine.keep_activations=auto is planned as true on 1 H200; false on 1 A100" in both
 
 
 @pytest.mark.parametrize("option", ["model.drop_path_skip=true", "engine.residual=bf16"])
