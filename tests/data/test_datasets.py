@@ -389,5 +389,6 @@ def test_no_such_place(tmp_path, kind):
 def test_what_there_is_to_choose_from(tmp_path):
     with pytest.raises(DataError, match="data source: 'folders' must be one of folder, packed, tar, tfrecord, parquet"):
         open_source("folders", tmp_path, "train")
-    with pytest.raises(DataError, match="cifar10 has the splits train and val, not 'test'"):
+    said = f"{tmp_path}: a data set of kind cifar10 has the splits train and val, not 'test'"
+    with pytest.raises(DataError, match=said):
         open_source("cifar10", tmp_path, "test")

@@ -163,7 +163,8 @@ def test_a_reader_of_ones_own_is_a_kind_or_a_function(tmp_path):
     train, val = open_pair("tests.data.test_kinds:MINE", tmp_path)
     assert (len(train), len(val)) == (8, 2)
     assert layout("tests.data.test_kinds:MINE", "a", "b") == "ROOT/a.mine and ROOT/b.mine"
-    with pytest.raises(DataError, match="data source mine has the splits train and val, not 'test'"):
+    said = f"{tmp_path}: a data set of kind mine has the splits train and val, not 'test'"
+    with pytest.raises(DataError, match=said):
         open_source("tests.data.test_kinds:MINE", tmp_path, "test")
     with pytest.raises(
         DataError, match=r"no such directory; the expected layout is ROOT/train\.mine and ROOT/val\.mine"

@@ -217,7 +217,7 @@ REFUSED = {
     "columns of a folder": (
         lambda root: folders(root, "train", "val"),
         ["data.image_column=img"],
-        "data source folder has no columns",
+        r": a data set of kind folder has no columns; leave out data\.image_column and data\.label_column",
     ),
     "a zip archive": (
         alone("imagenet.zip"),
@@ -252,6 +252,7 @@ def test_what_is_not_read_is_refused_with_the_way_out(tmp_path, name):
     with pytest.raises(DataError, match=message) as refused:
         as_train(tmp_path, *overrides)
     assert cli.exit_code(refused.value) == 2
+    assert str(tmp_path) in str(refused.value)
 
 
 FOREIGN = [name for name, (_, _, message) in REFUSED.items() if "fastdeit data" in message or "`" in message]

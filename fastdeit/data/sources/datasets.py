@@ -158,7 +158,9 @@ def _opened(kind: Kind, root: Path, split: str, columns: Columns) -> NamedSource
     if kind.columns:
         return kind.open(root, split, columns)
     if columns != USUAL:
-        raise DataError(f"data source {kind.name} has no columns: data.image_column and data.label_column mean nothing")
+        raise DataError(
+            f"{root}: a data set of kind {kind.name} has no columns; leave out data.image_column and data.label_column"
+        )
     return kind.open(root, split)
 
 
@@ -174,7 +176,7 @@ def _said(root: str | Path, val: str, called: str) -> str:
 
 def _checked(kind: Kind, root: str | Path, split: str) -> Path:
     if not kind.named_splits and split not in (_TRAIN, _VAL):
-        raise DataError(f"data source {kind.name} has the splits train and val, not {split!r}")
+        raise DataError(f"{root}: a data set of kind {kind.name} has the splits train and val, not {split!r}")
     root = Path(root)
     if not root.is_dir():
         what = "not a directory" if root.exists() else "no such directory"
