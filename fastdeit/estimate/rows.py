@@ -173,8 +173,9 @@ def _gpu_of(row: dict) -> str | None:
 
 
 def known_gpu(name: str) -> str | None:
-    """The GPU of `GPUS` whose card names itself so. Cards on PCIe, and superchips, share names but not speeds."""
-    if "PCIE" in name.upper():
+    """The GPU of `GPUS` whose card names itself so. Cards on PCIe, parts of cards and superchips share names but not
+    speeds."""
+    if re.search(r"PCIe|\b(NVL|MIG|Laptop|Ti)\b", name, re.IGNORECASE):
         return None
     plain = name.replace("RTX ", "RTX")
     return next((gpu for gpu in GPUS if re.search(rf"(?<![A-Za-z0-9]){gpu}(?![A-Za-z0-9])", plain)), None)

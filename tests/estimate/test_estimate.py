@@ -487,6 +487,23 @@ def test_errors_against_published_speeds_are_within_the_stated_bounds():
     assert all(0.5 < error < 0.75 for error in runs)
 
 
+def test_a_gpu_is_known_by_the_name_of_its_card():
+    """Cards on PCIe, parts of cards, superchips and other models share names, but not speeds."""
+    cards = {
+        "V100": ["Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"],
+        "A100": ["NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"],
+        "H100": ["NVIDIA H100 80GB HBM3"],
+        "H200": ["NVIDIA H200"],
+        "RTX3090": ["NVIDIA GeForce RTX 3090"],
+        None: [
+            *("Tesla V100-PCIE-16GB", "NVIDIA A100 80GB PCIe", "NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA A100X"),
+            *("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA GH200 480GB", "NVIDIA GeForce RTX 3090 Ti", "Quadro P4000"),
+        ],
+    }
+    expected = [(name, gpu) for gpu, names in cards.items() for name in names]
+    assert [(name, estimate_rows.known_gpu(name)) for name, _ in expected] == expected
+
+
 def test_published_rows_have_sources_and_known_gpus():
     for row in estimate_rows.PUBLISHED:
         assert row.gpu in GPUS
