@@ -4,7 +4,6 @@ there is no card, or with FASTDEIT_IR=90 compiled kernels on the CPU; two worker
 import os
 import random
 import shutil
-import warnings
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -50,33 +49,9 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in set(left_out)]
 
 
-def of_autograd():
-    """Whether this thread records operations, in its three switches: without any of them nothing has a gradient."""
-    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    return {"grad mode": torch.is_grad_enabled(), "inference mode": torch.is_inference_mode_enabled(), "keys": keys}
-
-
-def told(state):
-    return ", ".join(f"{name} {value}" for name, value in state.items())
-
-
-CLEAN = of_autograd()
-KEYS = pytest.StashKey()
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """What a test draws, and what autograd records in it, do not depend on the tests before it, which are others on
-    every machine.
-
-    A suspended generator that is collected between two tests puts back what its thread or its caller had. `modes_stay`
-    cannot see that, and without this all later tests of the process would fail for want of a gradient.
-    """
-    if told(of_autograd()) != told(CLEAN):
-        warnings.warn(f"before {item.nodeid}: {told(of_autograd())}; set back", stacklevel=1)
-        torch.set_grad_enabled(True)
-        item.session.stash[KEYS] = guard = torch._C._ForceDispatchKeyGuard(*CLEAN["keys"])
-        guard.__enter__()
+    """What a test draws does not depend on the tests before it, which are others on every machine."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -89,6 +64,9 @@ def modes():
         "level of torch.func": torch._C._functorch.maybe_current_level(),
         "level of forward-mode AD": torch.autograd.forward_ad._current_level,
         "grad mode": torch.is_grad_enabled(),
+        "keys of dispatch": [
+            str(keys()) for keys in (torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set)
+        ],
         "default dtype": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),

@@ -2,6 +2,7 @@
 PyTorch's own operations, or there is an error. Zeros for a tangent that is not zero were the mistake to look for.
 """
 
+import gc
 import warnings
 from functools import cache
 from itertools import product
@@ -91,9 +92,13 @@ def drawn(name):
 
 
 @pytest.fixture
-def hooks_of_saved_tensors():
-    """Dynamo can give up in the middle of `torch.func.grad`, and then leaves hooks on saved tensors refused."""
-    yield
+def what_dynamo_leaves():
+    """Dynamo can give up in the middle of a transform. It then leaves hooks on saved tensors refused, and objects that
+    turn autograd off when they are collected, in whatever test that is: so they are collected here."""
+    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(*keys):
+        yield
+        gc.collect()
     torch._C._autograd._saved_tensors_hooks_enable()
 
 
@@ -176,7 +181,7 @@ def compiled_matrix():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("hooks_of_saved_tensors")
+@pytest.mark.usefixtures("what_dynamo_leaves")
 @pytest.mark.parametrize(("name", "backend", "transform"), compiled_matrix())
 def test_right_or_refused_when_compiled(name, backend, transform):
     torch.compiler.reset()
@@ -192,7 +197,7 @@ def test_right_or_refused_when_compiled(name, backend, transform):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("hooks_of_saved_tensors")
+@pytest.mark.usefixtures("what_dynamo_leaves")
 def test_a_compiled_jvp_of_a_forced_op_raises():
     torch.compiler.reset()
     x, weights = torch.randn(2, 4), [torch.randn(6, 4), torch.randn(6), torch.randn(4, 6), torch.randn(4)]
