@@ -170,7 +170,7 @@ def update_golden() -> None:
     """Count everything that is pinned and write it. UsageError outside of a checkout."""
     if not GOLDEN.parent.is_dir():
         raise UsageError(f"--update-golden writes to {GOLDEN}, but there is no {GOLDEN.parent}: this is no checkout")
-    found = pinned(MODELS[-1:], depth=SHORT) | pinned(MODELS, (90,), WHOLE)
+    found = pinned(MODELS[-1:], depth=SHORT) | pinned(MODELS, archs=(90,), forms=WHOLE)
     GOLDEN.mkdir(exist_ok=True)
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
     golden_file().write_text("{\n" + ",\n".join(lines) + "\n}\n")
