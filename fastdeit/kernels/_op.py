@@ -20,8 +20,10 @@ op that is not forced runs under native autograd, whatever its backends, and one
 second derivative: differentiating a gradient of one raises.
 """
 
+import ctypes
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -443,9 +445,29 @@ def _caller() -> tuple[int, dict[str, str] | None]:
     return _NOBODY if caller[0] == get_ident() else caller
 
 
+def _stash_needs_a_reference() -> bool:
+    """Whether `torch._C._stash_obj_in_tls` takes the reference that it is given, as that of torch 2.8 does, in place of
+    one of its own; an object that nobody else holds would be freed under it."""
+    value = object()
+    before = sys.getrefcount(value)
+    torch._C._stash_obj_in_tls(f"{_TO_BACKWARD}, tried", value)
+    if sys.getrefcount(value) > before:
+        return False
+    _add_reference(value)
+    return True
+
+
+_add_reference = ctypes.pythonapi.Py_IncRef
+_add_reference.argtypes, _add_reference.restype = [ctypes.py_object], None
+_STASH_NEEDS_A_REFERENCE = _stash_needs_a_reference()
+
+
 def _let_others_see(choices: dict[str, str] | None, caller: tuple[int, dict[str, str] | None] = _NOBODY) -> None:
     """`caller` is that of a backward which this thread is at again, behind an op."""
-    torch._C._stash_obj_in_tls(_TO_BACKWARD, (get_ident(), choices) if caller is _NOBODY else caller)
+    seen = (get_ident(), choices) if caller is _NOBODY else caller
+    if _STASH_NEEDS_A_REFERENCE:
+        _add_reference(seen)
+    torch._C._stash_obj_in_tls(_TO_BACKWARD, seen)
     if choices is None:
         vars(_traced).pop("choices", None)
     else:
