@@ -172,10 +172,13 @@ def executed(order: str = "forward", seed: int = 0, arch: int = 90) -> Iterator[
     from ttsem.interp import Interp
     from ttsem.ops import OPS
 
-    watched, launched = _Unplaced(), []
+    watched, launched, to_record = _Unplaced(), [], _triton.launch
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int = 1, **constants: Any) -> None:
         if 0 in grid:
+            return
+        if _triton._recording is not None:  # of tensors that may have no memory
+            to_record(kernel, grid, *args, warps=warps, stages=stages, **constants)
             return
         launched.append(interpreter.title(kernel.fn))
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
