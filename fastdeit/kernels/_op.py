@@ -390,10 +390,13 @@ def use(backend: str | None = None, **ops: str) -> Iterator[None]:
 
     It outranks `FASTDEIT_KERNELS`, and holds for this thread and this asyncio task alone, like any context variable.
     The backward of an eager call runs where its forward ran. Activation checkpointing runs the forward once more in
-    the backward, so there `use()` has to enclose both. Of a compiled function the registered ops look at every run, in
-    its backward at what holds where `backward` is called, in whatever thread that runs; and it is compiled once more
-    where the reference is chosen that it had traced through. ValueError for an op that does
-    not exist; a backend that cannot run raises RuntimeError at the call.
+    the backward, so there `use()` has to enclose both.
+
+    The ops of a compiled function look for the choice at every run. Those of its backward find the choice of the thread
+    that calls `backward`. A function that was traced through the reference of an op, as `auto` does on a CPU, is
+    compiled once more where `use()` names that reference.
+
+    ValueError for an op that does not exist; a backend that cannot run raises RuntimeError at the call.
     """
     _check_names("use()", ops)
     outer = _asked()
