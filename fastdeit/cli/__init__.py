@@ -70,7 +70,7 @@ _EXIT_CODES = {
     ("fastdeit.engine.watch", "LostError"): FastdeitError.exit_code,
     ("fastdeit.kernels.lint.lint", "LintError"): UsageError.exit_code,
     ("fastdeit.kernels._op", "ChoiceError"): UsageError.exit_code,
-    ("fastdeit.kernels._op", "UnknownOpError"): UsageError.exit_code,
+    ("fastdeit.kernels._asked", "UnknownOpError"): UsageError.exit_code,
     ("fastdeit.kernels.trial.candidates", "BrokenDevice"): FastdeitError.exit_code,
 }
 

@@ -7,15 +7,16 @@ for a new one. `Tuning` tries the backends out in the first steps of a run.
 """
 
 from fastdeit.kernels import nn
+from fastdeit.kernels._asked import use
 from fastdeit.kernels._derivatives import transformed, with_bias_gradient
-from fastdeit.kernels._op import OpInfo, format_info, info, use
+from fastdeit.kernels._op import OpInfo, format_info, info
 from fastdeit.kernels.accelerate.patch import Report, accelerate, restore
 from fastdeit.kernels.attention.op import attention, query_attention
 from fastdeit.kernels.casts import autocast_copies
 from fastdeit.kernels.cosub import cosub_loss
 from fastdeit.kernels.fp8.linear import fp8_linear, fp8_mlp, fp8_refusal
 from fastdeit.kernels.input import patchify, pixels, to_patches
-from fastdeit.kernels.layer_norm import add_layer_norm
+from fastdeit.kernels.layer_norm.op import add_layer_norm
 from fastdeit.kernels.linear import queries_apart
 from fastdeit.kernels.losses import DistillationLoss, distillation_loss
 from fastdeit.kernels.mlp.op import layer_norm_mlp, mlp

@@ -20,43 +20,32 @@ op that is not forced runs under native autograd, whatever its backends, and one
 second derivative: differentiating a gradient of one raises.
 """
 
-import ctypes
 import json
-import os
-import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from threading import get_ident, local
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdeit.kernels import _checks, _derivatives, _tried
+from fastdeit.kernels import _asked, _checks, _derivatives, _tried
+from fastdeit.kernels._asked import AUTO, OPS, choice, source
 from fastdeit.kernels._example import Example
 from fastdeit.kernels._tried import INDUCTOR
 
 NAMESPACE = "fastdeit"
-VARIABLE = "FASTDEIT_KERNELS"
-AUTO, REFERENCE = "auto", "reference"
+REFERENCE = "reference"
 MEASURED = "measured: "
 """How the reason of a row of `choices.json` begins that was measured, and not judged by the compiled code."""
 _ALONE = "there is no other kernel for it yet"
-OPS: dict[str, "Op"] = {}
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 class ChoiceError(RuntimeError):
     """`FASTDEIT_KERNELS` or `use()` asks for a backend that does not exist or cannot run."""
-
-
-class UnknownOpError(ValueError):
-    """`FASTDEIT_KERNELS` or `use()` names an op that does not exist."""
 
 
 class Unsupported(Exception):
@@ -143,8 +132,8 @@ class Op:
             save(ctx, inputs, output)
 
         def save_choices(ctx: Any, inputs: tuple, output: Any) -> None:
-            choices = _used.get()
-            ctx.choices = _caller()[1] if choices is None else choices
+            choices = _asked.in_use.get()
+            ctx.choices = _asked.caller()[1] if choices is None else choices
             save_for_gradients(ctx, inputs, output)
 
         def differentiate_once(ctx: Any, *grads: Tensor | None) -> Any:
@@ -201,7 +190,7 @@ class Op:
         """Run inside `torch.func` or forward-mode AD."""
         if choice(self.name) != AUTO:
             raise ChoiceError(
-                f"{_source()} asks for {self.name}={choice(self.name)}, which cannot run inside torch.func or "
+                f"{source()} asks for {self.name}={choice(self.name)}, which cannot run inside torch.func or "
                 f"forward-mode AD: only PyTorch's own operations can. Leave {self.name} unforced there"
             )
         if not torch.compiler.is_compiling():
@@ -214,7 +203,7 @@ class Op:
         registered op chooses as its forward did, even in a thread of autograd's own."""
         backend = getattr(ctx, "backend", None)
         if backend is None:
-            with _choices(ctx.choices):
+            with _asked.choosing(ctx.choices):
                 return self.registered_backward(*args)
         if _derivatives.transformed():
             raise RuntimeError(
@@ -251,10 +240,10 @@ class Op:
             if backend.name == wanted:
                 able, reason = backend.capability(device, True)
                 if able:
-                    return [(backend, f"chosen by {_source()}")]
-                raise ChoiceError(f"{_source()} asks for {self.name}={wanted}, which cannot run on {device}: {reason}")
+                    return [(backend, f"chosen by {source()}")]
+                raise ChoiceError(f"{source()} asks for {self.name}={wanted}, which cannot run on {device}: {reason}")
         names = ", ".join(backend.name for backend in self.backends)
-        raise ChoiceError(f"{_source()} asks for {self.name}={wanted[:40]!r}, but {self.name} has: {names}")
+        raise ChoiceError(f"{source()} asks for {self.name}={wanted[:40]!r}, but {self.name} has: {names}")
 
     def able_unforced(
         self, device: torch.device, args: Sequence[Any] = (), trained: Callable[[Sequence[Any]], bool] | None = None
@@ -278,7 +267,7 @@ class Op:
         """What to say of it; RuntimeError if the backend is forced."""
         if choice(self.name) == backend.name:
             raise ChoiceError(
-                f"{_source()} asks for {self.name}={backend.name}, which cannot run on these arguments: {error}"
+                f"{source()} asks for {self.name}={backend.name}, which cannot run on these arguments: {error}"
             ) from error
         return f"{backend.name}: {error}"
 
@@ -370,150 +359,6 @@ def _warn_once(message: str) -> None:
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
 
-_used: ContextVar[dict[str, str] | None] = ContextVar("_used", default=None)
-
-
-_TO_BACKWARD = "fastdeit.kernels.use"
-"""Key under which PyTorch takes the choices of `use()` from the thread that calls `backward` to those of autograd's,
-where a compiled backward runs on a GPU, and where no context variable of the caller's is seen."""
-
-
-_traced = local()
-"""What Dynamo reads of `_used` and guards, since that of torch 2.8 cannot read a context variable: `choices` of the
-context that last entered or left `use()` in this thread, missing where none has. It decides only whether an op is
-traced through; the registered op itself reads `_used`."""
-
-
-@contextmanager
-def use(backend: str | None = None, **ops: str) -> Iterator[None]:
-    """Inside, run every op on `backend`, or single ones on theirs: `with use("reference", attention="auto")`.
-
-    It outranks `FASTDEIT_KERNELS`, and holds for this thread and this asyncio task alone, like any context variable.
-    The backward of an eager call runs where its forward ran. Activation checkpointing runs the forward once more in
-    the backward, so there `use()` has to enclose both.
-
-    The ops of a compiled function look for the choice at every run. Those of its backward find the choice of the thread
-    that calls `backward`. A function that was traced through the reference of an op, as `auto` does on a CPU, is
-    compiled once more where `use()` names that reference.
-
-    ValueError for an op that does not exist; a backend that cannot run raises RuntimeError at the call.
-    """
-    _check_names("use()", ops)
-    outer = _asked()
-    outer = _environment() if outer is None else outer
-    with _choices({**({} if backend else outer), **({"": backend} if backend else {}), **ops}):
-        yield
-
-
-@contextmanager
-def _choices(choices: dict[str, str] | None) -> Iterator[None]:
-    """Inside, `use()` has made these choices; None for none."""
-    token, caller = _used.set(choices), _caller()
-    _let_others_see(choices)
-    try:
-        yield
-    finally:
-        _used.reset(token)
-        _let_others_see(_used.get(), caller)
-
-
-def of_forward(choices: dict[str, str] | None) -> AbstractContextManager[Any]:
-    """A context for a backward that calls ops: inside, what `used()` told in its forward holds, in whatever thread and
-    whatever `use()` it runs."""
-    return nullcontext() if torch.compiler.is_compiling() else _choices(choices)
-
-
-def used() -> dict[str, str] | None:
-    """The choices of `use()` here, for `of_forward`; None for none, and in a graph that is being compiled, whose ops
-    look at every run."""
-    return None if torch.compiler.is_compiling() else _asked()
-
-
-def _asked() -> dict[str, str] | None:
-    """The choices of `use()` here; in a thread of autograd's own, those of the thread that called `backward`. Every
-    call of an op asks the same in lines of its own, which spares the host a function."""
-    choices = _used.get()
-    return _caller()[1] if choices is None else choices
-
-
-_NOBODY: tuple[int, dict[str, str] | None] = 0, None
-
-
-def _caller() -> tuple[int, dict[str, str] | None]:
-    """In a thread of autograd's own, the thread that called `backward` and its choices, else `_NOBODY`. What lies there
-    of this thread itself may be another asyncio task's."""
-    if torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(_TO_BACKWARD):
-        return _NOBODY
-    caller = torch._C._get_obj_in_tls(_TO_BACKWARD)
-    return _NOBODY if caller[0] == get_ident() else caller
-
-
-def _stash_needs_a_reference() -> bool:
-    """Whether `torch._C._stash_obj_in_tls` takes the reference that it is given, as that of torch 2.8 does, in place of
-    one of its own; an object that nobody else holds would be freed under it."""
-    value = object()
-    before = sys.getrefcount(value)
-    torch._C._stash_obj_in_tls(f"{_TO_BACKWARD}, tried", value)
-    if sys.getrefcount(value) > before:
-        return False
-    _add_reference(value)
-    return True
-
-
-_add_reference = ctypes.pythonapi.Py_IncRef
-_add_reference.argtypes, _add_reference.restype = [ctypes.py_object], None
-_STASH_NEEDS_A_REFERENCE = _stash_needs_a_reference()
-
-
-def _let_others_see(choices: dict[str, str] | None, caller: tuple[int, dict[str, str] | None] = _NOBODY) -> None:
-    """`caller` is that of a backward which this thread is at again, behind an op."""
-    seen = (get_ident(), choices) if caller is _NOBODY else caller
-    if _STASH_NEEDS_A_REFERENCE:
-        _add_reference(seen)
-    torch._C._stash_obj_in_tls(_TO_BACKWARD, seen)
-    if choices is None:
-        vars(_traced).pop("choices", None)
-    else:
-        _traced.choices = choices
-
-
-@cache
-def _environment() -> dict[str, str]:
-    """`FASTDEIT_KERNELS` as {op: backend}, with "" for the choice of all other ops. Read once."""
-    choices = {}
-    for part in filter(None, os.environ.get(VARIABLE, AUTO).split(",")):
-        name, _, backend = part.strip().rpartition("=")
-        choices[name] = backend
-    _check_names(VARIABLE, [name for name in choices if name])
-    return choices
-
-
-def _check_names(origin: str, names: Collection[str]) -> None:
-    for name in names:
-        if name not in OPS:
-            raise UnknownOpError(f"{origin} names the op {name!r}, but the ops are: {', '.join(OPS)}")
-
-
-def _source() -> str:
-    return VARIABLE if _asked() is None else "use()"
-
-
-def choice(name: str) -> str:
-    """What `use()` or `FASTDEIT_KERNELS` asks for op `name`: a backend's name or "auto"."""
-    if torch.compiler.is_compiling():
-        choices = getattr(_traced, "choices", None)
-    elif (choices := _used.get()) is None:
-        _, choices = _caller()
-    return _of_environment(name) if choices is None else _of(choices, name)
-
-
-def _of(choices: dict[str, str], name: str) -> str:
-    return choices.get(name, choices.get("", AUTO))
-
-
-def _of_environment(name: str) -> str:
-    return _of(_environment(), name)
-
 
 def _left_to_reference(name: str, device: torch.device) -> bool:
     """Whether no other backend of op `name` would be chosen on `device`, whatever the width of the arguments."""
@@ -525,10 +370,8 @@ def _left_to_reference(name: str, device: torch.device) -> bool:
     return best.name == REFERENCE and all(row["backend"] == REFERENCE for row in at_widths)
 
 
-# Neither changes in a process, nor can Dynamo trace them. `torch.compiler.assume_constant_result` does the same, but
-# imports Dynamo, which takes more than a second.
-for _constant in (_of_environment, _left_to_reference):
-    _constant._dynamo_marked_constant = True
+# It does not change in a process, nor can Dynamo trace it.
+_asked.constant(_left_to_reference)
 
 
 @cache

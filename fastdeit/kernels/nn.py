@@ -24,7 +24,7 @@ from fastdeit.kernels import _op
 from fastdeit.kernels._hooks import hooks
 from fastdeit.kernels._rows import branch_scale
 from fastdeit.kernels.attention.op import attention
-from fastdeit.kernels.layer_norm import add_layer_norm
+from fastdeit.kernels.layer_norm.op import add_layer_norm
 from fastdeit.kernels.mlp.op import mlp
 from fastdeit.kernels.positions import PrefixTokens, RelativePositionBias, Rope2d
 from fastdeit.kernels.qk_norm_rope import qk_norm_rope

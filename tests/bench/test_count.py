@@ -12,7 +12,7 @@ import torch
 from fastdeit import cli
 from fastdeit.bench import count, count_command, count_host, count_inductor, count_peers
 from fastdeit.bench.count import CARD, FORMS, Count, Counted, CountError, Launch, counted_card
-from fastdeit.kernels import _op, _triton
+from fastdeit.kernels import _asked, _op, _triton
 from fastdeit.kernels.attention import libraries
 from fastdeit.kernels.attention.forward import _one_pass_kernel
 from fastdeit.kernels.mlp.gelu import _column_sums_kernel
@@ -81,7 +81,7 @@ def test_every_backend_of_the_ops_with_a_choice_has_a_form():
             and backend.capability(CARD, True)[0]
         }
         taken = {
-            (name, _op.OPS[name].select(CARD)[0].name if choice == _op.AUTO else choice)
+            (name, _op.OPS[name].select(CARD)[0].name if choice == _asked.AUTO else choice)
             for name, _ in able
             for choices in FORMS.values()
             for choice in [choices.get(name, choices[""])]

@@ -12,7 +12,7 @@ import pytest
 import fastdeit
 from fastdeit import kernels, training
 from fastdeit.cli import main as cli
-from fastdeit.kernels import _op
+from fastdeit.kernels import _asked
 
 GARBAGE = "", "garbage", "-1", "0", "1e9", "99999999999999999999", "a\x1b[2Jb\nfastdeit: done", "x" * 5000
 FOLDERS = "/nonexistent", "/dev/null", "/proc", "~/x", "x" * 5000
@@ -53,13 +53,13 @@ def started(monkeypatch, tmp_path):
     words = ["train", "digits", "engine.device=cpu", "--run-dir", str(tmp_path / "run")]
 
     def start():
-        _op._environment.cache_clear()
+        _asked.environment.cache_clear()
         reached.clear()
         return cli(words), bool(reached)
 
     yield start
     monkeypatch.undo()
-    _op._environment.cache_clear()
+    _asked.environment.cache_clear()
 
 
 @pytest.mark.parametrize("name", [*NUMBERS, *PATHS])

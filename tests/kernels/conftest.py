@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastdeit.kernels import Tuning, _op
+from fastdeit.kernels import Tuning, _asked, _op
 from fastdeit.kernels._triton import INTERPRETED
 from tests.kernels import trials
 
@@ -14,12 +14,12 @@ def force(monkeypatch):
     """Sets `FASTDEIT_KERNELS` for one test; the process reads it only once."""
 
     def set_choice(value):
-        monkeypatch.setenv(_op.VARIABLE, value)
-        _op._environment.cache_clear()
+        monkeypatch.setenv(_asked.VARIABLE, value)
+        _asked.environment.cache_clear()
 
     yield set_choice
     monkeypatch.undo()
-    _op._environment.cache_clear()
+    _asked.environment.cache_clear()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastdeit import kernels
 from fastdeit.bench.count_card import pretended_card
-from fastdeit.kernels import _op
+from fastdeit.kernels import _asked
 from fastdeit.kernels.fp8 import cast, gelu, product
 from fastdeit.kernels.fp8.cast import E4M3, LARGEST
 from fastdeit.kernels.trial import candidates
@@ -266,7 +266,7 @@ def test_backward_runs_where_forward_ran_in_whatever_thread(block, function, mon
     seen = []
 
     def noting(op):
-        return lambda *args: seen.append(_op.choice(op.name)) or op.backends[-1].forward(*args)
+        return lambda *args: seen.append(_asked.choice(op.name)) or op.backends[-1].forward(*args)
 
     for op in (cast.ROWS, cast.COLUMNS, gelu.FORWARD, gelu.BACKWARD, product.OP):
         monkeypatch.setattr(op, "native", noting(op))

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from fastdeit import kernels
 from fastdeit.bench.count_card import pretended_card
-from fastdeit.kernels import _rows, layer_norm
+from fastdeit.kernels import _rows
 from fastdeit.kernels._example import SMALL, Maker
+from fastdeit.kernels.layer_norm import fused, op
 from fastdeit.kernels.mlp import gelu
 from tests.kernels.proof import few, layouts, normal, prove, repeated
 
@@ -122,7 +123,7 @@ def test_arguments_of_any_layout(device):
 
 
 def test_more_rows_than_a_pass_has_programs(device, monkeypatch):
-    monkeypatch.setattr(layer_norm, "_PROGRAMS", 4)
+    monkeypatch.setattr(fused, "_PROGRAMS", 4)
     rows = 3 * 7
     assert rows / _rows.tile(768)["ROWS"] > 2 * 4
     prove(kernels.add_layer_norm, arguments(device, torch.float32, 3, rows // 3, 768))
@@ -135,8 +136,8 @@ def test_programs_of_a_backward_fill_the_card(sms, programs, monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=sms)
         )
-        args = layer_norm.OP.examples[0].build(Maker(replace(SMALL, batch=64), torch.bfloat16, torch.device("cuda", 0)))
-        _, normed, _, _ = layer_norm.OP.run_on(layer_norm._TRITON, *args)
+        args = op.OP.examples[0].build(Maker(replace(SMALL, batch=64), torch.bfloat16, torch.device("cuda", 0)))
+        _, normed, _, _ = op.OP.run_on(op._TRITON, *args)
         normed.backward(torch.empty_like(normed))
     grids = {kernel.fn.__name__: grid for kernel, grid, _ in card.launches}
     assert grids["_backward_kernel"] == (programs,)

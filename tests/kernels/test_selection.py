@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastdeit import cli, kernels
-from fastdeit.kernels import _op, _triton
+from fastdeit.kernels import _asked, _op, _triton
 from fastdeit.kernels._op import OPS, Backend, Op, Unsupported
 from tests.kernels.test_compiled import Graphs
 
@@ -210,16 +210,16 @@ def test_use_holds_in_its_thread_alone():
         with kernels.use("triton"):
             turns.wait()  # both are inside
             turns.wait()  # the main thread is outside again
-            found.append(_op.choice("mlp"))
-        return _op.choice("mlp")
+            found.append(_asked.choice("mlp"))
+        return _asked.choice("mlp")
 
     thread = Thread(target=lambda: found.append(other()))
     with kernels.use("reference"):
-        assert in_thread(lambda: _op.choice("mlp")) == "auto"
+        assert in_thread(lambda: _asked.choice("mlp")) == "auto"
         thread.start()
         turns.wait()
-        assert _op.choice("mlp") == "reference"
-    assert _op.choice("mlp") == "auto"
+        assert _asked.choice("mlp") == "reference"
+    assert _asked.choice("mlp") == "auto"
     turns.wait()
     thread.join()
     assert found == ["triton", "auto"]
@@ -232,8 +232,8 @@ def test_use_holds_in_its_task_alone():
         with kernels.use(backend):
             for turn in range(order):
                 await asyncio.sleep(0)
-                found[name, turn] = _op.choice("mlp")
-        found[name, "after"] = _op.choice("mlp")
+                found[name, turn] = _asked.choice("mlp")
+        found[name, "after"] = _asked.choice("mlp")
 
     async def both():
         await asyncio.gather(task("first", "reference", 1), task("second", "triton", 3))
@@ -241,7 +241,7 @@ def test_use_holds_in_its_task_alone():
     asyncio.run(both())
     assert {value for (name, turn), value in found.items() if name == "first" and turn != "after"} == {"reference"}
     assert {value for (name, turn), value in found.items() if name == "second" and turn != "after"} == {"triton"}
-    assert found["first", "after"] == found["second", "after"] == _op.choice("mlp") == "auto"
+    assert found["first", "after"] == found["second", "after"] == _asked.choice("mlp") == "auto"
 
 
 def test_compiled_functions_follow_the_choice_of_their_thread(scale):
@@ -295,9 +295,9 @@ def test_threads_of_autograd_see_what_holds_where_backward_is_called(scale):
     found, x = [], torch.ones(3, requires_grad=True)
 
     def call():
-        with _op.of_forward(None):  # as a backward in eager mode has it around its ops
-            assert _op.choice(scale.name) == "auto"
-        found.append((get_ident() == main, _op.choice(scale.name), _op._source()))
+        with _asked.of_forward(None):  # as a backward in eager mode has it around its ops
+            assert _asked.choice(scale.name) == "auto"
+        found.append((get_ident() == main, _asked.choice(scale.name), _asked.source()))
 
     main = get_ident()
     with kernels.use(**{scale.name: "quick"}):

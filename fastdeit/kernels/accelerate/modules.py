@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdeit.kernels import _op
+from fastdeit.kernels import _asked, _op
 from fastdeit.kernels import nn as drop_in
 from fastdeit.kernels._hooks import hooks
 from fastdeit.kernels.accelerate.identity import PLAIN, Remembered, difference, remember
 from fastdeit.kernels.attention.op import attention, query_attention
-from fastdeit.kernels.layer_norm import add_layer_norm
+from fastdeit.kernels.layer_norm.op import add_layer_norm
 from fastdeit.kernels.mlp.op import mlp
 
 # ---- structure -------------------------------------------------------------------------------------------------------
@@ -227,8 +227,8 @@ class Accelerated:
         reason = refused or difference(self)
         if reason is None:
             return False
-        wanted = _op.choice(self.op)
-        if wanted not in (_op.AUTO, _op.REFERENCE):
+        wanted = _asked.choice(self.op)
+        if wanted not in (_asked.AUTO, _op.REFERENCE):
             raise _op.ChoiceError(
                 f"{self.op}={wanted} is asked for, which cannot run in this {self.original.__name__}: {reason}"
             )

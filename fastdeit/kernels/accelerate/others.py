@@ -28,7 +28,7 @@ from fastdeit.kernels.accelerate.modules import (
     passed_by,
     traced,
 )
-from fastdeit.kernels.layer_norm import add_layer_norm
+from fastdeit.kernels.layer_norm.op import add_layer_norm
 from fastdeit.kernels.mlp.op import mlp
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------

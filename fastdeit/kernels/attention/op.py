@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdeit.kernels import _checks, _derivatives, _op, _triton
+from fastdeit.kernels import _asked, _checks, _derivatives, _op, _triton
 from fastdeit.kernels._example import BASE, BASE_FP16, DEITS, Example, Maker
 from fastdeit.kernels.attention import backward, forward, libraries
 from fastdeit.kernels.attention import fused_backward as one_program_a_head
@@ -408,8 +408,8 @@ def _with_logit_bias(
     _checks.check_floating("logit_bias", logit_bias)
     _checks.check_shape("logit_bias", logit_bias, (num_heads, *qkv.shape[1:2] * 2), "[H, N, N] of qkv [B, N, 3*H*d]")
     _checks.check_device("logit_bias", logit_bias, qkv, "qkv")
-    wanted = _op.choice(OP.name)
-    if wanted not in (_op.AUTO, _op.REFERENCE):
+    wanted = _asked.choice(OP.name)
+    if wanted not in (_asked.AUTO, _op.REFERENCE):
         raise _op.ChoiceError(f"{OP.name}={wanted} is asked for, which does not add logit_bias yet: leave it out there")
     qkv = _derivatives.with_bias_gradient(qkv, bias)
     return _attended(*_heads(qkv, 3, num_heads), scale, key_mask, logit_bias.to(qkv.dtype))

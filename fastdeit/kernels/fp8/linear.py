@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdeit.kernels import _checks, _derivatives, _op
+from fastdeit.kernels import _asked, _checks, _derivatives, _op
 from fastdeit.kernels.fp8 import cast, gelu, product
 
 
@@ -100,7 +100,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.choices = _op.used()
+        ctx.choices = _asked.used()
         return _forward(cast.ROWS(_flat(x)), weight, bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -110,7 +110,7 @@ class _Linear(torch.autograd.Function):
         grads = _flat(grad)
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            with _op.of_forward(ctx.choices):
+            with _asked.of_forward(ctx.choices):
                 dx = _input_gradient(cast.ROWS(grads), weight).view(x.shape)
         if ctx.needs_input_grad[1]:
             dweight = grads.t() @ _flat(x)
@@ -124,7 +124,7 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         pre = _forward(cast.ROWS(_flat(x)), w1, b1)
         ctx.save_for_backward(x, w1, w2, pre)
-        ctx.choices = _op.used()
+        ctx.choices = _asked.used()
         return _forward(gelu.FORWARD(pre), w2, b2).view(*x.shape[:-1], len(w2))
 
     @staticmethod
@@ -132,7 +132,7 @@ class _Mlp(torch.autograd.Function):
         _derivatives.check_first_order("fp8_mlp")
         x, w1, w2, pre = ctx.saved_tensors
         wanted, grads = ctx.needs_input_grad, _flat(grad)
-        with _op.of_forward(ctx.choices):
+        with _asked.of_forward(ctx.choices):
             dpre, values, scale, act, db1 = gelu.BACKWARD(_input_gradient(cast.ROWS(grads), w2), pre)
             dx = _input_gradient((values, scale), w1).view(x.shape) if wanted[0] else None
         return (

@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdeit.kernels import _checks, _op, _triton, layer_norm
+from fastdeit.kernels import _checks, _op, _triton
 from fastdeit.kernels._example import BASE, DEITS, Example, Maker
-from fastdeit.kernels.layer_norm import normalize, normalize_backward
+from fastdeit.kernels.layer_norm import fused
+from fastdeit.kernels.layer_norm.reference import normalize, normalize_backward
 from fastdeit.kernels.mlp import gelu, gelu_products, quack
 
 
@@ -194,7 +195,7 @@ def _gradients(
 def _normed_forward(mlp_forward: Callable, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`layer_norm_reference` with the LayerNorm in one launch."""
     weight, bias, eps, w1, *others = args
-    normed, mean, rstd = layer_norm.plain_triton_forward(x, weight, bias, eps, w1.dtype)
+    normed, mean, rstd = fused.plain_triton_forward(x, weight, bias, eps, w1.dtype)
     return *mlp_forward(normed, w1, *others), mean, rstd
 
 
@@ -213,9 +214,9 @@ def _normed_backward(
     with_b2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`layer_norm_reference_backward`; the normalised tokens are recomputed in one launch."""
-    normed = layer_norm.triton_apply(x, weight, bias, mean, rstd, pre.dtype)
+    normed = fused.triton_apply(x, weight, bias, mean, rstd, pre.dtype)
     dnormed, *grads = mlp_backward(grad, normed, w1, w2, pre, act, with_b2)
-    return *layer_norm.plain_triton_backward(dnormed, x, weight, mean, rstd), *grads
+    return *fused.plain_triton_backward(dnormed, x, weight, mean, rstd), *grads
 
 
 def _mixed_capability(device: torch.device, forced: bool) -> tuple[bool, str]:
