@@ -41,8 +41,8 @@ def pytest_cmdline_main(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """`pytest -m gpu` reads only files that have such a test. A machine with a card may lack what the others import, and
-    a file that cannot be collected ends the session."""
+    """`pytest -m gpu` reads only files that have such a test. A machine with a card may lack what the others import,
+    and a file that cannot be collected ends the session."""
     if config.option.markexpr in ("gpu", "card") and collection_path.name.startswith("test_"):
         kernels = "kernels" in collection_path.parent.parts  # there the fixture `device` has the mark
         return None if kernels or "mark.gpu" in collection_path.read_text() else True
