@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triton
+from packaging.version import Version
 
 from tests.process_of_ranks import be_rank, without_curves
 
@@ -24,6 +26,18 @@ COMPILED = "FASTDEIT_IR" in os.environ and not torch.cuda.is_available()
 """Whether tests marked gpu run without a card, on kernels compiled for the architecture that the variable names."""
 if not torch.cuda.is_available() and not COMPILED:
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of fastdeit.kernels
+
+
+def pytest_configure():
+    """Triton before 3.7 makes an int of an array in its interpreter, which numpy has refused since 2.4."""
+    if "TRITON_INTERPRET" in os.environ and Version(triton.__version__) < Version("3.7"):
+        try:
+            int(np.zeros(1))
+        except TypeError:
+            raise pytest.UsageError(
+                f"the interpreter of Triton {triton.__version__} does not run with numpy {np.__version__}: "
+                "pip install 'numpy<2.4', or a newer torch"
+            ) from None
 
 
 @pytest.hookimpl(tryfirst=True)
