@@ -63,6 +63,14 @@ def without(jpeg: bytes, *markers: int) -> bytes:
     return b"".join(part for part in segments(jpeg) if part[1] not in markers or part[:2] == b"\xff\xd8")
 
 
+def of_first_scans(jpeg: bytes, count: int) -> bytes:
+    """A progressive JPEG that ends after so many of its scans."""
+    at = 0
+    for _ in range(count + 1):
+        at = jpeg.index(b"\xff\xda", at) + 2
+    return jpeg[: at - 2] + b"\xff\xd9"
+
+
 def lossless_jpeg(image: Image.Image) -> bytes:
     """SOF3, predictor 1, of a grey or an RGB picture; one Huffman code of 4 bits for each of the 9 categories."""
     samples = np.atleast_3d(np.asarray(image)).astype(int)
@@ -233,6 +241,9 @@ def odd() -> dict[str, bytes]:
         "jpeg CMYK": cmyk,
         "jpeg CMYK without Adobe's marker": without(cmyk, 0xEE),
         "jpeg YCCK": b"".join(part[:-1] + b"\2" if part[1] == 0xEE else part for part in segments(cmyk)),
+        "jpeg progressive, of its first scan": of_first_scans(encoded(PHOTO, progressive=True), 1),
+        "jpeg progressive, without its last scan": of_first_scans(encoded(PHOTO, progressive=True), 9),
+        "jpeg progressive, grey, of two scans": of_first_scans(encoded(GREY, progressive=True), 2),
         "jpeg lossless": lossless_jpeg(PHOTO),
         "jpeg lossless grey": lossless_jpeg(GREY),
         "jpeg with stray bytes": head + first + b"\0\x12\x34" + b"".join(rest),

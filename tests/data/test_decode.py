@@ -1,13 +1,14 @@
 """One truth about every picture: training, evaluation and `pixels` see what Pillow sees, or refuse the same files."""
 
 import io
+from contextlib import closing
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fastdeit.data.execute import pillow
-from fastdeit.data.execute.dali import Work
+from fastdeit.data.execute.dali import Decoder, Work
 from fastdeit.data.execute.decode import pixels
 from fastdeit.data.execute.route import Encoded, Route, route, routed
 from fastdeit.data.loader import EvalLoader, TrainLoader
@@ -89,6 +90,20 @@ def test_training(matrix, source):
     assert wrong(matrix, seen) == {}
 
 
+def test_a_box_has_the_pixels_of_the_picture(matrix):
+    """Whoever decodes it, and however much around it: a box is what is decoded in training."""
+    y, x, height, width = box = 3, 9, 17, 11
+    read = [(name, routed(array(data)), wanted) for name, data, wanted in matrix if wanted is not None]
+    files, boxes = [one for _, one, _ in read], np.tile(np.array(box, np.int32), (len(read), 1))
+    work = Work(files, (plan.unaugmented(boxes, None, None),))
+    decoder = Decoder([(height, width)], len(read), threads=1, device="cpu", repair=lambda work, failures: work)
+    with closing(decoder.run([work])) as batches:
+        _, (parts,) = next(batches)
+        names = [name for part, (name, _, wanted) in zip(parts, read, strict=True)
+                 if not np.array_equal(part, wanted[y : y + height, x : x + width])]  # fmt: skip
+    assert names == []
+
+
 def test_the_graph_of_the_gpu_takes_what_pillow_decodes(matrix):
     """On DALI's CPU backend: pictures that Pillow has decoded beside files."""
     read = [(routed(array(data)), wanted) for _, data, wanted in matrix[25:55] if wanted is not None]
@@ -117,6 +132,7 @@ def test_routes_say_size_and_reason():
     odd = {name: (route(array(data)).format, route(array(data)).why) for name, data in pictures.odd().items()}
     assert odd["gif"] == ("GIF", "GIF")
     assert odd["tiff lzma"] == ("TIFF", "TIFF")
+    assert odd["jpeg progressive, of its first scan"] == ("JPEG", "progressive JPEG without all of its scans")
     assert odd["jpeg CMYK"] == ("JPEG", "JPEG of 4 colours with 8 bits")
     assert odd["png of 16-bit colours"] == ("PNG", "PNG with colours of 16 bits")
     assert odd["webp lossless, odd, with EXIF"] == ("WEBP", "WebP with EXIF behind a chunk of odd size")

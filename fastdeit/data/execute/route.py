@@ -30,6 +30,9 @@ _BYTES_OF_OTHERS = 12
 _REFUSED = ("BLP", "EPS", "ICNS", "IPTC")
 _JPEG_TAIL, _PNG_TAIL = 64, 64
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
+_PROGRESSIVE = 0xC2
+_SMOOTHED = frozenset(range(1, 10))
+"""Coefficients of a block that libjpeg-turbo guesses from the blocks around it where no scan gives them exactly."""
 _FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
 _START_OF_SCAN = 0xDA
 # Frames, Huffman and quantisation tables, the restart interval, applications, comments.
@@ -152,8 +155,29 @@ def _jpeg(view: memoryview) -> Route | None:
         return _other(view, f"JPEG of {colours} colours with {bits} bits")
     if b"\xff\xd9" not in bytes(view[-_JPEG_TAIL:]):
         return _other(view, "JPEG without an end")
+    if kind == _PROGRESSIVE and not _has_all_scans(view[at:], view[frame + 10 : frame + 10 + 3 * colours : 3]):
+        return _other(view, "progressive JPEG without all of its scans")
     height, width = view[frame + 5] << 8 | view[frame + 6], view[frame + 7] << 8 | view[frame + 8]
     return Route("JPEG", width, height)
+
+
+def _has_all_scans(scans: memoryview, colours: memoryview) -> bool:
+    """Whether the scans of a progressive JPEG give the `_SMOOTHED` coefficients of all `colours` to the last bit.
+
+    Where they do not, libjpeg-turbo smooths over the blocks around a block, and at the border of a box it knows fewer
+    of them: the pixels of a box would differ from those of the picture.
+    """
+    exact = {colour: set[int]() for colour in colours}
+    data = np.frombuffer(scans, np.uint8)
+    marks = np.flatnonzero(data[:-1] == 0xFF)  # in a fifth of the time that bytes.find takes
+    for at in marks[data[marks + 1] == _START_OF_SCAN].tolist():
+        count = scans[at + 4] if at + 4 < len(scans) else 0
+        spectrum = scans[at + 5 + 2 * count : at + 8 + 2 * count]
+        if len(spectrum) == 3 and spectrum[2] & 15 == 0:
+            given = _SMOOTHED.intersection(range(spectrum[0], spectrum[1] + 1))
+            for colour in scans[at + 5 : at + 5 + 2 * count : 2]:
+                exact.get(colour, set()).update(given)
+    return all(known == _SMOOTHED for known in exact.values())
 
 
 def _png(view: memoryview) -> Route | None:
