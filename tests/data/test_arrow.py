@@ -203,6 +203,12 @@ def test_names_in_another_order_are_refused(disk, varied):
         open_pair("arrow", disk, val="odd")
 
 
+def test_files_of_a_split_have_one_list_of_names(disk, varied):
+    arrow(disk / "train" / "data-00001-of-00002.arrow", varied[:2], [0, 1], NAMES[::-1])
+    with pytest.raises(DataError, match=r"data-00000-of-00002\.arrow and .*data-00001.* number their classes differen"):
+        open_pair("arrow", disk)
+
+
 def test_labels_may_be_names(tmp_path, varied):
     arrow(tmp_path / "a.arrow", varied[:4], ["eel", "cat", "eel", "cat"])
     source = open_source("arrow", tmp_path, "a")

@@ -93,7 +93,8 @@ def test_training(matrix, source):
 def test_a_box_has_the_pixels_of_the_picture(matrix):
     """Whoever decodes it, and however much around it: a box is what is decoded in training."""
     y, x, height, width = box = 3, 9, 17, 11
-    read = [(name, routed(array(data)), wanted) for name, data, wanted in matrix if wanted is not None]
+    small = [(name, data, wanted) for name, data, wanted in matrix if wanted is not None and len(data) < 1 << 20]
+    read = [(name, routed(array(data)), wanted) for name, data, wanted in small]
     files, boxes = [one for _, one, _ in read], np.tile(np.array(box, np.int32), (len(read), 1))
     work = Work(files, (plan.unaugmented(boxes, None, None),))
     decoder = Decoder([(height, width)], len(read), threads=1, device="cpu", repair=lambda work, failures: work)

@@ -427,7 +427,7 @@ def test_class_numbers_may_come_from_a_file(tmp_path):
     )
     assert labels(val) == ["cat", "eel"]
     assert val.read(1).tobytes() == b"val/eel/1.jpg"
-    (tmp_path / "map.txt").write_text("cat\ndog\neel\n")
+    (tmp_path / "map.txt").write_text("\ufeffcat\r\ndog\r\neel\r\n")
     whole = open_source("folder", tmp_path / "images", "train", classes=str(tmp_path / "map.txt"))
     assert whole.fingerprint == FolderSource(tmp_path / "images" / "train").fingerprint
 

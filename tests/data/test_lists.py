@@ -59,6 +59,19 @@ SETS = {
     "names": (lists("path,label", *lines("{}.jpg,{}", ("cat", "dog", "dog", "dog", "cat"))), [], NAMES),
     "no head": (lists(*lines("{}.jpg,{}", "01110")), [], NUMBERS),
     "byte order mark": (lists("\ufefffile,class", *lines("{}.jpg,{}", "01110")), [], NUMBERS),
+    "fields with spaces": (lists("path, label", *lines('{}.jpg, "{}"', "01110")), [], NUMBERS),
+    "characters that end a line elsewhere": (
+        lists(
+            *(
+                f'{{"path": "{one}.jpg", "label": "a\u2028{name}\x85b"}}'
+                for one, name in zip("abcde", "01110", strict=True)
+            ),
+            train="train.jsonl",
+            val="val.jsonl",
+        ),
+        [],
+        tuple([f"a\u2028{label}\x85b" for label in part] for part in ("011", "10")),
+    ),
     "ids": (lists("id,breed", *lines("{},{}", "01110"), images=[f"images/{one}.png" for one in "abcde"]), [], NUMBERS),
     "other columns": (lists("n,Where,What", *lines('1,"{}.jpg", {}', "01110")), OTHER, NUMBERS),
     "tabs": (
@@ -75,7 +88,7 @@ SETS = {
         [],
         NUMBERS,
     ),
-    "words": (lists(*lines("{}.jpg {}", "01110"), train="train.txt", val="val.txt"), ["data.source=list"], NUMBERS),
+    "words": (lists(*lines("{}.jpg {}", "01110"), train="train.txt", val="val.txt"), [], NUMBERS),
     "inside the split": (
         lists(
             "file_name,label",
@@ -114,6 +127,14 @@ def test_what_a_list_names_has_the_right_labels(tmp_path, name):
     assert [train.read(i).tobytes()[-5:-4] for i in range(3)] == [train.name(i)[-5:-4].encode() for i in range(3)]
 
 
+def test_a_first_image_that_is_missing_is_a_bad_file(tmp_path):
+    lists("id,label", *lines("{},{}", "01110"), images=("images/b.jpg", "d.jpg"))(tmp_path)
+    train, _ = as_train(tmp_path)
+    assert (len(train), train.path(0), train.read(1).tobytes()) == (3, f"{tmp_path}/images/a.jpg", b"images/b.jpg")
+    with pytest.raises(FileNotFoundError):
+        train.read(0)
+
+
 JSON = {"train": "train.jsonl", "val": "val.jsonl"}
 REFUSED = {
     "unknown columns": (
@@ -130,6 +151,49 @@ REFUSED = {
         lists("path,label", "a.jpg,0", "b.jpg,1", "a.jpg,1", "d.jpg,1", "e.jpg,0"),
         [],
         r"train\.csv: 'a\.jpg' stands in lines 2 and 4; an image has one label",
+    ),
+    "two labels, by two spellings": (
+        lists("path,label", "x//a.jpg,0", "b.jpg,1", "./x/a.jpg,1", "d.jpg,1", "e.jpg,0"),
+        [],
+        r"train\.csv: '\./x/a\.jpg' stands in lines 2 and 4; an image has one label",
+    ),
+    "another separator": (
+        lists("path;label", *lines("{}.jpg;{}", "01110")),
+        [],
+        r"train\.csv: its columns are separated by ';'; of a \.csv file, by ','",
+    ),
+    "another encoding": (
+        lambda root: (root / "train.csv").write_text("path,label\na.jpg,0\n", "utf-16"),
+        [],
+        r"train\.csv: the text is in UTF-16; save it as UTF-8",
+    ),
+    **{
+        f"the label {label}": (
+            lists("path,label", *lines("{}.jpg,{}", ("0", label, "1", "0", "1"))),
+            [],
+            rf"train\.csv, line 3: the label '{label}' is neither a class number nor a name",
+        )
+        for label in ("-1", "1.0", "nan")
+    },
+    "half a character": (
+        lists('{"path": "a.jpg", "label": "\\ud800"}', *[""] * 4, **JSON),
+        [],
+        r"train\.jsonl, line 1: '.ud800' is neither a path nor a class name or number",
+    ),
+    "a NUL": (
+        lists("path,label", "a.jpg,0", "b\0.jpg,1", "c.jpg,1", "d.jpg,1", "e.jpg,0"),
+        [],
+        r"train\.csv, line 3: 'b.x00\.jpg' is no path",
+    ),
+    "words with commas": (
+        lists(*lines("{}.jpg,{}", "01110"), train="train.txt", val="val.txt"),
+        [],
+        r"train\.txt, line 1: 'a\.jpg,0' is no line PATH LABEL, with a space between them",
+    ),
+    "folders of Windows": (
+        lists("path,label", *lines("x\\{}.jpg,{}", "01110")),
+        [],
+        r"train\.csv: its first image, 'x..a\.jpg', is not in .*; write / between folders",
     ),
     "no label": (
         lists("path,label", "a.jpg,0", "b.jpg,", "c.jpg,1", "d.jpg,1", "e.jpg,0"),

@@ -55,6 +55,17 @@ def test_names_in_another_order_are_refused(hub, varied):
         open_pair("parquet", hub, val="odd")
 
 
+def test_files_of_a_split_have_one_list_of_names(hub, varied):
+    """A file may go without; in none may a number mean another class."""
+    write(hub / "data" / "train-00000-of-00002.parquet", varied[:2], [0, 1])
+    assert open_pair("parquet", hub)[0].classes == ["cat", "dog", "eel"]
+    write(hub / "data" / "train-00000-of-00002.parquet", varied[:2], [0, 1], ["dog", "cat", "eel"])
+    with pytest.raises(
+        DataError, match=r"train-00000-of-00002\.parquet and .*train-00001.* number their classes differently \('dog'"
+    ):
+        open_pair("parquet", hub)
+
+
 def test_labels_without_names_are_numbers(tmp_path, varied):
     write(tmp_path / "a.parquet", varied[:3], [2, 0, 1])
     assert open_source("parquet", tmp_path, "a").classes == ["0", "1", "2"]
@@ -141,6 +152,8 @@ IMAGES = rows([b"1", b"2"])
         ({"image": ["x", "y"], "label": [0, 1]}, "column image is no struct of bytes and path, but string"),
         ({"image": IMAGES, "label": [0, None]}, "1 rows have no 'label'"),
         ({"image": IMAGES, "label": [0.0, 1.0]}, "column 'label' holds double, not class numbers or names"),
+        ({"image": IMAGES, "label": [[0], [1]]}, "column 'label' holds list<.*>, not class numbers or names"),
+        ({"image": IMAGES, "label": [{"id": 0}, {"id": 1}]}, "column 'label' holds struct<.*>, not class numbers"),
         ({"image": IMAGES, "label": [-1, -1]}, r"labels from -1 to -1, .*\(-1 marks a split without labels\)"),
         ({"image": IMAGES, "label": [0, 1 << 40]}, "labels from 0 to 1099511627776"),
         ({"image": IMAGES, "label": [0, 0]}, "every label is 0"),

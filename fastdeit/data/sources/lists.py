@@ -1,12 +1,13 @@
 """Images that a list names: a CSV, TSV, JSONL or text file, with the path of an image and its label in each line.
 
 Paths are relative to the root of the data set, or absolute, so that images may lie on several disks. A path without its
-extension, or without the folder of the split, is completed as the first of the list can be.
+extension, or without the folder of the split, is completed as one of the first of the list can be.
 """
 
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
@@ -18,7 +19,16 @@ from numpy.typing import NDArray
 from fastdeit.data.sources.folder import FileSource, has_class_folders
 from fastdeit.data.sources.index import Strings
 from fastdeit.data.sources.kinds import Columns, Kind
-from fastdeit.data.sources.source import EXTENSIONS, MAX_LABEL, DataError, class_numbers, contents, listed
+from fastdeit.data.sources.source import (
+    EXTENSIONS,
+    MAX_LABEL,
+    DataError,
+    class_numbers,
+    is_no_class,
+    lines_of,
+    listed,
+    text_of,
+)
 
 IMAGE_COLUMNS = (
     *("path", "filepath", "file_path", "image_path", "filename", "file_name", "file", "image", "img"),
@@ -27,8 +37,11 @@ IMAGE_COLUMNS = (
 """What the column of the paths is usually called; the first that there is counts."""
 LABEL_COLUMNS = ("label", "class", "class_name", "target", "category", "label_id", "class_id", "breed", "species")
 _TABLES = {".csv": ",", ".tsv": "\t"}
-_SIGNS = (*_TABLES, ".jsonl")  # a .txt file may be anything
+_SIGNS = (*_TABLES, ".jsonl")
 _SUFFIXES = (*_SIGNS, ".txt")
+
+_TRIED = 10
+"""Images of a list of which one has to be there; a later one that is not there is a bad file."""
 
 Pairs = list[tuple[int, str, str]]
 """Number of the line, path and label of each image."""
@@ -45,7 +58,7 @@ class ListSource(FileSource):
         pairs = _pairs(path, columns)
         _require_once(path, pairs)
         labels, classes = _labels(path, [label for _, _, label in pairs], training)
-        before, behind = _completion(root, path, split, pairs[0][1])
+        before, behind = _completion(root, path, split, [name for _, name, _ in pairs[:_TRIED]])
         super().__init__(root, classes, Strings.of(f"{before}{name}{behind}" for _, name, _ in pairs), labels)
 
 
@@ -69,30 +82,38 @@ def _places(root: Path, split: str, suffixes: Iterable[str]) -> list[Path]:
 
 
 def _pairs(path: Path, columns: Columns) -> Pairs:
-    text = contents(path).decode("utf-8-sig", errors="surrogateescape")
     if path.suffix == ".jsonl":
-        pairs = _of_objects(path, text, columns)
+        pairs = _of_objects(path, columns)
     elif path.suffix in _TABLES:
-        pairs = _of_table(path, text, columns)
+        pairs = _of_table(path, columns)
     else:
-        pairs = _of_lines(path, text)
+        pairs = _of_lines(path)
     if not pairs:
         raise DataError(f"{path}: the list names no image")
+    wrong = set(filter(is_no_class, {label for _, _, label in pairs}))
     for line, name, label in pairs:
-        if not name or not label or "\0" in name:
+        if not name or not label:
             raise DataError(f"{path}, line {line}: an image has no {'label' if name else 'path'}; mend or remove it")
+        if "\0" in name:
+            raise DataError(f"{path}, line {line}: {name!r} is no path; mend or remove it")
+        if label in wrong:
+            raise DataError(f"{path}, line {line}: the label {label!r} is neither a class number nor a name; mend it")
     return pairs
 
 
-def _of_table(path: Path, text: str, columns: Columns) -> Pairs:
+def _of_table(path: Path, columns: Columns) -> Pairs:
+    separator = _TABLES[path.suffix]
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_TABLES[path.suffix])
+        reader = csv.reader(io.StringIO(text_of(path), newline=""), delimiter=separator, skipinitialspace=True)
         rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise DataError(f"{path}: not a table, or a damaged one: {error}") from error
     if not rows:
         return []
     head = [cell.strip() for cell in rows[0][1]]
+    other = next((one for one in ",;\t|" if one in head[0]), separator) if len(head) == 1 else separator
+    if other != separator:
+        raise DataError(f"{path}: its columns are separated by {other!r}; of a {path.suffix} file, by {separator!r}")
     if columns == Columns() and len(head) == 2 and head[0].lower().endswith(EXTENSIONS):
         image, label = 0, 1
     else:
@@ -104,10 +125,10 @@ def _of_table(path: Path, text: str, columns: Columns) -> Pairs:
     return [(line, row[image].strip(), row[label].strip()) for line, row in rows]
 
 
-def _of_objects(path: Path, text: str, columns: Columns) -> Pairs:
+def _of_objects(path: Path, columns: Columns) -> Pairs:
     pairs: Pairs = []
     names: tuple[str, str] | None = None
-    for line, row in enumerate(text.splitlines(), 1):
+    for line, row in enumerate(lines_of(path), 1):
         if not row.strip():
             continue
         try:
@@ -128,17 +149,28 @@ def _of_objects(path: Path, text: str, columns: Columns) -> Pairs:
 def _text(path: Path, line: int, value: Any) -> str:
     if value is None:
         return ""
-    if not isinstance(value, str | int) or isinstance(value, bool):
+    if not isinstance(value, str | int) or isinstance(value, bool) or not _is_text(str(value)):
         raise DataError(f"{path}, line {line}: {value!r} is neither a path nor a class name or number")
     return str(value)
 
 
-def _of_lines(path: Path, text: str) -> Pairs:
+def _is_text(value: str) -> bool:
+    """False for halves of a character, which JSON can write and no file can be called."""
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _of_lines(path: Path) -> Pairs:
     """Lines PATH LABEL; a path may have spaces."""
     pairs: Pairs = []
-    for line, row in enumerate(text.splitlines(), 1):
+    for line, row in enumerate(lines_of(path), 1):
         if row.strip():
-            name, _, label = row.strip().replace("\t", " ").rpartition(" ")
+            name, space, label = row.strip().replace("\t", " ").rpartition(" ")
+            if not space:
+                raise DataError(f"{path}, line {line}: {label!r} is no line PATH LABEL, with a space between them")
             pairs.append((line, name.strip(), label))
     return pairs
 
@@ -163,7 +195,7 @@ def _chosen(path: Path, head: list[str], columns: Columns) -> tuple[int, int]:
 def _require_once(path: Path, pairs: Pairs) -> None:
     seen: dict[str, int] = {}
     for line, name, _ in pairs:
-        before = seen.setdefault(name, line)
+        before = seen.setdefault(os.path.normpath(name) if "./" in name or "//" in name else name, line)
         if before != line:
             raise DataError(f"{path}: {name!r} stands in lines {before} and {line}; an image has one label: remove one")
 
@@ -190,17 +222,16 @@ def _numbers(classes: list[str] | None) -> list[str]:
     return [str(number) for number in range(len(classes or ()))]
 
 
-def _completion(root: Path, path: Path, split: str, first: str) -> tuple[str, str]:
-    """What comes before and behind each path, so that the first of them, `first`, is there."""
+def _completion(root: Path, path: Path, split: str, first: Sequence[str]) -> tuple[str, str]:
+    """What comes before and behind each path, so that one of the `first` is there."""
     stem = Path(split).name.removesuffix(path.suffix)
     folders = dict.fromkeys(["", *(f"{folder}/" for folder in _between(root, path)), f"{stem}/", "images/"])
     ends = ["", *EXTENSIONS, ".JPEG", ".JPG"]
-    for folder, end in product(folders, ends):
-        if (root / f"{folder}{first}{end}").is_file():
+    for name, folder, end in product(first, folders, ends):
+        if (root / f"{folder}{name}{end}").is_file():
             return folder, end
-    raise DataError(
-        f"{path}: its first image, {first!r}, is not in {root}; paths are relative to that folder, or absolute"
-    )
+    way_out = "write / between folders" if "\\" in first[0] else "paths are relative to that folder, or absolute"
+    raise DataError(f"{path}: its first image, {first[0]!r}, is not in {root}; {way_out}")
 
 
 def _between(root: Path, path: Path) -> list[str]:
@@ -219,7 +250,10 @@ def _held_out(training: ListSource, root: Path, split: str) -> ListSource:
 
 
 def _has_list(root: Path, train: str, val: str) -> bool:
-    return any(place.is_file() for place in _places(root, train, _SIGNS)) and not has_class_folders(root, train, val)
+    named = any(place.is_file() for place in _places(root, train, _SIGNS))
+    # Beside a folder of that name it may be anything.
+    named = named or ((root / f"{train}.txt").is_file() and not (root / train).is_dir())
+    return named and not has_class_folders(root, train, val)
 
 
 LIST = Kind(

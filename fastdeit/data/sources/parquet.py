@@ -22,7 +22,7 @@ from pyarrow import compute, parquet
 from fastdeit import jsons
 from fastdeit.data.sources import shards
 from fastdeit.data.sources.index import Listed, Strings, digest, read_range
-from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, class_numbers, unreadable
+from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, class_numbers, listed, unreadable
 
 _CACHE_BYTES = 256 << 20
 _MAX_GROUP = 4 << 30
@@ -60,7 +60,8 @@ class ParquetSource(Listed):
         self._lock = threading.Lock()
         require_one_type(root, label, self._files, [one.type for one in columns])
         column = pyarrow.chunked_array([chunk for one in columns for chunk in one.chunks], columns[0].type)
-        labels, classes = class_labels(self._root, label, column, hub_names(self._metadata[0].metadata, label))
+        known = hub_names(root, label, dict(zip(self._files, (one.metadata for one in self._metadata), strict=True)))
+        labels, classes = class_labels(self._root, label, column, known)
         super().__init__(classes, Strings.of(names), labels, digest(Strings.of(names).blob, labels, classes))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -219,7 +220,7 @@ class _Bytes(io.RawIOBase):
 
 
 def require_columns(path: str, schema: pyarrow.Schema, image: str, label: str) -> None:
-    """DataError unless a file has one column `image`, of images, and one column `label`."""
+    """DataError unless a file has one column `image`, of images, and one column `label`, of numbers or names."""
     names = schema.names
     missing = [(field, name) for field, name in (("image", image), ("label", label)) if name not in names]
     if missing:
@@ -232,6 +233,7 @@ def require_columns(path: str, schema: pyarrow.Schema, image: str, label: str) -
         raise DataError(f"{path}: column {image} or {label} is there twice; there are {names}")
     if not _holds_images(schema.field(image).type):
         raise DataError(f"{path}: column {image} is no struct of bytes and path, but {schema.field(image).type}")
+    plain_labels(path, label, pyarrow.nulls(0, schema.field(label).type))
 
 
 def _likely(schema: pyarrow.Schema, field: str) -> str:
@@ -299,10 +301,23 @@ def class_labels(
     return labels, list(names) if names and len(names) > labels.max() else class_numbers(labels, root)
 
 
-def hub_names(metadata: Mapping[bytes, bytes] | None, label: str) -> list[str] | None:
-    """Class names in the metadata of a schema that the `datasets` library wrote."""
+def hub_names(root: str | Path, label: str, metadata: Mapping[str, Mapping[bytes, bytes] | None]) -> list[str] | None:
+    """Class names in the metadata of schemas, by file, that the `datasets` library wrote. DataError where two files
+    have others, or in another order: the numbers of one of them would mean other classes."""
+    found = {file: names for file, one in metadata.items() if (names := _names_in(one, label)) is not None}
+    first = next(iter(found), None)
+    for file, names in found.items():
+        if names != found[first]:
+            raise DataError(
+                f"{root}: {first} and {file} number their classes differently ({listed(found[first])}; "
+                f"{listed(names)}), so that labels mean different classes; write the files anew with one list of names"
+            )
+    return None if first is None else found[first]
+
+
+def _names_in(metadata: Mapping[bytes, bytes] | None, label: str) -> list[str] | None:
     try:
-        return jsons.parsed(metadata[b"huggingface"])["info"]["features"][label]["names"]
+        return [str(name) for name in jsons.parsed(metadata[b"huggingface"])["info"]["features"][label]["names"]]
     except (KeyError, TypeError, ValueError):
         return None
 

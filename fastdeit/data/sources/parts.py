@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastdeit.data.sources.index import digest
 from fastdeit.data.sources.names import LeftOut, say
 from fastdeit.data.sources.share import share
-from fastdeit.data.sources.source import DataError, NamedSource, contents, listed
+from fastdeit.data.sources.source import DataError, NamedSource, lines_of, listed
 
 
 class Part:
@@ -114,8 +114,7 @@ def class_names(path: str | Path) -> list[str]:
     path = Path(path).expanduser()
     if path.suffix == ".pkl":
         raise DataError(f"{path}: a pickle is not read, because it may run any program; write its names, a line each")
-    lines = contents(path).decode(errors="replace").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in lines_of(path) if line.strip()]
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
         raise DataError(f"{path}: {listed(twice)} stands there twice; a class has one number")

@@ -4,6 +4,8 @@ A `Source` is random access: index in, encoded bytes out. Everything that restar
 more.
 """
 
+import codecs
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,6 +110,30 @@ def contents(path: Path) -> bytes:
     except (OSError, MemoryError) as error:
         unreadable(error, path)
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of such a file (`text_of`). A line feed, a carriage return or both end one: `str.splitlines` also cuts
+    at characters that may stand in a name."""
+    return re.split("\r\n|\r|\n", text_of(path))
+
+
+def text_of(path: Path) -> str:
+    """The text in such a file: UTF-8, with or without a byte order mark; other bytes stay as in names of files."""
+    data = contents(path)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}: the text is in UTF-16; save it as UTF-8")
+    return data.decode("utf-8-sig", errors="surrogateescape")
+
+
+def is_no_class(label: str) -> bool:
+    """Whether a label is written as a number that is no class number, or as "nan", as programs write one that is
+    missing."""
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return not (label.isascii() and label.isdigit())
 
 
 def class_numbers(labels: NDArray[np.int64], root: str | Path) -> list[str]:

@@ -29,7 +29,7 @@ from fastdeit.data.sources.names import is_litter, say
 from fastdeit.data.sources.scan import scanned
 from fastdeit.data.sources.shards import TAR as SHARD
 from fastdeit.data.sources.shards import Index, Skipped, any_of, cached, of_split, reasons
-from fastdeit.data.sources.source import EXTENSIONS, MAX_LABEL, BadImage, DataError, class_numbers
+from fastdeit.data.sources.source import EXTENSIONS, MAX_LABEL, BadImage, DataError, class_numbers, is_no_class
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
@@ -266,18 +266,9 @@ def _number_or_name(value: object) -> int | str | None:
     try:
         return int(text)
     except ValueError:
-        if not 0 < len(text) <= _NAME_LENGTH or not text.isprintable() or _is_float(text):
+        if not 0 < len(text) <= _NAME_LENGTH or not text.isprintable() or is_no_class(text):
             raise
     return text
-
-
-def _is_float(text: str) -> bool:
-    """Whether text is a number, or "nan", as programs write a label that is missing."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def members(path: str, skipped: Skipped, start: int = 0, stop: int | None = None) -> Iterator[Member]:

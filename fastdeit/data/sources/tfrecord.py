@@ -30,7 +30,7 @@ from fastdeit.data.sources.index import Listed, Strings, digest, read_at, read_r
 from fastdeit.data.sources.kinds import Kind
 from fastdeit.data.sources.names import say
 from fastdeit.data.sources.scan import scanned
-from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, contents
+from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, lines_of
 
 DECIDES = "a file labels.txt beside the records, with a line NUMBER:NAME for each class, says what classes there are"
 _CACHE_FORMAT = "1"
@@ -421,7 +421,9 @@ def _names(root: str, file: str, first: int) -> tuple[Path | None, dict[int, str
     path = next((place for place in places if place.exists()), None)
     if path is None:
         return None, {}
-    lines = contents(path).decode(errors="replace").replace("\r\n", "\n").rstrip("\n").split("\n")
+    lines = lines_of(path)
+    while len(lines) > 1 and not lines[-1]:
+        lines.pop()
     numbered = [line.partition(":")[::2] for line in lines] if path.name == _SLIM_NAMES else list(enumerate(lines))
     try:
         numbers = sorted(int(number) for number, _ in numbered)
