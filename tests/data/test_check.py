@@ -201,9 +201,9 @@ def test_classes_that_are_not_balanced_are_told():
 
 def test_what_the_reader_left_out_is_told_by_extension():
     source = SyntheticSource(4, 2, (8, 8))
-    source.left_out = {".gif": 3, ".txt": 5, ".git/": 1}
+    source.left_out = {".gif": 3, ".txt": 5, ".heic": 2, ".git/": 1}
     pictures, others = split_of(source).findings[-2:]
-    assert (pictures.entries, pictures.serious) == (["3 .gif"], True)
+    assert (pictures.entries, pictures.serious) == (["3 .gif", "2 .heic"], True)
     assert (others.entries, others.serious) == (["5 .txt", "1 .git/"], False)
 
 

@@ -170,6 +170,12 @@ def alone(name):
     return lambda root: files(root, name)
 
 
+def of_class_folders(path, labels):
+    with tarfile.open(path, "w") as archive:
+        for at, label in enumerate(labels):
+            archive.addfile(tarfile.TarInfo(f"{label}/{at}.jpg"))
+
+
 def of_different_types(root):
     hub(root / "train-00000-of-00002.parquet", [0, 1])
     hub(root / "train-00001-of-00002.parquet", ["cat", "dog"])
@@ -183,6 +189,36 @@ REFUSED = {
         lambda root: folders(root, "."),
         [],
         r"itself holds one split of kind folder: hold a share of it out by data\.val=10%",
+    ),
+    "a folder too many": (
+        lambda root: folders(root, "imagenet/train", "imagenet/val"),
+        [],
+        r"/imagenet holds data of kind folder: give that folder",
+    ),
+    "two folders too many": (
+        lambda root: pair(root, hub, "default/1.0/train/0000.parquet", "default/1.0/test/0000.parquet"),
+        [],
+        r"/default/1\.0 holds data of kind parquet: give that folder",
+    ),
+    "splits of other names": (
+        lambda root: folders(root, "Train", "Val"),
+        [],
+        r"nothing in .* is called train, but its folders 'Train', 'Val' may be splits: .*data\.train=NAME.*--split",
+    ),
+    "a split in a folder": (
+        lambda root: folders(root, "photos"),
+        [],
+        r"/photos itself holds one split: give that folder, and hold a share of it out by data\.val=10%",
+    ),
+    "names that look alike": (
+        lambda root: files(root, "train/\u00e9/1.jpg", "train/b/1.jpg", "val/e\u0301/1.jpg", "val/b/1.jpg"),
+        [],
+        r"some look alike, but one split has them in Unicode's form NFC and the other in NFD: rename those",
+    ),
+    "a tar file of class folders": (
+        lambda root: pair(root, of_class_folders, "train.tar", "val.tar"),
+        [],
+        r"no image with a label in 1 tar file; .*; unpack tar files whose folders, or whose own names, say the classes",
     ),
     "one part of 294": (
         lambda root: (hub(root / "train-00000-of-00294.parquet", [0, 1]), hub(root / "val.parquet", [0, 1])),
@@ -241,6 +277,7 @@ REFUSED = {
     ),
     "FFCV": (alone("train_400.beton"), [], r"train_400\.beton is FFCV's format, .*`fastdeit data pack ORIGINAL OUT`"),
     "MDS": (alone("train/shard.00000.mds"), [], r"shard\.00000\.mds is MosaicML's MDS format, .* mosaicml-streaming"),
+    "LitData": (alone("train/chunk-0-12.bin"), [], r"chunk-0-12\.bin is LitData's format, .*by the package litdata"),
     "MDS, compressed": (alone("train/shard.00000.mds.zstd"), [], "MosaicML's MDS format"),
 }
 

@@ -95,7 +95,7 @@ def broken(make_image, encode):
         "no_width.png": (with_size(png, 0, SIDE), "0 x 64 pixels"),
         "avif_inside.jpg": (b"\0\0\0\x1cftypavif" + bytes(200), r"no format .* starts with b.*ftypavif"),
         "svg_inside.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no format that Pillow reads"),
-        "postscript.jpg": (encode(photo, "EPS"), "no format that Pillow reads: it starts with b'%!PS-Adobe"),
+        "postscript.jpg": (encode(photo, "EPS"), "EPS is refused, because Pillow would run it as a program"),
     }
 
 

@@ -4,10 +4,10 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
 
-from fastdeit.data.execute.route import Encoded, formats
+from fastdeit.data.execute.route import DAMAGED, Encoded, formats
 from fastdeit.data.sources.source import BadImage
 
 Box = tuple[int, int, int, int]
@@ -35,6 +35,8 @@ def pixels(encoded: Encoded, box: Box | None = None) -> NDArray[np.uint8]:
                 strip = rgb[top : top + rows]
                 part = image.crop((x, y + top, x + width, y + top + len(strip)))
                 strip[:] = np.asarray(part.convert("RGB")) if white is None else _scaled(np.asarray(part), white)
+    except UnidentifiedImageError:
+        raise BadImage(DAMAGED) from None
     except Exception as error:
         # As in `route`, whatever the decoder of a format trips over.
         raise BadImage(str(error) or type(error).__name__) from error

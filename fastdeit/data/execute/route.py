@@ -9,6 +9,7 @@ Bytes that are no picture are refused here: DALI 2.2 to 2.4 ends in a segmentati
 """
 
 import io
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -18,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fastdeit.data.sources.source import BadImage, Source, unreadable
 
+DAMAGED = "the header is cut off or damaged"
 MAX_PIXELS = 2 * 89_478_485
 """The largest picture that is decoded: where Pillow's check for decompression bombs raises."""
 MAX_MEMORY = 2 << 30
@@ -28,6 +30,18 @@ _BYTES_OF_OTHERS = 12
 # Pillow hands an EPS file to Ghostscript, which runs it as a program. An IPTC file holds a file of any format, such as
 # EPS. BLP and ICNS files hold pictures of other sizes than their headers say.
 _REFUSED = ("BLP", "EPS", "ICNS", "IPTC")
+_LARGER = "is refused, because it may hold a picture that is larger than its header says; convert it to PNG"
+_ELSEWHERE = "which Pillow does not read; convert it to JPEG or PNG"
+_UNREAD = {
+    rb"%!PS|\xc5\xd0\xd3\xc6": "EPS is refused, because Pillow would run it as a program; convert it to PNG",
+    rb"\x1c[\x01-\x09\xf0]": "IPTC is refused, because it may hold any file, such as an EPS; convert it to PNG",
+    rb"icns": f"ICNS {_LARGER}",
+    rb"BLP[12]": f"BLP {_LARGER}",
+    rb"(?s)....ftyp(hei|hev|mif1|msf1)": f"HEIF, {_ELSEWHERE}",
+    rb"\xff\x0a|\0\0\0\x0cJXL ": f"JPEG XL, {_ELSEWHERE}",
+    rb"version https://git-lfs": "a pointer of Git LFS instead of the file; get that by `git lfs pull`",
+}
+"""What files are that are not decoded, by how they start, and the way out."""
 _JPEG_TAIL, _PNG_TAIL = 64, 64
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
 _PROGRESSIVE = 0xC2
@@ -116,12 +130,17 @@ def _other(view: memoryview, why: str) -> Route:
         with Image.open(io.BytesIO(view), formats=formats()) as image:
             return Route(image.format, *image.size, why or image.format)
     except UnidentifiedImageError:
-        unknown = f"no format that Pillow reads: it starts with {bytes(view[:16])!r}"
-        raise BadImage("the header is cut off or damaged" if why else unknown) from None
+        raise BadImage(DAMAGED if why else _unread(bytes(view[:32]))) from None
     except Exception as error:
         # Whatever the parser of a format trips over: besides OSError, ValueError and SyntaxError also struct.error,
         # EOFError, TypeError, KeyError, zlib.error, MemoryError.
         raise BadImage(f"the header cannot be read: {error or type(error).__name__}") from error
+
+
+def _unread(start: bytes) -> str:
+    """What a file is that Pillow may not decode, or does not know."""
+    known = next((text for pattern, text in _UNREAD.items() if re.match(pattern, start)), None)
+    return known or f"no format that Pillow reads: it starts with {start[:16]!r}"
 
 
 @cache

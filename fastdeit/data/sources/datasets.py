@@ -1,18 +1,20 @@
 """Data sets by their kind: `open_source` for one split, `open_pair` for training and held-out samples, `open_held_out`
 for the latter alone, `kinds_at` for what a folder looks like, `held_out_name` for what its held-out split is called."""
 
+from itertools import chain, islice
 from pathlib import Path
 
 from fastdeit.data.sources import foreign, kinds
 from fastdeit.data.sources.kinds import USUAL, Columns, Kind
-from fastdeit.data.sources.names import say
+from fastdeit.data.sources.names import is_litter, say
 from fastdeit.data.sources.parts import divided, numbered_by
 from fastdeit.data.sources.share import is_share
-from fastdeit.data.sources.source import DataError, NamedSource, require_same_classes
+from fastdeit.data.sources.source import DataError, NamedSource, listed, require_same_classes
 
 HELD_OUT = ("val", "valid", "validation", "test", "dev")
 """What held-out splits are usually called."""
 _TRAIN, _VAL, _ROOT = "train", "val", "."
+_LOOKED_AT = 100  # entries of a folder, to give advice
 
 
 def open_source(
@@ -125,14 +127,42 @@ def kinds_of_held_out(root: str | Path, train: str = _TRAIN, val: str = _VAL) ->
 
 def advice(root: str | Path, train: str = _TRAIN, val: str = _VAL) -> str | None:
     """What to do about a place that is none of the data sets that are read, in a sentence; None where nothing in it is
-    known: files of another format, or the classes of one split without a held-out one."""
+    known: files of another format, the classes of one split without a held-out one, a data set further down, or splits
+    of other names."""
     root = Path(root)
     if not root.is_dir():
         return foreign.of_file(root)
     alone = [kind.name for kind in kinds.shipped() if not is_share(val) and kind.sign(root, _ROOT, _ROOT)]
     if alone:
         return f"{root} itself holds one split of kind {alone[0]}: hold a share of it out by data.val=10%"
-    return foreign.of_folder(root, train, val)
+    return _further_down(root, train, val) or foreign.of_folder(root, train, val)
+
+
+def _further_down(root: Path, train: str, val: str) -> str | None:
+    """What to do about a folder of which a folder is a data set, or whose folders are splits of other names."""
+    inner = _folders(root)
+    for folder in chain(inner, chain.from_iterable(map(_folders, inner))):
+        if found := kinds_at(folder, train, val):
+            return f"{folder} holds data of kind {found[0]}: give that folder"
+    splits = [one.name for one in inner if any(kind.sign(one, _ROOT, _ROOT) for kind in kinds.shipped())]
+    if not splits or (root / train).is_dir():
+        return None
+    if len(splits) == 1:
+        return (
+            f"{root / splits[0]} itself holds one split: give that folder, and hold a share of it out by data.val=10%"
+        )
+    return (
+        f"nothing in {root} is called {train}, but its folders {listed(splits)} may be splits: say which they are by "
+        "data.train=NAME and data.val=NAME; `data check` and `data pack` take --split NAME for each"
+    )
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        entries = list(islice(folder.iterdir(), _LOOKED_AT))
+    except OSError:
+        return []  # what is wrong with it is told by who opens it
+    return sorted(entry for entry in entries if entry.is_dir() and not is_litter(entry.name))
 
 
 def _kind(use: str) -> Kind:

@@ -54,6 +54,11 @@ FOREIGN = (
         re.compile(r".+\.mds(\.zstd?|\.gz|\.br|\.snappy)?", re.I),
         f"{_PACK} converts it by the package mosaicml-streaming",
     ),
+    Foreign(
+        "LitData's format",
+        re.compile(r"chunk-\d+-\d+(\.\w+)?\.bin", re.I),
+        f"{_PACK} converts it by the package litdata",
+    ),
     Foreign("an HDF5 file", re.compile(r".+\.(h5|hdf5)", re.I), f"{_PACK} converts it"),
     Foreign(
         "a NumPy archive", re.compile(r".+\.(npz|npy)", re.I), f"{_PACK} converts it, with the images encoded as PNG"

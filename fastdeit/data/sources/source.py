@@ -6,6 +6,7 @@ more.
 
 import codecs
 import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,14 @@ def require_same_classes(root: str | Path, training: tuple[str, Source], held_ou
     extra, missing = sorted(set(a.classes) - set(b.classes)), sorted(set(b.classes) - set(a.classes))
     if extra or missing:
         only = [f"only in {part}: {listed(names)}" for part, names in ((train, extra), (val, missing)) if names]
-        raise DataError(f"{root}: the classes of {train} and {val} differ ({'; '.join(only)}); make them the same")
+        alike = {unicodedata.normalize("NFC", name) for name in extra}.intersection(
+            unicodedata.normalize("NFC", name) for name in missing
+        )
+        way_out = "some look alike, but one split has them in Unicode's form NFC and the other in NFD: rename those"
+        raise DataError(
+            f"{root}: the classes of {train} and {val} differ ({'; '.join(only)}); "
+            f"{way_out if alike else 'make them the same'}"
+        )
     if list(a.classes) != list(b.classes):
         raise DataError(
             f"{root}: the classes of {train} and {val} are the same, but in another order, so that labels "

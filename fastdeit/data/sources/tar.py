@@ -83,8 +83,8 @@ class TarSource(Listed):
         if not len(names):
             raise DataError(
                 f"{root}: no image with a label in {len(shards)} tar file{'s' if len(shards) > 1 else ''}; a sample is "
-                f"KEY.jpg with KEY.cls (a class number or name) or KEY.json (with field {label_field!r})"
-                f"{reasons(skipped)}"
+                f"KEY.jpg with KEY.cls (a class number or name) or KEY.json (with field {label_field!r}); unpack tar "
+                f"files whose folders, or whose own names, say the classes{reasons(skipped)}"
             )
         if skipped:
             say(f"{root}: {len(skipped)} entries of tar files are left out:{reasons(skipped)}")

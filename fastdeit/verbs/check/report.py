@@ -13,6 +13,8 @@ from fastdeit.verbs.check.samples import Odd, Samples
 
 _LISTED = 20
 _UNBALANCED = 10
+_PICTURES = ".heic", ".heif", ".jxl", ".svg", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2"
+"""Extensions of pictures that Pillow does not know."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def _of_samples(source: NamedSource, found: Samples, labels: NDArray[np.int64]) 
 
 def _left_out(counts: Mapping[str, int]) -> Iterator[Finding]:
     """What the reader passed over, by extension or name: pictures that it does not take, and the rest."""
-    known = Image.registered_extensions()
+    known = {*Image.registered_extensions(), *_PICTURES}
     for serious in (True, False):
         entries = [f"{count} {name}" for name, count in counts.items() if (name in known) == serious]
         if entries:
