@@ -42,6 +42,7 @@ def waits(monkeypatch):
     """The seconds that were waited, none of them in truth."""
     waited = []
     monkeypatch.setattr(faults.time, "sleep", waited.append)
+    monkeypatch.setattr(faults, "_told", {})
     return waited
 
 
@@ -112,6 +113,23 @@ def test_a_storage_that_stays_away_stops_after_its_tries(sources, failing, waits
         file_of(fresh(sources[kind]), 1)
     assert sum(waits) > 20
     assert "trying again in 8 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "told"), [(None, [8, 16]), ("0", [8, 16]), ("3", [16])])
+def test_threads_that_wait_for_a_storage_tell_it_once_and_other_processes_before_the_last_try(
+    sources, failing, capsys, monkeypatch, rank, told
+):
+    """RANK stands for processes of a launcher, without which LOCAL_RANK is left over."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", rank or "3")
+    if rank:
+        monkeypatch.setenv("RANK", "11")
+    failing(errno.ETIMEDOUT, 1000)
+    for _ in range(3):
+        with pytest.raises(MachineError):
+            file_of(fresh(sources["folder"]), 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition("trying again in ")[2] for line in lines] == [f"{wait} s" for wait in told]
 
 
 @pytest.mark.parametrize("what", OF_FILE)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +258,10 @@ def test_where_nothing_can_be_kept_everybody_lists(root, build, monkeypatch):
         with pytest.warns(UserWarning, match=message):
             assert cached(root, ["a"], "test", "key", build)["found"].tolist() == [0, 1, 2]
         assert build.count == count
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with warnings.catch_warnings(action="error"):
+        cached(root, ["a"], "test", "key", build)
 
 
 @pytest.fixture

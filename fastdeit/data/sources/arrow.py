@@ -24,7 +24,7 @@ from pyarrow import ipc
 from fastdeit.data.sources import shards
 from fastdeit.data.sources.faults import of_file
 from fastdeit.data.sources.index import Listed, Strings, digest, read_image, read_range
-from fastdeit.data.sources.names import say
+from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.parquet import class_labels, hub_names, plain_labels, require_columns, require_one_type
 from fastdeit.data.sources.source import BadImage, DataError, contents, unreadable
 

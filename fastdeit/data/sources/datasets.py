@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fastdeit.data.sources import foreign, kinds
 from fastdeit.data.sources.kinds import USUAL, Columns, Kind
-from fastdeit.data.sources.names import is_litter, say
+from fastdeit.data.sources.names import is_litter
+from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.parts import divided, numbered_by
 from fastdeit.data.sources.share import is_share
 from fastdeit.data.sources.source import DataError, NamedSource, listed, require_same_classes

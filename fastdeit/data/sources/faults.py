@@ -6,15 +6,22 @@ is the file's own: training takes a substitute, evaluation goes without it, and 
 """
 
 import errno
+import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from fastdeit.data.sources.notices import is_first
+
 Result = TypeVar("Result")
 
 _TOLD_S = 5
+_told: dict[float, float] = {}
+"""When a wait of so many seconds was last told, by `time.monotonic`."""
+_telling = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,18 @@ def retried(call: Callable[[], Result]) -> Result:
             waits = answer(error).waits
             if tries >= len(waits):
                 raise
-            if waits[tries] >= _TOLD_S:
-                print(f"reading fails: {error}; trying again in {waits[tries]:g} s", file=sys.stderr, flush=True)
+            if waits[tries] >= _TOLD_S and (is_first("LOCAL_RANK") or tries + 1 == len(waits)):
+                _tell(error, waits[tries])
             time.sleep(waits[tries])
             tries += 1
+
+
+def _tell(error: OSError, wait: float) -> None:
+    """Say that reading fails, by one of the threads that wait for the same storage. Before the last try every process
+    says so, before that the first of the machine."""
+    with _telling:
+        now = time.monotonic()
+        if now - _told.get(wait, -math.inf) < wait:
+            return
+        _told[wait] = now
+    print(f"reading fails: {error}; trying again in {wait:g} s", file=sys.stderr, flush=True)

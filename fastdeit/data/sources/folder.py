@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from fastdeit.data.sources.index import Listed, Strings, digest, read_image
 from fastdeit.data.sources.kinds import Kind
-from fastdeit.data.sources.names import LeftOut, group, has_header, has_no_extension, is_image, is_litter, say, tell
+from fastdeit.data.sources.names import LeftOut, group, has_header, has_no_extension, is_image, is_litter, tell
+from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.source import EXTENSIONS, DataError, listed
 
 _LOOKED_AT = 1000  # entries of a folder

@@ -2,7 +2,6 @@
 
 import os
 import re
-import warnings
 from collections import Counter
 from functools import cache
 from pathlib import PurePosixPath
@@ -10,6 +9,7 @@ from pathlib import PurePosixPath
 from PIL import Image, UnidentifiedImageError
 
 from fastdeit.data.sources.faults import retried
+from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.source import EXTENSIONS, quieten_pillow, unreadable
 
 _LITTER = {"__macosx", "lost+found", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information"}
@@ -77,9 +77,3 @@ def tell(root: object, left_out: LeftOut) -> None:
         shown = ", ".join(f"{count} {name}" for name, count in left_out.most_common(_SHOWN))
         more = f", {len(left_out) - _SHOWN} other kinds" if len(left_out) > _SHOWN else ""
         say(f"{root}: left out, because they are no images in a class folder: {shown}{more}")
-
-
-def say(text: str) -> None:
-    """Warn of something once: by the first process of a run."""
-    if os.environ.get("RANK", "0") == "0":
-        warnings.warn(text, stacklevel=3)

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.data.sources.index import digest
-from fastdeit.data.sources.names import LeftOut, say
+from fastdeit.data.sources.names import LeftOut
+from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.share import share
 from fastdeit.data.sources.source import DataError, NamedSource, lines_of, listed
 

@@ -39,7 +39,8 @@ def scanned(paths: Sequence[str], scan: Callable[[str], Found], size: int | None
     file.
 
     scan: a function of a module that can be imported, or a `functools.partial` of one, whose results can be pickled.
-    What it raises is raised here; an OSError as a DataError, after as many tries as it is worth (`faults`).
+    What it raises is raised here; an OSError as a DataError, after as many tries as it is worth (`faults`). Of the
+    processes of a run one lists files (`shards.cached`), so that it alone may warn.
     """
     scan = partial(_patiently, scan)
     processes = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES, -(-len(paths) // _READERS_EACH))

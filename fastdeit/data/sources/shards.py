@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastdeit.cache_folder import cache_folder
 from fastdeit.data.sources.index import atomic, digest, seal, unseal
+from fastdeit.data.sources.notices import is_first, say_here
 from fastdeit.data.sources.source import DataError
 from fastdeit.text import one_line
 
@@ -193,10 +193,9 @@ def _store(places: Sequence[Path], index: Index, root: Path) -> None:
             return
         except OSError as error:
             refused = f"{place.parent}: {error.strerror}"  # read-only, or full
-    warnings.warn(
+    say_here(
         f"{root}: the list of samples cannot be kept ({refused}), so that every start makes it anew; set "
-        "FASTDEIT_CACHE to a folder that can be written",
-        stacklevel=4,
+        "FASTDEIT_CACHE to a folder that can be written"
     )
 
 
@@ -241,7 +240,7 @@ def _notice_if_slow(what: str) -> Generator[None, None, None]:
     """`what` is said on stderr if the block takes long; of the processes of a run, by the first."""
     timer = threading.Timer(_PATIENCE_S, print, (what,), {"file": sys.stderr, "flush": True})
     timer.daemon = True
-    if os.environ.get("RANK", "0") == "0":
+    if is_first("RANK"):
         timer.start()
     try:
         yield

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from fastdeit.data.sources.faults import of_file
 from fastdeit.data.sources.index import Listed, Strings, digest, read_image, read_range, text_array
 from fastdeit.data.sources.kinds import Columns, Kind
-from fastdeit.data.sources.names import is_litter, say
+from fastdeit.data.sources.names import is_litter
+from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.scan import scanned
 from fastdeit.data.sources.shards import TAR as SHARD
 from fastdeit.data.sources.shards import Index, Skipped, any_of, cached, of_split, reasons

@@ -28,7 +28,7 @@ from fastdeit.data.sources import shards
 from fastdeit.data.sources.faults import of_file
 from fastdeit.data.sources.index import Listed, Strings, digest, read_at, read_range, text_array
 from fastdeit.data.sources.kinds import Kind
-from fastdeit.data.sources.names import say
+from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.scan import scanned
 from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, lines_of
 
