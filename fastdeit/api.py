@@ -15,12 +15,13 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fastdeit import training
+from fastdeit import files, training
 from fastdeit.engine.dist import world as join_world
 from fastdeit.errors import UsageError
 from fastdeit.feed import Loader
@@ -29,6 +30,7 @@ from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import directory, overview, threads
 from fastdeit.stepping import Stepper
 
+_LARGEST_PICTURE = 1 << 24  # bytes; ours have some hundred thousand
 Overrides = Mapping[str, Any] | Sequence[str]
 """Fields that a recipe is changed by: {"train.epochs": 3, "data.augment": None}, or ["train.epochs=3"]."""
 
@@ -207,8 +209,9 @@ class Run:
         rows = [("state", found.state), ("step", found.step), *found.metrics.items()]
         picture = self.path / "curves.png"
         image = ""
-        if picture.exists():
-            image = f'<img width="720" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">'
+        with suppress(OSError, ValueError):  # there is none, or what is there is no picture of ours
+            data = base64.b64encode(files.read(picture, _LARGEST_PICTURE)).decode()
+            image = f'<img width="720" src="data:image/png;base64,{data}">'
         return f"<b>{html.escape(str(self.path))}</b>{_table((), rows)}{image}"
 
 

@@ -25,11 +25,12 @@ LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "rng": set(),
     "text": set(),
-    "jsons": set(),
+    "files": set(),
     "cache_folder": set(),
     "signals": set(),
     "plugins": set(),
     "fields": set(),
+    "jsons": {"files"},
     # ---- fused ops: they import nothing outside kernels
     "kernels._checks": set(),
     "kernels._hooks": set(),
@@ -110,13 +111,13 @@ LAYERS: dict[str, set[str]] = {
     # ---- networks, losses, steps; none of them knows a data set
     "models": {"kernels", "kernels._hooks", "fields", "plugins", "text"},
     "methods": {"models", "kernels", "batch", "data.logits", "views", "fields", "plugins"},
-    "engine": {"kernels", "batch", "plugins", "signals", "text", "jsons"},
+    "engine": {"kernels", "batch", "plugins", "signals", "text", "files", "jsons"},
     # ---- a run
     "recipe": {"plugins", "models", "methods", "engine", "data.sources", "views", "fields", "text"},
     "run": {
         "plugins",
         *("version", "cores", "errors", "rng", "text", "fields", "kernels", "batch", "views", "models", "methods"),
-        *("jsons", "engine", "recipe"),
+        *("files", "jsons", "engine", "recipe"),
         *("data.bad", "data.examine", "data.plan", "data.sources", "data.loader", "data.logits"),
     },
     "estimate": {
@@ -135,15 +136,24 @@ LAYERS: dict[str, set[str]] = {
         *("estimate", "feed", "stepping", "data.logits", "data.pixel_ops", "data.plan", "data.sources"),
     },
     "verbs": {
-        *("version", "cores", "errors", "text", "kernels", "batch", "models", "methods", "engine", "recipe", "run"),
-        *("estimate", "data.examine", "data.execute", "data.pixel_ops", "data.plan", "data.sources", "data.loader"),
+        *("version", "cores", "errors", "text", "jsons", "kernels", "batch", "models", "methods", "engine", "recipe"),
+        *(
+            "run",
+            "estimate",
+            "data.examine",
+            "data.execute",
+            "data.pixel_ops",
+            "data.plan",
+            "data.sources",
+            "data.loader",
+        ),
         *("data.bad", "data.logits"),
     },
     "experiments": {
         *("errors", "rng", "text", "jsons", "kernels", "batch", "methods", "engine", "recipe", "run", "training"),
         *("data.sources",),
     },
-    "api": {"errors", "engine", "feed", "recipe", "run", "stepping", "training", "verbs"},
+    "api": {"errors", "files", "engine", "feed", "recipe", "run", "stepping", "training", "verbs"},
     "cli": {
         "version",
         "errors",

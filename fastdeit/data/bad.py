@@ -4,6 +4,7 @@
 one. `BadImages` is what one loader makes of it: it counts what it meets, and raises once they are too many.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -94,6 +95,8 @@ class BadList:
             with open(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), "r+b", buffering=0) as file:
                 with suppress(OSError):  # a file system without locks: two may then tell of the same image
                     fcntl.flock(file, fcntl.LOCK_EX)
+                if os.fstat(file.fileno()).st_size > jsons.LARGEST:
+                    raise OSError(errno.EFBIG, f"it has more than {jsons.LARGEST >> 20} MiB")
                 self._take_up(file)
                 new = bool(entry) and self._enter(*entry)
                 if new:

@@ -22,11 +22,11 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b, sha256
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from fastdeit.engine import _fault
@@ -348,25 +348,31 @@ def _read_bytes(path: Path, limit: int) -> bytes:
 def _verify_all(directory: Path, manifest: dict[str, Any]) -> None:
     """Raise CheckpointError unless all listed files have the sizes and hashes they were written with.
 
-    Files are hashed side by side, a piece at a time: hashing takes longer than reading from most disks.
+    Files are hashed side by side, a piece at a time: hashing takes longer than reading from most disks. The threads are
+    daemons, and not those of an executor, so that a process which fails or is interrupted meanwhile ends at once.
     """
     files = manifest["files"]
     for name, entry in files.items():
         _check_size(directory / name, entry)
-    with ThreadPoolExecutor(len(files) or 1) as threads:
-        found = threads.map(lambda name: _hash_or_reason(directory / name, manifest["format"]), files)
-        for (name, entry), hashed in zip(files.items(), found, strict=True):
-            if isinstance(hashed, CheckpointError):
-                raise hashed
-            if hashed != entry[_HASHES[manifest["format"]][0]]:
-                raise CheckpointError(f"{name} has changed since it was written: its hash differs from the manifest's")
+    found: dict[str, str | CheckpointError] = {}
 
+    def look_at(name: str) -> None:
+        try:
+            found[name] = _hash_file(directory / name, manifest["format"])
+        except OSError as error:
+            found[name] = CheckpointError(f"{name} cannot be read: {error.strerror}")
 
-def _hash_or_reason(path: Path, written: int) -> str | CheckpointError:
-    try:
-        return _hash_file(path, written)
-    except OSError as error:
-        return CheckpointError(f"{path.name} cannot be read: {error.strerror}")
+    threads = [Thread(target=look_at, args=[name], daemon=True, name="fastdeit-hash") for name in files]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, entry in files.items():
+        hashed = found[name]
+        if isinstance(hashed, CheckpointError):
+            raise hashed
+        if hashed != entry[_HASHES[manifest["format"]][0]]:
+            raise CheckpointError(f"{name} has changed since it was written: its hash differs from the manifest's")
 
 
 def _is_sound(directory: Path) -> bool:

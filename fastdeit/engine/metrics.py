@@ -9,6 +9,7 @@ fails during the run is reported once and switched off.
 """
 
 import errno
+import io
 import json
 import logging
 import os
@@ -18,9 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastdeit import jsons
+from fastdeit import files, jsons
 from fastdeit.engine import _fault
 
+LARGEST = 1 << 29
+"""Bytes of a metrics.jsonl that is read. A line of each of a million steps has half of that."""
 _log = logging.getLogger(__name__)
 
 
@@ -104,25 +107,42 @@ class MetricsLog:
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl in the order of writing.
 
-    A torn last line, which a kill leaves, is ignored; any other line that is not a record is skipped with a warning.
+    A torn last line, which a kill leaves, is ignored; any other line that is not a record is skipped, and a warning
+    says so. Raises MetricsError for a file of more than `LARGEST` bytes, and OSError.
     """
     return [record for _, record in _records(Path(path))]
 
 
 def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    records = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    records, skipped = [], []
+    try:
+        data = files.read(path, LARGEST)
+    except ValueError as error:
+        raise MetricsError(f"{path} is no log of metrics: {error}") from error
+    for number, line in enumerate(io.BytesIO(data), 1):
         if not line.endswith(b"\n"):
             break
         try:
             record = jsons.parsed(line)
         except ValueError:
             record = None
-        if isinstance(record, dict) and type(record.get("step")) is int:
+        if _is_record(record):
             records.append((line, record))
         else:
-            _log.warning("%s:%d is not a metrics record; skipped", path, number)
+            skipped.append(number)
+    if skipped:
+        more = f", and {len(skipped) - 1} more lines are none" if len(skipped) > 1 else ""
+        _log.warning("%s:%d is not a metrics record; skipped%s", path, skipped[0], more)
     return records
+
+
+def _is_record(record: Any) -> bool:
+    """Whether `record` is one of this module's, of which others may rely on these fields."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return False
+    numbers = [record["step"], *(record[name] for name in ("epoch", "seconds") if name in record)]
+    texts = isinstance(record.get("kind", ""), str) and isinstance(record.get("lower_is_better", []), list)
+    return texts and all(map(jsons.is_number, numbers))
 
 
 def _encode(record: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdeit import jsons
 from fastdeit.engine import _fault, metrics
 from fastdeit.text import for_picture
 
@@ -125,7 +126,7 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> Series | None:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return jsons.is_number(value) and math.isfinite(value)
 
 
 def _draw_loss(axes: "Axes", data: Series) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
@@ -26,6 +27,7 @@ from fastdeit import plugins
 from fastdeit.engine import checkpoint, disk, metrics
 from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run.lock import NAME as LOCK
 from fastdeit.run.lock import locked
 from fastdeit.run.state import checked
 
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 CHECKPOINTS, RECIPE, METRICS = "checkpoints", "recipe.yaml", "metrics.jsonl"
 
+_WRITTEN = frozenset(
+    {LOCK, RECIPE, METRICS, "environment.json", "summary.json", "bad_images.jsonl", "curves.png", "wandb_id"}
+)
 _TEACHER = re.compile(r"teacher(_[2-9]|_[1-9]\d+)?")
 _DATED = re.compile(r"(?P<stamp>\d{4}-\d\d-\d\d_\d{6})(-(?P<number>\d+))?_(?P<recipe>.+)")
 _TITLE = "# The recipe {name}, with every field written out. The run goes on by the recipe in its checkpoints.\n"
@@ -228,6 +233,7 @@ def claim(
 def _owned(given: Path | None, name: str, say: Callable[[str], None], resume: bool) -> Iterator[Path]:
     path, made = _dated(name) if given is None else (given, _make(given))
     try:
+        _refuse_links(path)
         with locked(path, say):
             if not resume and ((path / METRICS).exists() or has_checkpoint(path)):
                 raise UsageError(f"{path} already holds a run; go on with {command(path)}, or choose another --run-dir")
@@ -239,6 +245,22 @@ def _owned(given: Path | None, name: str, say: Callable[[str], None], resume: bo
         for directory in reversed(made):
             with suppress(OSError):  # it is not empty: the run is in it
                 directory.rmdir()
+
+
+def _refuse_links(path: Path) -> None:
+    """Raise UsageError where a file that a run writes is a link, or no file: a run that somebody else has made would
+    lead what this one writes to another place. `checkpoints` may be a link to a folder on another disk."""
+    for name in sorted(os.listdir(path)):
+        written, known = name.removeprefix(".tmp-"), True
+        with suppress(FileNotFoundError):  # it was that of a process that has just ended
+            kind = (path / name).lstat().st_mode
+            is_teacher = _TEACHER.fullmatch(written) is not None
+            known = stat.S_ISDIR(kind) if is_teacher else stat.S_ISREG(kind) or written not in _WRITTEN
+        if not known:
+            raise UsageError(
+                f"{path / name} is a link, or not what a run has under this name, and a run would write there; "
+                "remove it, or choose another --run-dir"
+            )
 
 
 def dated_name(name: str) -> Path:

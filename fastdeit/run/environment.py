@@ -64,7 +64,13 @@ def read(path: Path) -> dict[str, Any] | None:
         found = jsons.read(path)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    earlier = found.get("earlier")
+    starts = [each for each in earlier if isinstance(each, dict)] if isinstance(earlier, list) else []
+    known = [each for each in starts if jsons.is_number(each.get("step", 0))]
+    step = found["step"] if jsons.is_number(found.get("step")) else 0
+    return {**found, "step": step, "earlier": known}
 
 
 def with_history(now: dict[str, Any], step: int, before: dict[str, Any] | None) -> dict[str, Any]:

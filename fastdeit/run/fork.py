@@ -69,9 +69,19 @@ class Origin:
         """Copy a teacher of the parent into the fork, in one step. Call it on one process."""
         say(f"the teacher is that of {self.run}")
         temporary = target.with_name(f".tmp-{target.name}")
-        ignored = shutil.ignore_patterns(LOCK, ".tmp-*")
-        shutil.copytree(teacher, temporary, ignore=ignored)
+        shutil.copytree(teacher, temporary, ignore=_not_copied)
         os.rename(temporary, target)
+
+
+def _not_copied(folder: str, names: list[str]) -> set[str]:
+    """What is of a process, and what leads out of the run or is no file: somebody else may have made it."""
+
+    def is_of_the_run(name: str) -> bool:
+        path = Path(folder, name)
+        leads_out = path.is_symlink() and name != directory.CHECKPOINTS
+        return not leads_out and (path.is_file() or path.is_dir()) and name != LOCK and not name.startswith(".tmp-")
+
+    return {name for name in names if not is_of_the_run(name)}
 
 
 def opened(text: str, say: Callable[[str], None]) -> Origin:

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from fastdeit import jsons
+from fastdeit import files, jsons
 from fastdeit.engine import metrics
 from fastdeit.errors import UsageError
+from fastdeit.recipe.yaml import Problems, Reader, plain
 from fastdeit.text import did_you_mean
 
 RUNS = Path("runs")
@@ -59,20 +57,36 @@ class Overview:
         return max((record.get("epoch", 0.0) for record in self.records), default=0.0)
 
     @property
-    def epochs(self) -> int | None:
+    def epochs(self) -> float | None:
         """Epochs of the whole run; None where the recipe cannot be read or has `train.steps`."""
-        return (self.recipe.get("train") or {}).get("epochs")
+        return self._length("epochs")
 
     @property
     def steps(self) -> int | None:
         """`train.steps`, where that is the length of the run."""
-        return (self.recipe.get("train") or {}).get("steps")
+        return self._length("steps")
+
+    @property
+    def model(self) -> str:
+        """The name of the network in the recipe; "?" where that cannot be read."""
+        model = _mapping(self.recipe.get("model"))
+        return str(model.get("timm") or model.get("name") or "?")
+
+    def _length(self, field: str) -> Any:
+        value = _mapping(self.recipe.get("train")).get(field)
+        return value if jsons.is_number(value) else None
 
     @property
     def metrics(self) -> dict[str, float]:
         """What the last evaluation measured, by name."""
         last = next((record for record in reversed(self.records) if record.get("kind") == "eval"), {})
-        return {name: value for name, value in last.items() if name not in _NOT_MEASURED}
+        return {name: value for name, value in last.items() if name not in _NOT_MEASURED and jsons.is_number(value)}
+
+    @property
+    def best(self) -> tuple[str, float] | None:
+        """Name and best value of the metric that the run is judged by; None before its first evaluation."""
+        value = self.summary.get("best")
+        return (str(self.summary.get("best_by")), value) if jsons.is_number(value) else None
 
 
 _LARGEST_RECIPE = 1 << 20  # bytes; ours have some thousand
@@ -103,6 +117,8 @@ def read(path: Path) -> Overview:
         written = max(file.stat().st_mtime for file in (path, log) if file.exists())
     except OSError as error:
         raise UsageError(f"{path}: the run cannot be read: {error.strerror}") from error
+    except metrics.MetricsError as error:
+        raise UsageError(str(error)) from error
     summary = _json(path / SUMMARY)
     return Overview(path, _recipe(path / RECIPE), records, summary, _state(path, summary), time.time() - written)
 
@@ -118,7 +134,7 @@ def all_in(folder: Path) -> Iterator[Overview]:
 def _state(path: Path, summary: Mapping[str, Any]) -> State:
     """The lock is the kernel's (flock): the file of a process that has died locks nothing."""
     try:
-        with open(path / LOCK) as file:
+        with files.opened(path / LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return "running"
@@ -132,15 +148,19 @@ def _json(path: Path) -> dict[str, Any]:
         found = jsons.read(path)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return _mapping(found)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """`value` where it is a mapping, else an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 def _recipe(path: Path) -> dict[str, Any]:
     """Not validated: a run of another version, or with a method that is not installed here, is listed all the same."""
+    problems = Problems()
     try:
-        if path.stat().st_size > _LARGEST_RECIPE:
-            return {}
-        found = YAML(typ="safe", pure=True).load(path.read_bytes())
-    except (OSError, YAMLError, ValueError, RecursionError):
+        found = Reader(files.read(path, _LARGEST_RECIPE).decode(), str(path), problems).document()
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {} if found is None or problems.found else _mapping(plain(found))

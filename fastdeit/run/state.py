@@ -21,6 +21,11 @@ def _from_0(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, "schema": 1, "world": None, "versions": {}, "changes": []}
 
 
+_LATER = {"engine": {"autotune": "off", "keep_activations": False}}
+"""Fields of a recipe that the first runs did not have yet, and what these runs did, which rounds otherwise than the
+default of today."""
+
+
 MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {0: _from_0}
 """By schema number, the state of the next one."""
 
@@ -67,7 +72,7 @@ class _State(_Part):
 
 
 def checked(plain: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The state of the checkpoint at `where` in the present schema.
+    """The state of the checkpoint at `where` in the present schema. Its recipe keeps what the run began with.
 
     Raises UsageError, with what to do, for a schema that this version does not know, and for fields that are missing,
     unknown or of another type.
@@ -92,4 +97,10 @@ def checked(plain: Mapping[str, Any], where: Path) -> dict[str, Any]:
             f"{where} is intact, but not as this version of fastdeit ({__version__}) writes it: state {field}: "
             f"{first['msg'].lower()}{more}; go on with the version that wrote it"
         ) from error
-    return dict(plain)
+    return {**plain, "recipe": _as_it_began(plain["recipe"])}
+
+
+def _as_it_began(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with `_LATER` in the sections that it has."""
+    given = {name: recipe[name] for name in _LATER if isinstance(recipe.get(name), dict)}
+    return {**recipe, **{name: _LATER[name] | section for name, section in given.items()}}

@@ -26,10 +26,9 @@ def show_list(args: argparse.Namespace) -> None:
 
 
 def _row(run: Overview) -> tuple[str, ...]:
-    model = run.recipe.get("model") or {}
     return (
         run.path.name,
-        str(model.get("timm") or model.get("name") or "?"),
+        run.model,
         f"{run.epoch:.4g} of {run.epochs or '?'}" if run.steps is None else f"{run.epoch:.4g}",
         f"{run.step:,}" if run.steps is None else f"{run.step:,} of {run.steps:,}",
         _best(run),
@@ -40,8 +39,8 @@ def _row(run: Overview) -> tuple[str, ...]:
 
 def _best(run: Overview) -> str:
     """The best value of the metric that the run is judged by; before its end, of the first one that it measures."""
-    if run.summary.get("best") is not None:
-        return f"{run.summary.get('best_by')} {run.summary['best']:.4g}"
+    if run.best is not None:
+        return "{} {:.4g}".format(*run.best)
     name = next(iter(run.metrics), None)
     if name is None:
         return "-"
@@ -90,12 +89,12 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, int | float) else "-"
+    return "-" if value is None else f"{value:.5g}"
 
 
 def _gain(name: str, a: Overview, b: Overview) -> str:
     values = [run.metrics.get(name) for run in (a, b)]
-    return f"{values[1] - values[0]:+.4g}" if all(isinstance(value, int | float) for value in values) else ""
+    return "" if None in values else f"{values[1] - values[0]:+.4g}"
 
 
 def show_curves(args: argparse.Namespace) -> None:

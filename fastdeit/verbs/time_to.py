@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastdeit import jsons
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import overview
@@ -34,7 +35,7 @@ def row(run: Overview, metric: str, target: float) -> dict[str, Any]:
     if "seconds" not in evaluations[0]:
         raise UsageError(f"{run.path}: its evaluations have no `seconds`; another version of fastdeit has written them")
     lower = name.removesuffix("_ema") in evaluations[-1].get("lower_is_better", ())
-    judged = [record for record in evaluations if name in record]
+    judged = [record for record in evaluations if jsons.is_number(record.get(name))]
     hit = next((each for each in judged if (each[name] <= target if lower else each[name] >= target)), {})
     return {
         "run": str(run.path),
@@ -75,6 +76,6 @@ def _differences(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _without_paths(environment: Mapping[str, Any]) -> dict[str, Any]:
     """The environment as it may be sent to others: no paths of this machine, and not what its disk has free."""
     told = {name: value for name, value in environment.items() if name != "space"}
-    if "python" in told:
+    if isinstance(told.get("python"), dict):
         told["python"] = {name: value for name, value in told["python"].items() if name != "executable"}
     return told

@@ -17,6 +17,7 @@ from fastdeit.engine import _fault, checkpoint, disk, report
 from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run import directory
 from fastdeit.run.record import RunLog
 from fastdeit.training import train
 from tests.faults.faulty import Nth, never, points
@@ -104,6 +105,7 @@ def test_the_cases_are_all_files_that_a_run_writes(watched):
     assert ours == set(FILES)
     written = {path.name for path in run.iterdir()} - {"checkpoints"}
     assert written <= set(FILES)
+    assert {*FILES, "bad_images.jsonl", "wandb_id"} - {"checkpoint"} == directory._WRITTEN, "else it may be a link"
 
 
 @pytest.mark.parametrize(("way", "file", "name", "when"), CASES)

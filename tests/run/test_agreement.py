@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+from concurrent.futures import thread as futures
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,6 +180,21 @@ def test_a_start_that_fails_meanwhile_leaves_no_traceback_of_the_thread(here, mo
     monkeypatch.setattr(threading, "excepthook", told.append)
     assert not agreement.Ahead(World(CPU), root).holds(checkpoint.path_of(root, 2))
     assert told == []
+
+
+def test_a_start_that_fails_meanwhile_waits_for_no_hash_at_its_exit(here, monkeypatch):
+    """The interpreter joins what is no daemon, and the threads of every executor."""
+    root, free, begun = saved("run", 2) / "checkpoints", threading.Event(), threading.Event()
+    monkeypatch.setattr(checkpoint, "_hash_file", lambda *of: (begun.set(), free.wait(60)))
+    before, pooled = set(threading.enumerate()), set(futures._threads_queues)
+    ahead = agreement.Ahead(World(CPU), root)
+    assert begun.wait(60)
+    hashing = set(threading.enumerate()) - before
+    assert len(hashing) > 1
+    assert all(thread.daemon for thread in hashing)
+    assert set(futures._threads_queues) == pooled
+    free.set()
+    ahead.holds(checkpoint.path_of(root, 2))  # which waits
 
 
 @pytest.mark.parametrize("error", [UsageError("no room"), OSError("no room")])

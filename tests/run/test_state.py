@@ -62,6 +62,16 @@ def test_a_checkpoint_of_every_schema_is_gone_on_with(schema, capsys):
     assert found["engine"]["seen"].item() == (4 if schema == 0 else 6)
 
 
+def test_a_run_from_before_a_field_goes_on_as_it_began():
+    """What rounds otherwise than the default of today."""
+    plain = checkpoint.load(KEPT / f"schema_{SCHEMA}" / "step_00000002", tensors=False).state
+    for name in ("autotune", "keep_activations"):
+        del plain["recipe"]["engine"][name]
+    with_state(plain)
+    engine = directory.recipe_of(Path("run")).engine
+    assert (engine.autotune, engine.keep_activations) == ("off", False)
+
+
 # ---- the state -------------------------------------------------------------------------------------------------------
 
 
