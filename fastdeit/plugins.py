@@ -31,12 +31,12 @@ def trust(*paths: str) -> None:
 
 def said_by_user(value: Any) -> None:
     """Note all texts in `value`, which is made of mappings and sequences: the user has written them."""
-    _own.update(_texts(value))
+    _own.update(texts(value))
 
 
 def read_from(where: object, value: Any) -> None:
     """Note all texts in `value`, as of `said_by_user`: they stand in the file or run `where`, whoever wrote that."""
-    for text in _texts(value):
+    for text in texts(value):
         _theirs.setdefault(text, str(where))
 
 
@@ -84,12 +84,13 @@ def _way_out(error: ImportError, module: str) -> str:
     return "; install its package, or put its folder on the path: PYTHONPATH=FOLDER fastdeit ..." if missing else ""
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts(value: Any) -> Iterator[str]:
+    """All texts in `value`, which is made of mappings and sequences, but for their keys; without spaces around them."""
     if isinstance(value, str):
         yield value.strip()
     elif isinstance(value, Mapping):
         for inner in value.values():
-            yield from _texts(inner)
+            yield from texts(inner)
     elif isinstance(value, Sequence):
         for inner in value:
-            yield from _texts(inner)
+            yield from texts(inner)

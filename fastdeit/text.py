@@ -43,6 +43,6 @@ def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str
 
 
 def some(names: Collection[str]) -> str:
-    """The first three of `names`, and how many more there are."""
+    """The first three of `names`, each of a hundred characters at most, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(one_line, list(names)[:3])) + more
+    return ", ".join(shorten(one_line(name), 100) for name in list(names)[:3]) + more

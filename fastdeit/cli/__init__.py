@@ -5,6 +5,7 @@ Every verb has its parser in a file of this package and its work elsewhere, impo
 person can do something about it, in one message instead of a traceback.
 """
 
+import errno
 import os
 import re
 import sys
@@ -34,7 +35,7 @@ from fastdeit.cli import (
 from fastdeit.cli.parser import Parser, Verb
 from fastdeit.errors import COMMON_CODES, FastdeitError, UsageError
 from fastdeit.launch.began import process_began
-from fastdeit.text import did_you_mean, lines
+from fastdeit.text import did_you_mean, lines, shorten
 from fastdeit.version import __version__
 
 # As `fastdeit --help` lists them.
@@ -100,6 +101,8 @@ def exit_code(error: BaseException) -> int | None:
     """Exit code of an error with a message for the user; None for any other, whose traceback is needed."""
     if isinstance(error, FastdeitError):
         return error.exit_code
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whatever was to be looked for there
+        return UsageError.exit_code
     return next(
         (code for cls in type(error).__mro__ if (code := _EXIT_CODES.get((cls.__module__, cls.__qualname__)))), None
     )
@@ -113,6 +116,8 @@ def _report(error: Exception) -> int:
         if code is None:
             print("\n".join(lines("".join(traceback.format_exception(error)).rstrip())), file=sys.stderr)
         message = str(error) if code is not None else f"failed with {type(error).__name__}, see above"
+        if code is not None and isinstance(error, OSError):
+            message = f"{shorten(str(error.filename), 100)}: no file can have a name of this length"
         print("\n".join(f"{who}: {line}" for line in lines(message or type(error).__name__)), file=sys.stderr)
     return FastdeitError.exit_code if code is None else code
 

@@ -91,7 +91,10 @@ class Recipe(BaseModel):
     def _with_options_of_the_optimizer(cls, optim: Any) -> Any:
         if not isinstance(optim, Mapping):
             return optim
-        return _optim_config(optim.get("name", _ADAMW)).model_validate(optim)
+        name = optim.get("name", _ADAMW)
+        if not isinstance(name, str):
+            raise ValueError("optim.name must name an optimizer")
+        return _optim_config(name).model_validate(optim)
 
     @field_validator("method", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fastdeit.text import one_line
+from fastdeit.text import shorten, some
 
 _WORDNET = re.compile(r"n\d{8}")
 
@@ -55,9 +55,6 @@ def difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
     """The first differing names of two lists of one length, for a message."""
     index = next(index for index, (one, other) in enumerate(zip(theirs, ours, strict=True)) if one != other)
     unknown = sorted(set(ours) - set(theirs))
-    more = (
-        f"; they do not know {', '.join(map(one_line, unknown[:3]))}{', ...' if len(unknown) > 3 else ''}"
-        if unknown
-        else ""
-    )
-    return f"class {index} is {theirs[index]!r} of the weights and {ours[index]!r} of the data{more}"
+    more = f"; they do not know {some(unknown)}" if unknown else ""
+    one, other = (shorten(repr(names[index]), 100) for names in (theirs, ours))
+    return f"class {index} is {one} of the weights and {other} of the data{more}"

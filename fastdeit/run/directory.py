@@ -30,6 +30,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run.lock import NAME as LOCK
 from fastdeit.run.lock import locked
 from fastdeit.run.state import checked
+from fastdeit.text import one_line, shorten
 
 if TYPE_CHECKING:
     from fastdeit.engine.dist import World
@@ -123,7 +124,7 @@ def written_recipe(run: Path) -> "Recipe":
 
     Raises RecipeError where it cannot be read, `plugins.Untrusted` for code that only the run names.
     """
-    recipe = recipes.load(str(run / RECIPE), own=False)
+    recipe = _of_single_lines(recipes.load(str(run / RECIPE), own=False), run / RECIPE)
     title = re.match(r"# The recipe (\S+),", (run / RECIPE).read_text())
     return recipe.model_copy(update={"name": title[1] if title else run.name})
 
@@ -136,7 +137,7 @@ def checked_recipe(plain: Mapping[str, Any], where: Path) -> "Recipe":
     """
     plugins.read_from(where, plain)
     try:
-        return recipes.Recipe.model_validate(plain)
+        return _of_single_lines(recipes.Recipe.model_validate(plain), where)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
@@ -144,6 +145,16 @@ def checked_recipe(plain: Mapping[str, Any], where: Path) -> "Recipe":
             f"the recipe in {where} is not one of this version of fastdeit: {field}: {first['msg']}; go on with the "
             "version that wrote it"
         ) from error
+
+
+def _of_single_lines(recipe: "Recipe", where: Path) -> "Recipe":
+    """The recipe of a run at `where`. Raises UsageError where a text in it has several lines: a message that quotes it
+    could say what fastdeit does not."""
+    for text in plugins.texts(recipe.model_dump(mode="json", exclude={"about"})):
+        if "\n" in text:
+            quoted = one_line(shorten(text, 60))
+            raise UsageError(f"the recipe in {where} has a line break in {quoted}, which no recipe needs")
+    return recipe
 
 
 def names_code(recipe: "Recipe") -> bool:
