@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.targets import PAGE, TARGETS, page
+from tests.faults.targets.page import PAGE, TARGETS, page
 
 ROOT = Path(__file__).parent.parent.parent
 
