@@ -43,6 +43,7 @@ def fastest(monkeypatch, tmp_path):
             return 1.0 if candidate == name else 2.0 if candidate == "reference" else 3.0
 
         monkeypatch.setattr(candidates, "with_launches", lambda device: clock)
+        monkeypatch.setattr(candidates, "of_a_step", lambda device, timed: clock)
 
     return choose
 
@@ -56,6 +57,7 @@ def test_a_run_keeps_its_kernels_whatever_is_found_later(fastest, tmp_path, caps
     said = capsys.readouterr().out
     assert said.count("kernels: ") == 1
     assert "fused_adamw reference" in said
+    assert "; the whole step default; stored in " in said
     assert f"stored in {tmp_path / 'cache'}" in said
     found = json.loads((tmp_path / "whole" / "environment.json").read_text())["kernels"]
     row = next(row for row in found if row["name"] == "fused_adamw")

@@ -40,7 +40,7 @@ class Engine:
     capture: "none" runs a step kernel by kernel, "compile" compiles the method's forward and its gradient with
     torch.compile, "graph" records the whole step as a CUDA graph. parallel: how the processes share the networks, of
     which it has spread the method already; None: each has all of them. tuning: tries the backends of the ops in the
-    first steps. on_spike: as of `Guard`.
+    first steps, before which it may have a forward and backward made for it. on_spike: as of `Guard`.
 
     A method uses `run`, `backward`, `micro` and `input_gradient` in its `step`, and `now` there and in `after_step`,
     where `skipped` says what became of the update.
@@ -195,6 +195,8 @@ class Engine:
 
     def _run_step(self, batches: Sequence[Any], lr: float | Tensor) -> None:
         self.now = getattr(batches[0], "step", None)
+        if self.tuning is not None and self.tuning.rehearses:
+            self._rehearse(batches[0])
         buffers = self._buffers.copies()
         for number, batch in enumerate(batches):
             self._last_micro = number == len(batches) - 1
@@ -218,6 +220,23 @@ class Engine:
         self._buffers.share()
         self._logged[-1] |= {"grad_norm": verdict.norm, "steps": self._one}
         self._add_logged(verdict.skip)
+
+    def _rehearse(self, batch: Any) -> None:
+        """Let the tuning make the forward and backward of a micro-batch as often as it likes. Afterwards everything is
+        as it was."""
+        self._last_micro = False  # processes do not reduce gradients, which nobody takes
+
+        def run() -> None:
+            try:
+                self.method.step(batch, self)
+            finally:
+                self._micro_sums, self._micro_runs = {}, {}
+                for parameter in self.method.parameters():
+                    parameter.grad = None
+
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        with self._buffers.kept(), torch.random.fork_rng(devices):
+            self.tuning.rehearse(run)
 
     def _refuse_stray_gradients(self) -> None:
         """Raise RuntimeError where a parameter has a gradient but no update: processes would not reduce it either."""

@@ -24,6 +24,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTDEIT_CACHE", str(tmp_path))
     monkeypatch.setattr(Op, "inductor", property(lambda op: op.native))
     monkeypatch.setattr(candidates, "with_launches", lambda device: clock)
+    monkeypatch.setattr(candidates, "of_a_step", lambda device, timed: clock)
     return tmp_path / "kernels"
 
 
@@ -31,7 +32,7 @@ def test_a_table_of_all_ops_of_a_step(cache, capsys):
     assert cli.main(COMMAND) == 0
     out = capsys.readouterr().out
     (file,) = cache.glob("*.json")
-    rows = json.loads(file.read_text())["rows"]
+    rows, (whole,) = map(json.loads(file.read_text()).get, ("rows", "wholes"))
     ops = {row["op"] for row in rows}
     assert ops == {
         *("patchify", "layer_norm", "attention", "query_attention", "add_layer_norm", "mlp"),
@@ -42,8 +43,11 @@ def test_a_table_of_all_ops_of_a_step(cache, capsys):
     assert out.splitlines()[0].endswith(f"stored in {file}")
     for row in rows:
         assert f"\n{row['op']}: up to {row['shape'][0]} rows, " in out
-    assert out.count("  chosen\n") == len(rows)
-    assert out.count("  reference ") == len(rows)
+    assert out.count("  chosen\n") == len(rows) + 1
+    assert out.count("  reference ") == len(rows) + 1
+    assert list(whole["seconds"]) == ["default", "reference"]  # inductor is the fastest of every op here
+    assert "\na forward and backward as a whole, by preset\n  reference " in out
+    assert whole["preset"] == "reference"  # by this clock
     assert "only with engine.autotune=on" in out
     assert _tried.current() is None
     assert cli.main([*COMMAND, "--budget", "1e9"]) == 0  # again, whatever is known

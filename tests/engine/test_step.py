@@ -519,6 +519,8 @@ class Trials:
         yield
         self.did.append("ends")
 
+    rehearses = False
+
     def reopen(self):
         self.did.append("reopens")
 
@@ -544,3 +546,42 @@ def test_kernels_are_tried_around_a_whole_step_and_compiled_anew_only_where_that
     trials.did.clear()
     engine.enter(default_groups(engine.method.named_parameters(), 0.05))
     assert "reopens" in trials.did
+
+
+class Rehearsing:
+    """A tuning that has the forward and backward of the first step made three times."""
+
+    changed = False
+
+    def __init__(self):
+        self.rehearses, self.seen = True, []
+
+    @contextmanager
+    def trying(self):
+        yield
+
+    def rehearse(self, run):
+        self.rehearses = False
+        self.seen += [run() for _ in range(3)]
+
+
+class Drawing(Toy):
+    """With running statistics, and draws of torch's own generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_rehearsal_changes_nothing(accumulate, monkeypatch):
+    monkeypatch.setitem(globals(), "Toy", Drawing)
+    tuning, found = Rehearsing(), []
+    for engine in (make(accumulate=accumulate), make(accumulate=accumulate, tuning=tuning)):
+        torch.manual_seed(1)
+        for _ in range(2):
+            engine.step(X.chunk(accumulate), 0.01)
+        found.append(engine.method.state_dict() | engine.means())
+    assert len(tuning.seen) == 3
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(found[1][name])) for name, a in found[0].items())

@@ -37,6 +37,7 @@ def damaged(file, change):
     file.write_text(json.dumps(content))
 
 
+UNTIMED = {"calls": "0", "preset": "epilogues", "seconds": {"default": 1.0}, "failed": {}}
 DAMAGE = {
     "no JSON": (lambda file: file.write_text("{"), "is not used: it is damaged"),
     "bytes": (lambda file: file.write_bytes(b"\xff\xfe"), "is not used: it is damaged"),
@@ -47,6 +48,15 @@ DAMAGE = {
     "half a row": (lambda file: damaged(file, lambda c: c["rows"][0].pop("backend")), "it is damaged (TypeError"),
     "short shape": (lambda file: damaged(file, lambda c: c["rows"][0]["shape"].pop()), "it is damaged (TypeError"),
     "no time": (lambda file: damaged(file, lambda c: c["rows"][0].update(seconds={})), "it is damaged (ValueError"),
+    "no presets": (lambda file: damaged(file, lambda c: c.pop("wholes")), "is not used: it is damaged (KeyError"),
+    "a preset without time": (
+        lambda file: damaged(file, lambda c: c["wholes"].append(UNTIMED)),
+        "it is damaged (ValueError: the preset epilogues has no time",
+    ),
+    "a word for times": (
+        lambda file: damaged(file, lambda c: c["wholes"].append(UNTIMED | {"seconds": "x"})),
+        "it is damaged (TypeError",
+    ),
     "a word": (lambda file: damaged(file, lambda c: c["rows"][0].update(seconds="x")), "it is damaged (TypeError"),
     "a folder": (lambda file: file.unlink() or file.mkdir(), "is not used: Is a directory"),
 }

@@ -30,6 +30,8 @@ _LEAST_SECONDS = 2e-3
 _MOST_CALLS = 50
 _SLEEP_CYCLES = 20_000_000
 """About ten milliseconds of a GPU, in which the host queues the calls to be timed."""
+_STEP_SLEEP_CYCLES = 10 * _SLEEP_CYCLES
+"""The same for a whole step, whose launches take the host some tens of milliseconds."""
 
 Clock = Callable[[str, Callable[[], Any]], float]
 """Seconds of one call of what the candidate of this name does."""
@@ -204,10 +206,10 @@ def try_out(call: Call, able: Sequence[Backend], seconds: float, compiler_second
         except Unsupported as error:
             found.failed[name] = str(error)
         except torch.OutOfMemoryError as error:
-            found.failed[name] = _line(error)
+            found.failed[name] = line(error)
         except Exception as error:  # whatever it raises, it is not used
             _check_device(call, name, error)
-            (found.failed if name == INDUCTOR else found.wrong)[name] = f"it raised {_line(error)}"
+            (found.failed if name == INDUCTOR else found.wrong)[name] = f"it raised {line(error)}"
         else:
             errors = _errors(mine, same, exact)
             if errors:
@@ -242,10 +244,11 @@ def _check_device(call: Call, name: str, error: Exception) -> None:
     try:
         _wait(call)
     except Exception:
-        raise BrokenDevice(call.op.name, name, _line(error)) from error
+        raise BrokenDevice(call.op.name, name, line(error)) from error
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
+    """What an error is, in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
 
 
@@ -348,18 +351,26 @@ def with_launches(device: torch.device) -> Clock:
 
 def of_the_device(device: torch.device) -> Clock:
     """Time of the GPU alone, as in a CUDA graph: it sleeps until the host has queued the calls."""
+    return lambda name, call: _repeated(lambda count: _busy(call, count, _SLEEP_CYCLES))
 
-    def measure(call: Callable[[], Any], count: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(_SLEEP_CYCLES)
-        begin.record()
-        for _ in range(count):
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / count
 
-    return lambda name, call: _repeated(partial(measure, call))
+def of_a_step(device: torch.device, timed: str) -> Clock:
+    """Time of one call that launches as much as a step. timed: "device" for that of the GPU alone, "wall" with the
+    launches by the host."""
+    if timed == "device":
+        return lambda name, call: _busy(call, 1, _STEP_SLEEP_CYCLES)
+    return lambda name, call: _wall(call, 1, device)
+
+
+def _busy(call: Callable[[], Any], count: int, sleep: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(sleep)
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / count
 
 
 def _repeated(measure: Callable[[int], float]) -> float:

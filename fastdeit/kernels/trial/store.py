@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -49,10 +50,29 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """What was found for a whole step: the preset, the median seconds of a forward and backward in each that could run,
+    and why others could not. calls: of which step, as of `calls_of`."""
+
+    calls: str
+    preset: str
+    seconds: dict[str, float]
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def calls_of(rows: Sequence[Row]) -> str:
+    """A name for the steps that make calls like these and no others."""
+    calls = sorted([row.op, *row.shape] for row in rows)
+    return hashlib.sha256(json.dumps(calls).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
 class Content:
-    """What a file holds: rows by op and shape, and why a backend of an op is wrong on this card."""
+    """What a file holds: rows by op and shape, presets by the calls of a step, and why a backend of an op is wrong on
+    this card."""
 
     rows: dict[tuple[str, Shape], Row] = field(default_factory=dict)
+    wholes: dict[str, Whole] = field(default_factory=dict)
     wrong: dict[tuple[str, str], str] = field(default_factory=dict)
 
 
@@ -131,6 +151,7 @@ class Store:
             if content["place"] != self.place:
                 return self._ignored("it is of another card or of other versions")
             rows = [_row(values) for values in content["rows"]]
+            wholes = [_whole(values) for values in content["wholes"]]
             wrong = {(op, backend): str(why) for op, backend, why in content["wrong"]}
         except FileNotFoundError:
             return Content()
@@ -138,22 +159,26 @@ class Store:
             return self._ignored(error.strerror or str(error))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             return self._ignored(f"it is damaged ({type(error).__name__}: {error})")
-        return Content({(row.op, row.shape): row for row in rows}, wrong)
+        return Content({(row.op, row.shape): row for row in rows}, {whole.calls: whole for whole in wholes}, wrong)
 
     def _ignored(self, why: str) -> Content:
         self.notes.append(f"{self.path} is not used: {why}. The kernels are tried anew")
         return Content()
 
-    def add(self, row: Row | None = None, wrong: dict[tuple[str, str], str] | None = None) -> bool:
-        """Keep a row, and backends that are wrong; False, and a note, where that is not possible."""
+    def add(
+        self, row: Row | None = None, whole: Whole | None = None, wrong: dict[tuple[str, str], str] | None = None
+    ) -> bool:
+        """Keep a row, a preset, and backends that are wrong; False, and a note, where that is not possible."""
         notes = list(self.notes)
         before = self.read()
         self.notes = notes  # what is wrong with the file was said when it was first read
         rows = before.rows | ({} if row is None else {(row.op, row.shape): row})
+        wholes = before.wholes | ({} if whole is None else {whole.calls: whole})
         content = {
             "format": FORMAT,
             "place": self.place,
             "rows": [asdict(kept) for kept in rows.values()],
+            "wholes": [asdict(kept) for kept in wholes.values()],
             "wrong": [[*names, why] for names, why in (before.wrong | (wrong or {})).items()],
         }
         return self._write(self.path, content)
@@ -187,6 +212,21 @@ def _row(values: dict[str, Any]) -> Row:
     if not all(isinstance(getattr(row, name), kind) for name, kind in kinds.items()):
         raise TypeError(f"{values} is no row")
     times = row.seconds.get(row.backend), row.seconds.get(REFERENCE)
-    if not all(isinstance(seconds, int | float) and seconds > 0 for seconds in times):
+    if not all(map(_is_time, times)):
         raise ValueError(f"a row of {row.op} has no times of {row.backend} and {REFERENCE}")
     return row
+
+
+def _whole(values: dict[str, Any]) -> Whole:
+    """The preset; errors as of `_row`."""
+    whole = Whole(**values)
+    kinds = {"calls": str, "preset": str, "seconds": dict, "failed": dict}
+    if not all(isinstance(getattr(whole, name), kind) for name, kind in kinds.items()):
+        raise TypeError(f"{values} is no preset")
+    if not _is_time(whole.seconds.get(whole.preset)):
+        raise ValueError(f"the preset {whole.preset} has no time")
+    return whole
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0

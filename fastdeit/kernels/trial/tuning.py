@@ -7,11 +7,16 @@ the bits of a run depend on the choices alone, and not on whether they were made
 (`store.py`), or from the checkpoint that is resumed, whose choices outrank the cache's. The main process tries, and all
 others take what it has found. What the budget does not reach runs on PyTorch's own operations.
 
+Where the run allows it (`presets`), a rehearsal of the first step's forward and backward comes before them and changes
+nothing. In it the ops are tried, and then both are timed as a whole in each preset (`presets.py`), of which the fastest
+decides.
+
 On a CPU nothing is tried unless it is asked for: there the choice would change bits, and gain little.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from time import monotonic
 from typing import Any, Literal
 
@@ -22,8 +27,10 @@ from fastdeit.kernels import _op, _tried
 from fastdeit.kernels._op import REFERENCE, Backend, Op
 from fastdeit.kernels._tried import INDUCTOR, Choice, Shape, Tried
 from fastdeit.kernels.trial import candidates
+from fastdeit.kernels.trial import presets as trial_presets
 from fastdeit.kernels.trial.candidates import BrokenDevice, Call, Clock, Findings, NothingToSee
-from fastdeit.kernels.trial.store import Row, Store, place
+from fastdeit.kernels.trial.presets import DEFAULT
+from fastdeit.kernels.trial.store import Row, Store, Whole, calls_of, place
 
 Mode = Literal["auto", "on", "off"]
 BUDGET = 60.0
@@ -45,7 +52,8 @@ class Tuning:
     say       takes what a person should read, a line each
     budget    seconds
     anew      whether to try again what the cache knows
-    clock     how calls are timed; by default by `recorded`
+    presets   whether whole steps are compared as well: their forward and backward can be made once more
+    clock     how calls and steps are timed; by default by `recorded`
     """
 
     def __init__(
@@ -59,10 +67,12 @@ class Tuning:
         say: Callable[[str], None] = print,
         budget: float = BUDGET,
         anew: bool = False,
+        presets: bool = False,
         clock: Clock | None = None,
     ) -> None:
         self.active = mode == "on" or (mode == "auto" and device.type == "cuda")
         self.rows: list[Row] = []
+        self.wholes: list[Whole] = []
         self.changed = False
         self._everything, self._device, self._anew = mode == "on", device, anew
         self._share, self._main, self._say = share, main, say
@@ -70,12 +80,15 @@ class Tuning:
         timed = "device" if recorded and device.type == "cuda" else "wall"
         make = candidates.of_the_device if timed == "device" else candidates.with_launches
         self._clock = clock or make(device)
+        self._step_clock = clock or candidates.of_a_step(device, timed)
         self._timed = timed
         self._store: Store | None = None
         self._stored: dict[tuple[str, Shape], Row] = {}
+        self._stored_wholes: dict[str, Whole] = {}
         self._tried: Tried | None = None
         self._outer: Tried | None = None
         self._steps, self._open = 0, self.active
+        self._presets = self._to_rehearse = presets
         self._deferred = self._news = self._kept = False
         self._untried: list[str] = []
         self._unfinished: list[str] = []
@@ -87,9 +100,14 @@ class Tuning:
         """Whether the next step is one in which trials may be made."""
         return self._open
 
+    @property
+    def rehearses(self) -> bool:
+        """Whether the step that is made now wants a rehearsal of its forward and backward first."""
+        return self._open and self._to_rehearse
+
     def reopen(self) -> None:
         """Try out the shapes that a new phase of the run brings."""
-        self._open, self._steps = self.active, 0
+        self._open, self._steps, self._to_rehearse = self.active, 0, self._presets
 
     @contextmanager
     def trying(self) -> Iterator[None]:
@@ -113,6 +131,21 @@ class Tuning:
             self.changed, self._news = True, False
             if self._main:
                 self._say(self.summary())
+
+    def rehearse(self, run: Callable[[], object]) -> None:
+        """Inside `trying`, on every process: try the ops of `run()`, which makes a forward and backward and changes
+        nothing, and then take the preset in which it is the fastest."""
+        self._to_rehearse = False
+        known = {(row.op, row.shape) for row in self.rows}
+        run()
+        new = [row for row in self.rows if (row.op, row.shape) not in known]
+        # The rows are the main process's alone.
+        calls, choices, whole = self._share(self._presets_of(new) if self._main else None)
+        if whole is None and len(choices) > 1:
+            whole = self._compared(calls, choices, run)
+        if whole is not None:
+            self._take(choices[whole.preset], _reason_of_whole(whole))
+            self.wholes.append(whole)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -180,6 +213,7 @@ class Tuning:
             (self._untried, "left no time, hence PyTorch's own operations, for"),
             (self._unfinished, "left the next run to try more candidates of"),
         ]
+        parts += [f"the whole step {whole.preset}{_gain(whole)}" for whole in self.wholes]
         for names, what in late:
             if names:
                 parts.append(f"the budget of {self._budget:g} s {what} {', '.join(dict.fromkeys(names))}")
@@ -188,6 +222,48 @@ class Tuning:
         elif self.rows and self._stored:
             parts.append(f"as found before ({self._store.path})")
         return "kernels: " + "; ".join([", ".join(parts[: len(ops)]) or "nothing was tried", *parts[len(ops) :]])
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def _presets_of(self, rows: Sequence[Row]) -> tuple[str, dict[str, list[tuple[str, Shape, str]]], Whole | None]:
+        """(the name of a step with these rows, choices by preset, what was found before)"""
+        calls, backends = calls_of(rows), trial_presets.distinct(rows)
+        choices = {
+            name: [(row.op, row.shape, backend) for row, backend in zip(rows, own, strict=True)]
+            for name, own in backends.items()
+        }
+        stored = self._stored_wholes.get(calls)
+        return calls, choices, stored if stored is not None and stored.preset in choices else None
+
+    def _compared(self, calls: str, choices: dict[str, list[tuple[str, Shape, str]]], run: Callable) -> Whole | None:
+        """The fastest preset of the step; None where the budget leaves no time for that."""
+        before, rows = {op: dict(own) for op, own in self._tried.chosen.items()}, self.rows
+
+        def step(preset: str) -> float:
+            self._take(choices[preset], "")
+            return self._step_clock(f"preset {preset}", run) if self._main else float(run() is None)
+
+        began = monotonic()
+        try:
+            found = trial_presets.timed([*choices], step, self._left, self._share, self._main)
+        finally:
+            self._left -= monotonic() - began
+            self._tried.chosen, self.rows = before, rows
+        if not found.complete:
+            self._unfinished.append("presets of the whole step")
+            return None
+        whole = self._share(trial_presets.judged(calls, found) if self._main else None)
+        if self._main and not self._untried and not self._unfinished:
+            self._kept = self._store.add(whole=whole) or self._kept
+            self._speak()
+        return whole
+
+    def _take(self, choices: Sequence[tuple[str, Shape, str]], why: str) -> None:
+        """From now on these calls run on these backends."""
+        for op, shape, backend in choices:
+            self._tried.chosen.setdefault(op, {})[shape] = Choice(backend, why)
+        taken = {(op, shape): backend for op, shape, backend in choices}
+        self.rows = [replace(row, backend=taken.get((row.op, row.shape), row.backend)) for row in self.rows]
 
     # ---- a call ------------------------------------------------------------------------------------------------------
 
@@ -199,7 +275,7 @@ class Tuning:
                 self._store = Store(place(self._device, self._timed))
                 found = self._store.read()
                 if not self._anew:
-                    self._stored, wrong = found.rows, found.wrong
+                    self._stored, self._stored_wholes, wrong = found.rows, found.wholes, found.wrong
                 self._speak()
             self._tried.wrong = self._share(wrong)
             for (op, backend), why in self._tried.wrong.items():
@@ -318,6 +394,18 @@ class Tuning:
 
 def _reason(row: Row) -> str:
     return f"fastest of {', '.join(row.seconds)} here: {row.gain:.2f}x PyTorch's own operations"
+
+
+def _reason_of_whole(whole: Whole) -> str:
+    others = f"fastest of {', '.join(whole.seconds)}" if whole.preset != DEFAULT else "no other was faster"
+    return f"the whole step runs in the preset {whole.preset}: {others} here{_gain(whole)}"
+
+
+def _gain(whole: Whole) -> str:
+    """How many times as fast as in the default a step is in the preset; nothing to say of the default itself."""
+    if whole.preset == DEFAULT or DEFAULT not in whole.seconds:
+        return ""
+    return f", {whole.seconds[DEFAULT] / whole.seconds[whole.preset]:.2f}x {DEFAULT}"
 
 
 def _of_op(op: str, rows: Sequence[Row]) -> str:
