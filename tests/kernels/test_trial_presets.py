@@ -165,7 +165,7 @@ def test_a_budget_that_does_not_reach_the_presets(rehearsed, monkeypatch, cache)
         monkeypatch.setattr(f"fastdeit.kernels.trial.{module}.monotonic", lambda: now[0])
 
     def own(name, call):
-        now[0] += 20.0 * (name == "preset default")
+        now[0] += 10.0 * (name == "preset default")
         return clock(name, call)
 
     op, tuner = rehearsed(ORDER, clock=own, budget=70.0)  # one round and two more

@@ -35,6 +35,8 @@ from fastdeit.kernels.trial.store import Row, Store, Whole, calls_of, place
 Mode = Literal["auto", "on", "off"]
 BUDGET = 60.0
 """Seconds that the trials of a run may take, compilation included; Inductor's begin in the first half of them."""
+_OF_PRESETS = 0.5
+"""Share of the budget that comparing presets may take besides: what compiling has taken is not missing there."""
 STEPS = 8
 """Steps in which trials may be made: an update that is skipped, as the first ones of fp16 may be, proves nothing. A
 recorded step begins later."""
@@ -50,7 +52,7 @@ class Tuning:
     share     the main process's value on every process; collective
     main      whether this is the main process
     say       takes what a person should read, a line each
-    budget    seconds
+    budget    seconds; presets have half as many besides
     anew      whether to try again what the cache knows
     presets   whether whole steps are compared as well: their forward and backward can be made once more
     clock     how calls and steps are timed; by default by `recorded`
@@ -77,6 +79,7 @@ class Tuning:
         self._everything, self._device, self._anew = mode == "on", device, anew
         self._share, self._main, self._say = share, main, say
         self._budget = self._left = budget
+        self._left_of_presets = _OF_PRESETS * budget
         timed = "device" if recorded and device.type == "cuda" else "wall"
         make = candidates.of_the_device if timed == "device" else candidates.with_launches
         self._clock = clock or make(device)
@@ -245,9 +248,9 @@ class Tuning:
 
         began = monotonic()
         try:
-            found = trial_presets.timed([*choices], step, self._left, self._share, self._main)
+            found = trial_presets.timed([*choices], step, self._left_of_presets, self._share, self._main)
         finally:
-            self._left -= monotonic() - began
+            self._left_of_presets -= monotonic() - began
             self._tried.chosen, self.rows = before, rows
         if not found.complete:
             self._unfinished.append("presets of the whole step")
