@@ -4,13 +4,13 @@ there is no card, or with FASTDEIT_IR=90 compiled kernels on the CPU; two worker
 import os
 import random
 import shutil
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import triton
 from packaging.version import Version
 
 from tests.process_of_ranks import be_rank, without_curves
@@ -30,13 +30,14 @@ if not torch.cuda.is_available() and not COMPILED:
 
 def pytest_configure():
     """Triton before 3.7 makes an int of an array in its interpreter, which numpy has refused since 2.4."""
-    if "TRITON_INTERPRET" in os.environ and Version(triton.__version__) < Version("3.7"):
+    found = version("triton")  # whoever imports it earlier than the tests do gets no interpreter
+    if "TRITON_INTERPRET" in os.environ and Version(found) < Version("3.7"):
         try:
             int(np.zeros(1))
         except TypeError:
             raise pytest.UsageError(
-                f"the interpreter of Triton {triton.__version__} does not run with numpy {np.__version__}: "
-                "pip install 'numpy<2.4', or a newer torch"
+                f"the interpreter of Triton {found} does not run with numpy {np.__version__}: pip install 'numpy<2.4', "
+                "or a newer torch"
             ) from None
 
 
