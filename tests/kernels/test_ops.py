@@ -127,7 +127,7 @@ def test_gradients_are_those_of_the_formula(case):
     """Finite differences in float64 through the registered op."""
     op, example = case
     if op.name == "cosub_loss":
-        pytest.skip("it holds predictions constant, which finite differences do not: see test_kernels_cosub.py")
+        pytest.skip("it holds predictions constant, which finite differences do not: see test_cosub.py")
     args = few(example, torch.float64)
     free = influential(op, args)
 
