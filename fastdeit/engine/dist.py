@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdeit import signals
-from fastdeit.engine.rendezvous import Place, meet
+from fastdeit.engine.rendezvous import Place, RendezvousError, meet
 from fastdeit.engine.watch import START_S, LostError, Watch, of_collectives
 
 
@@ -224,8 +224,8 @@ def world(device: str, timeout_s: float = START_S) -> Iterator[World]:
     with watch.running():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         longest = timedelta(seconds=of_collectives(watch.limit_s()))
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=longest)
         try:
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=longest)
             control = dist.new_group(backend="gloo", timeout=longest)
             joined = World(chosen, place.rank, place.size, _control=control, _watch=watch)
             _refuse_shared(joined)
@@ -234,15 +234,28 @@ def world(device: str, timeout_s: float = START_S) -> Iterator[World]:
             # This process fails already. The SIGTERM that a launcher sends to the peers of the first one that did must
             # not turn that into an interruption; so it stays out until the process has ended.
             signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)
+            watch.fails()
+            if isinstance(error, RuntimeError) and "connectFullMesh" in str(error):
+                raise RendezvousError(_unconnected(error)) from error
             if isinstance(error, RuntimeError) and _CONNECTION.search(str(error)):
                 raise LostError(_lost(error, watch)) from error
             raise
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 _CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|NCCL")
 """What gloo and NCCL say when a peer has gone."""
+
+
+def _unconnected(error: RuntimeError) -> str:
+    """Why gloo could not connect the processes that have met, in words."""
+    return (
+        f"the processes have met, but cannot be connected ({str(error).splitlines()[0]}): "
+        f"{socket.gethostname()} or another machine does not know the address of its own name. Enter it in /etc/hosts, "
+        "or set GLOO_SOCKET_IFNAME to the network interface that the machines share, such as eth0"
+    )
 
 
 def _lost(error: RuntimeError, watch: Watch) -> str:

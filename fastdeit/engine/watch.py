@@ -82,6 +82,7 @@ class Watch:
         self._time_s, self._turned, self._stopped_s = 0.0, clock(), 0.0
         self._tick_s, self._answers = min(_LIFE_S, timeout_s / 4), 0
         self._said = (0, "the start", self._time_s, 0.0)
+        self._failed: dict[str, Any] | None = None  # the process that has said so
         self._main = threading.get_ident()
         self._end = threading.Event()
 
@@ -94,7 +95,14 @@ class Watch:
 
     def limit_s(self) -> float:
         """Seconds that the main thread may be where it is."""
-        return max(START_S, self.timeout_s) if self.patient else self.timeout_s
+        patient = self.patient and self._failed is None
+        return max(START_S, self.timeout_s) if patient else self.timeout_s
+
+    def fails(self) -> None:
+        """Tell the others that this process fails, so that none of them waits for it with the patience of a start."""
+        own = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid()}
+        with contextlib.suppress(RuntimeError):
+            self._store.set("failed", json.dumps(own))
 
     def stopped_s(self) -> float:
         """Seconds that this process was stopped for since the main thread last said where it is."""
@@ -141,6 +149,8 @@ class Watch:
             hangs = self._stays()
             with contextlib.suppress(RuntimeError):  # the store is gone: the main thread will see that
                 self._store.set(f"life/{self.rank}", str(life))
+                if self._failed is None and self._has(["failed"]):
+                    self._failed = json.loads(self._store.get("failed"))
                 hangs = self._has(["hangs"]) or hangs  # another one has found that the run hangs
             self._answers += 1
             if hangs:
@@ -206,6 +216,14 @@ class Watch:
         """Say what there is to be said, and end the process."""
         count, place, since, _ = self._said
         seconds = self._time_s - since
+        if self._failed is not None:
+            who = "rank {rank} (process {pid} on {host})".format(**self._failed)
+            _write(
+                f"fastdeit: {who} has failed; look for what it has said. Rank {self.rank} waited for it for "
+                f"{seconds:.0f} s in {self._line()}\n"
+            )
+            self._leave(1)
+            return
         own = {"count": count, "place": place, "line": self._line(), "host": socket.gethostname(), "pid": os.getpid()}
         with contextlib.suppress(RuntimeError):
             self._store.set("hangs", str(self.rank))

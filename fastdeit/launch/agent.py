@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from fastdeit import signals
 from fastdeit.errors import COMMON_CODES, FastdeitError, Interrupted, NonFiniteError, UsageError
@@ -119,20 +121,49 @@ def _meeting(rdzv: str, nnodes: int) -> tuple[RendezvousHandler, dict[str, Any]]
 
     Raises FastdeitError where there is no store within `MEET_S`.
     """
-    parameters = RendezvousParameters(
-        "c10d", rdzv, "fastdeit", nnodes, nnodes, join_timeout=str(MEET_S), last_call_timeout="1", read_timeout="10"
-    )
-    end = time.monotonic() + MEET_S
+    host, port = parse_rendezvous_endpoint(rdzv, default_port=0)
+    own = _own_address(host, port)
+    settings = {"join_timeout": str(MEET_S), "last_call_timeout": "1", "read_timeout": "10", "local_addr": own}
+    end, hosts = time.monotonic() + MEET_S, _is_here(host)
     while True:  # each try is short, so that a signal is obeyed in between
+        parameters = RendezvousParameters("c10d", rdzv, "fastdeit", nnodes, nnodes, is_host=str(hosts), **settings)
         try:
             return get_rendezvous_handler(parameters), {}
         except RendezvousConnectionError as error:
+            hosts = _is_here(host) and not hosts  # another launcher of this machine may keep the store, or may have
             if time.monotonic() > end:
                 raise FastdeitError(
                     f"nobody listens at {rdzv}, where the launchers of {nnodes} machines are to meet, or another "
                     "program does; HOST of --rdzv must be one of the machines, under the name that it has for the "
                     "others, and PORT free there"
                 ) from error
+
+
+def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
+    """(family, address) of each that `host` has; none for one that is not known."""
+    with contextlib.suppress(OSError, UnicodeError):
+        return [(each[0], each[4]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)]
+    return []
+
+
+def _is_here(host: str) -> bool:
+    """Whether `host` is this machine: then one of its addresses can be bound here. torch compares names instead, and
+    raises where this machine does not know its own, as in many containers."""
+    for family, address in _addresses(host, 0):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as tried:
+            tried.bind(address)
+            return True
+    return False
+
+
+def _own_address(host: str, port: int) -> str | None:
+    """The address of this machine on its way to `host`, which the others can reach; None where there is no way. torch
+    gives them the name of this machine instead, which they need not know."""
+    for family, address in _addresses(host, port):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as tried:
+            tried.connect(address)  # of a datagram: nothing is sent
+            return str(tried.getsockname()[0])
+    return None
 
 
 def verdict(codes: Mapping[int, int], killed: set[int]) -> int:

@@ -77,6 +77,22 @@ def test_a_rank_that_does_not_move_is_named_with_its_stacks_and_all_leave(capfd)
     assert told[0].endswith("; ranks 0, 2 waited for it")
 
 
+def test_a_rank_that_has_failed_is_not_waited_for_with_the_patience_of_a_start(capfd):
+    store, left = HashStore(), []
+    waits = Watch(0, 2, store, 0.2, leave=left.append)
+    with waits.running():
+        waits.at("the start", patient=True)
+        time.sleep(0.5)
+        assert left == [], "a start may take an hour"
+        Watch(1, 2, store, 0.2).fails()
+        end = time.monotonic() + 60
+        while not left and time.monotonic() < end:
+            time.sleep(0.02)
+    assert left == [1]
+    told = capfd.readouterr().err
+    assert f"fastdeit: rank 1 (process {os.getpid()} on {socket.gethostname()}) has failed; look for what" in told
+
+
 def test_time_in_which_this_process_was_stopped_is_no_hang(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a launcher's, which says who ended")
     monkeypatch.setenv("RANK", "0")
