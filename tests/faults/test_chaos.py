@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastdeit import cli
-from fastdeit.chaos import command, compare, damage, victim
+from fastdeit.chaos import command, compare, damage, judge, victim
 from fastdeit.chaos.faults import AT_START, Fault, Undisturbed, plan
 from fastdeit.chaos.lives import Life
 from fastdeit.engine import checkpoint
@@ -137,8 +137,8 @@ def test_a_spoilt_checkpoint_is_refused_and_nothing_of_it_executed(tmp_path, pre
     ],
 )
 def test_a_life_that_ends_otherwise_is_a_problem(fault, codes, told):
-    outcome = command.Outcome()
-    command._judge(outcome, fault, Life(codes))
+    outcome = judge.Outcome()
+    judge.judge(outcome, fault, Life(codes))
     assert bool(outcome.problems) == (told is None)
     assert outcome.survived == (told or {})
     assert outcome.late == (told == {} and fault is not None)
@@ -146,19 +146,19 @@ def test_a_life_that_ends_otherwise_is_a_problem(fault, codes, told):
 
 @pytest.mark.parametrize("life", [Life({0: -9}, orphans=1), Life({0: -9}, silent=True)])
 def test_orphans_and_silence_are_problems(life):
-    outcome = command.Outcome()
-    command._judge(outcome, Fault("kill", 0, 4), life)
+    outcome = judge.Outcome()
+    judge.judge(outcome, Fault("kill", 0, 4), life)
     assert outcome.problems
     assert not outcome.survived
 
 
 def test_a_spoilt_checkpoint_that_is_used_is_a_problem():
-    outcome = command.Outcome()
-    assert not command._judge_spoilt(outcome, "a cut in x", Life({}, "starting: r.yaml")), "it looked at no checkpoint"
+    outcome = judge.Outcome()
+    assert not judge.judge_spoilt(outcome, "a cut in x", Life({}, "starting: r.yaml")), "it looked at no checkpoint"
     told = "checkpoint x is damaged (...); skipped\nresumed at step 3"
-    assert command._judge_spoilt(outcome, "a cut in x", Life({}, told))
+    assert judge.judge_spoilt(outcome, "a cut in x", Life({}, told))
     assert (outcome.refused, outcome.problems) == (["a cut in x"], [])
-    assert command._judge_spoilt(outcome, "a cut in y", Life({}, "resumed at step 4"))
+    assert judge.judge_spoilt(outcome, "a cut in y", Life({}, "resumed at step 4"))
     assert "a cut in y was not noticed" in outcome.problems[0]
 
 

@@ -89,14 +89,26 @@ def watched(tmp_path_factory, curves):
 
 
 FILES = ("lock.json", "checkpoint", "recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", HARMLESS)
-DEFAULT = {("checkpoint", "ENOSPC", "last"), ("metrics.jsonl", "EROFS", "middle")}
+DEFAULT = {("checkpoint", "ENOSPC", "last"), ("metrics.jsonl", "EDQUOT", "middle")}
+WHEN = "first", "middle", "last"
+WRITTEN = [*(("waited for", file) for file in FILES), ("in the background", "checkpoint")]
 CASES = [
     pytest.param(way, file, name, when, marks=[] if (file, name, when) in DEFAULT else [pytest.mark.slow])
-    for way in WAYS
-    for file in (FILES if way == "waited for" else ["checkpoint"])
-    for name in ERRORS
-    for when in ("first", "middle", "last")
+    for place, (way, file) in enumerate(WRITTEN)
+    for number, name in enumerate(ERRORS)
+    for when in [WHEN[(place + number + 1) % 3]]
 ]
+"""Every file with every error, every file at every time, and every error at every time."""
+
+
+def test_the_cases_have_every_pair():
+    cases = [case.values for case in CASES]
+    assert {(way, file, error) for way, file, error, _ in cases} == {
+        (*each, error) for each in WRITTEN for error in ERRORS
+    }
+    assert {(way, file, when) for way, file, _, when in cases} == {(*each, when) for each in WRITTEN for when in WHEN}
+    assert {(error, when) for _, _, error, when in cases} == {(error, when) for error in ERRORS for when in WHEN}
+    assert {case[1:] for case in cases} >= DEFAULT
 
 
 def test_the_cases_are_all_files_that_a_run_writes(watched):
