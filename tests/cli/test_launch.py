@@ -477,6 +477,15 @@ def test_what_several_machines_need(asked, told):
     Processes(2, 2, "[fe80::1]:29500").check()
 
 
+def test_a_machine_is_known_by_its_addresses():
+    """Its own name need not be known, by itself or by others."""
+    assert agent._is_here("127.0.0.1")
+    assert agent._is_here("localhost")
+    assert not any(map(agent._is_here, ("192.0.2.1", "no-such-host.invalid", "x" * 300)))
+    assert agent._own_address("127.0.0.1", 29500) == "127.0.0.1"
+    assert agent._own_address("no-such-host.invalid", 29500) is None
+
+
 def test_settings_from_the_environment():
     assert launch.grace_seconds({}) == 60
     assert launch.grace_seconds({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}) == 90

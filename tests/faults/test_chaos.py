@@ -246,18 +246,12 @@ def test_twenty_kills_and_what_comes_with_them_lose_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_checkpoints_in_the_background_lose_nothing_either(tmp_path):
-    code, found = chaos(tmp_path, LONGER, "engine.async_checkpoints=true", "--kills", "5", "--seed", "1")
-    assert code == 0, found
-    assert found["survived"]["kill"] >= 3
-    assert found["samples_lost"] == found["samples_repeated"] == 0
-
-
-@pytest.mark.slow
-def test_two_processes_and_their_launcher_lose_nothing(tmp_path):
-    code, found = chaos(tmp_path, LONGER, "engine.log_every=3", "--kills", "3", "--nproc", "2")
+def test_two_processes_their_launcher_and_checkpoints_in_the_background_lose_nothing(tmp_path):
+    words = "engine.log_every=3", "engine.async_checkpoints=true"
+    code, found = chaos(tmp_path, LONGER, *words, "--kills", "5", "--nproc", "2")
     assert code == 0, found
     assert found["survived"]["launcher"] == 1
+    assert found["survived"]["kill"] >= 3
     assert found["samples_lost"] == found["samples_repeated"] == found["orphans"] == 0
 
 

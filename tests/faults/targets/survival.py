@@ -76,7 +76,7 @@ TARGETS = (
         (
             "tests/faults/test_ranks.py::test_a_run_that_is_started_anew_ends_as_if_nothing_had_happened",
             "tests/faults/test_ranks.py::test_torchrun_restarts_from_the_newest_checkpoint_too",
-            "tests/faults/test_chaos.py::test_two_processes_and_their_launcher_lose_nothing",
+            "tests/faults/test_chaos.py::test_two_processes_their_launcher_and_checkpoints_in_the_background_lose_nothing",
         ),
         why_not="two processes, not four",
     ),
