@@ -27,7 +27,7 @@ from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.metrics import check_sinks
 from fastdeit.engine.schedule import learning_rate
-from fastdeit.errors import Interrupted, UsageError
+from fastdeit.errors import Interrupted
 from fastdeit.estimate import activations, capture
 from fastdeit.methods.evaluators import Classify
 from fastdeit.recipe.length import Length
@@ -171,7 +171,8 @@ def train(
         if resume:
             start, record = parts.saver.restore(run_dir, parts.log.say, ahead)
         parts.share_bad(run_dir)
-        facts = describe(recipe, parts.method, *parts.sources, world, parts.length)
+        anew = begins or origin is not None
+        facts = describe(recipe, parts.method, *parts.sources, world, parts.length, anew=anew)
         try:
             if record.clock is not None:
                 clock.restore(record.clock)
@@ -383,19 +384,15 @@ def save_failed(parts: Parts, run_dir: Path, record: Record, wait: bool) -> bool
 
 def check_metrics(parts: Parts, start: int, record: Record) -> None:
     """What would only show after the first evaluation otherwise: a teacher with the wrong classes or normalisation, and
-    metrics of the recipe that the method does not have."""
+    a metric of the recipe that the method does not have, where its heads do not tell the metrics."""
     recipe, method = parts.recipe, parts.method
     judged = method.teacher is not None and all(config.classifies for config in recipe.method.teachers())
     if judged and record.teacher_top1 is None:
         parts.log.teacher(start, parts.held_out({"teacher": Classify(method.teacher.scores)}), record)
-    if recipe.train.stop_after is not None and not method.evaluators():
-        raise UsageError(f"train.stop_after needs a metric, but method {recipe.method.use} has none")
-    if recipe.train.best_by is not None:
+    if recipe.train.best_by is not None and build.known_metrics(method) is None:
         # Only an evaluation tells the names of the metrics. One batch is enough.
         method.eval()
-        names = parts.held_out(method.evaluators(), batches=1).metrics
-        averaged = [f"{name}_ema" for name in names if parts.engine.ema is not None]
-        parts.log.check_best_by([*names, *averaged])
+        build.check_best_by(recipe, list(parts.held_out(method.evaluators(), batches=1).metrics))
 
 
 def schedule_of(recipe: "Recipe", length: Length) -> dict[str, Any]:

@@ -172,8 +172,11 @@ def test_what_is_no_request_is_refused_in_a_sentence_and_nothing_changes(recipe_
     for form, expected in REFUSED.items():
         put = {"RUN": str(run), "RECIPE": str(recipe_file)}
         words = re.sub("RUN|RECIPE", lambda match, put=put: put[match[0]], form).split()
+        assert cli(["train", *words, "--dry-run"]) == 2, form
+        dry = capfd.readouterr().err
         assert cli(["train", *words]) == 2, form
         err = capfd.readouterr().err
+        assert dry == err
         expected = re.sub("RUN|RECIPE", lambda match, put=put: re.escape(put[match[0]]), expected)
         assert re.search(expected, err.replace("fastdeit: ", "")), (form, err)
         assert "Traceback" not in err
@@ -184,9 +187,10 @@ def test_what_is_no_request_is_refused_in_a_sentence_and_nothing_changes(recipe_
 
 def test_a_run_that_another_process_trains_is_refused(stopped, tmp_path, capfd):
     run = stopped(tmp_path / "run")
-    with locked(run, pytest.fail):
-        assert cli(["train", "--resume", str(run)]) == 2
-    assert f"run is being trained by process {os.getpid()} on {os.uname().nodename}" in capfd.readouterr().err
+    for words in (["--resume", str(run)], ["--resume", str(run), "--dry-run"]):
+        with locked(run, pytest.fail):
+            assert cli(["train", *words]) == 2
+        assert f"run is being trained by process {os.getpid()} on {os.uname().nodename}" in capfd.readouterr().err
 
 
 def test_a_log_without_a_checkpoint_is_kept_beside(recipe_file, tmp_path, capsys):
@@ -216,7 +220,12 @@ FAILS = {
     "model.weights=nowhere": "nowhere",
     "engine.sinks=[wandb]": r"sinks: wandb needs a package that is not installed: pip install 'fastdeit\[wandb\]'",
     "model.num_classes=7": "model.num_classes is 7, but the data set has 4 classes",
-    "train.best_by=low": "train.best_by low is no metric of this run",
+    "train.best_by=low": "train.best_by low is no metric of this run, which has top1_fused, top1_class, ",
+    "train.best_by=top1_class_ema": "train.best_by top1_class_ema is no metric of this run",
+    "engine.device=auto engine.capture=graph": "engine.capture graph needs a CUDA device, not cpu",
+    "engine.parallel=fsdp2 engine.reduce=bf16 train.accumulate=2": "fsdp2: with engine.reduce bf16 it would add up",
+    "optim.layer_decay=0.5": "optim.layer_decay: ",
+    "--run-dir FILE": "FILE: the run directory cannot be made or written to: Not a directory",
     "method.use=distill method.teacher.model=nothing": "nothing",
     f"{TAUGHT} model.weights=nowhere": "nowhere",
     f"{TAUGHT} model.num_classes=7": "model.num_classes is 7",
@@ -229,16 +238,26 @@ def test_a_start_that_fails_leaves_no_directory(recipe_file, tmp_path, monkeypat
     monkeypatch.setattr("fastdeit.engine.metrics.find_spec", lambda name: None)
     teacher = recipe_file.with_name("teacher.yaml")
     teacher.write_text(RECIPE.replace("tests.small_runs:Tiny", "tests.small_runs:unheard_of"))
-    assert cli(["train", str(recipe_file), *overrides.replace("TEACHER", str(teacher)).split()]) == 2
-    assert re.search(FAILS[overrides], capfd.readouterr().err)
+    words = [
+        "train",
+        str(recipe_file),
+        *overrides.replace("TEACHER", str(teacher)).replace("FILE", str(teacher)).split(),
+    ]
+    said = []
+    for more in ([], ["--dry-run"]):
+        assert cli([*words, *more]) == 2
+        said.append(capfd.readouterr().err)
+    assert said[0] == said[1]
+    assert re.search(FAILS[overrides].replace("FILE", str(teacher)), said[0])
     assert os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_is_noticed_before_anything_is_made(recipe_file, tmp_path, monkeypatch, capfd):
     usage = SimpleNamespace(free=500)
     monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage)
-    assert cli(["train", str(recipe_file)]) == 2
-    assert "has 5e-07 GB free, and 4 checkpoints of this run need" in capfd.readouterr().err
+    for more in ([], ["--dry-run"]):
+        assert cli(["train", str(recipe_file), *more]) == 2
+        assert "has 5e-07 GB free, and 4 checkpoints of this run need" in capfd.readouterr().err
     assert os.listdir(tmp_path) == []
 
 

@@ -46,10 +46,11 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         if args.dry_run or "RANK" not in os.environ:
             # Before torch is loaded and before any worker exists, so that a mistake is reported at once, and once.
             from fastdeit.recipe import resolve as recipe
-            from fastdeit.run import request
+            from fastdeit.run import directory, request
 
             asked = request.read(args, lambda text: None)
             recipe.check_complete(asked.recipe)
+            directory.check_free(asked.run_dir, resume=asked.resume)
             if not asked.goes_on:
                 from fastdeit.run import places
 

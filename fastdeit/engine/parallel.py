@@ -4,7 +4,7 @@ The engine asks one object, `Replicated` or `Sharded`, and nothing else in it kn
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -98,12 +98,11 @@ class Sharded(Replicated):
         return self.world.sum
 
     def spread(self, method: nn.Module) -> None:
-        """As of `Replicated`. Raises ShardError, which names it, for a parameter that cannot be split."""
+        """As of `Replicated`, for a method that `check` takes."""
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         units = blocks(method)
-        _check(method, units)
         # The last block returns a view of the tokens, which nothing changes in place.
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
         options = {
@@ -167,8 +166,9 @@ def blocks(method: nn.Module) -> list[nn.Module]:
     return [*found.values()][::-1]
 
 
-def _check(method: nn.Module, units: Sequence[nn.Module]) -> None:
-    unit_of = {id(module): number for number, unit in enumerate(units) for module in unit.modules()}
+def check(method: nn.Module) -> None:
+    """Raise ShardError, which names it, for a parameter of `method` that cannot be split."""
+    unit_of = {id(module): number for number, unit in enumerate(blocks(method)) for module in unit.modules()}
     owners: dict[int, tuple[str, int | None]] = {}
     for name, parameter, unit in _named(method, unit_of):
         if parameter.ndim == 0:

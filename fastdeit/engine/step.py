@@ -34,6 +34,12 @@ def autocast(device: torch.device, precision: str, keeps_casts: bool = True) -> 
     return torch.autocast(device.type, DTYPES[precision], cache_enabled=keeps_casts)
 
 
+def check_capture(capture: str, device: torch.device) -> None:
+    """Raise DeviceError for an `Engine.capture` that the device does not have."""
+    if capture == "graph" and device.type != "cuda":
+        raise DeviceError(f"engine.capture graph needs a CUDA device, not {device}; use none or compile")
+
+
 class Engine:
     """Runs the steps of a method, which is to it an `nn.Module` with `step` and `after_step`.
 
@@ -67,8 +73,7 @@ class Engine:
         tuning: Tuning | None = None,
         on_spike: OnSpike = "warn",
     ) -> None:
-        if capture == "graph" and world.device.type != "cuda":
-            raise DeviceError(f"engine.capture graph needs a CUDA device, not {world.device}; use none or compile")
+        check_capture(capture, world.device)
         self.method, self.optimizer, self.world, self.ema = method, optimizer, world, ema
         self.precision, self.accumulate, self.capture = precision, accumulate, capture
         self.parallel = parallel or Replicated(world)

@@ -19,28 +19,33 @@ def _always(recipe: "Recipe") -> bool:
     return True
 
 
-class Difference(NamedTuple):
-    """One difference.
+NO_SETTING = object()
+"""The `value` of a difference that no setting takes away."""
 
-    ours, theirs  what happens here and there. Where there is a setting, `--as public-code` says `theirs` alone
+
+class Difference(NamedTuple):
+    """One difference, in the words of a table.
+
+    subject       the setting that makes it as there, or else in a word or two what differs
+    ours, theirs  what happens here and there
     where         the recipes that it can be a difference of
-    field, value  the setting that makes it theirs; "" where there is none
+    value         of the setting there
     """
 
+    subject: str
     ours: str
     theirs: str
     where: "Callable[[Recipe], bool]" = _always
-    field: str = ""
-    value: Any = None
+    value: Any = NO_SETTING
+
+    @property
+    def field(self) -> str:
+        """The setting that makes it as there; "" where there is none."""
+        return "" if self.value is NO_SETTING else self.subject
 
     def is_of(self, recipe: "Recipe") -> bool:
         """Whether the recipe differs in this."""
         return self.where(recipe) and (not self.field or _value(recipe, self.field) != self.value)
-
-    def sentence(self) -> str:
-        """The difference in words, behind the setting's name."""
-        ours = f"{self.field}: {self.ours}" if self.field else self.ours[0].upper() + self.ours[1:]
-        return f"{ours}; there, {self.theirs}"
 
 
 class Reference(NamedTuple):
@@ -71,12 +76,32 @@ def _distils(recipe: "Recipe") -> bool:
     return isinstance(recipe.method, DistillConfig)
 
 
+def _distils_softly(recipe: "Recipe") -> bool:
+    return _distils(recipe) and recipe.method.distillation == "soft"
+
+
 def _mixes(recipe: "Recipe") -> bool:
     return recipe.data.mix_probability > 0 and (recipe.data.mixup > 0 or recipe.data.cutmix > 0)
 
 
+def _repeats(recipe: "Recipe") -> bool:
+    return recipe.data.repeats > 1
+
+
+def _averages(recipe: "Recipe") -> bool:
+    return recipe.optim.ema_decay is not None
+
+
+def _drops_out(recipe: "Recipe") -> bool:
+    return recipe.model.dropout > 0
+
+
+def _of_ours(recipe: "Recipe") -> bool:
+    return recipe.model.name in CONFIGS
+
+
 def _begins_as_deit(recipe: "Recipe") -> bool:
-    return recipe.model.name in CONFIGS and CONFIGS[recipe.model.name].init == "deit"
+    return _of_ours(recipe) and CONFIGS[recipe.model.name].init == "deit"
 
 
 def _with(field: str, *values: Any) -> "Callable[[Recipe], bool]":
@@ -92,173 +117,169 @@ def _has_size(pixels: int) -> "Callable[[Recipe], bool]":
 # github.com/facebookresearch/deit: main.py, engine.py, losses.py, samplers.py, augment.py, and timm 0.3.2 and apex.
 _DEIT = (
     Difference(
-        "the rate changes at every step, and its cosine begins anew after the warm-up",
-        "the rate changes once an epoch and one epoch late, and the warm-up cuts into the cosine",
-        field="optim.schedule",
+        "optim.schedule",
+        "changes every step; cosine after the warm-up",
+        "every epoch, one late; cosine from epoch 0",
         value="deit-exact",
     ),
     Difference(
-        "weight decay leaves the distillation token alone, as it does the class token",
-        "weight decay shrinks the distillation token",
-        _has_two_heads,
         "optim.decay_dist_token",
+        "no weight decay of the distillation token",
+        "weight decay of it",
+        _has_two_heads,
         True,
     ),
     Difference(
-        "the weights are not averaged",
-        "the weights are averaged, but no published result uses that",
-        _with("optim.ema_decay", None),
         "optim.ema_decay",
+        "the weights are not averaged",
+        "averaged, but no published result uses that",
+        _with("optim.ema_decay", None),
         0.99996,
     ),
     Difference(
-        "the average of the weights has a decay of its own",
-        "the decay is 0.99996, but no published result uses the average",
-        lambda recipe: recipe.optim.ema_decay is not None,
         "optim.ema_decay",
+        "the average has a decay of its own",
+        "0.99996, but no published result uses that",
+        _averages,
         0.99996,
     ),
     *(
-        Difference(ours, "two heads answer with the mean of their logits", _fuses(fuse), "method.fuse", "logit")
+        Difference("method.fuse", f"two heads: {ours}", "two heads: the mean of their logits", _fuses(fuse), "logit")
         for fuse, ours in (
-            ("softmax", "two heads answer with the sum of their softmaxes, as in the paper"),
-            ("class", "the class head answers alone"),
-            ("distillation", "the distillation head answers alone"),
+            ("softmax", "the sum of their softmaxes"),
+            ("class", "the class head alone"),
+            ("distillation", "the distillation head alone"),
         )
     ),
     Difference(
-        "the soft loss is divided by the batch, as in the paper",
-        "the soft loss is divided by batch times classes, which leaves a thousandth of it",
-        lambda recipe: _distils(recipe) and recipe.method.distillation == "soft",
         "method.reduction",
+        "soft loss divided by the batch, as in the paper",
+        "by batch times classes: a thousandth of it",
+        _distils_softly,
         "numel",
     ),
     *(
-        Difference(
-            ours,
-            "float16 by autocast, with a scaled loss",
-            _with("engine.precision", precision),
-            "engine.precision",
-            "fp16",
-        )
+        Difference("engine.precision", ours, "fp16 with a scaled loss", _with("engine.precision", precision), "fp16")
         for precision, ours in (("auto", "bf16 on a GPU that has it"), ("bf16", "bf16"), ("fp32", "fp32"))
     ),
+    Difference("engine.products", "blocks multiply numbers of 8 bits", "numbers of 16 bits", value="precision"),
     Difference(
-        "the blocks multiply numbers of 8 bits",
-        "the blocks multiply float16",
-        field="engine.products",
-        value="precision",
-    ),
-    Difference(
-        "a fixed number of every group drops a branch, which is not computed for these samples",
-        "each sample is drawn by itself, and every branch is computed",
-        field="model.drop_path_skip",
+        "model.drop_path_skip",
+        "a fixed number of each group drops a branch",
+        "each sample is drawn by itself",
         value=False,
     ),
-    Difference("the images change their size", "all images have one size", field="data.size_schedule", value=()),
+    Difference("data.size_schedule", "images change their size", "images have one size", value=()),
     Difference(
-        "the teacher teaches in fine-tuning, too",
-        "distillation is refused in fine-tuning",
+        "fine-tuning",
+        "with a teacher, too",
+        "refused with a teacher",
         lambda recipe: _distils(recipe) and recipe.model.needs_weights,
+    ),
+    Difference(
+        "distillation",
+        "one head learns from label and teacher",
+        "refused: the model needs two heads",
+        lambda recipe: _distils(recipe) and not _has_two_heads(recipe),
     ),
     *(
         Difference(
-            f"images of {ours} pixels are whole patches of 14",
-            f"they have {theirs} pixels, and the patches leave out the last {theirs - ours}",
+            "size of images",
+            f"{ours} pixels: whole patches of 14",
+            f"{theirs} pixels: the last {theirs - ours} are in no patch",
             _has_size(ours),
         )
         for ours, theirs in ((154, 160), (126, 128))
     ),
+    Difference("dropout", "before the heads", "in positions and blocks (DeiT III: an error)", _drops_out),
+    Difference("order of images", "depends on train.seed and the epoch", "depends on the epoch alone"),
+    Difference("repeated augmentation", "copies go to different groups", "copies go to different processes", _repeats),
+    Difference("steps of an epoch", "images // batch", "the same of a multiple of 256 images", _repeats),
+    Difference("mixing", "within groups of data.group_size images", "within the batch of a process", _mixes),
     Difference(
-        "images are mixed within groups of data.group_size, on any number of processes",
-        "they are mixed within the batch of a process",
-        _mixes,
-    ),
-    Difference(
-        "copies of an image fall into different groups, and n images are n // batch whole batches an epoch",
-        "copies fall to different processes, and n is cut to a multiple of 256 first",
-        lambda recipe: recipe.data.repeats > 1,
-    ),
-    Difference(
-        "RandAugment's Posterize keeps at least 1 bit",
-        "it may keep none, and the image is black",
+        "RandAugment",
+        "Posterize keeps at least 1 bit",
+        "it may keep none: a black image",
         lambda recipe: recipe.data.augment.startswith("rand-"),
     ),
+    Difference("resizing", "width before height", "the same; with Pillow 13 tall images height first"),
+    Difference("augmentation on a GPU", "by DALI, in floats", "by Pillow on the CPU, in 8 bits"),
+    Difference("unreadable images", "another takes the place", "the run ends"),
+    Difference("attention", "logits in float32", "logits in fp16, which can overflow", _of_ours),
     Difference(
-        "a resize changes the width first, as Pillow does up to version 12",
-        "Pillow 13 changes the height of a tall image first",
+        "clipping with LAMB",
+        "gradients times limit / (norm + 1e-6)",
+        "gradients times limit / norm",
+        lambda recipe: recipe.optim.name == "lamb" and recipe.optim.clip_grad is not None,
     ),
-    Difference("on a GPU, DALI decodes, resizes and augments in floats", "Pillow does in 8 bits"),
+    Difference(
+        "NaN or infinity",
+        "step skipped; 3 in a row (fp16: 24) end the run",
+        "a loss ends the run; gradients: step skipped",
+    ),
+    Difference("skipped steps", "do not move the average", "move the average", _averages),
 )
 # github.com/google-research/big_vision: configs/vit_i1k.py and vit_s16_i1k.py, models/vit.py, pp/, utils.py.
 _BIG_VISION = (
-    Difference("all training images are used", "the last 1 % of them are kept for validation"),
+    Difference("training images", "all", "the last 1 % are kept for validation"),
     Difference(
-        "the sigmoid cross-entropy is the mean over the classes, so gradients are a thousandth",
-        "it is their sum, and gradients are clipped at 1.0",
-        lambda recipe: recipe.method.loss == "bce",
+        "sigmoid cross-entropy",
+        "mean over classes: a thousandth of the gradient",
+        "sum over classes, gradients clipped at 1.0",
+        _with("method.loss", "bce"),
     ),
-    Difference("the head's bias begins at 0", "it begins at -6.9", lambda recipe: recipe.method.loss == "bce"),
+    Difference("bias of the head", "begins at 0", "begins at -6.9", _with("method.loss", "bce")),
     Difference(
-        "weights begin as DeiT's, by normals of 0.02",
-        "they begin by Xavier's uniform, positions by a normal of variance 1 / width, heads at 0",
+        "initial weights",
+        "normals of 0.02, as in DeiT",
+        "Xavier's; positions of variance 1 / width, head 0",
         _begins_as_deit,
     ),
-    Difference("the head is one linear layer", "a layer of the model's width with tanh comes before it (rep_size)"),
-    Difference("AdamW's first moment has 32 bits", "it has 16", _with("optim.name", "adamw")),
+    Difference("head", "one linear layer", "a layer with tanh before it (rep_size)"),
+    Difference("AdamW", "first moment in 32 bits", "in 16 bits", _with("optim.name", "adamw")),
+    Difference("mixing", "with the mirror image in the group", "with the neighbour, the larger share its own", _mixes),
     Difference(
-        "a sample is mixed with its mirror image in the group",
-        "it is mixed with its neighbour, and keeps the larger share",
-        _mixes,
-    ),
-    Difference(
-        "RandAugment has timm's 15 operations, and what they uncover has ImageNet's mean colour",
-        "it has Cutout as well, and grey",
+        "RandAugment",
+        "timm's 15 operations, on ImageNet's mean colour",
+        "Cutout besides, on grey",
         lambda recipe: recipe.data.augment.startswith(("augreg-", "rand-")),
     ),
-    Difference(
-        "crops are resized bicubically with antialiasing, and so are the images of evaluation",
-        "crops are resized bilinearly without it, and images of evaluation by areas",
-    ),
+    Difference("crops", "bicubic with antialiasing", "bilinear without it"),
+    Difference("images of evaluation", "bicubic with antialiasing", "by areas"),
 )
 # github.com/facebookresearch/pycls: core/net.py and optimizer.py, datasets/, models/vit.py. It has no file of settings
 # for ViT_C; these are the paper's.
 _PYCLS = (
     Difference(
-        "the rate changes at every step, and its cosine begins anew after the warm-up",
-        "it changes once an epoch, and the warm-up cuts into the cosine and begins at a tenth of the rate by default",
+        "learning rate",
+        "changes every step; cosine after the warm-up",
+        "every epoch; cosine from epoch 0",
         _with("optim.schedule", "cosine"),
     ),
-    Difference("weight decay leaves positions and class token alone", "it leaves norms and biases alone only"),
+    Difference("warm-up", "from optim.warmup_lr", "from a tenth of the rate by default"),
+    Difference("weight decay", "not of positions and class token", "of all but norms and biases"),
+    Difference("average of the weights", "follows every step", "every 32nd step, after the warm-up", _averages),
+    Difference("its decay", "optim.ema_decay; the paper names none", "about 0.99995 a step by default", _averages),
     Difference(
-        "the average of the weights follows at every step, and its decay is optim.ema_decay, as the paper names none",
-        "it follows every 32nd step, begins after the warm-up, and its decay is about 0.99995 a step by default",
-        lambda recipe: recipe.optim.ema_decay is not None,
+        "initial attention",
+        "Xavier's of queries, keys, values, projection",
+        "of the first three together, the last PyTorch's",
+        _of_ours,
     ),
+    Difference("mixing", "with the mirror image in the group", "with any sample of the GPU", _mixes),
     Difference(
-        "the weights of attention begin by Xavier's uniform, queries, keys and values each by themselves",
-        "these three begin together by Xavier's uniform, and the projection by PyTorch's default",
-        lambda recipe: recipe.model.name in CONFIGS,
-    ),
-    Difference(
-        "a sample is mixed with its mirror image in the group", "it is mixed with any sample of its GPU", _mixes
-    ),
-    Difference(
-        "crops have log-uniform proportions, and are resized bicubically with antialiasing",
-        "they have uniform proportions, and are resized bilinearly without it",
+        "crops",
+        "log-uniform ratios, bicubic with antialiasing",
+        "uniform ratios, bilinear without it",
         _with("data.crop", "random_resized"),
     ),
-    Difference(
-        "AutoAugment works bicubically, and what it uncovers has ImageNet's mean colour",
-        "it works bilinearly, on grey",
-        _with("data.augment", "v0"),
-    ),
-    Difference("colours are not shifted along their principal components", "they are, by 0.1 by default"),
+    Difference("AutoAugment", "bicubic, on ImageNet's mean colour", "bilinear, on grey", _with("data.augment", "v0")),
+    Difference("colours", "not shifted", "shifted along their principal components, by 0.1"),
 )
 REFERENCES = {
     "deit": Reference("DeiT's public code", _DEIT),
-    "big_vision": Reference("the public configuration, big_vision's", _BIG_VISION),
-    "pycls": Reference("pycls, the authors' code", _PYCLS),
+    "big_vision": Reference("big_vision's public configuration", _BIG_VISION),
+    "pycls": Reference("pycls, its authors' code,", _PYCLS),
 }
 """By `about.follows`."""
 
@@ -269,13 +290,16 @@ def of(recipe: "Recipe") -> Iterator[Difference]:
         yield from (one for one in REFERENCES[recipe.about.follows].differences if one.is_of(recipe))
 
 
-def notes(recipe: "Recipe") -> list[str]:
-    """What a run says of them at its start: a title, and a line for each."""
-    told = [f"* {one.sentence()}" for one in of(recipe)]
-    return [f"{title(recipe)}:", *told] if told else []
-
-
-def title(recipe: "Recipe") -> str:
-    """What stands above the differences of a recipe that follows public code."""
-    settable = ", where `--as public-code` sets what has a name" if recipe.about.follows == "deit" else ""
-    return f"differs from {REFERENCES[recipe.about.follows].title}{settable}"
+def lines(recipe: "Recipe") -> list[str]:
+    """The differences as a table for people: a title, and a line for each; nothing of a recipe without any."""
+    found = list(of(recipe))
+    if not found:
+        return []
+    follows = recipe.about.follows
+    settable = ", of which `--as public-code` sets those that are fields" if follows == "deit" else ""
+    rows = [("", "here", "there"), *(one[:3] for one in found)]
+    subject, ours, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        f"differs from {REFERENCES[follows].title} in {len(found)} point{'s' * (len(found) > 1)}{settable}:",
+        *(f"  {row[0]:{subject}}  {row[1]:{ours}}  {row[2]}" for row in rows),
+    ]

@@ -20,16 +20,18 @@ _OF_THE_CROP = "crop_scale", "crop_ratio"
 class Facts(NamedTuple):
     """What a recipe alone does not tell.
 
-    heads       how many the model has
-    dist_token  whether the model has a distillation token, as its `decay_groups` tells
-    processes   how many train
-    device      the type of the device that they train on: cpu or cuda
+    heads        how many the model has
+    dist_token   whether the model has a distillation token, as its `decay_groups` tells
+    processes    how many train
+    device       the type of the device that they train on: cpu or cuda
+    evaluations  how many the run has
     """
 
     heads: int
     dist_token: bool
     processes: int
     device: str
+    evaluations: int
 
 
 def notes(recipe: "Recipe", facts: Facts) -> list[str]:
@@ -39,6 +41,7 @@ def notes(recipe: "Recipe", facts: Facts) -> list[str]:
         *_of_mixing(recipe),
         *_of_method(recipe),
         *_of_the_rest(recipe),
+        *_of_the_run(recipe, facts),
         *_of_the_model(recipe, facts),
         *_of_the_engine(recipe, facts),
     ]
@@ -140,6 +143,13 @@ def _of_the_rest(recipe: "Recipe") -> Iterator[tuple[str, str]]:
             yield "optim.decoupled_decay", "optim.weight_decay is 0"
     if train.eval_every_steps is not None:
         yield "train.eval_every", f"train.eval_every_steps is {train.eval_every_steps}"
+
+
+def _of_the_run(recipe: "Recipe", facts: Facts) -> Iterator[tuple[str, str]]:
+    limit = recipe.train.stop_after
+    if limit is not None and limit + 1 >= facts.evaluations:  # the first one is a new best, and after the last all ends
+        plural = "s" * (facts.evaluations > 1)
+        yield "train.stop_after", f"the run has {facts.evaluations} evaluation{plural}, and ends with the last"
 
 
 def _of_the_model(recipe: "Recipe", facts: Facts) -> Iterator[tuple[str, str]]:

@@ -27,9 +27,9 @@ from fastdeit.engine.ema import EmaTeacher
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
 from fastdeit.fields import ImageSize, Section, size_pair
-from fastdeit.methods.base import Context, Method, Momentum
+from fastdeit.methods.base import Context, Method, Momentum, scores
 from fastdeit.methods.config import MethodConfig, TeacherConfig
-from fastdeit.methods.evaluators import HeldOutLoss
+from fastdeit.methods.evaluators import Classify, HeldOutLoss
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
 from fastdeit.models.freeze import freeze_parts
@@ -195,16 +195,22 @@ def check_batch(recipe: "Recipe", processes: int) -> None:
         )
 
 
-def notes(recipe: "Recipe", images: int, student: nn.Module, processes: int, device: torch.device) -> list[str]:
-    """What a user should know of a run on so many training images, processes and such devices, though it can be
-    done."""
+def notes(
+    recipe: "Recipe", images: int, student: nn.Module, processes: int, device: torch.device, *, anew: bool
+) -> list[str]:
+    """What a user should know of a run on so many training images, processes and such devices, though it can be done.
+
+    anew  whether the run begins: one that goes on has said already how it differs from public code
+    """
     has_token = student.decay_groups(True) != student.decay_groups(False)
-    facts = idle.Facts(len(student.head_names), has_token, processes, device.type)
+    evaluations = run_length(recipe, images).evaluations
+    facts = idle.Facts(len(student.head_names), has_token, processes, device.type, evaluations)
     found, batch = idle.notes(recipe, facts), recipe.train.batch_size
     if batch > images:
         says = f"train.batch_size {batch} is more than the {images} training images"
         found.append(f"{says}: a batch has some of them repeatedly")
-    return found + differences.notes(recipe)  # last: the list is long, and what is wrong with the run comes before
+    # Last: the list is long, and what is wrong with the run comes before.
+    return found + (differences.lines(recipe) if anew else [])
 
 
 def train_loader(
@@ -295,8 +301,10 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
         raise UsageError(f"model.num_classes is {config.num_classes}, but the data set has {num_classes} classes")
     torch.manual_seed(rng.key(recipe.train.seed, "init") >> 1)
     options = {"image_size": image_size(recipe), "num_classes": num_classes, "drop_path": config.drop_path}
-    # Models take these where they have them. A model of somebody else's need not know them until a recipe asks.
-    options |= {name: getattr(config, name) for name in ("drop_path_mode", "dropout") if _is_set(config, name)}
+    # Models take these where they have them. A model of somebody else's need not know them until a recipe asks, and
+    # timm's have no mode: a recipe can only say theirs.
+    asked = ("drop_path_mode", "dropout") if config.timm is None else ("dropout",)
+    options |= {name: getattr(config, name) for name in asked if _is_set(config, name)}
     try:
         built = models.of(config.name, config.timm, **options)
     except ValueError as error:
@@ -448,6 +456,7 @@ def method(
             "move it"
         )
     _check_evaluators(made, recipe)
+    _check_judged(made, recipe)
     made.resizes = bool(recipe.data.size_schedule)
     return made
 
@@ -473,6 +482,33 @@ def _check_evaluators(made: Method, recipe: "Recipe") -> None:
             "held-out images have one view, which is not augmented, and no extras; judge it by Knn or LinearProbe, or "
             "by an evaluator of its own"
         )
+
+
+def _check_judged(made: Method, recipe: "Recipe") -> None:
+    """Raise UsageError where the recipe asks for metrics that the method does not have."""
+    if recipe.train.stop_after is not None and not made.evaluators():
+        raise UsageError(f"train.stop_after needs a metric, but method {recipe.method.use} has none")
+    known = known_metrics(made)
+    if known is not None:
+        check_best_by(recipe, known)
+
+
+def known_metrics(made: Method) -> list[str] | None:
+    """Names of the metrics of a method's evaluations, where its heads tell them; None where only an evaluation does."""
+    evaluators = list(made.evaluators().values())
+    if not made.answers_with_logits or not all(type(each) is Classify and each.scores is None for each in evaluators):
+        return None
+    logits = tuple(torch.zeros(1, 1) for _ in made.model.head_names)
+    answers = scores(logits if len(logits) > 1 else logits[0], made.config.fuse)
+    return [f"{metric}_{answer}" for _ in evaluators for metric in ("top1", "top5") for answer in answers]
+
+
+def check_best_by(recipe: "Recipe", metrics: Sequence[str]) -> None:
+    """Raise UsageError where `train.best_by` is none of the metrics, of the weights or of an average that is kept."""
+    averaged = [] if recipe.optim.ema_decay is None else [f"{name}_ema" for name in metrics]
+    wanted, there_are = recipe.train.best_by, [*metrics, *averaged]
+    if wanted is not None and wanted not in there_are:
+        raise UsageError(f"train.best_by {wanted} is no metric of this run, which has {', '.join(there_are) or 'none'}")
 
 
 def class_counts(source: Source) -> list[int]:

@@ -9,6 +9,7 @@ RUN/bad_images.jsonl                  images that cannot be used, if any
 RUN/lock.json                         while a process trains here: which one
 """
 
+import errno
 import os
 import re
 import shlex
@@ -28,7 +29,7 @@ from fastdeit.engine import checkpoint, disk, metrics
 from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run.lock import NAME as LOCK
-from fastdeit.run.lock import locked
+from fastdeit.run.lock import locked, refuse_owned
 from fastdeit.run.state import checked
 from fastdeit.text import one_line, shorten
 
@@ -230,10 +231,7 @@ def claim(
             except checkpoint.CheckpointError as error:
                 failure = FastdeitError(str(error))
             except OSError as error:
-                failure = (FastdeitError if disk.refuses(error) else UsageError)(
-                    f"{given or RUNS}: the run directory cannot be made or written to: {error.strerror}; "
-                    f"{disk.way_out(error)}, or choose another --run-dir"
-                )
+                failure = _unusable(given, error)
         path, failure = world.same((path, failure))
         if failure is not None:
             raise failure
@@ -246,8 +244,8 @@ def _owned(given: Path | None, name: str, say: Callable[[str], None], resume: bo
     try:
         _refuse_links(path)
         with locked(path, say):
-            if not resume and ((path / METRICS).exists() or has_checkpoint(path)):
-                raise UsageError(f"{path} already holds a run; go on with {command(path)}, or choose another --run-dir")
+            if not resume:
+                _refuse_run(path)
             with _emptied_on_failure(path):
                 disk.make_directory(path / CHECKPOINTS)
                 checkpoint.sweep(path / CHECKPOINTS)
@@ -272,6 +270,34 @@ def _refuse_links(path: Path) -> None:
                 f"{path / name} is a link, or not what a run has under this name, and a run would write there; "
                 "remove it, or choose another --run-dir"
             )
+
+
+def check_free(given: Path | None, *, resume: bool) -> None:
+    """Raise UsageError where `claim` would: as far as that can be known without writing anything."""
+    path = (given or RUNS).absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise _unusable(given, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _unusable(given, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    if given is not None:
+        if given.is_dir():
+            _refuse_links(given)
+        refuse_owned(given)
+        if not resume:
+            _refuse_run(given)
+
+
+def _refuse_run(path: Path) -> None:
+    if (path / METRICS).exists() or has_checkpoint(path):
+        raise UsageError(f"{path} already holds a run; go on with {command(path)}, or choose another --run-dir")
+
+
+def _unusable(given: Path | None, error: OSError) -> FastdeitError:
+    return (FastdeitError if disk.refuses(error) else UsageError)(
+        f"{given or RUNS}: the run directory cannot be made or written to: {error.strerror}; {disk.way_out(error)}, or "
+        "choose another --run-dir"
+    )
 
 
 def dated_name(name: str) -> Path:

@@ -44,6 +44,26 @@ def locked(run_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
         os.close(descriptor)
 
 
+def refuse_owned(run_dir: Path) -> None:
+    """Raise UsageError, as `locked` does, where another process holds the lock of the directory now. Nothing is
+    written, and nothing is held afterwards."""
+    path = run_dir / NAME
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _refusal(path) from None
+    except OSError:
+        pass  # no lock, or none that can be asked
+
+
+def _refusal(path: Path) -> UsageError:
+    return UsageError(
+        f"{path.parent} is being trained by {_describe(_read(path))}; stop that first, or choose another directory "
+        "with --run-dir"
+    )
+
+
 def _open(path: Path, say: Callable[[str], None]) -> int:
     """A descriptor of the file at `path`, locked."""
     while True:
@@ -54,10 +74,7 @@ def _open(path: Path, say: Callable[[str], None]) -> int:
             warning = last and f"{_describe(last)} has died while it trained here; this process takes over"
         except BlockingIOError:
             os.close(descriptor)
-            raise UsageError(
-                f"{path.parent} is being trained by {_describe(_read(path))}; stop that first, or choose another "
-                "directory with --run-dir"
-            ) from None
+            raise _refusal(path) from None
         except OSError as error:
             last = _read(path)
             who = f"; {_describe(last)} may be training here" if last else ""

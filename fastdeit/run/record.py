@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isnan
 from operator import gt, lt
@@ -226,12 +226,6 @@ class RunLog:
         limit = self.recipe.train.stop_after
         return limit is not None and record.evaluations_since_best >= limit
 
-    def check_best_by(self, names: Collection[str]) -> None:
-        """Raise UsageError unless `train.best_by` is among `names`, the metrics of the run."""
-        wanted = self.recipe.train.best_by
-        if wanted not in names:
-            raise UsageError(f"train.best_by {wanted} is no metric of this run, which has {', '.join(names) or 'none'}")
-
     def _judged_by(self, results: Mapping[str, Result]) -> tuple[str | None, float, Callable[[float, float], bool]]:
         """(metric, its value, whether a first value is better than a second): what the best step is chosen by.
 
@@ -332,8 +326,10 @@ class RunLog:
             self.metrics.close()
 
 
-def describe(recipe: "Recipe", method: Method, train: Source, val: Source, world: World, length: Length) -> list[str]:
-    """What is going to happen, in the few numbers that decide the result."""
+def describe(
+    recipe: "Recipe", method: Method, train: Source, val: Source, world: World, length: Length, *, anew: bool
+) -> list[str]:
+    """What is going to happen, in the few numbers that decide the result. anew: as of `build.notes`."""
     parameters = sum(p.numel() for p in method.model.parameters())
     height, width = build.image_size(recipe)
     batch, data = recipe.train.batch_size, recipe.data
@@ -347,5 +343,5 @@ def describe(recipe: "Recipe", method: Method, train: Source, val: Source, world
         f"global batch {batch} = {groups} groups of {data.group_size}, over {world.size} processes x "
         f"{recipe.train.accumulate} micro-batches; learning rate {recipe.optim.lr:g}; "
         f"{length.total} steps, {length.epochs:g} epochs of {length.steps_per_epoch}",
-        *build.notes(recipe, len(train), method.model, world.size, world.device),
+        *build.notes(recipe, len(train), method.model, world.size, world.device, anew=anew),
     ]

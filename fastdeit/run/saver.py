@@ -14,9 +14,12 @@ from fastdeit.engine import checkpoint, shards
 from fastdeit.engine.background import HostCopies, Worker
 from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
 from fastdeit.engine.dist import World
+from fastdeit.engine.ema import Ema
 from fastdeit.engine.fit import FitError, check_fit
+from fastdeit.engine.optim import Optimizer
 from fastdeit.engine.step import Engine
 from fastdeit.errors import UsageError
+from fastdeit.methods.base import Method
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length
 from fastdeit.run import agreement, directory, environment, state
@@ -186,10 +189,7 @@ class Saver:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds besides the engine's state, by the names of its files. A tensor that the processes
         share is in parts here."""
-        method, ema = self.engine.method, self.engine.ema
-        own = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("model.")}
-        held = {"model": method.model.state_dict(), "method": own, "optim": self.engine.optimizer.state_dict()}
-        return held if ema is None else held | {"ema": ema.average}
+        return held(self.engine.method, self.engine.optimizer, self.engine.ema)
 
     def whole(self) -> dict[str, dict[str, Tensor]]:
         """`tensors` for the main process to save: what is in parts is put together on its CPU, one tensor after the
@@ -207,7 +207,7 @@ class Saver:
 
     def size(self) -> int:
         """Bytes of a checkpoint."""
-        return sum(t.numel() * t.element_size() for group in self.tensors().values() for t in group.values())
+        return size(self.tensors())
 
     def restore(self, run_dir: Path, say: Report, ahead: agreement.Ahead | None = None) -> tuple[int, Record]:
         """(step, record) of the newest checkpoint that verifies, with everything loaded; (0, fresh) when there is none.
@@ -313,6 +313,18 @@ class Saver:
         data = [(name, theirs[key], ours[key]) for key, name in named.items() if theirs[key] != ours[key]]
         cache = differences(theirs.get("cache", {}), ours.get("cache", {}))
         return data + [(f"cache ({name})", *both) for name, *both in cache]
+
+
+def held(method: Method, optimizer: Optimizer, ema: Ema | None) -> dict[str, dict[str, Tensor]]:
+    """The tensors that a checkpoint holds of them, by the names of its files."""
+    own = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("model.")}
+    found = {"model": method.model.state_dict(), "method": own, "optim": optimizer.state_dict()}
+    return found if ema is None else found | {"ema": ema.average}
+
+
+def size(files: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Bytes of such tensors."""
+    return sum(t.numel() * t.element_size() for group in files.values() for t in group.values())
 
 
 def _problem_of(write: Callable[[], None]) -> str | None:

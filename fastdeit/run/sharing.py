@@ -25,21 +25,20 @@ def shared(recipe: "Recipe", method: Method, world: World, say: Report) -> Repli
     Raises UsageError for what fsdp2 cannot do, also where there is one process and nothing to split.
     """
     made = parallel.of(recipe.engine.parallel, world, recipe.engine.reduce)
-    if recipe.engine.parallel == "fsdp2":
-        _refuse(recipe)
+    check(recipe, method)
     if made.total is not None and not parallel.blocks(method):
         say(
             f"engine.parallel fsdp2: {type(method.model).__name__} has no `blocks`, so every process gathers all of "
             "its weights for a step; between steps they are split, like gradients, moments and averages"
         )
-    try:
-        made.spread(method)
-    except ShardError as error:
-        raise _refusal(str(error)) from error
+    made.spread(method)
     return made
 
 
-def _refuse(recipe: "Recipe") -> None:
+def check(recipe: "Recipe", method: Method) -> None:
+    """Raise UsageError for what fsdp2 cannot do, where `engine.parallel` asks for it."""
+    if recipe.engine.parallel != "fsdp2":
+        return
     if not optimizers.find(recipe.optim.name).takes_parts:
         raise _refusal(f"an update of optim.name {recipe.optim.name} needs whole tensors; use adamw, lamb or sgd")
     if recipe.engine.reduce != "fp32" and recipe.train.accumulate > 1:
@@ -49,6 +48,10 @@ def _refuse(recipe: "Recipe") -> None:
         )
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST:
         raise _refusal(f"it needs PyTorch {'.'.join(map(str, OLDEST))}, and this is {torch.__version__}")
+    try:
+        parallel.check(method)
+    except ShardError as error:
+        raise _refusal(str(error)) from error
 
 
 def _refusal(why: str) -> UsageError:

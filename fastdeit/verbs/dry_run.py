@@ -1,21 +1,25 @@
 """`fastdeit train --dry-run`: what would run, without running it.
 
-What can be checked is: the recipe, the data set, the networks, the weights that they begin with, opened and compared as
-a start would, and how processes share a batch. Nothing is downloaded, and nothing is written.
+A dry run refuses what a start would refuse: it checks the recipe, the data set, the networks, the weights that they
+begin with, opened and compared as a start would, the method and the optimizer around them, teachers that are trained
+first, how processes share a batch, and the disk. Nothing is downloaded, and nothing is written.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fastdeit.data.sources.source import Source
-from fastdeit.engine import checkpoint
-from fastdeit.engine.dist import pick_device
+from fastdeit.engine import batchnorm, checkpoint, optimizers
+from fastdeit.engine.dist import World, pick_device
+from fastdeit.engine.ema import Ema
 from fastdeit.engine.metrics import check_sinks
-from fastdeit.errors import UsageError
+from fastdeit.engine.step import check_capture
 from fastdeit.estimate import memory, report
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate.gpus import GPUS, GPUS_PER_NODE
@@ -23,11 +27,12 @@ from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.rows import known_gpu
 from fastdeit.estimate.subject import Subject
 from fastdeit.estimate.subject import subject as subject_of
-from fastdeit.methods.config import METHODS
+from fastdeit.methods.config import METHODS, TeacherConfig
+from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import settled
-from fastdeit.run import address, build, cached, directory, precision
-from fastdeit.run.groups import param_groups
+from fastdeit.run import address, build, cached, directory, precision, saver, sharing, teachers
+from fastdeit.run.parts import PhaseSchedule
 from fastdeit.run.request import Request
 from fastdeit.run.weights import is_cached
 
@@ -44,23 +49,22 @@ def show(asked: Request, processes: int) -> None:
 
 def lines(asked: Request, processes: int) -> Iterator[str]:
     """What `show` prints: facts first, then estimates, which are marked as such, then the resolved recipe."""
-    recipe = precision.fixed(asked.recipe)
-    precision.check_products(recipe)
-    build.check_batch(recipe, processes)
-    device = pick_device(recipe.engine.device)
+    device, recipe = pick_device(asked.recipe.engine.device), precision.fixed(asked.recipe)
     check_sinks(recipe.engine.sinks)
     training, held_out = build.sources(recipe)
     length = build.run_length(recipe, len(training))
-    recipe = settled(recipe, length)
     cache = cached.checked(recipe, training, length)
-    train = recipe.train
-    classes = len(training.classes)
-    if recipe.model.num_classes not in (None, classes):
-        raise UsageError(f"model.num_classes is {recipe.model.num_classes}, but the data set has {classes} classes")
+    begins = _begins(asked, length)
+    told: list[str] = []
+    trained, first = _teachers(asked, recipe)
+    student, size = _checked(recipe, training, processes, device, told, trained | first, anew=begins is None)
+    for own in first.values():
+        _checked(own, training, processes, device, told, teachers.to_train(own), anew=True)
+    directory.check_space(asked.run_dir, size, World(device), keep=recipe.engine.keep_checkpoints)
+    recipe, classes = settled(recipe, length), len(training.classes)
     known = recipe.model_copy(update={"model": recipe.model.model_copy(update={"num_classes": classes})})
     subject = replace(subject_of(known, len(training)), held_out=len(held_out))
-    begins = _begins(asked, length)
-    student, told = _opened(known, training, length, begins is None)
+    train = recipe.train
 
     yield f"recipe    {recipe.name}, method {recipe.method.use}: nothing is trained, this is what would run"
     yield f"device    {processes} process{'es' * (processes > 1)} on {_named(device)}, {recipe.engine.precision}"
@@ -78,7 +82,8 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
         f"run       {length.epochs:,.6g} epochs of {length.steps_per_epoch:,} steps, {length.total:,} in all, of "
         f"{train.batch_size:,} images{accumulated}; {subject.evaluations:,} evaluations"
     )
-    notes = build.notes(recipe, len(training), student, processes, device)
+    goes_on = asked.resume and begins is not None
+    notes = build.notes(recipe, len(training), student, processes, device, anew=not goes_on)
     yield from (f"note      {note}" for note in notes)
     if begins is not None:
         yield f"begins    {begins}"
@@ -97,27 +102,63 @@ def _begins(asked: Request, length: "Length") -> str | None:
     return None
 
 
-def _opened(recipe: "Recipe", source: Source, length: "Length", anew: bool) -> tuple[nn.Module, list[str]]:
-    """Open what the student begins with and what the teacher is, as a start would; returns the student, without
-    storage, and what is to be said.
+def _teachers(asked: Request, recipe: "Recipe") -> tuple[dict[TeacherConfig, Path], dict[TeacherConfig, "Recipe"]]:
+    """Of the teachers with recipes of their own: the runs of those that are trained, and the recipes of those that a
+    start would train first."""
+    begun = asked.run_dir if asked.resume else None
+    trained = teachers.trained(recipe, begun) if asked.origin is None else asked.origin.teachers(recipe)
+    return trained, teachers.to_train(recipe, begun, trained)
 
-    Raises the errors of parts and weights that do not fit.
+
+def _checked(
+    recipe: "Recipe",
+    source: Source,
+    processes: int,
+    device: torch.device,
+    told: list[str],
+    known: teachers.Known,
+    *,
+    anew: bool,
+) -> tuple[nn.Module, int]:
+    """Make the parts of a run as a start would, and open what its student begins with and its teachers. Returns the
+    student and the bytes of a checkpoint, 0 where they are not known. What is found goes to `told`.
+
+    known  of teachers with recipes of their own: their runs, or these recipes while they are not trained yet
+    anew   whether the run begins with `model.weights`, and not with those of a checkpoint
+
+    Networks have no storage, unless the method is somebody else's, who may need it. Raises the errors of parts and
+    weights that do not fit.
     """
-    told: list[str] = []
+    precision.check_products(recipe)
+    length = build.run_length(recipe, len(source))
+    build.check_batch(recipe, processes)
+    recipe = settled(recipe, length)
     count, classes = len(source.classes), build.compared_classes(recipe, source)
-    with torch.device("meta"):  # without storage
+    ours = recipe.method.use in METHODS
+    with torch.device("meta") if ours else nullcontext():
         student = build.model(recipes.without_weights(recipe), count, told.append)
-    if recipe.method.use in METHODS:  # what a method of somebody else does with its networks may need their storage
-        method = build.method(recipe, student, count, length.total, lambda config: None, source)
-        param_groups(method, recipe)
     if anew and recipe.model.weights is not None and not _is_far(recipe.model.weights, told):
         build.model(recipe, count, told.append, classes)
+    made: dict[TeacherConfig, Teacher | None] = {}
     for config in recipe.method.teachers():
-        name = f"timm:{config.timm}" if config.weights is None else config.weights
-        if config.recipe is None and not _is_far(name, told):
+        name, own = f"timm:{config.timm}" if config.weights is None else config.weights, known.get(config)
+        if own is not None and not isinstance(own, Path):
+            made[config] = None if ours else build.untrained_teacher(own, config, count)
+        elif own is not None or not _is_far(name, told):
             options = {"classes": classes, "say": told.append}
-            build.teacher(config, build.image_size(recipe), count, None, recipe.engine.precision, **options)
-    return student, told
+            opened = build.teacher(config, build.image_size(recipe), count, own, recipe.engine.precision, **options)
+            made[config] = None if ours else opened
+    if not ours and len(made) < len(recipe.method.teachers()):
+        return student, 0  # such a method cannot be made without its teachers
+    method = build.method(recipe, student, count, length.total, made.get, source)
+    sharing.check(recipe, method)
+    if recipe.engine.sync_batchnorm and processes > 1:
+        batchnorm.synchronise(method, device)
+    schedule, decay = PhaseSchedule(method, recipe, length.epochs_begun), recipe.optim.ema_decay
+    optimizer = optimizers.find(recipe.optim.name)(schedule.groups(), recipe.optim)
+    ema = None if decay is None else Ema(schedule.trainable, decay, method)
+    check_capture(recipe.engine.capture, device)
+    return student, saver.size(saver.held(method, optimizer, ema))
 
 
 def _is_far(text: str, told: list[str]) -> bool:

@@ -176,6 +176,8 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(capsys, tmp_path, monk
     [
         (["method.fuse=class"], "method.fuse class: VisionTransformer has one head, and there is nothing to choose"),
         (["method.class_weights=[1, 2]"], "class_weights has 2 numbers, but the data set has 7 classes"),
+        (["train.best_by=xx"], "train.best_by xx is no metric of this run, which has top1_class, top5_class"),
+        (["model.timm=resnet10t", "model.drop_path_mode=linear", "train.best_by=x"], "train.best_by x is no metric of"),
     ],
 )
 def test_a_dry_run_builds_the_method(words, refusal, capsys):
@@ -252,7 +254,7 @@ def test_a_dry_run_opens_weights_as_a_start_would(run, bare, data, tmp_path, wri
     assert "is damaged" in dry(f"model.weights={tmp_path}/cut.safetensors", code=2)
     assert "it needs blocks.4.norm1.weight" in dry(f"model.weights={run}", "model.name=deit_tiny_patch16_224", code=2)
     assert "the weights know 3 classes, but the data set has 2" in dry(teacher(run), root=other, code=2)
-    assert "does not tell which network it is of" in dry(teacher(bare), code=2)
+    assert "nothing tells which model" in dry(teacher(bare), code=2)
     assert "weights   timm:test_vit: would be downloaded" in dry(teacher("timm:test_vit"))
     assert "timm publishes no weights" in dry(teacher("timm:vit_small_patch16_18x2_224"), code=2)
 

@@ -210,6 +210,7 @@ def refusal(change, world):
     method = Toy()
     change(method)
     try:
+        parallel.check(method)
         parallel.of("fsdp2", world, "fp32").spread(method)
         method(torch.randn(1, 3, 16, 16))
     except (ShardError, TypeError) as error:

@@ -4,36 +4,17 @@
 """
 
 import sys
-import textwrap
-from collections.abc import Iterator
 
 from fastdeit.recipe import differences
 from fastdeit.recipe import resolve as recipes
 
-WIDTH = 124
 BEGINS = "# Differs from "
 
 
 def expected(recipe: recipes.Recipe) -> list[str]:
     """The lines that say how the recipe differs; none where it follows no public code."""
-    if recipe.about.follows is None:
-        return []
-    title = differences.title(recipe)
-    return [
-        "#",
-        f"# {title[0].upper()}{title[1:]}:",
-        *(line for one in differences.of(recipe) for line in _item(one.sentence())),
-    ]
-
-
-def _item(sentence: str) -> Iterator[str]:
-    yield from textwrap.wrap(
-        f"{sentence}.",
-        WIDTH,
-        initial_indent="# * ",
-        subsequent_indent="#   ",
-        break_on_hyphens=False,
-    )
+    told = differences.lines(recipe)
+    return ["#", *(f"# {line[0].upper()}{line[1:]}" for line in told)] if told else []
 
 
 def split(text: str) -> tuple[list[str], list[str], str]:

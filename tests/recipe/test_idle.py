@@ -88,9 +88,9 @@ def load(path, field, value, beside):
     return recipes.load(str(path), given)
 
 
-def told(recipe, processes=1, device="cpu"):
+def told(recipe, processes=1, device="cpu", evaluations=2):
     distilled = "distilled" in recipe.model.name
-    return idle.notes(recipe, idle.Facts(1 + distilled, distilled, processes, device))
+    return idle.notes(recipe, idle.Facts(1 + distilled, distilled, processes, device, evaluations))
 
 
 @pytest.mark.parametrize(("field", "value", "beside", "awake"), CASES)
@@ -125,12 +125,29 @@ def test_what_has_no_effect_on_these_processes_is_told(path, field, value, proce
 def test_the_distillation_token_is_asked_of_the_model(path):
     """Not of its heads: a network may have two and no token, and a token and one head."""
     recipe = recipes.load(str(path), ["optim.decay_dist_token=true"])
-    assert idle.notes(recipe, idle.Facts(1, True, 1, "cpu")) == []
-    (note,) = idle.notes(recipe, idle.Facts(2, False, 1, "cpu"))
+    assert idle.notes(recipe, idle.Facts(1, True, 1, "cpu", 2)) == []
+    (note,) = idle.notes(recipe, idle.Facts(2, False, 1, "cpu", 2))
     assert note == "optim.decay_dist_token true has no effect: the model has no distillation token"
     for name, notes in {"deit_digits_distilled_patch8_32": [], "deit_digits_patch8_32": [note]}.items():
         student = models.build(name)
-        assert build.notes(recipe, 32, student, 1, torch.device("cpu")) == notes
+        assert build.notes(recipe, 32, student, 1, torch.device("cpu"), anew=True) == notes
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "limit", "words"),
+    [
+        (4, 2, None),
+        (4, 3, "the run has 4 evaluations, and ends with the last"),
+        (1, 1, "the run has 1 evaluation, and"),
+    ],
+)
+def test_a_limit_on_evaluations_that_nothing_can_reach_is_told(path, evaluations, limit, words):
+    """The first evaluation is a new best: `limit` others have to follow it, and the run has to go on after them."""
+    found = told(recipes.load(str(path), [f"train.stop_after={limit}"]), evaluations=evaluations)
+    if words is None:
+        assert found == []
+    else:
+        assert found[0].startswith(f"train.stop_after {limit} has no effect: {words}")
 
 
 @pytest.mark.slow
@@ -240,7 +257,7 @@ ALWAYS = {
     },
     "train": {
         "it is in the length or the batches": {"epochs", "steps", "batch_size", "accumulate", "seed"},
-        "it says when to look, and what then follows": {"eval_every_steps", "stop_after", "best_by"},
+        "it says when to look, and what then follows": {"eval_every_steps", "best_by"},
     },
     "method": {"it is in the loss": {"use", "alpha", "class_weights", "binarise"}},
     "engine": {
@@ -255,7 +272,7 @@ ALWAYS = {
 """Fields that count in every recipe, by the reason."""
 OF_A_CASE = {
     *("data.augment", "data.crop", "data.erase", "data.synthetic_samples", "data.synthetic_classes"),
-    *("method.loss", "method.teacher", "method.cached", "model.weights_grid"),
+    *("method.loss", "method.teacher", "method.cached", "model.weights_grid", "train.stop_after"),
 }
 """Fields of which `notes` knows a case like one of those that are tried."""
 

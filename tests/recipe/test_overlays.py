@@ -47,10 +47,14 @@ def test_what_the_recipe_has_already_is_no_difference():
 @pytest.mark.parametrize(
     ("name", "override", "said"),
     [
-        ("deit_tiny", "engine.precision=auto", "engine.precision: bf16 on a GPU that has it; there, float16"),
-        ("deit_tiny", "engine.precision=fp32", "engine.precision: fp32; there, float16"),
-        ("deit_tiny", "optim.ema_decay=0.9999", "optim.ema_decay: the average of the weights has a decay of its own"),
-        ("deit_tiny_distilled", "method.fuse=class", "method.fuse: the class head answers alone"),
+        ("deit_tiny", "engine.precision=auto", ("engine.precision", "bf16 on a GPU that has it")),
+        ("deit_tiny", "engine.precision=fp32", ("engine.precision", "fp32")),
+        ("deit_tiny", "optim.ema_decay=0.9999", ("optim.ema_decay", "the average has a decay of its own")),
+        ("deit_tiny_distilled", "method.fuse=class", ("method.fuse", "two heads: the class head alone")),
+        ("deit_tiny", "model.dropout=0.1", ("dropout", "before the heads")),
+        ("deit_tiny_soft", "method.alpha=0.2", ("distillation", "one head learns from label and teacher")),
+        ("deit3_base", "optim.clip_grad=0.5", ("clipping with LAMB", "gradients times limit / (norm + 1e-6)")),
+        ("deit3_base", "optim.clip_grad=null", None),
         ("vitc_1gf", "optim.ema_decay=null", None),
         ("vitc_1gf", "data.augment=none", None),
         ("vitc_1gf", "data={mixup: 0, cutmix: 0}", None),
@@ -59,14 +63,24 @@ def test_what_the_recipe_has_already_is_no_difference():
 )
 def test_a_difference_is_told_as_the_setting_is(name, override, said):
     """What a setting that is laid over the recipe's makes untrue is not told."""
-    told, before = (differences.notes(recipes.load(name, words)) for words in ([override], []))
+    told, before = (list(differences.of(recipes.load(name, words))) for words in ([override], []))
     if said is None:
-        assert len(told) == len(before) - 1
         assert set(told) < set(before)
     else:
-        assert [line for line in told if line.startswith(f"* {said.partition(':')[0]}: ")] == [
-            next(line for line in told if line.startswith(f"* {said}"))
-        ]
+        assert [(one.subject, one.ours) for one in told if one.subject == said[0]] == [said]
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if recipes.load(name).about.follows])
+def test_differences_are_a_table_that_fits_a_window(name):
+    recipe = recipes.load(name)
+    title, heads, *rows = differences.lines(recipe)
+    assert f" in {len(rows)} points" in title
+    assert [" ".join(row.split()) for row in rows] == [
+        f"{one.subject} {one.ours} {one.theirs}" for one in differences.of(recipe)
+    ]
+    here, there = heads.index("here"), heads.index("there")
+    assert all(row[here - 1] == row[there - 1] == " " and " " not in (row[here], row[there]) for row in rows)
+    assert max(map(len, rows)) <= 124
 
 
 def test_the_command_s_own_overrides_win():
@@ -120,12 +134,12 @@ def test_train_says_each_difference(capsys):
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert (
-        "--as public-code: optim.schedule is 'deit-exact', in the recipe 'cosine': the rate changes once an epoch"
+        "--as public-code: optim.schedule is 'deit-exact', in the recipe 'cosine': every epoch, one late; cosine from"
         in out
     )
-    told = out.partition("differs from DeiT's public code, where `--as public-code` sets what has a name:\n")[2]
-    assert "* RandAugment's Posterize keeps at least 1 bit; there, " in told
-    assert "* optim.schedule" not in told  # it is as theirs now
+    told = out.partition("differs from DeiT's public code in 12 points, ")[2].partition("estimate")[0]
+    assert "  RandAugment            Posterize keeps at least 1 bit " in told
+    assert "optim.schedule" not in told  # it is as theirs now
     assert "engine.precision" not in out.partition("--as")[0] + out[out.rindex("--as public-code") :].partition("\n")[0]
 
 

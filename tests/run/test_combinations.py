@@ -135,8 +135,8 @@ def test_a_batch_of_more_than_all_images_is_made_and_told(path):
     assert len(stream.sample) == 64
     note = "train.batch_size 64 is more than the 40 training images: a batch has some of them repeatedly"
     student = models.build("deit_digits_patch8_32")
-    assert build.notes(recipe, 40, student, 1, torch.device("cpu")) == [note]
-    assert build.notes(recipe, 64, student, 1, torch.device("cpu")) == []
+    assert build.notes(recipe, 40, student, 1, torch.device("cpu"), anew=True) == [note]
+    assert build.notes(recipe, 64, student, 1, torch.device("cpu"), anew=True) == []
 
 
 def test_a_warm_up_as_long_as_the_run_says_what_to_add(path):
