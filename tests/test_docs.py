@@ -17,13 +17,15 @@ from torch import nn
 
 from fastdeit import cli
 from fastdeit.kernels import _op
-from fastdeit.recipe import describe
+from fastdeit.recipe import describe, overlays
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run.request import Request
+from fastdeit.verbs import dry_run
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastdeit"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
 def blocks(page, language):
@@ -228,26 +230,97 @@ def test_columns_of_a_docstring_become_a_list(hooks):
 # ---- command lines ---------------------------------------------------------------------------------------------------
 
 
+COMMANDED = [*PAGES, *(ROOT / name for name in ("SECURITY.md", "CHANGELOG.md", "benchmarks/README.md"))]
+COMMANDED += sorted((ROOT / "docs").glob("*/*.md"))
+IN_TEXT = re.compile(r"`(fastdeit [^`]+)`")
+
+
+def calls(line):
+    """The calls of fastdeit in a line of shell, as words behind the program."""
+    for ends, command in groupby(shlex.split(line, comments=True), lambda word: word in ("&&", "|", ";")):
+        program, *words = command
+        if not ends and program == "fastdeit":
+            yield words[: words.index(">")] if ">" in words else words
+
+
 def command_lines():
-    """(page and line, words) of every call of fastdeit in a shell block."""
-    for page in PAGES:
-        for _, text in blocks(page, "bash"):
-            for line in text.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                for ends, command in groupby(words, lambda word: word in ("&&", "|", ";")):
-                    command = list(command)
-                    if not ends and command[0] == "fastdeit":
-                        yield pytest.param(command[1:], id=f"{page.name}: {' '.join(command)}")
+    """By page and words every call of fastdeit: in blocks of shell, whether they say so or not, in the text, and in the
+    help of verbs."""
+    found = {}
+    for page in COMMANDED:
+        shell = [text for language in ("bash", "") for _, text in blocks(page, language)]
+        lines = [line for text in shell for line in text.replace("\\\n", " ").splitlines() if re.match(r"\w", line)]
+        lines += IN_TEXT.findall(BLOCK.sub("", page.read_text()))
+        found |= {f"{page.name}: {' '.join(words)}": words for line in lines for words in calls(line)}
+    examples = [example for verb in cli.VERBS.values() for example in verb.examples]
+    return found | {f"--help: {' '.join(words)}": words for example in examples for words in calls(example)}
 
 
-@pytest.mark.parametrize("words", [*command_lines()])
-def test_command_lines_are_understood(words, extended):
-    """The verb and its flags; of a shipped recipe its fields and their values, too."""
-    name = next(name for name in (" ".join(words[:2]), words[0]) if name in cli.VERBS)
-    args = cli.VERBS[name].parse(words[len(name.split()) :])
-    recipe = next(iter(getattr(args, "words", [])), None)
-    if recipe in {shipped for shipped, _ in recipes.summaries()}:
-        recipes.load(recipe, args.overrides)
+COMMANDS = command_lines()
+
+
+def verb_of(words):
+    """(verb, the words behind it): the longest that there is; (None, words) of a group of verbs."""
+    name = next((name for name in (" ".join(words[:2]), words[0]) if name in cli.VERBS), None)
+    return name, words if name is None else words[len(name.split()) :]
+
+
+def test_commands_are_found_wherever_they_stand():
+    """In blocks of bash and of no language, in tables and in sentences, below docs/, and beside it."""
+    for place in (
+        *("README.md: train --resume", "distillation.md: train deit_small --data DATA method.use=cosub"),
+        *(
+            "runs.md: submit deit_base --nproc 8",
+            "parity.md: bench parity --case finetune",
+            "crops.md: experiments run",
+        ),
+        *("CHANGELOG.md: chaos RECIPE", "--help: cache deit_small_distilled"),
+    ):
+        assert any(command.startswith(place) for command in COMMANDS), place
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_lines_are_understood(command, extended):
+    """The verb and its flags. What names no more than a verb is the verb itself and not a call of it."""
+    name, words = verb_of(COMMANDS[command])
+    if words and name is not None:
+        cli.VERBS[name].parse(words)
+    else:
+        assert name or words == ["--help"] or any(verb.startswith(f"{words[0]} ") for verb in cli.VERBS)
+
+
+TEACHER = "timm:resnet18.a1_in1k"
+
+
+def of_a_recipe():
+    """(verb, parsed) of the commands that train a recipe which comes with fastdeit, cache for it, or plan it, otherwise
+    than as its header says: tests/recipe/test_shipped.py has those."""
+    found = {}
+    for words in COMMANDS.values():
+        name, behind = verb_of(words)
+        if name in ("train", "cache", "plan") and len(behind) > 1:
+            args = cli.VERBS[name].parse(behind)
+            changed = [text for text in args.overrides if not text.startswith("data.")]
+            if args.words and args.words[0] in recipes.names() and (changed or args.overlays or "--nnodes" in words):
+                found[" ".join(words)] = pytest.param(name, args, id=" ".join(words))
+    return found.values()
+
+
+@pytest.mark.parametrize(("verb", "args"), of_a_recipe())
+def test_commands_of_recipes_would_run(verb, args, extended):
+    """As a dry run says, with images, teachers and weights in the place of those that a reader has."""
+    name = args.words[0]
+    source = recipes.load(name, args.overrides).data.source
+    given = [
+        text
+        for text in args.overrides
+        if not re.match(r"data\.(root|source|val)=|model\.weights=|method\.cached=", text)
+    ]
+    given = [re.sub(r"\bruns/[\w@]+", TEACHER, text) for text in given]
+    given += [f"data.source={'digits' if source == 'digits' else 'synthetic'}"]
+    recipe = recipes.load(name, [*overlays.overrides(name, args.overlays, given), *given])
+    processes = (args.nproc or 1) * (args.nnodes or 1) if verb == "train" else 1  # the others share no batch
+    assert next(dry_run.lines(Request(recipe), processes)).startswith(f"recipe    {name}, ")
 
 
 # ---- docstrings ------------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ TRAIN = Verb(
         "fastdeit train deit_base --data /path/to/imagenet --nproc 8 train.epochs=100",
         "fastdeit train deit_base --data /path/to/imagenet --nproc 8 --dry-run  # what that would be",
         "fastdeit train deit_base --data /path/to/imagenet --nproc 8 --as public-code  # every setting as theirs",
-        "fastdeit train deit_base --data /path/to/imagenet --nproc 8 --nnodes 4 --rdzv node1:29500  # on each of 4",
+        "fastdeit train deit_base --data /path/to/imagenet --nproc 8 --nnodes 2 --rdzv node1:29500  # on each of 2",
         "fastdeit train --resume runs/mine  # go on after an interruption",
         "fastdeit train --from runs/mine@best optim.lr=1e-4  # a new run that begins where that one was best",
     ],

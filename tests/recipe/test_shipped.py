@@ -9,9 +9,10 @@ import pytest
 
 from fastdeit import cli, models
 from fastdeit.cli import VERBS
-from fastdeit.data.plan import order
 from fastdeit.recipe import differences, overlays
 from fastdeit.recipe import resolve as recipes
+from fastdeit.run.request import Request
+from fastdeit.verbs import dry_run
 from tests.recipe import headers
 
 IMAGENET = [name for name in recipes.names() if name.startswith("deit_")]
@@ -104,7 +105,9 @@ def test_the_command_runs_this_recipe(name):
     recipe = recipes.load(name, args.overrides)
     assert recipe.data.root is not None or recipe.data.source == "digits"
     recipes.check_complete(recipe)
-    order.groups_per_batch(recipe.train.batch_size, recipe.data.group_size, recipe.train.accumulate, args.nproc or 1)
+    images = [] if recipe.data.source == "digits" else ["data.source=synthetic", "data.synthetic_samples=20000"]
+    begun = recipes.without_weights(recipes.override(recipe, images))
+    assert next(dry_run.lines(Request(begun), args.nproc or 1)).startswith(f"recipe    {name}, ")
 
 
 @every
