@@ -121,7 +121,8 @@ LAYERS: dict[str, set[str]] = {
         *("data.bad", "data.examine", "data.plan", "data.sources", "data.loader", "data.logits"),
     },
     "estimate": {
-        *("plugins", "errors", "text", "jsons", "fields", "data.plan", "models", "methods", "engine", "recipe", "run"),
+        *("plugins", "errors", "text", "jsons", "fields", "kernels", "data.plan", "models", "methods", "engine"),
+        *("recipe", "run"),
     },
     "training": {
         *("errors", "text", "rng", "kernels", "batch", "methods", "engine", "recipe", "run", "estimate"),

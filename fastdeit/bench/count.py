@@ -17,7 +17,7 @@ Memory is that of tensors: `state` is what lies there before the step, `live` wh
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -123,18 +123,19 @@ def _total(launches: Iterable[Launch]) -> Total:
 def ours(
     cell: Counted,
     arch: int,
-    form: str,
+    form: str | Mapping[str, str],
     skip: bool = False,
     residual: torch.dtype | None = None,
     fp8: bool = False,
     keep: bool = False,
 ) -> Count:
-    """Our step in one of `FORMS`, on a card of that architecture: 90 is sm_90. `skip`: with model.drop_path_skip;
-    `residual`: the dtype of the stream, as of engine.residual; `fp8`: with engine.products fp8; `keep`: with
-    engine.keep_activations.
+    """Our step in one of `FORMS`, by name or as such a choice, on a card of that architecture: 90 is sm_90.
+
+    `skip`: with model.drop_path_skip; `residual`: the dtype of the stream, as of engine.residual; `fp8`: with
+    engine.products fp8; `keep`: with engine.keep_activations.
     RuntimeError where the card lacks a backend that the form forces, or products of 8 bits; ValueError where the model
     cannot skip."""
-    choices = dict(FORMS[form])
+    choices = dict(FORMS[form] if isinstance(form, str) else form)
     with counted_card(arch) as (card, counter), kernels.use(choices.pop(""), **choices):
         engine, _, _ = bench_step.engine(cell, CARD, "none")
         if skip:

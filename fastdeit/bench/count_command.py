@@ -1,7 +1,8 @@
 """`fastdeit bench count`: a training step as launches, bytes, FLOPs, memory and host time, ours and timm's.
 
 One row for each model and architecture. Everything but the host's time is counted (`count.py`, `count_peers.py`) and
-the same on every machine; the golden file pins our part of it.
+the same on every machine; the golden file pins our part of it. "as expected" is the preset of kernels that a trial is
+expected to choose, by the model of `fastdeit plan` (`count_expected.py`).
 """
 
 import argparse
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 
-from fastdeit.bench import count, count_host, count_peers, measure
+from fastdeit.bench import count, count_expected, count_host, count_peers, measure
 from fastdeit.bench import step as bench_step
 from fastdeit.bench.count import FORMS, KINDS, Count, Counted
+from fastdeit.bench.count_expected import Expected
 from fastdeit.engine.progress import table
 from fastdeit.errors import UsageError
 
@@ -28,8 +30,9 @@ GIB = 2**30
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "counts"
 SHORT = 2
 """Blocks of the model that is pinned in every form: one whole, and the last, which is pruned."""
-WHOLE = "auto", "mlp=epilogue"
-"""The forms in which whole models are pinned, which `fastdeit plan` is held to."""
+WHOLE = "auto", "mlp=epilogue,attention=fused_backward"
+"""The forms in which whole models are pinned, which `fastdeit plan` is held to: what runs untried, and what a trial is
+expected to choose."""
 
 OURS = {"fastdeit" if form == "auto" else f"fastdeit {form}": form for form in FORMS}
 PEERS: dict[str, Callable[[Counted, int], Count]] = {"timm": count_peers.eager, "timm_compile": count_peers.compiled}
@@ -39,6 +42,7 @@ SIDES: dict[str, Callable[[Counted, int], Count]] = {
     "fastdeit residual=bf16": partial(count.ours, form="auto", residual=torch.bfloat16),
     "fastdeit products=fp8": partial(count.ours, form="auto", fp8=True),
     "fastdeit drop_path_skip": partial(count.ours, form="auto", skip=True),
+    "fastdeit as expected": count_expected.counted,
     **PEERS,
 }
 """Every side of a row, by name: what counts its step for a cell and an architecture."""
@@ -91,6 +95,7 @@ def row(cell: Counted, arch: int) -> dict[str, Any]:
         "live_bytes": {name: found.live for name, found in sides.items()},
         "peak_bytes": {name: found.peak for name, found in sides.items()},
         "host_seconds": host,
+        "expected": [expected._asdict() for expected in count_expected.of(cell, arch)],
         "failed": failed,
         "environment": measure.environment(),
     }
@@ -113,6 +118,8 @@ def show(row: dict[str, Any]) -> None:
     used = [kind for kind in KINDS if any(kind in kinds for kinds in row["kinds"].values())]
     print("\nGB by kind")
     table([[name, *_by_kind(row["kinds"][name], used)] for name in row["launches"]], ["", *used])
+    for expected in row["expected"]:
+        print(count_expected.words(Expected(**expected)))
     for name, why in row["failed"].items():
         print(f"{name} is not counted: {why}")
     print()

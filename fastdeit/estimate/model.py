@@ -301,6 +301,7 @@ class Design:
     stream     bytes of an element of the residual stream
     peer       timm's code, which computes the last block for all tokens
     fp8        `pieces` of a block that returns all tokens, where its products are of 8 bits; () where they are not
+    tried      its backends were found by a trial, so the table of choices is not asked
     """
 
     name: str
@@ -314,6 +315,7 @@ class Design:
     stream: int = 4
     peer: bool = False
     fp8: tuple[Piece, ...] = ()
+    tried: bool = False
 
 
 EAGER = Design("eager", "PyTorch references of the kernels, one operation after the other", _EAGER)
@@ -364,6 +366,8 @@ def selected(design: Design, vit: ViT, work: Work, gpu: GPU) -> Design:
     if not design.ours:
         return design
     attention, mlp = (backend(gpu, *op) for op in (("attention", 3 * vit.dim), ("mlp", vit.dim)))
+    if design.tried:
+        attention, mlp = design.attention, ""
     if not gpu.triton_products and work.precision == "fp16" and vit.dim // vit.heads in _NATIVE_WIDTHS:
         design = replace(design, attention="native")
     elif attention == "reference" or not gpu.triton_products:

@@ -17,6 +17,7 @@ from fastdeit.estimate import activations, duration, memory
 from fastdeit.estimate import interval as estimate_interval
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import options as estimate_options
+from fastdeit.estimate import presets as estimate_presets
 from fastdeit.estimate import rows as estimate_rows
 from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.memory import GIB
@@ -26,6 +27,8 @@ from fastdeit.estimate.subject import IMAGENET, Subject, network, subject
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
+
+_HELP = {name: design.help for name, design in DESIGNS.items()} | {estimate_presets.NAME: estimate_presets.HELP}
 
 
 def main(args: argparse.Namespace, recipe: "Recipe", on: Sequence[Machine], prices: Mapping[str, float]) -> None:
@@ -85,7 +88,10 @@ def report(
             for row in estimate_rows.PUBLISHED
         ],
         "plans": plans,
-        "notes": _notes(trained, machines, {plan["basis"]["speed"] for plan in plans}),
+        "notes": [
+            *_notes(trained, machines, {plan["basis"]["speed"] for plan in plans}),
+            *_expected_presets(plans),
+        ],
     }
 
 
@@ -102,6 +108,14 @@ def _designs(trained: Subject, machine: Machine, keep: bool) -> list[Design]:
     return [estimate_options.with_options(design, machine.gpu, **options) for design in found]
 
 
+def _presets(trained: Subject, machine: Machine, keep: bool) -> list[estimate_presets.Preset]:
+    """The presets that a trial would compare there, the expected one first; none where the run makes no trial."""
+    if trained.recipe.engine.autotune == "off":
+        return []
+    work, student = duration.work(trained.largest, machine), trained.largest.student
+    return estimate_presets.modelled(student, work, _designs(trained, machine, keep), machine.gpu)
+
+
 def _keeps(trained: Subject, machine: Machine) -> bool:
     """Whether a run there would keep the activations of its MLPs."""
     keep = trained.recipe.engine.keep_activations
@@ -115,17 +129,33 @@ def _plans(
 ) -> Iterator[dict[str, Any]]:
     """The rows of a machine, one for each design."""
     precision = duration.precision(trained.recipe, machine.gpu)
-    designs = _designs(trained, machine, _keeps(trained, machine))
-    keep = trained.recipe.engine.keep_activations is True
-    leanest = {design.name: design for design in _designs(trained, machine, keep)}  # auto keeps none where memory ends
+    keeps, asked = _keeps(trained, machine), trained.recipe.engine.keep_activations is True
+    sides = []
+    for keep in (keeps, asked):  # auto keeps none where memory ends
+        presets = _presets(trained, machine, keep)
+        sides.append((_designs(trained, machine, keep), presets))
+    (designs, presets), (lean, lean_presets) = sides
     found = {
         design: measured.get((machine.gpu.name, design.name, precision), estimate_rows.NOT_CALIBRATED)
-        for design in designs
+        for design in [*designs, *(preset.design for preset in presets)]
     }
-    runs = {design: duration.run(trained, machine, design, found[design]) for design in designs}
+    runs = {design: duration.run(trained, machine, design, calibration) for design, calibration in found.items()}
+    leanest = {design.name: design for design in [*lean, *(preset.design for preset in lean_presets[:1])]}
+    peer = runs.get(TIMM_COMPILE)
     for design in designs:
-        lean = leanest[design.name]
-        yield _plan(trained, machine, design, lean, found[design], runs[design], runs.get(TIMM_COMPILE), price)
+        yield _plan(trained, machine, design, leanest[design.name], found[design], runs[design], peer, price)
+    if presets:
+        design = presets[0].design
+        run = _of_a_trial([runs[preset.design] for preset in presets])
+        plan = _plan(trained, machine, design, leanest[design.name], found[design], run, peer, price)
+        yield plan | {"preset": {"name": presets[0].name, **presets[0].forms}}
+
+
+def _of_a_trial(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The run in the first of these presets, where it is not known how fast the card is: in each draw of the shares the
+    trial takes the preset that is the fastest there."""
+    drawn = [min(times) for times in zip(*(run["drawn"] for run in runs), strict=True)]
+    return runs[0] | {"drawn": drawn, "interval": estimate_interval.interval(drawn)}
 
 
 def _plan(
@@ -161,6 +191,7 @@ def _plan(
         "count": machine.count,
         "nodes": machine.nodes,
         "design": design.name,
+        "preset": None,
         "precision": work.precision,
         "batch_per_gpu": work.batch // passes,
         "images_per_second": train.batch_size / run["step"],
@@ -276,6 +307,20 @@ def _kept_activations(trained: Subject, machines: Sequence[Machine]) -> list[str
     return [cost, f"engine.keep_activations=auto is planned as {planned}"]
 
 
+def _expected_presets(plans: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a trial is expected to choose, on which GPUs."""
+    answers: dict[str, list[str]] = {}
+    for plan in plans:
+        if (preset := plan["preset"]) is not None:
+            words = f"{preset['name']} (attention={preset['attention']}, mlp={preset['mlp']})"
+            answers.setdefault(words, []).append(_machine(plan))
+    return [
+        f"a trial is expected to choose the preset {words} on {', '.join(names)} (modelled; its 5 to 95 % take the "
+        "fastest preset of each draw)"
+        for words, names in answers.items()
+    ]
+
+
 # ---- for people ------------------------------------------------------------------------------------------------------
 
 
@@ -289,13 +334,13 @@ def _show(found: dict[str, Any]) -> None:
         print(line)
     for count in dict.fromkeys(plan["count"] for plan in found["plans"]):
         shown = {plan["design"]: plan for plan in reversed(found["plans"]) if plan["count"] == count}
-        names = [name for name in DESIGNS if name in shown]
+        names = [name for name in _HELP if name in shown]
         batch = shown[names[0]]["batch_per_gpu"]
         print(f"\nmemory of a process in GiB, {batch:,} images, {count} GPU{'s' * (count > 1)} (modelled)")
         table(list(_memory_rows([shown[name]["memory"] for name in names])), ["", *names])
     print()
     for design in dict.fromkeys(plan["design"] for plan in found["plans"]):
-        print(f"{design:12}  {DESIGNS[design].help}")
+        print(f"{design:12}  {_HELP[design]}")
     print("5 to 95 %     what a step's time makes of the ranges of the model's shares, not of what it leaves out")
     print("exposed       communication that no computation hides; fits: images of the largest micro-batch of a GPU")
     for note in found["notes"]:

@@ -338,8 +338,8 @@ class EngineConfig(Section):
     auto: graph where the modelled time of a step on the GPU is below twice the host's, else none. The run keeps the
     answer."""
     autotune: Literal["auto", "on", "off"] = "auto"
-    """auto: the first steps on a GPU without measurements try kernels out, and keep the fastest that is right; on: on
-    any device, whatever was measured."""
+    """auto: the first steps on a GPU without measurements try kernels out, alone and in a whole step, and keep the
+    fastest that are right; on: on any device, whatever was measured."""
     checkpoint_blocks: bool = False
     """Compute the activations of each block again in backward instead of keeping them: less memory, more time."""
     keep_activations: bool | Literal["auto"] = "auto"

@@ -153,7 +153,7 @@ def test_a_preset_that_fails_is_left_out(rehearsed):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return clock(name, call)
 
-    op, tuner = rehearsed(ORDER, clock=own)
+    _, tuner = rehearsed(ORDER, clock=own)
     assert [whole.preset for whole in tuner.wholes] == ["reference, compiled"]
     assert tuner.wholes[0].failed == {"reference": "OutOfMemoryError: CUDA out of memory"}
 
