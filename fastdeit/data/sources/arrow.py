@@ -46,15 +46,16 @@ class ArrowSource(Listed):
 
     def __init__(self, root: str | Path, files: Sequence[str], image: str = "image", label: str = "label") -> None:
         self._root, self._files = str(root), list(files)
-        names, columns, skipped = [], [], []
+        parts, columns, skipped = [], [], []
         schemas = [_schema(os.path.join(self._root, file), image, label) for file in self._files]
         empty = [pyarrow.nulls(0, schema.field(label).type) for schema in schemas]
         require_one_type(root, label, self._files, [plain_labels(self._root, label, one).type for one in empty])
         for number, file in enumerate(self._files):
             for rows in _batches(os.path.join(self._root, file), image, label, skipped):
-                names += [f"{file}:{rows.first + row}" for row in range(len(rows.start))]
+                parts.append((file, rows.first, rows.first + len(rows.start)))
                 labels = plain_labels(self._root, label, rows.label)
                 columns.append((np.full(len(rows.start), number, np.int32), rows.start, rows.size, labels))
+        names = Strings.of_rows(parts)
         if not names:
             raise DataError(f"{root}: no rows in {', '.join(self._files)}{shards.reasons(skipped)}")
         if skipped:
@@ -64,8 +65,7 @@ class ArrowSource(Listed):
         known = hub_names(root, label, dict(zip(self._files, (one.metadata for one in schemas), strict=True)))
         known = known or _info_names(Path(self._root, self._files[0]).parent, label)
         labels, classes = class_labels(self._root, label, pyarrow.chunked_array(chunks), known)
-        blob = Strings.of(names)
-        super().__init__(classes, blob, labels, digest(blob.blob, labels, self._size, classes), skipped)
+        super().__init__(classes, names, labels, digest(names.blob, labels, self._size, classes), skipped)
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """The encoded image of row `index`: uint8 `[n]`. BadImage if it has none, or the file was cut meanwhile."""

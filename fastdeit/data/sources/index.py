@@ -39,6 +39,15 @@ class Strings(Sequence[str]):
         self._ends = np.append(inner, len(blob)) if blob else inner
 
     @classmethod
+    def of_rows(cls, parts: Iterable[tuple[str, int, int]]) -> "Strings":
+        """The names FILE:ROW of the rows from `first` to `stop` - 1 of files, for parts (file, first, stop), without
+        a string for each."""
+        rows = (
+            f"{file}:" + f"\0{file}:".join(map(str, range(first, stop))) for file, first, stop in parts if first < stop
+        )
+        return cls(os.fsencode("\0".join(rows)))
+
+    @classmethod
     def of(cls, items: Iterable[str]) -> "Strings":
         """The list of these strings."""
         return cls(os.fsencode("\0".join(items)))

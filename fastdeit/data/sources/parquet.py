@@ -45,14 +45,15 @@ class ParquetSource(Listed):
         self._root, self._files, self._image, self._label = str(root), list(files), image, label
         self._metadata: list[parquet.FileMetaData] = []
         self._groups: list[tuple[int, int]] = []
-        columns, lengths, names = [], [], []
+        columns, lengths, parts = [], [], []
         for number, file in enumerate(self._files):
             metadata, column = self._open(file)
             self._metadata.append(metadata)
             columns.append(column)
-            names += [f"{file}:{row}" for row in range(metadata.num_rows)]
+            parts.append((file, 0, metadata.num_rows))
             self._groups += [(number, group) for group in range(metadata.num_row_groups)]
             lengths += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        names = Strings.of_rows(parts)
         if not names:
             raise DataError(f"{root}: no rows in {', '.join(self._files)}")
         self._start = np.cumsum([0, *lengths])
@@ -62,7 +63,7 @@ class ParquetSource(Listed):
         column = pyarrow.chunked_array([chunk for one in columns for chunk in one.chunks], columns[0].type)
         known = hub_names(root, label, dict(zip(self._files, (one.metadata for one in self._metadata), strict=True)))
         labels, classes = class_labels(self._root, label, column, known)
-        super().__init__(classes, Strings.of(names), labels, digest(Strings.of(names).blob, labels, classes))
+        super().__init__(classes, names, labels, digest(names.blob, labels, classes))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._root, self._files, self._image, self._label)
