@@ -46,11 +46,14 @@ FORMS: dict[str, dict[str, str]] = {
     "triton": {"": "triton"},
     "mlp=epilogue": {"": "auto", **_EPILOGUE},
     "attention=fused_backward": {"": "auto", "attention": "fused_backward"},
+    "attention=hopper": {"": "auto", "attention": "hopper"},
     "mlp=epilogue,attention=fused_backward": {"": "auto", "attention": "fused_backward", **_EPILOGUE},
     "fused_adamw=aten": {"": "auto", "fused_adamw": "aten"},
     "reference": {"": "reference"},
 }
 """What a choice of backends makes of our step: by name, the backend of each op, "" standing for all others."""
+ONLY_ON = {"attention=hopper": 90}
+"""Forms of one architecture."""
 
 
 class CountError(RuntimeError):
@@ -242,6 +245,7 @@ class Watch:
             return
         moved, seen = 0, set()
         for name, value in arguments.items():
+            value = _triton.of_descriptor(value)
             if not isinstance(value, Tensor):
                 continue
             _, of_list = self._lists.get(id(value), (None, None))
@@ -420,6 +424,8 @@ _SCORES = {
     "_query_gradient_kernel": 3,
     "_key_gradient_kernel": 4,
     "_fused_kernel": 5,
+    "forward_kernel": 2,
+    "backward_kernel": 5,
 }
 """Kernels of attention: how many products they make of all queries with all keys."""
 _WITH_GELU = {"_product_gelu_kernel": "x", "_product_gelu_backward_kernel": "dout"}
@@ -429,7 +435,7 @@ _WITH_GELU = {"_product_gelu_kernel": "x", "_product_gelu_backward_kernel": "dou
 def _flops_of(kernel: Any, arguments: dict[str, Any]) -> int:
     name = kernel.fn.__name__
     if name in _SCORES:
-        q = arguments.get("q", arguments.get("qkv"))
+        q = _triton.of_descriptor(arguments[next(name for name in ("q", "qkv", "rows") if name in arguments)])
         batch, queries, width = q.shape
         keys = arguments["k"].shape[1] if "k" in arguments else queries
         width //= 1 if "k" in arguments else 3

@@ -294,6 +294,7 @@ def _check_launch(card: Card, kernel: Any, grid: tuple[int, ...], *args: Any, wa
 
 
 def _check_argument(name: str, parameter: Parameter, value: Any) -> None:
+    value = _triton.of_descriptor(value)
     if parameter.annotation is tl.constexpr:
         _require(value is None or isinstance(value, int | tl.dtype), f"{name} is a constant, but {value!r}")
     elif isinstance(value, Tensor):

@@ -17,7 +17,7 @@ import torch
 
 from fastdeit.bench import count, count_expected, count_host, count_peers, measure
 from fastdeit.bench import step as bench_step
-from fastdeit.bench.count import FORMS, KINDS, Count, Counted
+from fastdeit.bench.count import FORMS, KINDS, ONLY_ON, Count, Counted
 from fastdeit.bench.count_expected import Expected
 from fastdeit.engine.progress import table
 from fastdeit.errors import UsageError
@@ -161,6 +161,8 @@ def pinned(
         wanted = cell(model, BATCH, depth)
         for arch in archs:
             for form in forms:
+                if ONLY_ON.get(form, arch) != arch:
+                    continue
                 counted = count.ours(wanted, arch, form)
                 kinds = {kind: list(total) for kind, total in sorted(counted.by("kind").items())}
                 memory = {"state": counted.state, "live": counted.live, "peak": counted.peak}

@@ -277,12 +277,13 @@ _ATTENTION = {
     # Two kernels in backward, one for dq and one for dk and dv, which both make the scores and their gradients.
     "triton": (_OURS_FORWARD, _Attention("backward", "ours", 7, (64, 64), (6, 0), 6, launches=4)),
     "fused_backward": (_OURS_FORWARD, _Attention("backward", "ours", 5, (32, 16), (4, 0), 4, launches=2)),
+    "hopper": (_OURS_FORWARD, _Attention("backward", "ours", 5, (64, 16), (4, 0), 4, launches=2)),
     "native": (  # as "triton", in CUDA C++
         _Attention("forward", "ours", 2, (64, 32), (2, 0), 2),
         _Attention("backward", "ours", 7, (64, 32), (6, 0), 6, launches=3),
     ),
 }
-_OF_QUERIES = {"fused_backward": "triton", "native": "library"}
+_OF_QUERIES = {"fused_backward": "triton", "hopper": "triton", "native": "library"}
 """What the last block's attention is instead, whose queries are fewer than its keys."""
 
 # ---- designs ---------------------------------------------------------------------------------------------------------
@@ -356,7 +357,8 @@ def computed(network: Network, design: Design) -> Network:
 
 
 _FUSED_BACKWARD_TOKENS, _FUSED_BACKWARD_WIDTH = 208, 64
-"""The largest that attention's fused backward takes: more tokens or wider heads go to the split backward."""
+"""The largest that attention's fused backward takes: more tokens or wider heads go to the split backward. `hopper`
+takes as many tokens, and heads of that width alone."""
 _NATIVE_WIDTHS = 32, 64, 96, 128
 """Of the heads that the native kernels take, in fp16."""
 
@@ -375,6 +377,9 @@ def selected(design: Design, vit: ViT, work: Work, gpu: GPU) -> Design:
     elif attention == "fused_backward" and work.bytes == 2:
         narrow = vit.tokens <= _FUSED_BACKWARD_TOKENS and vit.dim // vit.heads <= _FUSED_BACKWARD_WIDTH
         design = replace(design, attention="fused_backward" if narrow else "triton")
+    elif attention == "hopper" and work.bytes == 2:
+        fits = vit.tokens <= _FUSED_BACKWARD_TOKENS and vit.dim // vit.heads == _FUSED_BACKWARD_WIDTH
+        design = replace(design, attention="hopper" if fits else "triton")
     if mlp == "epilogue" and work.bytes == 2 and gpu.triton_products:
         design = replace(design, pieces=tuple(piece for piece in design.pieces if piece.of != "hidden"), epilogue=True)
     return design

@@ -68,6 +68,18 @@ def capability(
     return False, "no CUDA device"
 
 
+def gluon_capability(device: torch.device, forced: bool, needs: int, compiler: tuple[int, int]) -> tuple[bool, str]:
+    """Whether kernels in Gluon for architecture `needs` alone run on `device`, and the reason. Gluon is experimental:
+    versions before `compiler` have another one."""
+    if device.type != "cuda":
+        return False, "no CUDA device"
+    if _arch_of(device) != needs:
+        return False, f"it needs sm_{needs}, not sm_{_arch_of(device)}"
+    if compiler > VERSION:
+        return False, f"it needs Triton {'.'.join(map(str, compiler))} or newer, not {triton.__version__}"
+    return True, f"Gluon of Triton {triton.__version__} on sm_{needs}"
+
+
 def arch(device: torch.device) -> int:
     """Architecture that kernels for tensors on `device` are compiled for: 90 is sm_90. The interpreter counts as 90."""
     if _recording is not None:
@@ -129,6 +141,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: i
         run(*args, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
 
 
+def of_descriptor(value: Any) -> Any:
+    """The tensor that a tensor descriptor describes; anything else as it is."""
+    return value.base if hasattr(value, "block_shape") else value
+
+
 def cdiv(amount: int, part: int) -> int:
     """How many parts cover the amount. On the host `triton.cdiv`, a function of the compiler, takes microseconds."""
     return -(-amount // part)
@@ -142,20 +159,22 @@ def power_of_two(size: int) -> int:
 @dataclass(frozen=True)
 class Expected:
     """What the compiler has to make of a kernel, as far as its arguments allow: the bits of its widest loads and stores
-    of global memory, and whether it multiplies matrices, for which sm_90 has instructions of its own for 16 bits."""
+    of global memory, whether it multiplies matrices, for which sm_90 has instructions of its own for 16 bits, and
+    whether it loads and stores boxes of tensors by TMA."""
 
     loads: int = 128
     stores: int = 128
     products: bool = False
+    boxes: bool = False
 
 
 EXPECTED: dict[tuple[str, str], Expected] = {}
 """By (module, name) of a kernel, of those that differ from most."""
 
 
-def expect(kernel: Any, *, loads: int = 128, stores: int = 128, products: bool = False) -> None:
+def expect(kernel: Any, *, loads: int = 128, stores: int = 128, products: bool = False, boxes: bool = False) -> None:
     """State what the compiler has to make of `kernel` where that is not `Expected()`; `lint.py` checks it."""
-    EXPECTED[kernel.fn.__module__, kernel.fn.__name__] = Expected(loads, stores, products)
+    EXPECTED[kernel.fn.__module__, kernel.fn.__name__] = Expected(loads, stores, products, boxes)
 
 
 def require(condition: bool, reason: str) -> None:

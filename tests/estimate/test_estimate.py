@@ -23,6 +23,7 @@ from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.model import DESIGNS, EAGER, EPILOGUE, FUSED, TIMM, TIMM_COMPILE, Network, ViT, Work
 from fastdeit.kernels import _op
 from fastdeit.kernels.attention import fused_backward, tiles
+from fastdeit.kernels.attention.hopper import backend as hopper
 from fastdeit.kernels.native.launches import HEAD_DIMS
 from fastdeit.models.deit import CONFIGS
 
@@ -218,7 +219,7 @@ def attention_backward(work=None, gpu="A100", tokens=196 + 2, heads=12, pruned=T
 
 
 @pytest.mark.parametrize(
-    ("backend", "expected"), [("triton", (7, 4)), ("fused_backward", (5, 2)), ("reference", (5, 3))]
+    ("backend", "expected"), [("triton", (7, 4)), ("fused_backward", (5, 2)), ("hopper", (5, 2)), ("reference", (5, 3))]
 )
 def test_attention_is_what_the_table_of_choices_has_for_the_gpu(choose, backend, expected):
     choose(attention={"backend": backend})
@@ -236,15 +237,16 @@ def test_a_width_has_a_choice_of_its_own(choose):
 @pytest.mark.parametrize(
     "options", [{"tokens": 209}, {"heads": 8}, {"work": Work(8, "fp32")}], ids=["tokens", "width of heads", "fp32"]
 )
-def test_what_the_fused_backward_does_not_take_goes_to_the_split_one(choose, options):
-    choose(attention={"backend": "fused_backward"})
+@pytest.mark.parametrize("backend", ["fused_backward", "hopper"])
+def test_what_one_program_a_head_does_not_take_goes_to_the_split_one(choose, options, backend):
+    choose(attention={"backend": backend})
     assert attention_backward(**options) == (7, 4)
     assert attention_backward(tokens=208) == (5, 2)
 
 
 def test_limits_and_padding_of_the_fused_backward_are_the_kernel_s():
     limits = estimate._FUSED_BACKWARD_TOKENS, estimate._FUSED_BACKWARD_WIDTH
-    assert limits == (fused_backward.MOST_TOKENS, fused_backward.WIDEST_HEAD)
+    assert limits == (fused_backward.MOST_TOKENS, fused_backward.WIDEST_HEAD) == (hopper.MOST_TOKENS, hopper.HEAD_WIDTH)
     for tokens in range(1, limits[0] + 1):
         assert sum(tiles.chunks(tokens)) == estimate._padded(tokens, 16)
 

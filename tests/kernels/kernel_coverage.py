@@ -83,7 +83,7 @@ class Coverage:
 
 
 def jit_functions() -> dict[str, Any]:
-    """Every function of the package that Triton compiles, by "module.function"."""
+    """Every function of the package in Triton's own language, by "module.function"."""
     found = {}
     for module in _modules():
         for value in vars(module).values():
@@ -97,7 +97,7 @@ def jit_functions() -> dict[str, Any]:
 
 def _modules() -> list[ModuleType]:
     names = [m.name for m in walk_packages(kernels.__path__, f"{kernels.__name__}.") if not m.ispkg]
-    return [import_module(name) for name in names if ".lint." not in name]
+    return [import_module(name) for name in names if ".lint." not in name and ".hopper." not in name]
 
 
 def places_of(functions: Iterable[Any]) -> list[Place]:

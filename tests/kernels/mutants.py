@@ -16,8 +16,6 @@ mind it.
 from dataclasses import dataclass
 from pathlib import Path
 
-_FILE = Path(__file__).with_suffix(".diff")
-
 
 @dataclass(frozen=True)
 class Mutant:
@@ -39,4 +37,9 @@ def _parsed(block: str) -> Mutant:
     return Mutant(title.removeprefix("# "), kind, file, cases, hint, old, new)
 
 
-MUTANTS = tuple(_parsed(block) for block in _FILE.read_text().rstrip("\n").split("\n\n# "))
+def mutants_in(file: Path) -> tuple[Mutant, ...]:
+    """Those of a file of such blocks."""
+    return tuple(_parsed(block) for block in file.read_text().rstrip("\n").split("\n\n# "))
+
+
+MUTANTS = mutants_in(Path(__file__).with_suffix(".diff"))

@@ -218,7 +218,9 @@ def test_products_that_the_interpreter_gets_wrong_are_refused(op):
 @pytest.fixture
 def unforced(monkeypatch):
     """Triton's kernels as candidates that nobody asked for by name, as on a card; warnings are given anew."""
-    others = [b for b in OP.backends if b.name not in ("native", *(other.name for other in libraries.BACKENDS))]
+    others = [
+        b for b in OP.backends if b.name not in ("native", "hopper", *(other.name for other in libraries.BACKENDS))
+    ]
     able = [b._replace(capability=lambda device, forced: (True, "a test says so")) for b in others]
     monkeypatch.setattr(OP, "backends", tuple(able))
     _op._warn_once.cache_clear()

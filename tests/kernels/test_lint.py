@@ -10,9 +10,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import triton
 
 from fastdeit import cli
@@ -79,7 +82,7 @@ def test_every_backend_of_ours_has_a_case():
     """Others bring no Triton kernels of ours, and mixtures none of their own."""
     others = {"reference", "host", "aten", "native", "apex", "quack", *(backend.name for backend in libraries.BACKENDS)}
     others |= {"epilogue_forward", "epilogue_backward", "scaled_mm"}
-    cased = {(case.op, case.backend) for found in cases.cases().values() for case in found}
+    cased = {(case.op, case.backend) for found in cases.compiled_cases().values() for case in found}
     assert cased == {
         (op.name, backend.name) for op in _op.OPS.values() for backend in op.backends if backend.name not in others
     }
@@ -179,6 +182,42 @@ def test_a_kernel_states_narrower_accesses(monkeypatch):
     assert len(lint.broken(row(), narrow)) == 2
     monkeypatch.setitem(_triton.EXPECTED, ("a.b", "f"), _triton.Expected(loads=64, stores=32))
     assert lint.broken(row(), narrow) == []
+
+
+def test_kernels_that_say_so_load_and_store_by_tma(monkeypatch):
+    monkeypatch.setitem(_triton.EXPECTED, ("a.b", "f"), _triton.Expected(boxes=True))
+    assert lint.broken(row(), Facts(**GOOD | {"mix": {"UTMALDG": 1, "UTMASTG": 1}})) == []
+    for mix in ({"UTMALDG": 1}, {"UTMASTG": 1}, None):
+        broken = lint.broken(row(), Facts(**GOOD | {"mix": mix}))
+        assert broken == ["no UTMALDG or no UTMASTG: it does not load and store by TMA"]
+
+
+def test_a_case_is_compiled_for_the_architectures_of_its_backend():
+    made = Case("op", "b", "case", lambda: None, 80)
+    assert [arch for arch in lint.ARCHS if made.runs_on(arch)] == [80, 89, 90, 100]
+    assert [arch for arch in lint.ARCHS if replace(made, needs=90, newest=90).runs_on(arch)] == [90]
+    (hopper,) = {(case.needs, case.newest) for case in cases.compiled_cases()["attention"] if case.backend == "hopper"}
+    assert hopper == (90, 90)
+
+
+def test_a_descriptor_is_what_a_kernel_is_specialised_on():
+    """Not the tensor's shape or address."""
+
+    def specialised(*shape, block=64, dtype=torch.float16):
+        layout = SimpleNamespace(swizzle_byte_width=128)
+        return SimpleNamespace(base=torch.empty(shape, dtype=dtype), block_shape=[1, block, 64], layout=layout)
+
+    one, *others = (
+        lint._representative(value)
+        for value in (
+            specialised(2, 197, 192),
+            specialised(3, 65, 384),
+            specialised(2, 197, 192, block=16),
+            specialised(2, 197, 192, dtype=torch.bfloat16),
+        )
+    )
+    assert one == others[0] == lint.Boxes(torch.float16, (1, 64, 64), 128)
+    assert one not in others[1:]
 
 
 def test_widths_of_global_accesses():

@@ -226,7 +226,8 @@ def test_what_is_not_there_is_said_by_info_alone(v100, monkeypatch, trouble, rea
     trouble(monkeypatch, v100)
     row = attention_row()
     assert row.backend == "reference"
-    assert row.reason.startswith(f"triton and fused_backward: it needs sm_80 or newer, not sm_70; native: {reason}")
+    others = "triton and fused_backward: it needs sm_80 or newer, not sm_70; hopper: it needs sm_90, not sm_70"
+    assert row.reason.startswith(f"{others}; native: {reason}")
     assert kernels.native_status().startswith(f"not used here: {reason}")
 
 

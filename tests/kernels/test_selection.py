@@ -363,7 +363,7 @@ def test_forced_choice_of_all_but_one(force):
     assert rows["attention"].reason == "chosen by FASTDEIT_KERNELS"
 
 
-NAMES = "triton, fused_backward, native, fa3, fa4, efficient, flash, cudnn, reference"
+NAMES = "triton, fused_backward, hopper, native, fa3, fa4, efficient, flash, cudnn, reference"
 
 
 @pytest.mark.parametrize(

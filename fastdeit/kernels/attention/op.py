@@ -20,10 +20,12 @@ gradient is written packed, as the qkv projection's backward wants it. Forward (
 are a few static chunks of powers of two, hence one pass without rescaling and little padding (198 keys are 128 + 64 +
 16); more keys are a loop of online softmax (Milakov & Gimelshein, 2018).
 
-Three backends are our own. Two are in Triton, and differ in the backward. "triton" has one kernel for dq and one for dk
+Four backends are our own. Two are in Triton, and differ in the backward. "triton" has one kernel for dq and one for dk
 and dv, for any number of tokens (`backward.py`); they read queries, keys and values again for each 64 of the others,
 mostly from cache. "fused_backward" has one program for each head, for up to 208 tokens and without a mask
-(`fused_backward.py`); it is taken where it was measured to be faster, or asked for. "native" has CUDA C++ of its
+(`fused_backward.py`); it is taken where it was measured to be faster, or asked for. "hopper" is in Gluon, for sm_90 and
+heads of 64: TMA and wgmma, products and softmax at once, and one program for each head in the backward, too, with five
+products (`hopper/`). No card has measured it, and a trial or a name has to choose it. "native" has CUDA C++ of its
 own, in fp16 and for heads of 32, 64, 96 or 128 channels, for the cards whose tensor cores Triton does not reach: sm_70
 and sm_75 (`native/`, and the sources in the repository's `kernels/`). In these, each result is added up by one program,
 so there are no atomics, and every run has the same bits. `libraries.py` has the attention of others.
@@ -43,6 +45,7 @@ from fastdeit.kernels import _asked, _checks, _derivatives, _op, _triton
 from fastdeit.kernels._example import BASE, BASE_FP16, DEITS, Example, Maker
 from fastdeit.kernels.attention import backward, forward, libraries
 from fastdeit.kernels.attention import fused_backward as one_program_a_head
+from fastdeit.kernels.attention.hopper import backend as hopper
 from fastdeit.kernels.attention.tiles import Operands
 from fastdeit.kernels.native import attention as native_attention
 from fastdeit.kernels.native import choice as native_choice
@@ -289,6 +292,7 @@ OP = _op.Op(
     others=[
         _op.Backend("triton", _capability, triton_forward, triton_backward),
         _op.Backend("fused_backward", _fused_capability, fused_forward, fused_backward),
+        _op.Backend("hopper", hopper.capability, hopper.forward, hopper.backward),
         _op.Backend("native", native_choice.capability, native_attention.forward, native_attention.backward),
         *libraries.BACKENDS,
     ],

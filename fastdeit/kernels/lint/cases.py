@@ -1,4 +1,4 @@
-"""What the lint compiles: every example of every op, by each of its backends that launches Triton kernels."""
+"""What the lint compiles: every example of every op, by each of its backends whose kernels Triton compiles."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -22,6 +22,7 @@ class Case:
 
     run       calls forward, and backward where there is one, on meta tensors
     needs     oldest architecture the backend runs on
+    newest    newest one; None where there is no such
     half      whether operands have 16 bits
     odd       whether rows or tensors start at any element, so that wide loads and stores are impossible
     """
@@ -33,22 +34,37 @@ class Case:
     needs: int
     half: bool = True
     odd: bool = False
+    newest: int | None = None
+
+    def runs_on(self, arch: int) -> bool:
+        """Whether the backend runs on an architecture."""
+        return self.needs <= arch <= (arch if self.newest is None else self.newest)
 
 
 def cases() -> dict[str, list[Case]]:
-    """What the lint compiles, by op. A backend other than an op's first is named in the case."""
+    """Those that Triton's interpreter can run, by op. A backend other than an op's first is named in the case."""
+    return _cases(backends())
+
+
+def compiled_cases() -> dict[str, list[Case]]:
+    """What the lint compiles: `cases`, and those of backends in Gluon, which has no interpreter."""
+    return _cases([*backends(), *gluon_backends()])
+
+
+def _cases(backends: Iterable[tuple[str, _op.Backend]]) -> dict[str, list[Case]]:
     found: dict[str, list[Case]] = {}
     first = {}
-    for name, backend in backends():
+    for name, backend in backends:
         op, found[name] = _op.OPS[name], found.get(name, [])
         suffix = "" if first.setdefault(name, backend) is backend else f", {backend.name}"
         needs = signature(backend.capability).parameters["needs"].default
+        newest = needs if _asks(backend, _triton.gluon_capability) else None
         for example in op.examples:
             for sizes, dtype in example.compiled:
                 title = " ".join(filter(None, (sizes.name, _DTYPES[dtype], example.name))) + suffix
                 run = partial(_run, op, backend, example, Maker(sizes, dtype, _META))
                 half = dtype != torch.float32
-                found[name].append(Case(name, backend.name, title, run, needs, half, sizes.odd))
+                found[name].append(Case(name, backend.name, title, run, needs, half, sizes.odd, newest))
     return found
 
 
@@ -64,8 +80,21 @@ def _run(op: _op.Op, backend: _op.Backend, example: Example, make: Maker) -> Non
 
 
 def backends() -> Iterable[tuple[str, _op.Backend]]:
-    """(op, backend) of all backends that launch Triton kernels: their capability is that of Triton."""
+    """(op, backend) of all backends whose kernels are in Triton's own language: their capability is that of Triton."""
     for op in _op.OPS.values():
         for backend in op.backends:
-            if getattr(backend.capability, "func", backend.capability) is _triton.capability:
+            if _asks(backend, _triton.capability):
                 yield op.name, backend
+
+
+def gluon_backends() -> Iterable[tuple[str, _op.Backend]]:
+    """(op, backend) of all backends whose kernels are in Gluon, each for one architecture."""
+    for op in _op.OPS.values():
+        for backend in op.backends:
+            if _asks(backend, _triton.gluon_capability):
+                yield op.name, backend
+
+
+def _asks(backend: _op.Backend, capability: Callable) -> bool:
+    """Whether the capability of a backend is this one, as it is or with arguments of its own."""
+    return getattr(backend.capability, "func", backend.capability) is capability

@@ -34,13 +34,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
 from fastdeit.kernels import _triton
-from fastdeit.kernels.lint.cases import Case, cases
+from fastdeit.kernels.lint.cases import Case, compiled_cases
 
 SHARED_MEMORY = {70: 98_304, 80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
 """Bytes that one program may have on each architecture (CUDA C++ Programming Guide, "Technical Specifications per
@@ -51,7 +52,8 @@ SPILL = 64
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden" / "kernels"
 MIX = (
     *("HMMA", "HGMMA", "UTCHMMA", "FFMA", "FFMA2", "FMUL", "FMUL2", "FADD", "FADD2", "MUFU", "F2F", "F2FP"),
-    *("LDG", "STG", "LDGSTS", "LDS", "STS", "LDSM", "STSM", "LDL", "STL", "SHFL", "BAR", "ATOMG", "RED"),
+    *("UTMALDG", "UTMASTG", "LDG", "STG", "LDGSTS", "LDS", "STS", "LDSM", "STSM", "LDL", "STL"),
+    *("SHFL", "BAR", "ATOMG", "RED"),
 )
 """Opcodes that the golden files hold, besides the number of all instructions."""
 
@@ -66,8 +68,8 @@ class LintError(Exception):
 class Job(NamedTuple):
     """One specialisation of a kernel: all launches that Triton would compile to the same code, on one architecture.
 
-    Tensors among the arguments stand as their dtypes, run-time numbers as representatives of their class. Types stand
-    beside the values because True == 1 == 1.0.
+    Tensors among the arguments stand as their dtypes, descriptors as their `Boxes`, run-time numbers as representatives
+    of their class. Types stand beside the values because True == 1 == 1.0.
     """
 
     module: str
@@ -81,6 +83,15 @@ class Job(NamedTuple):
     def name(self) -> str:
         """`module.function` of the kernel, as rows of the table call it."""
         return f"{self.module.rpartition('.')[2]}.{self.kernel}"
+
+
+class Boxes(NamedTuple):
+    """All of a tensor descriptor that a kernel is specialised on: the boxes' dtype and shape, and over how many bytes
+    they are swizzled in shared memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    swizzled: int
 
 
 class Row(NamedTuple):
@@ -106,14 +117,14 @@ def plan(archs: Sequence[int] = ARCHS, ops: Sequence[str] | None = None) -> list
         raise LintError("TRITON_INTERPRET is set, so that nothing is compiled; unset it and run the lint again")
     if unknown := [arch for arch in archs if arch not in ARCHS]:
         raise LintError(f"architecture {unknown[0]} is not one of: {', '.join(map(str, ARCHS))}")
-    every = cases()
+    every = compiled_cases()
     for op in ops or ():
         if op not in every:
             raise LintError(f"the op {op!r} has no Triton kernels; those that have: {', '.join(every)}")
     rows = []
     for op in ops or every:
         seen = set()
-        for case, arch in ((case, arch) for case in every[op] for arch in archs if arch >= case.needs):
+        for case, arch in ((case, arch) for case in every[op] for arch in archs if case.runs_on(arch)):
             new = [row for row in record(case, arch) if row.job not in seen]
             seen |= {row.job for row in new}
             rows += new
@@ -148,6 +159,8 @@ def _representative(value: Any) -> Any:
     type of a float or bool."""
     if isinstance(value, Tensor):
         return value.dtype
+    if (base := _triton.of_descriptor(value)) is not value:
+        return Boxes(base.dtype, tuple(value.block_shape), value.layout.swizzle_byte_width)
     if isinstance(value, float | bool):
         return type(value)(True)
     if isinstance(value, int) and value != 1:
@@ -213,7 +226,7 @@ def compile_job(job: Job) -> Facts:
     """Compile one job and read the result; a job that does not compile has an `error`. Changes the active driver."""
     triton.runtime.driver.set_active(Card(job.arch))
     kernel = getattr(import_module(job.module), job.kernel)
-    arguments = {name: MockTensor.wrap_dtype(value) for name, _, value in job.arguments}
+    arguments = {name: _argument(value) for name, _, value in job.arguments}
     options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": True}
     printed = io.StringIO()
     try:
@@ -225,6 +238,19 @@ def compile_job(job: Job) -> Facts:
         return Facts(error=f"{type(error).__name__}: {error}")
     ptx = compiled.asm["ptx"]
     return _read(compiled.metadata.shared, ptx, printed.getvalue() or _assembled(ptx), _sass(compiled.asm["cubin"]))
+
+
+def _argument(value: Any) -> Any:
+    """What stands for an argument of a job where it is compiled."""
+    if not isinstance(value, Boxes):
+        return MockTensor.wrap_dtype(value)
+    # Here, since an older Triton has no such thing.
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    block, x = list(value.shape), torch.empty(value.shape, dtype=value.dtype)
+    layout = NVMMASharedLayout(value.swizzled, 8 * x.itemsize, len(block))
+    return TensorDescriptor(x, block, list(x.stride()), block, layout)
 
 
 def _assembled(ptx: str) -> str:
@@ -308,6 +334,8 @@ def broken(row: Row, facts: Facts) -> list[str]:
                 found.append(f"widest {name} have {max(bits, default=0)} bits, less than {least}")
     if row.job.arch == 90 and expected.products and row.case.half and not (facts.mix or {}).get("HGMMA"):
         found.append("no HGMMA: it does not use the tensor cores of sm_90 by their own instructions")
+    if expected.boxes and not {"UTMALDG", "UTMASTG"} <= (facts.mix or {}).keys():
+        found.append("no UTMALDG or no UTMASTG: it does not load and store by TMA")
     if facts.serialised:
         found.append("ptxas serialises its wgmma instructions")
     return found

@@ -2,17 +2,19 @@
 Python source.
 
 `ttsem` runs the compiler's first product, TTIR: helpers are inlined, constants folded, and numbers have the types that
-they have on a card, so that products of bfloat16 are right, too. Memory is that of the checked interpreter
-(tests/kernels/checked.py). So each access is checked as there: against the extent of its tensor, and against those of
-other programs, which only an acquire and a release order.
+they have on a card, so that products of bfloat16 are right, too. Kernels in Gluon have no TTIR. Of them it runs the
+next product, TTGIR, with shared memory, TMA and wgmma, none of which is ever late here: tests/kernels/gluon is about
+that. Memory is that of the checked interpreter (tests/kernels/checked.py). So each access is checked as there: against
+the extent of its tensor, and against those of other programs, which only an acquire and a release order.
 
 What ttsem 0.1.0 does not do itself is the reason for what stands here:
 
-    it compiles each launch down to PTX, and then once more    `_compiled` stops at TTIR, and keeps it
+    it compiles each launch down to PTX, and then once more    `_compiled` stops at its product, and keeps it
     it knows no memory but that of the arguments               `Watched.known` has what tables of addresses point to
     it drops the memory order of atomic additions              `_atomic_addition` passes it on
     it runs no barrier                                         `_barrier`
     it finds no line in helpers that were inlined              `_line`
+    it knows no PTX that moves a number                        `_inline_ptx`
 """
 
 import re
@@ -31,6 +33,7 @@ from torch import Tensor
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from fastdeit.kernels import _triton
@@ -110,6 +113,12 @@ def _barrier(interp: Any, op: Any, args: list[Any]) -> list[Any]:
     return []
 
 
+def _inline_ptx(interp: Any, op: Any, args: list[Any]) -> list[Any]:
+    if op.attrs["asm_string"].strip('"') != "mov.b32 $0, $1;":
+        raise NotImplementedError(f"the only PTX here moves a number, not {op.text}")
+    return args
+
+
 # ---- compilation -----------------------------------------------------------------------------------------------------
 
 _modules: dict[tuple[Any, ...], Any] = {}
@@ -117,7 +126,7 @@ _modules: dict[tuple[Any, ...], Any] = {}
 
 
 def _compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, Any], arch: int) -> tuple[Any, list[str]]:
-    """(TTIR as ttsem holds it, names of the arguments that are left in it)."""
+    """(TTIR, or TTGIR of Gluon, as ttsem holds it; names of the arguments that are left in it)."""
     from ttsem import mlir
 
     target = GPUTarget("cuda", arch, 32)
@@ -129,7 +138,8 @@ def _compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, Any], a
     key = kernel.cache_key, arch, *map(str, (chosen, signature, constants, attributes))
     if key not in _modules:
         mlir.enable_generic_printing()
-        source = ASTSource(kernel, signature, constants, attributes)
+        kind, product = (GluonASTSource, "ttgir") if kernel.is_gluon() else (ASTSource, "ttir")
+        source = kind(kernel, signature, constants, attributes)
         chosen = backend.parse_options({**vars(chosen), **source.parse_options()})
         stages: dict[str, Any] = {}
         backend.add_stages(stages, chosen, source.language)
@@ -138,7 +148,7 @@ def _compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, Any], a
         backend.load_dialects(context)
         implementation, modules = backend.get_codegen_implementation(chosen), backend.get_module_map()
         module = source.make_ir(target, chosen, implementation, modules, context)
-        module = stages["ttir"](module, {"target": target, **vars(chosen)})
+        module = stages[product](module, {"target": target, **vars(chosen)})
         _modules[key] = mlir.parse(str(module))
     return _modules[key], names
 
@@ -151,6 +161,21 @@ def _line(error: BaseException) -> str:
             text = Path(path).read_text().splitlines()[int(number) - 1].strip()
             return f"{Path(path).name}:{number}: {text}"
     return "an unknown line"
+
+
+def _parts(watched: Watched, name: str, value: Any, kinds: Iterator[Any]) -> list[Any]:
+    """What an argument is in the compiled kernel, whose next arguments have these types: of a tensor descriptor itself,
+    its shape and its strides."""
+    from ttsem import values
+
+    kind = next(kinds)
+    if isinstance(value, Tensor):
+        return [np.array(watched.pointer(name, value), np.int64)]
+    if (base := _triton.of_descriptor(value)) is value:
+        return [values.cast_to(np.asarray(value), kind)]
+    sizes = tuple(map(tuple, (value.shape, value.strides, value.block_shape)))
+    numbers = [values.cast_to(np.asarray(number), next(kinds)) for number in (*value.shape, *value.strides)]
+    return [values.Descriptor(watched.pointer(name, base), *sizes, kind.elem), *numbers]
 
 
 class _Unplaced(Watched):
@@ -168,7 +193,6 @@ def executed(order: str = "forward", seed: int = 0, arch: int = 90) -> Iterator[
     """Inside, all launches of the package on tensors of the CPU are compiled for a card of this architecture and run
     here, their programs in this order, and memory that was never written is NaN. Gives the list of the kernels that
     were launched. `Fault` for the first thing that is wrong, as in `checked`."""
-    from ttsem import values
     from ttsem.interp import Interp
     from ttsem.ops import OPS
 
@@ -186,15 +210,10 @@ def executed(order: str = "forward", seed: int = 0, arch: int = 90) -> Iterator[
         options = {"num_warps": max(1, warps), "num_stages": stages, "enable_fp_fusion": True}
         module, names = _compiled(kernel, arguments, options, arch)
         sizes = (*grid, *(1,) * (3 - len(grid)))
-        watched.begin(launched[-1], sizes, arguments)
+        watched.begin(launched[-1], sizes, {name: _triton.of_descriptor(value) for name, value in arguments.items()})
         ((entry, function),) = module.funcs.items()  # all helpers are inlined
-        kinds = [kind for _, kind in function.regions[0].blocks[0].args]
-        given = [
-            np.array(watched.pointer(name, value), np.int64)
-            if isinstance(value := arguments[name], Tensor)
-            else values.cast_to(np.asarray(value), kind)
-            for name, kind in zip(names, kinds, strict=True)
-        ]
+        kinds = iter([kind for _, kind in function.regions[0].blocks[0].args])
+        given = [part for name in names for part in _parts(watched, name, arguments[name], kinds)]
         interp = Interp(module, _Accesses(watched), sizes)
         for program in programs(grid, order, seed):
             watched.program = program
@@ -207,6 +226,7 @@ def executed(order: str = "forward", seed: int = 0, arch: int = 90) -> Iterator[
         stack.enter_context(poisoned())
         stack.enter_context(knowing_lists(watched))
         ours = {"tt.atomic_rmw": _atomic_addition, "ttg.barrier": _barrier, "gpu.barrier": _barrier}
+        ours["tt.elementwise_inline_asm"] = _inline_ptx
         stack.enter_context(mock.patch.dict(OPS, ours))
         for name, value in (
             ("launch", launch),

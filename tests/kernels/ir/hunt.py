@@ -61,9 +61,13 @@ constants folded, types those of a card. Products of bfloat16 are right, which T
 error rule holds for them as well. A fault comes with the tensor and the line of the kernel. That the last program may
 read what the others wrote is proven by happens-before: an acquire that saw their releases, each behind a barrier.
 
-**What it does not show.** Layouts, shared memory, pipelines and instructions, which the compiler decides on after TTIR.
-int32 that wraps, and promises of `tl.multiple_of`, which the interpreter checks. Streams, graphs, clocks and Inductor:
-tests of these have the mark `card`.
+Attention for Hopper is in Gluon, which has no TTIR. Of it ttsem runs the next product, TTGIR, in which layouts and
+views of shared memory, loads by TMA and products by wgmma have been chosen. None of these is ever late here:
+[the machine](hopper.md) is about that.
+
+**What it does not show.** Of other kernels layouts, shared memory, pipelines and instructions, which the compiler
+decides on after TTIR. int32 that wraps, and promises of `tl.multiple_of`, which the interpreter checks. Streams,
+graphs, clocks and Inductor: tests of these have the mark `card`.
 
 ## What ttsem 0.1.0 lacks for this
 

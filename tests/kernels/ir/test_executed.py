@@ -5,7 +5,9 @@ The cases are those of the checked interpreter, which cover all loops, branches 
 16 bits once more in bfloat16, whose products the interpreter gets wrong."""
 
 import os
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -35,6 +37,23 @@ def test_compiled_kernels_are_right_in_any_order(name, compiled):
     case.judge(outcome)
     for order in ORDERS[1:]:
         assert same_bits(outcome, case.run(order, within=compiled)), order
+
+
+@contextmanager
+def hopper(compiled):
+    """Attention by what the compiler made of its kernels in Gluon, which only newer versions of Triton have."""
+    from tests.kernels.gluon.on_machine import hopper_on_cpu
+
+    with hopper_on_cpu(), compiled():
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 70, 198])
+def test_compiled_kernels_in_gluon_are_right(dtype, tokens, compiled):
+    from tests.kernels.gluon.on_machine import packed, prove
+
+    prove(packed(dtype, 2, tokens, 2), 2, within=partial(hopper, compiled))
 
 
 # ---- the tool itself -------------------------------------------------------------------------------------------------
