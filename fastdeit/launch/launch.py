@@ -29,6 +29,7 @@ _WORKER = (
     "import sys; n = int(sys.argv[1]) + 2; sys.path[:] = sys.argv[2:n]; del sys.argv[1:n]; "
     "module = sys.argv.pop(1); import runpy; runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
+_LAST_PORT = 65535
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -59,7 +60,8 @@ class Processes:
                 "several machines need both --nnodes N and --rdzv HOST:PORT, where HOST is one of them; give the same "
                 "command on each"
             )
-        if self.rdzv is not None and not re.fullmatch(r"([\w.-]+|\[[\w.:]+\]):\d{1,5}", self.rdzv):
+        said = re.fullmatch(r"([\w.-]+|\[[\w.:]+\]):(\d{1,5})", self.rdzv or "")
+        if self.rdzv is not None and not (said and 0 < int(said[2]) <= _LAST_PORT):
             raise UsageError(f"--rdzv {self.rdzv!r} is not HOST:PORT, such as node1:29500")
 
 
@@ -183,6 +185,10 @@ def _number(env: Mapping[str, str], name: str, default: str) -> int:
 def _checked(ranks: dict[str, str]) -> dict[str, str]:
     """`ranks`, whose numbers are numbers and go together; else UsageError."""
     number = {name: _number(ranks, name, "1") for name in ranks if name != "MASTER_ADDR"}
+    if not 0 < number.get("MASTER_PORT", 1) <= _LAST_PORT:
+        raise UsageError(
+            f"MASTER_PORT={number['MASTER_PORT']} in the environment is no port (1 to {_LAST_PORT}); {_START}"
+        )
     for part, whole in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if whole in number and number[part] >= number[whole]:
             raise UsageError(f"{part}={number[part]} does not fit {whole}={number[whole]} in the environment; {_START}")

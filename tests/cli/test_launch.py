@@ -406,6 +406,7 @@ def test_ranks_given_from_outside():
         (TORCHRUN | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 does not fit LOCAL_WORLD_SIZE=2"),
         (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE='four' in the environment is not a number"),
         (TORCHRUN | {"MASTER_PORT": "-1"}, "MASTER_PORT='-1'"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 in the environment is no port"),
         ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS='x'"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "but SLURM_PROCID, SLURM_LOCALID"),
     ],
@@ -469,6 +470,7 @@ def test_nproc_under_another_launcher():
         (Processes(2, 1, "a:1"), "several machines need both"),
         (Processes(2, 2, "a"), "is not HOST:PORT"),
         (Processes(2, 2, "tcp://a:1"), "is not HOST:PORT"),
+        (Processes(2, 2, "a:99999"), "is not HOST:PORT"),
     ],
 )
 def test_what_several_machines_need(asked, told):

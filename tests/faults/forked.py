@@ -24,6 +24,8 @@ class Command:
         context = get_context("forkserver")
         context.set_forkserver_preload([*PRELOADED, *MORE])
         self._texts = [folder / f"{name}.{stream}" for stream in ("out", "err")]
+        for text in self._texts:
+            text.touch()
         self._process = context.Process(target=_be, args=([str(word) for word in words], folder, env, self._texts))
         self._process.start()
 
