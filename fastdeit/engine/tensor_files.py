@@ -3,6 +3,8 @@
 It stands apart from `checkpoint`, so that a manifest can be read without the seconds that torch takes to import.
 """
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -48,7 +50,9 @@ def write(group: dict[str, Tensor], path: Path) -> None:
     try:
         safetensors.torch.save_file(group, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        # It tells what the disk has refused in words alone: "I/O error: No space left on device (os error 28)".
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
 
 
 def mapped(path: Path) -> dict[str, Tensor]:

@@ -354,8 +354,9 @@ def _signals_to(agent: _Agent) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_elastic() -> Iterator[None]:
     """The agent's warnings describe its own bookkeeping; what matters of it is said by `report`."""
-    names = "torch.distributed.elastic.agent.server.api", "torch.distributed.elastic.multiprocessing.api"
-    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    names = "agent.server.api", "multiprocessing.api", "rendezvous.dynamic_rendezvous"
+    loggers = [logging.getLogger(f"torch.distributed.elastic.{name}") for name in names]
+    levels = {logger: logger.level for logger in loggers}
     for logger in levels:
         logger.setLevel(logging.ERROR)
     try:

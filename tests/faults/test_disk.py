@@ -7,7 +7,9 @@ import errno
 import operator
 import os
 import re
+import resource
 import shlex
+import signal
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run import directory
 from fastdeit.run.record import RunLog
 from fastdeit.training import train
-from tests.faults.faulty import Nth, never, points
+from tests.faults.faulty import Nth, in_child, never, points, save
 from tests.small_runs import assert_same_weights
 
 RECIPE = """\
@@ -153,6 +155,19 @@ def test_a_disk_that_refuses_a_file(tmp_path, watched, capsys, way, file, name, 
         run_of(tmp_path)
     assert_same_weights(whole, tmp_path / "run", TOTAL)
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_what_the_disk_refuses_of_tensors_keeps_its_number(tmp_path):
+    """In earnest: files can have 1,000 bytes. safetensors tells of it in words alone, and the way out depends on it."""
+
+    def fill():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        with pytest.raises(checkpoint.CheckpointError, match=": File too large; earlier") as refused:
+            save(tmp_path, 1)
+        assert refused.value.__cause__.errno == errno.EFBIG
+
+    assert in_child(fill) == 0
 
 
 # ---- where the run goes on -------------------------------------------------------------------------------------------
