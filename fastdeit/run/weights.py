@@ -160,6 +160,8 @@ def _of_checkpoint(address: Address, found: Checkpoint, notes: list[str]) -> Wei
     origin = one_line(f"{place_of(found)}, step {found.step}")
     try:
         known = _known_of_run(recipe, identity)
+    except ValidationError as error:
+        raise UsageError(f"{address}: what {found.path} says of its network is damaged: {_fields(error)}") from error
     except (KeyError, TypeError, ValueError) as error:
         why = f"{found.path} is no checkpoint of `fastdeit train`: its recipe has no {error}"
         raise UsageError(f"{address}: {why}") from error
@@ -184,17 +186,18 @@ def average_of(weights: Weights) -> Weights | None:
 def _known_of_run(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> Known:
     model, data = recipe["model"], recipe["data"]
     names = tuple(identity["classes"])
-    return Known(
-        name=model["name"],
-        timm=model["timm"],
-        image_size=size_pair(model["image_size"], "image_size"),
-        num_classes=len(names),
-        classes=names,
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
-        crop_ratio=data["eval_crop_ratio"],
-        method=recipe["method"]["use"],
-    )
+    told = {
+        "name": model["name"],
+        "timm": model["timm"],
+        "image_size": size_pair(model["image_size"], "image_size"),
+        "num_classes": len(names),
+        "classes": names,
+        "mean": tuple(data["mean"]),
+        "std": tuple(data["std"]),
+        "crop_ratio": data["eval_crop_ratio"],
+        "method": recipe["method"]["use"],
+    }
+    return TypeAdapter(Known).validate_python(told)
 
 
 def _safetensors(address: Address) -> Weights:
@@ -213,10 +216,15 @@ def _known_of_header(address: Address, text: str) -> Known:
     try:
         known = TypeAdapter(Known).validate_json(text)
     except ValidationError as error:
-        what = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors()) or "the JSON"
-        raise UsageError(one_line(f"{address}: what its header says of the model is damaged: {what}")) from error
+        what = f"{address}: what its header says of the model is damaged: {_fields(error) or 'the JSON'}"
+        raise UsageError(one_line(what)) from error
     plugins.read_from(address, (known.name or "", known.method or ""))
     return known
+
+
+def _fields(error: ValidationError) -> str:
+    """The first fields that are not as they should be."""
+    return some([".".join(map(str, problem["loc"])) for problem in error.errors() if problem["loc"]])
 
 
 def _pickle(address: Address) -> Weights:

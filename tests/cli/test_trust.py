@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import fastdeit
 from fastdeit import plugins
 from fastdeit.cli import main as cli
+from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import directory
 from fastdeit.run.settings import doubt
@@ -122,6 +123,22 @@ def test_a_file_of_weights_is_no_better(downloaded, data, capsys):
     path = with_header(run, name="deit_digits_distilled_patch8_32", method=PATH)
     assert "whose code is not asked without --trust" in doubt(open_weights(str(path)))
     assert not executed(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda state: state["identity"].update(classes=[1, 2, 3]), "classes.0, classes.1, classes.2"),
+        (lambda state: state["recipe"]["data"].update(mean=["x", 1, 2]), "mean.0"),
+    ],
+    ids=["classes", "mean"],
+)
+def test_what_a_checkpoint_says_of_its_network_is_of_the_right_kind(run, tmp_path, change, field):
+    path = shutil.copytree(run, tmp_path / "run")
+    for each in (path / "checkpoints").iterdir():
+        rewrite_manifest(each, lambda manifest: change(manifest["state"]))
+    with pytest.raises(UsageError, match=f"says of its network is damaged: {field}$"):
+        open_weights(str(path))
 
 
 def test_neither_is_a_teacher(downloaded, data, write, capsys):
