@@ -90,7 +90,11 @@ def test_one_packed_file_is_checked_on_its_own(run, folder, tmp_path):
     [
         (["check", "nowhere"], "nowhere: no such file or directory"),
         (["check", "README"], "README: a file of no known kind (.pack, .tar, .tfrecord, "),
-        (["check", "."], "none of the data sets that are recognised by their layout; say how to read it with --source"),
+        (["check", "."], "images holds data of kind folder: give that folder"),
+        (
+            ["check", "images/val/cat"],
+            "none of the data sets that are recognised by their layout; say how to read it with",
+        ),
         (["check", "images", "--source", "zip"], "--source zip: 'zip' must be one of folder, packed"),
         (["check", "images", "--source", "packed"], "train.pack: the packed data set cannot be read"),
         (

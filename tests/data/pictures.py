@@ -317,6 +317,10 @@ def deep() -> dict[str, tuple[bytes, np.ndarray]]:
         "16-bit png": (file, whole),
         "16-bit png without IEND": (file[:-12], whole),
         "16-bit tiff": (encoded(Image.fromarray(DEEP), "TIFF"), whole),
+        "16-bit tiff with 0 for white": (
+            tiff(SIDE, SIDE, (65535 - DEEP).tobytes(), BitsPerSample=16, PhotometricInterpretation=0),
+            whole,
+        ),
         "12-bit tiff": (tiff(SIDE, SIDE, packed_bits(DEEP >> 4, 12), BitsPerSample=12), twelve),
         "16-bit pgm": (pnm(5, DEEP, 65535), whole),
         "16-bit pgm in ASCII": (pnm(2, DEEP, 65535), whole),

@@ -28,13 +28,13 @@ def pixels(encoded: Encoded, box: Box | None = None) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(memoryview(encoded.data)), formats=formats()) as image:
             image.load()
-            found, white = image.size, _white(image)
+            found, ends = image.size, _ends(image)
             rgb = np.empty((height, width, 3), np.uint8)
             rows = max(1, _PIXELS_AT_ONCE // max(1, width))
             for top in range(0, height, rows):
                 strip = rgb[top : top + rows]
                 part = image.crop((x, y + top, x + width, y + top + len(strip)))
-                strip[:] = np.asarray(part.convert("RGB")) if white is None else _scaled(np.asarray(part), white)
+                strip[:] = np.asarray(part.convert("RGB")) if ends is None else _scaled(np.asarray(part), *ends)
     except UnidentifiedImageError:
         raise BadImage(DAMAGED) from None
     except Exception as error:
@@ -54,15 +54,18 @@ def as_file(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.concatenate((head, rgb.reshape(-1)))
 
 
-def _white(image: Image.Image) -> int | None:
-    """The level that is white in a picture of greys of more than 8 bits, and None for any other."""
+def _ends(image: Image.Image) -> tuple[int, int] | None:
+    """The levels that are black and white in a picture of greys of more than 8 bits, and None for any other."""
     if image.mode.startswith("I;16"):
-        bits = image.tag_v2.get(Tag.BitsPerSample, (16,))[0] if image.format == "TIFF" else 16
-        return (1 << bits) - 1
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        most = (1 << tags.get(Tag.BitsPerSample, (16,))[0]) - 1
+        # Pillow turns the levels of 8 bits round where 0 is white, and leaves those of 16.
+        return (most, 0) if tags.get(Tag.PhotometricInterpretation) == 0 else (0, most)
     # Of a PGM with such a maximum, Pillow makes 32-bit integers up to 65535.
-    return 65535 if (image.format, image.mode) == ("PPM", "I") else None
+    return (0, 65535) if (image.format, image.mode) == ("PPM", "I") else None
 
 
-def _scaled(grey: NDArray[np.generic], white: int) -> NDArray[np.uint8]:
-    levels = (grey.astype(np.uint32) * 255 + white // 2) // white
+def _scaled(grey: NDArray[np.generic], black: int, white: int) -> NDArray[np.uint8]:
+    span = abs(white - black)
+    levels = (np.abs(grey.astype(np.int32) - black) * 255 + span // 2) // span
     return np.repeat(levels.astype(np.uint8)[..., None], 3, axis=2)
