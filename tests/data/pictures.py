@@ -235,14 +235,17 @@ def odd() -> dict[str, bytes]:
     """What Pillow decodes, because its header says that DALI would not do so, or otherwise."""
     jpeg, cmyk, plain = encoded(PHOTO, quality=90), encoded(PHOTO.convert("CMYK")), encoded(PHOTO, "PNG")
     head, first, *rest = segments(jpeg)
+    scans = encoded(PHOTO, progressive=True)
     deep_rows = np.stack((DEEP, DEEP[::-1], DEEP[:, ::-1], DEEP.T), axis=-1).astype(">u2")
     grey, limits = np.asarray(GREY).astype(int), (1, 15, 100, 254)
     return {
         "jpeg CMYK": cmyk,
         "jpeg CMYK without Adobe's marker": without(cmyk, 0xEE),
         "jpeg YCCK": b"".join(part[:-1] + b"\2" if part[1] == 0xEE else part for part in segments(cmyk)),
-        "jpeg progressive, of its first scan": of_first_scans(encoded(PHOTO, progressive=True), 1),
-        "jpeg progressive, without its last scan": of_first_scans(encoded(PHOTO, progressive=True), 9),
+        "jpeg progressive, of its first scan": of_first_scans(scans, 1),
+        "jpeg progressive, without its last scan": of_first_scans(scans, 9),
+        "jpeg progressive, with an end before its last scan": of_first_scans(scans, 9)
+        + scans[scans.rindex(b"\xff\xda") :],
         "jpeg progressive, grey, of two scans": of_first_scans(encoded(GREY, progressive=True), 2),
         "jpeg lossless": lossless_jpeg(PHOTO),
         "jpeg lossless grey": lossless_jpeg(GREY),
