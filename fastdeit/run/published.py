@@ -42,10 +42,10 @@ def published(patterns: Sequence[str] = ()) -> list[Published]:
     rows, patterns = _table(), [pattern.removeprefix("timm:") for pattern in patterns]
     for pattern in patterns:
         if not any(_fits(row, pattern) for row in rows):
-            hint = did_you_mean(pattern, [name for row in rows for name in (row.model, row.model.partition(".")[0])])
-            raise ValueError(
-                f"no published accuracy of {pattern!r} is known here{hint}; `fastdeit published` lists them"
-            )
+            known = dict.fromkeys(name for row in rows for name in (row.model, row.model.partition(".")[0]))
+            hint = did_you_mean(pattern, known)
+            there_are = "; `fastdeit published` lists those that are"
+            raise ValueError(f"no published accuracy of {pattern!r} is known here{hint or there_are}")
     return [row for row in rows if not patterns or any(_fits(row, pattern) for pattern in patterns)]
 
 

@@ -353,6 +353,11 @@ def load(
     notes, rows = [], None
     if classes is not None and purpose != "features":
         notes, rows = _compared(weights, classes, purpose)
+    positions = weights.tensors.get("pos_embed")
+    if grid is not None and (positions is None or positions.ndim != 3 or getattr(network, "grid", None) is None):
+        raise UsageError(
+            f"{weights.origin}: weights_grid is of a positional embedding on a grid, and there is none; leave it out"
+        )
     if None not in (grid, weights.grid) and grid != weights.grid:
         theirs, said = (f"{rows} x {columns}" for rows, columns in (weights.grid, grid))
         raise UsageError(

@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
             except UsageError as error:  # such as weights that are not here, where there is no network
                 left_out.append(row.model)
                 if world.main:
-                    print(f"{row.model}: {error}", file=sys.stderr)
+                    print(f"{row.model}: {str(error).removeprefix(f'timm:{row.model}: ')}", file=sys.stderr)
                 continue
             if world.main and args.json:
                 print(json.dumps(facts, allow_nan=False), flush=True)

@@ -61,7 +61,7 @@ def test_a_model_whose_weights_are_not_here_is_named_and_the_others_go_on(imagen
     model, pixels, crop, theirs, _, here, _, difference = row.split()
     assert (model, pixels, crop, theirs) == ("test_vit.r160_in1k", "64", "0.8", "50.00")
     assert float(difference) == pytest.approx(float(here) - 50, abs=0.011)
-    assert "test_vit2.r160_in1k: timm:test_vit2.r160_in1k: timm's weights are not on this machine" in said.err
+    assert "test_vit2.r160_in1k: timm's weights are not on this machine" in said.err
     assert "ImageNet's validation has 50,000: the published accuracy is of other images" in said.err
     assert "1 of 2 could not be evaluated: test_vit2.r160_in1k" in said.err
 

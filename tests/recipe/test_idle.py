@@ -11,7 +11,7 @@ from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.guard import Verdict
 from fastdeit.engine.options import OPTIMIZERS
 from fastdeit.engine.schedule import learning_rate
-from fastdeit.methods.config import METHODS, DistillConfig
+from fastdeit.methods.config import METHODS, DistillConfig, TeacherConfig
 from fastdeit.methods.distill import Distill
 from fastdeit.recipe import config as sections
 from fastdeit.recipe import describe, idle
@@ -19,6 +19,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.run.groups import decay_groups
 from fastdeit.training import schedule_of
+from fastdeit.views import ViewSettings
 
 RECIPE = """\
 model: {name: deit_digits_distilled_patch8_32, image_size: 32, drop_path: 0.4}
@@ -289,6 +290,28 @@ def test_every_field_has_been_decided_on():
         cases = {field.partition(".")[2] for field in tried if field.startswith(f"{section}.")}
         assert sorted(always) == sorted({name for model in models for name in model.model_fields} - cases)
         assert not set(always) & cases
+
+
+PARTS = {
+    TeacherConfig: {
+        "one of them says who teaches, and others beside it are refused": {"recipe", "timm", "model", "weights"},
+        "refused without weights, and of those that have no grid or say another": {"weights_grid"},
+        "it is what the teacher sees": {"image_size", "mean", "std"},
+    },
+    ViewSettings: {
+        "told beside a simple crop": {"crop_scale", "crop_ratio"},
+        "refused beside crop_of": {"crop", "flip"},
+        "refused beside a policy that changes the colours itself": {"color_jitter"},
+        "it is what is seen": {"size", "augment", "erase"},
+        "refused where no such view comes before": {"crop_of"},
+    },
+}
+"""The same of the fields within `method.teacher` and `data.views.NAME`."""
+
+
+def test_every_field_of_a_part_has_been_decided_on():
+    for part, reasons in PARTS.items():
+        assert sorted(field for fields in reasons.values() for field in fields) == sorted(part.model_fields)
 
 
 @pytest.mark.parametrize("name", recipes.names())

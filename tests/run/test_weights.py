@@ -274,6 +274,14 @@ def test_positions_come_from_the_true_grid_of_a_run(here, write):
         network(found, grid=(4, 4))
 
 
+def test_a_grid_is_refused_where_there_are_no_positions(here):
+    save_file(models.build("convnet_digits", image_size=32, num_classes=3).state_dict(), "convnet.safetensors")
+    found = open_weights("convnet.safetensors")
+    network(found, name="convnet_digits", image_size=32)
+    with pytest.raises(UsageError, match="weights_grid is of a positional embedding on a grid, and there is none"):
+        network(found, name="convnet_digits", image_size=32, grid=(2, 2))
+
+
 def test_a_file_of_an_ambiguous_grid_asks_for_it(here, write):
     save_file(tensors(0, image_size=(16, 64)), "wide.safetensors")
 
