@@ -1,6 +1,8 @@
 """The backend that compares with QuACK: its arguments and results on a stand-in, its calls where QuACK is installed."""
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from fastdeit import kernels
 from fastdeit.kernels._op import OPS, Unsupported
 from fastdeit.kernels._triton import INTERPRETED
-from fastdeit.kernels.mlp import quack
+from fastdeit.kernels.mlp import cute_gelu, gelu, quack
 from tests.kernels.proof import laid_out, normal, prove
 
 CUDA = torch.device("cuda")
@@ -54,17 +56,17 @@ class StandIn:
         return epilogue
 
     def _act(self, A, B, C=None, bias=None, activation=None, *, tuned=True):
-        assert (C, activation, tuned) == (None, "gelu_erf", False)
+        assert (C, activation, tuned) == (None, cute_gelu.NAME, False)
         pre = product(A, B, bias)
         return pre.to(A.dtype), torch.nn.functional.gelu(pre).to(A.dtype)
 
     def _dact(self, A, B, PreAct, activation=None, *, tuned=True):
-        assert (activation, tuned) == ("gelu_erf", False)
+        assert (activation, tuned) == (cute_gelu.NAME, False)
         dpre, act = gelu_gradient(PreAct, product(A, B))
         return dpre.to(A.dtype), act.to(PreAct.dtype)
 
     def _dact_dbias(self, activation, A, B, C=None, *, tuned=True):
-        assert (activation, tuned) == ("gelu_erf", False)
+        assert (activation, tuned) == (cute_gelu.NAME, False)
         dpre, _ = gelu_gradient(C, product(A, B))
         return {"D": dpre.to(A.dtype), "dwb": dpre.sum(0)}
 
@@ -125,10 +127,13 @@ def test_installed_quack_takes_these_calls(recompute, stand_in):
     pytest.importorskip("quack.gemm_interface", reason="QuACK is not installed")
     with kernels.use(mlp="quack"):
         kernels.mlp(**inputs(torch.float16, 2, 7, 24), recompute=recompute).sum().backward()
+    from quack import activation
     from quack.epilogue.library import dact_dbias_mod
     from quack.gemm_interface import gemm_act, gemm_dact
 
-    installed = {"gemm_act": gemm_act, "gemm_dact": gemm_dact, "dact_dbias_mod": dact_dbias_mod("gelu_erf")}
+    cute_gelu.register(activation)
+
+    installed = {"gemm_act": gemm_act, "gemm_dact": gemm_dact, "dact_dbias_mod": dact_dbias_mod(cute_gelu.NAME)}
     for name, args, kwargs in stand_in.calls:
         bound = inspect.signature(installed[name]).bind(*args, **kwargs)
         assert "operands" not in bound.arguments  # where a keyword that it does not know would land
@@ -174,6 +179,8 @@ def test_an_older_quack_counts_as_none(monkeypatch):
         "quack.epilogue.library": {"dact_dbias_mod": len},
     }
 
+    monkeypatch.setattr(cute_gelu, "register", lambda activation: activation.dact_fn_map)
+
     def found(changes):
         modules = {name: type("module", (), members) for name, members in (parts | changes).items()}
         monkeypatch.setattr(quack, "import_module", modules.__getitem__)
@@ -182,6 +189,35 @@ def test_an_older_quack_counts_as_none(monkeypatch):
     assert found({}) == (len, len, len)
     assert found({"quack.activation": {"dact_fn_map": {"gelu_tanh_approx": None}}}) is None
     assert found({"quack.epilogue.library": {}}) is None
+
+
+def cut(x, end):
+    return x.clamp(-end, end)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_our_gelu_in_its_products_is_as_good_as_pytorchs(dtype):
+    """The arithmetic of the epilogue, in float32, of every number of 16 bit up to 8: at most twice PyTorch's error and
+    a unit of rounding."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = numbers[numbers.isfinite() & (numbers.abs() <= 8)]
+    truth = x.double().requires_grad_()
+    exact = torch.nn.functional.gelu(truth)
+    (slope,) = torch.autograd.grad(exact.sum(), truth)
+    gradient, value = cute_gelu.value_and_gradient(x.float(), torch.ones(len(x)), cut, torch.exp2)
+    leaf = x.clone().requires_grad_()
+    theirs = torch.nn.functional.gelu(leaf)
+    (their_slope,) = torch.autograd.grad(theirs.sum(), leaf)
+    for mine, their, right in ((value, theirs.detach(), exact.detach()), (gradient, their_slope, slope)):
+        bound = 2 * (their.double() - right).abs().max() + torch.finfo(dtype).eps * right.abs().max()
+        assert (mine.to(dtype).double() - right).abs().max() <= bound
+        assert (mine.double() - right).abs().max() < 4e-4  # 3e-5 of Phi, times |x| and what lies beside it
+
+
+def test_the_polynomial_is_tritons():
+    block = Path(gelu.__file__).read_text().partition("u = c * c\n")[2].partition("return 0.5")[0]
+    written = re.findall(r"([-+]?) (\d\.\d+(?:e-\d+)?)", block)
+    assert tuple(float(sign + number) for sign, number in written) == cute_gelu._POLYNOMIAL
 
 
 @pytest.mark.gpu

@@ -5,7 +5,8 @@ they run where they are asked for by name. Not yet run on a GPU; QuACK compiles 
     product_gelu_backward   `gemm_dact`, which makes act again, and then one pass over dpre for db1; without act
                             `dact_dbias_mod`, which has db1 in the epilogue
 
-As of QuACK 0.6.5, whose products for sm_80 are not implemented. Its default tiles are used, because tuning would
+The activation is ours (`cute_gelu.py`): fewer instructions than QuACK's own. As of QuACK 0.6.5, whose products for
+sm_80 are not implemented. Its default tiles are used, because tuning would
 compile and time many others within a training step.
 """
 
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fastdeit.kernels import _triton
-from fastdeit.kernels.mlp import gelu, gelu_products
+from fastdeit.kernels.mlp import cute_gelu, gelu, gelu_products
 
-_ACTIVATION = "gelu_erf"
+_ACTIVATION = cute_gelu.NAME
 _ALIGNMENT = 16  # bytes: of the copies by TMA
 
 
@@ -39,8 +40,9 @@ def _quack() -> _Functions | None:
         )
     except ImportError:
         return None
-    if _ACTIVATION not in activation.dact_fn_map or not hasattr(library, "dact_dbias_mod"):
+    if "gelu_erf" not in activation.dact_fn_map or not hasattr(library, "dact_dbias_mod"):
         return None
+    cute_gelu.register(activation)
     return _Functions(interface.gemm_act, interface.gemm_dact, library.dact_dbias_mod)
 
 
