@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fastdeit import kernels
 from fastdeit.data.sources.source import Source
 from fastdeit.engine import batchnorm, checkpoint, optimizers
 from fastdeit.engine.dist import World, pick_device
@@ -51,6 +52,7 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     """What `show` prints: facts first, then estimates, which are marked as such, then the resolved recipe."""
     device, recipe = pick_device(asked.recipe.engine.device), precision.fixed(asked.recipe)
     check_sinks(recipe.engine.sinks)
+    kernels.info()  # refuses kernels that are asked for by name and cannot run here
     training, held_out = build.sources(recipe)
     length = build.run_length(recipe, len(training))
     cache = cached.checked(recipe, training, length)

@@ -356,6 +356,18 @@ def test_an_impossible_choice_is_bad_usage(value, message, force, capsys, monkey
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("asked", ["attention=fa4", "mlp=nope", "nonsense=x"])
+def test_a_dry_run_refuses_kernels_as_a_start_does(force, asked, capfd, tmp_path):
+    force(asked)
+    said = []
+    for options in (["--dry-run"], ["--run-dir", str(tmp_path / "run")]):
+        assert cli.main(["train", "digits", "engine.device=cpu", *options]) == 2
+        said.append(capfd.readouterr().err)
+    assert said[0] == said[1]
+    assert said[0].startswith("fastdeit: FASTDEIT_KERNELS ")
+    assert not (tmp_path / "run").exists()
+
+
 def test_forced_choice_of_all_but_one(force):
     force("reference, fused_adamw=auto")
     rows = {row.name: row for row in kernels.info()}
