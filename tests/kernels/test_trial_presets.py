@@ -25,7 +25,7 @@ def row(op, **seconds):
 CARD = [
     row("add_layer_norm", triton=2.0, inductor=1.0),
     row("mlp", triton=3.0, epilogue=4.0, epilogue_forward=2.0, inductor=5.0),
-    row("attention", triton=3.0, fused_backward=2.0, fa3=1.0, efficient=6.0),
+    row("attention", triton=3.0, fused_backward=2.0, hopper=1.5, fa3=1.0, efficient=6.0),
     row("query_attention", triton=1.0),
 ]
 
@@ -36,9 +36,9 @@ CARD = [
         (DEFAULT, "triton triton fa3 triton"),
         ("epilogues", "triton epilogue_forward fa3 triton"),
         ("two-kernel attention", "triton triton triton triton"),
-        ("one-kernel attention", "triton triton fused_backward triton"),
+        ("one-kernel attention", "triton triton hopper triton"),
         ("libraries' attention", "triton triton fa3 triton"),
-        ("epilogues, one-kernel attention", "triton epilogue_forward fused_backward triton"),
+        ("epilogues, one-kernel attention", "triton epilogue_forward hopper triton"),
         (ALONE, "inductor epilogue_forward fa3 triton"),
         ("reference", "reference reference reference reference"),
         ("reference, compiled", "inductor inductor fa3 triton"),

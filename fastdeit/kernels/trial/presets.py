@@ -30,7 +30,7 @@ LEAST_ROUNDS = 3
 
 ATTENTIONS = {
     "two-kernel attention": ("triton",),
-    "one-kernel attention": ("fused_backward",),
+    "one-kernel attention": ("fused_backward", "hopper"),
     "libraries' attention": ("fa3", "fa4", "efficient", "flash", "cudnn"),
 }
 EPILOGUES = "epilogue", "epilogue_forward", "epilogue_backward", "quack"
