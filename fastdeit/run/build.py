@@ -552,11 +552,7 @@ def teacher(
     with _naming("method.teacher" if config.weights is None else "method.teacher.weights"):
         found = open_weights(address)
         known = found.known
-        if config.classifies and known.num_classes not in (None, num_classes):
-            raise UsageError(
-                f"{found.origin}: the weights know {known.num_classes} classes, but the data set has {num_classes}; "
-                "give a teacher that was trained on this data set"
-            )
+        check_classes(found.origin, config, known.num_classes, num_classes)
         told = [f"{found.origin}: {note}" for note in found.notes]
         of_a_run = found.checkpoint is not None
         trained_as = known.name if known.timm is None else f"timm:{known.timm}"
@@ -588,6 +584,16 @@ def teacher(
         mean, std = built.mean, built.std
     frozen = freeze(built, size_pair(side or size, "method.teacher.image_size"), DTYPES[precision])
     return Teacher(frozen, image_size=side, mean=mean, std=std)
+
+
+def check_classes(origin: str, config: TeacherConfig, known: int | None, num_classes: int) -> None:
+    """Raise UsageError for a teacher whose weights know another number of classes than the data have; None: nothing
+    tells it."""
+    if config.classifies and known not in (None, num_classes):
+        raise UsageError(
+            f"{origin}: the weights know {known} classes, but the data set has {num_classes}; give a teacher that was "
+            "trained on this data set"
+        )
 
 
 def _pixels(size: ImageSize) -> str:

@@ -257,6 +257,11 @@ def is_cached(address: Address) -> bool:
     return timm_model.cached(_with_weights(address)) is not None
 
 
+def published_classes(address: Address) -> int:
+    """Classes that the weights of a timm model know, which timm tells without them. Raises as `is_cached`."""
+    return _with_weights(address).num_classes
+
+
 def _with_weights(address: Address) -> Any:
     config = _published(address.text, address.name)
     if config is None or not config.has_weights:

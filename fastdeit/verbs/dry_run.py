@@ -35,7 +35,7 @@ from fastdeit.recipe.length import settled
 from fastdeit.run import address, build, cached, directory, precision, saver, sharing, teachers
 from fastdeit.run.parts import PhaseSchedule
 from fastdeit.run.request import Request
-from fastdeit.run.weights import is_cached
+from fastdeit.run.weights import is_cached, published_classes
 
 if TYPE_CHECKING:
     from fastdeit.recipe.length import Length
@@ -150,6 +150,8 @@ def _checked(
             options = {"classes": classes, "say": told.append}
             opened = build.teacher(config, build.image_size(recipe), count, own, recipe.engine.precision, **options)
             made[config] = None if ours else opened
+        else:
+            build.check_classes(f"method.teacher: {name}", config, published_classes(address.parse(name)), count)
     if not ours and len(made) < len(recipe.method.teachers()):
         return student, 0  # such a method cannot be made without its teachers
     method = build.method(recipe, student, count, length.total, made.get, source)

@@ -255,7 +255,10 @@ def test_a_dry_run_opens_weights_as_a_start_would(run, bare, data, tmp_path, wri
     assert "it needs blocks.4.norm1.weight" in dry(f"model.weights={run}", "model.name=deit_tiny_patch16_224", code=2)
     assert "the weights know 3 classes, but the data set has 2" in dry(teacher(run), root=other, code=2)
     assert "nothing tells which model" in dry(teacher(bare), code=2)
-    assert "weights   timm:test_vit: would be downloaded" in dry(teacher("timm:test_vit"))
+    assert "weights   timm:test_vit: would be downloaded" in dry("model.weights=timm:test_vit")
+    assert "timm:test_vit: the weights know 1000 classes, but the data set has 3" in dry(
+        teacher("timm:test_vit"), code=2
+    )
     assert "timm publishes no weights" in dry(teacher("timm:vit_small_patch16_18x2_224"), code=2)
 
 
