@@ -80,9 +80,10 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     if cache is not None:
         yield f"teacher   {cached.described(cache)}"
     accumulated = f" in {train.accumulate} micro-batches" if train.accumulate > 1 else ""
+    evaluations = f"{subject.evaluations:,} evaluation{'s' * (subject.evaluations != 1)}"
     yield (
         f"run       {length.epochs:,.6g} epochs of {length.steps_per_epoch:,} steps, {length.total:,} in all, of "
-        f"{train.batch_size:,} images{accumulated}; {subject.evaluations:,} evaluations"
+        f"{train.batch_size:,} images{accumulated}; {evaluations}"
     )
     goes_on = asked.resume and begins is not None
     notes = build.notes(recipe, len(training), student, processes, device, anew=not goes_on)
