@@ -236,6 +236,7 @@ def odd() -> dict[str, bytes]:
     jpeg, cmyk, plain = encoded(PHOTO, quality=90), encoded(PHOTO.convert("CMYK")), encoded(PHOTO, "PNG")
     head, first, *rest = segments(jpeg)
     scans = encoded(PHOTO, progressive=True)
+    last = scans.rindex(b"\xff\xda")
     deep_rows = np.stack((DEEP, DEEP[::-1], DEEP[:, ::-1], DEEP.T), axis=-1).astype(">u2")
     grey, limits = np.asarray(GREY).astype(int), (1, 15, 100, 254)
     return {
@@ -245,7 +246,8 @@ def odd() -> dict[str, bytes]:
         "jpeg progressive, of its first scan": of_first_scans(scans, 1),
         "jpeg progressive, without its last scan": of_first_scans(scans, 9),
         "jpeg progressive, with an end before its last scan": of_first_scans(scans, 9)
-        + scans[scans.rindex(b"\xff\xda") :],
+        + scans[last:],
+        "jpeg progressive, with a comment over its last scan's header": scans[:last] + b"\xff\xfe\0\x0c" + scans[last:],
         "jpeg progressive, grey, of two scans": of_first_scans(encoded(GREY, progressive=True), 2),
         "jpeg lossless": lossless_jpeg(PHOTO),
         "jpeg lossless grey": lossless_jpeg(GREY),
