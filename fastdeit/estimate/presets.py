@@ -2,7 +2,8 @@
 
 A trial times the presets of `kernels/trial/presets.py` on the card. Here the model times those whose kernels it knows:
 attention in two kernels or in one, and the MLP with GELU between its products or in their epilogues. It knows neither
-the attention of libraries that repeats its bits nor what Inductor makes of a single op.
+the attention of libraries that repeats its bits nor what Inductor makes of a single op. That in Gluon for Hopper it
+could not tell from the other kernel of one program a head, which makes the same products.
 """
 
 from collections.abc import Iterable
