@@ -24,6 +24,7 @@ from fastdeit.engine import _fault
 
 LARGEST = 1 << 29
 """Bytes of a metrics.jsonl that is read. A line of each of a million steps has half of that."""
+_TOLD = 10  # damaged lines that are named
 _log = logging.getLogger(__name__)
 
 
@@ -107,8 +108,8 @@ class MetricsLog:
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl in the order of writing.
 
-    A torn last line, which a kill leaves, is ignored; any other line that is not a record is skipped, and a warning
-    says so. Raises MetricsError for a file of more than `LARGEST` bytes, and OSError.
+    A torn last line, which a kill leaves, is ignored; any other line that is not a record is skipped with a
+    warning. Raises MetricsError for a file of more than `LARGEST` bytes, and OSError.
     """
     return [record for _, record in _records(Path(path))]
 
@@ -130,9 +131,10 @@ def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             records.append((line, record))
         else:
             skipped.append(number)
-    if skipped:
-        more = f", and {len(skipped) - 1} more lines are none" if len(skipped) > 1 else ""
-        _log.warning("%s:%d is not a metrics record; skipped%s", path, skipped[0], more)
+    for number in skipped[:_TOLD]:
+        _log.warning("%s:%d is not a metrics record; skipped", path, number)
+    if len(skipped) > _TOLD:
+        _log.warning("%s: %d more lines are none either; skipped", path, len(skipped) - _TOLD)
     return records
 
 

@@ -99,6 +99,14 @@ def test_a_damaged_line_is_named_and_skipped(path, caplog):
     assert [f"{path}:3", f"{path}:4"] == [record.getMessage().split(" ")[0] for record in caplog.records]
 
 
+def test_of_many_damaged_lines_some_are_named_and_the_rest_are_counted(path, caplog):
+    path.parent.mkdir()
+    path.write_bytes(b"\n" * 1000)
+    assert metrics.read(path) == []
+    assert len(caplog.records) == 11
+    assert caplog.records[-1].getMessage() == f"{path}: 990 more lines are none either; skipped"
+
+
 def fail(name):
     raise OSError(errno.ENOSPC, "No space left on device")
 
