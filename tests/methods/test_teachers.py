@@ -272,7 +272,8 @@ def test_a_dry_run_lists_every_teacher(two, tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(recipes.dump(two))
     words = ["method.teacher=[timm:test_resnet, {recipe: first.yaml}]".replace("first", f"{tmp_path}/first")]
     (tmp_path / "first.yaml").write_text(TINY + "method: {use: supervised}\n" + DATA)
-    assert cli(["train", str(tmp_path / "r.yaml"), *words, "data.repeats=1", "train.batch_size=32", "--dry-run"]) == 0
+    more = ["data.repeats=1", "train.batch_size=32", "data.synthetic_classes=1000"]  # as many as timm's weights know
+    assert cli(["train", str(tmp_path / "r.yaml"), *words, *more, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     teachers = [line.split()[1].rstrip(":,") for line in lines if line.startswith("teacher ")]
     assert teachers == ["test_resnet", "tests.small_runs:Tiny"]
