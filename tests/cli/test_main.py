@@ -50,7 +50,7 @@ def calls(monkeypatch):
 
     def read(args, say):
         seen.loaded.append((args.recipe, args.overrides))
-        return SimpleNamespace(recipe=None, goes_on=True)
+        return SimpleNamespace(recipe=None, goes_on=True, run_dir=None, resume=False)
 
     nothing = SimpleNamespace(check=lambda *given: None, check_complete=lambda *given: None, load=lambda *given: None)
     for package, name, instead in (
