@@ -7,7 +7,6 @@ that reaches beyond the tokens of its sample is filled with zeros there, and sto
 
 from functools import cache
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -17,7 +16,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 ROWS = gl.constexpr(64)
 """Queries of a step: the rows of a wgmma."""
 LOG2E = gl.constexpr(1.4426950408889634)
-_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @gluon.constexpr_function
@@ -66,9 +64,14 @@ def chunks(tokens: int) -> tuple[int, ...]:
 
 def boxes(tensor: Tensor, tokens: int, width: int) -> TensorDescriptor:
     """Boxes `[1, tokens, width]` of a contiguous tensor `[B, N, channels]`."""
-    block = [1, tokens, width]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[tensor.dtype])
+    block, layout = [1, tokens, width], _layout(tokens, width)
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+@cache
+def _layout(tokens: int, width: int) -> gl.NVMMASharedLayout:
+    """That of a box in shared memory, of either kind of 16 bits. It is kept, because making it takes microseconds."""
+    return gl.NVMMASharedLayout.get_default_for([1, tokens, width], gl.float16)
 
 
 def chunk_boxes(tensor: Tensor, width: int) -> list[TensorDescriptor | None]:
