@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from importlib import util
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 
 def module_from(path: Path, name: str) -> ModuleType:
@@ -28,7 +27,7 @@ def changed(text: str, old: str, new: str) -> str:
 def planted(modules: Sequence[ModuleType], file: str, old: str, new: str, folder: Path) -> Iterator[None]:
     """Inside, importing these modules, which import one another in this order, gives new ones, and that of `file` has
     the change."""
-    with mock.patch.dict(sys.modules):
+    try:
         for module in modules:
             path = Path(module.__file__)
             if path.name == file:
@@ -37,3 +36,5 @@ def planted(modules: Sequence[ModuleType], file: str, old: str, new: str, folder
                 path.write_text(text)
             module_from(path, module.__name__)
         yield
+    finally:  # these alone: what else was imported meanwhile stays
+        sys.modules.update((module.__name__, module) for module in modules)

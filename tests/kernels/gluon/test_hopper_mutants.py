@@ -22,6 +22,7 @@ from tests.kernels.gluon.on_machine import far, packed, prove
 MODULES = tiles, forward, backward
 MUTANTS = {mutant.name: mutant for mutant in mutants_in(Path(__file__).with_name("mutants.diff"))}
 CALLS = {
+    "1 head": lambda: (packed(torch.float16, 1, 70, 1), 1),
     "2 samples": lambda: (packed(torch.float16, 2, 70, 2), 2),
     "far below": lambda: (far(torch.float16, 70, -1), 1),
     "198 tokens": lambda: (packed(torch.bfloat16, 1, 198, 1), 1),
