@@ -72,6 +72,15 @@ def _unknown_zero():
 
 
 @gluon.jit
+def _at(buffers, number):
+    """The buffer of that number of each allocation."""
+    chosen = ()
+    for c in gl.static_range(len(buffers)):
+        chosen = chosen + (buffers[c].index(number),)
+    return chosen
+
+
+@gluon.jit
 def _columns(chunk, WIDTH: gl.constexpr):
     """A chunk of keys or values `[KEYS, WIDTH]`."""
     return chunk.reshape([chunk.shape[1], WIDTH])
@@ -228,7 +237,7 @@ def backward_kernel(
 
     dq = warpgroup_mma_wait(0, deps=[dq])
     zero = _unknown_zero()
-    column += zero
+    column += zero  # so that nothing of the stores below is computed before
     key_sum = gl.zeros([WIDTH], gl.float32, OF_ROW)
     value_sum = gl.zeros([WIDTH], gl.float32, OF_ROW)
     gl.barrier()  # all warps have waited: keys and values are read no more
@@ -256,15 +265,6 @@ def backward_kernel(
         gl.store(partial + MIXED + gl.arange(0, WIDTH, OF_ROW), key_sum)
         gl.store(partial + 2 * MIXED + gl.arange(0, WIDTH, OF_ROW), value_sum)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _at(buffers, number):
-    """The buffer of that number of each allocation."""
-    chosen = ()
-    for c in gl.static_range(len(buffers)):
-        chosen = chosen + (buffers[c].index(number),)
-    return chosen
 
 
 _triton.expect(backward_kernel, loads=0, stores=0, products=True, boxes=True)
