@@ -48,6 +48,16 @@ DAMAGE = {
     "half a row": (lambda file: damaged(file, lambda c: c["rows"][0].pop("backend")), "it is damaged (TypeError"),
     "short shape": (lambda file: damaged(file, lambda c: c["rows"][0]["shape"].pop()), "it is damaged (TypeError"),
     "no time": (lambda file: damaged(file, lambda c: c["rows"][0].update(seconds={})), "it is damaged (ValueError"),
+    "a word for a time": (
+        lambda file: damaged(file, lambda c: c["rows"][0]["seconds"].update(slow="x")),
+        "it is damaged (ValueError",
+    ),
+    "a preset with a word for a time": (
+        lambda file: damaged(
+            file, lambda c: c["wholes"].append(UNTIMED | {"seconds": {"epilogues": 1, "default": "x"}})
+        ),
+        "it is damaged (ValueError: the preset epilogues has no time of default",
+    ),
     "no presets": (lambda file: damaged(file, lambda c: c.pop("wholes")), "is not used: it is damaged (KeyError"),
     "a preset without time": (
         lambda file: damaged(file, lambda c: c["wholes"].append(UNTIMED)),

@@ -1,6 +1,7 @@
 """Whole steps in presets: what a preset takes, which one wins, and what becomes of it in the next run."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -147,15 +148,35 @@ def test_a_step_of_other_calls_is_timed_anew(rehearsed, make):
     assert [whole.preset for whole in tuner.wholes] == ["reference, compiled"]
 
 
-def test_a_preset_that_fails_is_left_out(rehearsed):
+@pytest.mark.parametrize("good", [0, 2])
+def test_a_preset_that_fails_is_left_out(rehearsed, good):
+    """Also where it does after some good steps, as where memory is short; what it held is free for those after it."""
+    held, alive = [], []
+
     def own(name, call):
+        alive.append(sum(ref() is not None for ref in held))
         if name == "preset reference":
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            activations = torch.nn.Identity()
+            held.append(weakref.ref(activations))
+            if len(held) > good:
+                raise torch.OutOfMemoryError("CUDA out of memory")
         return clock(name, call)
 
     _, tuner = rehearsed(ORDER, clock=own)
     assert [whole.preset for whole in tuner.wholes] == ["reference, compiled"]
     assert tuner.wholes[0].failed == {"reference": "OutOfMemoryError: CUDA out of memory"}
+    assert len(held) > good
+    assert not any(alive)
+
+
+def test_where_no_preset_runs_the_error_is_that_of_the_step(rehearsed):
+    def own(name, call):
+        if name.startswith("preset"):
+            raise ZeroDivisionError(name)
+        return clock(name, call)
+
+    with pytest.raises(ZeroDivisionError, match="preset reference, compiled"):
+        rehearsed({}, clock=own)
 
 
 def test_a_budget_that_does_not_reach_the_presets(rehearsed, monkeypatch, cache):

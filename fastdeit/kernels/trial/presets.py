@@ -12,7 +12,6 @@ attention what was fastest alone. The default gives way only to a preset that wa
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import product
 from time import monotonic
@@ -100,30 +99,33 @@ class Times:
     complete: bool = True
 
 
-def timed(
-    names: Sequence[str], run: Callable[[str], float], seconds: float, share: Callable[[Any], Any], main: bool
-) -> Times:
+def timed(names: Sequence[str], run: Callable[[str], float], seconds: float, share: Callable[[Any], Any]) -> Times:
     """`run(name)` makes a step in a preset, and returns how long it took. A first round is thrown away. All processes
     make as many steps, as many as the main one's `seconds` leave time for; the times are the main one's. What fails
-    there is left out; if all do, the last error is raised."""
-    began, found, last = monotonic(), Times(complete=False), None
+    there is left out, whenever it does; if all do, the last error is raised."""
+    began, found = monotonic(), Times(complete=False)
+
+    def made(name: str) -> float | None:
+        try:
+            return run(name)
+        except Exception as error:  # kept as a line: an error holds the frames that it left, and their activations
+            found.failed[name] = line(error)
+            if len(found.failed) == len(names):
+                raise
+            return None
+
     for name in names:
         if not share(monotonic() - began < seconds):
             return found
-        try:
-            run(name)
-        except Exception as error:
-            found.failed[name], last = line(error), error
-    if last is not None and len(found.failed) == len(names):
-        raise last
+        made(name)
     spent = monotonic() - began
     count, found.failed = share((min(ROUNDS, int((seconds - spent) / max(spent, 1e-9))), found.failed))
     found.complete = count >= LEAST_ROUNDS
-    found.rounds = {name: [] for name in names if name not in found.failed}
+    rounds: dict[str, list[float | None]] = {name: [] for name in names if name not in found.failed}
     for number in range(count if found.complete else 0):
-        for name in list(found.rounds) if number % 2 == 0 else reversed(list(found.rounds)):
-            with nullcontext() if main else suppress(Exception):
-                found.rounds[name].append(run(name))
+        for name in list(rounds) if number % 2 == 0 else reversed(list(rounds)):
+            rounds[name].append(made(name))
+    found.rounds = {name: times for name, times in rounds.items() if name not in found.failed}
     return found
 
 

@@ -211,9 +211,7 @@ def _row(values: dict[str, Any]) -> Row:
     kinds = {"op": str, "backend": str, "seconds": dict, "failed": dict}
     if not all(isinstance(getattr(row, name), kind) for name, kind in kinds.items()):
         raise TypeError(f"{values} is no row")
-    times = row.seconds.get(row.backend), row.seconds.get(REFERENCE)
-    if not all(map(_is_time, times)):
-        raise ValueError(f"a row of {row.op} has no times of {row.backend} and {REFERENCE}")
+    _check_times(f"a row of {row.op}", row.seconds, row.backend, REFERENCE)
     return row
 
 
@@ -223,10 +221,13 @@ def _whole(values: dict[str, Any]) -> Whole:
     kinds = {"calls": str, "preset": str, "seconds": dict, "failed": dict}
     if not all(isinstance(getattr(whole, name), kind) for name, kind in kinds.items()):
         raise TypeError(f"{values} is no preset")
-    if not _is_time(whole.seconds.get(whole.preset)):
-        raise ValueError(f"the preset {whole.preset} has no time")
+    _check_times(f"the preset {whole.preset}", whole.seconds, whole.preset)
     return whole
 
 
-def _is_time(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
+def _check_times(whose: str, seconds: dict[str, Any], *names: str) -> None:
+    """ValueError unless there are times under these names, and nothing but times under others."""
+    for name in (*names, *seconds):
+        value = seconds.get(name)
+        if not (isinstance(value, int | float) and value > 0):
+            raise ValueError(f"{whose} has no time of {name}")

@@ -248,7 +248,7 @@ class Tuning:
 
         began = monotonic()
         try:
-            found = trial_presets.timed([*choices], step, self._left_of_presets, self._share, self._main)
+            found = trial_presets.timed([*choices], step, self._left_of_presets, self._share)
         finally:
             self._left_of_presets -= monotonic() - began
             self._tried.chosen, self.rows = before, rows
