@@ -157,8 +157,11 @@ def _is_here(host: str) -> bool:
 
 
 def _own_address(host: str, port: int) -> str | None:
-    """The address of this machine on its way to `host`, which the others can reach; None where there is no way. torch
-    gives them the name of this machine instead, which they need not know."""
+    """The address of this machine that the others can reach; None where there is none. That is `host` where it is this
+    machine: the others meet there, while here its name may stand for a loopback address, as Debian enters it. Else it
+    is the address on the way to `host`. torch gives them the name of this machine instead, which they need not know."""
+    if _is_here(host):
+        return host
     for family, address in _addresses(host, port):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as tried:
             tried.connect(address)  # of a datagram: nothing is sent

@@ -488,6 +488,13 @@ def test_a_machine_is_known_by_its_addresses():
     assert agent._own_address("no-such-host.invalid", 29500) is None
 
 
+def test_where_the_launchers_meet_is_known_to_the_others_by_that_name(monkeypatch):
+    """Debian enters a machine's own name as 127.0.1.1: what is bound or connected there is no address for others."""
+    here = [(socket.AF_INET, ("127.0.1.1", 29500))]
+    monkeypatch.setattr(agent, "_addresses", lambda host, port: here if host == "node1" else [])
+    assert agent._own_address("node1", 29500) == "node1"
+
+
 def test_settings_from_the_environment():
     assert launch.grace_seconds({}) == 60
     assert launch.grace_seconds({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}) == 90
