@@ -74,6 +74,11 @@ SETS = {
     ),
     "ids": (lists("id,breed", *lines("{},{}", "01110"), images=[f"images/{one}.png" for one in "abcde"]), [], NUMBERS),
     "other columns": (lists("n,Where,What", *lines('1,"{}.jpg", {}', "01110")), OTHER, NUMBERS),
+    "names that Python takes for numbers": (
+        lists("path,label", *lines("{}.jpg,{}", ("0_2", "1e5", "1e5", "1e5", "0_2"))),
+        [],
+        (["0_2", "1e5", "1e5"], ["1e5", "0_2"]),
+    ),
     "tabs": (
         lists("x\ttarget\timg", *lines("9\t{1}\t{0}.jpg", "01110"), train="train.tsv", val="val.tsv"),
         [],
@@ -173,7 +178,7 @@ REFUSED = {
             [],
             rf"train\.csv, line 3: the label '{label}' is neither a class number nor a name",
         )
-        for label in ("-1", "1.0", "nan")
+        for label in ("-1", "1.0", "1e-05", "NaN", "nan", "-inf")
     },
     "half a character": (
         lists('{"path": "a.jpg", "label": "\\ud800"}', *[""] * 4, **JSON),

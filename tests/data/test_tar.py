@@ -111,6 +111,11 @@ def test_keys_may_have_dots(root, varied):
 CLS = [b"cat\n", b"dog", b"a cat", b"dog"]
 LABELS = {
     "names": ([("cls", data) for data in CLS], "label", ["cat", "dog", "a cat", "dog"]),
+    "names that Python takes for numbers": (
+        [("cls", data) for data in (b"0_2", b"1e5", b"0_2", b"4_6")],
+        "label",
+        ["0_2", "1e5", "0_2", "4_6"],
+    ),
     "names in JSON": (
         [("json", b'{"label": "%s"}' % data) for data in (b"n02", b"n01", "caf\u00e9".encode(), b"n01")],
         "label",
@@ -150,7 +155,7 @@ def test_labels_are_numbers_or_names(root, varied, name):
         ours = TarSource(root, ["0.tar", "1.tar"], field)
         assert [ours.classes[ours.label(i)] for i in range(4)] == expected
         assert [ours.read(i).tobytes() for i in range(4)] == varied[:4]
-    named = not expected[0].isdigit()
+    named = not all(label.isdigit() for label in expected)
     assert ours.classes == (sorted(set(expected)) if named else [str(n) for n in range(max(map(int, expected)) + 1)])
 
 

@@ -24,6 +24,7 @@ EXTENSIONS = (
     *(".avif", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".pbm", ".pnm"),
 )
 _MAX_CONTENTS = 1 << 32
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]\d+)?|[+-]?(nan|inf)", re.ASCII | re.IGNORECASE)
 MAX_LABEL = 999_999  # beyond any image data set: a larger one is some other number
 
 
@@ -135,13 +136,9 @@ def text_of(path: Path) -> str:
 
 
 def is_no_class(label: str) -> bool:
-    """Whether a label is written as a number that is no class number, or as "nan", as programs write one that is
-    missing."""
-    try:
-        float(label)
-    except ValueError:
-        return False
-    return not (label.isascii() and label.isdigit())
+    """Whether a label is a number that is no class number, or "nan" as of a missing one, written as programs write
+    these. Python also takes names for numbers, such as 0_2 and 1e5."""
+    return not (label.isascii() and label.isdigit()) and _NUMBER.fullmatch(label) is not None
 
 
 def class_numbers(labels: NDArray[np.int64], root: str | Path) -> list[str]:

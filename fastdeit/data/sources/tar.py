@@ -33,8 +33,9 @@ from fastdeit.data.sources.shards import Index, Skipped, any_of, cached, of_spli
 from fastdeit.data.sources.source import EXTENSIONS, MAX_LABEL, BadImage, DataError, class_numbers, is_no_class
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+_WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
 _IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
-_CACHE_FORMAT = "3"
+_CACHE_FORMAT = "4"
 _LABEL_FIELD = "label"
 _LABEL_BYTES = 1 << 20
 _NAME_LENGTH = 200
@@ -264,11 +265,10 @@ def _number_or_name(value: object) -> int | str | None:
     if not isinstance(value, str):
         return value if type(value) is int else None
     text = value.strip()
-    try:
+    if _WHOLE.fullmatch(text):
         return int(text)
-    except ValueError:
-        if not 0 < len(text) <= _NAME_LENGTH or not text.isprintable() or is_no_class(text):
-            raise
+    if not 0 < len(text) <= _NAME_LENGTH or not text.isprintable() or is_no_class(text):
+        raise ValueError(f"{text!r} is neither a class number nor a name")
     return text
 
 
