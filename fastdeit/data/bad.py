@@ -22,6 +22,7 @@ from fastdeit.text import one_line
 FILE = "bad_images.jsonl"
 OnBad = Callable[[str, str], None]
 
+_LARGEST = 1 << 29  # bytes of the file: those of millions of images
 _LISTED = 20
 _HANDFUL, _SHARE = 5, 10
 
@@ -95,8 +96,8 @@ class BadList:
             with open(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), "r+b", buffering=0) as file:
                 with suppress(OSError):  # a file system without locks: two may then tell of the same image
                     fcntl.flock(file, fcntl.LOCK_EX)
-                if os.fstat(file.fileno()).st_size > jsons.LARGEST:
-                    raise OSError(errno.EFBIG, f"it has more than {jsons.LARGEST >> 20} MiB")
+                if os.fstat(file.fileno()).st_size > _LARGEST:
+                    raise OSError(errno.EFBIG, f"it has more than {_LARGEST >> 20} MiB")
                 self._take_up(file)
                 new = bool(entry) and self._enter(*entry)
                 if new:

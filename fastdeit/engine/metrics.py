@@ -119,7 +119,9 @@ def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     try:
         data = files.read(path, LARGEST)
     except ValueError as error:
-        raise MetricsError(f"{path} is no log of metrics: {error}") from error
+        raise MetricsError(
+            f"{path} is no log of metrics: {error}; move it away, and the run goes on with a new one"
+        ) from error
     for number, line in enumerate(io.BytesIO(data), 1):
         if not line.endswith(b"\n"):
             break

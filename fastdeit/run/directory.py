@@ -258,7 +258,13 @@ def _owned(given: Path | None, name: str, say: Callable[[str], None], resume: bo
 
 def _refuse_links(path: Path) -> None:
     """Raise UsageError where a file that a run writes is a link, or no file: a run that somebody else has made would
-    lead what this one writes to another place. `checkpoints` may be a link to a folder on another disk."""
+    lead what this one writes to another place. `checkpoints` may be a link to a folder on another disk; where that is
+    not mounted, the run would begin anew, and end at its first checkpoint."""
+    checkpoints = path / CHECKPOINTS
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        raise UsageError(
+            f"{checkpoints} is no folder, or a link that leads to none; mount its disk, or choose another --run-dir"
+        )
     for name in sorted(os.listdir(path)):
         written, known = name.removeprefix(".tmp-"), True
         with suppress(FileNotFoundError):  # it was that of a process that has just ended

@@ -4,6 +4,7 @@ Everything is read from small files, so that hundreds of runs are listed at once
 """
 
 import fcntl
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fastdeit.recipe.yaml import Problems, Reader, plain
 from fastdeit.text import did_you_mean
 
 RUNS = Path("runs")
+_log = logging.getLogger(__name__)
 LOG, SUMMARY, RECIPE, LOCK = "metrics.jsonl", "summary.json", "recipe.yaml", "lock.json"
 ENVIRONMENT = "environment.json"
 
@@ -124,10 +126,16 @@ def read(path: Path) -> Overview:
 
 
 def all_in(folder: Path) -> Iterator[Overview]:
-    """The runs directly in `folder`, the newest first. Raises UsageError where there is no such folder."""
+    """The runs directly in `folder`, the newest first; a warning says which cannot be read. Raises UsageError where
+    there is no such folder."""
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}; `fastdeit train` puts runs into {RUNS}/ where it is started")
-    found = [read(path) for path in folder.iterdir() if is_run(path)]
+    found = []
+    for path in filter(is_run, folder.iterdir()):
+        try:
+            found.append(read(path))
+        except UsageError as error:
+            _log.warning("%s", error)
     yield from sorted(found, key=lambda run: run.seconds)
 
 

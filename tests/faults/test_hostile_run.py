@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -129,14 +130,28 @@ def test_a_log_of_metrics_without_end_is_refused(run):
     os.truncate(folder / "metrics.jsonl", 1 << 40)
     with pytest.raises(metrics.MetricsError, match=r"metrics\.jsonl is no log of metrics: it has more than 512 MiB"):
         metrics.read(folder / "metrics.jsonl")
-    with pytest.raises(UsageError, match="it has more than 512 MiB"):
+    with pytest.raises(UsageError, match="it has more than 512 MiB; move it away"):
         overview.read(folder)
 
 
-def test_a_list_of_bad_images_without_end_is_refused(tmp_path):
-    (tmp_path / "bad_images.jsonl").touch()
+def test_a_run_that_cannot_be_read_hides_no_other(run, capsys, caplog):
+    folder = run()
+    shutil.copytree(folder, folder.parent / "another")
+    os.truncate(folder / "metrics.jsonl", 1 << 40)
+    assert READERS["list"](folder) == 0
+    assert "\nanother " in capsys.readouterr().out
+    assert "run/metrics.jsonl is no log of metrics: it has more than 512 MiB" in caplog.text
+
+
+def test_a_list_of_bad_images_may_be_long_and_is_not_without_end(tmp_path):
+    """A hundredth of ImageNet-21k are more than a hundred thousand lines."""
+    lines = {"split": "val", "index": 5, "path": "x" * 1000, "reason": "y" * 1000}
+    (tmp_path / "bad_images.jsonl").write_text(10_000 * (json.dumps(lines) + "\n"))
+    known = BadList("val")
+    known.keep_in(tmp_path)
+    assert known.entries() == [("x" * 1000, "y" * 1000)]
     os.truncate(tmp_path / "bad_images.jsonl", 1 << 40)
-    with pytest.raises(MachineError, match="cannot be kept: it has more than 16 MiB"):
+    with pytest.raises(MachineError, match="cannot be kept: it has more than 512 MiB"):
         BadList("train").keep_in(tmp_path)
 
 
@@ -167,6 +182,18 @@ def test_checkpoints_and_what_is_the_users_may_be_links(tmp_path):
         (run / name).symlink_to(tmp_path / f"my_{name}")
     with directory.claim(run, "x", CPU, print, resume=True):
         pass
+
+
+def test_checkpoints_that_lead_nowhere_are_refused(tmp_path):
+    """A disk that is not mounted: the run on it would begin anew, and lose its place at its first checkpoint."""
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    for check in (
+        lambda: directory.check_free(tmp_path, resume=True),
+        directory.claim(tmp_path, "x", CPU, print, resume=True).__enter__,
+    ):
+        with pytest.raises(UsageError, match="checkpoints is no folder, or a link that leads to none; mount its disk"):
+            check()
+    assert os.listdir(tmp_path) == ["checkpoints"]
 
 
 def test_a_fork_copies_of_a_teacher_what_is_of_its_run(tmp_path):
