@@ -52,3 +52,5 @@ def twice(a, b, c, sums, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     gl.barrier()
     tma.async_store(c, [rows, 0], left)
     tma.store_wait(0)
+    for number in gl.static_range(2):
+        mbarrier.invalidate(arrived.index(number))

@@ -11,7 +11,8 @@ by those of this file, and values are PyTorch's tensors. What is asynchronous on
     proxies         what threads have written into shared memory is seen by wgmma and TMA after a fence and then a
                     barrier; what these have read is written by threads after a wait and then a barrier
     mbarriers       are set up once, and seen after a fence and a barrier; a wait for a phase that cannot end is a
-                    deadlock
+                    deadlock. At the end all are invalid, behind the last waits and a barrier: Triton gives the memory
+                    of one that is used no more to other data, which PTX forbids before
 
 Every access of global memory is held against its tensor, and no element is written twice in a launch, or read after it
 was written there. Products of 16-bit operands are added up in float32.
@@ -313,6 +314,7 @@ class Mbarrier:
         self.count = 0
         self.seen = _SEEN
         self.phase, self.pending, self.bytes = 0, 0, 0
+        self.waited = False  # since the last barrier of threads
         self.loads: list[tuple[Shared, Tensor, int]] = []
 
     def init(self, count: int) -> None:
@@ -336,6 +338,7 @@ class Mbarrier:
 
     def wait(self, phase: int) -> None:
         self.check()
+        self.waited = True
         if self.phase % 2 != phase:
             return
         for target, values, size in self.loads:
@@ -348,6 +351,14 @@ class Mbarrier:
             missing = f"{self.pending} arrivals" if self.pending else f"{self.bytes} bytes"
             raise Fault("deadlock", f"a wait for a barrier that lacks {missing}")
         self.phase, self.pending = self.phase + 1, self.count
+
+    def invalidate(self) -> None:
+        self.check()
+        if self.loads:
+            raise Fault("end", "a barrier is made invalid while a load is still to arrive at it")
+        if self.waited:
+            raise Fault("barrier", "a barrier is made invalid that other threads may still wait for")
+        self.count = 0
 
 
 class Mbarriers:
@@ -414,6 +425,7 @@ class Machine:
         for barrier in self.barriers:
             if barrier.seen == _FENCED:
                 barrier.seen = _SEEN
+            barrier.waited = False
 
     # ---- TMA
 
@@ -474,6 +486,8 @@ class Machine:
         """The program ends."""
         if any(barrier.loads for barrier in self.barriers):
             raise Fault("end", "a load is under way when the kernel ends")
+        if any(barrier.count for barrier in self.barriers):
+            raise Fault("mbarrier", "a barrier is not made invalid when the kernel ends")
         if self.products or self.stores:
             raise Fault("end", "a product or a store is under way when the kernel ends")
 
@@ -533,6 +547,7 @@ class Machine:
             init=lambda barrier, count: barrier.init(count),
             expect=lambda barrier, size: barrier.expect(size),
             wait=lambda barrier, phase: barrier.wait(phase),
+            invalidate=lambda barrier: barrier.invalidate(),
         )
         return {
             "gl": functions,

@@ -90,6 +90,9 @@ def test_tensors_of_any_layout():
         assert shifted.data_ptr() % 16
         assert torch.equal(kernels.attention(shifted, 1), out)
         assert torch.equal(kernels.attention(qkv.repeat(1, 1, 2)[..., :192], 1), out)
+        # Contiguous, and TMA would not take the strides of the dimensions of size 1.
+        odd = qkv[:, :1].contiguous().as_strided((1, 1, 192), (1, 1, 1))
+        assert torch.equal(kernels.attention(odd, 1), kernels.attention(qkv[:, :1], 1))
 
 
 def test_chunks_cover_the_tokens():

@@ -26,7 +26,26 @@ FAULTS = {
         f"{FENCE}    left = gl",
         "    fence_async_shared()\n    left = gl",
     ),
-    "a barrier is not set up": ("mbarrier", "static_range(2)", "static_range(1)"),
+    "a barrier is not set up": (
+        "mbarrier",
+        "static_range(2):\n        mbarrier.init",
+        "static_range(1):\n        mbarrier.init",
+    ),
+    "a barrier is valid at the end": (
+        "mbarrier",
+        "static_range(2):\n        mbarrier.invalidate",
+        "static_range(1):\n        mbarrier.invalidate",
+    ),
+    "a barrier is used that is invalid": (
+        "mbarrier",
+        "mbarrier.invalidate(arrived.index(number))",
+        "mbarrier.invalidate(arrived.index(number * 0))",
+    ),
+    "a barrier is made invalid that others wait for": (
+        "barrier",
+        "    tma.store_wait(0)\n",
+        "    tma.store_wait(0)\n    mbarrier.wait(arrived.index(1), 0)\n",
+    ),
     "a barrier is set up twice": ("mbarrier", "init(arrived.index(number)", "init(arrived.index(number * 0)"),
     "a load is not waited for": ("early", "    mbarrier.wait(arrived.index(0), 0)\n", ""),
     "a wait for the phase before": ("early", "wait(arrived.index(1), 0)", "wait(arrived.index(1), 1)"),

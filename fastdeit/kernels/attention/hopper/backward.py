@@ -33,6 +33,7 @@ from fastdeit.kernels.attention.hopper.tiles import (
     barriers,
     boxes,
     chunk_boxes,
+    invalidate,
     load_chunks,
     present,
 )
@@ -249,6 +250,11 @@ def backward_kernel(
             value_sum += gl.convert_layout(gl.sum(dv, 1), OF_ROW)
         _columns(keys[c].index(zero), WIDTH).permute((1, 0)).store(dk.to(dtype))
         _columns(values[c].index(zero), WIDTH).permute((1, 0)).store(dv.to(dtype))
+    if partial is not None:
+        if BLOCKS > 1:
+            dq += dq_sum.load(accumulator(WIDTH, GROUPS))
+        # Sums need memory of the compiler's. Behind the last stores it might be what these still read.
+        query_sum = gl.sum(dq, 0)
     fence_async_shared()
     gl.barrier()
     tma.async_store(drows, [batch, (BLOCKS - 1) * ROWS, column], outs.index(BLOCKS - 1 + zero))
@@ -258,12 +264,13 @@ def backward_kernel(
         tma.async_store(of_gradients[c], [batch, start, 2 * MIXED + column], values[c].index(zero))
         start += of_gradients[c].block_shape[1]
     if partial is not None:
-        if BLOCKS > 1:
-            dq += dq_sum.load(accumulator(WIDTH, GROUPS))
         partial += batch.to(gl.int64) * (3 * MIXED) + column
-        gl.store(partial + gl.arange(0, WIDTH, OF_COLUMN), gl.sum(dq, 0))
+        gl.store(partial + gl.arange(0, WIDTH, OF_COLUMN), query_sum)
         gl.store(partial + MIXED + gl.arange(0, WIDTH, OF_ROW), key_sum)
         gl.store(partial + 2 * MIXED + gl.arange(0, WIDTH, OF_ROW), value_sum)
+    invalidate(key_arrived, CHUNKS)
+    invalidate(value_arrived, CHUNKS)
+    invalidate(row_arrived, BLOCKS)
     tma.store_wait(0)
 
 

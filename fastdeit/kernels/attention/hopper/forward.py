@@ -30,6 +30,7 @@ from fastdeit.kernels.attention.hopper.tiles import (
     barriers,
     boxes,
     chunk_boxes,
+    invalidate,
     load_chunks,
     present,
 )
@@ -141,6 +142,9 @@ def forward_kernel(
         fence_async_shared()
         gl.barrier()
         tma.async_store(mixed, [batch, block * ROWS, column], queries.index(block))
+    invalidate(key_arrived, CHUNKS)
+    invalidate(value_arrived, CHUNKS)
+    invalidate(query_arrived, BLOCKS)
     tma.store_wait(0)
 
 

@@ -45,6 +45,14 @@ def barriers(COUNT: gl.constexpr):
 
 
 @gluon.jit
+def invalidate(made, COUNT: gl.constexpr):
+    """Where the kernel ends, behind a barrier of the threads: mbarriers are used no more. Without this use the compiler
+    would put other data into their memory once nobody waits for them, which PTX forbids while they are set up."""
+    for number in gl.static_range(COUNT):
+        mbarrier.invalidate(made.index(number))
+
+
+@gluon.jit
 def load_chunks(boxes, chunks, batch, column, arrived):
     """Begin to load the keys, or the values, of a head: each chunk arrives at a barrier of its own."""
     start = 0
@@ -65,7 +73,9 @@ def chunks(tokens: int) -> tuple[int, ...]:
 def boxes(tensor: Tensor, tokens: int, width: int) -> TensorDescriptor:
     """Boxes `[1, tokens, width]` of a contiguous tensor `[B, N, channels]`."""
     block, layout = [1, tokens, width], _layout(tokens, width)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+    # Not the tensor's own strides: of a dimension of size 1 that is any number, and TMA takes multiples of 16 bytes.
+    _, length, channels = tensor.shape
+    return TensorDescriptor(tensor, list(tensor.shape), [length * channels, channels, 1], block, layout)
 
 
 @cache
