@@ -322,7 +322,7 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
     for _, size in recipe.data.size_schedule:
         _check_takes(built, size)
     if config.weights is not None:
-        with _naming("model.weights"):
+        with naming("model.weights"):
             found = open_weights(config.weights)
             notes = load(built, found, purpose="student", classes=classes, grid=config.weights_grid)
         for note in (*found.notes, *notes) or ("all tensors fit",):
@@ -410,7 +410,7 @@ def not_taken(size: tuple[int, int], error: Exception) -> UsageError:
 
 
 @contextmanager
-def _naming(field: str) -> Iterator[None]:
+def naming(field: str) -> Iterator[None]:
     """Errors of usage inside say which field of the recipe they come from."""
     try:
         yield
@@ -549,7 +549,7 @@ def teacher(
     """
     name = config.model if config.timm is None else f"timm:{config.timm}"
     address = config.weights or (str(trained) if config.recipe is not None else name)
-    with _naming("method.teacher" if config.weights is None else "method.teacher.weights"):
+    with naming(teacher_field(config)):
         found = open_weights(address)
         known = found.known
         check_classes(found.origin, config, known.num_classes, num_classes)
@@ -584,6 +584,11 @@ def teacher(
         mean, std = built.mean, built.std
     frozen = freeze(built, size_pair(side or size, "method.teacher.image_size"), DTYPES[precision])
     return Teacher(frozen, image_size=side, mean=mean, std=std)
+
+
+def teacher_field(config: TeacherConfig) -> str:
+    """The field of a recipe that says where the weights of the teacher are."""
+    return "method.teacher" if config.weights is None else "method.teacher.weights"
 
 
 def check_classes(origin: str, config: TeacherConfig, known: int | None, num_classes: int) -> None:

@@ -140,19 +140,20 @@ def _checked(
     ours = recipe.method.use in METHODS
     with torch.device("meta") if ours else nullcontext():
         student = build.model(recipes.without_weights(recipe), count, told.append)
-    if anew and recipe.model.weights is not None and not _is_far(recipe.model.weights, told):
+    if anew and recipe.model.weights is not None and not _is_far("model.weights", recipe.model.weights, told):
         build.model(recipe, count, told.append, classes)
     made: dict[TeacherConfig, Teacher | None] = {}
     for config in recipe.method.teachers():
         name, own = f"timm:{config.timm}" if config.weights is None else config.weights, known.get(config)
         if own is not None and not isinstance(own, Path):
             made[config] = None if ours else build.untrained_teacher(own, config, count)
-        elif own is not None or not _is_far(name, told):
+        elif own is not None or not _is_far(build.teacher_field(config), name, told):
             options = {"classes": classes, "say": told.append}
             opened = build.teacher(config, build.image_size(recipe), count, own, recipe.engine.precision, **options)
             made[config] = None if ours else opened
         else:
-            build.check_classes(f"method.teacher: {name}", config, published_classes(address.parse(name)), count)
+            with build.naming(build.teacher_field(config)):
+                build.check_classes(name, config, published_classes(address.parse(name)), count)
     if not ours and len(made) < len(recipe.method.teachers()):
         return student, 0  # such a method cannot be made without its teachers
     method = build.method(recipe, student, count, length.total, made.get, source)
@@ -166,11 +167,12 @@ def _checked(
     return student, saver.size(saver.held(method, optimizer, ema))
 
 
-def _is_far(text: str, told: list[str]) -> bool:
-    """Whether the weights of timm at the address `text` would have to be downloaded, which is then told."""
-    where = address.parse(text)
-    if where.kind != "timm" or is_cached(where):
-        return False
+def _is_far(field: str, text: str, told: list[str]) -> bool:
+    """Whether the weights of timm at the address `text` of a field would have to be downloaded, which is then told."""
+    with build.naming(field):
+        where = address.parse(text)
+        if where.kind != "timm" or is_cached(where):
+            return False
     told.append(f"{text}: would be downloaded, so it is not opened here")
     return True
 

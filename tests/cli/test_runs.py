@@ -256,10 +256,12 @@ def test_a_dry_run_opens_weights_as_a_start_would(run, bare, data, tmp_path, wri
     assert "the weights know 3 classes, but the data set has 2" in dry(teacher(run), root=other, code=2)
     assert "nothing tells which model" in dry(teacher(bare), code=2)
     assert "weights   timm:test_vit: would be downloaded" in dry("model.weights=timm:test_vit")
-    assert "timm:test_vit: the weights know 1000 classes, but the data set has 3" in dry(
+    assert "method.teacher.weights: timm:test_vit: the weights know 1000 classes, but" in dry(
         teacher("timm:test_vit"), code=2
     )
-    assert "timm publishes no weights" in dry(teacher("timm:vit_small_patch16_18x2_224"), code=2)
+    nowhere = "timm:vit_small_patch16_18x2_224"
+    assert f"method.teacher.weights: {nowhere}: timm publishes no weights" in dry(teacher(nowhere), code=2)
+    assert "model.weights: timm:nope: timm " in dry("model.weights=timm:nope", code=2)
 
 
 def test_a_recipe_that_needs_weights_is_refused_before_anything_is_made(capsys, tmp_path, monkeypatch):
