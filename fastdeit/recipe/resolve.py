@@ -467,6 +467,8 @@ def _validated(name: str, root: Item, problems: Problems) -> Recipe:
 
 def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
     """What valid sections have against each other; of sections that are missing in `parts` nothing is said."""
+    sections = {name: parts[name] for name in _SECTIONS if parts.get(name)}
+    yield from ((path, "has a line break; a text of a recipe is one line") for path in _broken_texts(sections))
     model, method, data, optim, train = (parts.get(name) for name in ("model", "method", "data", "optim", "train"))
     if method and data:
         yield from _view_conflicts(method, data, model.image_size if model else None)
@@ -500,6 +502,24 @@ def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
             f"must be less than train.epochs ({train.epochs}), got {format_value(optim.warmup_epochs)}; add "
             f"optim.warmup_epochs={train.epochs / 20:g}, or null, for a twentieth of the run",
         )
+
+
+def _broken_texts(parts: Mapping[str, Any]) -> Iterator[FieldPath]:
+    """The fields whose texts have several lines: a message that quotes such a text could say what fastdeit does not.
+    The options of a method or an optimizer of somebody else are theirs, and so is what is quoted of them."""
+    for section, part in parts.items():
+        theirs = ":" in (part.use if section == "method" else part.name if section == "optim" else "")
+        if section != "about" and not theirs:
+            for field, value in _flat(part.model_dump()):
+                if _has_break(value):
+                    yield section, *field.split(".")
+
+
+def _has_break(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\n" in value
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(map(_has_break, inner))
 
 
 def _view_conflicts(

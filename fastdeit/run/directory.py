@@ -31,7 +31,6 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run.lock import NAME as LOCK
 from fastdeit.run.lock import locked, refuse_owned
 from fastdeit.run.state import checked
-from fastdeit.text import one_line, shorten
 
 if TYPE_CHECKING:
     from fastdeit.engine.dist import World
@@ -125,7 +124,7 @@ def written_recipe(run: Path) -> "Recipe":
 
     Raises RecipeError where it cannot be read, `plugins.Untrusted` for code that only the run names.
     """
-    recipe = _of_single_lines(recipes.load(str(run / RECIPE), own=False), run / RECIPE)
+    recipe = recipes.load(str(run / RECIPE), own=False)
     title = re.match(r"# The recipe (\S+),", (run / RECIPE).read_text())
     return recipe.model_copy(update={"name": title[1] if title else run.name})
 
@@ -138,24 +137,14 @@ def checked_recipe(plain: Mapping[str, Any], where: Path) -> "Recipe":
     """
     plugins.read_from(where, plain)
     try:
-        return _of_single_lines(recipes.Recipe.model_validate(plain), where)
+        return recipes.Recipe.model_validate(plain)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
+        what = ": ".join([*filter(None, [".".join(map(str, first["loc"]))]), first["msg"]])
         raise UsageError(
-            f"the recipe in {where} is not one of this version of fastdeit: {field}: {first['msg']}; go on with the "
-            "version that wrote it"
+            f"the recipe in {where} is not one of this version of fastdeit: {what}; go on with the version that wrote "
+            "it"
         ) from error
-
-
-def _of_single_lines(recipe: "Recipe", where: Path) -> "Recipe":
-    """The recipe of a run at `where`. Raises UsageError where a text in it has several lines: a message that quotes it
-    could say what fastdeit does not."""
-    for text in plugins.texts(recipe.model_dump(mode="json", exclude={"about"})):
-        if "\n" in text:
-            quoted = one_line(shorten(text, 60))
-            raise UsageError(f"the recipe in {where} has a line break in {quoted}, which no recipe needs")
-    return recipe
 
 
 def names_code(recipe: "Recipe") -> bool:

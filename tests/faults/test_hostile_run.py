@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fastdeit.data.sources.source import MachineError
 from fastdeit.engine import metrics
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
+from fastdeit.recipe import resolve as recipes
 from fastdeit.run import directory, environment, fork, overview
 from tests.faults.faulty import in_child
 
@@ -153,6 +155,28 @@ def test_a_list_of_bad_images_may_be_long_and_is_not_without_end(tmp_path):
     os.truncate(tmp_path / "bad_images.jsonl", 1 << 40)
     with pytest.raises(MachineError, match="cannot be kept: it has more than 512 MiB"):
         BadList("train").keep_in(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["data.root", "train.best_by", "model.weights", "method.teacher.weights"])
+def test_a_line_break_in_a_recipe_is_refused_by_whoever_begins_and_by_whoever_reads(tmp_path, field):
+    """A start that takes what no resume takes would cost a run."""
+    sound = recipes.load("digits", ["data.source=folder", "data.root=x", "method.teacher={timm: resnet18}"])
+    plain = sound.model_dump(mode="json")
+    *parents, last = field.split(".")
+    reduce(dict.get, parents, plain)[last] = "a\nfastdeit: all is well"
+    (tmp_path / "my.yaml").write_text(json.dumps({name: part for name, part in plain.items() if name != "name"}))
+    told = f"{field}.*has a line break; a text of a recipe is one line"
+    with pytest.raises(recipes.RecipeError, match=told) as begun:
+        recipes.load(tmp_path / "my.yaml")
+    with pytest.raises(UsageError, match=told) as read:
+        directory.checked_recipe(plain, tmp_path)
+    assert all(str(error.value).isprintable() for error in (begun, read))
+
+
+def test_line_breaks_in_what_is_of_a_method_of_somebody_else_are_theirs(tmp_path):
+    recipe = recipes.load("digits_teacher", ['method={use: "tests.plugins.cached:CachedLogits", store: "a\\nb"}'])
+    assert recipe.method.store == "a\nb"
+    assert directory.checked_recipe(recipe.model_dump(mode="json"), tmp_path) == recipe
 
 
 LINKED = [*sorted(directory._WRITTEN), ".tmp-recipe.yaml", "teacher", "teacher_2"]
