@@ -62,7 +62,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels.losses": _OPS | {"kernels._checks", "kernels._loss"},
     "kernels.cosub": _OPS | {"kernels._loss"},
     "kernels.optimizer": _OPS | {"kernels._checks"},
-    "kernels.lint": _OPS | {"kernels.optimizer"},
+    "kernels.lint": _OPS | {"kernels.mlp", "kernels.optimizer"},
     "kernels.trial": {"kernels._op", "kernels._tried", "kernels.native"},
     "kernels.positions": set(),
     "kernels.casts": {"kernels._derivatives", "kernels._op"},

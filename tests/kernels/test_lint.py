@@ -6,6 +6,7 @@ all rows or of the sample. `fastdeit kernels lint --update-golden` writes the fi
 new version, and after a change that is meant.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ import triton
 from fastdeit import cli
 from fastdeit.kernels import _op, _triton
 from fastdeit.kernels.attention import libraries
-from fastdeit.kernels.lint import cases, lint
+from fastdeit.kernels.lint import cases, cute, lint
 from fastdeit.kernels.lint.cases import Case
 from fastdeit.kernels.lint.lint import Facts, Job, Row
 
@@ -289,6 +290,7 @@ def compiled(monkeypatch, tmp_path):
     """`compiled(**facts)`: from now on the command finds one kernel, with these facts."""
     monkeypatch.setattr(lint, "GOLDEN", tmp_path / "kernels")
     monkeypatch.setattr(lint, "plan", lambda archs, ops: [row()])
+    monkeypatch.setattr(cute, "missing", lambda: "left out")
 
     def set_facts(**facts):
         monkeypatch.setattr(lint, "compile_all", lambda rows: {row.job: Facts(**GOOD | facts) for row in rows})
@@ -323,6 +325,77 @@ def test_the_command_fails_on_other_instructions(capsys, compiled):
     out = capsys.readouterr().out
     assert out.endswith("\nop | case | b.f | sm_90: all 10 -> 11\n")
     assert "if that is meant: fastdeit kernels lint --update-golden" in out
+
+
+USAGE = """
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function kernel_cutlass_0:
+  REG:168 STACK:56 SHARED:1024 LOCAL:0 CONSTANT[0]:1356 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+CUTE_SASS = """
+        /*35d0*/                   STL [R1+0x20], R19 ;
+        /*3610*/             @P0   LDL R19, [R1+0x20] ;
+        /*3630*/                   HGMMA.64x192x16.F32.BF16 R24, gdesc[UR8] ;
+        /*3670*/                   MUFU.EX2 R4, R5 ;
+        /*3680*/                   MUFU.EX2 R4, R5 ;
+"""
+
+
+def test_facts_of_a_cute_program_are_read():
+    facts = cute.read(USAGE, CUTE_SASS)
+    assert facts == cute.Facts(None, 168, 56, {"all": 5, "HGMMA": 1, "LDL": 1, "MUFU": 2, "STL": 1})
+    assert cute.cells({"gelu": facts})[1] == ["forward", "168", "56", "1/1", "5", "2", "1 HGMMA"]
+    assert cute.broken(facts) == []
+    assert cute.broken(cute.Facts(mix={"all": 1}))[0].startswith("no HGMMA")
+
+
+def test_a_cute_product_that_does_not_compile_says_why(monkeypatch):
+    said = SimpleNamespace(stderr="Traceback\nQuACK 0.6.5 or newer cannot be imported\n")
+    monkeypatch.setattr(cute.subprocess, "run", lambda *args, **kwargs: said)
+    facts = cute.compiled("gelu")
+    assert cute.broken(facts) == ["does not compile: 0 programs were made; QuACK 0.6.5 or newer cannot be imported"]
+    assert cute.cells({"gelu": facts})[1][:2] == ["forward", "does not compile"]
+
+
+def test_the_command_names_products_of_quack_or_says_that_they_are_left_out(capsys, compiled, monkeypatch, tmp_path):
+    compiled()
+    assert cli.main(["kernels", "lint"]) == 0
+    assert "\nleft out\n" in capsys.readouterr().out
+    assert cli.main(["kernels", "lint", "--arch", "80"]) == cli.main(["kernels", "lint", "--op", "loss"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    monkeypatch.setattr(cute, "missing", lambda: None)
+    monkeypatch.setattr(cute, "compile_all", lambda: {"gelu": cute.Facts(mix={"all": 7})})
+    assert cli.main(["kernels", "lint", "--op", "mlp", "--json", str(tmp_path / "facts.json")]) == 1
+    out = capsys.readouterr().out
+    assert "product  regs" in out
+    assert out.endswith(
+        "\nQuACK, gelu: no HGMMA: it does not use the tensor cores of sm_90 by their own instructions\n"
+    )
+    assert json.loads((tmp_path / "facts.json").read_text())["quack"]["gelu"]["mix"] == {"all": 7}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cute.missing() is not None, reason="QuACK is not installed")
+def test_quack_s_products_compile_without_a_card():
+    """One of the three: our GELU needs no special function forward, of 192 elements a thread."""
+    out = compiling("-c", "from fastdeit.kernels.lint import cute; print(vars(cute.compiled('gelu')))")
+    facts = cute.Facts(**ast.literal_eval(out))
+    assert cute.broken(facts) == []
+    assert facts.registers == 168
+    assert "MUFU" not in facts.mix
+
+
+def test_quack_is_looked_for(monkeypatch):
+    monkeypatch.setattr(cute, "version", lambda name: "0.6.5")
+    assert cute.missing() is None
+
+    def absent(name):
+        raise cute.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cute, "version", absent)
+    assert "pip install 'fastdeit[quack]'" in cute.missing()
 
 
 def test_info_is_the_default(capsys):

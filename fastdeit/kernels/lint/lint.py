@@ -41,7 +41,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
 from fastdeit.kernels import _triton
+from fastdeit.kernels.lint import cute
 from fastdeit.kernels.lint.cases import Case, compiled_cases
+from fastdeit.kernels.lint.disassembly import disassembled, mix
 
 SHARED_MEMORY = {70: 98_304, 80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
 """Bytes that one program may have on each architecture (CUDA C++ Programming Guide, "Technical Specifications per
@@ -236,8 +238,8 @@ def compile_job(job: Job) -> Facts:
         while error.__cause__ is not None:
             error = error.__cause__
         return Facts(error=f"{type(error).__name__}: {error}")
-    ptx = compiled.asm["ptx"]
-    return _read(compiled.metadata.shared, ptx, printed.getvalue() or _assembled(ptx), _sass(compiled.asm["cubin"]))
+    ptx, sass = compiled.asm["ptx"], disassembled(compiled.asm["cubin"])
+    return _read(compiled.metadata.shared, ptx, printed.getvalue() or _assembled(ptx), sass)
 
 
 def _argument(value: Any) -> Any:
@@ -261,15 +263,6 @@ def _assembled(ptx: str) -> str:
         source.write_text(ptx)
         command = [triton.knobs.nvidia.ptxas.path, "-lineinfo", "-v", f"--gpu-name={target}", source, "-o", "/dev/null"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-def _sass(cubin: bytes) -> str | None:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else None
 
 
 def _read(shared: int, ptx: str, report: str, sass: str | None) -> Facts:
@@ -300,13 +293,6 @@ def widths(ptx: str, access: str) -> dict[int, int]:
         copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global\b[^\[]*\[[^]]*\],\s*\[[^]]*\],\s*(\w+)", ptx)
         found.update(8 * int(size, 0) for size in copies)
     return dict(sorted(found.items(), reverse=True))
-
-
-def mix(sass: str) -> dict[str, int]:
-    """{opcode: number} of a disassembly, without modifiers; "all" counts every instruction but padding."""
-    found = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][A-Z0-9_]*)", sass))
-    del found["NOP"]
-    return {"all": found.total()} | {opcode: found[opcode] for opcode in sorted(found)}
 
 
 # ---- judgement -------------------------------------------------------------------------------------------------------
@@ -404,6 +390,11 @@ def table(rows: Sequence[Row], facts: dict[Job, Facts]) -> str:
     for row in rows:
         fact, job = facts[row.job], row.job
         lines.append((row.case.op, row.case.name, job.name, str(job.arch), str(job.warps), *_cells(fact)))
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of as many cells each, as text in columns."""
     columns = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:{width}}" for cell, width in zip(line, columns, strict=True)).rstrip() for line in lines
@@ -426,14 +417,23 @@ def _cells(fact: Facts) -> tuple[str, ...]:
 
 def main(args: argparse.Namespace) -> int:
     """`fastdeit kernels lint`: print the table and what is wrong with it; 1 if anything is, else 0."""
-    rows = plan(args.arch or ARCHS, [args.op] if args.op else None)
+    archs = args.arch or ARCHS
+    rows = plan(archs, [args.op] if args.op else None)
     facts = compile_all(rows)
     print(f"Triton {triton.__version__}, compiled without a card: facts of the compiler, not speeds\n")
     print(table(rows, facts) + "\n")
+    products: dict[str, cute.Facts] = {}
+    if cute.ARCH in archs and args.op in (None, *cute.OPS):
+        if why := cute.missing():
+            print(why)
+        else:
+            products = cute.compile_all()
+            print(aligned(cute.cells(products)) + "\n")
     wrong = [f"{row.key}: {limit}" for row in rows for limit in broken(row, facts[row.job])]
+    wrong += [f"QuACK, {name}: {limit}" for name, found in products.items() for limit in cute.broken(found)]
     measured = {row.key: golden_mix(facts[row.job]) for row in rows if facts[row.job].mix is not None}
     if args.json is not None:
-        _write_json(args.json, rows, facts)
+        _write_json(args.json, rows, facts, products)
     if args.update_golden:
         update_golden(measured, rows)
         print(f"wrote {len(measured)} instruction mixes to {golden_file()}")
@@ -446,11 +446,11 @@ def main(args: argparse.Namespace) -> int:
             )
     else:
         print(f"instruction mixes are not compared: there is no {golden_file()}")
-    print("\n".join(wrong) or f"{len(rows)} rows, all within limits")
+    print("\n".join(wrong) or f"{len(rows) + len(products)} rows, all within limits")
     return 1 if wrong else 0
 
 
-def _write_json(file: str, rows: Sequence[Row], facts: dict[Job, Facts]) -> None:
+def _write_json(file: str, rows: Sequence[Row], facts: dict[Job, Facts], products: dict[str, cute.Facts]) -> None:
     found = [
         {
             "op": row.case.op,
@@ -464,4 +464,6 @@ def _write_json(file: str, rows: Sequence[Row], facts: dict[Job, Facts]) -> None
         }
         for row in rows
     ]
-    Path(file).write_text(json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n")
+    quack = {name: vars(fact) for name, fact in products.items()}
+    text = json.dumps({"triton": triton.__version__, "rows": found, "quack": quack}, indent=1)
+    Path(file).write_text(text + "\n")
