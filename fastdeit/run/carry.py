@@ -5,20 +5,26 @@ the record nothing is taken: what the parent measured stays with the parent. Any
 as those still fit; what cannot be carried over is refused in a sentence.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fastdeit.engine import checkpoint
 from fastdeit.engine.checkpoint import Checkpoint
+from fastdeit.engine.fit import FitError, check_fit
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import agreement
 from fastdeit.run.build import Report
 from fastdeit.run.fork import Origin
 from fastdeit.run.record import Record
-from fastdeit.run.saver import Saver, present
+from fastdeit.run.saver import Saver, does_not_fit, present
 from fastdeit.text import some
+
+if TYPE_CHECKING:
+    from fastdeit.recipe.resolve import Recipe
 
 
 def over(origin: Origin, saver: Saver, say: Report) -> Record:
@@ -27,17 +33,7 @@ def over(origin: Origin, saver: Saver, say: Report) -> Record:
     Raises UsageError, with what to do instead, for what cannot be carried over.
     """
     recipe, parent = saver.recipe, origin.recipe
-    theirs, ours = origin.state["identity"]["classes"], saver.identity["classes"]
-    if recipe.optim.name != parent.optim.name:
-        raise _refusal(
-            origin,
-            f"optim.name is {parent.optim.name} there and {recipe.optim.name} here, and one optimizer cannot go on "
-            "with the state of another",
-        )
-    if recipe.model.weights != parent.model.weights:
-        raise UsageError(f"model.weights says what a run begins with; a fork begins with the weights of {origin.run}")
-    if theirs != ours:
-        raise _refusal(origin, f"the data there has {len(theirs)} classes, and other ones than the {len(ours)} here")
+    check(origin, recipe, saver.identity["classes"])
     verify = agreement.first_of_its_machine(saver.world)
     found = agreement.together(saver.world, lambda: checkpoint.load(origin.path, verify=verify))
     found, phase = present(found), origin.state["record"]["phase"]
@@ -48,10 +44,41 @@ def over(origin: Origin, saver: Saver, say: Report) -> Record:
             found = _refrozen(found, saver, say)
         saver.load(found)
     except UsageError as error:
-        changed = ", ".join(field for field, _, _ in recipes.difference(parent, recipe))
-        raise _refusal(origin, f"{error} (changed: {changed or 'nothing'})") from error
+        raise _misfit(origin, recipe, error) from error
     saver.lineage = origin.lineage(recipe)
     return Record(phase=phase)
+
+
+def check(origin: Origin, recipe: "Recipe", classes: Sequence[str]) -> None:
+    """Raise UsageError for a recipe, and data of such classes, that cannot go on from the checkpoint of `origin`, as
+    far as can be said without its tensors."""
+    parent, theirs = origin.recipe, origin.state["identity"]["classes"]
+    if recipe.optim.name != parent.optim.name:
+        raise _refusal(
+            origin,
+            f"optim.name is {parent.optim.name} there and {recipe.optim.name} here, and one optimizer cannot go on "
+            "with the state of another",
+        )
+    if recipe.model.weights != parent.model.weights:
+        raise UsageError(f"model.weights says what a run begins with; a fork begins with the weights of {origin.run}")
+    if theirs != list(classes):
+        raise _refusal(origin, f"the data there has {len(theirs)} classes, and other ones than the {len(classes)} here")
+
+
+def check_network(origin: Origin, recipe: "Recipe", files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise UsageError as `over` does where a network whose checkpoints have such `files` (`saver.held`), perhaps
+    without storage, is another than that in the checkpoint of `origin`."""
+    found = checkpoint.load(origin.path, verify=False)
+    try:
+        for file in ("model", "method"):
+            check_fit(file, found.tensors[file], files[file])
+    except FitError as error:
+        raise _misfit(origin, recipe, does_not_fit(found, origin.state["record"]["phase"], error)) from error
+
+
+def _misfit(origin: Origin, recipe: "Recipe", error: UsageError) -> UsageError:
+    changed = ", ".join(field for field, _, _ in recipes.difference(origin.recipe, recipe))
+    return _refusal(origin, f"{error} (changed: {changed or 'nothing'})")
 
 
 def _averages(found: Checkpoint, saver: Saver, origin: Origin, say: Report) -> Checkpoint:

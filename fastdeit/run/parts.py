@@ -27,7 +27,7 @@ from fastdeit.run import build, cached, sharing, teachers
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.groups import param_groups
 from fastdeit.run.record import RunLog
-from fastdeit.run.saver import Saver
+from fastdeit.run.saver import Saver, identity_of
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -105,11 +105,9 @@ class Parts:
         bad = train_bad, val_bad = BadList("train"), BadList("val")
         loader = build.train_loader(recipe, train_source, world, method.noise(), log.bad_image, train_bad)
         val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image, val_bad)
-        identity = {"train": train_source.fingerprint, "val": val_source.fingerprint, "classes": train_source.classes}
         if cache is not None:
             log.say(f"teacher: {cached.described(cache)}")
-            identity["cache"] = cache.fingerprint
-        saver = Saver(recipe, identity, engine, world, schedule, length)
+        saver = Saver(recipe, identity_of(*sources, cache), engine, world, schedule, length)
         loaders = loader, val_loader
         return cls(recipe, world, sources, bad, length, log, method, schedule, tuning, engine, *loaders, saver)
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from fastdeit.data.logits import Cache
+from fastdeit.data.sources.source import Source
 from fastdeit.engine import checkpoint, shards
 from fastdeit.engine.background import HostCopies, Worker
 from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
@@ -234,7 +236,9 @@ class Saver:
         """The checkpoint with its state in the present schema. Raises UsageError where it is not of this run."""
         found = present(found)
         before = directory.checked_recipe(found.state["recipe"], found.path)
-        refuse_other_run(run_dir, recipes.difference(before, self.recipe), self._other_data(found))
+        refuse_other_run(
+            run_dir, recipes.difference(before, self.recipe), other_data(found.state["identity"], self.identity)
+        )
         return found
 
     def _load_own(self, found: Checkpoint) -> None:
@@ -305,14 +309,26 @@ class Saver:
             engine.ema.load(tensors["ema"])
 
     def _misfit(self, found: Checkpoint, why: FitError | str) -> UsageError:
-        return UsageError(f"{found.path} does not fit, in phase {self.phases.phase.name!r}: {why}")
+        return does_not_fit(found, self.phases.phase.name, why)
 
-    def _other_data(self, found: Checkpoint) -> list[tuple[str, Any, Any]]:
-        named = {"train": "data (training images)", "val": "data (held-out images)", "classes": "data (classes)"}
-        theirs, ours = found.state["identity"], self.identity
-        data = [(name, theirs[key], ours[key]) for key, name in named.items() if theirs[key] != ours[key]]
-        cache = differences(theirs.get("cache", {}), ours.get("cache", {}))
-        return data + [(f"cache ({name})", *both) for name, *both in cache]
+
+def identity_of(train: Source, held_out: Source, cache: Cache | None) -> dict[str, Any]:
+    """What says in a checkpoint which data the run is of."""
+    found = {"train": train.fingerprint, "val": held_out.fingerprint, "classes": list(train.classes)}
+    return found if cache is None else found | {"cache": cache.fingerprint}
+
+
+def other_data(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(what, of a run, asked for) of the data that differ, by two results of `identity_of`."""
+    named = {"train": "data (training images)", "val": "data (held-out images)", "classes": "data (classes)"}
+    data = [(name, theirs[key], ours[key]) for key, name in named.items() if theirs[key] != ours[key]]
+    cache = differences(theirs.get("cache", {}), ours.get("cache", {}))
+    return data + [(f"cache ({name})", *both) for name, *both in cache]
+
+
+def does_not_fit(found: Checkpoint, phase: str, why: FitError | str) -> UsageError:
+    """The refusal of a checkpoint for a reason."""
+    return UsageError(f"{found.path} does not fit, in phase {phase!r}: {why}")
 
 
 def held(method: Method, optimizer: Optimizer, ema: Ema | None) -> dict[str, dict[str, Tensor]]:

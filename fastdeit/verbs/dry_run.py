@@ -5,18 +5,19 @@ begin with, opened and compared as a start would, the method and the optimizer a
 first, how processes share a batch, and the disk. Nothing is downloaded, and nothing is written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdeit import kernels
 from fastdeit.data.sources.source import Source
-from fastdeit.engine import batchnorm, checkpoint, optimizers
+from fastdeit.engine import batchnorm, optimizers
+from fastdeit.engine.checkpoint import Checkpoint
 from fastdeit.engine.dist import World, pick_device
 from fastdeit.engine.ema import Ema
 from fastdeit.engine.metrics import check_sinks
@@ -32,7 +33,8 @@ from fastdeit.methods.config import METHODS, TeacherConfig
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import settled
-from fastdeit.run import address, build, cached, directory, precision, saver, sharing, teachers
+from fastdeit.run import address, agreement, build, cached, carry, directory, precision, saver, sharing, teachers
+from fastdeit.run.identity import refuse_other_run
 from fastdeit.run.parts import PhaseSchedule
 from fastdeit.run.request import Request
 from fastdeit.run.weights import is_cached, published_classes
@@ -56,14 +58,17 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     training, held_out = build.sources(recipe)
     length = build.run_length(recipe, len(training))
     cache = cached.checked(recipe, training, length)
-    begins = _begins(asked, length)
     told: list[str] = []
+    newest = _newest(asked, told)
+    begins = _begins(asked, length, newest)
     trained, first = _teachers(asked, recipe)
-    student, size = _checked(recipe, training, processes, device, told, trained | first, anew=begins is None)
+    student, files = _checked(recipe, training, processes, device, told, trained | first, anew=begins is None)
     for own in first.values():
         _checked(own, training, processes, device, told, teachers.to_train(own), anew=True)
-    directory.check_space(asked.run_dir, size, World(device), keep=recipe.engine.keep_checkpoints)
-    recipe, classes = settled(recipe, length), len(training.classes)
+    recipe = settled(recipe, length)
+    _check_going_on(asked, newest, recipe, saver.identity_of(training, held_out, cache), files)
+    directory.check_space(asked.run_dir, saver.size(files), World(device), keep=recipe.engine.keep_checkpoints)
+    classes = len(training.classes)
     known = recipe.model_copy(update={"model": recipe.model.model_copy(update={"num_classes": classes})})
     subject = replace(subject_of(known, len(training)), held_out=len(held_out))
     train = recipe.train
@@ -85,8 +90,7 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
         f"run       {length.epochs:,.6g} epochs of {length.steps_per_epoch:,} steps, {length.total:,} in all, of "
         f"{train.batch_size:,} images{accumulated}; {evaluations}"
     )
-    goes_on = asked.resume and begins is not None
-    notes = build.notes(recipe, len(training), student, processes, device, anew=not goes_on)
+    notes = build.notes(recipe, len(training), student, processes, device, anew=newest is None)
     yield from (f"note      {note}" for note in notes)
     if begins is not None:
         yield f"begins    {begins}"
@@ -95,14 +99,20 @@ def lines(asked: Request, processes: int) -> Iterator[str]:
     yield f"\n# the recipe in full\n{recipes.dump(recipe)}".rstrip("\n")
 
 
-def _begins(asked: Request, length: "Length") -> str | None:
+def _newest(asked: Request, told: list[str]) -> Checkpoint | None:
+    """The checkpoint that a run which is there goes on from; damaged ones are told. Raises CheckpointError where all
+    are."""
+    if asked.origin is not None or not asked.goes_on:
+        return None
+    found = agreement.newest(World(torch.device("cpu")), asked.run_dir / directory.CHECKPOINTS, told.append)
+    return saver.present(found)
+
+
+def _begins(asked: Request, length: "Length", newest: Checkpoint | None) -> str | None:
     """Where a run that does not begin anew begins. Raises UsageError where a fork would have nothing left to train."""
     if asked.origin is not None:
         return f"at step {asked.origin.start(length):,}, as a fork of {asked.origin.run} at step {asked.origin.step:,}"
-    if asked.resume and directory.has_checkpoint(asked.run_dir):
-        step = checkpoint.steps(asked.run_dir / directory.CHECKPOINTS)[-1]
-        return f"at step {step:,}: {asked.run_dir} goes on"
-    return None
+    return None if newest is None else f"at step {newest.step:,}: {asked.run_dir} goes on"
 
 
 def _teachers(asked: Request, recipe: "Recipe") -> tuple[dict[TeacherConfig, Path], dict[TeacherConfig, "Recipe"]]:
@@ -122,9 +132,9 @@ def _checked(
     known: teachers.Known,
     *,
     anew: bool,
-) -> tuple[nn.Module, int]:
+) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
     """Make the parts of a run as a start would, and open what its student begins with and its teachers. Returns the
-    student and the bytes of a checkpoint, 0 where they are not known. What is found goes to `told`.
+    student and the tensors of a checkpoint (`saver.held`), none where they are not known. What is found goes to `told`.
 
     known  of teachers with recipes of their own: their runs, or these recipes while they are not trained yet
     anew   whether the run begins with `model.weights`, and not with those of a checkpoint
@@ -155,7 +165,7 @@ def _checked(
             with build.naming(build.teacher_field(config)):
                 build.check_classes(name, config, published_classes(address.parse(name)), count)
     if not ours and len(made) < len(recipe.method.teachers()):
-        return student, 0  # such a method cannot be made without its teachers
+        return student, {}  # such a method cannot be made without its teachers
     method = build.method(recipe, student, count, length.total, made.get, source)
     sharing.check(recipe, method)
     if recipe.engine.sync_batchnorm and processes > 1:
@@ -164,7 +174,26 @@ def _checked(
     optimizer = optimizers.find(recipe.optim.name)(schedule.groups(), recipe.optim)
     ema = None if decay is None else Ema(schedule.trainable, decay, method)
     check_capture(recipe.engine.capture, device)
-    return student, saver.size(saver.held(method, optimizer, ema))
+    return student, saver.held(method, optimizer, ema)
+
+
+def _check_going_on(
+    asked: Request,
+    newest: Checkpoint | None,
+    recipe: "Recipe",
+    identity: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Raise UsageError where the run cannot go on from the checkpoint that it would: from the `newest` one, if that is
+    of another run or of other data; as a fork, from what cannot be carried over. The `files` of a checkpoint here are
+    compared, unless there are none."""
+    if asked.origin is not None:
+        carry.check(asked.origin, recipe, identity["classes"])
+        if files:
+            carry.check_network(asked.origin, recipe, files)
+    elif newest is not None:
+        changed = recipes.difference(directory.checked_recipe(newest.state["recipe"], newest.path), recipe)
+        refuse_other_run(asked.run_dir, changed, saver.other_data(newest.state["identity"], identity))
 
 
 def _is_far(field: str, text: str, told: list[str]) -> bool:

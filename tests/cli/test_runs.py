@@ -4,9 +4,8 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import subprocess
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,7 @@ from fastdeit.cli import completion
 from fastdeit.errors import UsageError
 from fastdeit.estimate import gpus
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import overview
-from fastdeit.run.fork import Origin
+from fastdeit.run import directory, fork, overview
 from fastdeit.run.request import Request
 from fastdeit.verbs import dry_run
 from fastdeit.verbs import models as models_verb
@@ -197,21 +195,49 @@ def test_a_dry_run_on_a_known_card_estimates_its_time(monkeypatch):
     assert "hours (speed is " in second
 
 
-def test_a_dry_run_says_where_a_run_begins_that_does_not_begin_anew(tmp_path):
-    recipe = recipes.load("deit_tiny", [*SYNTHETIC, "train.batch_size=64"])
-    state = {"steps_per_epoch": 10}
-    origin = Origin(Path("runs/x"), Path("runs/x/checkpoints/step_00000020"), 20, state, recipe)
-    (tmp_path / "checkpoints" / "step_00000030").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step_00000030" / "manifest.json").touch()
+def test_a_dry_run_says_where_a_run_begins_that_does_not_begin_anew(run, tmp_path):
+    recipe, origin = directory.recipe_of(run), fork.opened(str(run), print)
 
-    def begins(**asked):
-        return [line for line in dry_run.lines(Request(recipe, **asked), 1) if line.startswith("begins")]
+    def begins(*overrides, **asked):
+        request = Request(recipes.override(recipe, overrides), **asked)
+        return [line for line in dry_run.lines(request, 1) if line.startswith("begins")]
 
     assert begins() == begins(run_dir=tmp_path / "new", resume=True) == []
-    assert begins(origin=origin) == ["begins    at step 20, as a fork of runs/x at step 20"]
-    assert begins(run_dir=tmp_path, resume=True) == [f"begins    at step 30: {tmp_path} goes on"]
+    assert begins("train.epochs=3", origin=origin) == [f"begins    at step 2, as a fork of {run} at step 2"]
+    assert begins(run_dir=run, resume=True) == [f"begins    at step 2: {run} goes on"]
     with pytest.raises(UsageError, match="nothing is left to train"):
-        begins(origin=replace(origin, step=3000))
+        begins(origin=origin)
+
+
+GOING_ON = {
+    "other images": (["--resume", "RUN", "data.root=OTHER"], "data (classes): the run has"),
+    "a fork, other images": (["--from", "RUN", "train.epochs=3", "data.root=OTHER"], "the data there has 3 classes"),
+    "another network": (["--from", "RUN", "train.epochs=3", "model.name=deit_digits_patch8_32"], "does not fit, in"),
+    "other weights": (["--from", "RUN", "train.epochs=3", "model.weights=x.pth"], "says what a run begins with"),
+    "another optimizer": (
+        ["--from", "RUN", "train.epochs=3", "optim={name: sgd, lr: 0.1, warmup_epochs: 0}"],
+        "cannot go on with the state of",
+    ),
+    "a damaged run": (["--resume", "DAMAGED"], "checkpoints in DAMAGED/checkpoints can be used"),
+}
+
+
+@pytest.mark.parametrize("case", GOING_ON)
+def test_a_dry_run_refuses_what_no_checkpoint_goes_on_with_in_the_words_of_a_start(run, tmp_path, capsys, case):
+    words, message = GOING_ON[case]
+    places = {"RUN": run, "OTHER": tmp_path / "other", "DAMAGED": tmp_path / "damaged"}
+    paint(places["OTHER"], names=("blue", "red"))
+    shutil.copytree(run, places["DAMAGED"])
+    for file in places["DAMAGED"].glob("checkpoints/*/model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-9])
+    for name, place in places.items():
+        words, message = [word.replace(name, str(place)) for word in words], message.replace(name, str(place))
+    words += ["--run-dir", str(tmp_path / "fork")] if "--from" in words else []
+    assert cli.main(["train", *words, "--dry-run"]) != 0
+    told = capsys.readouterr().err
+    assert message in told
+    assert cli.main(["train", *words]) != 0
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
