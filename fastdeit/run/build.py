@@ -281,12 +281,13 @@ def eval_loader(
 
 def tuning(recipe: "Recipe", world: World, say: Report) -> kernels.Tuning:
     """The trials of kernels in the first steps of the run. Whole steps are compared where a forward and backward can
-    be made once more: a method of somebody else's may count them, with fsdp2 a gradient is kept that is not reduced,
-    and a step that is compiled was compiled for one choice."""
+    be made once more: a method or a model of somebody else's may count them, with fsdp2 a gradient is kept that is not
+    reduced, and a step that is compiled was compiled for one choice."""
     engine = recipe.engine
     share = {"share": world.same, "main": world.main}
     split = engine.parallel == "fsdp2" and world.size > 1
-    presets = recipe.method.use in methods.METHODS and engine.capture != "compile" and not split
+    ours = recipe.method.use in methods.METHODS and ":" not in (recipe.model.name or "")
+    presets = ours and engine.capture != "compile" and not split
     recorded = engine.capture == "graph"
     return kernels.Tuning(engine.autotune, world.device, recorded=recorded, presets=presets, say=say, **share)
 

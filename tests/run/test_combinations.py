@@ -152,3 +152,25 @@ def test_a_warm_up_that_begins_above_the_peak_is_refused_where_there_is_one(path
     (message,) = refusal(path, ["optim.lr=1e-7", "optim.min_lr=0"])
     assert "optim.warmup_lr: must not be above optim.lr (1e-07), got 1e-06 by default" in message
     assert recipes.load(path, ["optim.lr=1e-7", "optim.min_lr=0", "optim.warmup_epochs=0"]).optim.warmup_lr == 1e-6
+
+
+# ---- trials of kernels -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "expected"),
+    [
+        ([], 1, True),
+        ([], 2, True),
+        (["engine.parallel=fsdp2"], 1, True),
+        (["engine.parallel=fsdp2"], 2, False),
+        (["engine.capture=compile"], 1, False),
+        (["model.name=null", "model.timm=resnet18"], 1, True),
+        (["model.name=tests.small_runs:Tiny"], 1, False),
+        (["method.use=tests.test_train_boundaries:Thaws"], 1, False),
+    ],
+)
+def test_a_trial_rehearses_where_a_forward_and_backward_can_be_made_once_more(path, overrides, processes, expected):
+    recipe = recipes.load(path, ["engine.autotune=on", *overrides])
+    tuning = build.tuning(recipe, World(torch.device("cpu"), 0, processes), lambda text: None)
+    assert tuning.rehearses is expected
