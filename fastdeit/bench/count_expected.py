@@ -29,18 +29,22 @@ class Expected(NamedTuple):
 
 
 def of(cell: Counted, arch: int) -> list[Expected]:
-    """For each GPU of the architecture that the model knows, the newest last."""
+    """For each GPU of the architecture that the model knows and on which there is a preset to choose, the newest
+    last."""
     size = cell.image_size, cell.image_size
     student = network(cell.model, None, size, CLASSES, cell.drop_path)
     work = Work(cell.batch, cell.precision, cell.drop_path > 0, cell.ema)
     gpus = [gpu for gpu in GPUS.values() if gpu.arch == f"sm_{arch}"]
-    return [_on(gpu, student, work) for gpu in gpus]
+    found = (_on(gpu, student, work) for gpu in gpus)
+    return [expected for expected in found if expected is not None]
 
 
-def _on(gpu: GPU, student: Network, work: Work) -> Expected:
+def _on(gpu: GPU, student: Network, work: Work) -> Expected | None:
     keep = memory.total(memory.peak(student, work, _designs(gpu, student, work, True)[-1], world=1, parallel="ddp"))
     kept = keep <= activations.SHARE * gpu.memory
     found: list[Preset] = presets.modelled(student, work, _designs(gpu, student, work, kept), gpu)
+    if not found:
+        return None
     drawn = [interval.steps(student, work, design, gpu) for design in (TIMM_COMPILE, *(p.design for p in found))]
     seconds = [[sum(step) for step in steps] for steps in drawn]
     ratios = [peer / min(mine) for peer, *mine in zip(*seconds, strict=True)]
@@ -54,11 +58,11 @@ def _designs(gpu: GPU, student: Network, work: Work, keep: bool) -> list[Design]
 
 
 def counted(cell: Counted, arch: int) -> Count:
-    """Our step in the preset that is expected on the newest GPU of the architecture. Raises CountError where the model
-    knows none, otherwise as `count.ours`."""
+    """Our step in the preset that is expected on the newest GPU of the architecture. Raises CountError where none is
+    expected, otherwise as `count.ours`."""
     expected = of(cell, arch)
     if not expected:
-        raise CountError(f"the model knows no GPU of sm_{arch}, so it expects no preset there")
+        raise CountError(f"the model expects no preset of {cell.precision} on sm_{arch}")
     forms = expected[-1].forms
     choices = {"": "auto", **forms, "layer_norm_mlp": forms["mlp"]}
     return ours(cell, arch, choices, keep=expected[-1].keep_activations)

@@ -57,6 +57,8 @@ def test_what_is_expected_follows_the_card():
 def test_where_there_is_nothing_to_choose():
     assert modelled("V100", work=replace(WORK, precision="fp16")) == []
     assert modelled(work=replace(WORK, precision="fp32")) == []
+    tiny = cell(MODELS[-1], 8)
+    assert of(tiny, 70) == of(replace(tiny, precision="fp32"), 90) == []
     eight = [options.eight_bit(design) for design in estimate.designs(GPUS["H200"], "bf16", network(192))]
     found = presets.modelled(network(192), WORK, eight, GPUS["H200"])
     assert {preset.mlp for preset in found} == {"triton"}
