@@ -4,14 +4,17 @@
 bytes: what counts is which are found, and their labels.
 """
 
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
 import tarfile
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +23,7 @@ import pytest
 
 from fastdeit import cli
 from fastdeit.data.sources import parts
-from fastdeit.data.sources.datasets import open_pair, open_source
+from fastdeit.data.sources.datasets import advice, open_pair, open_source
 from fastdeit.data.sources.folder import FolderSource
 from fastdeit.data.sources.source import DataError
 from fastdeit.recipe import resolve as recipes
@@ -496,3 +499,23 @@ def test_check_reads_a_single_folder_and_other_columns(tmp_path, capsys):
     folders(tmp_path, ".")
     cli.main(["data", "check", str(tmp_path), "--processes", "1"])
     assert ".: 4 samples" in capsys.readouterr().out
+
+
+def test_folders_of_others_are_passed_over_by_advice(tmp_path, monkeypatch):
+    """A root such as /home: nobody may look into the folders of somebody else."""
+    for name in ("alice/x", "bob/deep/x"):
+        (tmp_path / name).mkdir(parents=True)
+    for split, label in product(("train", "val"), ("cat", "dog")):
+        files(tmp_path / "carol" / "set" / split / label, "a.jpg")
+
+    def refusing(real, *refused):
+        def look(path, *args, **options):
+            if f"{path}/".startswith(refused):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *args, **options)
+
+        return look
+
+    monkeypatch.setattr(os, "stat", refusing(os.stat, f"{tmp_path}/alice/x/", f"{tmp_path}/alice/t"))
+    monkeypatch.setattr(os, "listdir", refusing(os.listdir, f"{tmp_path}/bob/deep/"))
+    assert advice(tmp_path) == f"{tmp_path}/carol/set holds data of kind folder: give that folder"

@@ -1,6 +1,7 @@
 """Data sets by their kind: `open_source` for one split, `open_pair` for training and held-out samples, `open_held_out`
 for the latter alone, `kinds_at` for what a folder looks like, `held_out_name` for what its held-out split is called."""
 
+import os
 from itertools import chain, islice
 from pathlib import Path
 
@@ -143,9 +144,9 @@ def _further_down(root: Path, train: str, val: str) -> str | None:
     """What to do about a folder of which a folder is a data set, or whose folders are splits of other names."""
     inner = _folders(root)
     for folder in chain(inner, chain.from_iterable(map(_folders, inner))):
-        if found := kinds_at(folder, train, val):
+        if found := _kinds_in(folder, train, val):
             return f"{folder} holds data of kind {found[0]}: give that folder"
-    splits = [one.name for one in inner if any(kind.sign(one, _ROOT, _ROOT) for kind in kinds.shipped())]
+    splits = [one.name for one in inner if _kinds_in(one, _ROOT, _ROOT)]
     if not splits or (root / train).is_dir():
         return None
     if len(splits) == 1:
@@ -158,12 +159,19 @@ def _further_down(root: Path, train: str, val: str) -> str | None:
     )
 
 
+def _kinds_in(folder: Path, train: str, val: str) -> list[str]:
+    try:
+        return kinds_at(folder, train, val)
+    except (OSError, DataError):
+        return []  # somebody else's, who lets nobody look into it
+
+
 def _folders(folder: Path) -> list[Path]:
     try:
         entries = list(islice(folder.iterdir(), _LOOKED_AT))
     except OSError:
         return []  # what is wrong with it is told by who opens it
-    return sorted(entry for entry in entries if entry.is_dir() and not is_litter(entry.name))
+    return sorted(entry for entry in entries if os.path.isdir(entry) and not is_litter(entry.name))
 
 
 def _kind(use: str) -> Kind:
