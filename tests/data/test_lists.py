@@ -180,6 +180,11 @@ REFUSED = {
         )
         for label in ("-1", "1.0", "1e-05", "NaN", "nan", "-inf")
     },
+    "one number, written twice": (
+        lists("path,label", *lines("{}.jpg,{}", ("7", "007", "1", "1", "7"))),
+        [],
+        r"train\.csv: the labels '007', '7' are one number; write it alike",
+    ),
     "half a character": (
         lists('{"path": "a.jpg", "label": "\\ud800"}', *[""] * 4, **JSON),
         [],
@@ -224,6 +229,11 @@ REFUSED = {
         lists("path,label", *lines("{}.jpg,{}", "01120")),
         [],
         r"val\.csv: a label is larger than 1, the largest class number that there can be",
+    ),
+    "a number without end": (
+        lists("path,label", *lines("{}.jpg,{}", ("0", "9" * 5000, "1", "1", "0"))),
+        [],
+        r"train\.csv: a label is larger than 999999, the largest class number that there can be",
     ),
     "one class": (
         lists("path,label", *lines("{}.jpg,{}", ("cat",) * 5)),

@@ -204,18 +204,25 @@ def _labels(path: Path, values: list[str], training: ListSource | None) -> tuple
     known = None if training is None else list(training.classes)
     if all(value.isascii() and value.isdigit() for value in values) and known in (None, _numbers(known)):
         most = MAX_LABEL if known is None else len(known) - 1
-        labels = np.array([min(int(value), most + 1) for value in values], np.int64)
-        if labels.max() > most:
+        # Python makes no number of a text of thousands of digits; the first twenty say that it is too large.
+        number = {value: int(value.lstrip("0")[:20] or "0") for value in values}
+        if max(number.values()) > most:
             raise DataError(f"{path}: a label is larger than {most}, the largest class number that there can be")
+        written = {number[value]: value for value in number}
+        twice = next((value for value in number if written[number[value]] != value), None)
+        if twice is not None:
+            both = listed(sorted([twice, written[number[twice]]]))
+            raise DataError(f"{path}: the labels {both} are one number; write it alike")
+        labels = np.array([number[value] for value in values], np.int64)
         return labels, class_numbers(labels, path) if known is None else known
     classes = sorted(set(values)) if known is None else known
     if len(classes) < 2:
         raise DataError(f"{path}: every label is {classes[0]!r}; classification needs two or more classes")
-    number = {name: at for at, name in enumerate(classes)}
+    places = {name: at for at, name in enumerate(classes)}
     others = sorted(set(values) - set(classes))
     if others:
         raise DataError(f"{path}: the classes {listed(others)} are not among those of the training images")
-    return np.array([number[value] for value in values], np.int64), classes
+    return np.array([places[value] for value in values], np.int64), classes
 
 
 def _numbers(classes: list[str] | None) -> list[str]:
