@@ -32,6 +32,8 @@ from fastdeit import kernels
 from fastdeit.bench import step as bench_step
 from fastdeit.bench.count_card import Card, pretended_card
 from fastdeit.bench.step import DROP_PATH, LR, Cell
+from fastdeit.engine.optim import Optimizer
+from fastdeit.engine.optimizers import AdamW
 from fastdeit.kernels import _triton
 from fastdeit.kernels.optimizer import _multi_tensor
 
@@ -131,16 +133,17 @@ def ours(
     residual: torch.dtype | None = None,
     fp8: bool = False,
     keep: bool = False,
+    optimizer: type[Optimizer] = AdamW,
 ) -> Count:
     """Our step in one of `FORMS`, by name or as such a choice, on a card of that architecture: 90 is sm_90.
 
     `skip`: with model.drop_path_skip; `residual`: the dtype of the stream, as of engine.residual; `fp8`: with
-    engine.products fp8; `keep`: with engine.keep_activations.
+    engine.products fp8; `keep`: with engine.keep_activations; `optimizer`: the class of optim.name.
     RuntimeError where the card lacks a backend that the form forces, or products of 8 bits; ValueError where the model
     cannot skip."""
     choices = dict(FORMS[form] if isinstance(form, str) else form)
     with counted_card(arch) as (card, counter), kernels.use(choices.pop(""), **choices):
-        engine, _, _ = bench_step.engine(cell, CARD, "none")
+        engine, _, _ = bench_step.engine(cell, CARD, "none", optimizer=optimizer)
         if skip:
             engine.method.model.set_drop_path_skip(SKIP_GROUP)
         engine.method.model.set_residual(residual)

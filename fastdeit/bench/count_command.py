@@ -19,6 +19,7 @@ from fastdeit.bench import count, count_expected, count_host, count_peers, measu
 from fastdeit.bench import step as bench_step
 from fastdeit.bench.count import FORMS, KINDS, ONLY_ON, Count, Counted
 from fastdeit.bench.count_expected import Expected
+from fastdeit.engine.optimizers import Muon
 from fastdeit.engine.progress import table
 from fastdeit.errors import UsageError
 
@@ -42,6 +43,7 @@ SIDES: dict[str, Callable[[Counted, int], Count]] = {
     "fastdeit residual=bf16": partial(count.ours, form="auto", residual=torch.bfloat16),
     "fastdeit products=fp8": partial(count.ours, form="auto", fp8=True),
     "fastdeit drop_path_skip": partial(count.ours, form="auto", skip=True),
+    "fastdeit optim=muon": partial(count.ours, form="auto", optimizer=Muon),
     "fastdeit as expected": count_expected.counted,
     **PEERS,
 }

@@ -43,7 +43,8 @@ from fastdeit.bench.measure import (
 from fastdeit.engine.capture import WARM_STEPS, GraphedStep
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema, EmaTeacher
-from fastdeit.engine.groups import default_groups
+from fastdeit.engine.groups import default_groups, refined
+from fastdeit.engine.optim import Optimizer
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.step import DTYPES, Engine, autocast
 from fastdeit.errors import UsageError
@@ -51,6 +52,7 @@ from fastdeit.fields import size_pair
 from fastdeit.methods.base import Context
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
+from fastdeit.models.layers import hidden_matrices
 from fastdeit.run.precision import has_bf16
 
 DROP_PATH, EMA_DECAY, WEIGHT_DECAY, LR = 0.1, 0.99996, 0.05, 1e-4
@@ -331,10 +333,12 @@ def engine(
     capture: str,
     tuning: kernels.Tuning | None = None,
     cached: Path | None = None,
+    optimizer: type[Optimizer] = AdamW,
 ) -> tuple[Engine, float, int]:
     """(engine for the steps of a cell, their FLOPs, the steps before the first that is like all others)
 
-    cached  a cache of a teacher's logits, from which the steps of a cell without a teacher then learn
+    cached     a cache of a teacher's logits, from which the steps of a cell without a teacher then learn
+    optimizer  of the student, with its own defaults
     """
     _check_capture(device, capture)
     model, judge = models.build(wanted.model, **wanted.options), teacher(wanted)
@@ -352,10 +356,12 @@ def engine(
     method = kind(model, config, context).to(device).train()
     _, exempt = model.decay_groups()
     groups = default_groups(method.named_parameters(), WEIGHT_DECAY, {f"model.{name}" for name in exempt})
-    optimizer = AdamW(groups)
-    average = Ema(optimizer.params, EMA_DECAY, method) if wanted.ema else None
+    if optimizer.tells_matrices:
+        groups = refined(groups, {}, {f"model.{name}" for name in hidden_matrices(model)})
+    updates = optimizer(groups)
+    average = Ema(updates.params, EMA_DECAY, method) if wanted.ema else None
     options = {"precision": wanted.precision, "accumulate": 1, "ema": average, "capture": capture, "tuning": tuning}
-    made = Engine(method, optimizer, World(device), **options)
+    made = Engine(method, updates, World(device), **options)
     # A recorded step is like all others only when it is replayed.
     return made, step_flops(model, judge, wanted), WARM_STEPS + 2 if capture == "graph" else 0
 

@@ -162,6 +162,7 @@ _DEIT = (
         Difference("engine.precision", ours, "fp16 with a scaled loss", _with("engine.precision", precision), "fp16")
         for precision, ours in (("auto", "bf16 on a GPU that has it"), ("bf16", "bf16"), ("fp32", "fp32"))
     ),
+    Difference("optimizer", "Muon for hidden matrices, AdamW for the rest", "AdamW", _with("optim.name", "muon")),
     Difference("engine.products", "blocks multiply numbers of 8 bits", "numbers of 16 bits", value="precision"),
     Difference(
         "model.drop_path_skip",

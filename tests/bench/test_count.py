@@ -12,6 +12,7 @@ import torch
 from fastdeit import cli
 from fastdeit.bench import count, count_command, count_host, count_inductor, count_peers
 from fastdeit.bench.count import CARD, FORMS, Count, Counted, CountError, Launch, counted_card
+from fastdeit.engine.optimizers import Muon
 from fastdeit.kernels import _asked, _op, _triton
 from fastdeit.kernels.attention import libraries
 from fastdeit.kernels.attention.forward import _one_pass_kernel
@@ -96,6 +97,13 @@ def test_skipping_what_is_dropped_asks_less_of_a_card():
     for kind in ("products", "attention", "gelu", "norm"):
         assert less[kind].bytes < whole[kind].bytes
     assert 0.7 < less["products"].flops / whole["products"].flops < 0.9  # one of two blocks keeps half of the samples
+
+
+def test_muon_asks_for_five_iterations_of_every_hidden_matrix():
+    """r x c with r at most c: x x^T, the square of that, and the polynomial times x; 2 FLOPs a multiply-add."""
+    muon = count.ours(replace(SMALL, depth=1), 90, "auto", optimizer=Muon)
+    matrices = [(192, 576), (192, 192), (192, 768), (192, 768)]
+    assert muon.by("phase")["update"].flops == 5 * sum(4 * r * r * c + 2 * r**3 for r, c in matrices)
 
 
 @pytest.mark.slow

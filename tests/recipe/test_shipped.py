@@ -16,8 +16,8 @@ from fastdeit.verbs import dry_run
 from tests.recipe import headers
 
 IMAGENET = [name for name in recipes.names() if name.startswith("deit_")]
-OURS = ["deit_base_24h", "deit_base_160", "deit_base_160_224", "deit_base_fp8"]
-"""Made by us of the paper's settings: other lengths, resolutions and products."""
+OURS = ["deit_base_24h", "deit_base_160", "deit_base_160_224", "deit_base_fp8", "deit_base_muon"]
+"""Made by us of the paper's settings: other lengths, resolutions, products and optimizers."""
 GROWING = ["deit_small_progressive"]
 """Ours as well, with a size schedule, of which `fastdeit plan` knows nothing."""
 PRETRAINING = [name for name in IMAGENET if not name.endswith("_384") and name not in OURS + GROWING]
