@@ -1,6 +1,7 @@
 """Trials of kernels: which candidate is chosen, for which calls, in which process, in a run that is resumed."""
 
 import json
+import re
 import os
 
 import pytest
@@ -102,17 +103,25 @@ def test_what_is_wrong_or_raises_is_not_used(make, begin, cache, monkeypatch, na
     assert name in op.calls
 
 
-def test_a_broken_device_is_noted_before_all_ends(make, begin, cache, monkeypatch):
-    op, tuner = make("broken"), begin()
-    monkeypatch.setattr(candidates, "_wait", raises(RuntimeError("an illegal memory access was encountered")))
-    with pytest.raises(BrokenDevice, match=r"has broken the device .* start anew"):
+@pytest.mark.parametrize(
+    ("name", "wait", "why"),
+    [
+        ("broken", raises(RuntimeError("an illegal memory access")), "RuntimeError: unspecified launch failure"),
+        ("quick", lambda call: candidates._poll(lambda: False), "it has not ended after 0.01 s"),
+    ],
+)
+def test_a_broken_device_is_noted_before_all_ends(make, begin, cache, monkeypatch, name, wait, why):
+    op, tuner = make(name), begin()
+    monkeypatch.setattr(candidates, "_wait", wait)
+    monkeypatch.setattr(candidates, "_PATIENCE_S", 0.01)
+    with pytest.raises(BrokenDevice, match=re.escape(f"has broken the device ({why}); it will not be tried again")):
         step(tuner, op)
     monkeypatch.undo()
     monkeypatch.setenv("FASTDEIT_CACHE", str(cache.parent))
     tuner.close()
     op.calls.clear()
     step(begin(), op)
-    assert "broken" not in op.calls
+    assert name not in op.calls
 
 
 def test_what_turns_out_wrong_at_a_later_shape_is_given_up_at_the_earlier_ones(make, begin, monkeypatch):

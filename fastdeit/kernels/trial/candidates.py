@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Thread
-from time import monotonic, perf_counter
+from time import monotonic, perf_counter, sleep
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ _SLEEP_CYCLES = 20_000_000
 _STEP_SLEEP_CYCLES = 10 * _SLEEP_CYCLES
 """The same for a whole step, whose launches take the host some tens of milliseconds."""
 
+_PATIENCE_S = 60.0
+"""Seconds after which what a candidate has launched is taken for endless: the longest of it takes less than one."""
+
 Clock = Callable[[str, Callable[[], Any]], float]
 """Seconds of one call of what the candidate of this name does."""
 
@@ -43,6 +46,10 @@ class BrokenDevice(RuntimeError):
     def __init__(self, op: str, backend: str, why: str) -> None:
         super().__init__(f"{op} on {backend} has broken the device ({why}); it will not be tried again: start anew")
         self.backend = backend
+
+
+class Endless(RuntimeError):
+    """What a candidate has launched does not end, such as a kernel that waits for what never comes."""
 
 
 class NothingToSee(Exception):
@@ -207,6 +214,8 @@ def try_out(call: Call, able: Sequence[Backend], seconds: float, compiler_second
             found.failed[name] = str(error)
         except torch.OutOfMemoryError as error:
             found.failed[name] = line(error)
+        except Endless as error:
+            raise BrokenDevice(op.name, name, str(error)) from error
         except Exception as error:  # whatever it raises, it is not used
             _check_device(call, name, error)
             (found.failed if name == INDUCTOR else found.wrong)[name] = f"it raised {line(error)}"
@@ -234,9 +243,20 @@ def _truth(call: Call) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor]]
 
 
 def _wait(call: Call) -> None:
+    """Wait until the device has done all that was launched for the call. Raises what it fails with, and Endless."""
     device = tensors_in(call.args)[0].device
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        end = torch.cuda.Event()
+        end.record(torch.cuda.current_stream(device))
+        _poll(end.query)
+
+
+def _poll(done: Callable[[], bool]) -> None:
+    began = monotonic()
+    while not done():
+        if monotonic() - began > _PATIENCE_S:
+            raise Endless(f"it has not ended after {_PATIENCE_S:g} s")
+        sleep(1e-4)
 
 
 def _check_device(call: Call, name: str, error: Exception) -> None:
