@@ -1,8 +1,8 @@
 """Trials of kernels: which candidate is chosen, for which calls, in which process, in a run that is resumed."""
 
 import json
-import re
 import os
+import re
 
 import pytest
 import torch
