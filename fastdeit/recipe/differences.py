@@ -297,7 +297,8 @@ def lines(recipe: "Recipe") -> list[str]:
     if not found:
         return []
     follows = recipe.about.follows
-    settable = ", of which `--as public-code` sets those that are fields" if follows == "deit" else ""
+    some_are_set = follows == "deit" and any(one.field for one in found)
+    settable = ", of which `--as public-code` sets those that are fields" if some_are_set else ""
     rows = [("", "here", "there"), *(one[:3] for one in found)]
     subject, ours, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [

@@ -36,6 +36,8 @@ def test_public_code_changes_what_the_header_lists():
         "engine.precision=fp16",
     ]
     assert lines[0].startswith("--as public-code: method.fuse is 'logit', in the recipe 'softmax': ")
+    left = recipes.load("deit_base_distilled", overlays.overrides("deit_base_distilled", ["public-code"], []))
+    assert differences.lines(left)[0] == "differs from DeiT's public code in 11 points:"
 
 
 def test_what_the_recipe_has_already_is_no_difference():
