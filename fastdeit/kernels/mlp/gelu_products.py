@@ -34,6 +34,14 @@ def _block(row_blocks, column_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _tile(row_block, column_block, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where a program's tile of a `[rows, WIDTH]` begins, in 64 bit, and the places in it from there, in 32: places of
+    64 bit take so many registers that the backward's epilogue spills."""
+    corner = row_block.to(tl.int64) * ROWS * WIDTH + column_block * COLUMNS
+    return corner, tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
 def _product(
     a, b, row, column, rows, b_depth, b_column, total, DEPTH: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr
 ):
@@ -74,11 +82,11 @@ def _product_gelu_kernel(
     total = _product(x, w1, row, column, rows, 1, DEPTH, total, DEPTH, WIDTH, STEP)
     total += tl.load(b1 + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
     mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    at = row[:, None].to(tl.int64) * WIDTH + column[None, :]
+    corner, at = _tile(row_block, column_block, WIDTH, ROWS, COLUMNS)
     rounded = total.to(pre.dtype.element_ty)
-    tl.store(pre + at, rounded, mask=mask)
+    tl.store(pre + corner + at, rounded, mask=mask)
     value, _ = gelu_and_derivative(rounded.to(tl.float32), False)
-    tl.store(act + at, value.to(act.dtype.element_ty), mask=mask)
+    tl.store(act + corner + at, value.to(act.dtype.element_ty), mask=mask)
 
 
 _triton.expect(_product_gelu_kernel, products=True)
@@ -107,12 +115,12 @@ def _product_gelu_backward_kernel(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     total = _product(dout, w2, row, column, rows, WIDTH, 1, total, DEPTH, WIDTH, STEP)
     mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    at = row[:, None].to(tl.int64) * WIDTH + column[None, :]
-    value, derivative = gelu_and_derivative(tl.load(pre + at, mask=mask, other=0.0).to(tl.float32), False)
+    corner, at = _tile(row_block, column_block, WIDTH, ROWS, COLUMNS)
+    value, derivative = gelu_and_derivative(tl.load(pre + corner + at, mask=mask, other=0.0).to(tl.float32), False)
     if act is not None:
-        tl.store(act + at, value.to(act.dtype.element_ty), mask=mask)
+        tl.store(act + corner + at, value.to(act.dtype.element_ty), mask=mask)
     gradient = total * derivative
-    tl.store(dpre + at, gradient.to(dpre.dtype.element_ty), mask=mask)
+    tl.store(dpre + corner + at, gradient.to(dpre.dtype.element_ty), mask=mask)
     tl.store(partial + row_block.to(tl.int64) * WIDTH + column, tl.sum(gradient, 0), mask=column < WIDTH)
 
 
