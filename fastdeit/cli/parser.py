@@ -96,7 +96,7 @@ class Verb:
             args.overrides = [word for word in words if is_override(word)]
             args.words = [path(word) for word in words if not is_override(word)]
             if getattr(args, "data", None) is not None:
-                # In YAML's quotes: the name of a folder may be a number, or have a colon, a hash or a line break in it.
+                # In YAML's quotes: the name of a folder may be a number, or have a colon or a hash in it.
                 args.overrides.append(f"data.root={json.dumps(args.data)}")
         return args
 

@@ -147,7 +147,7 @@ def test_train_in_any_order(calls):
     assert calls.loaded == [("mine.yaml", args.overrides)]
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a #b", "12", "null", "a: b", "[x]", "%x", " x ", "ü", 'a"b'])
+@pytest.mark.parametrize("name", ["a #b", "12", "null", "a: b", "[x]", "%x", " x ", "ü", 'a"b'])
 def test_a_data_folder_may_have_any_name(calls, name):
     assert cli.main(["train", "deit_tiny", "--data", name]) == 0
     assert recipe.load("deit_tiny", calls.args.overrides).data.root == name
