@@ -105,6 +105,15 @@ def test_the_command_runs_this_recipe(name):
     recipe = recipes.load(name, args.overrides)
     assert recipe.data.root is not None or recipe.data.source == "digits"
     recipes.check_complete(recipe)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if place % 4 else []) for place, name in enumerate(recipes.names())],
+)
+def test_a_dry_run_of_the_command_refuses_nothing(name):
+    args = VERBS["train"].parse(shlex.split(recipes.load(name).about.command)[2:])
+    recipe = recipes.load(name, args.overrides)
     images = [] if recipe.data.source == "digits" else ["data.source=synthetic", "data.synthetic_samples=20000"]
     begun = recipes.without_weights(recipes.override(recipe, images))
     assert next(dry_run.lines(Request(begun), args.nproc or 1)).startswith(f"recipe    {name}, ")
