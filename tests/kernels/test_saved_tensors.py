@@ -19,7 +19,7 @@ from tests.kernels.examples import ONLY_FLOAT16, REFUSED, every_example, few, le
 from tests.kernels.test_optimizer import interpreted
 
 STAND_IN = "stand-in"
-NEEDS_A_CARD = {"quack", "native", "efficient", "cudnn", "fa3", "fa4"}
+NEEDS_A_CARD = {"quack", "native", "hopper", "efficient", "cudnn", "fa3", "fa4"}
 CALLS = {
     f"{name}-{backend}": (op, example, backend)
     for name, (op, example) in every_example().items()
