@@ -16,7 +16,7 @@ from fastdeit.methods.base import Phase
 from fastdeit.methods.config import SupervisedConfig
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import build
+from fastdeit.run.building import teachers
 from fastdeit.run.parts import Parts
 from fastdeit.stepping import Stepper
 from fastdeit.training import schedule_of, seed_torch
@@ -123,7 +123,7 @@ def test_the_phases_of_a_method_and_its_epochs(settings):
 
 def test_a_run_on_other_classes_can_teach(settings, tmp_path, monkeypatch):
     """The labels of batches from outside have no names that could be compared with those of the teacher's data."""
-    monkeypatch.setattr(build, "freeze", lambda network, size, dtype: network)  # makes it faster, and takes a second
+    monkeypatch.setattr(teachers, "freeze", lambda network, size, dtype: network)  # makes it faster, and takes a second
     classes = [f"digit {number}" for number in range(10)]
     checkpoint.save(
         tmp_path / "run" / "checkpoints",
