@@ -108,12 +108,18 @@ def elastic(
 
 def _alone() -> tuple[RendezvousHandler, dict[str, Any]]:
     """A rendezvous of this launcher with itself, and the address for its workers: nothing beyond this machine."""
-    # A multi-tenant store on port 0 takes a free port and keeps it; rendezvous and workers share this very server.
-    store = TCPStore(HOST, 0, world_size=1, is_master=True, multi_tenant=True)
+    # Rendezvous and workers share one server, which has its port before anybody is told of it. PyTorch keeps a table of
+    # a process's servers by port. On port 0 it leaves the entry of an earlier server of that port, and the rendezvous
+    # would start a second server there instead of joining this one.
+    listener = socket.create_server((HOST, 0))
+    port = listener.getsockname()[1]
+    server = {"is_master": True, "multi_tenant": True, "master_listen_fd": listener.detach()}
+    store = TCPStore(HOST, port, world_size=1, **server)
     run_id = f"fastdeit-{os.getpid()}"
-    handler = StaticTCPRendezvous(HOST, store.port, rank=0, world_size=1, run_id=run_id, timeout=60)
+    handler = StaticTCPRendezvous(HOST, port, rank=0, world_size=1, run_id=run_id, timeout=60)
     handler.next_rendezvous()  # joins the server while `store` holds it
-    return handler, {"master_addr": HOST, "master_port": store.port, "local_addr": HOST}
+    del store
+    return handler, {"master_addr": HOST, "master_port": port, "local_addr": HOST}
 
 
 def _meeting(rdzv: str, nnodes: int) -> tuple[RendezvousHandler, dict[str, Any]]:

@@ -205,6 +205,22 @@ def test_sigterm_to_the_launcher_is_75(worker, capfd, monkeypatch):
     assert err.count("\n") == 1
 
 
+def test_a_port_that_an_earlier_launch_had_is_used_again(monkeypatch):
+    create, ports = socket.create_server, []
+
+    def same_port(address):
+        listener = create(address if not ports else ports[0])
+        ports.append(listener.getsockname())
+        return listener
+
+    monkeypatch.setattr(socket, "create_server", same_port)
+    for _ in range(2):
+        handler, _ = agent._alone()
+        handler.shutdown()
+        del handler  # and with it the server
+    assert ports == [ports[0]] * 2
+
+
 def test_a_signal_at_the_start_waits_until_workers_can_hear_it(worker, capfd):
     assert run(worker, "slow") == 75
     assert "SIGTERM received while not training; nothing is lost" in capfd.readouterr().err
