@@ -1,9 +1,11 @@
 """Shared by all tests: one compute thread, so that results do not depend on the core count; Triton's interpreter where
-there is no card, or with FASTDEIT_IR=90 compiled kernels on the CPU; two workers for whole folders; and `ranks`."""
+there is no card, or with FASTDEIT_IR=90 compiled kernels on the CPU; signals that a shell has ignored are heard; two
+workers for whole folders; and `ranks`."""
 
 import os
 import random
 import shutil
+import signal
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,6 +28,10 @@ COMPILED = "FASTDEIT_IR" in os.environ and not torch.cuda.is_available()
 """Whether tests marked gpu run without a card, on kernels compiled for the architecture that the variable names."""
 if not torch.cuda.is_available() and not COMPILED:
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of fastdeit.kernels
+# Tests send themselves signals that `pytest &` in a script and `nohup pytest` ignore. A hangup still ends no tests.
+for number, heard in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, heard)
 
 
 def pytest_configure():
