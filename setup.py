@@ -1,5 +1,7 @@
-"""Metadata lives in pyproject.toml. This file adds the CUDA sources to a wheel, and the native library where a CUDA
-compiler is here.
+"""Metadata lives in pyproject.toml. This file adds what is compiled: pixel operations where a C++ compiler is here,
+and for a GPU the CUDA sources to a wheel, and the native library where a CUDA compiler is here.
+
+Without a C++ compiler, or with one that fails, pixel operations are numpy's and Pillow's (`fastdeit/data/compiled.py`).
 
 `FASTDEIT_NATIVE` says what becomes of the library: `auto`, the default, builds it where nvcc and cmake are found, and
 goes on without it otherwise; `0` never does; `1` fails with the reason where it cannot be built. An editable install
@@ -7,6 +9,7 @@ reads the sources where they are and builds the library into `build/`, only with
 asked for would be older than the sources after the next change.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -14,8 +17,9 @@ import sys
 from itertools import takewhile
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -115,19 +119,38 @@ class Build(build_py):
         return missing() or "an editable install builds it with FASTDEIT_NATIVE=1 alone"
 
 
-class WithLibrary(Distribution):
-    """With the library the wheel is one for this platform."""
+PIXELS = Path("fastdeit", "data", "pixels.cpp")
 
-    def has_ext_modules(self) -> bool:
-        return wanted(editable=False)
+
+class BuildPixels(build_ext):
+    """A library without Python in it, so that one is for every version."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+
+def pixels() -> Extension:
+    """The library of pixel operations. It names the source that it was made of."""
+    digest = hashlib.sha256((ROOT / PIXELS).read_bytes()).hexdigest()
+    return Extension(
+        "fastdeit.data._pixels",
+        [str(PIXELS)],
+        define_macros=[("FASTDEIT_PIXELS_SOURCE", f'"{digest}"')],
+        extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off"],
+        depends=["setup.py"],
+        optional=True,
+    )
 
 
 class Wheel(bdist_wheel):
-    """The library does not know Python, so that the wheel is one for every version."""
+    """What is compiled does not know Python, so that the wheel is one for every version."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
         return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
 
 
-setup(distclass=WithLibrary, cmdclass={"build_py": Build, "bdist_wheel": Wheel})
+setup(
+    ext_modules=[pixels()],
+    cmdclass={"build_py": Build, "build_ext": BuildPixels, "bdist_wheel": Wheel},
+)

@@ -34,6 +34,7 @@ import torch
 
 from fastdeit import kernels
 from fastdeit.bench.measure import CannotRun, Timer, median
+from fastdeit.data import compiled
 from fastdeit.data.plan import policy
 from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.engine.dist import World
@@ -166,6 +167,7 @@ def facts(setting: Setting, overrides: list[str]) -> dict[str, Any]:
         "batch": setting.batch,
         "images": setting.timed * setting.batch,
         "threads": setting.data.threads,
+        "pixel_operations": compiled.status(),
         "side": SIDES,
     }
 

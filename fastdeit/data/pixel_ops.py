@@ -1,7 +1,7 @@
 """Pixel operations: one table, `PIXEL_OPS`, of what each is called, does on the CPU, does on the GPU, and reads like.
 
 On the CPU an operation takes one image as an array. `equalize`, `rotate`, `grayscale`, `color` and `hue` are Pillow's,
-and `blur` has Pillow's pixels (`blur.py`). The others are a few passes of numpy with Pillow's rounding (float32, for
+and `blur` has Pillow's pixels (`blur.py`). Where `compiled.py` has the operation, C++ makes the same bytes. The others are a few passes of numpy with Pillow's rounding (float32, for
 `auto_contrast` float64, then truncated), cheaper where it counts:
 
     blend(base, x, f) = trunc(clip(base + f (x - base), 0, 255))
@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
+from fastdeit.data import compiled
 from fastdeit.data.blur import blurred
 
 if TYPE_CHECKING:
@@ -70,8 +71,9 @@ class PixelOp:
     name: as policies and tests call it. cpu(image, value): uint8 `[H, W, 3]` to the same, or to `[H, W, 1]`, which
     stands for three equal channels. gpu(image, nodes): the node of DALI's graph, or a `Warp`. words: how `value` reads
     in a sentence after the name, a format string; empty where the operation has no argument. takes_grey: whether `cpu`
-    takes `[H, W, 1]` as well. Raises TypeError without a form for the CPU or the GPU: an operation that one
-    executor lacks would do nothing there, and nobody would notice.
+    takes `[H, W, 1]` as well. compiled: makes the bytes of `cpu` sooner, where the library of `compiled.py` is there.
+    Raises TypeError without a form for the CPU or the GPU: an operation that one executor lacks would do nothing
+    there, and nobody would notice.
     """
 
     name: str
@@ -79,12 +81,18 @@ class PixelOp:
     gpu: "Callable[[DataNode, Nodes], DataNode] | Warp"
     words: str = ""
     takes_grey: bool = False
+    compiled: Callable[[Pixels, float], Pixels] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.cpu):
             raise TypeError(f"pixel operation {self.name!r} has no form for the CPU")
         if not (callable(self.gpu) or isinstance(self.gpu, Warp)):
             raise TypeError(f"pixel operation {self.name!r} has no form for the GPU")
+
+    def run(self, image: Pixels, value: float) -> Pixels:
+        """The operation on the CPU."""
+        made = self.cpu if self.compiled is None or compiled.missing() else self.compiled
+        return made(np.ascontiguousarray(image if self.takes_grey else three(image)), value)
 
 
 # ---- on the CPU ------------------------------------------------------------------------------------------------------
@@ -148,10 +156,12 @@ def _grey(image: Pixels) -> Pixels:
     return np.asarray(Image.fromarray(image).convert("L"))[..., None] if image.shape[2] == 3 else image
 
 
-def _three(image: Pixels) -> Pixels:
+def three(image: Pixels) -> Pixels:
     """`[H, W, 3]`, of one channel as of three."""
     if image.shape[2] == 3:
         return image
+    if not compiled.missing():
+        return compiled.three(np.ascontiguousarray(image))
     channels = np.empty((*image.shape[:2], 3), np.uint8)
     for channel in range(3):  # to let numpy broadcast the last axis costs far more
         channels[..., channel] = image[..., 0]
@@ -227,7 +237,7 @@ def _translate(image: Pixels, pixels: float, axis: int) -> Pixels:
 
 def _shear(image: Pixels, factor: float, axis: int) -> Pixels:
     """Pixel i of line j is the input's at i + factor * (j + 1/2); lines are rows (axis 1) or columns (axis 0)."""
-    by = factor * (np.arange(image.shape[1 - axis]) + 0.5)
+    by = _steps(factor, image.shape[1 - axis])
     whole = np.floor(by).astype(np.int64)
     near = _near_in_rows(image, whole) if axis == 1 else _near_in_columns(image, whole)
     out = np.empty_like(image)
@@ -242,6 +252,16 @@ def _shear(image: Pixels, factor: float, axis: int) -> Pixels:
     outside = position >= limit if factor > 0 else position < limit
     np.copyto(out.reshape(len(out), -1), _fill(image), where=outside)
     return out
+
+
+def _steps(factor: float, lines: int) -> NDArray[np.float64]:
+    """By how much a shear moves each line."""
+    return factor * (np.arange(lines) + 0.5)
+
+
+def _same(pixels: float, lines: int) -> NDArray[np.float64]:
+    """By how much a translation moves each line."""
+    return np.full(lines, pixels)
 
 
 def _covered(by: NDArray[np.float64], length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -423,6 +443,25 @@ def _identities(count: int) -> NDArray[np.float64]:
     return np.tile(np.eye(3), (count, 1, 1))
 
 
+def _along_lines(
+    name: str,
+    cpu: Callable[[Pixels, float, int], Pixels],
+    by: Callable[[float, int], NDArray[np.float64]],
+    gpu: Warp,
+    words: str,
+    axis: int,
+) -> PixelOp:
+    """An operation that moves the lines of a picture, rows (axis 1) or columns (axis 0), along themselves: by(value,
+    number of lines) pixels."""
+
+    def moved(image: Pixels, value: float) -> Pixels:
+        pixels = by(value, image.shape[1 - axis])
+        first, last = (limit.astype(np.int64) for limit in _covered(pixels, image.shape[axis]))
+        return compiled.moved(image, pixels, first, last, np.array(FILL, np.uint8), axis)
+
+    return PixelOp(name, lambda image, value: cpu(image, value, axis), gpu, words, compiled=moved)
+
+
 # A plan stores an operation as its place here, counted from 1: new ones go to the end. Comments say what `value` is.
 PIXEL_OPS: tuple[PixelOp, ...] = (
     PixelOp("auto_contrast", _auto_contrast, _auto_contrast_gpu),  # Pillow's ImageOps.autocontrast, cutoff 0
@@ -437,19 +476,23 @@ PIXEL_OPS: tuple[PixelOp, ...] = (
     # added to pixels below 128, clipped to 255
     PixelOp("solarize_add", _solarize_add, _solarize_add_gpu, "{:+.0f} below level 128", takes_grey=True),
     # factors of Pillow's ImageEnhance
-    PixelOp("color", _color, _color_gpu, "x {:.2f}", takes_grey=True),
-    PixelOp("contrast", _contrast, _contrast_gpu, "x {:.2f}", takes_grey=True),
-    PixelOp("brightness", _brightness, _brightness_gpu, "x {:.2f}", takes_grey=True),
-    PixelOp("sharpness", _sharpness, _sharpness_gpu, "x {:.2f}"),
+    PixelOp("color", _color, _color_gpu, "x {:.2f}", takes_grey=True, compiled=compiled.color),
+    PixelOp("contrast", _contrast, _contrast_gpu, "x {:.2f}", takes_grey=True, compiled=compiled.contrast),
+    PixelOp("brightness", _brightness, _brightness_gpu, "x {:.2f}", takes_grey=True, compiled=compiled.brightness),
+    PixelOp("sharpness", _sharpness, _sharpness_gpu, "x {:.2f}", compiled=compiled.sharpness),
     # output (x, y) is input (x + value * y, y), and (x, y + value * x)
-    PixelOp("shear_x", lambda image, factor: _shear(image, factor, 1), _entry(0, 1), "by {:+.3f}"),
-    PixelOp("shear_y", lambda image, factor: _shear(image, factor, 0), _entry(1, 0), "by {:+.3f}"),
+    _along_lines("shear_x", _shear, _steps, _entry(0, 1), "by {:+.3f}", 1),
+    _along_lines("shear_y", _shear, _steps, _entry(1, 0), "by {:+.3f}", 0),
     # output (x, y) is input (x + value, y), and (x, y + value), in output pixels
-    PixelOp("translate_x", lambda image, pixels: _translate(image, pixels, 1), _entry(0, 2), "by {:+.1f} pixels"),
-    PixelOp("translate_y", lambda image, pixels: _translate(image, pixels, 0), _entry(1, 2), "by {:+.1f} pixels"),
-    PixelOp("grayscale", lambda image, _: _grey(image), _grayscale_gpu, takes_grey=True),
+    _along_lines("translate_x", _translate, _same, _entry(0, 2), "by {:+.1f} pixels", 1),
+    _along_lines("translate_y", _translate, _same, _entry(1, 2), "by {:+.1f} pixels", 0),
+    PixelOp(
+        *("grayscale", lambda image, _: _grey(image), _grayscale_gpu),
+        takes_grey=True,
+        compiled=lambda image, _: compiled.grey(image),
+    ),
     # radius of Pillow's ImageFilter.GaussianBlur
-    PixelOp("blur", blurred, _blur_gpu, "with radius {:.2f}"),
+    PixelOp("blur", blurred, _blur_gpu, "with radius {:.2f}", compiled=compiled.blurred),
     # factor of torchvision's adjust_hue, -0.5 to 0.5
     PixelOp("hue", _pillow(_hue), _hue_gpu, "by {:+.3f} turns"),
 )
@@ -466,11 +509,11 @@ def apply(image: Pixels, kind: NDArray[np.uint8], value: NDArray[np.float32]) ->
         if index:
             op = PIXEL_OPS[index - 1]
             try:
-                image = op.cpu(np.ascontiguousarray(image if op.takes_grey else _three(image)), argument)
+                image = op.run(image, argument)
             except Exception as error:
                 what = f"{KINDS[index]}({argument:g})"
                 raise OperationError(f"the operation {what} failed ({type(error).__name__}: {error})") from error
-    return _three(image)
+    return three(image)
 
 
 def described(kind: NDArray[np.uint8], value: NDArray[np.float32]) -> str:

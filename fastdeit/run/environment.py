@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastdeit import cores, jsons, kernels
+from fastdeit.data import compiled
 from fastdeit.version import __version__
 
 DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
@@ -45,6 +46,7 @@ def report() -> dict[str, Any]:
         "driver": _driver(),
         "packages": {name: _version(name) for name in PACKAGES},
         "dali": _dali(),
+        "pixel_operations": compiled.status(),
         "apex": apex_status(),
         "kernels": [{"name": item.name, "backend": item.backend, "reason": item.reason} for item in kernels.info()],
         "native": kernels.native_status(),

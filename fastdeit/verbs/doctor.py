@@ -59,6 +59,7 @@ def render(found: dict[str, Any]) -> str:
             "DALI": f"{dali['version']} ({dali['package']}), decodes on the {dali['backend'].upper()}"
             if dali
             else "not installed",
+            "pixel operations": found["pixel_operations"],
             "apex": found["apex"],
         },
         "machine": {

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdeit.data import pixel_ops
+from fastdeit.data import compiled, pixel_ops
 from fastdeit.data.plan.operations import Ops
 
 Pixels = NDArray[np.uint8]
@@ -160,6 +160,8 @@ def resized(image: Pixels, size: Sequence[int]) -> Pixels:
 def flipped(image: Pixels) -> Pixels:
     """Left to right. numpy would reverse pixel by pixel, 15 times slower; of more elements than `_SERIAL` at a time
     torch would wake threads of its own, which costs more than they save."""
+    if not compiled.missing():
+        return compiled.flipped(np.ascontiguousarray(image))
     out = np.empty_like(image)
     lines = max(1, _SERIAL // image[0].size)
     for top in range(0, len(image), lines):
