@@ -9,6 +9,7 @@ import signal
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +123,12 @@ def curves(no_curves):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "curves", draw)
         yield
+
+
+@pytest.fixture
+def roomy(monkeypatch):
+    """A disk with room for the checkpoints of any recipe, as the machine that runs the tests need not have it."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**50, used=0, free=2**50))
 
 
 @pytest.fixture

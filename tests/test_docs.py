@@ -306,6 +306,7 @@ def of_a_recipe():
     return found.values()
 
 
+@pytest.mark.usefixtures("roomy")
 @pytest.mark.parametrize(("verb", "args"), of_a_recipe())
 def test_commands_of_recipes_would_run(verb, args, extended):
     """As a dry run says, with images, teachers and weights in the place of those that a reader has."""

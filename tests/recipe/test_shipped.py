@@ -107,6 +107,7 @@ def test_the_command_runs_this_recipe(name):
     recipes.check_complete(recipe)
 
 
+@pytest.mark.usefixtures("roomy")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] if place % 4 else []) for place, name in enumerate(recipes.names())],
