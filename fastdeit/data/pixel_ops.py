@@ -1,8 +1,9 @@
 """Pixel operations: one table, `PIXEL_OPS`, of what each is called, does on the CPU, does on the GPU, and reads like.
 
 On the CPU an operation takes one image as an array. `equalize`, `rotate`, `grayscale`, `color` and `hue` are Pillow's,
-and `blur` has Pillow's pixels (`blur.py`). Where `compiled.py` has the operation, C++ makes the same bytes. The others are a few passes of numpy with Pillow's rounding (float32, for
-`auto_contrast` float64, then truncated), cheaper where it counts:
+and `blur` has Pillow's pixels (`blur.py`). The others are a few passes of numpy with Pillow's rounding (float32, for
+`auto_contrast` float64, then truncated), cheaper where it counts. Where `compiled.py` has an operation, its library
+makes the same bytes.
 
     blend(base, x, f) = trunc(clip(base + f (x - base), 0, 255))
     color: base = grey; contrast: base = mean grey; brightness: base = 0; sharpness: base = smoothed
