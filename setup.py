@@ -1,7 +1,7 @@
-"""Metadata lives in pyproject.toml. This file adds what is compiled: pixel operations where a C++ compiler is here,
-and for a GPU the CUDA sources to a wheel, and the native library where a CUDA compiler is here.
+"""Metadata lives in pyproject.toml. This file adds what is compiled: what the CPU does to pixels where a C++ compiler
+is here, and for a GPU the CUDA sources to a wheel, and the native library where a CUDA compiler is here.
 
-Without a C++ compiler, or with one that fails, pixel operations are numpy's and Pillow's (`fastdeit/data/compiled.py`).
+Without a C++ compiler, or with one that fails, numpy and Pillow do it (`fastdeit/data/compiled.py`).
 
 `FASTDEIT_NATIVE` says what becomes of the library: `auto`, the default, builds it where nvcc and cmake are found, and
 goes on without it otherwise; `0` never does; `1` fails with the reason where it cannot be built. An editable install
@@ -119,27 +119,28 @@ class Build(build_py):
         return missing() or "an editable install builds it with FASTDEIT_NATIVE=1 alone"
 
 
-PIXELS = Path("fastdeit", "data", "pixels.cpp")
+LIBRARIES = {
+    "fastdeit.data._pixels": Path("fastdeit", "data", "pixels.cpp"),
+    "fastdeit.kernels._host_pixels_library": Path("fastdeit", "kernels", "_host_pixels.cpp"),
+}
+"""What is compiled for the CPU, by the name of the library."""
 
 
-class BuildPixels(build_ext):
-    """A library without Python in it, so that one is for every version."""
+class BuildLibraries(build_ext):
+    """Libraries without Python in them, so that one is for every version."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
 
-def pixels() -> Extension:
-    """The library of pixel operations. It names the source that it was made of."""
-    digest = hashlib.sha256((ROOT / PIXELS).read_bytes()).hexdigest()
-    return Extension(
-        "fastdeit.data._pixels",
-        [str(PIXELS)],
-        define_macros=[("FASTDEIT_PIXELS_SOURCE", f'"{digest}"')],
-        extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off"],
-        depends=["setup.py"],
-        optional=True,
-    )
+def libraries() -> list[Extension]:
+    """The libraries for the CPU. Each names the source that it was made of."""
+    options = {"extra_compile_args": ["-std=c++17", "-O3", "-ffp-contract=off"], "optional": True}
+    digests = {name: hashlib.sha256((ROOT / path).read_bytes()).hexdigest() for name, path in LIBRARIES.items()}
+    return [
+        Extension(name, [str(path)], define_macros=[("FASTDEIT_SOURCE", f'"{digests[name]}"')], **options)
+        for name, path in LIBRARIES.items()
+    ]
 
 
 class Wheel(bdist_wheel):
@@ -151,6 +152,6 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[pixels()],
-    cmdclass={"build_py": Build, "build_ext": BuildPixels, "bdist_wheel": Wheel},
+    ext_modules=libraries(),
+    cmdclass={"build_py": Build, "build_ext": BuildLibraries, "bdist_wheel": Wheel},
 )

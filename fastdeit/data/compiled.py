@@ -39,8 +39,8 @@ def missing() -> str | None:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return f"the compiled ones cannot be loaded: {error}"
-    library.fastdeit_pixels_source.restype = ctypes.c_char_p
-    source = library.fastdeit_pixels_source().decode()
+    library.fastdeit_source.restype = ctypes.c_char_p
+    source = library.fastdeit_source().decode()
     if SOURCE.exists() and source != hashlib.sha256(SOURCE.read_bytes()).hexdigest():
         return f"those in C++ were compiled before {SOURCE.name} was changed; run `pip install` again"
     return None

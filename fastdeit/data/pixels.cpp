@@ -285,6 +285,6 @@ void fastdeit_move_columns(const Byte* image, Byte* out, long height, long width
 }
 
 // Digest of this file as it was compiled
-const char* fastdeit_pixels_source() { return FASTDEIT_PIXELS_SOURCE; }
+const char* fastdeit_source() { return FASTDEIT_SOURCE; }
 
 }  // extern "C"

@@ -1,6 +1,12 @@
-"""The backend `host` of `pixels`: on a CPU a sample at a time, in the cache and by one thread."""
+"""The backend `host` of `pixels`: on a CPU a sample at a time, in the cache and by one thread.
 
+Where `pip install` found a C++ compiler, the passes over float32 are those of `_host_pixels.cpp`: the same bits."""
+
+import ctypes
+import hashlib
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +15,25 @@ from torch import Tensor
 
 from fastdeit.kernels import _checks, _op
 from fastdeit.kernels.noise import host_normals
+
+_LIBRARY, _SOURCE = (Path(__file__).with_name(name) for name in ("_host_pixels_library.so", "_host_pixels.cpp"))
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled passes; None where there are none, or those of another source."""
+    try:
+        found = ctypes.CDLL(str(_LIBRARY))
+    except OSError:
+        return None
+    found.fastdeit_source.restype = ctypes.c_char_p
+    if _SOURCE.exists() and found.fastdeit_source().decode() != hashlib.sha256(_SOURCE.read_bytes()).hexdigest():
+        return None
+    pointer, number, value = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+    found.fastdeit_normalise.argtypes = [pointer, number, pointer, *(number,) * 4, pointer, pointer]
+    found.fastdeit_mix.argtypes = [pointer, pointer, number, value, value]
+    found.fastdeit_normalise.restype = found.fastdeit_mix.restype = None
+    return found
 
 
 class _Samples:
@@ -33,9 +58,7 @@ class _Samples:
 
     def render(self, i: int, window: tuple[slice, slice], out: NDArray) -> None:
         """Write sample i's pixels inside `window` (rows, columns) to `out` `[3, h, w]`."""
-        np.copyto(out, self._images[i][window].transpose(2, 0, 1))
-        out *= self._scale
-        out -= self._shift
+        self._normalise(self._images[i][window], out)
         if self._boxes is None:
             return
         box = self._boxes[i]
@@ -44,6 +67,28 @@ class _Samples:
             rows, columns = (_moved(side, by.start) for side, by in zip(shown, window, strict=True))
             noise_rows, noise_columns = (_moved(side, by.start) for side, by in zip(shown, box, strict=True))
             out[:, rows, columns] = self._noise_of(i)[:, noise_rows, noise_columns]
+
+    def _normalise(self, image: NDArray[np.uint8], out: NDArray) -> None:
+        """`image` `[h, w, 3]` to `out` `[3, h, w]`, whose rows are contiguous."""
+        if self.dtype != np.float32 or image.strides[1:] != (3, 1) or library() is None:
+            np.copyto(out, image.transpose(2, 0, 1))
+            out *= self._scale
+            out -= self._shift
+            return
+        plane, row = (stride // out.itemsize for stride in out.strides[:2])
+        library().fastdeit_normalise(
+            *(image.ctypes.data, image.strides[0], out.ctypes.data, plane, row, *image.shape[:2]),
+            *(self._scale.ctypes.data, self._shift.ctypes.data),
+        )
+
+    def mix(self, own: NDArray, other: NDArray, weight: NDArray) -> None:
+        """own = weight own + (1 - weight) other, both contiguous; `other` may be written to."""
+        if self.dtype == np.float32 and library() is not None:
+            library().fastdeit_mix(own.ctypes.data, other.ctypes.data, own.size, weight, 1 - weight)
+            return
+        other *= 1 - weight
+        own *= weight
+        own += other
 
     def _noise_of(self, i: int) -> NDArray:
         """The noise of sample i's whole box: needed again where the sample is a partner."""
@@ -93,8 +138,6 @@ def host_pixels(
         samples.render(i, everywhere, own)
         if weight != 1:
             samples.render(j, everywhere, other)
-            other *= 1 - weight
-            own *= weight
-            own += other
+            samples.mix(own, other, weight)
         samples.render(j, (rows, columns), own[:, rows, columns])
     return torch.from_numpy(out).to(dtype)
