@@ -2,7 +2,7 @@
 
 A recipe file has the sections of `Recipe` and optionally `base:`, the name or path of one other recipe whose fields it
 starts from. Overrides `section.field=value` come last. Every value keeps its file and line through merging
-(`yaml.py`), so that each error of validation (`config.py`) names them (`errors.py`).
+(`yaml.py`, `merge.py`), so that each error of validation (`sections.py`, `config.py`) names them (`errors.py`).
 
 The `method:` section is validated by the method's own model, and `optim:` by one that has the options of the optimizer;
 both are looked up when a recipe is validated. Importing this module imports no torch, and neither does a recipe whose
@@ -11,26 +11,23 @@ method and optimizer are among those that fastdeit brings.
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, create_model, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.events import ScalarEvent
 from ruamel.yaml.nodes import SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from fastdeit import methods, plugins
-from fastdeit.data.sources.kinds import GENERATED
-from fastdeit.data.sources.share import is_share
-from fastdeit.engine import options
-from fastdeit.fields import Section
 from fastdeit.methods.config import MethodConfig
 from fastdeit.recipe.config import About, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
-from fastdeit.recipe.errors import in_words, unknown_field, validate_section
+from fastdeit.recipe.errors import unknown_field, validate_section
+from fastdeit.recipe.merge import insert, merged
+from fastdeit.recipe.sections import ADAMW, SECTIONS, conflicts, flat, method_model, optim_config, optim_model
 from fastdeit.recipe.yaml import (
     MAX_DEPTH,
     NOWHERE,
@@ -40,32 +37,16 @@ from fastdeit.recipe.yaml import (
     Problems,
     Reader,
     as_item,
-    first_place,
-    format_value,
     place_of,
     plain,
 )
 from fastdeit.text import did_you_mean, shorten
-from fastdeit.views import overridden, resolution_problems, view_problems
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 MAX_BYTES = 256 * 1024
 _SUFFIXES = (".yaml", ".yml")
 MAX_OVERRIDE = 200
 """Characters of an override that are told."""
-
-_SECTIONS: dict[str, type[Section] | None] = {
-    "about": About,
-    "model": ModelConfig,
-    "method": None,
-    "data": DataConfig,
-    "optim": OptimConfig,
-    "train": TrainConfig,
-    "engine": EngineConfig,
-}
-
-
-_ADAMW = OptimConfig.model_fields["name"].default
 
 
 class RecipeError(Exception):
@@ -91,10 +72,10 @@ class Recipe(BaseModel):
     def _with_options_of_the_optimizer(cls, optim: Any) -> Any:
         if not isinstance(optim, Mapping):
             return optim
-        name = optim.get("name", _ADAMW)
+        name = optim.get("name", ADAMW)
         if not isinstance(name, str):
             raise ValueError("optim.name must name an optimizer")
-        return _optim_config(name).model_validate(optim)
+        return optim_config(name).model_validate(optim)
 
     @field_validator("method", mode="before")
     @classmethod
@@ -107,7 +88,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Recipe":
-        found = [f"{'.'.join(path)} {problem}" for path, problem in _conflicts(dict(self))]
+        found = [f"{'.'.join(path)} {problem}" for path, problem in conflicts(dict(self))]
         if found:
             raise ValueError("; ".join(found))
         return self
@@ -132,7 +113,7 @@ def load(name_or_path: str, overrides: Sequence[str] = (), *, own: bool = True) 
     plugins.said_by_user(plain(changes))
     if root is None:
         raise RecipeError(problems.text())
-    return _validated(path.stem, _merged(root, changes), problems)
+    return _validated(path.stem, merged(root, changes), problems)
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -141,7 +122,7 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     changes = _parse_overrides(overrides, problems)
     plugins.said_by_user(plain(changes))
     root = as_item(recipe.model_dump(mode="json", exclude={"name"}), Place(f"recipe {recipe.name}"))
-    return _validated(recipe.name, _merged(root, changes), problems)
+    return _validated(recipe.name, merged(root, changes), problems)
 
 
 def without_weights(recipe: Recipe) -> Recipe:
@@ -200,14 +181,14 @@ def difference(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     Not compared: `about`, `name`, `engine`, and from where and by how many threads the data are read.
     """
     sections = {"model", "method", "data", "optim", "train"}
-    mine, theirs = (dict(_flat(recipe.model_dump(include=sections, exclude=_PLACES))) for recipe in (a, b))
+    mine, theirs = (dict(flat(recipe.model_dump(include=sections, exclude=_PLACES))) for recipe in (a, b))
     fields = dict.fromkeys([*mine, *theirs])
     return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
 
 
 def changes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     """(dotted field, value in a, value in b) of all fields but `about` and `name` that differ, as JSON has them."""
-    mine, theirs = (dict(_flat(recipe.model_dump(mode="json", exclude={"about", "name"}))) for recipe in (a, b))
+    mine, theirs = (dict(flat(recipe.model_dump(mode="json", exclude={"about", "name"}))) for recipe in (a, b))
     fields = dict.fromkeys([*mine, *theirs])
     return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
 
@@ -217,14 +198,6 @@ _PLACES = {
     "data": {"source", "root", "train", "val", "image_column", "label_column", "classes", "threads"},
     "method": {"cached"},
 }
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            yield from _flat(inner, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", inner
 
 
 class _Representer(SafeRepresenter):
@@ -292,7 +265,7 @@ def _read(path: Path, problems: Problems) -> Item | None:
     if root is None or isinstance(root.value, dict):
         return root
     got = "nothing" if root.value is None else root
-    problems.add(root.place, (), f"a recipe is a mapping of the sections {', '.join(_SECTIONS)}; this is {got}")
+    problems.add(root.place, (), f"a recipe is a mapping of the sections {', '.join(SECTIONS)}; this is {got}")
     return None
 
 
@@ -307,7 +280,7 @@ def _with_base(path: Path, problems: Problems) -> Item | None:
         problems.incomplete = True
         return root.without("base")
     # What a recipe is measured to reach says nothing of one that changes it.
-    return _merged(base.without("about"), root.without("base"))
+    return merged(base.without("about"), root.without("base"))
 
 
 def _base(named: Item, child: Path, problems: Problems) -> Item | None:
@@ -356,89 +329,8 @@ def _parse_overrides(overrides: Sequence[str], problems: Problems) -> Item:
             given[path] = text
             around |= dict.fromkeys(outer, text)
             item = Reader(value, place.source, problems, line_numbers=False, path=path).document()
-            _insert(root, path, item)
+            insert(root, path, item)
     return root
-
-
-def _insert(root: Item, path: FieldPath, item: Item | None) -> None:
-    for part in path[:-1]:
-        root = root.value.setdefault(part, Item({}, NOWHERE))
-    if item is not None:
-        root.value[path[-1]] = item
-
-
-class _Choice(NamedTuple):
-    """Fields that decide what a section is about, and those of a base that mean nothing once the decision changes."""
-
-    deciding: tuple[str, ...]
-    stale: tuple[str, ...] | None = None
-    """None: the whole section but for `shared`."""
-    shared: tuple[str, ...] = ()
-    default: Any = None
-
-
-_CHOICES: dict[FieldPath, _Choice] = {
-    ("model",): _Choice(("name", "timm"), stale=("name", "timm")),
-    ("method",): _Choice(("use",)),
-    ("method", "teacher"): _Choice(("recipe", "timm", "model")),
-    # Rates, decay and clipping of one optimizer say nothing of another's; the schedule and the average are for all.
-    ("optim",): _Choice(
-        ("name",),
-        shared=("schedule", "warmup_epochs", "warmup_lr", "min_lr", "ema_decay", "layer_decay", "decay_dist_token"),
-        default=_ADAMW,
-    ),
-    ("train",): _Choice(("epochs", "steps"), stale=("epochs", "steps")),
-    ("data",): _Choice(
-        ("source",),
-        stale=(
-            *("root", "train", "val", "image_column", "label_column", "classes"),
-            *("synthetic_samples", "synthetic_classes"),
-        ),
-        default="folder",
-    ),
-}
-
-
-# Fields of which a section has one: the one that is given drops the other of a base.
-_RIVALS: dict[FieldPath, tuple[str, ...]] = {("method",): ("teacher", "cached")}
-
-
-def _merged(base: Item, child: Item, path: FieldPath = ()) -> Item:
-    """`child` laid over `base`: mappings field by field, anything else replaced."""
-    if not isinstance(base.value, dict) or not isinstance(child.value, dict):
-        return child
-    kept = dict(base.value)
-    if not path and "data" in kept and _changes_method(base, child):
-        kept["data"] = kept["data"].without("views")
-    choice = _CHOICES.get(path)
-    if choice is not None and _decides_anew(choice, base.value, child.value):
-        if choice.stale is None:
-            shared = {key: item for key, item in kept.items() if key in choice.shared}
-            return Item(shared | child.value, first_place(child))
-        kept = base.without(*choice.stale).value
-        held_out = base.value.get("val")
-        generated = "source" in child.value and child.value["source"].value in GENERATED
-        if not generated and held_out is not None and isinstance(held_out.value, str) and is_share(held_out.value):
-            kept["val"] = held_out  # a share is one of any source that is read
-    rivals = _RIVALS.get(path, ())
-    if any(key in child.value and child.value[key].value is not None for key in rivals):
-        kept = {key: item for key, item in kept.items() if key not in rivals or key in child.value}
-    for key, item in child.value.items():
-        kept[key] = _merged(kept[key], item, (*path, key)) if key in kept else item
-    return Item(kept, child.place if child.place != NOWHERE else base.place)
-
-
-def _changes_method(base: Item, child: Item) -> bool:
-    """Whether the views of `base` belong to a method that is not trained."""
-    old, new = (root.value["method"].value if "method" in root.value else None for root in (base, child))
-    return isinstance(old, dict) and isinstance(new, dict) and _decides_anew(_CHOICES["method",], old, new)
-
-
-def _decides_anew(choice: _Choice, base: Mapping[str, Item], child: Mapping[str, Item]) -> bool:
-    return any(
-        key in child and child[key].value not in (None, base[key].value if key in base else choice.default)
-        for key in choice.deciding
-    )
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------
@@ -446,7 +338,7 @@ def _decides_anew(choice: _Choice, base: Mapping[str, Item], child: Mapping[str,
 
 def _validated(name: str, root: Item, problems: Problems) -> Recipe:
     """The recipe that the tree describes; raises everything that is wrong with it and that `problems` already holds."""
-    models = {**_SECTIONS, "method": _method_model(root, problems), "optim": _optim_model(root, problems)}
+    models = {**SECTIONS, "method": method_model(root, problems), "optim": optim_model(root, problems)}
     for key, item in root.value.items():
         if key not in models:
             problems.add(place_of(root, (key,)), (key,), unknown_field(plain(item), models, (key,)))
@@ -457,143 +349,9 @@ def _validated(name: str, root: Item, problems: Problems) -> Recipe:
             if part is not None:
                 parts[section] = part
     if not problems.incomplete:
-        for path, problem in _conflicts(parts):
+        for path, problem in conflicts(parts):
             if not problems.is_unreadable(path):
                 problems.add(place_of(root, path), path, problem)
     if problems.found:
         raise RecipeError(problems.text())
     return Recipe(name=name, **parts)
-
-
-def _conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
-    """What valid sections have against each other; of sections that are missing in `parts` nothing is said."""
-    sections = {name: parts[name] for name in _SECTIONS if parts.get(name)}
-    yield from ((path, "has a line break; a text of a recipe is one line") for path in _broken_texts(sections))
-    model, method, data, optim, train = (parts.get(name) for name in ("model", "method", "data", "optim", "train"))
-    if method and data:
-        yield from _view_conflicts(method, data, model.image_size if model else None)
-    if data and train:
-        groups, rest = divmod(train.batch_size, data.group_size)
-        if rest:
-            yield (
-                ("train", "batch_size"),
-                f"must be a multiple of data.group_size ({data.group_size}), got {train.batch_size}",
-            )
-        elif groups % train.accumulate:
-            yield (
-                ("train", "accumulate"),
-                f"must divide train.batch_size / data.group_size ({groups} groups), got {train.accumulate}",
-            )
-    if method and model and method.needs_drop_path and model.drop_path == 0:
-        yield (
-            ("model", "drop_path"),
-            f"must be above 0 for method {method.use}, which learns from the submodels that stochastic depth makes; "
-            "add model.drop_path=0.1",
-        )
-    if train and model and train.epochs is None and train.steps is None and model.weights is None:
-        yield (
-            ("train", "epochs"),
-            "is required, or train.steps; only a run that starts from model.weights may leave both out, and its length "
-            "then follows the size of the data set",
-        )
-    if optim and train and None not in (train.epochs, optim.warmup_epochs) and optim.warmup_epochs >= train.epochs:
-        yield (
-            ("optim", "warmup_epochs"),
-            f"must be less than train.epochs ({train.epochs}), got {format_value(optim.warmup_epochs)}; add "
-            f"optim.warmup_epochs={train.epochs / 20:g}, or null, for a twentieth of the run",
-        )
-
-
-def _broken_texts(parts: Mapping[str, Any]) -> Iterator[FieldPath]:
-    """The fields whose texts have several lines: a message that quotes such a text could say what fastdeit does not.
-    The options of a method or an optimizer of somebody else are theirs, and so is what is quoted of them."""
-    for section, part in parts.items():
-        theirs = ":" in (part.use if section == "method" else part.name if section == "optim" else "")
-        if section != "about" and not theirs:
-            for field, value in _flat(part.model_dump()):
-                if _has_break(value):
-                    yield section, *field.split(".")
-
-
-def _has_break(value: Any) -> bool:
-    if isinstance(value, str):
-        return "\n" in value
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return any(map(_has_break, inner))
-
-
-def _view_conflicts(
-    method: Any, data: DataConfig, image_size: int | tuple[int, int] | None
-) -> Iterator[tuple[FieldPath, str]]:
-    """What is wrong with the views that the method asks for, and with what the recipe makes of them."""
-    try:
-        own = method.views()
-    except ValueError as error:
-        yield ("method",), f"asks for a view that cannot be: {in_words(error)}"
-        return
-    found = [f"view {name!r} of method {method.use}: {field} {problem}" for name, field, problem in view_problems(own)]
-    if found:
-        yield from ((("method",), problem) for problem in found)
-        return
-    known = [view.name for view in own]
-    for name in data.views:
-        if name not in known:
-            problem = f"is no view of method {method.use}, which has {', '.join(known)}{did_you_mean(name, known)}"
-            yield ("data", "views", name), problem
-    views = overridden(own, data.views)
-    problems = list(view_problems(views))
-    if not problems and image_size is not None:
-        sizes = [image_size, *(size for _, size in data.size_schedule)]
-        problems = dict.fromkeys(problem for size in sizes for problem in resolution_problems(views, data, size))
-    for name, field, problem in problems:
-        yield ("data", "views", name, field), problem
-
-
-@cache  # recipes are equal only where their sections have one type
-def _optim_config(name: str) -> type[OptimConfig]:
-    """Model of the `optim:` section; raises ValueError for an optimizer that does not exist."""
-    shipped = options.shipped(name)
-    if shipped is None:
-        # Whoever brings the optimizer imports torch, too.
-        from fastdeit.engine import optimizers
-
-        own = optimizers.find(name).Options
-    else:
-        own = shipped.options
-    return create_model(OptimConfig.__name__, __base__=(own, OptimConfig))
-
-
-def _optim_model(root: Item, problems: Problems) -> type[OptimConfig] | None:
-    """Model of the `optim:` section; None, with the problem recorded, where its name is that of no optimizer."""
-    section = root.value.get("optim", Item({}, root.place))
-    path: FieldPath = ("optim", "name")
-    if not isinstance(section.value, dict) or problems.is_unreadable(path):
-        return OptimConfig  # what is wrong with it is said elsewhere
-    name = section.value["name"].value if "name" in section.value else _ADAMW
-    if not isinstance(name, str):
-        problems.add(place_of(root, path), path, f"must be the name of an optimizer, got {section.value['name']}")
-        return None
-    try:
-        return _optim_config(name)
-    except ValueError as error:
-        problems.add(place_of(root, path), path, f"{error}{did_you_mean(name, options.OPTIMIZERS)}")
-        return None
-
-
-def _method_model(root: Item, problems: Problems) -> type[BaseModel] | None:
-    section = root.value.get("method", Item({}, root.place))
-    path: FieldPath = ("method", "use")
-    if not isinstance(section.value, dict):
-        problems.add(place_of(root, ("method",)), ("method",), f"must be a mapping, got {section}")
-    elif problems.is_unreadable(path) or ("use" not in section.value and problems.incomplete):
-        return None
-    elif "use" not in section.value:
-        problems.add(place_of(root, path), path, "is required; it names the training method, as in use: supervised")
-    elif not isinstance(use := section.value["use"].value, str):
-        problems.add(place_of(root, path), path, f"must be the name of a method, got {section.value['use']}")
-    else:
-        try:
-            return methods.config(use)
-        except ValueError as error:
-            problems.add(place_of(root, path), path, f"{error}{did_you_mean(use, methods.METHODS)}")
-    return None

@@ -13,6 +13,7 @@ from fastdeit import plugins
 from fastdeit.cli import main as cli
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe import sections
 from fastdeit.run import directory
 from fastdeit.run.settings import doubt
 from fastdeit.run.weights import KNOWN, open_weights
@@ -40,7 +41,7 @@ def nothing_said(monkeypatch):
     for name, value in (("_own", set()), ("_theirs", {}), ("_trusts_all", False)):
         monkeypatch.setattr(plugins, name, value)
     monkeypatch.delitem(sys.modules, "downloaded_code", raising=False)
-    recipes._optim_config.cache_clear()
+    sections.optim_config.cache_clear()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from fastdeit.engine.options import OPTIMIZERS
 from fastdeit.errors import UsageError
 from fastdeit.methods.config import METHODS
 from fastdeit.recipe import resolve as recipes
-from fastdeit.recipe import yaml
+from fastdeit.recipe import sections, yaml
 from fastdeit.recipe.resolve import RecipeError
 from fastdeit.run import build
 
@@ -65,8 +65,8 @@ def bounded(annotation, metadata=()):
 
 def fields():
     """(path, the model's field, overrides that make the section have it) of every field with numbers."""
-    models = [(name, model, ()) for name, model in recipes._SECTIONS.items() if name not in ("method", "optim")]
-    models += [("optim", recipes._optim_config(name), (f"optim.name={name}",)) for name in OPTIMIZERS]
+    models = [(name, model, ()) for name, model in sections.SECTIONS.items() if name not in ("method", "optim")]
+    models += [("optim", sections.optim_config(name), (f"optim.name={name}",)) for name in OPTIMIZERS]
     models += [("method", methods.config(name), (f"method.use={name}",)) for name in METHODS]
     found = {}
     for section, model, others in models:

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe import sections
 from fastdeit.recipe.resolve import Recipe, RecipeError
 from tests.recipe_texts import DISTILL
 
@@ -26,7 +27,7 @@ values = st.recursive(
 )
 FIELDS = [
     (section, field)
-    for section, model in recipes._SECTIONS.items()
+    for section, model in sections.SECTIONS.items()
     for field in (model.model_fields if model else ("use", "teacher", "loss", "smoothing"))
 ]
 edits = st.lists(
