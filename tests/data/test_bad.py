@@ -159,7 +159,7 @@ def test_too_many_failures_of_an_operation_call_no_sound_file_damaged(memory, va
     def dark(image, value):
         raise ValueError("dark")
 
-    failing = [replace(op, cpu=dark) if op.name == "brightness" else op for op in pixel_ops.PIXEL_OPS]
+    failing = [replace(op, cpu=dark, compiled=None) if op.name == "brightness" else op for op in pixel_ops.PIXEL_OPS]
     monkeypatch.setattr(pixel_ops, "PIXEL_OPS", failing)
     augment = replace(AUGMENT, policy=policy.parse("three_augment", AUGMENT.size, color_jitter=(0.3, 0, 0)))
     loader = TrainLoader(
