@@ -12,6 +12,7 @@ from PIL import Image
 
 from fastdeit.bench import data as bench_data
 from fastdeit.bench import data_peers
+from fastdeit.bench.input_peers import timm, torchvision
 from fastdeit.bench.measure import CannotRun
 from fastdeit.data.execute import dali
 from fastdeit.data.plan.plan import PAD
@@ -300,9 +301,7 @@ def test_the_others_go_on(setting):
     [(0.0, 1.0, (True, False)), (1.0, 1.0, (False, True)), (1.0, 0.05, (False, False)), (1.0, 0.0, (False, False))],
 )
 def test_torchvision_mixes_as_the_recipe_says(setting, switch, probability, usually):
-    mix = data_peers._torchvision_mixing(
-        setting(f"data.mix_switch={switch}", f"data.mix_probability={probability}"), []
-    )
+    mix = torchvision._mixing(setting(f"data.mix_switch={switch}", f"data.mix_probability={probability}"), [])
     images = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, SIZE, SIZE)
     torch.manual_seed(0)
     flat = cut = 0
@@ -318,7 +317,7 @@ def test_posterize_of_timm_keeps_a_bit_and_is_left_as_it_was():
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     before = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
-    with data_peers._posterize_keeps_a_bit():
+    with timm.posterize_keeps_a_bit():
         kept = auto_augment.NAME_TO_OP["PosterizeIncreasing"](image, 0)
     assert set(np.unique(np.asarray(kept))) <= {0, 128}
     assert auto_augment.NAME_TO_OP["PosterizeIncreasing"] is before
