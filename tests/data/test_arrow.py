@@ -116,24 +116,84 @@ def with_dictionaries(varied, width, nested):
     }
 
 
-@pytest.mark.parametrize("width", [pyarrow.binary(), pyarrow.large_binary()], ids=str)
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("form", ["stream", "file", "parquet"])
-def test_columns_with_dictionaries(tmp_path, varied, width, nested, form):
-    table = pyarrow.table(with_dictionaries(varied, width, nested))
+def written(tmp_path, table, form):
+    """The training split of a table, which is written in two parts."""
     if form == "parquet":
         parquet.write_table(table, tmp_path / "train.parquet", row_group_size=3)
     else:
         opened = {"stream": pyarrow.ipc.new_stream, "file": pyarrow.ipc.new_file}[form]
         with opened(str(tmp_path / "train.arrow"), table.schema) as stream:
             stream.write_table(table, max_chunksize=2)
-    source = open_source("parquet" if form == "parquet" else "arrow", tmp_path, "train")
+    return open_source("parquet" if form == "parquet" else "arrow", tmp_path, "train")
+
+
+@pytest.mark.parametrize("width", [pyarrow.binary(), pyarrow.large_binary()], ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("form", ["stream", "file", "parquet"])
+def test_columns_with_dictionaries(tmp_path, varied, width, nested, form):
+    source = written(tmp_path, pyarrow.table(with_dictionaries(varied, width, nested)), form)
     assert source.classes == ["cat", "eel"]
     assert [source.label(i) for i in range(5)] == [1, 0, 0, 1, 0]
     assert [source.read(i).tobytes() for i in (0, 1, 3, 4)] == [varied[i] for i in (2, 0, 1, 0)]
     with pytest.raises(BadImage, match="the row has no image bytes"):
         source.read(2)
     assert not source.skipped
+
+
+LONG = "a name of more than twelve letters"
+
+
+def of_views(varied, label):
+    """Five rows, one without a picture, as Polars writes them: up to 12 bytes stand in the view itself."""
+    names = ["cat", LONG, LONG, "cat", LONG]
+    images = [varied[0], b"twelve bytes", None, varied[1], b"x"]
+    return {"label": label(names), "image": pyarrow.array(images, pyarrow.binary_view())}, names, images
+
+
+def dictionary_of_views(names):
+    places = pyarrow.array([("cat", LONG).index(name) for name in names], "int8")
+    return pyarrow.DictionaryArray.from_arrays(places, pyarrow.array(["cat", LONG], pyarrow.string_view()))
+
+
+@pytest.mark.parametrize(
+    "label",
+    [lambda names: pyarrow.array(names, pyarrow.string_view()), dictionary_of_views],
+    ids=["names", "dictionary"],
+)
+@pytest.mark.parametrize("form", ["stream", "nested stream", "file", "parquet"])
+def test_columns_of_views(tmp_path, varied, label, form):
+    if form == "parquet" and label is dictionary_of_views:
+        label = pyarrow.array  # Arrow writes none to Parquet
+    columns, names, images = of_views(varied, label)
+    if form == "nested stream":
+        columns["image"] = inside(columns["image"])
+    source = written(tmp_path, pyarrow.table(columns), form.split()[-1])
+    assert [source.classes[source.label(i)] for i in range(5)] == names
+    assert [source.read(i).tobytes() for i in (0, 1, 3, 4)] == [images[i] for i in (0, 1, 3, 4)]
+    with pytest.raises(BadImage, match="the row has no image bytes"):
+        source.read(2)
+    assert not source.skipped
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda size, head, number, place: (-1, head, number, place),
+        lambda size, head, number, place: (1 << 30, head, number, place),
+        lambda size, head, number, place: (size, head, 2, place),
+        lambda size, head, number, place: (size, head, -1, place),
+        lambda size, head, number, place: (size, head, number, 1 << 30),
+        lambda size, head, number, place: (size, head, number, -1),
+    ],
+)
+def test_views_that_lead_out_of_the_batch(tmp_path, varied, damage):
+    columns, _, images = of_views(varied, pyarrow.array)
+    path = write(tmp_path / "train.arrow", columns, 2)
+    data = path.read_bytes()
+    sound = len(images[3]), images[3][:4], 0, len(images[0])  # a slice has the buffers of the whole
+    assert data.count(struct.pack("<i4sii", *sound)) == 1
+    path.write_bytes(data.replace(struct.pack("<i4sii", *sound), struct.pack("<i4sii", *(damage(*sound)))))
+    assert len(left(path, "compressed or damaged: images lie outside of it; rows from 2 on")) == 2
 
 
 def two_batches(path, varied, **options):
@@ -243,7 +303,10 @@ ROWS = column(b"1", b"2")
         ({"image": [{"bytes": "x"}, {"bytes": "y"}], "label": [0, 1]}, "column image is no struct of bytes and path"),
         ([("image", ROWS), ("label", [0, 1]), ("label", [1, 0])], "column image or label is there twice; there are"),
         ({"image": ROWS, "label": [0, None]}, "1 rows have no 'label'"),
-        ({"image": ROWS, "label": [0.0, 1.0]}, "column 'label' holds double, not class numbers or names"),
+        (
+            {"image": ROWS, "label": [0.0, 1.0]},
+            "column 'label' holds double, not class numbers or names; pandas makes floats of whole numbers where one",
+        ),
         ({"image": ROWS, "label": [[0], [1]]}, "column 'label' holds list<.*>, not class numbers or names"),
         ({"image": ROWS, "label": [-1, -1]}, r"labels from -1 to -1, .*\(-1 marks a split without labels\)"),
         ({"image": ROWS, "label": [0, 1 << 40]}, "labels from 0 to 1099511627776"),

@@ -33,6 +33,7 @@ _CONTINUES = -1
 _FILE_MAGIC = b"ARROW1\0\0"
 _DICTIONARY, _RECORD_BATCH = 2, 3
 _NO_IMAGE = -1
+_INLINE = 12  # bytes of data that fit into a view
 
 
 class ArrowSource(Listed):
@@ -306,6 +307,8 @@ def _images(body: _Bodies, column: pyarrow.Array) -> tuple[NDArray[np.int64], ND
             raise pyarrow.ArrowInvalid("images lie outside of their dictionary")
         at[~there] = len(size)
         return np.append(start, 0)[at], np.append(size, _NO_IMAGE)[at]
+    if pyarrow.types.is_binary_view(column.type):
+        return _viewed(body, column)
     _, offsets, data = column.buffers()
     width = np.int64 if pyarrow.types.is_large_binary(column.type) else np.int32
     ends = body.read(offsets, width, len(column) + 1).astype(np.int64)
@@ -313,6 +316,24 @@ def _images(body: _Bodies, column: pyarrow.Array) -> tuple[NDArray[np.int64], ND
         raise pyarrow.ArrowInvalid("images lie outside of it")
     start = body.place(data) if data else 0
     return start + ends[:-1], np.where(_there(body, column), np.diff(ends), _NO_IMAGE)
+
+
+def _viewed(body: _Bodies, column: pyarrow.Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`_images` of a column of views: each has the size in 4 bytes, then up to 12 bytes of data or else 4 bytes of its
+    beginning, the number of a buffer and the place in it (Arrow's columnar format, Variable-size Binary View)."""
+    _, views, *data = column.buffers()
+    rows = body.read(views, "<i4", 4 * len(column)).reshape(-1, 4).astype(np.int64)
+    there, size = _there(body, column), rows[:, 0]
+    apart = there & (size > _INLINE)
+    number, offset = rows[apart, 2], rows[apart, 3]
+    ends = np.array([one.size if one else 0 for one in data], np.int64)
+    if (size[there] < 0).any() or (number < 0).any() or (number >= len(data)).any() or (offset < 0).any():
+        raise pyarrow.ArrowInvalid("images lie outside of it")
+    if (offset + size[apart] > ends[number]).any():
+        raise pyarrow.ArrowInvalid("images lie outside of it")
+    start = body.place(views) + 16 * np.arange(len(column)) + 4
+    start[apart] = np.array([body.place(one) if one else 0 for one in data], np.int64)[number] + offset
+    return start, np.where(there, size, _NO_IMAGE)
 
 
 def _there(body: _Bodies, column: pyarrow.Array) -> NDArray[np.bool_]:

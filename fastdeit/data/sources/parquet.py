@@ -22,7 +22,7 @@ from pyarrow import compute, parquet
 from fastdeit import jsons
 from fastdeit.data.sources import shards
 from fastdeit.data.sources.index import Listed, Strings, digest, read_range
-from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, class_numbers, listed, unreadable
+from fastdeit.data.sources.source import MAX_LABEL, NO_FLOATS, BadImage, DataError, class_numbers, listed, unreadable
 
 _CACHE_BYTES = 256 << 20
 _MAX_GROUP = 4 << 30
@@ -253,19 +253,24 @@ def _holds_images(kind: pyarrow.DataType) -> bool:
 
 def _is_bytes(kind: pyarrow.DataType) -> bool:
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) or pyarrow.types.is_binary_view(kind)
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
 
 
 def plain_labels(root: str, label: str, column: _Column) -> _Column:
     """A column of class numbers as int64, of names as strings, in whatever width or form they are stored: dictionaries,
-    large strings, bytes. DataError where it holds anything else."""
+    large strings, views, bytes. DataError where it holds anything else."""
     kind = column.type
     if pyarrow.types.is_dictionary(kind):
+        if isinstance(column, pyarrow.DictionaryArray):  # Arrow does not cast one whose values are views
+            return plain_labels(root, label, column.dictionary).take(column.indices)
         column, kind = column.cast(kind.value_type), kind.value_type
-    if not pyarrow.types.is_integer(kind):
-        text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or _is_bytes(kind)
-        if not text:
-            raise DataError(f"{root}: column {label!r} holds {kind}, not class numbers or names")
+    if not (pyarrow.types.is_integer(kind) or _is_text(kind) or _is_bytes(kind)):
+        way_out = f"; {NO_FLOATS}" if pyarrow.types.is_floating(kind) else ""
+        raise DataError(f"{root}: column {label!r} holds {kind}, not class numbers or names{way_out}")
     try:
         return column.cast(pyarrow.int64() if pyarrow.types.is_integer(kind) else pyarrow.string())
     except pyarrow.ArrowException as error:

@@ -26,6 +26,11 @@ EXTENSIONS = (
 _MAX_CONTENTS = 1 << 32
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]\d+)?|[+-]?(nan|inf)", re.ASCII | re.IGNORECASE)
 MAX_LABEL = 999_999  # beyond any image data set: a larger one is some other number
+NO_FLOATS = (
+    "pandas makes floats of whole numbers where one of them is missing; remove the rows without a label and write "
+    "whole numbers, as by frame.dropna(subset=[LABEL]).astype({LABEL: int})"
+)
+"""What to do about labels such as 1.0."""
 
 
 class DataError(ValueError):
