@@ -5,6 +5,7 @@ bytes: what counts is which are found, and their labels.
 """
 
 import errno
+import gzip
 import io
 import json
 import os
@@ -20,6 +21,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy.io import savemat
 
 from fastdeit import cli
 from fastdeit.data.sources import parts
@@ -114,6 +117,11 @@ SETS = {
     },
     "folders, val beside test": (lambda root: folders(root, "train", "val", "test"), [], ANIMALS),
     "folders, test chosen": (lambda root: folders(root, "train", "valid", "test"), ["data.val=test"], ANIMALS),
+    "folders, a class called train": (
+        lambda root: files(root, *(f"{split}/{name}/1.jpg" for split in ("train", "val") for name in ("bus", "train"))),
+        [],
+        (["bus", "train"], ["bus", "train"]),
+    ),
     "folders, test without classes": (
         lambda root: (folders(root, "train", "valid"), files(root, "test/1.jpg")),
         [],
@@ -208,6 +216,38 @@ REFUSED = {
         [],
         r"nothing in .* is called train, but its folders 'Train', 'Val' may be splits: .*data\.train=NAME.*--split",
     ),
+    "classes in which the splits lie": (
+        lambda root: files(root, *(f"{name}/{split}/1.jpg" for name in ("cat", "dog") for split in ("train", "val"))),
+        [],
+        r"the folders of .* each hold one called train, but classes lie in splits, as train/CLASS: .* puts",
+    ),
+    "flat splits": (
+        lambda root: files(root, *(f"{split}/{i}.jpg" for split in ("train", "test") for i in (1, 2))),
+        ["data.val=10%"],
+        r"no class folders; .* or named with their classes in a list \(data\.source=list\)",
+    ),
+    "flat splits of other names": (
+        lambda root: files(root, *(f"{split}/{i}.jpg" for split in ("train2017", "val2017", "images") for i in (1, 2))),
+        ["data.val=10%"],
+        r"no subfolder 'train'; the expected layout is",
+    ),
+    "pictures and masks": (
+        lambda root: files(
+            root, *(f"{split}/{part}/1.png" for split in ("train", "val") for part in ("images", "masks"))
+        ),
+        [],
+        r"its folders 'images', 'masks' are named as splits, or as pictures and what is known of them, and not",
+    ),
+    "no held-out split": (
+        lambda root: folders(root, "train"),
+        [],
+        r"no subfolder 'val'; .*; if there is no held-out split, hold a share of train out by data\.val=10%",
+    ),
+    "a split two folders down": (
+        lambda root: folders(root, "GTSRB/Training"),
+        [],
+        r"/GTSRB/Training itself holds one split: give that folder, and hold a share of it out by data\.val=10%",
+    ),
     "a split in a folder": (
         lambda root: folders(root, "photos"),
         [],
@@ -280,6 +320,26 @@ REFUSED = {
     ),
     "FFCV": (alone("train_400.beton"), [], r"train_400\.beton is FFCV's format, .*`fastdeit data pack ORIGINAL OUT`"),
     "MDS": (alone("train/shard.00000.mds"), [], r"shard\.00000\.mds is MosaicML's MDS format, .* mosaicml-streaming"),
+    "MNIST's files": (
+        alone("MNIST/raw/train-images-idx3-ubyte.gz"),
+        [],
+        r"train-images-idx3-ubyte\.gz is MNIST's IDX format, .*`fastdeit data pack ROOT OUT --source mine",
+    ),
+    "SVHN's files": (
+        alone("train_32x32.mat"),
+        [],
+        r"train_32x32\.mat is SVHN's MATLAB format, .*`fastdeit data pack ROOT",
+    ),
+    "STL-10's files": (
+        alone("stl10_binary/train_X.bin"),
+        [],
+        r"train_X\.bin is STL-10's binary format, .*`fastdeit data",
+    ),
+    "a pickle": (
+        alone("train.pkl"),
+        [],
+        r"train\.pkl is a pickle, .*: it may run any program .*`fastdeit data pack ROOT",
+    ),
     "LitData": (alone("train/chunk-0-12.bin"), [], r"chunk-0-12\.bin is LitData's format, .*by the package litdata"),
     "MDS, compressed": (alone("train/shard.00000.mds.zstd"), [], "MosaicML's MDS format"),
 }
@@ -309,6 +369,15 @@ def test_the_verbs_name_a_foreign_format_in_a_folder_and_alone(tmp_path, capsys,
         assert f"{file} is " in capsys.readouterr().err
 
 
+def test_the_command_that_exchanges_classes_and_splits_does_so(tmp_path):
+    root = tmp_path / "my images"
+    files(root, *(f"{name}/{split}/1.jpg" for name in ("cat", "big dog") for split in ("train", "val")))
+    with pytest.raises(DataError) as refused:
+        as_train(root)
+    subprocess.run(re.search("`(cd .*)` puts them so", str(refused.value))[1], shell=True, check=True)
+    assert list(map(labels, as_train(root))) == [["big dog", "cat"]] * 2
+
+
 @pytest.mark.parametrize("kind", ["zip", "gztar", "xztar"])
 def test_the_command_that_unpacks_does_so(tmp_path, monkeypatch, capsys, kind):
     folders(tmp_path / "set", "train", "val")
@@ -334,14 +403,20 @@ def record_io(path, records):
                 file.write(magic + struct.pack("<I", flag << 29 | len(part)) + part + bytes(-len(part) % 4))
 
 
-def test_the_reader_in_the_documentation_converts_recordio(tmp_path, monkeypatch, varied):
-    """`data pack --source mine:read`, as the message says. One image has the mark of a record in it, at a multiple of
-    four bytes, where writers split it."""
+def documented(monkeypatch, mark):
+    """The module `mine` of docs/data.md that has `mark` in it."""
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     module = ModuleType("mine")
     monkeypatch.setitem(sys.modules, "mine", module)
-    (code,) = (part.partition("```")[0] for part in text.split("```python\n") if "class RecordIO" in part)
+    (code,) = (part.partition("```")[0] for part in text.split("```python\n") if mark in part)
     exec(code, module.__dict__)
+    return module
+
+
+def test_the_reader_in_the_documentation_converts_recordio(tmp_path, monkeypatch, varied):
+    """`data pack --source mine:read`, as the message says. One image has the mark of a record in it, at a multiple of
+    four bytes, where writers split it."""
+    documented(monkeypatch, "class RecordIO")
     marked = varied[3] + bytes(-len(varied[3]) % 4) + struct.pack("<I", 0xCED7230A) + b"tail"
     sets = {
         "train": [(1, varied[0]), (0, varied[1]), ([2.0], varied[2]), (1, marked)],
@@ -357,6 +432,31 @@ def test_the_reader_in_the_documentation_converts_recordio(tmp_path, monkeypatch
     (tmp_path / "val.rec").write_bytes((tmp_path / "val.rec").read_bytes()[:-9])
     with pytest.raises(DataError, match=r"val\.rec: damaged or cut short at byte \d+"):
         open_source("mine:read", tmp_path, "val")
+
+
+@pytest.mark.parametrize("packer", [bytes, gzip.compress])
+def test_the_reader_in_the_documentation_converts_arrays(tmp_path, monkeypatch, packer):
+    module = documented(monkeypatch, "class Arrays")
+    noise = np.random.default_rng(0)
+    pictures, numbers = noise.integers(0, 256, (5, 32, 32, 3), np.uint8), np.array([0, 1, 2, 2, 1], np.uint8)
+    sets = {"train": slice(3), "val": slice(3, 5)}
+    ending = ".gz" if packer is gzip.compress else ""
+    for name, part in zip(("train", "t10k"), sets.values(), strict=True):
+        for what, array in (("images-idx3", pictures[part, ..., 0]), ("labels-idx1", numbers[part])):
+            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            (tmp_path / f"{name}-{what}-ubyte{ending}").write_bytes(packer(head + array.tobytes()))
+    for name, part in zip(("train", "test"), sets.values(), strict=True):
+        found = {"X": pictures[part].transpose(1, 2, 3, 0), "y": np.where(numbers[part], numbers[part], 10)[:, None]}
+        savemat(tmp_path / f"{name}_32x32.mat", found)
+    for reader, expected in (("mnist", pictures[..., 0]), ("svhn", pictures)):
+        assert cli.main(["data", "pack", str(tmp_path), str(tmp_path / reader), "--source", f"mine:{reader}"]) == 0
+        for packed, part in zip(as_train(tmp_path / reader), sets.values(), strict=True):
+            assert labels(packed) == [str(number) for number in numbers[part]]
+            found = [np.asarray(Image.open(io.BytesIO(packed.read(i)))) for i in range(len(packed))]
+            assert np.array_equal(found, expected[part])
+    (tmp_path / f"t10k-labels-idx1-ubyte{ending}").unlink()
+    with pytest.raises(DataError, match="not the images and the labels of val, but 1 files"):
+        module.mnist(tmp_path, "val")
 
 
 def test_a_split_of_another_name_is_said(tmp_path, capsys):

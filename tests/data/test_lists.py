@@ -1,5 +1,7 @@
 """Images whose labels stand in a list: CSV, TSV, JSONL and text, Kaggle's ImageNet, Tiny ImageNet."""
 
+import json
+
 import pytest
 
 from fastdeit import cli
@@ -25,6 +27,14 @@ def lists(*lines, train="train.csv", val="val.csv", images=("a.jpg", "b.jpg", "c
 
 def lines(form, values):
     return [form.format(name, value) for name, value in zip("abcde", values, strict=True)]
+
+
+def arrays(root, indent):
+    """What `frame.to_json(FILE, orient="records", indent=...)` writes."""
+    files(root, *(f"{one}.jpg" for one in "abcde"))
+    rows = [{"path": f"{one}.jpg", "label": label} for one, label in zip("abcde", (0, 1, 1, 1, 0), strict=True)]
+    for split, part in (("train", rows[:3]), ("val", rows[3:])):
+        (root / f"{split}.json").write_text(json.dumps(part, indent=indent))
 
 
 def several_roots(root):
@@ -93,6 +103,41 @@ SETS = {
         [],
         NUMBERS,
     ),
+    **{
+        f"an array, {form}": (lambda root, indent=indent: arrays(root, indent), [], NUMBERS)
+        for form, indent in (("in a line", None), ("in many lines", 2))
+    },
+    "objects in .json": (
+        lists(
+            *(line.replace("'", '"') for line in lines("{{'label': {1}, 'file_name': '{0}.jpg'}}", "01110")),
+            train="train.json",
+            val="test.json",
+        ),
+        [],
+        NUMBERS,
+    ),
+    "a folder of Kaggle's": (
+        lists("image_id,label", *lines("{},{}", "01110"), images=[f"train_images/{one}.jpg" for one in "abcde"]),
+        [],
+        NUMBERS,
+    ),
+    "another folder": (
+        lists("id,label", *lines("{},{}", "01110"), images=[f"photos/{one}.jpg" for one in "abcde"]),
+        [],
+        NUMBERS,
+    ),
+    "spaces around names in objects": (
+        lists(
+            *(
+                f'{{"path": "{one}.jpg", "label": "{name} "}}'
+                for one, name in zip("abcde", (*NAMES[0], *NAMES[1]), strict=True)
+            ),
+            train="train.jsonl",
+            val="val.jsonl",
+        ),
+        [],
+        NAMES,
+    ),
     "words": (lists(*lines("{}.jpg {}", "01110"), train="train.txt", val="val.txt"), [], NUMBERS),
     "inside the split": (
         lists(
@@ -141,6 +186,7 @@ def test_a_first_image_that_is_missing_is_a_bad_file(tmp_path):
 
 
 JSON = {"train": "train.jsonl", "val": "val.jsonl"}
+ARRAY = {"train": "train.json", "val": "val.json"}
 REFUSED = {
     "unknown columns": (
         lists("where,what", *lines("{}.jpg,{}", "01110")),
@@ -162,6 +208,14 @@ REFUSED = {
         [],
         r"train\.csv: '\./x/a\.jpg' stands in lines 2 and 4; an image has one label",
     ),
+    "two labels, by a path and a whole path": (
+        lambda root: (
+            lists("path,label", "x/a.jpg,0", "b.jpg,1", f"{root}/x/a.jpg,1", "d.jpg,1", "e.jpg,0")(root),
+            files(root, "x/a.jpg"),
+        ),
+        [],
+        r"train\.csv: '/.*/x/a\.jpg' stands in lines 2 and 4; an image has one label",
+    ),
     "another separator": (
         lists("path;label", *lines("{}.jpg;{}", "01110")),
         [],
@@ -180,6 +234,53 @@ REFUSED = {
         )
         for label in ("-1", "1.0", "1e-05", "NaN", "nan", "-inf")
     },
+    "what pandas makes of numbers with a gap": (
+        lists("path,label", *lines("{}.jpg,{}", ("0.0", "", "1.0", "1.0", "0.0"))),
+        [],
+        r"train\.csv, line 2: the label '0\.0' is neither .*; pandas makes floats of whole numbers .*; remove the rows",
+    ),
+    "what pandas makes of numbers with a gap, in objects": (
+        lists('{"path": "a.jpg", "label": 1.0}', '{"path": "b.jpg", "label": null}', "", "", "", **JSON),
+        [],
+        r"train\.jsonl, line 1: 1\.0 is neither a class number nor a name; pandas .*write whole numbers, as by frame",
+    ),
+    "an array in columns": (
+        lists('{"path": {"0": "a.jpg"}, "label": {"0": 1}}', "", "", "", "", **ARRAY),
+        [],
+        r"train\.json: no array of objects with a path and a label each; write one, as frame\.to_json\(FILE, orient=",
+    ),
+    "an array that is cut": (
+        lists('[{"path": "a.jpg", "label": 1}', "", "", "", "", **ARRAY),
+        [],
+        r"train\.json: not JSON, or damaged: ",
+    ),
+    "an array of pairs": (
+        lists('[["a.jpg", 1]]', "", "", "", "", **ARRAY),
+        [],
+        r"train\.json, line 1: not an object with the fields of the first one",
+    ),
+    "images of the same name in two folders": (
+        lists(
+            "id,label",
+            *lines("{},{}", "01110"),
+            images=[f"{folder}/{one}.jpg" for folder in ("day", "night") for one in "abcde"],
+        ),
+        [],
+        r"train\.csv: its image 'a' is in 'day/', 'night/'; write the folder into the paths",
+    ),
+    "a list of a test set": (
+        lambda root: (
+            lists("id,label", *lines("{}.jpg,{}", "01110"), val="x")(root),
+            (root / "test.csv").write_text("id\nd\n"),
+        ),
+        [],
+        r"test\.csv: no column is known to be that of the labels; .* without labels, .* data\.val=10% holds a share of",
+    ),
+    "a list of another name": (
+        lambda root: lists("id,label", *lines("{}.jpg,{}", "01110"), train="labels.csv", val="x")(root),
+        [],
+        r"'labels\.csv' in .* may be a list of its images: add data\.source=list data\.train=labels\.csv, and",
+    ),
     "one number, written twice": (
         lists("path,label", *lines("{}.jpg,{}", ("7", "007", "1", "1", "7"))),
         [],
@@ -264,7 +365,7 @@ REFUSED = {
     "no held-out list": (
         lambda root: (lists("path,label", *lines("{}.jpg,{}", "01110"))(root), (root / "val.csv").unlink()),
         [],
-        r"no list of split 'val'; looked for 'val\.csv', 'val\.tsv', 'val\.jsonl', 'val\.txt'",
+        r"no list of split 'val'; looked for 'val\.csv', .* 'val\.json', .*; if there is no held-out split, .*10%",
     ),
     "Kaggle, an image missing": (
         lambda root: kaggle(root, numbers=(2,), also=("._ILSVRC2012_val_00000001.JPEG",)),

@@ -2,21 +2,24 @@
 for the latter alone, `kinds_at` for what a folder looks like, `held_out_name` for what its held-out split is called."""
 
 import os
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
+from shlex import quote
 
-from fastdeit.data.sources import foreign, kinds
+from fastdeit.data.sources import foreign, kinds, lists, unread
 from fastdeit.data.sources.kinds import USUAL, Columns, Kind
 from fastdeit.data.sources.names import is_litter
 from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.parts import divided, numbered_by
 from fastdeit.data.sources.share import is_share
-from fastdeit.data.sources.source import DataError, NamedSource, listed, require_same_classes
+from fastdeit.data.sources.source import DataError, MachineError, NamedSource, listed, require_same_classes
 
 HELD_OUT = ("val", "valid", "validation", "test", "dev")
 """What held-out splits are usually called."""
 _TRAIN, _VAL, _ROOT = "train", "val", "."
 _LOOKED_AT = 100  # entries of a folder, to give advice
+_SHARE = "data.val=10%"
 
 
 def open_source(
@@ -58,7 +61,14 @@ def open_pair(
     training = _opened(kind, _checked(kind, root, train), train, columns)
     val = _said(root, val, held_out_name(use, root, val))
     place = _checked(kind, root, val)
-    held_out = kind.held_out(training, place, val) if kind.held_out else _opened(kind, place, val, columns)
+    try:
+        held_out = kind.held_out(training, place, val) if kind.held_out else _opened(kind, place, val, columns)
+    except MachineError:
+        raise
+    except DataError as error:
+        if not kind.named_splits or not kind.sign(place, train, train) or kind.sign(place, val, val):
+            raise
+        raise DataError(f"{error}; if there is no held-out split, hold a share of {train} out by {_SHARE}") from error
     if kind.numbered and held_out.classes == training.classes[: len(held_out.classes)]:
         held_out.classes = training.classes
     training, held_out = _classed(training, classes), _classed(held_out, classes)
@@ -129,34 +139,65 @@ def kinds_of_held_out(root: str | Path, train: str = _TRAIN, val: str = _VAL) ->
 
 def advice(root: str | Path, train: str = _TRAIN, val: str = _VAL) -> str | None:
     """What to do about a place that is none of the data sets that are read, in a sentence; None where nothing in it is
-    known: files of another format, the classes of one split without a held-out one, a data set further down, or splits
-    of other names."""
+    known: a public data set or files of another format that are not read, the classes of one split without a held-out
+    one, a data set further down, splits of other names, or lists of other names."""
     root = Path(root)
     if not root.is_dir():
         return foreign.of_file(root)
+    if known := next(filter(None, map(unread.of_folder, (root, *_inner(root)))), None):
+        return known
     alone = [kind.name for kind in kinds.shipped() if not is_share(val) and kind.sign(root, _ROOT, _ROOT)]
     if alone:
-        return f"{root} itself holds one split of kind {alone[0]}: hold a share of it out by data.val=10%"
-    return _further_down(root, train, val) or foreign.of_folder(root, train, val)
+        return f"{root} itself holds one split of kind {alone[0]}: hold a share of it out by {_SHARE}"
+    return _further_down(root, train, val) or foreign.of_folder(root, train, val) or _lists(root)
 
 
 def _further_down(root: Path, train: str, val: str) -> str | None:
     """What to do about a folder of which a folder is a data set, or whose folders are splits of other names."""
     inner = _folders(root)
-    for folder in chain(inner, chain.from_iterable(map(_folders, inner))):
+    for folder in _inner(root):
         if found := _kinds_in(folder, train, val):
             return f"{folder} holds data of kind {found[0]}: give that folder"
-    splits = [one.name for one in inner if _kinds_in(one, _ROOT, _ROOT)]
-    if not splits or (root / train).is_dir():
+    if (root / train).is_dir():
         return None
-    if len(splits) == 1:
+    if inner and all((one / train).is_dir() for one in inner):
         return (
-            f"{root / splits[0]} itself holds one split: give that folder, and hold a share of it out by data.val=10%"
+            f"the folders of {root} each hold one called {train}, but classes lie in splits, as {train}/CLASS: "
+            f'`cd {quote(str(root))} && for one in */*/; do one=${{one%/}}; mkdir -p "${{one#*/}}" && '
+            'mv "$one" "${one#*/}/${one%%/*}"; done` puts them so'
         )
+    splits = [one.name for one in inner if _kinds_in(one, _ROOT, _ROOT)]
+    alone = [str(root / name) for name in splits] or [
+        str(one) for one in _inner(root) if one not in inner and _kinds_in(one, _ROOT, _ROOT)
+    ]
+    if len(alone) == 1:
+        return f"{alone[0]} itself holds one split: give that folder, and hold a share of it out by {_SHARE}"
+    if not splits:
+        return None
     return (
         f"nothing in {root} is called {train}, but its folders {listed(splits)} may be splits: say which they are by "
         "data.train=NAME and data.val=NAME; `data check` and `data pack` take --split NAME for each"
     )
+
+
+def _lists(root: Path) -> str | None:
+    """What to do about a folder with files that may be lists of its images, of other names than splits have."""
+    try:
+        found = sorted(path.name for path in islice(root.iterdir(), _LOOKED_AT) if lists.is_list(path.name))
+    except OSError:
+        return None
+    if not found:
+        return None
+    return (
+        f"{listed(found)} in {root} may be a list of its images: add data.source=list data.train={found[0]}, and "
+        f"data.val=FILE or {_SHARE}"
+    )
+
+
+def _inner(root: Path) -> Iterator[Path]:
+    """The folders in a folder, and those in these."""
+    inner = _folders(root)
+    return chain(inner, chain.from_iterable(map(_folders, inner)))
 
 
 def _kinds_in(folder: Path, train: str, val: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Images in folders: `FolderSource` for one folder a class, `FileSource` for images that a list names."""
 
 import os
+import re
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import islice
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdeit.data.sources import unread
 from fastdeit.data.sources.index import Listed, Strings, digest, read_image
 from fastdeit.data.sources.kinds import Kind
 from fastdeit.data.sources.names import LeftOut, group, has_header, has_no_extension, is_image, is_litter, tell
@@ -25,8 +27,16 @@ ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"
 _TINY_IMAGENET = "val/val_annotations.txt"
 _LAYOUT = "ROOT/{train}/CLASS/*.jpg and ROOT/{val}/CLASS/*.jpg"
 _EXPECTED = _LAYOUT.format(train="train", val="val")
+_PART = re.compile(
+    r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|unlabell?ed)[-_]?(set|images|\d+)?"
+    r"|data|metadata|images?|imgs?|pictures|JPEGImages|labels?|masks?|annotations?|segmentation(s|class|object)?|trimaps",
+    re.IGNORECASE,
+)
+"""Folders of splits, and of pictures beside what is known of them. A single class may be called so, as "train"."""
+_SORTED = "move the images into one folder for each class, or write a list of them with data.source=list"
 _SORT = (
-    ". The images that lie in it directly have to be moved into one folder for each class; for the held-out images of "
+    ". The images that lie in it directly have to be moved into one folder for each class, or named with their classes "
+    "in a list (data.source=list); for the held-out images of "
     "ImageNet, put ILSVRC2012_devkit_t12.tar.gz into ROOT instead and choose the data source imagenet; of Kaggle's "
     "archive, ROOT is the folder that holds LOC_val_solution.csv"
 )
@@ -119,6 +129,11 @@ def _class_names(root: Path, left_out: LeftOut) -> list[str]:
     if not names:
         flat = any(map(is_image, files))
         raise DataError(f"{root}: no class folders; the expected layout is {_EXPECTED}{_SORT if flat else ''}")
+    if names and all(map(_PART.fullmatch, names)):
+        raise DataError(
+            f"{root}: its folders {listed(names)} are named as splits, or as pictures and what is known of them, and "
+            f"not as classes; {_SORTED}"
+        )
     if len(names) == 1:
         raise DataError(f"{root}: only one class folder, {names[0]!r}; classification needs two or more ({_EXPECTED})")
     return names
@@ -197,11 +212,13 @@ def _open(root: Path, split: str) -> FolderSource:
 
 def has_class_folders(root: Path, train: str, val: str) -> bool:
     """The sign of images in class folders; none where the held-out images lie in one folder, as ImageNet's and Tiny
-    ImageNet's do. The root
-    itself is a split only if folders in it hold images: else they may be splits."""
+    ImageNet's do. The root itself is a split only if folders in it hold images, and are not called as splits are."""
     folders = (entry for entry in (root / train).glob("*") if entry.is_dir() and not is_litter(entry.name))
     if train == ".":
-        folders = filter(_holds_images, folders)
+        there = list(folders)
+        folders = (one for one in there if len(there) > 1 and not _PART.fullmatch(one.name) and _holds_images(one))
+        if unread.of_folder(root) is not None:
+            return False
     return any(True for _ in folders) and not is_flat_imagenet(root, val) and not (root / _TINY_IMAGENET).is_file()
 
 

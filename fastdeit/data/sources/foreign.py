@@ -12,6 +12,7 @@ from shlex import quote
 from fastdeit.data.sources.names import is_litter
 
 _LOOKED_AT = 1000  # entries of a folder
+_FEW = 20
 _PACK = "`fastdeit data pack ROOT OUT --source mine:NAME`, with a reader as in docs/data.md,"
 
 
@@ -59,6 +60,22 @@ FOREIGN = (
         re.compile(r"chunk-\d+-\d+(\.\w+)?\.bin", re.I),
         f"{_PACK} converts it by the package litdata",
     ),
+    Foreign(
+        "MNIST's IDX format",
+        re.compile(r".+[-.]idx[13][-.]ubyte(\.gz)?", re.I),
+        f"{_PACK} which has the one for it, converts it",
+    ),
+    Foreign(
+        "SVHN's MATLAB format",
+        re.compile(r"(train|test|extra)_32x32\.mat", re.I),
+        f"{_PACK} which has the one for it, converts it",
+    ),
+    Foreign("STL-10's binary format", re.compile(r"(train|test|unlabeled)_[Xy]\.bin"), f"{_PACK} converts it"),
+    Foreign(
+        "a pickle",
+        re.compile(r".+\.(pkl|pickle)", re.I),
+        f"it may run any program when it is opened: {_PACK} converts it, if you trust who made it",
+    ),
     Foreign("an HDF5 file", re.compile(r".+\.(h5|hdf5)", re.I), f"{_PACK} converts it"),
     Foreign(
         "a NumPy archive", re.compile(r".+\.(npz|npy)", re.I), f"{_PACK} converts it, with the images encoded as PNG"
@@ -75,12 +92,15 @@ def of_file(path: Path) -> str | None:
 
 
 def of_folder(root: Path, *splits: str) -> str | None:
-    """`of_file` for the first such file in the folder `root`, or in one of its folders `splits` or of any name."""
+    """`of_file` for the first such file in the folder `root`, or in one of its folders `splits` or of any name, or in
+    a folder in these."""
     try:
         inner = [entry for entry in islice(sorted(root.iterdir()), _LOOKED_AT) if not is_litter(entry.name)]
         folders = [root / split for split in splits if (root / split).is_dir()]
         folders += [entry for entry in inner if entry.is_dir() and entry not in folders]
         files = [*inner, *(one for folder in folders for one in islice(folder.iterdir(), _LOOKED_AT))]
+        deeper = [one for one in files[len(inner) :] if one.is_dir() and not is_litter(one.name)][:_LOOKED_AT]
+        files += [one for folder in deeper for one in islice(folder.iterdir(), _FEW)]
     except OSError:
         return None  # what is wrong with it is told by who opens it
     return next((found for found in map(of_file, files) if found), None)

@@ -1,4 +1,5 @@
-"""Images that a list names: a CSV, TSV, JSONL or text file, with the path of an image and its label in each line.
+"""Images that a list names: a CSV, TSV, JSONL or text file, with the path of an image and its label in each line; or
+a JSON file, with an array of objects that have both.
 
 Paths are relative to the root of the data set, or absolute, so that images may lie on several disks. A path without its
 extension, or without the folder of the split, is completed as one of the first of the list can be.
@@ -8,8 +9,9 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
-from itertools import product
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from numpy.typing import NDArray
 from fastdeit.data.sources.folder import FileSource, has_class_folders
 from fastdeit.data.sources.index import Strings
 from fastdeit.data.sources.kinds import Columns, Kind
+from fastdeit.data.sources.names import is_litter
 from fastdeit.data.sources.source import (
     EXTENSIONS,
     MAX_LABEL,
+    NO_FLOATS,
     DataError,
     class_numbers,
     is_no_class,
@@ -37,14 +41,17 @@ IMAGE_COLUMNS = (
 """What the column of the paths is usually called; the first that there is counts."""
 LABEL_COLUMNS = ("label", "class", "class_name", "target", "category", "label_id", "class_id", "breed", "species")
 _TABLES = {".csv": ",", ".tsv": "\t"}
-_SIGNS = (*_TABLES, ".jsonl")
+_IN_FOLDERS = (*_TABLES, ".jsonl")
+_SIGNS = (*_IN_FOLDERS, ".json")
 _SUFFIXES = (*_SIGNS, ".txt")
+_WHOLE_FLOAT = re.compile(r"\d+\.0*", re.ASCII)
 
+_LOOKED_AT = 1000  # entries of the root
 _TRIED = 10
 """Images of a list of which one has to be there; a later one that is not there is a bad file."""
 
 Pairs = list[tuple[int, str, str]]
-"""Number of the line, path and label of each image."""
+"""Number of the line, or of the object in an array, path and label of each image."""
 
 
 class ListSource(FileSource):
@@ -56,10 +63,15 @@ class ListSource(FileSource):
     ) -> None:
         self.columns = columns
         pairs = _pairs(path, columns)
-        _require_once(path, pairs)
+        _require_once(root, path, pairs)
         labels, classes = _labels(path, [label for _, _, label in pairs], training)
         before, behind = _completion(root, path, split, [name for _, name, _ in pairs[:_TRIED]])
         super().__init__(root, classes, Strings.of(f"{before}{name}{behind}" for _, name, _ in pairs), labels)
+
+
+def is_list(name: str) -> bool:
+    """Whether a file may be a list of images by its name."""
+    return name.endswith(_SIGNS) and not is_litter(name)
 
 
 def of_split(root: Path, split: str) -> Path:
@@ -77,12 +89,12 @@ def of_split(root: Path, split: str) -> Path:
 
 def _places(root: Path, split: str, suffixes: Iterable[str]) -> list[Path]:
     places = [root / f"{split}{suffix}" for suffix in suffixes]
-    places += [root / split / f"metadata{suffix}" for suffix in _SIGNS]
+    places += [root / split / f"metadata{suffix}" for suffix in _IN_FOLDERS]
     return [root / split, *places] if split.endswith(_SUFFIXES) else places
 
 
 def _pairs(path: Path, columns: Columns) -> Pairs:
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".json"):
         pairs = _of_objects(path, columns)
     elif path.suffix in _TABLES:
         pairs = _of_table(path, columns)
@@ -97,7 +109,8 @@ def _pairs(path: Path, columns: Columns) -> Pairs:
         if "\0" in name:
             raise DataError(f"{path}, line {line}: {name!r} is no path; mend or remove it")
         if label in wrong:
-            raise DataError(f"{path}, line {line}: the label {label!r} is neither a class number nor a name; mend it")
+            way_out = NO_FLOATS if _WHOLE_FLOAT.fullmatch(label) else "mend it"
+            raise DataError(f"{path}, line {line}: the label {label!r} is neither a class number nor a name; {way_out}")
     return pairs
 
 
@@ -128,11 +141,11 @@ def _of_table(path: Path, columns: Columns) -> Pairs:
 def _of_objects(path: Path, columns: Columns) -> Pairs:
     pairs: Pairs = []
     names: tuple[str, str] | None = None
-    for line, row in enumerate(lines_of(path), 1):
-        if not row.strip():
-            continue
+    for line, text in _objects(path):
         try:
-            found = json.loads(row)
+            found = json.loads(text) if isinstance(text, str) else text
+            if not isinstance(found, dict):
+                raise TypeError(f"it is a {type(found).__name__}")
             if names is None:
                 keys = list(found)
                 image, label = _chosen(path, keys, columns)
@@ -142,13 +155,36 @@ def _of_objects(path: Path, columns: Columns) -> Pairs:
             raise DataError(
                 f"{path}, line {line}: not an object with the fields of the first one: {error!r}"
             ) from error
-        pairs.append((line, _text(path, line, image_path), _text(path, line, value)))
+        pairs.append((line, _text(path, line, image_path), _text(path, line, value).strip()))
     return pairs
+
+
+def _objects(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number of the line, its text) of a file with an object in each, or (number, object) of an array of them."""
+    if path.suffix == ".json" and (text := text_of(path).strip())[:1] in ("[", "{"):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if text.startswith("["):
+                raise DataError(f"{path}: not JSON, or damaged: {error}") from error
+        else:
+            if not isinstance(found, list):
+                raise DataError(
+                    f"{path}: no array of objects with a path and a label each; write one, as "
+                    "frame.to_json(FILE, orient='records') does"
+                )
+            yield from enumerate(found, 1)
+            return
+    for line, row in enumerate(lines_of(path), 1):
+        if row.strip():
+            yield line, row
 
 
 def _text(path: Path, line: int, value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, float) and value.is_integer():
+        raise DataError(f"{path}, line {line}: {value!r} is neither a class number nor a name; {NO_FLOATS}")
     if not isinstance(value, str | int) or isinstance(value, bool) or not _is_text(str(value)):
         raise DataError(f"{path}, line {line}: {value!r} is neither a path nor a class name or number")
     return str(value)
@@ -185,17 +221,24 @@ def _chosen(path: Path, head: list[str], columns: Columns) -> tuple[int, int]:
             at = next((lower.index(name) for name in usual if name in lower), None)
         if at is None:
             what = f"no column {asked!r}" if asked else f"no column is known to be that of the {field}s"
+            without = (
+                "; a list without labels, as of a test set, cannot be the held-out split: data.val=10% holds a share "
+                "of the training images out instead"
+            )
             raise DataError(
                 f"{path}: {what}; the columns are {listed(head, 20)}: say which is meant by data.{field}_column=NAME"
+                f"{without if field == 'label' else ''}"
             )
         found.append(at)
     return found[0], found[1]
 
 
-def _require_once(path: Path, pairs: Pairs) -> None:
+def _require_once(root: Path, path: Path, pairs: Pairs) -> None:
     seen: dict[str, int] = {}
+    above = f"{os.path.abspath(root)}/"
     for line, name, _ in pairs:
-        before = seen.setdefault(os.path.normpath(name) if "./" in name or "//" in name else name, line)
+        place = os.path.normpath(name) if "./" in name or "//" in name else name
+        before = seen.setdefault(place.removeprefix(above), line)
         if before != line:
             raise DataError(f"{path}: {name!r} stands in lines {before} and {line}; an image has one label: remove one")
 
@@ -232,13 +275,27 @@ def _numbers(classes: list[str] | None) -> list[str]:
 def _completion(root: Path, path: Path, split: str, first: Sequence[str]) -> tuple[str, str]:
     """What comes before and behind each path, so that one of the `first` is there."""
     stem = Path(split).name.removesuffix(path.suffix)
-    folders = dict.fromkeys(["", *(f"{folder}/" for folder in _between(root, path)), f"{stem}/", "images/"])
+    folders = dict.fromkeys(["", *(f"{one}/" for one in (*_between(root, path), stem, f"{stem}_images", "images"))])
     ends = ["", *EXTENSIONS, ".JPEG", ".JPG"]
     for name, folder, end in product(first, folders, ends):
         if (root / f"{folder}{name}{end}").is_file():
             return folder, end
+    others = [f"{one}/" for one in _folders(root)]
+    for name in first:
+        found = [(folder, end) for folder, end in product(others, ends) if (root / f"{folder}{name}{end}").is_file()]
+        there = list(dict.fromkeys(folder for folder, _ in found))
+        if len(there) > 1:
+            raise DataError(f"{path}: its image {name!r} is in {listed(there)}; write the folder into the paths")
+        if found:
+            return found[0]
     way_out = "write / between folders" if "\\" in first[0] else "paths are relative to that folder, or absolute"
     raise DataError(f"{path}: its first image, {first[0]!r}, is not in {root}; {way_out}")
+
+
+def _folders(root: Path) -> list[str]:
+    with os.scandir(root) as entries:
+        found = [entry.name for entry in islice(entries, _LOOKED_AT) if entry.is_dir() and not is_litter(entry.name)]
+    return sorted(found)
 
 
 def _between(root: Path, path: Path) -> list[str]:
@@ -266,7 +323,7 @@ def _has_list(root: Path, train: str, val: str) -> bool:
 LIST = Kind(
     "list",
     _open,
-    "ROOT/{train}.csv and ROOT/{val}.csv (or .tsv, .jsonl, .txt), with a path and a label in each line",
+    "ROOT/{train}.csv and ROOT/{val}.csv (or .tsv, .jsonl, .json, .txt), with a path and a label in each line",
     _has_list,
     _SIGNS,
     columns=True,
