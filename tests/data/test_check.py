@@ -191,6 +191,11 @@ def test_every_serious_case_is_in_the_text_and_other_long_lists_are_cut():
     assert split.side == split.ratio == split.size == (0, 0, 0)
 
 
+def test_classes_that_differ_in_capitals_are_told():
+    text = "\n".join(report.in_words(list(report._of_classes([("Cat", 1), ("b", 1), ("B", 2), ("cat", 1), ("d", 1)]))))
+    assert text == "classes whose names differ in capitals alone (2):\n  'Cat' = 'cat'\n  'b' = 'B'"
+
+
 def test_classes_that_are_not_balanced_are_told():
     classes = [("a", 100), ("b", 11), ("c", 9)]
     assert [finding.text for finding in report._of_classes(classes)] == [

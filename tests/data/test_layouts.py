@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import warnings
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -181,6 +182,10 @@ def alone(name):
     return lambda root: files(root, name)
 
 
+def named_hub(path, labels):
+    hub(path, [("cat", "cat ")[label] for label in labels])
+
+
 def of_class_folders(path, labels):
     with tarfile.open(path, "w") as archive:
         for at, label in enumerate(labels):
@@ -258,6 +263,19 @@ REFUSED = {
         [],
         r"some look alike, but one split has them in Unicode's form NFC and the other in NFD: rename those",
     ),
+    **{
+        f"classes of one split that look alike, {kind}": (
+            lambda root, write=write: write(root),
+            [],
+            r"the classes '.*' and '.*' look alike, but differ in spaces or in Unicode's form .*; give both the same",
+        )
+        for kind, write in {
+            "folders": lambda root: files(
+                root, *(f"{split}/{name}/1.jpg" for split in ("train", "val") for name in ("\u00e9", "e\u0301"))
+            ),
+            "names with a space": lambda root: pair(root, named_hub, "train.parquet", "val.parquet"),
+        }.items()
+    },
     "a tar file of class folders": (
         lambda root: pair(root, of_class_folders, "train.tar", "val.tar"),
         [],
@@ -457,6 +475,21 @@ def test_the_reader_in_the_documentation_converts_arrays(tmp_path, monkeypatch, 
     (tmp_path / f"t10k-labels-idx1-ubyte{ending}").unlink()
     with pytest.raises(DataError, match="not the images and the labels of val, but 1 files"):
         module.mnist(tmp_path, "val")
+
+
+def test_class_numbers_that_are_sorted_as_text_are_told(tmp_path):
+    """torchvision sorts folders so, timm does not, and ImageNetV2 has such folders: weights may count otherwise."""
+    names = ["0", "1", "2", "10", "11"]
+    files(tmp_path, *(f"{split}/{name}/1.jpg" for split in ("train", "val") for name in names))
+    with pytest.warns(UserWarning, match=r"sorted as text, .* '11' comes before '2' .*: .* data\.classes=FILE"):
+        train, _ = as_train(tmp_path)
+    assert train.classes == ["0", "1", "10", "11", "2"]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train, val = as_train(tmp_path, f"data.classes={tmp_path}/names.txt")
+    assert [[source.label(i) for i in range(5)] for source in (train, val)] == [[0, 1, 3, 4, 2]] * 2
+    assert train.classes == val.classes == names
 
 
 def test_a_split_of_another_name_is_said(tmp_path, capsys):

@@ -78,6 +78,14 @@ def test_labels_may_be_names(tmp_path, varied):
     assert [source.label(i) for i in range(3)] == [1, 0, 1]
 
 
+@pytest.mark.parametrize("label", ["nan", "1.0", "-1", "", " "])
+def test_names_that_are_none(tmp_path, varied, label):
+    """What `astype(str)` makes of a missing label, and of numbers."""
+    write(tmp_path / "a.parquet", varied[:3], ["cat", "dog", label])
+    with pytest.raises(DataError, match=f"column 'label' holds '{label}', which is neither a class number nor a name"):
+        open_source("parquet", tmp_path, "a")
+
+
 def test_names_that_do_not_cover_the_labels_are_not_used(tmp_path, varied):
     write(tmp_path / "a.parquet", varied[:3], [2, 0, 1], names=["cat", "dog"])
     assert open_source("parquet", tmp_path, "a").classes == ["0", "1", "2"]

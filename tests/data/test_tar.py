@@ -96,6 +96,18 @@ def test_what_follows_the_end_and_is_no_tar_file_is_named(root, varied):
         assert len(TarSource(root, ["a.tar"])) == 3
 
 
+@pytest.mark.parametrize("before", ["./", "././", "images/./", "images//", ".//images/./"])
+def test_a_dot_in_a_path_is_no_hidden_folder_and_no_other_key(root, before):
+    """As `tar -cf a.tar images/./*` and `find . | tar -T -` write names; the label may be added later without it."""
+    after = before.replace("./", "").replace("//", "/").lstrip("/")
+    members = [(f"{before}0.jpg", b"x"), (f"{before}0.cls", b"0"), (f"{before}1.jpg", b"y"), (f"{after}1.cls", b"1")]
+    write(root / "a.tar", [*members, (f"{after}0.jpg", b"z"), (f"{after}0.cls", b"1")])
+    with pytest.warns(UserWarning, match=r"2 entries of tar files are left out:\n.*an earlier file .* has this name"):
+        ours = TarSource(root, ["a.tar"])
+    found = [(ours.name(i), ours.label(i), ours.read(i).tobytes()) for i in range(len(ours))]
+    assert found == [(f"a.tar:{before}0.jpg", 0, b"x"), (f"a.tar:{before}1.jpg", 1, b"y")]
+
+
 def test_keys_may_have_dots(root, varied):
     members = [
         (f"{key}.{end}", data)

@@ -2,8 +2,8 @@
 for the latter alone, `kinds_at` for what a folder looks like, `held_out_name` for what its held-out split is called."""
 
 import os
-from collections.abc import Iterator
-from itertools import chain, islice
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from shlex import quote
 
@@ -13,13 +13,21 @@ from fastdeit.data.sources.names import is_litter
 from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.parts import divided, numbered_by
 from fastdeit.data.sources.share import is_share
-from fastdeit.data.sources.source import DataError, MachineError, NamedSource, listed, require_same_classes
+from fastdeit.data.sources.source import (
+    DataError,
+    MachineError,
+    NamedSource,
+    listed,
+    require_distinct,
+    require_same_classes,
+)
 
 HELD_OUT = ("val", "valid", "validation", "test", "dev")
 """What held-out splits are usually called."""
 _TRAIN, _VAL, _ROOT = "train", "val", "."
 _LOOKED_AT = 100  # entries of a folder, to give advice
 _SHARE = "data.val=10%"
+_DIGITS = 20  # of a number that may be the name of a class
 
 
 def open_source(
@@ -36,7 +44,9 @@ def open_source(
     Raises DataError with the path and what to do.
     """
     kind = _kind(use)
-    return _classed(_opened(kind, _checked(kind, root, split), split, columns), classes)
+    source = _classed(_opened(kind, _checked(kind, root, split), split, columns), classes)
+    _look_at_classes(root, source.classes)
+    return source
 
 
 def open_pair(
@@ -72,6 +82,7 @@ def open_pair(
     if kind.numbered and held_out.classes == training.classes[: len(held_out.classes)]:
         held_out.classes = training.classes
     training, held_out = _classed(training, classes), _classed(held_out, classes)
+    _look_at_classes(root, training.classes)
     require_same_classes(root, (train, training), (val, held_out))
     return training, held_out
 
@@ -246,6 +257,19 @@ def _opened(kind: Kind, root: Path, split: str, columns: Columns) -> NamedSource
 
 def _classed(source: NamedSource, classes: str | None) -> NamedSource:
     return source if classes is None else numbered_by(source, classes)
+
+
+def _look_at_classes(root: str | Path, classes: Sequence[str]) -> None:
+    """DataError where two of them look alike; a warning where they are numbers in the order of texts."""
+    require_distinct(root, classes)
+    numbers = [int(name) for name in classes if name.isascii() and name.isdigit() and len(name) < _DIGITS]
+    first = next((one for one in pairwise(numbers) if one[0] > one[1]), None)
+    if len(numbers) == len(classes) and first is not None:
+        say(
+            f"{root}: classes are called by numbers and sorted as text, as in torchvision, so that '{first[0]}' comes "
+            f"before '{first[1]}' and the number of a class is not its name: for weights that count otherwise, "
+            "data.classes=FILE names the classes in their order"
+        )
 
 
 def _said(root: str | Path, val: str, called: str) -> str:

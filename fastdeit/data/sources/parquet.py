@@ -22,7 +22,16 @@ from pyarrow import compute, parquet
 from fastdeit import jsons
 from fastdeit.data.sources import shards
 from fastdeit.data.sources.index import Listed, Strings, digest, read_range
-from fastdeit.data.sources.source import MAX_LABEL, NO_FLOATS, BadImage, DataError, class_numbers, listed, unreadable
+from fastdeit.data.sources.source import (
+    MAX_LABEL,
+    NO_FLOATS,
+    BadImage,
+    DataError,
+    class_numbers,
+    is_no_class,
+    listed,
+    unreadable,
+)
 
 _CACHE_BYTES = 256 << 20
 _MAX_GROUP = 4 << 30
@@ -296,6 +305,12 @@ def class_labels(
         raise DataError(f"{root}: {column.null_count} rows have no {label!r}; remove them")
     if pyarrow.types.is_string(column.type):
         classes, labels = np.unique(column.to_pylist(), return_inverse=True)
+        wrong = [name for name in classes.tolist() if is_no_class(name) or not name.strip()]
+        if wrong:
+            raise DataError(
+                f"{root}: column {label!r} holds {listed(wrong)}, which is neither a class number nor a name; remove "
+                "the rows without a label, and write numbers as numbers"
+            )
         return labels, classes.tolist()
     labels = column.to_numpy()
     if labels.min() < 0 or labels.max() > MAX_LABEL:

@@ -105,6 +105,18 @@ def require_same_classes(root: str | Path, training: tuple[str, Source], held_ou
         )
 
 
+def require_distinct(root: str | Path, classes: Sequence[str]) -> None:
+    """DataError where two classes have names that nobody can tell apart: they are one class, written in two ways."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        before = seen.setdefault(" ".join(unicodedata.normalize("NFC", name).split()), name)
+        if before != name:
+            raise DataError(
+                f"{root}: the classes {before!a} and {name!a} look alike, but differ in spaces or in Unicode's form "
+                "(NFC or NFD); give both the same name"
+            )
+
+
 def unreadable(error: OSError | MemoryError, path: str | Path) -> str:
     """Why the file at `path` cannot be used, if the file is at fault; MachineError if the machine is (`faults`)."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -35,7 +35,7 @@ from fastdeit.data.sources.source import EXTENSIONS, MAX_LABEL, BadImage, DataEr
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
 _IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
-_CACHE_FORMAT = "4"
+_CACHE_FORMAT = "5"
 _LABEL_FIELD = "label"
 _LABEL_BYTES = 1 << 20
 _NAME_LENGTH = 200
@@ -185,9 +185,10 @@ def _samples(label_field: str, path: str, skipped: Skipped) -> Iterator[tuple[Me
     """Every image of a shard with its label."""
     groups: dict[str, dict[str, Member]] = {}
     for member in members(path, skipped):
-        if any(map(is_litter, member.name.split("/")[member.name.startswith("./") :])):
+        parts = [part for part in member.name.split("/") if part not in ("", ".")]
+        if any(map(is_litter, parts)):
             continue
-        match = _KEY.fullmatch(member.name)
+        match = _KEY.fullmatch("/".join(parts))
         if match is None:
             skipped.append((f"{path}:{member.name}", "the name is not KEY.EXTENSION"))
             continue

@@ -215,6 +215,12 @@ def _of_classes(classes: Sequence[tuple[str, int]]) -> Iterator[Finding]:
     empty = [name for name, count in classes if not count]
     if empty:
         yield Finding("classes without a sample", empty)
+    spelt: dict[str, list[str]] = {}
+    for name, _ in classes:
+        spelt.setdefault(name.casefold(), []).append(name)
+    alike = [" = ".join(map(repr, names)) for names in spelt.values() if len(names) > 1]
+    if alike:
+        yield Finding("classes whose names differ in capitals alone", alike)
     (fewest, small), (most, large) = (choose(classes, key=lambda one: one[1]) for choose in (min, max))
     if large >= _UNBALANCED * max(small, 1):
         yield Finding(f"classes are not balanced: {most!r} has {large} samples, {fewest!r} has {small}")
