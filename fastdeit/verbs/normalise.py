@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdeit.data.examine import read_by_both
+from fastdeit.data.sources.parts import renamed
 from fastdeit.data.sources.source import BadImage, NamedSource
-
-_SUFFIX = ".png"
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Rewritten:
 
 class Normalised:
     """The samples of `source`, of which `read` encodes the odd ones as PNG, with the pixels that training sees, and
-    ends their names in .png. rewritten: those that were read so far, by number; unusable: (path, reason) likewise of
-    files that training cannot use, whose bytes stay. Several threads may read."""
+    names them so (`parts.renamed`). rewritten: those that were read so far, by number; unusable: (path, reason)
+    likewise of files that training cannot use, whose bytes stay. Several threads may read."""
 
     def __init__(self, source: NamedSource) -> None:
         self._source = source
@@ -50,8 +49,9 @@ class Normalised:
         return self._source.path(index)
 
     def name(self, index: int) -> str:
-        """As that of the source, with .png behind it where the sample was encoded anew."""
-        return self._source.name(index) + (_SUFFIX if index in self.rewritten else "")
+        """As that of the source, `parts.renamed` where the sample was encoded anew."""
+        name = self._source.name(index)
+        return renamed(name) if index in self.rewritten else name
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """The file, or a PNG file in its place: uint8 `[n]`. Raises what the source raises."""

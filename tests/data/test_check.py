@@ -21,6 +21,7 @@ from fastdeit.data.loader import EvalLoader
 from fastdeit.data.sources import packed
 from fastdeit.data.sources.datasets import open_source
 from fastdeit.data.sources.folder import FolderSource
+from fastdeit.data.sources.parts import divided
 from fastdeit.data.sources.source import BadImage, DataError, MachineError
 from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.run.record import RunLog
@@ -442,6 +443,7 @@ def test_normalise_encodes_the_odd_ones_anew_with_the_pixels_of_training(
     monkeypatch.setattr(cores, "available", lambda: 3)
     for name, (data, *_) in odd_files.items():
         (root / "train/cat" / name).write_bytes(data)
+    (root / "train/cat/bare").write_bytes(odd_files["scan.tiff"][0])
     cut = {
         f"cut{at}.tiff": data[:-100] for at, data in enumerate((odd_files["scan.tiff"][0], pictures.ordinary()["jpeg"]))
     }
@@ -454,14 +456,14 @@ def test_normalise_encodes_the_odd_ones_anew_with_the_pixels_of_training(
     out = capsys.readouterr().out
     before, after = open_source("folder", root, "train"), open_source("packed", tmp_path / "packed", "train")
     assert after.fingerprint == before.fingerprint
-    rewritten = {name: kinds for name, (_, kinds, anew) in odd_files.items() if anew}
+    rewritten = {name: kinds for name, (_, kinds, anew) in odd_files.items() if anew} | {"bare": ["TIFF instead of"]}
     refuse = dict.fromkeys(pictures.damaged(), "DALI refuses") | dict.fromkeys(pictures.forgiven(), "Pillow ref")
     rewritten |= {file: [f"file that {refuse[name]}"] for file, name in zip(only_one_reads, told, strict=True)}
     for index in range(len(before)):
         name, old, new = before.name(index), before.read(index), after.read(index)
         file = name.rpartition("/")[2]
         if file in rewritten:
-            assert after.name(index) == f"{name}.png"
+            assert after.name(index) == (name if file == "bare" else f"{name}.png")
             assert np.array_equal(pixels(old), pixels(new))
             assert read_by_both(new, after.name(index)).odd == ()
             (line,) = (line for line in out.splitlines() if f"encoded anew: {root}/train/{name}: " in line)
@@ -471,6 +473,11 @@ def test_normalise_encodes_the_odd_ones_anew_with_the_pixels_of_training(
             assert after.name(index) == name
             assert old.tobytes() == new.tobytes()
     assert out.count("encoded anew") == len(rewritten)
+    labels = np.arange(len(before))  # which sample it is
+    for source in (before, after):
+        source._labels = labels
+    sides = [[part.label(i) for i in range(len(part))] for one in (before, after) for part in divided(one, "50%")]
+    assert sides[:2] == sides[2:]
     assert all(f"copied as it is, since it cannot be used: {root}/train/cat/{name}: " in out for name in cut)
 
 

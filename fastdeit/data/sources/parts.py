@@ -15,7 +15,9 @@ from fastdeit.data.sources.index import digest
 from fastdeit.data.sources.names import LeftOut
 from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.share import share
-from fastdeit.data.sources.source import DataError, NamedSource, lines_of, listed
+from fastdeit.data.sources.source import EXTENSIONS, DataError, NamedSource, lines_of, listed
+
+_ANEW = ".png"
 
 
 class Part:
@@ -61,7 +63,7 @@ def divided(source: NamedSource, val: str) -> tuple[Part, Part]:
         part = share(val)
     except ValueError as error:
         raise DataError(f"data.val {error}") from error
-    held_out = np.fromiter((place_of(source.name(i)) < part for i in range(len(source))), bool, len(source))
+    held_out = np.fromiter((place_of(first_name(source.name(i))) < part for i in range(len(source))), bool, len(source))
     if held_out.all() or not held_out.any():
         side = "training" if held_out.all() else "held-out"
         raise DataError(f"data.val={val}: of {len(source)} images no {side} image is left; give another share")
@@ -83,6 +85,17 @@ def divided(source: NamedSource, val: str) -> tuple[Part, Part]:
 def place_of(name: str) -> float:
     """Where between 0 and 1 a sample of this name stands: evenly spread, and the same for ever."""
     return int.from_bytes(blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "big") / 2**64
+
+
+def first_name(name: str) -> str:
+    """What a sample was called before `data pack --normalise` encoded it anew (`renamed`): it keeps its side."""
+    before = name.removesuffix(_ANEW)
+    return before if before.lower().endswith(EXTENSIONS) else name
+
+
+def renamed(name: str) -> str:
+    """The name of a sample that was encoded anew as PNG. One that tells no format stays."""
+    return name + _ANEW if name.lower().endswith(EXTENSIONS) else name
 
 
 def numbered_by(source: NamedSource, path: str) -> NamedSource:
