@@ -124,10 +124,8 @@ def beside(*pictures, **found):
 BOTH = ("train", "val")
 SETS = {
     "COCO": coco,
-    "Roboflow's export in COCO's form": beside("train/1.jpg", "valid/1.jpg", **{"train/_annotations.coco.json": ""}),
-    "YOLO's form": beside(
-        *(f"images/{split}/1.jpg" for split in BOTH), **{"labels/train/1.txt": "", "labels/val/1.txt": ""}
-    ),
+    "Roboflow's export for COCO": beside("train/1.jpg", "valid/1.jpg", **{"train/_annotations.coco.json": ""}),
+    "YOLO": beside(*(f"images/{split}/1.jpg" for split in BOTH), **{"labels/train/1.txt": "", "labels/val/1.txt": ""}),
     "Pascal VOC": beside("JPEGImages/1.jpg", "SegmentationClass/1.png", **{"Annotations/1.xml": ""}),
     "Open Images": beside("train/1.jpg", "validation/1.jpg", **{"train-annotations-bbox.csv": ""}),
     "ADE20K": beside(
@@ -142,9 +140,12 @@ SETS = {
     "FGVC-Aircraft": aircraft,
     "DTD": dtd,
     "Places365": places,
-    "StyleGAN's form": stylegan,
+    "StyleGAN": stylegan,
     "iNaturalist 2017": inat,
     "SUN397": sun,
+    "SUN397 without its partitions": beside(
+        *(f"{name}/sun_{i}.jpg" for name in ("a/abbey", "c/cabin/outdoor") for i in range(4)), **{"ClassName.txt": ""}
+    ),
 }
 LABELS = {
     "CUB-200-2011": (["001.Albatross", "002.Auk"], ["001.Albatross", "002.Auk"]),
@@ -153,8 +154,9 @@ LABELS = {
     "FGVC-Aircraft": (["F/A-18", "Model B200"], ["Model B200", "F/A-18"]),
     "DTD": (["banded", "dotted"] * 2, ["banded", "dotted"]),
     "Places365": (["0", "1"], ["1", "0"]),
-    "StyleGAN's form": (["0"] * 4 + ["1"] * 4, None),
+    "StyleGAN": (["0"] * 4 + ["1"] * 4, None),
     "iNaturalist 2017": (["0", "1"], ["0", "1"]),
+    "SUN397 without its partitions": (["a/abbey"] * 4 + ["c/cabin/outdoor"] * 4, None),
     "SUN397": (["a/abbey", "c/cabin/outdoor"], ["a/abbey", "c/cabin/outdoor"]),
 }
 

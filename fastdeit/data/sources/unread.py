@@ -27,9 +27,9 @@ class Unread:
 
 UNREAD = (
     Unread("COCO", ("annotations/*_*20??.json",)),
-    Unread("Roboflow's export in COCO's form", ("train/_annotations.coco.json",)),
-    Unread("YOLO's form", ("images/train*", "labels/train*/*.txt")),
-    Unread("YOLO's form", ("train/images", "train/labels/*.txt")),
+    Unread("Roboflow's export for COCO", ("train/_annotations.coco.json",)),
+    Unread("YOLO", ("images/train*", "labels/train*/*.txt")),
+    Unread("YOLO", ("train/images", "train/labels/*.txt")),
     Unread("Pascal VOC", ("JPEGImages", "Annotations")),
     Unread("Open Images", ("*annotations-bbox.csv",)),
     Unread("Open Images", ("train/data", "train/labels/*.csv")),
@@ -74,7 +74,7 @@ UNREAD = (
         'sed "s# #,#; s#^#$(ls -d val_*)/#" places365_val.txt > val.csv',
     ),
     Unread(
-        "StyleGAN's form",
+        "StyleGAN",
         ("dataset.json", "00000"),
         """python -c 'import json; [print(*one, sep=",") for one in json.load(open("dataset.json"))["labels"]]' """
         "> train.csv",
@@ -92,6 +92,11 @@ UNREAD = (
         ("Training_01.txt", "Testing_01.txt"),
         "sed 's#^/\\(.*\\)/.*#&,\\1#; s#^/##' Training_01.txt > train.csv; "
         "sed 's#^/\\(.*\\)/.*#&,\\1#; s#^/##' Testing_01.txt > val.csv",
+    ),
+    Unread(
+        "SUN397 without its partitions",
+        ("ClassName.txt", "a"),
+        "find ? -name '*.jpg' | sort | sed 's#\\(.*\\)/.*#&,\\1#' > train.csv",
     ),
 )
 
