@@ -211,6 +211,11 @@ REFUSED = {
         [],
         r"/imagenet holds data of kind folder: give that folder",
     ),
+    "a folder too many, beside one that is not read": (
+        lambda root: (folders(root, "imagenet/train", "imagenet/val"), files(root, "coco/annotations/a_b2017.json")),
+        [],
+        r"/imagenet holds data of kind folder: give that folder",
+    ),
     "two folders too many": (
         lambda root: pair(root, hub, "default/1.0/train/0000.parquet", "default/1.0/test/0000.parquet"),
         [],

@@ -155,7 +155,7 @@ def advice(root: str | Path, train: str = _TRAIN, val: str = _VAL) -> str | None
     root = Path(root)
     if not root.is_dir():
         return foreign.of_file(root)
-    if known := next(filter(None, map(unread.of_folder, (root, *_inner(root)))), None):
+    if known := unread.of_folder(root):
         return known
     alone = [kind.name for kind in kinds.shipped() if not is_share(val) and kind.sign(root, _ROOT, _ROOT)]
     if alone:
@@ -166,9 +166,12 @@ def advice(root: str | Path, train: str = _TRAIN, val: str = _VAL) -> str | None
 def _further_down(root: Path, train: str, val: str) -> str | None:
     """What to do about a folder of which a folder is a data set, or whose folders are splits of other names."""
     inner = _folders(root)
+    known = {folder: text for folder in _inner(root) if (text := unread.of_folder(folder))}
     for folder in _inner(root):
-        if found := _kinds_in(folder, train, val):
+        if folder.parent not in known and (found := _kinds_in(folder, train, val)):
             return f"{folder} holds data of kind {found[0]}: give that folder"
+    if known:
+        return next(iter(known.values()))
     if (root / train).is_dir():
         return None
     if inner and all((one / train).is_dir() for one in inner):

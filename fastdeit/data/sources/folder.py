@@ -129,7 +129,7 @@ def _class_names(root: Path, left_out: LeftOut) -> list[str]:
     if not names:
         flat = any(map(is_image, files))
         raise DataError(f"{root}: no class folders; the expected layout is {_EXPECTED}{_SORT if flat else ''}")
-    if names and all(map(_PART.fullmatch, names)):
+    if all(map(_PART.fullmatch, names)):
         raise DataError(
             f"{root}: its folders {listed(names)} are named as splits, or as pictures and what is known of them, and "
             f"not as classes; {_SORTED}"
@@ -217,9 +217,9 @@ def has_class_folders(root: Path, train: str, val: str) -> bool:
     if train == ".":
         there = list(folders)
         folders = (one for one in there if len(there) > 1 and not _PART.fullmatch(one.name) and _holds_images(one))
-        if unread.of_folder(root) is not None:
-            return False
-    return any(True for _ in folders) and not is_flat_imagenet(root, val) and not (root / _TINY_IMAGENET).is_file()
+    if not any(True for _ in folders) or is_flat_imagenet(root, val) or (root / _TINY_IMAGENET).is_file():
+        return False
+    return train != "." or unread.of_folder(root) is None
 
 
 def _holds_images(folder: Path) -> bool:
