@@ -304,7 +304,8 @@ def test_flat_val_without_the_devkit_says_how_to_sort_it(write, kind):
     root = write("train/n01/a.JPEG", "train/n02/b.JPEG", "val/ILSVRC2012_val_00000001.JPEG")
     with pytest.raises(
         DataError,
-        match=r"val: no class folders.* one folder for each class; .* put ILSVRC2012_devkit_t12\.tar\.gz",
+        match=r"val: no class folders.* one folder for each class, or named .* in a list .*; "
+        r".* put ILSVRC2012_devkit_t12\.tar\.gz",
     ):
         open_pair(kind, root)
 
