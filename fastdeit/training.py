@@ -54,12 +54,15 @@ def main(args: argparse.Namespace) -> None:
     before = rendezvous.kept(os.environ, _RUN_DIR)
     if before is not None:
         request.restart(args, Path(before))
-    asked = request.read(args, _say_once)
+    with rendezvous.before(os.environ):
+        asked = request.read(args, _say_once)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     engine = asked.recipe.engine
     with join_world(engine.device, engine.timeout_s) as world, world.stop_on_signals():
-        world.agree("the run that they go on with", (asked.run_dir, asked.origin and asked.origin.path))
+        world.agree("the run that they go on with", str(asked.origin.path if asked.origin else asked.run_dir))
+        # Before what depends on the recipe: processes with other recipes would wait for each other at other places.
+        agreement.same_view(world, asked.recipe, asked.run_dir if asked.resume else None, asked.origin)
         recipe = _fixed(asked.recipe, world)
         with threads.computing(recipe.engine.threads):
             train(recipe, asked.run_dir, world, resume=asked.resume, origin=asked.origin, began=args.began)
@@ -125,7 +128,7 @@ def train(
     # ---- check -----------------------------------------------------------------------------------------------------
     began = time.monotonic() if began is None else began
     world.agree("the kernels that they choose", {row.name: row.backend for row in kernels.info()})
-    agreement.same_view(world, run_dir if resume else None, origin)
+    agreement.same_view(world, recipe, run_dir if resume else None, origin)
     ahead = agreement.Ahead(world, run_dir / directory.CHECKPOINTS if resume and run_dir is not None else None)
     check_sinks(recipe.engine.sinks)
     begins = origin is None and not (resume and run_dir is not None and directory.has_checkpoint(run_dir))

@@ -66,6 +66,8 @@ _EXIT_CODES = {
     ("fastdeit.engine.metrics", "MetricsError"): UsageError.exit_code,
     ("fastdeit.engine.capture", "CaptureError"): UsageError.exit_code,
     ("fastdeit.engine.dist", "DeviceError"): UsageError.exit_code,
+    ("fastdeit.engine.dist", "DisagreementError"): UsageError.exit_code,
+    ("fastdeit.engine.rendezvous", "DeclinedError"): UsageError.exit_code,
     ("fastdeit.engine.rendezvous", "RendezvousError"): FastdeitError.exit_code,
     ("fastdeit.engine.replicas", "DriftError"): FastdeitError.exit_code,
     ("fastdeit.engine.watch", "LostError"): FastdeitError.exit_code,

@@ -27,6 +27,10 @@ class DeviceError(RuntimeError):
     """The device that was asked for is not there."""
 
 
+class DisagreementError(RuntimeError):
+    """The processes of a run are not of one mind; the message names what differs."""
+
+
 @dataclass
 class World:
     """This process among the processes of the run, as torchrun's environment variables describe it."""
@@ -109,11 +113,11 @@ class World:
         return values
 
     def agree(self, what: str, value: Any) -> None:
-        """RuntimeError, on every process, unless all processes have the same value of `what`."""
+        """Raise DisagreementError, on every process, unless all have the same value of `what`."""
         values = self.all(value)
         if any(other != values[0] for other in values):
             listed = "; ".join(f"process {rank}: {other}" for rank, other in enumerate(values))
-            raise RuntimeError(f"the processes differ in {what}, and so would their results: {listed}")
+            raise DisagreementError(f"the processes differ in {what}, and so would their results: {listed}")
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next to it is honest."""

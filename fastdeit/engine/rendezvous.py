@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,12 +20,18 @@ from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Sto
 
 ANSWER_S = 20.0
 """Seconds for what listens at the address to answer as the main process of this run would."""
+DECLINE_S = 60.0
+"""Seconds that a process which cannot take part waits to tell the others why."""
 NOTE_S = 60.0
 _POLL_S = 0.05
 
 
 class RendezvousError(RuntimeError):
     """The processes of a run have not come together; the message says why."""
+
+
+class DeclinedError(RendezvousError):
+    """Some process of the run cannot take part; the message has its reason."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,8 @@ def meet(place: Place, problem: str | None, limit: timedelta, say: Callable[[str
     at = f"{place.host}:{place.port}"
     try:
         found = _come(store, place, own, end, at, limit, say)
-        problems = [
-            f"rank {rank} on {each['host']}: {each['problem']}" for rank, each in enumerate(found) if each["problem"]
-        ]
+        problems = {each["problem"]: (rank, each["host"]) for rank, each in reversed(list(enumerate(found)))}
+        problems.pop(None, None)
         if problems:
             _read_by_all(store, place)
     except DistNetworkError:
@@ -94,8 +99,23 @@ def meet(place: Place, problem: str | None, limit: timedelta, say: Callable[[str
             f"rank 0 has left {at} while the processes met there; look for what it has said"
         ) from None
     if problems:
-        raise RendezvousError("\n".join(problems))
+        first = sorted((rank, host, why) for why, (rank, host) in problems.items())
+        raise DeclinedError("\n".join(f"rank {rank} on {host}: {why}" for rank, host, why in first))
     return store
+
+
+@contextlib.contextmanager
+def before(env: Mapping[str, str]) -> Iterator[None]:
+    """Around what a process of several does before it meets the others: where that fails, they are told why, and do not
+    wait for this process. It waits for them for DECLINE_S seconds: who began at the same time has come by then."""
+    try:
+        yield
+    except Exception as error:
+        if "RANK" in env and env.get("WORLD_SIZE", "1") != "1":
+            with contextlib.suppress(RendezvousError):
+                problem = str(error) or type(error).__name__
+                meet(Place.of(env), problem, timedelta(seconds=DECLINE_S), lambda text: None)
+        raise
 
 
 def _come(

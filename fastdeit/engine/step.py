@@ -337,7 +337,9 @@ class Engine:
         Raises FitError where names, shapes or dtypes are others.
         """
         sums = {name: tensor for name, tensor in state.items() if name.startswith("sum.")}
-        check_fit("engine", sums, {name: torch.zeros(tensor.shape[:1] or 1) for name, tensor in sums.items()})
+        processes = next((tensor.shape[:1] for tensor in sums.values()), ()) or 1
+        names = sums.keys() | ({"sum.steps"} if sums else set())  # without their number sums are no means
+        check_fit("engine", sums, {name: torch.zeros(processes) for name in sorted(names)})
         self.guard.load_state_dict({name: tensor for name, tensor in state.items() if name not in sums})
         for name, tensor in sums.items():
             same = len(tensor) == self.world.size

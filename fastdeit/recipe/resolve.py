@@ -193,6 +193,11 @@ def changes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
 
 
+def fields(recipe: Recipe) -> dict[str, Any]:
+    """By dotted name every field but `about`, `name` and those that say where the data are, as JSON has it."""
+    return dict(flat(recipe.model_dump(mode="json", exclude={"about": True, "name": True} | _PLACES)))
+
+
 # A packed copy of a folder is the same data. The fingerprints in a checkpoint say whether two sources hold the same.
 _PLACES = {
     "data": {"source", "root", "train", "val", "image_column", "label_column", "classes", "threads"},

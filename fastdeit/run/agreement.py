@@ -5,43 +5,67 @@ train other weights beside the others', and the main process would save its own 
 """
 
 import contextlib
+import json
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastdeit.data.sources.source import DataError
 from fastdeit.engine import checkpoint
 from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
+from fastdeit.recipe import resolve as recipes
 from fastdeit.run import directory, environment
 from fastdeit.run.fork import Origin
+from fastdeit.text import shorten
+
+if TYPE_CHECKING:
+    from fastdeit.recipe.resolve import Recipe
 
 Result = TypeVar("Result")
 View = dict[str, Any]
 """What a process sees, by what a person calls it."""
 _VERSIONS = "the versions of what they run"
+_SEEN = (_VERSIONS, "the checkpoint")
+"""What begins like this has a hash or a version for each of its parts."""
+_DATA = {
+    "train": "the training images",
+    "val": "the held-out images",
+    "classes": "the names of the classes",
+    "cache": "the teacher's cached logits",
+}
 
 
-def same_view(world: World, run_dir: Path | None, origin: Origin | None) -> None:
-    """Raise UsageError, on every process, unless all see the same checkpoints and run the same versions.
+def same_view(world: World, recipe: "Recipe", run_dir: Path | None, origin: Origin | None) -> None:
+    """Raise UsageError, on every process, unless all have the same recipe, see the same checkpoints and run the same
+    versions.
 
     run_dir  the run that is to be gone on with; None for a new one
     origin   the checkpoint that a fork begins with
     """
-    if world.size == 1:
-        return
-    views = world.all((socket.gethostname(), _view(run_dir, origin)))
+    if world.size > 1:
+        _compare(world, _view(run_dir, origin) | recipes.fields(recipe))
+
+
+def same_data(world: World, identity: Mapping[str, Any]) -> None:
+    """Raise UsageError, on every process, unless all have the same data, by the `identity` of a run."""
+    _compare(world, {name: identity.get(key) for key, name in _DATA.items()})
+
+
+def _compare(world: World, view: View) -> None:
+    views = world.all((socket.gethostname(), view))
     _, ours = views[0]
     for rank, (host, theirs) in enumerate(views):
         for what in dict.fromkeys([*ours, *theirs]):
             if theirs.get(what) != ours.get(what):
-                help = "install the same on all machines" if what == _VERSIONS else "all machines must share the run"
+                told, known = (_told(what, view.get(what)) for view in (theirs, ours))
                 raise UsageError(
-                    f"process {rank} on {host} and process 0 on {views[0][0]} differ in {what}: "
-                    f"{_told(theirs.get(what))}, and {_told(ours.get(what))}; nothing was loaded, {help}"
+                    f"process {rank} on {host} and process 0 on {views[0][0]} differ in {what}: {told}, and {known}; "
+                    f"nothing was loaded, {_way_out(what)}"
                 )
 
 
@@ -107,7 +131,7 @@ def together(world: World, action: Callable[[], Result]) -> Result:
         result = action()
     except Exception as error:
         failure = error
-    known = isinstance(failure, UsageError)
+    known = isinstance(failure, (UsageError, DataError))
     told = world.all(None if failure is None else f"{failure}" if known else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
@@ -129,12 +153,24 @@ def _view(run_dir: Path | None, origin: Origin | None) -> View:
     return view
 
 
-def _told(value: Any) -> str:
+def _told(what: str, value: Any) -> str:
+    if not what.startswith(_SEEN):
+        return shorten(json.dumps(value), 60)
     if not value:
         return "none there"
     if isinstance(value, dict):
         return ", ".join(f"{key} {str(found)[:12]}" for key, found in value.items())
     return str(value)[:12]
+
+
+def _way_out(what: str) -> str:
+    if what == _VERSIONS:
+        return "install the same on all machines"
+    if what.startswith(_SEEN):
+        return "all machines must share the run"
+    if what in _DATA.values():
+        return "all machines must have the same data"
+    return "give all processes the same recipe and the same command"
 
 
 def first_of_its_machine(world: World) -> bool:

@@ -45,6 +45,7 @@ def over(origin: Origin, saver: Saver, say: Report) -> Record:
         saver.load(found)
     except UsageError as error:
         raise _misfit(origin, recipe, error) from error
+    agreement.together(saver.world, lambda: saver.check_finite(found))
     saver.lineage = origin.lineage(recipe)
     return Record(phase=phase)
 

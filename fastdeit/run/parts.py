@@ -23,7 +23,7 @@ from fastdeit.methods.evaluators import Evaluator
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
-from fastdeit.run import build, cached, sharing, teachers
+from fastdeit.run import agreement, build, cached, sharing, teachers
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.groups import param_groups
 from fastdeit.run.record import RunLog
@@ -64,15 +64,18 @@ class Parts:
                 need not exist any more
         known   of teachers with recipes of their own: their runs, or these recipes while they are not trained yet
         """
-        sources = train_source, val_source = build.sources(recipe)
+        sources = train_source, val_source = agreement.together(world, lambda: build.sources(recipe))
         count, size = len(train_source.classes), build.image_size(recipe)
         names = build.compared_classes(recipe, train_source)
         length = build.run_length(recipe, len(train_source))
         build.check_batch(recipe, world.size)
         recipe = settled(recipe, length)
         log = RunLog(recipe, world, length.total, length.steps_per_epoch)
-        cache = cached.checked(recipe, train_source, length)
-        student = build.model(recipe if begins else recipes.without_weights(recipe), count, log.say, names)
+        cache = agreement.together(world, lambda: cached.checked(recipe, train_source, length))
+        identity = identity_of(*sources, cache)
+        agreement.same_data(world, identity)
+        begun = recipe if begins else recipes.without_weights(recipe)
+        student = agreement.together(world, lambda: build.model(begun, count, log.say, names))
 
         def make_teacher(config: TeacherConfig) -> Teacher:
             own = known.get(config)
@@ -107,7 +110,7 @@ class Parts:
         val_loader = build.eval_loader(recipe, val_source, world, method.noise(), log.bad_image, val_bad)
         if cache is not None:
             log.say(f"teacher: {cached.described(cache)}")
-        saver = Saver(recipe, identity_of(*sources, cache), engine, world, schedule, length)
+        saver = Saver(recipe, identity, engine, world, schedule, length)
         loaders = loader, val_loader
         return cls(recipe, world, sources, bad, length, log, method, schedule, tuning, engine, *loaders, saver)
 

@@ -182,11 +182,14 @@ class Saver:
 
     def _refuse_non_finite(self) -> None:
         """Every process looks at what it holds of what is about to be saved, and all hear of it."""
-        bad = ((name, file) for file, group in self.tensors().items() for name in _non_finite(group))
-        found = next((f"{name} of {file}" for name, file in bad if name not in self._never_finite), None)
-        found = self.world.first(found)
+        found = self.world.first(self._first_non_finite())
         if found is not None:
             raise PoisonedError(f"{found} has numbers that are not finite")
+
+    def _first_non_finite(self) -> str | None:
+        """The first tensor with a number, among those that this process holds, which is not finite."""
+        bad = ((name, file) for file, group in self.tensors().items() for name in _non_finite(group))
+        return next((f"{name} of {file}" for name, file in bad if name not in self._never_finite), None)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds besides the engine's state, by the names of its files. A tensor that the processes
@@ -239,7 +242,18 @@ class Saver:
         refuse_other_run(
             run_dir, recipes.difference(before, self.recipe), other_data(found.state["identity"], self.identity)
         )
+        self._refuse_other_length(found)
         return found
+
+    def _refuse_other_length(self, found: Checkpoint) -> None:
+        """The schedule is a function of the step. With a recipe and data that are the same, only other code counts
+        other steps."""
+        theirs = found.state["steps"], found.state["steps_per_epoch"]
+        if theirs != (self.length.total, self.length.steps_per_epoch) or found.step > self.length.total:
+            raise UsageError(
+                f"{found.path} is of step {found.step} of {theirs[0]}, {theirs[1]} an epoch, and this run has "
+                f"{self.length.total}, {self.length.steps_per_epoch} an epoch; go on with the version that wrote it"
+            )
 
     def _load_own(self, found: Checkpoint) -> None:
         try:
@@ -248,6 +262,16 @@ class Saver:
             raise UsageError(
                 f"{error}\nResume with the code that the run was started with, or start anew with another --run-dir"
             ) from error
+        self.check_finite(found)
+
+    def check_finite(self, found: Checkpoint) -> None:
+        """Raise UsageError where what was loaded from `found` has a number that is not finite: no run goes on from it.
+        Nothing like that is saved any more, but the first versions did."""
+        if (bad := self._first_non_finite()) is not None:
+            raise UsageError(
+                f"{found.path} cannot be gone on with: {bad} has numbers that are not finite. Move it away, and the "
+                "run goes on from the checkpoint before it, if there is one"
+            )
 
     def _note_changes(self, found: Checkpoint, before: "Recipe", say: Report) -> None:
         """Say and remember what may change the numbers of the run from here on."""

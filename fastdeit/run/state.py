@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from fastdeit.errors import UsageError
 from fastdeit.version import __version__
@@ -41,6 +41,12 @@ class _Identity(_Part):
     cache: dict[str, Any] = {}
 
 
+class _Clock(_Part):
+    seconds: FiniteFloat
+    paused: FiniteFloat
+    at: FiniteFloat
+
+
 class _Record(_Part):
     evaluated_step: int = 0
     best_step: int = 0
@@ -52,10 +58,10 @@ class _Record(_Part):
     teacher_top1: float | None = None
     metrics: dict[str, float] = {}
     images: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
+    seconds: FiniteFloat = 0.0
+    waited: FiniteFloat = 0.0
     kernels: list[Annotated[tuple[str, list[Any], str], Field(strict=False)]] | None = None
-    clock: dict[str, float] | None = None
+    clock: _Clock | None = None
 
 
 class _State(_Part):

@@ -5,6 +5,7 @@ makes whole shards, each by itself, so that the files are the same for any numbe
 """
 
 import argparse
+import os
 import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -25,6 +26,7 @@ from fastdeit.data.examine import fault
 from fastdeit.data.loader import TrainLoader
 from fastdeit.data.logits import MANIFEST, Cache, Layout, Shard
 from fastdeit.data.sources.source import Source, listed
+from fastdeit.engine import rendezvous
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.progress import Progress
@@ -47,7 +49,8 @@ _WARM_STEPS, _TRIAL_STEPS, _TRIAL_S = 4, 8, 10.0
 
 def main(args: argparse.Namespace) -> None:
     """Worker of `fastdeit cache`: one process of those that fill the cache `args.out`."""
-    recipe = recipes.load(args.recipe, args.overrides)
+    with rendezvous.before(os.environ):
+        recipe = recipes.load(args.recipe, args.overrides)
     torch.backends.cuda.matmul.allow_tf32 = True  # as in training
     torch.backends.cudnn.allow_tf32 = True
     with join_world(recipe.engine.device, recipe.engine.timeout_s) as world, world.stop_on_signals():

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastdeit.data.loader import EvalLoader, OnBad
 from fastdeit.data.sources.source import Source
+from fastdeit.engine import rendezvous
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.progress import table
@@ -59,8 +61,9 @@ class Found:
 def main(args: argparse.Namespace) -> None:
     """`fastdeit eval ADDRESS`: accuracy, loss and calibration on held-out images, of every head and fusion of heads."""
     _refuse_no_folder(args.classes, args.confusion, args.calibration)
-    weights = open_weights(args.address)
-    recipe = settings(weights, args.model, args.overrides, args.data)
+    with rendezvous.before(os.environ):
+        weights = open_weights(args.address)
+        recipe = settings(weights, args.model, args.overrides, args.data)
     with join_world(recipe.engine.device, recipe.engine.timeout_s) as world:
         source = known_classes(weights, build.held_out(recipe), say=world.main)
         recipe = threads.fixed(recipe, world)

@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
+from fastdeit.engine import rendezvous
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.errors import FastdeitError, UsageError
@@ -25,10 +27,11 @@ def main(args: argparse.Namespace) -> None:
     Raises UsageError for data that cannot be read, before any weights are looked for, and FastdeitError at the end
     where some models could not be evaluated.
     """
-    wanted, left_out = published(args.words), []
-    stand_in = bare.stand_in()
-    recipe = recipes.override(stand_in, [*kind_of_data(stand_in, args.overrides, args.data), *args.overrides])
-    build.held_out(recipe)
+    left_out = []
+    with rendezvous.before(os.environ):
+        wanted, stand_in = published(args.words), bare.stand_in()
+        recipe = recipes.override(stand_in, [*kind_of_data(stand_in, args.overrides, args.data), *args.overrides])
+        build.held_out(recipe)
     engine = recipe.engine
     with join_world(engine.device, engine.timeout_s) as world:
         for index, row in enumerate(wanted):

@@ -14,7 +14,7 @@ import torch
 from torch.distributed import HashStore, TCPStore
 
 from fastdeit.engine import dist, rendezvous, watch
-from fastdeit.engine.rendezvous import Place, RendezvousError, meet
+from fastdeit.engine.rendezvous import DeclinedError, Place, RendezvousError, meet
 from fastdeit.engine.watch import LostError, Watch, hung, verdict
 
 SOON = timedelta(seconds=60)
@@ -227,6 +227,31 @@ def test_what_one_process_lacks_all_are_told():
     for thread in threads:
         thread.join()
     assert errors == [f"rank 1 on {socket.gethostname()}: process 1 has no GPU"] * 2
+
+
+@pytest.mark.parametrize("declines", [0, 1])
+def test_a_process_that_fails_before_the_meeting_tells_the_others(declines):
+    """They would wait for an hour."""
+    port, errors = free_port(), {}
+
+    def prepare(rank):
+        env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        try:
+            with rendezvous.before(env):
+                if rank == declines:
+                    raise ValueError("there is no run here")
+            meet(Place.of(env), None, SOON, print)
+        except Exception as error:
+            errors[rank] = error
+
+    threads = [threading.Thread(target=prepare, args=[rank]) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert repr(errors[declines]) == "ValueError('there is no run here')"
+    assert type(errors[1 - declines]) is DeclinedError
+    assert str(errors[1 - declines]) == f"rank {declines} on {socket.gethostname()}: there is no run here"
 
 
 def test_who_keeps_the_store_waits_until_the_others_have_read_why(monkeypatch):

@@ -6,6 +6,7 @@ Each waits for events. The time-outs are safety nets.
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.faults.forked import Command
 from tests.faulty_ranks import RECIPE
@@ -183,6 +185,36 @@ def test_under_srun_a_rank_that_cannot_speak_is_named(started, fault, told):
         code, _, err = ended(both[hangs])
         assert code == 1
         assert re.search(r"File .*faulty_ranks.py", err), err
+
+
+DIFFERS = {
+    "no run": (["--resume", "run", "--trust"], RECIPE, r"rank 1 on \S+: --resume: there is no run run"),
+    "none to begin with": (["r.yaml", "--run-dir", "run", "--resume"], RECIPE, "differ in the checkpoints of run: "),
+    "another recipe": (["r.yaml"], RECIPE.replace("flip: 0", "flip: 0.5"), r"differ in data\.flip: 0\.5, and 0\.0; "),
+    "a mistake": (["r.yaml"], RECIPE.replace("flip", "flop"), r"rank 1 on \S+: r\.yaml:4: data\.flop: unknown field"),
+    "no data": (["r.yaml", "data.source=folder", "data.root=here"], RECIPE, r"process 1: \S+ folder: here: no such"),
+    "no weights": (["eval", "run", "--trust"], RECIPE, r"rank 1 on \S+: run: there is no run; "),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERS)
+def test_a_machine_that_has_something_else_ends_the_start_of_all_in_a_sentence(whole, tmp_path, what):
+    """Two folders stand for two machines."""
+    words, theirs, told = DIFFERS[what]
+    port, verb = free_port(), [] if words[0] == "eval" else ["train"]
+    for folder, recipe in ((tmp_path / "0", RECIPE), (tmp_path / "1", theirs)):
+        folder.mkdir()
+        (folder / "r.yaml").write_text(recipe)
+    shutil.copytree(whole, tmp_path / "0" / "run")
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "0" / "here" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "0" / "here" / name / "1.png")
+    both = [Command([*verb, *words], tmp_path / str(rank), os.environ | srun(rank, port), "command") for rank in (0, 1)]
+    (code, _, err), (theirs, _, silent) = (ended(process) for process in both)
+    assert (code, theirs, silent) == (2, 2, ""), (err, silent)
+    assert re.search(told, err), err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "1" / "run").exists()
 
 
 def test_under_srun_eval_evaluates_once(whole, tmp_path):

@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import thread as futures
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from fastdeit.training import train
 from tests.small_runs import StopAt
 
 CPU = torch.device("cpu")
+RECIPE_HERE = recipes.load("deit_tiny")
 
 
 class Two(World):
@@ -87,18 +89,51 @@ def test_a_process_that_sees_another_run_ends_the_start_in_a_sentence(here, monk
 
     def theirs(value):
         change(run)
-        return "other-host", agreement._view(run, None)
+        return "other-host", value[1] | agreement._view(run, None)
 
     with pytest.raises(UsageError, match=r"process 1 on other-host and process 0 on \S+ differ in ") as error:
-        agreement.same_view(Two(theirs), run, None)
+        agreement.same_view(Two(theirs), RECIPE_HERE, run, None)
     assert SEEN[change] in str(error.value)
     assert "nothing was loaded, " in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_processes_that_see_the_same_go_on(here):
-    agreement.same_view(Two(lambda value: value), saved("run", 2, 4), None)
-    agreement.same_view(Two(lambda value: value), None, None)
+    agreement.same_view(Two(lambda value: value), RECIPE_HERE, saved("run", 2, 4), None)
+    agreement.same_view(Two(lambda value: value), RECIPE_HERE, None, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "data.flip=0.25",
+            r"data\.flip: 0\.25, and 0\.5; .*, give all processes the same recipe and the same command$",
+        ),
+        ("engine.log_every=7", r"engine\.log_every: 7, and "),
+        ("method.smoothing=0.3", r"method\.smoothing: 0\.3, and "),
+    ],
+)
+def test_processes_with_other_recipes_do_not_train_together(here, override, told):
+    theirs = recipes.fields(recipes.load("deit_tiny", [override]))
+    with pytest.raises(UsageError, match=f"^process 1 on there and process 0 on .* differ in {told}"):
+        agreement.same_view(Two(lambda mine: ("there", mine[1] | theirs)), RECIPE_HERE, None, None)
+
+
+def other(what, mine):
+    """The view of a process for which `what` is "c"."""
+    host, view = mine
+    return host, view | {name: "c" for name in view if name.startswith(what)}
+
+
+def test_the_place_of_the_data_may_differ_and_the_data_may_not(here):
+    moved = recipes.fields(recipes.load("deit_tiny", ["data.threads=1", "data.root=elsewhere"]))
+    agreement.same_view(Two(lambda mine: ("there", mine[1] | moved)), RECIPE_HERE, None, None)
+    ours = {"train": "a", "val": "b", "classes": ["cat"]}
+    agreement.same_data(Two(lambda mine: mine), ours)
+    for what in ("the training images", "the held-out images", "the names of the classes", "the teacher's cached"):
+        with pytest.raises(UsageError, match=f'differ in {what}.*: "c", and .*, all machines must have the same data$'):
+            agreement.same_data(Two(partial(other, what)), ours)
 
 
 def test_a_fork_begins_with_one_checkpoint(here):
@@ -106,10 +141,10 @@ def test_a_fork_begins_with_one_checkpoint(here):
 
     def theirs(value):
         another(Path("run"))
-        return "other-host", agreement._view(None, origin)
+        return "other-host", value[1] | agreement._view(None, origin)
 
     with pytest.raises(UsageError, match="differ in the checkpoint run/checkpoints/step_00000004: "):
-        agreement.same_view(Two(theirs), None, origin)
+        agreement.same_view(Two(theirs), RECIPE_HERE, None, origin)
 
 
 def test_a_checkpoint_that_one_machine_finds_damaged_is_used_by_none(here):

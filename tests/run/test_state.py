@@ -5,6 +5,8 @@
 
 import copy
 import json
+import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +94,14 @@ def variants(plain):
             yield f"{'.'.join(path)} {how}", changed
     yield "a schema of the future", plain | {"schema": SCHEMA + 1, "versions": {"fastdeit": "9.9"}}
     yield "a schema that is none", plain | {"schema": -1}
+    clock = plain["record"]["clock"]
+    for name in clock:
+        without = {key: value for key, value in clock.items() if key != name}
+        for how, changed in (("missing", without), ("not finite", clock | {name: math.nan})):
+            yield f"clock {name} {how}", plain | {"record": plain["record"] | {"clock": changed}}
+    yield "seconds that are not finite", plain | {"record": plain["record"] | {"seconds": math.inf}}
+    yield "other steps", plain | {"steps": 7}
+    yield "other steps an epoch", plain | {"steps_per_epoch": 2}
     yield "a phase that is none", plain | {"record": plain["record"] | {"phase": "gone"}}
     recipe = plain["recipe"]
     yield "a field of a recipe renamed", plain | {"recipe": recipe | {"train": recipe["train"] | {"batches": 3}}}
@@ -125,23 +135,30 @@ def unfit():
 
 
 LATER = {"a phase that is none", "a field of a recipe renamed", "a model that is gone"}
+GOING_ON = {"other steps", "other steps an epoch"}
+"""A fork may have other steps."""
 
 
 def test_a_state_that_does_not_fit_is_refused_in_a_sentence():
     for what, state in unfit().items():
-        if what not in LATER:
+        if what not in LATER | GOING_ON:
             with pytest.raises(UsageError, match=r"^run (is intact, but not|has schema) [^\n]*$"):
                 checked(state, Path("run"))
 
 
 @pytest.mark.parametrize(
-    "some", [pytest.param(LATER | EVALUATED, id="some"), pytest.param(None, id="all", marks=pytest.mark.slow)]
+    "some",
+    [
+        pytest.param(LATER | EVALUATED | {"other steps"}, id="some"),
+        pytest.param(None, id="all", marks=pytest.mark.slow),
+    ],
 )
 def test_a_state_that_does_not_fit_ends_a_command_in_a_sentence(capfd, some):
     for what, state in unfit().items():
         if some is None or what in some:
             with_state(state)
             commands = [["train", "--resume", "run"], ["train", "--from", "run", "train.epochs=3"]]
+            commands = commands[:1] if what in GOING_ON else commands
             for words in [*commands, *([["eval", "run"]] if what in EVALUATED else [])]:
                 assert cli(words) == 2, (what, words, capfd.readouterr())
                 err = capfd.readouterr().err
@@ -187,7 +204,8 @@ def harmed(tensors):
                 forms["a row, which could be broadcast"] = group | {name: tensor[0].clone()}
                 forms["turned"] = group | {name: tensor.t().contiguous()}
             if file == "engine" and name.startswith("sum."):
-                forms.pop("gone")  # a run that has logged nothing has no sums
+                if name != "sum.steps":  # without which the others are no means
+                    forms.pop("gone")  # a run that has logged nothing has no sums
                 forms.pop("wider")  # the sums of two processes
             for how, changed in forms.items():
                 yield f"{file}.{name} {how}", name, tensors | {file: changed}
@@ -204,6 +222,44 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_broadcast(saver, schem
         assert named in str(error.value), what
         assert str(error.value).startswith(f"{found.path} does not fit, in phase "), what
     assert len(cases) > 150
+
+
+def test_a_checkpoint_of_a_step_beyond_the_run_is_refused(capfd):
+    """As one of a longer run that was moved here."""
+    folder = run_of(SCHEMA) / "checkpoints" / "step_00000002"
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    (folder / "manifest.json").write_bytes(checkpoint._encode(manifest | {"step": 1000}))
+    folder.rename(folder.with_name("step_00001000"))
+    assert cli(["train", "--resume", "run"]) == 2
+    assert re.search(r"^fastdeit: \S+/step_00001000 is of step 1000 of 6, 3 an epoch, and this", capfd.readouterr().err)
+
+
+def poisoned(tensors):
+    """(what was done, which tensor the message has to name, the tensors): each with one number that is not finite."""
+    for file, group in tensors.items():
+        for name, tensor in group.items():
+            if file != "engine":
+                changed = tensor.clone()
+                changed.view(-1)[-1] = math.nan
+                yield f"{name} of {file}", tensors | {file: group | {name: changed}}
+
+
+def test_a_checkpoint_with_a_number_that_is_not_finite_is_refused_by_name(saver, capfd):
+    """The first versions saved such."""
+    found = present(checkpoint.load(KEPT / f"schema_{SCHEMA}" / "step_00000002"))
+    cases = list(poisoned(found.tensors))
+    for named, tensors in cases:
+        saver.load(replace(found, tensors=tensors))
+        with pytest.raises(UsageError, match=f"step_00000002 cannot be gone on with: {re.escape(named)} has numbers"):
+            saver.check_finite(found)
+    assert len(cases) > 20
+    root, (_, tensors) = run_of(SCHEMA) / "checkpoints", cases[0]
+    shutil.rmtree(root / "step_00000002")
+    checkpoint.save(root, 2, tensors, found.state)
+    for words in (["--resume", "run"], ["--from", "run", "train.epochs=3"]):
+        assert cli(["train", *words]) == 2
+        assert "Move it away, and the run goes on from the checkpoint before it" in capfd.readouterr().err
+    assert checkpoint.steps(root) == [2]
 
 
 # ---- other settings, processes and versions --------------------------------------------------------------------------
