@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdeit.engine import checkpoint
+from fastdeit.engine import checkpoint, guard
 from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError
 from fastdeit.methods.supervised import Supervised
@@ -23,7 +23,7 @@ data:
    repeats: 1, mean: [0.3, 0.4, 0.5], std: [0.2, 0.25, 0.3]}
 optim: {lr: 1e-3, warmup_epochs: 0, ema_decay: 0.9}
 train: {epochs: 2, batch_size: 4, eval_every: 2}
-engine: {device: cpu, precision: fp32, checkpoint_every: 0.3333, log_every: 4, keep_checkpoints: 9}
+engine: {device: cpu, precision: fp32, checkpoint_every: 0.3333, log_every: 4, keep_checkpoints: 30}
 """
 TOTAL, SAVE_EVERY = 24, 4
 CPU = torch.device("cpu")
@@ -133,6 +133,18 @@ def test_a_mask_of_minus_infinity_is_no_harm(path, monkeypatch):
     with pytest.raises(Interrupted):
         go(path, "run", world=StopAt(2))
     assert saved_steps("run") == [2]
+
+
+def test_the_loss_scale_of_a_run_in_fp16_comes_down_and_recovers(path, monkeypatch):
+    """A loss of a million overflows the gradients of 16 bit, and no weight follows it."""
+    monkeypatch.setattr(guard, "_GROW_AFTER", 6)
+    monkeypatch.setattr(Faulty, "grow", {2: 1e6, 4: 1e6})
+    go(path, "run", "engine.precision=fp16", "engine.checkpoint_every=0.0833")
+    first = guard.Guard("fp16", None, CPU).scale.item()
+    found = [stored(Path("run"), step)["engine.safetensors"] for step in (1, 3, 5, 9, 10, 16)]
+    assert [each["scale"].item() / first for each in found] == [1, 1 / 2, 1 / 4, 1 / 4, 1 / 2, 1]
+    assert [each["skipped"].item() for each in found] == [0, 1, 2, 2, 2, 2]
+    assert_all_finite("run")
 
 
 # ---- the log ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted
 from fastdeit.recipe import resolve as recipes
 from fastdeit.training import train
-from tests.small_runs import StopAt, assert_close_weights, assert_same_weights, train_rank
+from tests.small_runs import StopAt, assert_close_weights, assert_same_weights, stored, train_rank
 
 RECIPE = """\
 model: {name: deit_digits_patch8_32, image_size: 32, drop_path: 0.5, drop_path_skip: true}
@@ -49,6 +49,29 @@ def test_micro_batches_and_processes_reach_the_result_of_one(path, whole, ranks,
     assert_close_weights(tmp_path / "parts", whole, TOTAL)
     ranks(2, train_rank, path, [], tmp_path / "shared")
     assert_close_weights(tmp_path / "shared", whole, TOTAL)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_one_step_of_micro_batches_has_the_gradient_of_the_whole_batch(path, first_gradient, tmp_path, accumulate):
+    found = gradient(path, tmp_path, accumulate)
+    assert found.keys() == first_gradient.keys()
+    for name, mine in found.items():
+        whole = first_gradient[name]
+        assert (mine - whole).abs().max() <= 16 * torch.finfo(torch.float32).eps * whole.abs().max(), name
+        assert whole.abs().max() > 0
+
+
+def gradient(path, folder, accumulate):
+    """By parameter the first gradient of a run: after one step the momentum of SGD is that, and the weight decay."""
+    with pytest.raises(Interrupted):
+        train(recipes.load(str(path), [f"train.accumulate={accumulate}"]), folder / "run", StopAt(1))
+    state = stored(folder / "run", 1)["optim.safetensors"]
+    return {name: tensor for name, tensor in state.items() if name.startswith("momentum_buffer")}
+
+
+@pytest.fixture(scope="module")
+def first_gradient(path, tmp_path_factory):
+    return gradient(path, tmp_path_factory.mktemp("first"), 1)
 
 
 def test_another_draw_is_another_result(path, whole, tmp_path):

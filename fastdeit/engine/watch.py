@@ -99,10 +99,13 @@ class Watch:
         return max(START_S, self.timeout_s) if patient else self.timeout_s
 
     def fails(self) -> None:
-        """Tell the others that this process fails, so that none of them waits for it with the patience of a start."""
+        """Tell the others that this process fails, so that none of them waits for it with the patience of a start.
+
+        The first one counts: those that fail because it has gone do not take its place.
+        """
         own = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid()}
         with contextlib.suppress(RuntimeError):
-            self._store.set("failed", json.dumps(own))
+            self._store.compare_set("failed", "", json.dumps(own))
 
     def stopped_s(self) -> float:
         """Seconds that this process was stopped for since the main thread last said where it is."""

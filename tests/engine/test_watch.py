@@ -93,6 +93,14 @@ def test_a_rank_that_has_failed_is_not_waited_for_with_the_patience_of_a_start(c
     assert f"fastdeit: rank 1 (process {os.getpid()} on {socket.gethostname()}) has failed; look for what" in told
 
 
+def test_of_several_that_fail_the_first_is_named():
+    """The others fail because it has gone."""
+    store = HashStore()
+    for rank in (1, 0, 2):
+        Watch(rank, 3, store, 0.2).fails()
+    assert json.loads(store.get("failed"))["rank"] == 1
+
+
 def test_time_in_which_this_process_was_stopped_is_no_hang(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a launcher's, which says who ended")
     monkeypatch.setenv("RANK", "0")

@@ -251,6 +251,7 @@ def test_two_processes_their_launcher_and_checkpoints_in_the_background_lose_not
     code, found = chaos(tmp_path, LONGER, *words, "--kills", "5", "--nproc", "2")
     assert code == 0, found
     assert found["survived"]["launcher"] == 1
+    assert found["metrics"] > 20, "lines of the log, each the mean of three steps, between saves every two"
     assert found["survived"]["kill"] >= 3
     assert found["samples_lost"] == found["samples_repeated"] == found["orphans"] == 0
 

@@ -3,6 +3,7 @@
 Each waits for events. The time-outs are safety nets.
 """
 
+import io
 import json
 import os
 import re
@@ -215,6 +216,30 @@ def test_a_machine_that_has_something_else_ends_the_start_of_all_in_a_sentence(w
     assert re.search(told, err), err
     assert err.count("\n") == 1
     assert not (tmp_path / "1" / "run").exists()
+
+
+@pytest.mark.parametrize("bad", [(0, 1), (1,)], ids=["all", "process 1"])
+def test_data_without_a_usable_picture_end_in_a_message_on_all_processes_and_on_one(tmp_path, bad):
+    """Two folders stand for two machines, whose files have the same names and sizes."""
+    port, picture = free_port(), io.BytesIO()
+    Image.new("RGB", (9, 9)).save(picture, "PNG")
+    for rank in (0, 1):
+        folder = tmp_path / str(rank)
+        for name in [f"{split}/{label}" for split in ("train", "val") for label in "ab"]:
+            (folder / "here" / name).mkdir(parents=True)
+            for number in range(16):
+                content = bytes(len(picture.getvalue())) if rank in bad else picture.getvalue()
+                (folder / "here" / name / f"{number:02d}.png").write_bytes(content)
+        (folder / "r.yaml").write_text(RECIPE.replace("tests.faulty_ranks:Faulty", "supervised"))
+    words = ["train", "r.yaml", "data.source=folder", "data.root=here", "engine.timeout_s=4"]
+    both = [Command(words, tmp_path / str(rank), os.environ | srun(rank, port), "command") for rank in (0, 1)]
+    found = [ended(process) for process in both]
+    assert [code for code, _, _ in found] == [1, 1]
+    for rank in bad:
+        assert re.search(r"of 32 images cannot be used, more than max_bad_fraction .*; repair", found[rank][2]), found
+    if 0 not in bad:
+        assert re.search(r"rank 1 (of 2 ended|\(process \d+ on \S+\) has failed)", found[0][2]), found
+    assert not any("Traceback" in err for _, _, err in found)
 
 
 def test_under_srun_eval_evaluates_once(whole, tmp_path):

@@ -25,8 +25,8 @@ TARGETS = (
         (
             "tests/data/test_bad.py::test_a_data_set_of_bad_files_only_ends",
             "tests/data/test_bad_list.py::test_the_limit_is_that_of_all_processes",
+            "tests/faults/test_ranks.py::test_data_without_a_usable_picture_end_in_a_message_on_all_processes_and_on_one",
         ),
-        why_not="the processes are loaders of one process, one after another",
     ),
     Target(
         34,

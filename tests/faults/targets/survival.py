@@ -148,8 +148,8 @@ TARGETS = (
             "tests/engine/test_step.py::test_fp16_scale_halves_on_overflow_and_doubles_after_2000_good_steps",
             "tests/engine/test_guard.py::test_the_loss_scale_has_a_floor_and_recovers",
             "tests/engine/test_guard.py::test_the_loss_scale_has_a_ceiling",
+            "tests/test_train_guarded.py::test_the_loss_scale_of_a_run_in_fp16_comes_down_and_recovers",
         ),
-        why_not="a run in fp16 that overflows needs a GPU",
     ),
     Target(
         28,
