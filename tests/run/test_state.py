@@ -180,6 +180,7 @@ def test_a_schema_of_the_future_names_its_version():
 @pytest.fixture(scope="module")
 def saver():
     """A saver of the run by which the checkpoints were made."""
+    plugins.trust("tests.small_runs:Tiny")  # a fixture of a module is made before `here`
     state = checkpoint.load(KEPT / f"schema_{SCHEMA}" / "step_00000002", tensors=False).state
     return Parts.of(directory.checked_recipe(state["recipe"], KEPT), CPU, True, {}).saver
 
