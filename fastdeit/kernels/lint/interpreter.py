@@ -19,6 +19,7 @@ This reaches into the interpreter of Triton; `unavailable()` says whether the in
 """
 
 import inspect
+import operator
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 from fastdeit.kernels import _triton
@@ -47,6 +49,9 @@ _EXPECTED = {
     "create_assert": ["condition", "message"],
     "create_barrier": [],
 }
+_SANITIZER = "binary_op_sanitize_overflow_impl"
+_EXACT = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
+"""By their names in Triton, the operations whose results may not wrap."""
 
 
 class Fault(Exception):
@@ -67,6 +72,8 @@ def unavailable() -> str | None:
         found = getattr(builder, name, None)
         if found is None or list(inspect.signature(found).parameters)[1:] != wanted:
             return f"the interpreter of Triton {triton.__version__} has another {name}"
+    if not hasattr(TritonSemantic, _SANITIZER):
+        return f"Triton {triton.__version__} has no {_SANITIZER}"
     if not hasattr(interpreter, "_LangPatchScope"):
         return f"the interpreter of Triton {triton.__version__} does not restore triton.language; 3.6 and newer do"
     return None
@@ -244,6 +251,7 @@ def session() -> Iterator[None]:
         for function in (tl.sum.fn, _triton_language):
             stack.callback(interpreter._patch_lang(function).restore)
         stack.enter_context(replaced(tl, "multiple_of", _multiple_of))
+        stack.enter_context(replaced(TritonSemantic, _SANITIZER, _check_overflow))
         stack.enter_context(replaced(interpreter.InterpretedFunction, "__call__", _call))
         for name, value in checked.items():
             stack.enter_context(replaced(builder, name, value))
@@ -363,6 +371,16 @@ def _atomic(operation: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any)
 def _assert(condition: Any, message: str) -> None:
     if not condition.data.all():
         raise _memory.fault("overflow", message)
+
+
+def _check_overflow(semantic: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+    """What Triton checks, too, by six more operations of its language: most of the time of a kernel would be these."""
+    kind, name = lhs.type.scalar, operation.__name__
+    if kind.int_bitwidth >= 64:
+        return
+    exact = _EXACT[name](*(side.handle.data.astype(np.int64) for side in (lhs, rhs)))
+    if (exact < kind.get_int_min_value()).any() or (exact > kind.get_int_max_value()).any():
+        raise _memory.fault("overflow", f"int{kind.int_bitwidth} overflow detected for operation {name}")
 
 
 def _multiple_of(value: Any, factors: Any, **_: Any) -> Any:
