@@ -1,12 +1,30 @@
 import os
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 from fastdeit.kernels import Tuning, _asked, _op
 from fastdeit.kernels._triton import INTERPRETED
 from tests.kernels import trials
+
+
+def call_on_device(function, *args, **kwargs):
+    """A call of a device function in Triton's interpreter, which puts its own functions into triton.language at every
+    such call, although they have been there since the launch: a third of the time of these tests."""
+    languages = {value for value in function.fn.__globals__.values() if value is tl or value is tl.core}
+    if any(tl.core.is_builtin(language.load) for language in languages):
+        interpreter._patch_lang(function.fn)
+    return function.rewrite()(*args, **kwargs)
+
+
+interpreter.InterpretedFunction.__call__ = call_on_device
+# Whether an operation of integers overflows is worked out, and said only with `debug`. The checked interpreter
+# (`fastdeit.kernels.lint.interpreter`) looks for itself, and says it.
+interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture
