@@ -150,11 +150,16 @@ def _run(folder: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def built(folder: Path, planted: dict[str, str] | None = None, head_dims: tuple[int, ...] = HEAD_DIMS) -> Kernels:
-    """The kernels, compiled in the folder."""
+def built(
+    folder: Path,
+    planted: dict[str, str] | None = None,
+    head_dims: tuple[int, ...] = HEAD_DIMS,
+    shim: Path | None = None,
+) -> Kernels:
+    """The kernels, compiled in the folder. `shim`: the object of simt.cpp, which includes nothing that is planted,
+    where it is there already."""
     laid_out(folder, planted)
-    sources = "simt.cpp", "api.cu", "attention.cu"
-    objects = [compiled(folder, source, f"{source}.o", head_dims) for source in sources]
-    library = linked(folder, "kernels.so", *objects)
+    objects = [compiled(folder, source, f"{source}.o", head_dims) for source in ("api.cu", "attention.cu")]
+    library = linked(folder, "kernels.so", shim or compiled(folder, "simt.cpp", "simt.cpp.o"), *objects)
     library.fastdeit_status_text.restype = ctypes.c_char_p
     return Kernels(library)

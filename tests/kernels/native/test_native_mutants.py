@@ -40,6 +40,14 @@ def hunt(native):
     return "nothing"
 
 
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    """The object that all faults share."""
+    folder = tmp_path_factory.mktemp("shim")
+    simt.laid_out(folder)
+    return simt.compiled(folder, "simt.cpp", "simt.cpp.o")
+
+
 def test_every_fault_can_be_planted():
     """A change of the kernels may take away the text that a fault changes: then it has to be planted anew."""
     assert len(NAMES) == len(MUTANTS) >= 40
@@ -54,9 +62,9 @@ def test_faults_are_planted_in_every_file_with_code_of_a_kernel():
 
 @pytest.mark.skipif(simt.UNAVAILABLE is not None, reason=str(simt.UNAVAILABLE))
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
-def test_a_fault_is_found_by_the_check_that_is_named(tmp_path, name):
+def test_a_fault_is_found_by_the_check_that_is_named(tmp_path, shim, name):
     mutant = NAMES[name]
-    native = simt.built(tmp_path, {mutant.file: planted(mutant)}, head_dims=(64,))
+    native = simt.built(tmp_path, {mutant.file: planted(mutant)}, (64,), shim)
     assert hunt(native) == mutant.found
 
 
