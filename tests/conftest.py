@@ -62,10 +62,15 @@ def pytest_cmdline_main(config):
 
 def pytest_ignore_collect(collection_path, config):
     """`pytest -m gpu` reads only files that have such a test. A machine with a card may lack what the others import,
-    and a file that cannot be collected ends the session."""
-    if config.option.markexpr in ("gpu", "card") and collection_path.name.startswith("test_"):
+    and a file that cannot be collected ends the session. `pytest -m slow` leaves out the others as well, for they would
+    be half of what each worker imports."""
+    if not collection_path.name.startswith("test_"):
+        return None
+    if config.option.markexpr in ("gpu", "card"):
         kernels = "kernels" in collection_path.parent.parts  # there the fixture `device` has the mark
         return None if kernels or "mark.gpu" in collection_path.read_text() else True
+    if config.option.markexpr == "slow":
+        return None if "mark.slow" in collection_path.read_text() else True
     return None
 
 
