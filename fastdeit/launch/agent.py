@@ -122,7 +122,7 @@ def _alone() -> tuple[RendezvousHandler, dict[str, Any]]:
     return handler, {"master_addr": HOST, "master_port": port, "local_addr": HOST}
 
 
-def _meeting(rdzv: str, nnodes: int) -> tuple[RendezvousHandler, dict[str, Any]]:
+def _meeting(rdzv: str, nnodes: int) -> tuple["_Lasting", dict[str, Any]]:
     """torch's rendezvous of the launchers of several machines, at a store that one of them keeps at `rdzv`.
 
     Raises FastdeitError where there is no store within `MEET_S`.
@@ -134,7 +134,7 @@ def _meeting(rdzv: str, nnodes: int) -> tuple[RendezvousHandler, dict[str, Any]]
     while True:  # each try is short, so that a signal is obeyed in between
         parameters = RendezvousParameters("c10d", rdzv, "fastdeit", nnodes, nnodes, is_host=str(hosts), **settings)
         try:
-            return get_rendezvous_handler(parameters), {}
+            return _Lasting(get_rendezvous_handler(parameters)), {}
         except RendezvousConnectionError as error:
             hosts = _is_here(host) and not hosts  # another launcher of this machine may keep the store, or may have
             if time.monotonic() > end:
@@ -143,6 +143,35 @@ def _meeting(rdzv: str, nnodes: int) -> tuple[RendezvousHandler, dict[str, Any]]
                     "program does; HOST of --rdzv must be one of the machines, under the name that it has for the "
                     "others, and PORT free there"
                 ) from error
+
+
+class _Lasting:
+    """A rendezvous that outlives its store.
+
+    torch's agent asks at every look at its workers whether other machines wait to join, and ends all workers where the
+    store does not answer. But the launcher that keeps the store may end before this one: its worker was faster to save
+    and to exit. So from the first question without an answer on nobody waits. Workers that still need the store's
+    machine notice themselves that it has gone.
+    """
+
+    def __init__(self, handler: RendezvousHandler) -> None:
+        self._handler, self._answers = handler, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handler, name)
+
+    def num_nodes_waiting(self) -> int:
+        """How many other launchers want to join."""
+        if self._answers:
+            try:
+                return int(self._handler.num_nodes_waiting())
+            except RendezvousConnectionError:
+                self._answers = False  # asked once more, a machine that cannot be reached would cost 10 s a time
+        return 0
+
+    def shutdown(self) -> bool:
+        """Let the other launchers know that this one has ended, where they can be told."""
+        return self._answers and self._handler.shutdown()
 
 
 def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:

@@ -18,7 +18,7 @@ from fastdeit.launch.began import process_began
 from fastdeit.launch.launch import Processes
 
 WORKER = """
-import atexit, os, signal, sys, time
+import atexit, contextlib, os, signal, sys, time
 from pathlib import Path
 from fastdeit.launch import launch
 
@@ -35,9 +35,11 @@ with launch.process_of_a_run(launch.Processes()):
         signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else lambda *_: stop.append(1))
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     words = [str(os.getpid()), *(os.environ[name] for name in names), *sys.argv[3:]]
+    (folder / f"{rank}.launcher").write_text(str(os.getppid()))
     (folder / f"{rank}.part").write_text(" ".join(words))
     (folder / f"{rank}.part").rename(folder / f"{rank}.up")
-    if mode in ("fail", "follow", "late"):  # the other one is asked to stop when this one ends, and is there to hear it
+    if mode in ("fail", "follow", "late", "outlive"):
+        # The other one is asked to stop when this one ends, and is there to hear it.
         while not (folder / f"{1 - int(rank)}.up").exists():
             time.sleep(0.01)
     if mode == "fail":
@@ -49,6 +51,13 @@ with launch.process_of_a_run(launch.Processes()):
     if mode == "follow":
         if rank == sys.argv[4]:  # the launcher sees the end of the other one meanwhile
             atexit.register(time.sleep, 0.3) if sys.argv[5] == "shuts down" else time.sleep(0.3)
+        sys.exit(int(sys.argv[3]))
+    if mode == "outlive" and rank == "1":  # the launcher of rank 0, which is another machine's
+        launcher = Path(f"/proc/{(folder / '0.launcher').read_text()}/stat")
+        with contextlib.suppress(OSError):  # it is no more
+            while " Z " not in launcher.read_text():
+                time.sleep(0.01)
+    if mode == "outlive":
         sys.exit(int(sys.argv[3]))
     if mode == "again" and rank == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] in sys.argv[4:]:
         sys.exit(int(sys.argv[3]))
@@ -106,6 +115,11 @@ def wait_for(condition, seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("localhost", port)) == 0
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -151,14 +165,18 @@ def test_all_workers_may_come_to_the_same_end_one_after_the_other(worker, capfd,
 
 
 @pytest.mark.slow
-def test_the_launcher_of_another_machine_than_that_of_rank_0_ends_as_its_worker(worker):
+def test_a_launcher_that_outlives_that_of_rank_0_ends_as_its_worker(worker):
+    """The store of both is gone then, with the launcher that was there first."""
     with socket.create_server(("", 0)) as server:
-        rdzv = f"localhost:{server.getsockname()[1]}"
-    command = [sys.executable, "-c", ONE_OF_TWO_MACHINES, rdzv, str(worker), "fail", str(worker.parent), "2", "2"]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        port = server.getsockname()[1]
+    rdzv = f"localhost:{port}"
+    command = [sys.executable, "-c", ONE_OF_TWO_MACHINES, rdzv, str(worker), "outlive", str(worker.parent), "2"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: listens(port), seconds=100)
+    both = [first, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)]
     said = [process.communicate(timeout=100)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], said
-    ours = sorted([line for line in err.splitlines() if line.startswith("fastdeit: ")] for err in said)
+    ours = [[line for line in err.splitlines() if line.startswith("fastdeit: ")] for err in said]
     assert ours == [[], ["fastdeit: rank 1 failed first: exit code 2"]], "rank 0 has said why itself"
 
 
