@@ -9,7 +9,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -148,7 +148,7 @@ def train(
     with directory.claim(run_dir, recipe.name, world, parts.log.say, resume=resume) as run_dir:
         if world.main and student is None:
             rendezvous.keep(os.environ, _RUN_DIR, str(run_dir))
-        again = partial(directory.command, student or run_dir, world=world, trust=directory.names_code(recipe))
+        again = directory.Again(student or run_dir, world, directory.names_code(recipe))
         clock = Clock.going_on(run_dir, began) if resume and world.main else Clock(began)
         parts.log.say(f"recipe {recipe.name}, run directory {run_dir}")
         if origin is not None:
@@ -186,14 +186,14 @@ def train(
                 parts.saver.save(run_dir, start, record)
             return {"run_dir": str(run_dir), **run_steps(parts, run_dir, start, record, again)}
         except (CheckpointError, DiskError) as error:
-            raise stopped(error, start, run_dir, again(*parts.saver.overrides)) from error
+            raise stopped(error, start, again.way(*parts.saver.overrides)) from error
         finally:
             parts.tuning.close()
             parts.log.close()
 
 
-def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: Callable[..., str]) -> dict[str, Any]:
-    """Train from step `start` to the end and return the summary; `again(*overrides)` is the command to go on with."""
+def run_steps(parts: Parts, run_dir: Path, start: int, record: Record, again: directory.Again) -> dict[str, Any]:
+    """Train from step `start` to the end and return the summary; `again` says how to go on after a stop."""
     log, length = parts.log, parts.length
     loop = Loop(parts, run_dir, start, record, again)
     stream = parts.loader.batches(start, length.total)
@@ -255,7 +255,7 @@ class Loop:
     health  what names the fault when a step fails
     """
 
-    def __init__(self, parts: Parts, run_dir: Path, start: int, record: Record, again: Callable[..., str]) -> None:
+    def __init__(self, parts: Parts, run_dir: Path, start: int, record: Record, again: directory.Again) -> None:
         self._parts, self._run_dir, self._record = parts, run_dir, record
         self._recipe, self._length, self._engine = parts.recipe, parts.length, parts.engine
         self.step, self.health = start, Health(parts.engine, parts.saver, run_dir, start, parts.log.say, again)

@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_waits_for_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save", stuck)
     try:
-        with pytest.raises(FastdeitError, match="stopped at once; from the newest checkpoint go on with"):
+        with pytest.raises(FastdeitError, match="stopped at once, without saving; go on with"):
             run_of(tmp_path, ASYNC)
         assert [writer.is_alive() for writer in writers] == [True]
         assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2]

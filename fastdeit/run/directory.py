@@ -17,6 +17,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -108,7 +109,8 @@ def recipe_of(run: Path) -> "Recipe":
     state = _newest_state(run)
     if state is None:
         if not can_go_on(run):
-            raise UsageError(f"{run} has no checkpoint to go on from")
+            way = f"; begin it again with {command(run)}" if (run / RECIPE).is_file() else ""
+            raise UsageError(f"{run} has no checkpoint to go on from{way}")
         return written_recipe(run)
     return checked_recipe(state["recipe"], run / CHECKPOINTS)
 
@@ -158,13 +160,38 @@ def names_code(recipe: "Recipe") -> bool:
 def command(
     run: Path, *overrides: str, verb: str = "--resume", world: "World | None" = None, trust: bool = False
 ) -> str:
-    """The command that goes on with `run`, on as many processes as `world` has; `trust` as of `names_code`."""
+    """The command that goes on with `run`, on as many processes as `world` has; `trust` as of `names_code`.
+
+    A run that has a recipe and no checkpoint begins again, in its directory and by the recipe there, which the user
+    names: so it needs no trust.
+    """
     words = ["fastdeit", "train", verb, str(run), *overrides, *(["--trust"] if trust else [])]
+    if verb == "--resume" and (run / RECIPE).is_file() and not can_go_on(run):
+        words = ["fastdeit", "train", str(run / RECIPE), *overrides, "--run-dir", str(run), "--resume"]
     size = 1 if world is None else world.size
     if size > 1 and os.environ.get("LOCAL_WORLD_SIZE", str(size)) == str(size):
         words += ["--nproc", str(size)]
     elsewhere = size > 1 and "--nproc" not in words
     return f"`{shlex.join(words)}`" + (" under the launcher of this run" if elsewhere else "")
+
+
+@dataclass(frozen=True)
+class Again:
+    """`again(*overrides)` is the `command` that goes on with `run` on the processes of `world`."""
+
+    run: Path
+    world: "World"
+    trust: bool
+
+    def __call__(self, *overrides: str) -> str:
+        return command(self.run, *overrides, world=self.world, trust=self.trust)
+
+    def way(self, *overrides: str) -> str:
+        """What to do after a failure, in words."""
+        if can_go_on(self.run):
+            return f"go on with {self(*overrides)}"
+        there = f"begin it again with {self(*overrides)}" if _is_worth_keeping(self.run) else "start it again"
+        return f"{there}: there is no checkpoint yet"
 
 
 def write_recipe(run: Path, recipe: "Recipe") -> None:
@@ -336,7 +363,7 @@ def _emptied_on_failure(path: Path) -> Iterator[None]:
         yield
     except BaseException:
         of_a_run = {CHECKPOINTS, RECIPE, METRICS} | set(filter(_TEACHER.fullmatch, before))
-        if before.isdisjoint(of_a_run) and not _worth_keeping(path):
+        if before.isdisjoint(of_a_run) and not _is_worth_keeping(path):
             for name in set(os.listdir(path)) - before:
                 new = path / name
                 if new.is_dir() and not new.is_symlink():
@@ -347,7 +374,7 @@ def _emptied_on_failure(path: Path) -> Iterator[None]:
         raise
 
 
-def _worth_keeping(path: Path) -> bool:
+def _is_worth_keeping(path: Path) -> bool:
     log = path / METRICS
     logged = log.exists() and any(record["step"] > 0 for record in metrics.read(log))
     return logged or has_checkpoint(path) or _has_teacher(path)

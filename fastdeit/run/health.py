@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class Health:
     """Judges a run from step `start` on, and explains why it stops.
 
-    again  `again(*overrides)` is the command to go on with
+    again  how to go on, for messages
     """
 
     def __init__(
-        self, engine: Engine, saver: Saver, run_dir: Path, start: int, say: Report, again: Callable[..., str]
+        self, engine: Engine, saver: Saver, run_dir: Path, start: int, say: Report, again: directory.Again
     ) -> None:
         self.engine, self.saver, self.run_dir, self.start = engine, saver, run_dir, start
         self.recipe, self.world, self.say, self.again = saver.recipe, saver.world, say, again
@@ -74,14 +74,13 @@ class Health:
         try:
             yield
         except (DataError, CheckpointError, DiskError) as error:
-            raise stopped(error, self.step, self.run_dir, self.again(*self.saver.overrides)) from error
+            raise stopped(error, self.step, self.again.way(*self.saver.overrides)) from error
         except PoisonedError as error:
             raise NonFiniteError(f"stopped at step {self.step}: {error}, so it is not saved. {self._back()}") from error
         except DriftError as error:
             raise FastdeitError(f"stopped at step {self.step}: {error}, so it is not saved. {self._back()}") from error
         except KeyboardInterrupt:
-            go_on = self.again(*self.saver.overrides)
-            raise FastdeitError(f"stopped at once; from the newest checkpoint go on with {go_on}") from None
+            raise FastdeitError(f"stopped at once, without saving; {self.again.way(*self.saver.overrides)}") from None
 
     def _back(self) -> str:
         """How to go on where the newest checkpoint is the last good state: none is made that is not."""
@@ -96,9 +95,8 @@ class Health:
         )
 
 
-def stopped(error: Exception, step: int, run_dir: Path, go_on: str) -> FastdeitError:
-    """The error of a run that `error` ended at `step`, with the command to `go_on` with once it is mended."""
-    way = f"go on with {go_on}" if directory.can_go_on(run_dir) else "start it again: there is no checkpoint yet"
+def stopped(error: Exception, step: int, way: str) -> FastdeitError:
+    """The error of a run that `error` ended at `step`; `way` as of `directory.Again`."""
     return FastdeitError(f"{error}\nstopped at step {step}; once that is mended, {way}")
 
 

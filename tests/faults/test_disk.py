@@ -17,7 +17,7 @@ import torch
 from fastdeit.cli import main as cli
 from fastdeit.engine import _fault, checkpoint, disk, report
 from fastdeit.engine.dist import World
-from fastdeit.errors import FastdeitError
+from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import directory
 from fastdeit.run.record import RunLog
@@ -226,13 +226,23 @@ def test_a_best_that_could_not_be_saved_costs_no_earlier_one(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_last_checkpoint_is_never_given_up(tmp_path, way):
+def test_the_last_checkpoint_is_never_given_up(tmp_path, watched, way):
     def refuse(point):
         if file_of(point) == "checkpoint" and not point.startswith("mkdir"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with _fault.inject(refuse), pytest.raises(FastdeitError, match=f"(?s)step {TOTAL} was not saved.*start it again"):
+    with _fault.inject(refuse), pytest.raises(FastdeitError, match=f"step {TOTAL} was not saved") as stop:
         run_of(tmp_path, "engine.on_save_error=warn", *WAYS[way])
+    run = tmp_path / "run"
+    again = ["train", str(run / "recipe.yaml"), "--run-dir", str(run), "--resume"]
+    with pytest.raises(UsageError, match="no checkpoint to go on from") as no_checkpoint:
+        directory.recipe_of(run)
+    with pytest.raises(UsageError, match="already holds a run") as taken:
+        directory.check_free(run, resume=False)
+    for error in (stop, no_checkpoint, taken):  # no way out leads to another refusal
+        assert f"with `{shlex.join(['fastdeit', *again])}`" in str(error.value)
+    assert cli(again) == 0
+    assert_same_weights(watched[0], run, TOTAL)
 
 
 def refused_on_main(rank, size, folder, overrides):
