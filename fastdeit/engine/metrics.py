@@ -114,14 +114,25 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _records(Path(path))]
 
 
+def check_size(path: Path) -> None:
+    """Raise MetricsError where `read` would refuse a file for its size; nothing of it is read."""
+    if path.stat().st_size > LARGEST:
+        raise _too_large(path)
+
+
+def _too_large(path: Path) -> MetricsError:
+    return MetricsError(
+        f"{path} is no log of metrics: it has more than {LARGEST >> 20} MiB; move it away, and the run goes on with a "
+        "new one"
+    )
+
+
 def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     records, skipped = [], []
     try:
         data = files.read(path, LARGEST)
     except ValueError as error:
-        raise MetricsError(
-            f"{path} is no log of metrics: {error}; move it away, and the run goes on with a new one"
-        ) from error
+        raise _too_large(path) from error
     for number, line in enumerate(io.BytesIO(data), 1):
         if not line.endswith(b"\n"):
             break

@@ -44,6 +44,8 @@ _WRITTEN = frozenset(
     {LOCK, RECIPE, METRICS, "environment.json", "summary.json", "bad_images.jsonl", "curves.png", "wandb_id"}
 )
 _TEACHER = re.compile(r"teacher(_[2-9]|_[1-9]\d+)?")
+_FOLDERS = re.compile(rf"{_TEACHER.pattern}|tensorboard|wandb")
+"""Folders of a run that it writes into, besides its checkpoints."""
 _DATED = re.compile(r"(?P<stamp>\d{4}-\d\d-\d\d_\d{6})(-(?P<number>\d+))?_(?P<recipe>.+)")
 _TITLE = "# The recipe {name}, with every field written out. The run goes on by the recipe in its checkpoints.\n"
 
@@ -285,8 +287,8 @@ def _refuse_links(path: Path) -> None:
         written, known = name.removeprefix(".tmp-"), True
         with suppress(FileNotFoundError):  # it was that of a process that has just ended
             kind = (path / name).lstat().st_mode
-            is_teacher = _TEACHER.fullmatch(written) is not None
-            known = stat.S_ISDIR(kind) if is_teacher else stat.S_ISREG(kind) or written not in _WRITTEN
+            is_folder = _FOLDERS.fullmatch(written) is not None
+            known = stat.S_ISDIR(kind) if is_folder else stat.S_ISREG(kind) or written not in _WRITTEN
         if not known:
             raise UsageError(
                 f"{path / name} is a link, or not what a run has under this name, and a run would write there; "
@@ -308,6 +310,8 @@ def check_free(given: Path | None, *, resume: bool) -> None:
         refuse_owned(given)
         if not resume:
             _refuse_run(given)
+        elif (given / METRICS).is_file():
+            metrics.check_size(given / METRICS)
 
 
 def _refuse_run(path: Path) -> None:

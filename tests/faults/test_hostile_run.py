@@ -134,6 +134,8 @@ def test_a_log_of_metrics_without_end_is_refused(run):
         metrics.read(folder / "metrics.jsonl")
     with pytest.raises(UsageError, match="it has more than 512 MiB; move it away"):
         overview.read(folder)
+    with pytest.raises(metrics.MetricsError, match="it has more than 512 MiB; move it away"):
+        directory.check_free(folder, resume=True)  # what a dry run asks
 
 
 def test_a_run_that_cannot_be_read_hides_no_other(run, capsys, caplog):
@@ -179,7 +181,8 @@ def test_line_breaks_in_what_is_of_a_method_of_somebody_else_are_theirs(tmp_path
     assert directory.checked_recipe(recipe.model_dump(mode="json"), tmp_path) == recipe
 
 
-LINKED = [*sorted(directory._WRITTEN), ".tmp-recipe.yaml", "teacher", "teacher_2"]
+FOLDERS = ["teacher", "teacher_2", "tensorboard", "wandb"]
+LINKED = [*sorted(directory._WRITTEN), ".tmp-recipe.yaml", *FOLDERS]
 
 
 @pytest.mark.parametrize("name", LINKED)
@@ -187,7 +190,7 @@ LINKED = [*sorted(directory._WRITTEN), ".tmp-recipe.yaml", "teacher", "teacher_2
 def test_a_run_writes_through_no_link(tmp_path, name, kind):
     outside, run = tmp_path / "outside", tmp_path / "run"
     run.mkdir()
-    outside.mkdir() if name.startswith("teacher") else outside.write_text("mine")
+    outside.mkdir() if name in FOLDERS else outside.write_text("mine")
     (run / name).symlink_to(outside) if kind == "link" else os.mkfifo(run / name)
     with (
         pytest.raises(UsageError, match=f"{name} is a link, or not what a run has under this name"),
