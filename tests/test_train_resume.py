@@ -382,6 +382,30 @@ def test_a_signal_during_anything_is_heard_and_costs_nothing(recipe_file, whole,
     assert_same_weights(Path("run"), whole, TOTAL)
 
 
+@pytest.mark.slow
+def test_a_signal_while_inductor_compiles_is_heard_and_costs_nothing(recipe_file, tmp_path, monkeypatch):
+    from torch._inductor import compile_fx  # what takes long to import, and no other test needs
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing is compiled there yet
+    compiles, sent = compile_fx.fx_codegen_and_compile, []
+
+    def interrupted(*args, **options):
+        if not sent:
+            sent.append(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compiles(*args, **options)
+
+    recipe = small(recipe_file, "engine.keep_checkpoints=9", "engine.capture=compile")
+    monkeypatch.setattr(compile_fx, "fx_codegen_and_compile", interrupted)
+    with pytest.raises(Interrupted, match=f"step 1 of {TOTAL}") as raised:
+        alone(recipe, Path("run"))
+    assert (raised.value.exit_code, sent) == (75, [signal.SIGTERM])
+    assert os.listdir("run/checkpoints") == ["step_00000001"]
+    alone(recipe, Path("run"), resume=True)
+    alone(recipe, Path("never stopped"))
+    assert_same_weights(Path("run"), Path("never stopped"), TOTAL)
+
+
 def test_a_run_beside_the_main_thread_takes_no_signals():
     failures = []
 

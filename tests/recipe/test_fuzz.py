@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,9 +36,6 @@ edits = st.lists(
     min_size=1,
     max_size=5,
 )
-fuzz = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-
-
 def only_recipe_errors(path, overrides=()):
     try:
         recipe = recipes.load(path, overrides)
@@ -46,46 +44,52 @@ def only_recipe_errors(path, overrides=()):
     assert isinstance(recipe, Recipe)
 
 
-@fuzz
-@given(edits)
-def test_fuzz_edited_recipes(tmp_path, edits):
+def of_edits(path, edits):
     text = DISTILL
     for at, length, scrap in edits:
         text = text[:at] + scrap + text[at + length :]
-    (tmp_path / "r.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
-    only_recipe_errors(str(tmp_path / "r.yaml"))
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    only_recipe_errors(str(path))
 
 
-@fuzz
-@given(st.lists(st.tuples(st.sampled_from(FIELDS), values), min_size=1, max_size=4))
-def test_fuzz_values_of_fields(tmp_path, fields):
+def of_values(path, fields):
     document = {"optim": {"lr": 1}, "train": {"epochs": 1, "batch_size": 64}, "method": {"use": "supervised"}}
     for (section, field), value in fields:
         document.setdefault(section, {})[field] = value
-    (tmp_path / "r.yaml").write_text(json.dumps(document))
-    only_recipe_errors(str(tmp_path / "r.yaml"))
+    path.write_text(json.dumps(document))
+    only_recipe_errors(str(path))
 
 
-@fuzz
-@given(
-    st.binary(max_size=40) | st.lists(st.sampled_from(SCRAPS), max_size=12).map(lambda scraps: "".join(scraps).encode())
-)
-def test_fuzz_files(tmp_path, data):
-    (tmp_path / "r.yaml").write_bytes(data)
-    only_recipe_errors(str(tmp_path / "r.yaml"))
+def of_bytes(path, data):
+    path.write_bytes(data)
+    only_recipe_errors(str(path))
 
 
-@fuzz
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(FIELDS).map(".".join) | st.text(max_size=6), st.sampled_from(SCRAPS) | st.text(max_size=8)
-        ).map("=".join)
-        | st.text(max_size=10),
-        min_size=1,
-        max_size=4,
-    )
-)
-def test_fuzz_overrides(tmp_path, words):
-    (tmp_path / "r.yaml").write_text(DISTILL)
-    only_recipe_errors(str(tmp_path / "r.yaml"), words)
+def of_overrides(path, words):
+    path.write_text(DISTILL)
+    only_recipe_errors(str(path), words)
+
+
+contents = st.lists(st.sampled_from(SCRAPS), max_size=12).map(lambda scraps: "".join(scraps).encode())
+names = st.sampled_from(FIELDS).map(".".join) | st.text(max_size=6)
+words = st.tuples(names, st.sampled_from(SCRAPS) | st.text(max_size=8)).map("=".join) | st.text(max_size=10)
+KINDS = {
+    "edits": (of_edits, edits),
+    "values": (of_values, st.lists(st.tuples(st.sampled_from(FIELDS), values), min_size=1, max_size=4)),
+    "bytes": (of_bytes, st.binary(max_size=40) | contents),
+    "overrides": (of_overrides, st.lists(words, min_size=1, max_size=4)),
+}
+"""What is made of an example, and the examples."""
+
+
+@pytest.mark.parametrize("examples", [100, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_a_recipe_file_holds(tmp_path, kind, examples):
+    check, strategy = KINDS[kind]
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def holds(example):
+        check(tmp_path / "r.yaml", example)
+
+    holds()
