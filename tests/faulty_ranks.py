@@ -24,18 +24,24 @@ engine: {device: cpu, precision: fp32, threads: 1, checkpoint_every: 0.3333, log
 """Six steps an epoch, a checkpoint every other."""
 
 
-def hang():
+def wait(step):
+    while not (Path(os.environ["FAULTS"]) / f"go.{step}").exists():
+        time.sleep(0.01)
+
+
+def hang(step):
     while True:
         time.sleep(60)
 
 
 FAULTS = {
     "hang": hang,
-    "hold": lambda: ctypes.PyDLL(None).sleep(3600),  # in C, and no other thread of Python comes to its turn
-    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "pause": lambda: time.sleep(0.05),
-    "raise": lambda: 1 / 0,
+    "hold": lambda step: ctypes.PyDLL(None).sleep(3600),  # in C, and no other thread of Python comes to its turn
+    "stop": lambda step: os.kill(os.getpid(), signal.SIGSTOP),
+    "kill": lambda step: os.kill(os.getpid(), signal.SIGKILL),
+    "pause": lambda step: time.sleep(0.05),
+    "wait": wait,  # until the test makes the file `go.STEP`
+    "raise": lambda step: 1 / 0,
 }
 
 
@@ -49,6 +55,6 @@ class Faulty(Supervised):
                     mark = folder / f"{what}.{rank}.{step}"
                     if what == "pause" or not mark.exists():
                         mark.touch()
-                        FAULTS[what]()
+                        FAULTS[what](step)
             (folder / f"{rank}.{step}").touch()
         return super().forward(batch)

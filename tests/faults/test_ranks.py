@@ -3,6 +3,7 @@
 Each waits for events. The time-outs are safety nets.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -67,6 +68,21 @@ def comes(path):
     while not path.exists():
         assert time.monotonic() < end, f"{path} does not come"
         time.sleep(0.02)
+
+
+def says(process, text):
+    """Wait until the process has said this on stderr."""
+    assert any(text in line for line in process.stderr), f"it ended without: {text}"
+
+
+def processes_of(launcher):
+    """The ids of a launcher and of its workers."""
+    found = [launcher.pid]
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            found += [int(stat.parent.name)] if parent == launcher.pid else []
+    return found
 
 
 def free_port():
@@ -262,10 +278,13 @@ def test_under_srun_a_taken_port_ends_both(started):
 
 def test_two_launchers_meet_as_two_machines_do_and_one_signal_stops_both(started, whole, tmp_path):
     words = "--nproc", "1", "--nnodes", "2", "--rdzv", f"localhost:{free_port()}", "--run-dir", "run"
-    both = [started(*words, fault="pause all all") for _ in range(2)]
-    comes(tmp_path / "faults" / "1.3")
+    both = [started(*words, fault="wait all 3,pause all all") for _ in range(2)]
+    comes(tmp_path / "faults" / "wait.1.3")
     both[1].send_signal(signal.SIGTERM)
-    assert [ended(process)[0] for process in both] == [75, 75]
+    says(both[1], "SIGTERM received; the workers have")
+    (tmp_path / "faults" / "go.3").touch()
+    found = [ended(process) for process in both]
+    assert [code for code, _, _ in found] == [75, 75], found
     both = [started(*words, "--resume") for _ in range(2)]
     assert [ended(process)[0] for process in both] == [0, 0]
     assert_same_weights(whole, tmp_path / "run", TOTAL)
@@ -281,12 +300,27 @@ def test_a_launcher_that_waits_for_another_machine_obeys(started):
     assert "nothing has begun" in err or "nothing is lost" in err
 
 
-def test_under_nohup_a_run_outlives_its_terminal(started, tmp_path):
-    process = started("--nproc", "2", "--run-dir", "run", fault="pause all all", launcher=("nohup", sys.executable))
-    comes(tmp_path / "faults" / "1.3")
-    process.send_signal(signal.SIGHUP)
-    assert ended(process)[0] == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == TOTAL
+def test_under_nohup_a_run_outlives_its_terminal_and_a_signal_to_all_saves(started, whole, tmp_path):
+    """A scheduler or a container signals every process at once, and the launcher passes on what it has got."""
+    fault, faults = "wait all 3,wait all 8", tmp_path / "faults"
+    launcher = started("--nproc", "2", "--run-dir", "run", fault=fault, launcher=("nohup", sys.executable))
+    for step, number in ((3, signal.SIGHUP), (8, signal.SIGTERM)):
+        for rank in (0, 1):
+            comes(faults / f"wait.{rank}.{step}")
+        everyone = processes_of(launcher)
+        assert len(everyone) == 3
+        for process in everyone:
+            os.kill(process, number)
+        (faults / f"go.{step}").touch()
+    code, _, err = ended(launcher)
+    assert code == 75
+    assert err.count("SIGTERM received; the workers have") == 1
+    assert "interrupted at step" in err
+    assert "SIGHUP" not in err
+    port = free_port()
+    both = [started("--run-dir", "run", "--resume", **srun(rank, port)) for rank in (0, 1)]
+    assert [ended(process)[0] for process in both] == [0, 0]
+    assert_same_weights(whole, tmp_path / "run", TOTAL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])

@@ -36,6 +36,8 @@ edits = st.lists(
     min_size=1,
     max_size=5,
 )
+
+
 def only_recipe_errors(path, overrides=()):
     try:
         recipe = recipes.load(path, overrides)

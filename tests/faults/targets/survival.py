@@ -53,10 +53,10 @@ TARGETS = (
         18,
         "A signal to the launcher and all its workers at once does the same.",
         (
+            "tests/faults/test_ranks.py::test_under_nohup_a_run_outlives_its_terminal_and_a_signal_to_all_saves",
             "tests/cli/test_launch.py::test_ctrl_c_and_death_of_a_real_launcher",
             "tests/cli/test_launch.py::test_a_process_of_a_run_leaves_ignored_signals_alone_but_for_sigterm",
         ),
-        why_not="the group gets SIGINT, and stand-ins for the workers of a run",
     ),
     Target(
         19,
@@ -66,9 +66,9 @@ TARGETS = (
             "tests/cli/test_launch.py::test_a_signal_at_the_start_waits_until_workers_can_hear_it",
             "tests/engine/test_watch.py::test_a_signal_is_heard_while_processes_wait_for_each_other",
             "tests/test_train_resume.py::test_a_signal_during_anything_is_heard_and_costs_nothing",
+            "tests/test_train_resume.py::test_a_signal_while_inductor_compiles_is_heard_and_costs_nothing",
             "tests/faults/test_writing.py::test_an_interrupt_in_a_save_leaves_nothing_behind",
         ),
-        why_not="no test sends a signal during a compilation by Inductor",
     ),
     Target(
         20,
