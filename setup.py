@@ -119,28 +119,27 @@ class Build(build_py):
         return missing() or "an editable install builds it with FASTDEIT_NATIVE=1 alone"
 
 
-LIBRARIES = {
-    "fastdeit.data._pixels": Path("fastdeit", "data", "pixels.cpp"),
-    "fastdeit.kernels._host_pixels_library": Path("fastdeit", "kernels", "_host_pixels.cpp"),
-}
-"""What is compiled for the CPU, by the name of the library."""
+LIBRARIES = Path("fastdeit", "data", "pixels.cpp"), Path("fastdeit", "kernels", "_host_pixels.cpp")
+"""The sources of what is compiled for the CPU: a library beside each."""
 
 
 class BuildLibraries(build_ext):
-    """Libraries without Python in them, so that one is for every version."""
+    """Libraries without Python in them, so that one is for every version. The dot in their names keeps Python from
+    taking them for modules."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split("."))) + ".so"
+        return str(Path(*fullname.split("."))) + ".compiled.so"
 
 
 def libraries() -> list[Extension]:
     """The libraries for the CPU. Each names the source that it was made of."""
     options = {"extra_compile_args": ["-std=c++17", "-O3", "-ffp-contract=off"], "optional": True}
-    digests = {name: hashlib.sha256((ROOT / path).read_bytes()).hexdigest() for name, path in LIBRARIES.items()}
-    return [
-        Extension(name, [str(path)], define_macros=[("FASTDEIT_SOURCE", f'"{digests[name]}"')], **options)
-        for name, path in LIBRARIES.items()
-    ]
+    made = []
+    for path in LIBRARIES:
+        digest = hashlib.sha256((ROOT / path).read_bytes()).hexdigest()
+        name = ".".join(path.with_suffix("").parts)
+        made.append(Extension(name, [str(path)], define_macros=[("FASTDEIT_SOURCE", f'"{digest}"')], **options))
+    return made
 
 
 class Wheel(bdist_wheel):

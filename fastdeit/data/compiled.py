@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
-LIBRARY, SOURCE = (Path(__file__).with_name(name) for name in ("_pixels.so", "pixels.cpp"))
+LIBRARY, SOURCE = (Path(__file__).with_name(name) for name in ("pixels.compiled.so", "pixels.cpp"))
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _ARGUMENTS = {
     "grey": (_POINTER, _POINTER, _LONG),

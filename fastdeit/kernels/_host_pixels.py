@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdeit.kernels import _checks, _op
 from fastdeit.kernels.noise import host_normals
 
-_LIBRARY, _SOURCE = (Path(__file__).with_name(name) for name in ("_host_pixels_library.so", "_host_pixels.cpp"))
+_LIBRARY, _SOURCE = (Path(__file__).with_name(name) for name in ("_host_pixels.compiled.so", "_host_pixels.cpp"))
 
 
 @cache

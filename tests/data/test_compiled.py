@@ -1,5 +1,6 @@
 """Pixel operations in C++ make the bytes that numpy and Pillow make, and are left out where they cannot be used."""
 
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,15 @@ def test_flips_and_channels_are_those_of_numpy(size, monkeypatch):
     assert np.array_equal(made[1], pixel_ops.three(image[..., :1]))
 
 
+def test_libraries_are_no_modules():
+    """Whoever walks through the package would import them."""
+    folders = [str(ROOT / "fastdeit" / name) for name in ("data", "kernels")]
+    found = {module.name for module in pkgutil.iter_modules(folders)}
+    assert found == {path.stem for folder in folders for path in Path(folder).glob("*.py")} - {"__init__"} | {
+        path.parent.name for folder in folders for path in Path(folder).glob("*/__init__.py")
+    }
+
+
 @there
 def test_the_library_is_used_where_it_is_there(monkeypatch):
     image, kind = pictures((9, 9))[0], np.array([pixel_ops.KINDS.index("blur")])
@@ -95,7 +105,7 @@ def test_a_library_that_cannot_be_used_is_left_out_with_a_reason(there, tmp_path
         "no library": "the compiled ones cannot be loaded: ",
         "another source": "those in C++ were compiled before pixels.cpp was changed; run `pip install` again",
     }
-    library, source = tmp_path / "_pixels.so", tmp_path / "pixels.cpp"
+    library, source = tmp_path / "pixels.compiled.so", tmp_path / "pixels.cpp"
     if there == "no library":
         library.write_text("not ELF")
     elif there == "another source":
@@ -123,7 +133,7 @@ def test_an_installation_compiles_them_or_goes_on_without(compiler, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made = {str(path.relative_to(tmp_path / "fastdeit")) for path in tmp_path.rglob("fastdeit/**/*.so")}
-    assert made == ({"data/_pixels.so", "kernels/_host_pixels_library.so"} if compiler == "c++" else set())
+    assert made == ({"data/pixels.compiled.so", "kernels/_host_pixels.compiled.so"} if compiler == "c++" else set())
 
 
 @there
