@@ -63,7 +63,8 @@ def _library() -> ctypes.CDLL:
 def _made(function: Callable[..., None], image: Pixels, *arguments: float) -> Pixels:
     """What `function` makes of a contiguous picture, of its form."""
     out = np.empty_like(image)
-    function(image.ctypes.data, out.ctypes.data, *arguments)
+    if out.size:  # the library looks at the edges of a picture, so there have to be some
+        function(image.ctypes.data, out.ctypes.data, *arguments)
     return out
 
 
@@ -125,6 +126,8 @@ def moved(
     lines are rows (axis 1) or columns (axis 0)."""
     whole = np.floor(by)
     beyond = (by - whole).astype(np.float32)
-    lines = whole.astype(np.int64), beyond, first, last, fill
+    # Of what moves further than the picture is long nothing is left, however far. Floats reach further than integers.
+    length = image.shape[axis]
+    lines = whole.clip(-length - 1, length).astype(np.int64), beyond, first, last, fill
     function = _library().fastdeit_move_rows if axis == 1 else _library().fastdeit_move_columns
     return _made(function, image, *image.shape[:2], *(line.ctypes.data for line in lines))

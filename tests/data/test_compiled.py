@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,37 @@ def test_every_level_is_blended_alike():
         for name in ("color", "brightness", "contrast"):
             op = next(op for op in COMPILED if op.name == name)
             assert np.array_equal(op.compiled(image, factor), op.cpu(image, factor)), (name, factor)
+
+
+@there
+def test_values_beyond_those_of_plans_do_no_harm():
+    """The library is not asked for what it has no memory, no time or no integers for."""
+    image = pictures((9, 11))[0]
+    for op in COMPILED:
+        beyond = (1e9,) if op.name == "blur" else (-1e30, -40.0, 40.0, 1e30)
+        for value in beyond if op.words else ():
+            with np.errstate(invalid="raise"):
+                made = op.compiled(image, value)
+            with np.errstate(invalid="ignore"):
+                assert np.array_equal(made, op.cpu(image, value)), (op.name, value)
+        for value in (np.nan, np.inf, -np.inf):
+            with pytest.raises(ValueError, match=f"its value is {value}, but must be finite"):
+                op.run(image, value)
+
+
+@there
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_nothing_is_read_or_written_of_a_picture_without_pixels(size, monkeypatch):
+    image, called = np.empty((*size, 3), np.uint8), []
+    library = compiled._library()
+    names = [f"fastdeit_{name}" for name in compiled._ARGUMENTS if name not in ("grey", "three", "sum")]
+    counted = {name: lambda *_, name=name: called.append(name) for name in names}
+    monkeypatch.setattr(compiled, "_library", lambda: SimpleNamespace(**{**vars(library), **counted}))
+    assert render.flipped(image).shape == image.shape
+    for op in COMPILED:
+        if op.name not in ("contrast", "grayscale"):  # there is no mean, and nothing beside the pixels themselves
+            assert op.compiled(image, 1.0).shape == image.shape
+    assert called == []
 
 
 @there
