@@ -34,15 +34,15 @@ _ARGUMENTS = {
 def missing() -> str | None:
     """Why the library is not used, in a clause; None where it is."""
     if not LIBRARY.exists():
-        return "`pip install` found no C++ compiler that works"
+        return f"there is no {LIBRARY.name}, which `pip install` makes where it finds a C++ compiler that works"
     try:
         library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        return f"the compiled ones cannot be loaded: {error}"
-    library.fastdeit_source.restype = ctypes.c_char_p
+        library.fastdeit_source.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:  # AttributeError: there is nothing of that name in it
+        return f"{LIBRARY.name} cannot be used: {error}"
     source = library.fastdeit_source().decode()
     if SOURCE.exists() and source != hashlib.sha256(SOURCE.read_bytes()).hexdigest():
-        return f"those in C++ were compiled before {SOURCE.name} was changed; run `pip install` again"
+        return f"{LIBRARY.name} was made before {SOURCE.name} was changed; run `pip install` again"
     return None
 
 

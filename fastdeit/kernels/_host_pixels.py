@@ -20,20 +20,32 @@ _LIBRARY, _SOURCE = (Path(__file__).with_name(name) for name in ("_host_pixels.c
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled passes; None where there are none, or those of another source."""
+def _opened() -> ctypes.CDLL | str:
+    """The library, or why it is not used."""
+    if not _LIBRARY.exists():
+        return f"there is no {_LIBRARY.name}, which `pip install` makes where it finds a C++ compiler that works"
     try:
         found = ctypes.CDLL(str(_LIBRARY))
-    except OSError:
-        return None
-    found.fastdeit_source.restype = ctypes.c_char_p
+        found.fastdeit_source.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:  # AttributeError: there is nothing of that name in it
+        return f"{_LIBRARY.name} cannot be used: {error}"
     if _SOURCE.exists() and found.fastdeit_source().decode() != hashlib.sha256(_SOURCE.read_bytes()).hexdigest():
-        return None
+        return f"{_LIBRARY.name} was made before {_SOURCE.name} was changed; run `pip install` again"
     pointer, number, value = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
     found.fastdeit_normalise.argtypes = [pointer, number, pointer, *(number,) * 4, pointer, pointer]
     found.fastdeit_mix.argtypes = [pointer, pointer, number, value, value]
     found.fastdeit_normalise.restype = found.fastdeit_mix.restype = None
     return found
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled passes; None where they are not used."""
+    return None if isinstance(_opened(), str) else _opened()
+
+
+def status() -> str:
+    """What makes the passes, in words."""
+    return f"numpy: {_opened()}" if library() is None else "C++"
 
 
 class _Samples:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastdeit.kernels import _checks, _op, _triton
 from fastdeit.kernels._example import BASE, HALVES, MEAN, STD, Example, Maker
-from fastdeit.kernels._host_pixels import host_pixels
+from fastdeit.kernels._host_pixels import host_pixels, status
 from fastdeit.kernels.noise import normals, triton_normals
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -121,7 +121,9 @@ def host_patchify(images: Tensor, patch_size: int, *others: Any) -> Tensor:
 
 
 def _host_capability(device: torch.device, forced: bool) -> tuple[bool, str]:
-    return device.type == "cpu", "sample by sample in the cache" if device.type == "cpu" else "it runs on CPUs only"
+    if device.type != "cpu":
+        return False, "it runs on CPUs only"
+    return True, f"sample by sample in the cache, by {status()}"
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------

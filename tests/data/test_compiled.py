@@ -9,10 +9,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from fastdeit.data import compiled, pixel_ops
 from fastdeit.data.execute import render
 from fastdeit.data.plan import plan, policy
+from fastdeit.kernels import _host_pixels
+from fastdeit.kernels import input as kernel_input
 from tests.data import parity
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +76,7 @@ def test_values_beyond_those_of_plans_do_no_harm():
         for value in beyond if op.words else ():
             with np.errstate(invalid="raise"):
                 made = op.compiled(image, value)
-            with np.errstate(invalid="ignore"):
+            with np.errstate(invalid="ignore", over="ignore"):
                 assert np.array_equal(made, op.cpu(image, value)), (op.name, value)
         for value in (np.nan, np.inf, -np.inf):
             with pytest.raises(ValueError, match=f"its value is {value}, but must be finite"):
@@ -130,28 +133,53 @@ def test_the_library_is_used_where_it_is_there(monkeypatch):
     assert blurs == [1]
 
 
-@pytest.mark.parametrize("there", ["no file", "no library", "another source"])
-def test_a_library_that_cannot_be_used_is_left_out_with_a_reason(there, tmp_path, monkeypatch):
-    reasons = {
-        "no file": "`pip install` found no C++ compiler that works",
-        "no library": "the compiled ones cannot be loaded: ",
-        "another source": "those in C++ were compiled before pixels.cpp was changed; run `pip install` again",
-    }
-    library, source = tmp_path / "pixels.compiled.so", tmp_path / "pixels.cpp"
+REASONS = {
+    "no file": "there is no {library}, which `pip install` makes where it finds a C++ compiler that works",
+    "no library": "{library} cannot be used: ",
+    "another library": "{library} cannot be used: ",
+    "another source": "{library} was made before {source} was changed; run `pip install` again",
+}
+
+
+def planted(there, library, source, folder):
+    """(library, source) in `folder` of which the library cannot be used, named as those that can."""
+    planted = folder / library.name, folder / source.name
     if there == "no library":
-        library.write_text("not ELF")
+        planted[0].write_text("not ELF")
+    elif there == "another library":
+        shutil.copy(torch._C.__file__, planted[0])
     elif there == "another source":
-        if compiled.missing() is not None:
-            pytest.skip(compiled.missing())
-        shutil.copy(compiled.LIBRARY, library)
-        source.write_text("// changed")
+        if not library.exists():
+            pytest.skip(f"there is no {library.name}")
+        shutil.copy(library, planted[0])
+        planted[1].write_text("// changed")
+    return planted
+
+
+@pytest.mark.parametrize("there", REASONS)
+def test_a_library_that_cannot_be_used_is_left_out_with_a_reason(there, tmp_path, monkeypatch):
+    library, source = planted(there, compiled.LIBRARY, compiled.SOURCE, tmp_path)
+    reason = REASONS[there].format(library="pixels.compiled.so", source="pixels.cpp")
     monkeypatch.setattr(compiled, "LIBRARY", library)
     monkeypatch.setattr(compiled, "SOURCE", source)
-    assert compiled.missing.__wrapped__().startswith(reasons[there])
+    assert compiled.missing.__wrapped__().startswith(reason)
     monkeypatch.setattr(compiled, "missing", compiled.missing.__wrapped__)
-    assert compiled.status().startswith(f"numpy and Pillow: {reasons[there]}")
+    assert compiled.status().startswith(f"numpy and Pillow: {reason}")
     image = pictures((5, 7))[0]
     assert np.array_equal(render.flipped(image), image[:, ::-1])
+
+
+@pytest.mark.parametrize("there", REASONS)
+def test_the_backend_of_a_cpu_says_why_its_library_is_left_out(there, tmp_path, monkeypatch):
+    library, source = planted(there, _host_pixels._LIBRARY, _host_pixels._SOURCE, tmp_path)
+    reason = REASONS[there].format(library="_host_pixels.compiled.so", source="_host_pixels.cpp")
+    monkeypatch.setattr(_host_pixels, "_LIBRARY", library)
+    monkeypatch.setattr(_host_pixels, "_SOURCE", source)
+    monkeypatch.setattr(_host_pixels, "_opened", _host_pixels._opened.__wrapped__)
+    assert _host_pixels.library() is None
+    runs, why = kernel_input._host_capability(torch.device("cpu"), forced=False)
+    assert runs
+    assert why.startswith(f"sample by sample in the cache, by numpy: {reason}")
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_the_host_has_the_references_bits(compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(_host_pixels, "library", lambda: None)
     elif _host_pixels.library() is None:
-        pytest.skip("`pip install` found no C++ compiler that works")
+        pytest.skip(_host_pixels.status())
     for seed in range(1000):
         images, arguments = random_plan(seed)
         results = []
