@@ -130,6 +130,12 @@ class BuildLibraries(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".compiled.so"
 
+    def build_extension(self, ext: Extension) -> None:
+        # An earlier one is taken for up to date by its time alone: made with other options, or newer than an older
+        # source that has come back. Where the compiler fails, it would even be installed.
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        super().build_extension(ext)
+
 
 def libraries() -> list[Extension]:
     """The libraries for the CPU. Each names the source that it was made of."""

@@ -1,5 +1,6 @@
 """Pixel operations in C++ make the bytes that numpy and Pillow make, and are left out where they cannot be used."""
 
+import ctypes
 import pkgutil
 import shutil
 import subprocess
@@ -188,12 +189,18 @@ def test_an_installation_compiles_them_or_goes_on_without(compiler, tmp_path):
     """As pip does it: a compiler that fails, or is not there, costs the operations their speed and nothing else."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not here")
+    libraries = {"data/pixels.compiled.so", "kernels/_host_pixels.compiled.so"}
+    for path in (tmp_path / "fastdeit" / name for name in libraries):
+        path.parent.mkdir(parents=True)
+        path.write_text("of an earlier installation, and newer than the sources")
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
     environment = {"PATH": "/usr/bin:/bin", "CC": compiler, "CXX": compiler}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    made = {str(path.relative_to(tmp_path / "fastdeit")) for path in tmp_path.rglob("fastdeit/**/*.so")}
-    assert made == ({"data/pixels.compiled.so", "kernels/_host_pixels.compiled.so"} if compiler == "c++" else set())
+    made = {str(path.relative_to(tmp_path / "fastdeit")): path for path in tmp_path.rglob("fastdeit/**/*.so")}
+    assert made.keys() == (libraries if compiler == "c++" else set())
+    for path in made.values():
+        ctypes.CDLL(str(path))
 
 
 @there
