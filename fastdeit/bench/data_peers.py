@@ -11,22 +11,18 @@ import argparse
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastdeit.bench import data as bench_data
 from fastdeit.bench.data import Setting, Side
-from fastdeit.bench.measure import Timer, reason
-from fastdeit.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
-
 from fastdeit.bench.input_peers.dali import dali
 from fastdeit.bench.input_peers.deit import deit
 from fastdeit.bench.input_peers.timm import timm
 from fastdeit.bench.input_peers.torchvision import torchvision
+from fastdeit.bench.measure import Timer, reason
+from fastdeit.errors import UsageError
 
 _SIDES: dict[str, Callable[[Setting], Side]] = {
     "fastdeit": bench_data.ours,

@@ -3,13 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastdeit.bench.data import Setting, Side, Stream
 from fastdeit.bench.measure import CannotRun
-
-if TYPE_CHECKING:
-    pass
 
 
 def timm(setting: Setting, uint8: bool = False) -> Side:

@@ -1,7 +1,6 @@
 """torchvision's transforms.v2 in PyTorch's DataLoader."""
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,9 +19,6 @@ from fastdeit.bench.input_peers.common import (
 from fastdeit.bench.measure import CannotRun
 from fastdeit.data import pixel_ops
 from fastdeit.data.plan.plan import PAD
-
-if TYPE_CHECKING:
-    pass
 
 
 def torchvision(setting: Setting, uint8: bool = False) -> Side:
