@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import subprocess
 
 import pytest
 
 from fastdeit import cli
+from fastdeit.data.sources import unread
 from fastdeit.data.sources.source import DataError
 from fastdeit.data.sources.unread import UNREAD
 from tests.data.layouts import as_train, files, labels
@@ -198,3 +200,20 @@ def test_a_public_set_is_refused_by_name_and_its_command_makes_lists(tmp_path, n
         assert [source.read(i).tobytes().decode() for i in range(len(source))] == list(
             map(source.name, range(len(source)))
         )
+
+
+@pytest.mark.parametrize(
+    ("make", "trap"),
+    [(stylegan, "json.py"), (inat, "json.py"), (places, "data_;touch executed;#e/1.jpg")],
+    ids=["StyleGAN", "iNaturalist", "Places365"],
+)
+def test_a_command_for_a_set_executes_nothing_that_lies_in_the_set(tmp_path, make, trap):
+    """A user copies it, and the set is somebody else's: Python would import a module there, sed has a flag e."""
+    make(tmp_path)
+    for folder in tmp_path.glob("data_*"):
+        shutil.rmtree(folder)
+    texts(tmp_path, **{trap: "open('executed', 'w')"})
+    command = re.search("`(.*)` writes lists", unread.of_folder(tmp_path))[1]
+    subprocess.run(command, shell=True, check=False, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    assert (tmp_path / "train.csv").exists()
+    assert not (tmp_path / "executed").exists()

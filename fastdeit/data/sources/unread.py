@@ -2,6 +2,9 @@
 known, and the commands that write the lists of `lists.py` from what they hold.
 
 One table. To read such a data set in place, write a reader (docs/data.md) and strike it out here.
+
+The data set is somebody else's, and a user copies the command. So no name of a file becomes a part of a program there,
+and Python runs isolated (-I): else it would import modules that lie in the data set.
 """
 
 from dataclasses import dataclass
@@ -70,19 +73,19 @@ UNREAD = (
     Unread(
         "Places365",
         ("places365_train_*.txt", "places365_val.txt", "val_*"),
-        'sed "s# #,#; s#^#$(ls -d data_*)#" places365_train_*.txt > train.csv; '
-        'sed "s# #,#; s#^#$(ls -d val_*)/#" places365_val.txt > val.csv',
+        """awk -v at="$(ls -d data_*/)" '{print at substr($1, 2) "," $2}' places365_train_*.txt > train.csv; """
+        """awk -v at="$(ls -d val_*/)" '{print at $1 "," $2}' places365_val.txt > val.csv""",
     ),
     Unread(
         "StyleGAN",
         ("dataset.json", "00000"),
-        """python -c 'import json; [print(*one, sep=",") for one in json.load(open("dataset.json"))["labels"]]' """
+        """python -I -c 'import json; [print(*one, sep=",") for one in json.load(open("dataset.json"))["labels"]]' """
         "> train.csv",
     ),
     Unread(
         "iNaturalist 2017",
         ("train2017.json", "val2017.json", "train_val_images"),
-        """for split in train val; do python -c 'import json, sys; all = json.load(sys.stdin); """
+        """for split in train val; do python -I -c 'import json, sys; all = json.load(sys.stdin); """
         """label = {one["image_id"]: one["category_id"] for one in all["annotations"]}; """
         """[print(one["file_name"], label[one["id"]], sep=",") for one in all["images"]]' < ${split}2017.json """
         """> $split.csv; done""",
