@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +19,14 @@ from typing import Any
 
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore
 
+from fastdeit.text import lines
+
 ANSWER_S = 20.0
 """Seconds for what listens at the address to answer as the main process of this run would."""
 DECLINE_S = 60.0
 """Seconds that a process which cannot take part waits to tell the others why."""
+TELL_S = 5.0
+"""Seconds after which it also says so itself: the others may never come, and a user must not wait in silence."""
 NOTE_S = 60.0
 _POLL_S = 0.05
 
@@ -112,9 +117,19 @@ def before(env: Mapping[str, str]) -> Iterator[None]:
         yield
     except Exception as error:
         if "RANK" in env and env.get("WORLD_SIZE", "1") != "1":
-            with contextlib.suppress(RendezvousError):
-                problem = str(error) or type(error).__name__
+            problem = str(error) or type(error).__name__
+            text = (
+                f"fastdeit: rank {env['RANK']} cannot take part: {'; '.join(lines(problem))}\n"
+                f"fastdeit: it waits up to {DECLINE_S:g} s for the other processes, to tell them; unset RANK and "
+                "WORLD_SIZE if there are none"
+            )
+            late = threading.Timer(TELL_S, lambda: print(text, file=sys.stderr, flush=True))
+            late.daemon = True
+            late.start()
+            # Whatever is wrong with the meeting, this error is the one to be told.
+            with contextlib.suppress(Exception):
                 meet(Place.of(env), problem, timedelta(seconds=DECLINE_S), lambda text: None)
+            late.cancel()
         raise
 
 

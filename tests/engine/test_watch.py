@@ -1,10 +1,12 @@
 """Hung and dead processes of a run: who is named, and that all end."""
 
+import io
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -260,6 +262,27 @@ def test_a_process_that_fails_before_the_meeting_tells_the_others(declines):
     assert repr(errors[declines]) == "ValueError('there is no run here')"
     assert type(errors[1 - declines]) is DeclinedError
     assert str(errors[1 - declines]) == f"rank {declines} on {socket.gethostname()}: there is no run here"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_fails_before_the_meeting_says_why_where_nobody_comes(monkeypatch, rank):
+    """As with RANK and WORLD_SIZE left over from a launch: it was silent for a minute, and rank 1 for good. What is
+    wrong with the meeting does not take the place of the error."""
+    said, heard = io.StringIO(), threading.Event()
+
+    def alone(*_):
+        heard.wait(SOON.total_seconds())
+        raise OverflowError("no such port")
+
+    monkeypatch.setattr(rendezvous, "TELL_S", 0)
+    monkeypatch.setattr(rendezvous, "meet", alone)
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(said, "flush", heard.set)
+    env = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    with pytest.raises(ValueError, match="there is no run here"), rendezvous.before(env):
+        raise ValueError("there is no run here")
+    assert said.getvalue().startswith(f"fastdeit: rank {rank} cannot take part: there is no run here\n")
+    assert "unset RANK and WORLD_SIZE" in said.getvalue()
 
 
 def test_who_keeps_the_store_waits_until_the_others_have_read_why(monkeypatch):
