@@ -162,7 +162,7 @@ def train(
                     origin.copy_teacher(teacher, run_dir / folders[config], print)
         if own:
             del parts  # its memory is the teachers' now
-            if world.main:
+            if world.main and origin is None:  # the recipe of a fork does not say where it begins
                 directory.write_recipe(run_dir, recipe)  # what to go on by, until the student has a checkpoint
             for config, each in own.items():
                 trained[config] = run_dir / folders[config]
@@ -180,10 +180,10 @@ def train(
             if record.clock is not None:
                 clock.restore(record.clock)
             parts.tuning.begin(0 if origin is not None else start, record.kernels)
-            parts.log.begin(run_dir, start, record, parts.saver.lineage, facts, clock)
-            if origin is not None:
+            if origin is not None:  # before its recipe is written, by which alone a run would begin at the start
                 record.clock = clock.state()
                 parts.saver.save(run_dir, start, record)
+            parts.log.begin(run_dir, start, record, parts.saver.lineage, facts, clock)
             return {"run_dir": str(run_dir), **run_steps(parts, run_dir, start, record, again)}
         except (CheckpointError, DiskError) as error:
             raise stopped(error, start, again.way(*parts.saver.overrides)) from error

@@ -13,7 +13,8 @@ from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.errors import Interrupted, UsageError
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import fork
+from fastdeit.run import directory, fork
+from fastdeit.run.saver import Saver
 from fastdeit.training import train
 from tests.small_runs import StopAt, assert_same_weights, logged
 
@@ -68,6 +69,39 @@ def test_a_fork_with_the_same_settings_ends_as_its_parent(parent, tmp_path):
     assert logged(tmp_path / "fork") == keep, "what the parent measured stays with the parent"
     assert summary["lineage"] == [{"run": str(parent), "step": 4, "differences": {}}]
     assert {path: path.stat().st_mtime_ns for path in parent.rglob("*")} == before
+
+
+def test_a_fork_that_is_killed_before_its_first_checkpoint_is_no_run_yet(parent, tmp_path, monkeypatch):
+    """Its recipe alone would begin from the start: the run is told neither to go on nor to begin again by it. The same
+    command makes the fork, in the same directory."""
+    save, killed, later = Saver.save, tmp_path / "killed", tmp_path / "later"
+
+    def kept(saver, run_dir, step, record, **options):
+        first = not killed.exists()
+        if first:
+            shutil.copytree(run_dir, killed)
+        save(saver, run_dir, step, record, **options)
+        if first:
+            shutil.copytree(run_dir, later)
+
+    monkeypatch.setattr(Saver, "save", kept)
+    forked(f"{parent}@step=5", tmp_path / "fork")
+    with pytest.raises(UsageError, match=r"has no checkpoint to go on from$"):
+        directory.recipe_of(killed)
+    forked(f"{parent}@step=5", killed)
+    train(directory.recipe_of(later), later, CPU, resume=True)
+    for run in (killed, later):
+        assert_same_weights(parent, run, TOTAL)
+
+
+def test_a_fork_that_is_stopped_while_it_trains_its_teacher_does_not_go_on_without_its_origin(parent, tmp_path):
+    teacher, run = tmp_path / "teacher.yaml", tmp_path / "fork"
+    teacher.write_text(RECIPE.replace("epochs: 2", "epochs: 1"))
+    distill = "method.use=distill", f"method.teacher.recipe={teacher}"
+    with pytest.raises(Interrupted):
+        forked(f"{parent}@step=5", run, *distill, world=StopAt(1))
+    with pytest.raises(UsageError, match=r"no checkpoint .*; it is a fork .*: give its first command again"):
+        directory.recipe_of(run)
 
 
 CARRIED = {
@@ -219,8 +253,9 @@ def test_a_fork_trains_a_teacher_of_its_own_where_its_recipe_is_another(tmp_path
         train(recipes.load(str(student)), tmp_path / "run", StopAt(STEPS_PER_EPOCH + 1))
     other = tmp_path / "other.yaml"
     other.write_text(RECIPE.replace("epochs: 2", "epochs: 1").replace("lr: 1e-3", "lr: 2e-3"))
-    with pytest.raises(Interrupted):
-        forked(tmp_path / "run", tmp_path / "fork", f"method.teacher.recipe={other}", world=StopAt(STEPS_PER_EPOCH + 1))
+    for steps in (1, STEPS_PER_EPOCH + 1):  # the same command goes on with a teacher that is under way
+        with pytest.raises(Interrupted):
+            forked(tmp_path / "run", tmp_path / "fork", f"method.teacher.recipe={other}", world=StopAt(steps))
     assert "the teacher is that of" not in capsys.readouterr().out
     with pytest.raises(AssertionError, match="safetensors model"):
         assert_same_weights(tmp_path / "run" / "teacher", tmp_path / "fork" / "teacher", STEPS_PER_EPOCH)

@@ -111,7 +111,8 @@ def recipe_of(run: Path) -> "Recipe":
     state = _newest_state(run)
     if state is None:
         if not can_go_on(run):
-            way = f"; begin it again with {command(run)}" if (run / RECIPE).is_file() else ""
+            way = "; it is a fork that trained its teacher: give its first command again" if _has_teacher(run) else ""
+            way = f"; begin it again with {command(run)}" if (run / RECIPE).is_file() else way
             raise UsageError(f"{run} has no checkpoint to go on from{way}")
         return written_recipe(run)
     return checked_recipe(state["recipe"], run / CHECKPOINTS)
