@@ -217,3 +217,12 @@ def test_a_command_for_a_set_executes_nothing_that_lies_in_the_set(tmp_path, mak
     subprocess.run(command, shell=True, check=False, cwd=tmp_path, stderr=subprocess.DEVNULL)
     assert (tmp_path / "train.csv").exists()
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "beside"), [("ab", "ClassName.txt"), (["00000", "00001"], "dataset.json")], ids=["letters", "numbers"]
+)
+def test_classes_that_are_called_as_the_folders_of_a_public_set_are_read(tmp_path, classes, beside):
+    files(tmp_path, *(f"{name}/{i}.jpg" for name in classes for i in range(8)), beside)
+    train, val = as_train(tmp_path, "data.val=50%")
+    assert sorted(labels(train) + labels(val)) == sorted([*classes] * 8)

@@ -78,7 +78,7 @@ UNREAD = (
     ),
     Unread(
         "StyleGAN",
-        ("dataset.json", "00000"),
+        ("dataset.json", "00000/img*"),
         """python -I -c 'import json; [print(*one, sep=",") for one in json.load(open("dataset.json"))["labels"]]' """
         "> train.csv",
     ),
@@ -98,7 +98,7 @@ UNREAD = (
     ),
     Unread(
         "SUN397 without its partitions",
-        ("ClassName.txt", "a"),
+        ("ClassName.txt", "a/*/*.jpg"),
         "find ? -name '*.jpg' | sort | sed 's#\\(.*\\)/.*#&,\\1#' > train.csv",
     ),
 )
