@@ -65,15 +65,16 @@ class Parts:
         known   of teachers with recipes of their own: their runs, or these recipes while they are not trained yet
         """
         sources = train_source, val_source = agreement.together(world, lambda: build.sources(recipe))
+        agreement.same_data(world, identity_of(*sources, None))  # before what follows from them
         count, size = len(train_source.classes), build.image_size(recipe)
         names = build.compared_classes(recipe, train_source)
         length = build.run_length(recipe, len(train_source))
-        build.check_batch(recipe, world.size)
+        agreement.together(world, lambda: build.check_batch(recipe, world.size))  # by the memory of each machine
         recipe = settled(recipe, length)
         log = RunLog(recipe, world, length.total, length.steps_per_epoch)
         cache = agreement.together(world, lambda: cached.checked(recipe, train_source, length))
         identity = identity_of(*sources, cache)
-        agreement.same_data(world, identity)
+        agreement.same_data(world, {"cache": identity.get("cache")})
         begun = recipe if begins else recipes.without_weights(recipe)
         student = agreement.together(world, lambda: build.model(begun, count, log.say, names))
 

@@ -17,6 +17,7 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import FastdeitError, Interrupted, UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import agreement, environment
+from fastdeit.run.parts import Parts
 from fastdeit.training import train
 from tests.small_runs import StopAt
 
@@ -134,6 +135,14 @@ def test_the_place_of_the_data_may_differ_and_the_data_may_not(here):
     for what in ("the training images", "the held-out images", "the names of the classes", "the teacher's cached"):
         with pytest.raises(UsageError, match=f'differ in {what}.*: "c", and .*, all machines must have the same data$'):
             agreement.same_data(Two(partial(other, what)), ours)
+
+
+def test_other_data_are_told_before_what_follows_from_them_fails_on_one_process_alone():
+    """One that has fewer images ended by itself, and the others said that the connection was lost."""
+    recipe = recipes.load("deit_tiny", ["data.source=synthetic", "data.synthetic_samples=2", "data.repeats=3"])
+    world = Two(lambda mine: other("the training images", mine) if isinstance(mine, tuple) else mine)
+    with pytest.raises(UsageError, match="differ in the training images"):
+        Parts.of(recipe, world, True, {})
 
 
 def test_a_fork_begins_with_one_checkpoint(here):
