@@ -129,7 +129,11 @@ def written_recipe(run: Path) -> "Recipe":
 
     Raises RecipeError where it cannot be read, `plugins.Untrusted` for code that only the run names.
     """
-    recipe = recipes.load(str(run / RECIPE), own=False)
+    return as_it_was_called(run, recipes.load(str(run / RECIPE), own=False))
+
+
+def as_it_was_called(run: Path, recipe: "Recipe") -> "Recipe":
+    """`recipe`, read from recipe.yaml of the run, under the name that the run began with."""
     title = re.match(r"# The recipe (\S+),", (run / RECIPE).read_text())
     return recipe.model_copy(update={"name": title[1] if title else run.name})
 

@@ -67,7 +67,10 @@ def read(args: argparse.Namespace, say: Callable[[str], None]) -> Request:
         # Which of all runs is meant, a bare `--resume` says by the recipe.
         return _resume(directory.newest(recipes.load(args.recipe, args.overrides).name), args)
     if args.named and not directory.can_go_on(given):
-        return Request(recipes.load(args.recipe, args.overrides), given, resume=True)
+        recipe = recipes.load(args.recipe, args.overrides)
+        if Path(args.recipe).expanduser() == given / directory.RECIPE:
+            recipe = directory.as_it_was_called(given, recipe)
+        return Request(recipe, given, resume=True)
     return _resume(given, args)
 
 

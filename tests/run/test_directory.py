@@ -1,6 +1,8 @@
 """Run directories: two starts in one second, two resumes at once, what a failed start leaves, which run is found."""
 
 import os
+import re
+import shlex
 import signal
 from datetime import datetime
 from pathlib import Path
@@ -9,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastdeit.cli.train import TRAIN
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import directory
+from fastdeit.run import directory, request
 from tests.small_runs import run_state
 
 CPU = World(torch.device("cpu"))
@@ -194,8 +197,13 @@ def test_while_the_teacher_is_trained_it_is_the_one_in_its_file():
     run, recipe = Path("run"), recipes.load("digits", ["train.epochs=7"])
     run.mkdir()
     directory.write_recipe(run, recipe)
-    with pytest.raises(UsageError, match="run has no checkpoint to go on from"):
+    with pytest.raises(UsageError, match="run has no checkpoint to go on from") as error:
         directory.recipe_of(run)
+    again = shlex.split(re.search("`fastdeit train (.*)`", str(error.value))[1])
+    args = TRAIN.parse(again)
+    args.named = args.recipe = args.words[0]
+    asked = request.read(args, print)
+    assert (asked.recipe.name, asked.run_dir) == ("digits", run), "it begins again under its name"
     saved(run / "teacher", 1, "digits_teacher")
     assert directory.recipe_of(run).model_dump(exclude={"about"}) == recipe.model_dump(exclude={"about"})
 
