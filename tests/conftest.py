@@ -36,7 +36,11 @@ for number, heard in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 
 
 def pytest_configure():
-    """Triton before 3.7 makes an int of an array in its interpreter, which numpy has refused since 2.4."""
+    """Refuses versions with which nothing that is asked for can run, rather than to fail or skip every test.
+
+    Triton before 3.7 makes an int of an array in its interpreter, which numpy has refused since 2.4. What runs compiled
+    kernels on the CPU is made for one version of Triton.
+    """
     found = version("triton")  # whoever imports it earlier than the tests do gets no interpreter
     new = Version(np.__version__) >= Version("2.4")
     if "TRITON_INTERPRET" in os.environ and Version(found) < Version("3.7") and new:
@@ -44,6 +48,11 @@ def pytest_configure():
             f"the interpreter of Triton {found} does not run with numpy {np.__version__}: pip install 'numpy<2.4', "
             "or a newer torch"
         )
+    if COMPILED:
+        from tests.kernels.ir import executed  # of newer versions of Triton than the oldest that is supported
+
+        if reason := executed.unavailable():
+            raise pytest.UsageError(f"FASTDEIT_IR: {reason}")
 
 
 @pytest.hookimpl(tryfirst=True)
