@@ -345,7 +345,7 @@ def test_an_error_of_an_operation_says_which(photos):
 
     executor.submit(broken)
     with pytest.raises(
-        LookupError, match=r"^the file is sound, but the operation posterize\(nan\) failed \(ValueError: cannot"
+        LookupError, match=r"^the file is sound, but the operation posterize\(nan\) failed \(ValueError: its value is"
     ):
         executor.collect()
 
