@@ -27,3 +27,8 @@ def as_train(root, *overrides):
 def labels(source):
     """The class name of each sample."""
     return [source.classes[source.label(i)] for i in range(len(source))]
+
+
+def folders(root, *splits):
+    """Two files in each of two classes of every split."""
+    files(root, *(f"{split}/{name}/{i}.jpg" for split in splits for name in ("cat", "dog") for i in (1, 2)))
