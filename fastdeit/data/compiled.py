@@ -1,7 +1,7 @@
-"""Pixel operations in C++ (`pixels.cpp`), where `pip install` found a C++ compiler: the bytes of `pixel_ops`, sooner.
+"""Pixel operations in C++ (`pixels.cpp`), where `pip install` found a C++ compiler. They make the bytes of `pixel_ops`.
 
-numpy and Pillow make an operation in many short calls, and threads that render pictures wait for one another's
-interpreter between them. Here it is one call, without the interpreter.
+numpy and Pillow make an operation in many short calls. After each of them a thread waits for the interpreter's lock,
+which the other threads that render pictures want as well. Here an operation is one call, which does not hold that lock.
 """
 
 import ctypes

@@ -74,7 +74,7 @@ class PixelOp:
     name: as policies and tests call it. cpu(image, value): uint8 `[H, W, 3]` to the same, or to `[H, W, 1]`, which
     stands for three equal channels. gpu(image, nodes): the node of DALI's graph, or a `Warp`. words: how `value` reads
     in a sentence after the name, a format string; empty where the operation has no argument. takes_grey: whether `cpu`
-    takes `[H, W, 1]` as well. compiled: makes the bytes of `cpu` sooner, where the library of `compiled.py` is there.
+    takes `[H, W, 1]` as well. compiled: makes the bytes of `cpu` faster, where the library of `compiled.py` is there.
     Raises TypeError without a form for the CPU or the GPU: an operation that one executor lacks would do nothing
     there, and nobody would notice.
     """

@@ -28,7 +28,7 @@ class DeviceError(RuntimeError):
 
 
 class DisagreementError(RuntimeError):
-    """The processes of a run are not of one mind; the message names what differs."""
+    """The processes of a run have something different that has to be the same; the message names it."""
 
 
 @dataclass
