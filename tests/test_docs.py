@@ -220,6 +220,7 @@ def test_types_in_words(schema, words):
     assert describe.words(schema, {"Side": {"type": "string"}}) == words
 
 
+@pytest.mark.slow  # `.ci/run` has the packages of the documentation for the long proofs, and not before
 def test_columns_of_a_docstring_become_a_list(hooks):
     pytest.importorskip("griffe")
     text = "It makes  a tensor.\nx  remains\n\nx, y   a tensor\n       of tokens\nnoise  uniforms\n\nReturns nothing."
