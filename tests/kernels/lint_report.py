@@ -1,6 +1,6 @@
 """What the lint finds, as JSON, from a process in which Triton compiles: the tests have it interpret.
 
-For the newest Triton the golden instruction mixes are those of `fastdeit kernels lint`. For an older one that a
+For the two newest Tritons the golden instruction mixes are those of `fastdeit kernels lint`. For an older one that a
 supported torch pins, a file has the mixes of `sample` alone; `python -m tests.kernels.lint_report --update-golden`
 writes it.
 """

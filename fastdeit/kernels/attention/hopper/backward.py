@@ -199,7 +199,7 @@ def backward_kernel(
         new_dvs = ()
         for c in gl.static_range(CHUNKS):
             zero = _unknown_zero()
-            k, p_tile, ds_tile = keys[c].index(zero), p_tiles[c].index(zero), ds_tiles[c].index(zero)
+            p_tile, ds_tile = p_tiles[c].index(zero), ds_tiles[c].index(zero)
             logits, dp = warpgroup_mma_wait(_UNDER_WAY if block + c > 0 else 0, deps=[logits, dp])
             p, ds = _weights_and_gradients(logits, dp, base, d, start, scale, TOKENS, c == CHUNKS - 1)
             p, ds = p.to(dtype), ds.to(dtype)
@@ -220,6 +220,7 @@ def backward_kernel(
                 if block > 0:
                     tma.async_store(drows, [batch, (block - 1) * ROWS, column], outs.index(block - 1))
                 dq = gl.zeros([ROWS, WIDTH], gl.float32, accumulator(WIDTH, GROUPS))
+            zero = _unknown_zero()
             if c + 1 < CHUNKS:
                 logits = _issue_scores(queried, keys[c + 1].index(zero), WIDTH)
                 dp = _issue_scores(dout, values[c + 1].index(zero), WIDTH)
@@ -229,6 +230,10 @@ def backward_kernel(
                     queries.index(block + 1 + zero).reshape([ROWS, WIDTH]), keys[0].index(zero), WIDTH
                 )
                 dp = _issue_scores(douts.index(block + 1 + zero).reshape([ROWS, WIDTH]), values[0].index(zero), WIDTH)
+            zero = _unknown_zero()
+            queried = queries.index(block + zero).reshape([ROWS, WIDTH])
+            dout = douts.index(block + zero).reshape([ROWS, WIDTH])
+            k, p_tile, ds_tile = keys[c].index(zero), p_tiles[c].index(zero), ds_tiles[c].index(zero)
             new_dvs = new_dvs + (warpgroup_mma(dout.permute((1, 0)), p_tile, dvs[c], is_async=True),)
             new_dks = new_dks + (warpgroup_mma(queried.permute((1, 0)), ds_tile, dks[c], is_async=True),)
             dq = warpgroup_mma(ds_tile, _columns(k, WIDTH), dq, use_acc=c > 0, is_async=True)
