@@ -8,7 +8,10 @@ SIGUSR1  a scheduler's early warning, as of `sbatch --signal=USR1@120`
 
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 REPEAT_S = 1.0
@@ -24,6 +27,17 @@ def listened() -> tuple[signal.Signals, ...]:
     """
     ignored = {number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
     return tuple(number for number in STOP_SIGNALS if number not in ignored - {signal.SIGTERM})
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], None], *others: signal.Signals) -> Iterator[None]:
+    """`handler` gets the signals of `listened` and the `others` for the time of the block, in the main thread."""
+    before = {number: signal.signal(number, handler) for number in (*listened(), *others)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @dataclass

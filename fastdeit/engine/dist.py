@@ -65,10 +65,7 @@ class World:
 
     def first(self, value: Any) -> Any:
         """The value of the first process that has one which is true, on every process; else the main process's."""
-        if self.size == 1:
-            return value
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._control)
+        values = self.all(value)
         return next(filter(None, values), values[0])
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -87,8 +84,7 @@ class World:
         """The rows `[n, ...]` of all processes, in the order of the processes; n may differ, and be zero."""
         if self.size == 1:
             return rows
-        shapes: list[Any] = [None] * self.size
-        dist.all_gather_object(shapes, tuple(rows.shape), group=self._control)
+        shapes = self.all(tuple(rows.shape))
         longest = max(shape[0] for shape in shapes)
         padded = rows.new_zeros(longest, *max(shape[1:] for shape in shapes))
         padded[: len(rows)] = rows.reshape(-1, *padded.shape[1:])
@@ -108,7 +104,7 @@ class World:
         """The values of all processes, in the order of the processes, on every process."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._control)
         return values
 
@@ -178,12 +174,8 @@ class World:
             if demand.at_once:
                 raise KeyboardInterrupt
 
-        previous = {number: signal.signal(number, request) for number in signals.listened()}
-        try:
+        with signals.handled(request):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -291,8 +283,7 @@ def _refuse_shared(world: World) -> None:
     own = None
     if world.device.type == "cuda":
         own = socket.gethostname(), str(torch.cuda.get_device_properties(world.device).uuid)
-    found: list[Any] = [None] * world.size
-    dist.all_gather_object(found, own, group=world._control)
+    found = world.all(own)
     for rank, each in enumerate(found):
         if each is not None and each in found[:rank]:
             raise DeviceError(

@@ -91,7 +91,7 @@ def elastic(
             **address,
         )
         agent = _Agent(spec, grace_s, nnodes)
-        with _signals_to(agent), ThreadPoolExecutor(1) as thread:
+        with signals.handled(agent.on_signal, KILL_SIGNAL), ThreadPoolExecutor(1) as thread:
             try:
                 thread.submit(_started_blocked, agent).result()
             except RendezvousError as error:
@@ -375,18 +375,6 @@ def _environment(extra: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _signals_to(agent: _Agent) -> Iterator[None]:
-    """Hand the signals of the launcher to `agent`, for the time of the block."""
-    numbers = (*signals.listened(), KILL_SIGNAL)
-    before = {number: signal.signal(number, agent.on_signal) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
