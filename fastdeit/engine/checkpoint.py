@@ -27,7 +27,7 @@ from functools import partial
 from hashlib import blake2b, sha256
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastdeit.engine import _fault
 from fastdeit.engine.disk import make_directory, way_out
@@ -35,6 +35,8 @@ from fastdeit.engine.disk import sync as _sync
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Found = TypeVar("Found")
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -104,7 +106,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, "Tensor"]], s
     if os.path.lexists(final):
         if not _is_directory(final):
             raise CheckpointError(f"{final} is in the way of a checkpoint and is not a directory; move it away")
-        if _is_sound(final):
+        if _opens(final, verify=True):
             return final
     temporary = root / _temporary_name(final.name)
     try:
@@ -211,11 +213,10 @@ def open_step(path: Path, tensors: bool = True, verify: bool = True) -> Checkpoi
     """`load`, with errors that give the reason only."""
     manifest = _read_manifest(path)
     files = manifest["files"]
+    for name, entry in files.items():
+        _check_size(path / name, entry)
     if verify:
-        _verify_all(path, manifest)
-    else:
-        for name, entry in files.items():
-            _check_size(path / name, entry)
+        _check_hashes(path, manifest)
     found = {}
     if tensors:
         from fastdeit.engine import tensor_files
@@ -235,11 +236,27 @@ def newest(root: Path, on_damaged: Callable[[Path, str], None], tensors: bool = 
     Each newer one that is damaged is reported as `on_damaged(path, reason)` and skipped. Raises CheckpointError
     naming all of them if there are checkpoints and none verifies: starting over in silence would hide the loss.
     """
+    return newest_by(root, lambda path: open_step(path, tensors), on_damaged)
+
+
+def newest_state(root: Path) -> dict[str, Any] | None:
+    """The JSON state of the newest checkpoint under `root` whose manifest is intact; its tensors are not looked at.
+
+    None if `root` holds no checkpoint. Raises CheckpointError if there are some and no manifest is intact.
+    """
+    return newest_by(root, lambda path: _read_manifest(path)["state"], lambda path, reason: None)
+
+
+def newest_by(root: Path, read: Callable[[Path], Found], on_damaged: Callable[[Path, str], None]) -> Found | None:
+    """What `read` makes of the newest checkpoint under `root` for which it raises no CheckpointError.
+
+    `on_damaged`, the answer None, and CheckpointError as of `newest`.
+    """
     reasons = []
     for step in reversed(steps(root)):
         path = path_of(root, step)
         try:
-            return open_step(path, tensors)
+            return read(path)
         except CheckpointError as error:
             on_damaged(path, str(error))
             reasons.append(f"{path.name}: {error}")
@@ -248,22 +265,6 @@ def newest(root: Path, on_damaged: Callable[[Path, str], None], tensors: bool = 
             f"none of the {len(reasons)} checkpoints in {root} can be used; move them away to start anew:\n  "
             + "\n  ".join(reasons)
         )
-    return None
-
-
-def newest_state(root: Path) -> dict[str, Any] | None:
-    """The JSON state of the newest checkpoint under `root` whose manifest is intact; its tensors are not looked at.
-
-    None if `root` holds no checkpoint. Raises CheckpointError if there are some and no manifest is intact.
-    """
-    reasons = []
-    for step in reversed(steps(root)):
-        try:
-            return _read_manifest(path_of(root, step))["state"]
-        except CheckpointError as error:
-            reasons.append(f"{path_of(root, step).name}: {error}")
-    if reasons:
-        raise CheckpointError(f"none of the checkpoints in {root} can be used:\n  " + "\n  ".join(reasons))
     return None
 
 
@@ -345,15 +346,13 @@ def _read_bytes(path: Path, limit: int) -> bytes:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
 
 
-def _verify_all(directory: Path, manifest: dict[str, Any]) -> None:
-    """Raise CheckpointError unless all listed files have the sizes and hashes they were written with.
+def _check_hashes(directory: Path, manifest: dict[str, Any]) -> None:
+    """Raise CheckpointError unless all listed files have the hashes they were written with.
 
     Files are hashed side by side, a piece at a time: hashing takes longer than reading from most disks. The threads are
     daemons, and not those of an executor, so that a process which fails or is interrupted meanwhile ends at once.
     """
     files = manifest["files"]
-    for name, entry in files.items():
-        _check_size(directory / name, entry)
     found: dict[str, str | CheckpointError] = {}
 
     def look_at(name: str) -> None:
@@ -375,20 +374,10 @@ def _verify_all(directory: Path, manifest: dict[str, Any]) -> None:
             raise CheckpointError(f"{name} has changed since it was written: its hash differs from the manifest's")
 
 
-def _is_sound(directory: Path) -> bool:
-    """Whether every file has the size and hash it was written with; reads all of it, a chunk at a time."""
+def _opens(directory: Path, verify: bool) -> bool:
+    """Whether the manifest is intact and every file has its size; with `verify`, which reads them all, its hash too."""
     try:
-        _verify_all(directory, _read_manifest(directory))
-    except CheckpointError:
-        return False
-    return True
-
-
-def _is_whole(directory: Path) -> bool:
-    """Whether the manifest is intact and every file has its size: all that can be known without reading the files."""
-    try:
-        for name, entry in _read_manifest(directory)["files"].items():
-            _check_size(directory / name, entry)
+        open_step(directory, tensors=False, verify=verify)
     except CheckpointError:
         return False
     return True
@@ -428,7 +417,7 @@ def prune(root: Path, keep_last: int, keep: Collection[int] = ()) -> None:
     for step in reversed(steps(root)):
         path = path_of(root, step)
         if whole < keep_last:
-            whole += _is_whole(path)
+            whole += _opens(path, verify=False)
         elif step not in keep and _is_directory(path):
             try:
                 _remove_tree(_set_aside(path))

@@ -103,25 +103,23 @@ def newest(world: World, root: Path, say: Callable[[str], None], ahead: Ahead | 
     it. Damaged checkpoints are said and skipped, on every process. Raises CheckpointError if none verifies. Call it on
     every process, after `same_view`.
     """
-    reasons = []
     verifies = first_of_its_machine(world)
-    for step in reversed(checkpoint.steps(root)):
-        path, found, why = checkpoint.path_of(root, step), None, None
+
+    def opened_by_all(path: Path) -> Checkpoint:
+        found = why = None
         try:
             found = checkpoint.open_step(path, verify=verifies and not (ahead is not None and ahead.holds(path)))
         except CheckpointError as error:
             why = str(error)
         problem = next((each for each in world.all(why) if each is not None), None)
-        if problem is None:
-            return found
-        say(f"checkpoint {path} is damaged ({problem}); skipped")
-        reasons.append(f"{path.name}: {problem}")
-    if reasons:
-        raise CheckpointError(
-            f"none of the {len(reasons)} checkpoints in {root} can be used; move them away to start anew:\n  "
-            + "\n  ".join(reasons)
-        )
-    return None
+        if problem is not None:
+            raise CheckpointError(problem)
+        return found
+
+    def damaged(path: Path, why: str) -> None:
+        say(f"checkpoint {path} is damaged ({why}); skipped")
+
+    return checkpoint.newest_by(root, opened_by_all, damaged)
 
 
 def together(world: World, action: Callable[[], Result]) -> Result:

@@ -220,7 +220,7 @@ def test_a_start_that_fails_meanwhile_leaves_no_traceback_of_the_thread(here, mo
         raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
     root, told = saved("run", 2) / "checkpoints", []
-    monkeypatch.setattr(checkpoint, "_verify_all", shut_down)
+    monkeypatch.setattr(checkpoint, "_check_hashes", shut_down)
     monkeypatch.setattr(threading, "excepthook", told.append)
     assert not agreement.Ahead(World(CPU), root).holds(checkpoint.path_of(root, 2))
     assert told == []
