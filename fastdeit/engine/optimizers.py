@@ -1,5 +1,6 @@
 """The optimizers that `options.OPTIMIZERS` names. Third parties plug in by import path."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fastdeit import kernels
@@ -11,15 +12,22 @@ from fastdeit.engine.options import AdamWOptions, LambOptions, MuonOptions, SgdO
 from fastdeit.plugins import load, load_shipped
 
 
-def _of_all(lists: Update) -> dict[str, Any]:
-    """The arguments that the fused updates of all optimizers have."""
-    return {
-        "weight_decay": lists.weight_decay,
-        "grad_scale": lists.verdict.factor,
-        "found_inf": lists.verdict.skip,
-        "ema": lists.ema,
-        "ema_decay": lists.ema_decay,
-    }
+def _fused(op: Callable[..., None], lists: Update, **options: Any) -> None:
+    """Call the fused update `op` with what all of them take, and with the optimizer's own `options`."""
+    counter = [] if lists.step is None else [lists.step]
+    op(
+        lists.params,
+        lists.grads,
+        *lists.state,
+        *counter,
+        lists.lr,
+        weight_decay=lists.weight_decay,
+        grad_scale=lists.verdict.factor,
+        found_inf=lists.verdict.skip,
+        ema=lists.ema,
+        ema_decay=lists.ema_decay,
+        **options,
+    )
 
 
 class AdamW(Optimizer):
@@ -30,16 +38,7 @@ class AdamW(Optimizer):
     takes_parts = True
 
     def update(self, lists: Update) -> None:
-        kernels.fused_adamw(
-            lists.params,
-            lists.grads,
-            *lists.state,
-            lists.step,
-            lists.lr,
-            betas=self.options.betas,
-            eps=self.options.eps,
-            **_of_all(lists),
-        )
+        _fused(kernels.fused_adamw, lists, betas=self.options.betas, eps=self.options.eps)
 
 
 class Lamb(Optimizer):
@@ -57,17 +56,8 @@ class Lamb(Optimizer):
     def update(self, lists: Update) -> None:
         if lists.total is not None:
             lamb_update(lists, self.options.betas, self.options.eps)
-            return
-        kernels.fused_lamb(
-            lists.params,
-            lists.grads,
-            *lists.state,
-            lists.step,
-            lists.lr,
-            betas=self.options.betas,
-            eps=self.options.eps,
-            **_of_all(lists),
-        )
+        else:
+            _fused(kernels.fused_lamb, lists, betas=self.options.betas, eps=self.options.eps)
 
 
 class Sgd(Optimizer):
@@ -79,15 +69,13 @@ class Sgd(Optimizer):
     takes_parts = True
 
     def update(self, lists: Update) -> None:
-        kernels.fused_sgd(
-            lists.params,
-            lists.grads,
-            *lists.state,
-            lists.lr,
-            momentum=self.options.momentum,
-            nesterov=self.options.nesterov,
-            decoupled=self.options.decoupled_decay,
-            **_of_all(lists),
+        options = self.options
+        _fused(
+            kernels.fused_sgd,
+            lists,
+            momentum=options.momentum,
+            nesterov=options.nesterov,
+            decoupled=options.decoupled_decay,
         )
 
 

@@ -100,20 +100,20 @@ class Engine:
         self.optimizer.regroup(groups)
         self.module = self._graphed = None
         gc.collect()  # DDP is full of cycles, and its hooks on the parameters go when it does
+        self._forget_compiled()
+        self._wrap()
+
+    def resized(self) -> None:
+        """Batches have another shape from now on: forget what was recorded or compiled for the last one."""
+        self._forget_compiled()
+        self.record_anew()
+
+    def _forget_compiled(self) -> None:
         if self.capture == "compile":
             # Of one function torch.compile keeps at most eight compilations; a ninth phase would run without.
             torch.compiler.reset()
         if self.tuning is not None:
             self.tuning.reopen()
-        self._wrap()
-
-    def resized(self) -> None:
-        """Batches have another shape from now on: forget what was recorded or compiled for the last one."""
-        if self.capture == "compile":
-            torch.compiler.reset()
-        if self.tuning is not None:
-            self.tuning.reopen()
-        self.record_anew()
 
     def _wrap(self) -> None:
         trained = {id(p) for p in self.optimizer.params.values()}
