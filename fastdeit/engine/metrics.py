@@ -24,6 +24,8 @@ from fastdeit.engine import _fault
 
 LARGEST = 1 << 29
 """Bytes of a metrics.jsonl that is read. A line of each of a million steps has half of that."""
+NOT_MEASURED = frozenset({"step", "kind", "epoch", "seconds", "images", "bad_images", "lower_is_better"})
+"""Keys of a record of kind "eval" that are no metrics."""
 _TOLD = 10  # damaged lines that are named
 _log = logging.getLogger(__name__)
 
@@ -239,12 +241,12 @@ class Tolerant(Sink):
 
 
 class TensorBoardSink(Sink):
-    """Scalars under `directory`, tagged "kind/key"; on resume, events after `step` are hidden."""
+    """Scalars under `run_dir`/tensorboard, tagged "kind/key"; on resume, events after `step` are hidden."""
 
-    def __init__(self, directory: Path, step: int = 0) -> None:
+    def __init__(self, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, **values: Any) -> None:
         for tag, value in _scalars(values).items():
@@ -258,7 +260,7 @@ class TensorBoardSink(Sink):
 class WandbSink(Sink):
     """One Weights & Biases run per run directory; a resumed run continues it, with its step as the x axis."""
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
         import wandb
 
         id_file = run_dir / "wandb_id"
@@ -282,10 +284,7 @@ class WandbSink(Sink):
         self._run.finish()
 
 
-_SINKS: dict[str, Callable[[Path, Mapping[str, Any], int], Sink]] = {
-    "tensorboard": lambda run_dir, config, step: TensorBoardSink(run_dir / "tensorboard", step),
-    "wandb": lambda run_dir, config, step: WandbSink(run_dir, config),
-}
+_SINKS: dict[str, Callable[[Path, Mapping[str, Any], int], Sink]] = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,18 +37,14 @@ def curves(metrics_path: Path, out_path: Path) -> None:
     accuracy = {head: series for head in heads if (series := _series(evaluations, head))}
     levels = [record[_TEACHER] for record in records if _is_finite(record.get(_TEACHER))]
     loss, rate = _series(train, "loss"), _series(train, "lr")
-    drawn = [
-        (height, partial(draw, data=data))
-        for height, data, draw in (
-            (1.0, loss, _draw_loss),
-            (1.0, accuracy, partial(_draw_accuracy, teacher=levels[-1] if levels else None)),
-            (0.55, rate, _draw_rate),
-        )
-        if data
-    ]
-    if not drawn:
+    panels = (
+        (1.0, loss, _draw_loss),
+        (1.0, accuracy, partial(_draw_accuracy, teacher=levels[-1] if levels else None)),
+        (0.55, rate, _draw_rate),
+    )
+    if not (loss or accuracy or rate):
         raise metrics.MetricsError(f"{metrics_path} holds no loss, top1_* or lr to draw")
-    _draw(drawn, max(record["epoch"] for record in (*train, *evaluations)), Path(out_path))
+    _draw(panels, max(record["epoch"] for record in (*train, *evaluations)), Path(out_path))
 
 
 def compare(logs: Mapping[str, Path], out_path: Path) -> None:
@@ -64,41 +60,36 @@ def compare(logs: Mapping[str, Path], out_path: Path) -> None:
         records = metrics.read(Path(path))
         train, evaluations = _of_kind(records, "train"), _of_kind(records, "eval")
         span = max([span, *(record["epoch"] for record in (*train, *evaluations))])
-        name = next((key for record in evaluations for key in record if key not in _NO_METRIC), "")
+        name = next((key for record in evaluations for key in record if key not in metrics.NOT_MEASURED), "")
         found = (loss, _series(train, "loss")), (judged, _series(evaluations, name)), (rate, _series(train, "lr"))
         for lines, series in found:
             if series is not None:
                 lines[run] = series
         if run in judged:
             names[name] = None
-    drawn = [
-        (height, partial(_draw_runs, lines=lines, title=title))
-        for height, lines, title in (
-            (1.0, loss, "training loss"),
-            (1.0, judged, "held-out " + " or ".join(map(for_picture, names))),
-            (0.55, rate, "learning rate"),
-        )
-        if lines
-    ]
-    if not drawn:
+    panels = (
+        (1.0, loss, partial(_draw_runs, title="training loss")),
+        (1.0, judged, partial(_draw_runs, title="held-out " + " or ".join(map(for_picture, names)))),
+        (0.55, rate, partial(_draw_runs, title="learning rate")),
+    )
+    if not (loss or judged or rate):
         raise metrics.MetricsError(f"{', '.join(logs)}: there is no loss, evaluation or lr to draw yet")
-    _draw(drawn, span, Path(out_path))
+    _draw(panels, span, Path(out_path))
 
 
-_NO_METRIC = ("step", "kind", "epoch", "seconds", "images", "bad_images", "lower_is_better")
-
-
-def _draw(panels: Sequence[tuple[float, Callable[["Axes"], None]]], span: float, out_path: Path) -> None:
-    """Write a PNG of panels, from the top, over `span` epochs. A panel is its relative height and what draws it."""
+def _draw(panels: Iterable[tuple[float, Any, Callable[["Axes", Any], None]]], span: float, out_path: Path) -> None:
+    """Write a PNG of panels, from the top, over `span` epochs. A panel is its relative height, its data, and what draws
+    them; one without data is left out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    heights = [height for height, _ in panels]
+    panels = [panel for panel in panels if panel[1]]
+    heights = [height for height, _, _ in panels]
     figure = Figure(figsize=(9, 0.6 + 2.7 * sum(heights)), dpi=130, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     all_axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (_, draw) in zip(all_axes, panels, strict=True):
-        draw(axes)
+    for axes, (_, data, draw) in zip(all_axes, panels, strict=True):
+        draw(axes, data)
         axes.grid(color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
