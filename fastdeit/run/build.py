@@ -9,34 +9,3 @@ from fastdeit.run.building.samples import class_counts, compared_classes, held_o
 from fastdeit.run.building.student import model, not_taken
 from fastdeit.run.building.teachers import check_classes, teacher, teacher_field, untrained_teacher
 from fastdeit.run.building.training import check_best_by, clipping, known_metrics, method, tuning
-
-__all__ = [
-    "Report",
-    "augmentations",
-    "check_batch",
-    "check_best_by",
-    "check_classes",
-    "class_counts",
-    "clipping",
-    "compared_classes",
-    "eval_loader",
-    "held_out",
-    "image_size",
-    "known_metrics",
-    "loader_device",
-    "method",
-    "mixing",
-    "model",
-    "naming",
-    "not_taken",
-    "notes",
-    "run_length",
-    "scheduled_size",
-    "sources",
-    "teacher",
-    "teacher_field",
-    "train_loader",
-    "tuning",
-    "untrained_teacher",
-    "views",
-]

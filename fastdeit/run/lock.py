@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastdeit import jsons
+from fastdeit import files, jsons
 from fastdeit.engine import _fault
 from fastdeit.errors import UsageError
 
@@ -47,14 +47,20 @@ def locked(run_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
 def refuse_owned(run_dir: Path) -> None:
     """Raise UsageError, as `locked` does, where another process holds the lock of the directory now. Nothing is
     written, and nothing is held afterwards."""
-    path = run_dir / NAME
+    if is_held(run_dir):
+        raise _refusal(run_dir / NAME)
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a process holds the lock of the directory now, as far as that can be asked."""
     try:
-        with open(path) as file:
+        with files.opened(run_dir / NAME) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _refusal(path) from None
+        return True
     except OSError:
         pass  # no lock, or none that can be asked
+    return False
 
 
 def _refusal(path: Path) -> UsageError:

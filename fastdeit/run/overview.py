@@ -3,7 +3,6 @@
 Everything is read from small files, so that hundreds of runs are listed at once. No torch is imported.
 """
 
-import fcntl
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -15,11 +14,12 @@ from fastdeit import files, jsons
 from fastdeit.engine import metrics
 from fastdeit.errors import UsageError
 from fastdeit.recipe.yaml import Problems, Reader, plain
+from fastdeit.run import lock
 from fastdeit.text import did_you_mean
 
 RUNS = Path("runs")
 _log = logging.getLogger(__name__)
-LOG, SUMMARY, RECIPE, LOCK = "metrics.jsonl", "summary.json", "recipe.yaml", "lock.json"
+LOG, SUMMARY, RECIPE = "metrics.jsonl", "summary.json", "recipe.yaml"
 ENVIRONMENT = "environment.json"
 
 State = Literal["finished", "running", "interrupted"]
@@ -82,7 +82,8 @@ class Overview:
     def metrics(self) -> dict[str, float]:
         """What the last evaluation measured, by name."""
         last = next((record for record in reversed(self.records) if record.get("kind") == "eval"), {})
-        return {name: value for name, value in last.items() if name not in _NOT_MEASURED and jsons.is_number(value)}
+        numbers = {name: value for name, value in last.items() if jsons.is_number(value)}
+        return {name: value for name, value in numbers.items() if name not in metrics.NOT_MEASURED}
 
     @property
     def best(self) -> tuple[str, float] | None:
@@ -92,7 +93,6 @@ class Overview:
 
 
 _LARGEST_RECIPE = 1 << 20  # bytes; ours have some thousand
-_NOT_MEASURED = ("kind", "step", "epoch", "seconds", "images", "bad_images", "lower_is_better")
 
 
 def is_run(path: Path) -> bool:
@@ -122,7 +122,8 @@ def read(path: Path) -> Overview:
     except metrics.MetricsError as error:
         raise UsageError(str(error)) from error
     summary = _json(path / SUMMARY)
-    return Overview(path, _recipe(path / RECIPE), records, summary, _state(path, summary), time.time() - written)
+    state = "running" if lock.is_held(path) else "finished" if summary.get("finished") else "interrupted"
+    return Overview(path, _recipe(path / RECIPE), records, summary, state, time.time() - written)
 
 
 def all_in(folder: Path) -> Iterator[Overview]:
@@ -137,18 +138,6 @@ def all_in(folder: Path) -> Iterator[Overview]:
         except UsageError as error:
             _log.warning("%s", error)
     yield from sorted(found, key=lambda run: run.seconds)
-
-
-def _state(path: Path, summary: Mapping[str, Any]) -> State:
-    """The lock is the kernel's (flock): the file of a process that has died locks nothing."""
-    try:
-        with files.opened(path / LOCK) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return "running"
-    except OSError:
-        pass  # no lock, or none that can be asked
-    return "finished" if summary.get("finished") else "interrupted"
 
 
 def _json(path: Path) -> dict[str, Any]:

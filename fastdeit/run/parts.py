@@ -1,6 +1,6 @@
-"""What a run is made of, built from its recipe; and the phases of its method."""
+"""What a run is made of, built from its recipe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,11 @@ from fastdeit.data.bad import BadList
 from fastdeit.data.examine import fault
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.sources.source import Source, listed
-from fastdeit.engine import batchnorm, optimizers, phases
+from fastdeit.engine import batchnorm, optimizers
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema
-from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.step import Engine
-from fastdeit.errors import UsageError
-from fastdeit.methods.base import Method, Phase
+from fastdeit.methods.base import Method
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.evaluators import Evaluator
 from fastdeit.methods.teacher import Teacher
@@ -25,7 +23,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
 from fastdeit.run import agreement, build, cached, sharing, teachers
 from fastdeit.run.evaluate import Result, evaluate
-from fastdeit.run.groups import param_groups
+from fastdeit.run.phasing import PhaseSchedule
 from fastdeit.run.record import RunLog
 from fastdeit.run.saver import Saver, identity_of
 
@@ -49,7 +47,7 @@ class Parts:
     length: Length
     log: RunLog
     method: Method
-    schedule: "PhaseSchedule"
+    schedule: PhaseSchedule
     tuning: kernels.Tuning
     engine: Engine
     loader: TrainLoader
@@ -139,52 +137,3 @@ class Parts:
         """How many training images all processes together could not use."""
         self.bad[0].refresh()
         return len(self.bad[0])
-
-
-class PhaseSchedule:
-    """The phases of a method through a run, and which of them is under way.
-
-    trainable  by name all parameters that the method has not frozen, whichever phase trains them
-    epochs     of the run
-
-    Raises UsageError for phases that do not fit the run.
-    """
-
-    def __init__(self, method: Method, recipe: "Recipe", epochs: int) -> None:
-        self._method, self._recipe = method, recipe
-        self._phases: Sequence[Phase] = tuple(method.phases())
-        self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
-        names = [name for name, _ in method.named_parameters()]
-        try:
-            phases.check(self._phases, epochs, names, self.trainable)
-        except phases.PhaseError as error:
-            raise UsageError(f"method {recipe.method.use}: {error}") from error
-        self.phase = self._phases[0]
-
-    def groups(self) -> list[ParamGroup]:
-        """What is trained in the phase that is under way, in the method's groups; nothing else asks for gradients."""
-        phases.train_only(self._method, self.phase, self.trainable)
-        self._method.on_phase(self.phase)
-        return param_groups(self._method, self._recipe)
-
-    def ends_before(self, epoch: int) -> bool:
-        """Whether `epoch` is of another phase than the one that is under way."""
-        return self._phases[phases.index_at(self._phases, epoch)] is not self.phase
-
-    def enter(self, epoch: int, engine: Engine) -> bool:
-        """Make the phase of `epoch` that of the engine; whether it is another than before."""
-        return self._go_to(self._phases[phases.index_at(self._phases, epoch)], engine)
-
-    def resume(self, name: str, engine: Engine) -> None:
-        """Make the phase called `name`, of a checkpoint, that of the engine, before its state is loaded."""
-        found = next((phase for phase in self._phases if phase.name == name), None)
-        if found is None:
-            raise UsageError(f"the checkpoint is of phase {name!r}, but the method has no phase of that name")
-        self._go_to(found, engine)
-
-    def _go_to(self, phase: Phase, engine: Engine) -> bool:
-        if phase is self.phase:
-            return False
-        self.phase = phase
-        engine.enter(self.groups())
-        return True

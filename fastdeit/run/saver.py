@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,24 +28,11 @@ from fastdeit.run import agreement, directory, environment, state
 from fastdeit.run.build import Report
 from fastdeit.run.cached import differences
 from fastdeit.run.identity import as_overrides, refuse_other_run
+from fastdeit.run.phasing import PhaseSchedule
 from fastdeit.run.record import Record
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
-
-
-class Phases(Protocol):
-    """The phase that training is in."""
-
-    @property
-    def phase(self) -> Any:
-        """The one that is under way."""
-
-    def resume(self, name: str, engine: Engine) -> None:
-        """Make the phase called `name` that of the engine."""
-
-    def enter(self, epoch: int, engine: Engine) -> bool:
-        """Make the phase of `epoch` that of the engine; whether it is another than before."""
 
 
 class PoisonedError(Exception):
@@ -65,7 +52,7 @@ class Saver:
     """Writes and restores the checkpoints of one run.
 
     identity  fingerprints of the data and of the teacher's cached logits, and the names of the classes
-    phases    what the run's training is in (`PhaseSchedule`)
+    phases    what the run's training is in
     length    of the whole run
     lineage   the runs that this one is a fork of, the oldest first (`fork.Origin.lineage`)
     overrides settings of `engine:` and places of the data that the newest checkpoint does not have yet, as on a command
@@ -76,7 +63,13 @@ class Saver:
     """
 
     def __init__(
-        self, recipe: "Recipe", identity: dict[str, Any], engine: Engine, world: World, phases: Phases, length: Length
+        self,
+        recipe: "Recipe",
+        identity: dict[str, Any],
+        engine: Engine,
+        world: World,
+        phases: PhaseSchedule,
+        length: Length,
     ) -> None:
         self.recipe, self.identity, self.engine, self.world, self.phases = recipe, identity, engine, world, phases
         self.length = length

@@ -35,7 +35,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import settled
 from fastdeit.run import address, agreement, build, cached, carry, directory, precision, saver, sharing, teachers
 from fastdeit.run.identity import refuse_other_run
-from fastdeit.run.parts import PhaseSchedule
+from fastdeit.run.phasing import PhaseSchedule
 from fastdeit.run.request import Request
 from fastdeit.run.weights import is_cached, published_classes
 

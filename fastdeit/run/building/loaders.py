@@ -1,7 +1,7 @@
 """From a recipe to its streams of batches."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 def loader_device(device: torch.device) -> str | int:
     """The device as the loaders name it: "cpu" or the index of a GPU."""
     return "cpu" if device.type == "cpu" else device.index or 0
+
+
+def _shared(recipe: "Recipe", world: World) -> dict[str, Any]:
+    """What the loaders of training and of evaluation have in common."""
+    data = recipe.data
+    return {
+        "rank": world.rank,
+        "world": world.size,
+        "threads": data.threads,
+        "device": loader_device(world.device),
+        "mean": data.mean,
+        "std": data.std,
+        "max_bad_fraction": data.max_bad_fraction,
+    }
 
 
 def train_loader(
@@ -44,18 +58,12 @@ def train_loader(
         batch_size=recipe.train.batch_size,
         accumulate=recipe.train.accumulate,
         repeats=data.repeats,
-        rank=world.rank,
-        world=world.size,
-        threads=data.threads,
-        device=loader_device(world.device),
         noise=noise,
         stores=methods.find(recipe.method.use).needs(recipe.method),
-        mean=data.mean,
-        std=data.std,
         total_steps=run_length(recipe, len(source)).total,
-        max_bad_fraction=data.max_bad_fraction,
         on_bad=on_bad,
         bad_list=bad_list,
+        **_shared(recipe, world),
     )
 
 
@@ -68,21 +76,14 @@ def eval_loader(
     bad_list: BadList | None = None,
 ) -> EvalLoader:
     """Images of `source` as evaluation sees them, each exactly once over all processes."""
-    data = recipe.data
     per_process = recipe.train.batch_size // (recipe.train.accumulate * world.size)
     return EvalLoader(
         source,
         size=image_size(recipe),
-        crop_ratio=data.eval_crop_ratio,
-        rank=world.rank,
-        world=world.size,
+        crop_ratio=recipe.data.eval_crop_ratio,
         batch_size=max(per_process, 1),
-        threads=data.threads,
-        device=loader_device(world.device),
         noise=noise,
-        mean=data.mean,
-        std=data.std,
-        max_bad_fraction=data.max_bad_fraction,
         on_bad=on_bad,
         bad_list=bad_list,
+        **_shared(recipe, world),
     )

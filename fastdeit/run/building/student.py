@@ -1,7 +1,7 @@
 """From a recipe to the network that is trained."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -37,16 +37,7 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
         built = models.of(config.name, config.timm, **options)
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
-    if config.drop_path_skip:
-        _skip_dropped(built, recipe)
-    if recipe.engine.checkpoint_blocks:
-        _checkpoint_blocks(built, recipe)
-    if recipe.engine.keep_activations is True:
-        _keep_activations(built)
-    if recipe.engine.residual != "fp32":
-        _keep_residual(built, recipe)
-    if recipe.engine.products == "fp8":
-        _fp8_products(built)
+    _set_modes(built, recipe)
     for _, size in recipe.data.size_schedule:
         _check_takes(built, size)
     if config.weights is not None:
@@ -66,55 +57,40 @@ def _is_set(section: Section, name: str) -> bool:
     return getattr(section, name) != type(section).model_fields[name].default
 
 
-def _skip_dropped(network: nn.Module, recipe: "Recipe") -> None:
-    if not hasattr(network, "set_drop_path_skip"):
-        raise UsageError(f"model.drop_path_skip: {type(network).__name__} has no set_drop_path_skip(group)")
+def _set_modes(network: nn.Module, recipe: "Recipe") -> None:
+    """Have the network skip, keep and multiply what the recipe says, where that is not what it does by itself."""
+    engine = recipe.engine
+    if recipe.model.drop_path_skip:
+        group = recipe.data.group_size
+        _set(network, "model.drop_path_skip", "set_drop_path_skip(group)", group, "with groups of data.group_size, ")
+    if engine.checkpoint_blocks:
+        if recipe.model.timm is not None and engine.capture == "graph":
+            raise UsageError(
+                "engine.checkpoint_blocks: timm's models bring a generator back to draw the same numbers again, which "
+                "engine.capture graph cannot record; use none or compile"
+            )
+        _set(network, "engine.checkpoint_blocks", "set_grad_checkpointing(enable)", True)
+    if engine.keep_activations is True:
+        way_out = ": nothing of it is made again in backward, so leave it out"
+        _set(network, "engine.keep_activations", "set_keep_activations(enable)", True, way_out=way_out)
+    if engine.residual != "fp32":
+        field, dtype = f"engine.residual {engine.residual}", DTYPES[engine.residual]
+        _set(network, field, "set_residual(dtype)", dtype, way_out="; use fp32")
+    if engine.products == "fp8":
+        way_out = "; use engine.products=precision"
+        _set(network, "engine.products fp8", "set_fp8_products(enable)", True, way_out=way_out)
+
+
+def _set(network: nn.Module, field: str, setter: str, value: Any, given: str = "", way_out: str = "") -> None:
+    """Call the `setter` of the network, as `name(argument)`; UsageError, which names the `field`, where it has none, or
+    does not take the value."""
+    name = setter.partition("(")[0]
+    if not hasattr(network, name):
+        raise UsageError(f"{field}: {type(network).__name__} has no {setter}{way_out}")
     try:
-        network.set_drop_path_skip(recipe.data.group_size)
+        getattr(network, name)(value)
     except ValueError as error:
-        raise UsageError(f"model.drop_path_skip: with groups of data.group_size, {error}") from error
-
-
-def _checkpoint_blocks(network: nn.Module, recipe: "Recipe") -> None:
-    if recipe.model.timm is not None and recipe.engine.capture == "graph":
-        raise UsageError(
-            "engine.checkpoint_blocks: timm's models bring a generator back to draw the same numbers again, which "
-            "engine.capture graph cannot record; use none or compile"
-        )
-    if not hasattr(network, "set_grad_checkpointing"):
-        raise UsageError(f"engine.checkpoint_blocks: {type(network).__name__} has no set_grad_checkpointing(enable)")
-    try:
-        network.set_grad_checkpointing(True)
-    except ValueError as error:
-        raise UsageError(f"engine.checkpoint_blocks: {error}") from error
-
-
-def _keep_activations(network: nn.Module) -> None:
-    if not hasattr(network, "set_keep_activations"):
-        raise UsageError(
-            f"engine.keep_activations: {type(network).__name__} has no set_keep_activations(enable): nothing of it is "
-            "made again in backward, so leave it out"
-        )
-    network.set_keep_activations(True)
-
-
-def _keep_residual(network: nn.Module, recipe: "Recipe") -> None:
-    residual = recipe.engine.residual
-    if not hasattr(network, "set_residual"):
-        raise UsageError(f"engine.residual {residual}: {type(network).__name__} has no set_residual(dtype); use fp32")
-    network.set_residual(DTYPES[residual])
-
-
-def _fp8_products(network: nn.Module) -> None:
-    if not hasattr(network, "set_fp8_products"):
-        raise UsageError(
-            f"engine.products fp8: {type(network).__name__} has no set_fp8_products(enable); use "
-            "engine.products=precision"
-        )
-    try:
-        network.set_fp8_products(True)
-    except ValueError as error:
-        raise UsageError(f"engine.products fp8: {error}; use engine.products=precision") from error
+        raise UsageError(f"{field}: {given}{error}{way_out}") from error
 
 
 def _check_takes(network: nn.Module, size: int | tuple[int, int]) -> None:
