@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
-from fastdeit.data.execute.render import Steps, shown
+from fastdeit.data.execute.render import shown
 from fastdeit.data.nodes import Nodes
 from fastdeit.data.pixel_ops import FILL, PIXEL_OPS, Warp
+from fastdeit.data.plan.plan import Plan
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
@@ -51,11 +52,10 @@ def decoded_box() -> DataNode:
     return fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=(0, 1), adjust_orientation=False)
 
 
-def forms(sizes: Sequence[tuple[int, int]], views: Sequence[Steps]) -> list[Form]:
+def forms(sizes: Sequence[tuple[int, int]], views: Sequence[Plan]) -> list[Form]:
     """The form of each view."""
     return [
-        Form(size, 0 if view.ops is None else view.ops.kind.shape[1], view.resize is not None)
-        for size, view in zip(sizes, views, strict=True)
+        Form(size, view.ops.kind.shape[1], view.resize is not None) for size, view in zip(sizes, views, strict=True)
     ]
 
 
@@ -75,10 +75,15 @@ def whole(views: Sequence[Form], gpu: bool) -> tuple[DataNode, ...]:
 def _rendered(images: DataNode, form: Form, prefix: str, gpu: bool) -> DataNode:
     """One view of the decoded images, from the inputs whose names begin with `prefix`."""
     size = form.size
-    cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
+    images = fn.resize(
+        images,
+        size=_input(prefix, "shown") if form.windowed else size,
+        roi_start=_input(prefix, "roi_start"),
+        roi_end=_input(prefix, "roi_end"),
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
+    )
     if form.windowed:
-        start, end = _input(prefix, "roi_start"), _input(prefix, "roi_end")
-        images = fn.resize(images, size=_input(prefix, "shown"), roi_start=start, roi_end=end, **cubic)
         images = fn.experimental.warp_perspective(
             images,
             matrix=_input(prefix, "window"),
@@ -86,9 +91,6 @@ def _rendered(images: DataNode, form: Form, prefix: str, gpu: bool) -> DataNode:
             border_mode="reflect_101",
             interp_type=types.INTERP_NN,
         )
-    else:
-        start, end = _input(prefix, "roi_start"), _input(prefix, "roi_end")
-        images = fn.resize(images, size=size, roi_start=start, roi_end=end, **cubic)
     device = "gpu" if gpu else "cpu"
     inside = np.zeros((*size, 1), np.float32)
     inside[1:-1, 1:-1] = 1
@@ -106,28 +108,28 @@ def _input(prefix: str, name: str) -> DataNode:
     return fn.external_source(name=prefix + name)
 
 
-def inputs(sizes: Sequence[tuple[int, int]], views: Sequence[Steps]) -> dict[str, NDArray[Any]]:
+def inputs(sizes: Sequence[tuple[int, int]], views: Sequence[Plan]) -> dict[str, NDArray[Any]]:
     """What `whole` takes beside `encoded`, by name."""
     return {
-        f"{view}_{name}": value
-        for view, (size, steps) in enumerate(zip(sizes, views, strict=True))
-        for name, value in _inputs_of(size, steps).items()
+        f"{number}_{name}": value
+        for number, (size, view) in enumerate(zip(sizes, views, strict=True))
+        for name, value in _inputs_of(size, view).items()
     }
 
 
-def _inputs_of(size: tuple[int, int], steps: Steps) -> dict[str, NDArray[Any]]:
-    flip = steps.flip
-    if steps.resize is None:
-        corner = steps.box[:, :2].astype(np.float32)
-        end = corner + steps.box[:, 2:].astype(np.float32)
+def _inputs_of(size: tuple[int, int], view: Plan) -> dict[str, NDArray[Any]]:
+    flip = view.flip
+    if view.resize is None:
+        corner = view.box[:, :2].astype(np.float32)
+        end = corner + view.box[:, 2:].astype(np.float32)
         corner[flip, 1], end[flip, 1] = end[flip, 1], corner[flip, 1]
         found = {"roi_start": corner, "roi_end": end}
     else:
         # Of the resized picture only what the window shows is made.
-        low, high = shown(steps.resize, steps.start, size)
-        corner, scale = steps.box[:, :2], steps.box[:, 2:] / steps.resize
+        low, high = shown(view.resize, view.start, size)
+        corner, scale = view.box[:, :2], view.box[:, 2:] / view.resize
         window = np.tile(np.eye(3, dtype=np.float32), (len(flip), 1, 1))
-        window[:, :2, 2] = (steps.start - low)[:, ::-1]
+        window[:, :2, 2] = (view.start - low)[:, ::-1]
         window[flip, 0, 0] = -1
         window[flip, 0, 2] += size[1]
         found = {
@@ -136,13 +138,12 @@ def _inputs_of(size: tuple[int, int], steps: Steps) -> dict[str, NDArray[Any]]:
             "shown": (high - low + 1).astype(np.float32),
             "window": window,
         }
-    if steps.ops is not None:
-        for layer, (kind, value) in enumerate(zip(steps.ops.kind.T, steps.ops.value.T, strict=True)):
-            found |= {
-                f"branch{layer}": _BRANCH_OF[kind],
-                f"value{layer}": np.ascontiguousarray(value),
-                f"matrix{layer}": _matrices(kind, value, size),
-            }
+    for layer, (kind, value) in enumerate(zip(view.ops.kind.T, view.ops.value.T, strict=True)):
+        found |= {
+            f"branch{layer}": _BRANCH_OF[kind],
+            f"value{layer}": np.ascontiguousarray(value),
+            f"matrix{layer}": _matrices(kind, value, size),
+        }
     return found
 
 

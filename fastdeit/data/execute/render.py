@@ -8,7 +8,6 @@ That operator makes whole pictures only. Where a window shows a small part of a 
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdeit.data import compiled, pixel_ops
-from fastdeit.data.plan.operations import Ops
+from fastdeit.data.plan.plan import Plan
 
 Pixels = NDArray[np.uint8]
 _SERIAL = 32767  # at::internal::GRAIN_SIZE - 1
@@ -26,16 +25,6 @@ _LONG = 16
 
 class RenderError(RuntimeError):
     """One sample cannot be rendered; the message is the reason, without the path."""
-
-
-class Steps(Protocol):
-    """What is to be done to B regions; see `dali.Work`."""
-
-    box: NDArray[np.int32]
-    flip: NDArray[np.bool_]
-    ops: Ops | None
-    resize: NDArray[np.int32] | None
-    start: NDArray[np.int32] | None
 
 
 class Renderer:
@@ -49,19 +38,19 @@ class Renderer:
         """End the threads."""
         self._pool.shutdown()
 
-    def batch(self, sources: Sequence[Pixels], corner: NDArray[np.int32], steps: Steps) -> torch.Tensor:
+    def batch(self, sources: Sequence[Pixels], corner: NDArray[np.int32], view: Plan) -> torch.Tensor:
         """uint8 `[B, H, W, 3]` in memory of its own; RenderError if a sample fails.
 
         sources: what was decoded of each image, from `corner` int32 `[B, 2]` (y, x) on, `source_region` at least.
         """
         out = np.empty((len(sources), *self._size, 3), np.uint8)
-        parts = source_region(steps, self._size)
+        parts = source_region(view, self._size)
         rows = iter(range(len(sources)))  # shared: a thread that is free takes the next row
 
         def run(_: int) -> None:
             for row in rows:
                 try:
-                    out[row] = self._image(sources[row], corner[row], parts[row], steps, row)
+                    out[row] = self._image(sources[row], corner[row], parts[row], view, row)
                 except pixel_ops.OperationError as error:
                     raise RenderError(f"the file is sound, but {error}") from error
                 except Exception as error:
@@ -73,18 +62,18 @@ class Renderer:
         return torch.from_numpy(out)
 
     def _image(
-        self, source: Pixels, corner: NDArray[np.int32], part: NDArray[np.int32], steps: Steps, row: int
+        self, source: Pixels, corner: NDArray[np.int32], part: NDArray[np.int32], view: Plan, row: int
     ) -> Pixels:
-        if steps.resize is None:
+        if view.resize is None:
             image = resized(_pixels(source, corner, part), self._size)
-        elif math.prod(steps.resize[row].tolist()) > _LONG * math.prod(self._size):
-            image = window(*_shown(_pixels(source, corner, part), part, steps, row, self._size), self._size)
+        elif math.prod(view.resize[row].tolist()) > _LONG * math.prod(self._size):
+            image = window(*_shown(_pixels(source, corner, part), part, view, row, self._size), self._size)
         else:
-            whole = _whole(source, corner, part, steps.box[row])
-            image = window(resized(whole, steps.resize[row].tolist()), steps.start[row], self._size)
-        if steps.flip[row]:
+            whole = _whole(source, corner, part, view.box[row])
+            image = window(resized(whole, view.resize[row].tolist()), view.start[row], self._size)
+        if view.flip[row]:
             image = flipped(image)
-        return image if steps.ops is None else pixel_ops.apply(image, steps.ops.kind[row], steps.ops.value[row])
+        return pixel_ops.apply(image, view.ops.kind[row], view.ops.value[row])
 
 
 def shown(
@@ -101,17 +90,17 @@ def shown(
     return low, high
 
 
-def source_region(steps: Steps, size: tuple[int, int]) -> NDArray[np.int32]:
+def source_region(view: Plan, size: tuple[int, int]) -> NDArray[np.int32]:
     """int32 `[B, 4]` (y, x, height, width) in source pixels: of each box the part that the output depends on.
 
     That is all of it but for a window: output pixel i of a resize by the factor 1 / s lies at s (i + 1/2) of the input,
     and its cubic reaches 2 max(s, 1) pixels to either side.
     """
-    if steps.resize is None:
-        return steps.box
-    top, extent = steps.box[:, :2], steps.box[:, 2:]
-    low, high = shown(steps.resize, steps.start, size)
-    scale = extent / steps.resize
+    if view.resize is None:
+        return view.box
+    top, extent = view.box[:, :2], view.box[:, 2:]
+    low, high = shown(view.resize, view.start, size)
+    scale = extent / view.resize
     reach = 2 * np.maximum(scale, 1) + 1  # a pixel more for rounding
     begin = np.floor(scale * (low + 0.5) - reach).clip(0, extent)
     end = np.ceil(scale * (high + 0.5) + reach).clip(0, extent)
@@ -137,17 +126,17 @@ def _whole(source: Pixels, corner: NDArray[np.int32], part: NDArray[np.int32], b
 
 
 def _shown(
-    pixels: Pixels, part: NDArray[np.int32], steps: Steps, row: int, size: tuple[int, int]
+    pixels: Pixels, part: NDArray[np.int32], view: Plan, row: int, size: tuple[int, int]
 ) -> tuple[Pixels, NDArray[np.int64]]:
     """Of the resized picture what the window shows, and where the window starts in it."""
-    (low,), (high,) = shown(steps.resize[[row]], steps.start[[row]], size)
-    scale, offset = steps.box[row, 2:] / steps.resize[row], part[:2] - steps.box[row, :2]
+    (low,), (high,) = shown(view.resize[[row]], view.start[[row]], size)
+    scale, offset = view.box[row, 2:] / view.resize[row], part[:2] - view.box[row, :2]
     (top, left), (bottom, right) = (scale * edge - offset for edge in (low, high + 1))
     height, width = (high - low + 1).tolist()
     # Pillow looks beyond the box where the filter reaches there.
     box = (left, top, min(right, pixels.shape[1]), min(bottom, pixels.shape[0]))
     image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box)
-    return np.array(image), steps.start[row] - low
+    return np.array(image), view.start[row] - low
 
 
 def resized(image: Pixels, size: Sequence[int]) -> Pixels:
