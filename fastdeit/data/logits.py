@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdeit import jsons
+from fastdeit.data.sources.index import sync
 from fastdeit.data.sources.source import DataError
 
 FORMAT = 1
@@ -294,10 +295,6 @@ def _write(path: Path, parts: Sequence[bytes]) -> None:
         os.fsync(file.fileno())
     with suppress(FileNotFoundError):
         os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)
     for left in path.parent.glob(f".tmp-{path.name}-*"):
         left.unlink(missing_ok=True)

@@ -23,8 +23,7 @@ from pyarrow import ipc
 
 from fastdeit.data.sources import shards
 from fastdeit.data.sources.faults import of_file
-from fastdeit.data.sources.index import Listed, Strings, digest, read_image, read_range
-from fastdeit.data.sources.notices import say
+from fastdeit.data.sources.index import Listed, Strings, digest, read_image_in, read_range
 from fastdeit.data.sources.parquet import class_labels, hub_names, plain_labels, require_columns, require_one_type
 from fastdeit.data.sources.source import BadImage, DataError, contents, unreadable
 
@@ -37,7 +36,7 @@ _INLINE = 12  # bytes of data that fit into a view
 
 
 class ArrowSource(Listed):
-    """The rows of `files`, paths relative to `root`, in their order.
+    """The rows of `files`, paths relative to `root`, in their order. A sample is called FILE:ROW.
 
     image: column of structs of `bytes` and `path`, or of bytes; label: column of class numbers or names. Class names
     are those in the schema's Hugging Face metadata, else in dataset_info.json beside the first file, else the values of
@@ -46,27 +45,25 @@ class ArrowSource(Listed):
     """
 
     def __init__(self, root: str | Path, files: Sequence[str], image: str = "image", label: str = "label") -> None:
-        self._root, self._files = str(root), list(files)
+        self._files = list(files)
         parts, columns, skipped = [], [], []
-        schemas = [_schema(os.path.join(self._root, file), image, label) for file in self._files]
+        schemas = [_schema(os.path.join(root, file), image, label) for file in self._files]
         empty = [pyarrow.nulls(0, schema.field(label).type) for schema in schemas]
-        require_one_type(root, label, self._files, [plain_labels(self._root, label, one).type for one in empty])
+        require_one_type(root, label, self._files, [plain_labels(root, label, one).type for one in empty])
         for number, file in enumerate(self._files):
-            for rows in _batches(os.path.join(self._root, file), image, label, skipped):
+            for rows in _batches(os.path.join(root, file), image, label, skipped):
                 parts.append((file, rows.first, rows.first + len(rows.start)))
-                labels = plain_labels(self._root, label, rows.label)
+                labels = plain_labels(root, label, rows.label)
                 columns.append((np.full(len(rows.start), number, np.int32), rows.start, rows.size, labels))
-        names = Strings.of_rows(parts)
-        if not names:
-            raise DataError(f"{root}: no rows in {', '.join(self._files)}{shards.reasons(skipped)}")
-        if skipped:
-            say(f"{root}: {len(skipped)} parts of Arrow files are left out:{shards.reasons(skipped)}")
+        nothing = f"no rows in {', '.join(self._files)}"
+        names, _ = shards.told(Strings.of_rows(parts), skipped, root, "parts of Arrow files", nothing)
         files, starts, sizes, chunks = zip(*columns, strict=True)
         self._file, self._start, self._size = map(np.concatenate, (files, starts, sizes))
         known = hub_names(root, label, dict(zip(self._files, (one.metadata for one in schemas), strict=True)))
-        known = known or _info_names(Path(self._root, self._files[0]).parent, label)
-        labels, classes = class_labels(self._root, label, pyarrow.chunked_array(chunks), known)
-        super().__init__(classes, names, labels, digest(names.blob, labels, self._size, classes), skipped)
+        known = known or _info_names(Path(root, self._files[0]).parent, label)
+        labels, classes = class_labels(root, label, pyarrow.chunked_array(chunks), known)
+        fingerprint = digest(names.blob, labels, self._size, classes)
+        super().__init__(classes, names, labels, fingerprint, skipped, root=root)
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """The encoded image of row `index`: uint8 `[n]`. BadImage if it has none, or the file was cut meanwhile."""
@@ -74,14 +71,7 @@ class ArrowSource(Listed):
         if size == _NO_IMAGE:
             raise BadImage("the row has no image bytes (data sets that only hold paths cannot be used)")
         path = os.path.join(self._root, self._files[self._file[index]])
-        data = read_image(path, int(self._start[index]), size)
-        if len(data) < size:
-            raise BadImage("the Arrow file ends before the image does; it was cut while in use")
-        return data
-
-    def path(self, index: int) -> str:
-        """FILE:ROW of sample `index`, with the folder of the data set."""
-        return os.path.join(self._root, self.name(index))
+        return read_image_in(path, int(self._start[index]), size, "Arrow")
 
 
 def files(root: str | Path, split: str) -> list[str]:

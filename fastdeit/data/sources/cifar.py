@@ -68,31 +68,26 @@ _HUNDRED = Layout(
 
 class CifarSource(Listed):
     """One split ("train" or "val") of the data set that `layout` describes, in `root` or in its official folder there.
-    `read` encodes an image as PNG, without loss. DataError if files are missing or damaged."""
+    A sample is called FILE:ROW. `read` encodes an image as PNG, without loss. DataError if files are missing or
+    damaged."""
 
     def __init__(self, layout: Layout, root: Path, split: str) -> None:
-        self._folder, batch, classes = _form(root, layout)
+        folder, batch, classes = _form(root, layout)
         files = layout.train if split == "train" else layout.val
-        labels, pixels = zip(*(batch(self._folder, file, layout) for file in files), strict=True)
+        labels, pixels = zip(*(batch(folder, file, layout) for file in files), strict=True)
         label = np.concatenate(labels).astype(np.int64)
         if len(classes) != layout.classes or label.max() >= layout.classes:
-            raise DataError(
-                f"{self._folder}: not {layout.classes} classes; the files are damaged or of another data set"
-            )
+            raise DataError(f"{folder}: not {layout.classes} classes; the files are damaged or of another data set")
         self._images = np.concatenate(pixels).reshape(-1, *_SHAPE).transpose(0, 2, 3, 1)
         counts = zip(files, map(len, labels), strict=True)
         names = Strings.of(f"{file}:{row}" for file, count in counts for row in range(count))
-        super().__init__(classes, names, label, digest(names.blob, label, classes, self._images))
+        super().__init__(classes, names, label, digest(names.blob, label, classes, self._images), root=folder)
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """Image `index` as a PNG file: uint8 `[n]`."""
         out = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(self._images[index])).save(out, "PNG", compress_level=1)
         return np.frombuffer(out.getvalue(), np.uint8)
-
-    def path(self, index: int) -> str:
-        """FILE:ROW of sample `index`, with its folder."""
-        return f"{self._folder}/{self.name(index)}"
 
 
 def _form(root: Path, layout: Layout) -> tuple[Path, Any, list[str]]:

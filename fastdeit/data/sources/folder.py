@@ -53,16 +53,11 @@ class FileSource(Listed):
         labels: NDArray[np.int64],
         fingerprint: str | None = None,
     ) -> None:
-        super().__init__(classes, names, labels, fingerprint or digest(names.blob, labels, classes))
-        self._root = str(root)
+        super().__init__(classes, names, labels, fingerprint or digest(names.blob, labels, classes), root=root)
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """The bytes of file `index`: uint8 `[n]`. OSError if it cannot be read."""
         return read_image(self.path(index))
-
-    def path(self, index: int) -> str:
-        """Path of file `index`."""
-        return os.path.join(self._root, self.name(index))
 
 
 class FolderSource(FileSource):

@@ -14,79 +14,63 @@ from fastdeit.data.sources.names import is_litter
 _LOOKED_AT = 1000  # entries of a folder
 _FEW = 20
 _PACK = "`fastdeit data pack ROOT OUT --source mine:NAME`, with a reader as in docs/data.md,"
+_CONVERTS = f"{_PACK} converts it"
+_HAS_ONE = f"{_PACK} which has the one for it, converts it"
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A format: called `name`, of files whose names `file` matches; `way_out` is a command with {path}."""
+    """A format: called `name`, of files whose names the pattern `file` matches; `way_out` is a command with {path}."""
 
     name: str
-    file: re.Pattern[str]
+    file: str
     way_out: str
 
 
 FOREIGN = (
-    Foreign("a zip archive", re.compile(r".+\.zip", re.I), "unpack it: `python -m zipfile -e {path} FOLDER`"),
+    Foreign("a zip archive", r"(?i).+\.zip", "unpack it: `python -m zipfile -e {path} FOLDER`"),
     Foreign(
         "a compressed tar archive",
-        re.compile(r".+\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2|txz)", re.I),
+        r"(?i).+\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2|txz)",
         "unpack it: `mkdir FOLDER && tar -xf {path} -C FOLDER`; of shards in the WebDataset layout uncompress each to "
         "a plain .tar",
     ),
-    Foreign("an archive", re.compile(r".+\.(7z|rar)", re.I), "unpack it: `7z x {path} -oFOLDER`"),
+    Foreign("an archive", r"(?i).+\.(7z|rar)", "unpack it: `7z x {path} -oFOLDER`"),
     Foreign(
         "an LMDB database",
-        re.compile(r"(data|lock)\.mdb|.+\.(lmdb|mdb)", re.I),
-        f"its keys and values have no common form: {_PACK} converts it",
+        r"(?i)(data|lock)\.mdb|.+\.(lmdb|mdb)",
+        f"its keys and values have no common form: {_CONVERTS}",
     ),
-    Foreign(
-        "MXNet's RecordIO",
-        re.compile(r".+\.rec", re.I),
-        f"{_PACK} which has the one for it, converts it",
-    ),
+    Foreign("MXNet's RecordIO", r"(?i).+\.rec", _HAS_ONE),
     Foreign(
         "FFCV's format",
-        re.compile(r".+\.(beton|ffcv)", re.I),
+        r"(?i).+\.(beton|ffcv)",
         "its images have been resized and encoded anew: pack the data set that it was made from by `fastdeit data pack "
         "ORIGINAL OUT`",
     ),
     Foreign(
         "MosaicML's MDS format",
-        re.compile(r".+\.mds(\.zstd?|\.gz|\.br|\.snappy)?", re.I),
-        f"{_PACK} converts it by the package mosaicml-streaming",
+        r"(?i).+\.mds(\.zstd?|\.gz|\.br|\.snappy)?",
+        f"{_CONVERTS} by the package mosaicml-streaming",
     ),
-    Foreign(
-        "LitData's format",
-        re.compile(r"chunk-\d+-\d+(\.\w+)?\.bin", re.I),
-        f"{_PACK} converts it by the package litdata",
-    ),
-    Foreign(
-        "MNIST's IDX format",
-        re.compile(r".+[-.]idx[13][-.]ubyte(\.gz)?", re.I),
-        f"{_PACK} which has the one for it, converts it",
-    ),
-    Foreign(
-        "SVHN's MATLAB format",
-        re.compile(r"(train|test|extra)_32x32\.mat", re.I),
-        f"{_PACK} which has the one for it, converts it",
-    ),
-    Foreign("STL-10's binary format", re.compile(r"(train|test|unlabeled)_[Xy]\.bin"), f"{_PACK} converts it"),
+    Foreign("LitData's format", r"(?i)chunk-\d+-\d+(\.\w+)?\.bin", f"{_CONVERTS} by the package litdata"),
+    Foreign("MNIST's IDX format", r"(?i).+[-.]idx[13][-.]ubyte(\.gz)?", _HAS_ONE),
+    Foreign("SVHN's MATLAB format", r"(?i)(train|test|extra)_32x32\.mat", _HAS_ONE),
+    Foreign("STL-10's binary format", r"(train|test|unlabeled)_[Xy]\.bin", _CONVERTS),
     Foreign(
         "a pickle",
-        re.compile(r".+\.(pkl|pickle)", re.I),
-        f"it may run any program when it is opened: {_PACK} converts it, if you trust who made it",
+        r"(?i).+\.(pkl|pickle)",
+        f"it may run any program when it is opened: {_CONVERTS}, if you trust who made it",
     ),
-    Foreign("an HDF5 file", re.compile(r".+\.(h5|hdf5)", re.I), f"{_PACK} converts it"),
-    Foreign(
-        "a NumPy archive", re.compile(r".+\.(npz|npy)", re.I), f"{_PACK} converts it, with the images encoded as PNG"
-    ),
+    Foreign("an HDF5 file", r"(?i).+\.(h5|hdf5)", _CONVERTS),
+    Foreign("a NumPy archive", r"(?i).+\.(npz|npy)", f"{_CONVERTS}, with the images encoded as PNG"),
 )
 
 
 def of_file(path: Path) -> str | None:
     """What a file is that is not read, and the way out, in a sentence; None where it is of no format in `FOREIGN`."""
     for one in FOREIGN:
-        if one.file.fullmatch(path.name):
+        if re.fullmatch(one.file, path.name):
             return f"{path} is {one.name}, which is not read: {one.way_out.format(path=quote(str(path)))}"
     return None
 

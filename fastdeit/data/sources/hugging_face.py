@@ -3,36 +3,23 @@
 A module of its own, because both readers need pyarrow, and kinds are told apart where it is not installed.
 """
 
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 from fastdeit.data.sources import shards
 from fastdeit.data.sources.kinds import Columns, Kind
 from fastdeit.data.sources.source import DataError, NamedSource
 
-_IMAGE, _LABEL = "image", "label"
 
-
-def _reader(name: str) -> ModuleType:
+def _open(name: str, source: str, root: Path, split: str, columns: Columns) -> NamedSource:
+    """`source` of the module `name` for the files of a split."""
     try:
-        return import_module(f"fastdeit.data.sources.{name}")
+        reader = import_module(f"fastdeit.data.sources.{name}")
     except ImportError as error:
         raise DataError(f"{name.capitalize()} files need pyarrow: pip install fastdeit[parquet] ({error})") from error
-
-
-def _parquet(root: Path, split: str, columns: Columns) -> NamedSource:
-    reader = _reader("parquet")
-    return reader.ParquetSource(root, reader.files(root, split), columns.image or _IMAGE, columns.label or _LABEL)
-
-
-def _arrow(root: Path, split: str, columns: Columns) -> NamedSource:
-    reader = _reader("arrow")
-    return reader.ArrowSource(root, reader.files(root, split), columns.image or _IMAGE, columns.label or _LABEL)
-
-
-def _has_parquet(root: Path, train: str, val: str) -> bool:
-    return shards.any_of(root, train, shards.PARQUET, shards.HUB_PLACES)
+    files = reader.files(root, split)
+    return getattr(reader, source)(root, files, columns.image or "image", columns.label or "label")
 
 
 def _has_arrow(root: Path, train: str, val: str) -> bool:
@@ -43,16 +30,16 @@ def _has_arrow(root: Path, train: str, val: str) -> bool:
 
 PARQUET = Kind(
     "parquet",
-    _parquet,
+    partial(_open, "parquet", "ParquetSource"),
     "ROOT/{train}-*.parquet and ROOT/{val}-*.parquet, or the same in ROOT/data, with columns image, label",
-    _has_parquet,
+    lambda root, train, val: shards.any_of(root, train, shards.PARQUET, shards.HUB_PLACES),
     (".parquet",),
     numbered=True,
     columns=True,
 )
 ARROW = Kind(
     "arrow",
-    _arrow,
+    partial(_open, "arrow", "ArrowSource"),
     "ROOT/{train}/*.arrow and ROOT/{val}/*.arrow, or ROOT/NAME-{train}.arrow and ROOT/NAME-{val}.arrow",
     _has_arrow,
     (".arrow",),

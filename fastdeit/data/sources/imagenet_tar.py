@@ -5,7 +5,7 @@ Samples have the names, labels and order that the unpacked folders give them, so
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastdeit.data.sources import imagenet_kit, tar
 from fastdeit.data.sources.folder import ARCHIVES, KIT_ARCHIVE, fingerprint_of_folders
-from fastdeit.data.sources.index import Listed, Strings, digest, text_array
+from fastdeit.data.sources.index import Listed, Strings, digest, read_image_in, text_array
 from fastdeit.data.sources.names import LeftOut, group, is_image, tell
 from fastdeit.data.sources.scan import scanned
 from fastdeit.data.sources.shards import Index, Skipped, cached
@@ -40,18 +40,18 @@ class ArchiveSource(Listed):
         place: tuple[NDArray[np.int64], NDArray[np.int64]],
         left_out: LeftOut,
     ) -> None:
-        super().__init__(classes, names, labels, fingerprint)
-        self._path, (self._offset, self._size) = str(path), place
+        super().__init__(classes, names, labels, fingerprint, root=path)
+        self._offset, self._size = place
         self.left_out = left_out
         tell(path, left_out)
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """The encoded image `index`: uint8 `[n]`. BadImage if the archive was cut meanwhile."""
-        return tar.read_member(self._path, int(self._offset[index]), int(self._size[index]))
+        return read_image_in(self._root, int(self._offset[index]), int(self._size[index]), "tar")
 
     def path(self, index: int) -> str:
         """ARCHIVE:NAME of sample `index`."""
-        return f"{self._path}:{self.name(index)}"
+        return f"{self._root}:{self.name(index)}"
 
 
 def archive(root: Path, split: str) -> Path | None:
@@ -63,7 +63,7 @@ def archive(root: Path, split: str) -> Path | None:
 def training(path: Path) -> ArchiveSource:
     """The training images. DataError for an archive that is cut short or damaged, and where its classes are not those
     of the development kit beside it, if there is one."""
-    index = cached(path.parent, [path.name], "tar", digest([_CACHE_FORMAT, path.name]), partial(_by_class, path))
+    index = _list_of(path, _by_class)
     names, classes = Strings(index["names"].tobytes()), list(Strings(index["classes"].tobytes()))
     kit = imagenet_kit.truth(path.parent)
     if kit is not None and kit[0] != classes:
@@ -85,7 +85,7 @@ def held_out(path: Path) -> ArchiveSource:
             f"{path}: the development kit says which class each image has; put {KIT_ARCHIVE} beside it, as downloaded"
         )
     classes, labels = kit
-    index = cached(path.parent, [path.name], "tar", digest([_CACHE_FORMAT, path.name]), partial(_flat, path))
+    index = _list_of(path, _flat)
     images = list(Strings(index["names"].tobytes()))
     order = imagenet_kit.by_number(path, images, len(labels), imagenet_kit.TRUTH, _anew(path))
     names, numbers = Strings.of(f"val/{images[at]}" for at in order), np.array(labels, np.int64)
@@ -93,6 +93,10 @@ def held_out(path: Path) -> ArchiveSource:
     fingerprint = digest(names.blob, numbers, classes)
     place = index["offset"][order], index["size"][order]
     return ArchiveSource(path, classes, names, numbers, fingerprint, place, _left_out(index))
+
+
+def _list_of(path: Path, build: Callable[[Path], Index]) -> Index:
+    return cached(path.parent, [path.name], "tar", digest([_CACHE_FORMAT, path.name]), partial(build, path))
 
 
 def _tars(classes: Sequence[str]) -> str:

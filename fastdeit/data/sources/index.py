@@ -61,7 +61,8 @@ class Strings(Sequence[str]):
 
 
 class Listed:
-    """The part of a `Source` that is a list: names, labels and classes. Subclasses add `read` and `path`.
+    """The part of a `Source` that is a list: names, labels and classes. Subclasses add `read`, and `path` where that is
+    not the folder `root` and the name.
 
     names: of the samples within the data set, wherever that lies; labels int64 `[n]`; skipped: (path, reason) of what
     looked like a sample and was left out when the list was made.
@@ -74,9 +75,11 @@ class Listed:
         labels: NDArray[np.int64],
         fingerprint: str,
         skipped: Sequence[tuple[str, str]] = (),
+        *,
+        root: str | Path = "",
     ) -> None:
         self.classes, self.fingerprint, self.skipped = classes, fingerprint, skipped
-        self._names, self._labels = names, labels
+        self._root, self._names, self._labels = str(root), names, labels
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -88,6 +91,10 @@ class Listed:
     def name(self, index: int) -> str:
         """Name of sample `index` within the data set."""
         return self._names[index]
+
+    def path(self, index: int) -> str:
+        """The name of sample `index`, with the folder of the data set."""
+        return os.path.join(self._root, self.name(index))
 
 
 def digest(*parts: bytes | NDArray[np.generic] | Sequence[str]) -> str:
@@ -144,11 +151,16 @@ def atomic(path: Path) -> Generator[BinaryIO, None, None]:
     except BaseException:
         os.unlink(scratch)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Have the disk keep the names in a folder as they are now."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def read_range(path: str, offset: int = 0, size: int | None = None) -> NDArray[np.uint8]:
@@ -162,9 +174,18 @@ def read_range(path: str, offset: int = 0, size: int | None = None) -> NDArray[n
     return retried(partial(_read_once, path, offset, size))
 
 
-def read_image(path: str, offset: int = 0, size: int | None = None) -> NDArray[np.uint8]:
-    """`read_range` of an encoded image; BadImage for more than 2 GiB, which are not read: a file may be a hole."""
-    return retried(partial(_read_once, path, offset, size, _MAX_IMAGE))
+def read_image(path: str) -> NDArray[np.uint8]:
+    """`read_range` of a file that is an encoded image. BadImage for more than 2 GiB, which are not read: a file may be
+    a hole."""
+    return retried(partial(_read_once, path, 0, None, _MAX_IMAGE))
+
+
+def read_image_in(path: str, offset: int, size: int, kind: str) -> NDArray[np.uint8]:
+    """As `read_image`, of an image in a file of that kind; BadImage where the file was cut meanwhile."""
+    data = retried(partial(_read_once, path, offset, size, _MAX_IMAGE))
+    if len(data) < size:
+        raise BadImage(f"the {kind} file ends before the image does; it was cut while in use")
+    return data
 
 
 def _read_once(path: str, offset: int, size: int | None, most: int | None = None) -> NDArray[np.uint8]:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from fastdeit.data.sources.index import Listed, Strings, atomic, read_range, seal, text_array, unseal
 from fastdeit.data.sources.kinds import Kind
+from fastdeit.data.sources.parts import labels_of
 from fastdeit.data.sources.source import BadImage, DataError, NamedSource, unreadable
 
 VERSION = 1
@@ -39,23 +40,23 @@ class PackedSource(Listed):
     the sample is."""
 
     def __init__(self, path: str | Path) -> None:
-        self._path = str(path)
-        index = _read_index(self._path)
+        index = _read_index(str(path))
         self._offset, self._crc = index["offset"], index["crc"]
         classes, names = (Strings(index[key].tobytes()) for key in ("classes", "names"))
-        super().__init__(list(classes), names, index["label"], index["fingerprint"].tobytes().decode())
+        fingerprint = index["fingerprint"].tobytes().decode()
+        super().__init__(list(classes), names, index["label"], fingerprint, root=path)
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """The bytes of sample `index`: uint8 `[n]`. BadImage if their checksum does not match."""
         start = int(self._offset[index])
-        data = read_range(self._path, start, int(self._offset[index + 1]) - start)
+        data = read_range(self._root, start, int(self._offset[index + 1]) - start)
         if zlib.crc32(data) != self._crc[index]:
             raise BadImage("its bytes in the packed file have changed (checksum mismatch); copy the file anew")
         return data
 
     def path(self, index: int) -> str:
         """PACK:NAME of sample `index`."""
-        return f"{self._path}:{self.name(index)}"
+        return f"{self._root}:{self.name(index)}"
 
 
 def pack(
@@ -94,7 +95,7 @@ def _write(source: NamedSource, file: BinaryIO, progress: Callable[[int, int], N
         {
             "offset": offset,
             "crc": crc,
-            "label": np.fromiter(map(source.label, range(total)), np.int64, total),
+            "label": labels_of(source),
             "names": text_array(Strings.of(map(source.name, range(total))).blob),
             "classes": text_array(Strings.of(source.classes).blob),
             "fingerprint": text_array(source.fingerprint.encode()),

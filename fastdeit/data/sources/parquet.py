@@ -44,7 +44,7 @@ _Column = TypeVar("_Column", pyarrow.Array, pyarrow.ChunkedArray)
 
 
 class ParquetSource(Listed):
-    """The rows of `files`, paths relative to `root`, in their order.
+    """The rows of `files`, paths relative to `root`, in their order. A sample is called FILE:ROW.
 
     Class names are those in the Hugging Face metadata, else the values of a text column, else numbers. Raises DataError
     where a file or a column is missing or damaged.
@@ -72,7 +72,7 @@ class ParquetSource(Listed):
         column = pyarrow.chunked_array([chunk for one in columns for chunk in one.chunks], columns[0].type)
         known = hub_names(root, label, dict(zip(self._files, (one.metadata for one in self._metadata), strict=True)))
         labels, classes = class_labels(self._root, label, column, known)
-        super().__init__(classes, names, labels, digest(names.blob, labels, classes))
+        super().__init__(classes, names, labels, digest(names.blob, labels, classes), root=root)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._root, self._files, self._image, self._label)
@@ -90,10 +90,6 @@ class ParquetSource(Listed):
         if not data.is_valid:
             raise BadImage("the row has no image bytes (data sets that only hold paths cannot be used)")
         return np.frombuffer((data.value if isinstance(data, pyarrow.DictionaryScalar) else data).as_buffer(), np.uint8)
-
-    def path(self, index: int) -> str:
-        """FILE:ROW of sample `index`, with the folder of the data set."""
-        return os.path.join(self._root, self.name(index))
 
     def _open(self, file: str) -> tuple[parquet.FileMetaData, pyarrow.ChunkedArray]:
         """Metadata and label column of a file."""
@@ -269,7 +265,7 @@ def _is_text(kind: pyarrow.DataType) -> bool:
     return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
 
 
-def plain_labels(root: str, label: str, column: _Column) -> _Column:
+def plain_labels(root: str | Path, label: str, column: _Column) -> _Column:
     """A column of class numbers as int64, of names as strings, in whatever width or form they are stored: dictionaries,
     large strings, views, bytes. DataError where it holds anything else."""
     kind = column.type
@@ -297,7 +293,7 @@ def require_one_type(root: str | Path, label: str, files: Sequence[str], kinds: 
 
 
 def class_labels(
-    root: str, label: str, column: pyarrow.ChunkedArray, names: Sequence[str] | None
+    root: str | Path, label: str, column: pyarrow.ChunkedArray, names: Sequence[str] | None
 ) -> tuple[NDArray[np.int64], list[str]]:
     """(labels, class names) of a column `label` (`plain_labels`); names: of class 0, 1, ..., if they are known. Raises
     DataError where a row has no label, or one that is no class number."""

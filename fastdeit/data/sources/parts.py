@@ -15,7 +15,7 @@ from fastdeit.data.sources.index import digest
 from fastdeit.data.sources.names import LeftOut
 from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.share import share
-from fastdeit.data.sources.source import EXTENSIONS, DataError, NamedSource, lines_of, listed
+from fastdeit.data.sources.source import EXTENSIONS, DataError, NamedSource, Source, lines_of, listed
 
 _ANEW = ".png"
 
@@ -56,6 +56,11 @@ class Part:
         return self._whole.name(int(self._index[index]))
 
 
+def labels_of(source: Source) -> NDArray[np.int64]:
+    """The class numbers of all samples, int64 `[n]`."""
+    return np.fromiter(map(source.label, range(len(source))), np.int64, len(source))
+
+
 def divided(source: NamedSource, val: str) -> tuple[Part, Part]:
     """(training, held-out) samples of one split. On which side a sample is follows from its name and the share `val`
     alone, so that it stays there when others are added, and a greater share holds the samples of a smaller one."""
@@ -67,7 +72,7 @@ def divided(source: NamedSource, val: str) -> tuple[Part, Part]:
     if held_out.all() or not held_out.any():
         side = "training" if held_out.all() else "held-out"
         raise DataError(f"data.val={val}: of {len(source)} images no {side} image is left; give another share")
-    labels = np.fromiter(map(source.label, range(len(source))), np.int64, len(source))
+    labels = labels_of(source)
     sides = (("training", ~held_out, source.skipped), ("held out", held_out, ()))
     return tuple(
         Part(
@@ -109,7 +114,7 @@ def numbered_by(source: NamedSource, path: str) -> NamedSource:
     if list(source.classes) == names:
         return source
     new = np.array([number.get(name, -1) for name in source.classes], np.int64)
-    labels = new[np.fromiter(map(source.label, range(len(source))), np.int64, len(source))]
+    labels = new[labels_of(source)]
     index = np.flatnonzero(labels >= 0)
     if not len(index):
         raise DataError(

@@ -2,6 +2,7 @@
 
 import fcntl
 import glob
+import json
 import os
 import re
 import sys
@@ -14,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.cache_folder import cache_folder
-from fastdeit.data.sources.index import atomic, digest, seal, unseal
-from fastdeit.data.sources.notices import is_first, say_here
+from fastdeit.data.sources.index import Strings, atomic, digest, seal, text_array, unseal
+from fastdeit.data.sources.notices import is_first, say, say_here
 from fastdeit.data.sources.source import DataError
 from fastdeit.text import one_line
 
@@ -246,6 +247,27 @@ def _notice_if_slow(what: str) -> Generator[None, None, None]:
         yield
     finally:
         timer.cancel()
+
+
+def stored(names: Iterable[str], skipped: Skipped) -> Index:
+    """The part of a list for `cached` that `listed_in` reads."""
+    return {"names": text_array(Strings.of(names).blob), "skipped": text_array(json.dumps(skipped).encode())}
+
+
+def listed_in(index: Index, root: str | Path, what: str, nothing: str) -> tuple[Strings, Skipped]:
+    """(names, what was left out) of a list; `told` of them."""
+    skipped = [tuple(entry) for entry in json.loads(index["skipped"].tobytes())]
+    return told(Strings(index["names"].tobytes()), skipped, root, what, nothing)
+
+
+def told(names: Strings, skipped: Skipped, root: str | Path, what: str, nothing: str) -> tuple[Strings, Skipped]:
+    """Both as they are. A warning says what was left out, which is called `what`. DataError, which says `nothing`,
+    where no sample is left."""
+    if not names:
+        raise DataError(f"{root}: {nothing}{reasons(skipped)}")
+    if skipped:
+        say(f"{root}: {len(skipped)} {what} are left out:{reasons(skipped)}")
+    return names, skipped
 
 
 def reasons(skipped: Skipped) -> str:

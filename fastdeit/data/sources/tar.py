@@ -23,14 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdeit.data.sources.faults import of_file
-from fastdeit.data.sources.index import Listed, Strings, digest, read_image, read_range, text_array
+from fastdeit.data.sources.index import Listed, Strings, digest, read_image_in, read_range, text_array
 from fastdeit.data.sources.kinds import Columns, Kind
 from fastdeit.data.sources.names import is_litter
-from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.scan import scanned
 from fastdeit.data.sources.shards import TAR as SHARD
-from fastdeit.data.sources.shards import Index, Skipped, any_of, cached, of_split, reasons
-from fastdeit.data.sources.source import EXTENSIONS, MAX_LABEL, BadImage, DataError, class_numbers, is_no_class
+from fastdeit.data.sources.shards import Index, Skipped, any_of, cached, listed_in, of_split, stored
+from fastdeit.data.sources.source import EXTENSIONS, MAX_LABEL, DataError, class_numbers, is_no_class
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
@@ -69,7 +68,8 @@ class Member(NamedTuple):
 
 
 class TarSource(Listed):
-    """The images of `shards`, paths relative to `root`, in the order of shards and members.
+    """The images of `shards`, paths relative to `root`, in the order of shards and members. A sample is called
+    SHARD:MEMBER.
 
     label_field: field of `.json` members that holds the class number or name, FIELD.FIELD of an object in a field.
     Classes are the sorted names; where labels are numbers, these, 0 to the largest. Raises DataError where no shard has
@@ -77,42 +77,27 @@ class TarSource(Listed):
     """
 
     def __init__(self, root: str | Path, shards: Sequence[str], label_field: str = _LABEL_FIELD) -> None:
-        self._root, self._shards = str(root), list(shards)
+        self._shards = list(shards)
         key = digest([_CACHE_FORMAT, label_field, *shards])
         index = cached(Path(root), self._shards, "tar", key, lambda: _index(Path(root), self._shards, label_field))
         self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
-        names, skipped = Strings(index["names"].tobytes()), json.loads(index["skipped"].tobytes())
-        if not len(names):
-            raise DataError(
-                f"{root}: no image with a label in {len(shards)} tar file{'s' if len(shards) > 1 else ''}; a sample is "
-                f"KEY.jpg with KEY.cls (a class number or name) or KEY.json (with field {label_field!r}); unpack tar "
-                f"files whose folders, or whose own names, say the classes{reasons(skipped)}"
-            )
-        if skipped:
-            say(f"{root}: {len(skipped)} entries of tar files are left out:{reasons(skipped)}")
+        nothing = (
+            f"no image with a label in {len(shards)} tar file{'s' if len(shards) > 1 else ''}; a sample is KEY.jpg "
+            f"with KEY.cls (a class number or name) or KEY.json (with field {label_field!r}); unpack tar files whose "
+            "folders, or whose own names, say the classes"
+        )
+        names, skipped = listed_in(index, root, "entries of tar files", nothing)
         named = list(Strings(index["classes"].tobytes()))
         if len(named) == 1:
             raise DataError(f"{root}: every label is {named[0]!r}; classification needs two or more classes")
         classes = named or class_numbers(index["label"], root)
         fingerprint = digest(names.blob, index["label"], self._size, *([named] if named else []))
-        super().__init__(classes, names, index["label"], fingerprint, [tuple(entry) for entry in skipped])
+        super().__init__(classes, names, index["label"], fingerprint, skipped, root=root)
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """The encoded image `index`: uint8 `[n]`. BadImage if the tar file was cut meanwhile."""
         shard = os.path.join(self._root, self._shards[self._shard[index]])
-        return read_member(shard, int(self._offset[index]), int(self._size[index]))
-
-    def path(self, index: int) -> str:
-        """SHARD:MEMBER of sample `index`, with the folder of the data set."""
-        return os.path.join(self._root, self.name(index))
-
-
-def read_member(path: str, offset: int, size: int) -> NDArray[np.uint8]:
-    """The file with this place in a tar file: uint8 `[size]`. BadImage if the tar file was cut meanwhile."""
-    data = read_image(path, offset, size)
-    if len(data) < size:
-        raise BadImage("the tar file ends before the image does; it was cut while in use")
-    return data
+        return read_image_in(shard, int(self._offset[index]), int(self._size[index]), "tar")
 
 
 def shards(root: str | Path, pattern: str) -> list[str]:
@@ -167,9 +152,8 @@ def _index(root: Path, shards: list[str], label_field: str) -> Index:
         "offset": places[0, kept],
         "size": places[1, kept],
         "label": np.array([number.get(label, label) for label in wanted], np.int64),
-        "names": text_array(Strings.of(name for name, usable in zip(names, kept, strict=True) if usable).blob),
         "classes": text_array(Strings.of(classes).blob),
-        "skipped": text_array(json.dumps(skipped).encode()),
+        **stored((name for name, usable in zip(names, kept, strict=True) if usable), skipped),
     }
 
 

@@ -14,7 +14,6 @@ Nothing in a record says whether class numbers count from 0 or from 1: scripts d
 the numbers 1 to 1000 and keep 0 for a background, TFDS counts from 0. See `TFRecordSource.first`.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,9 +25,8 @@ from numpy.typing import NDArray
 
 from fastdeit.data.sources import shards
 from fastdeit.data.sources.faults import of_file
-from fastdeit.data.sources.index import Listed, Strings, digest, read_at, read_range, text_array
+from fastdeit.data.sources.index import Listed, digest, read_at, read_range
 from fastdeit.data.sources.kinds import Kind
-from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.scan import scanned
 from fastdeit.data.sources.source import MAX_LABEL, BadImage, DataError, lines_of
 
@@ -54,7 +52,8 @@ _Range = tuple[int, int]
 
 
 class TFRecordSource(Listed):
-    """The images of `files`, paths relative to `root`, in the order of files and records.
+    """The images of `files`, paths relative to `root`, in the order of files and records. A sample is called
+    FILE:RECORD.
 
     first: the class number that becomes label 0. If None, class names beside the files say it (TFDS' label.labels.txt,
     a name a line, from 0; slim's labels.txt, NUMBER:NAME a line, where a class 0 called background that no image has is
@@ -64,23 +63,18 @@ class TFRecordSource(Listed):
     """
 
     def __init__(self, root: str | Path, files: Sequence[str], first: int | None = None) -> None:
-        self._root, self._files = str(root), list(files)
+        self._files = list(files)
         key = digest([_CACHE_FORMAT, *files])
-        index = shards.cached(Path(root), self._files, "tfrecord", key, lambda: _index(self._root, self._files))
+        index = shards.cached(Path(root), self._files, "tfrecord", key, lambda: _index(str(root), self._files))
         self._file, self._offset, self._size = index["part"], index["offset"], index["size"]
         self._start, self._length = index["start"], index["length"]
-        names, skipped = Strings(index["names"].tobytes()), json.loads(index["skipped"].tobytes())
-        if not len(names):
-            raise DataError(
-                f"{root}: no image with a label in {len(files)} TFRecord file{'s' if len(files) > 1 else ''}; a record "
-                "is a tf.train.Example with image/encoded and image/class/label, or image and label"
-                f"{shards.reasons(skipped)}"
-            )
-        if skipped:
-            say(f"{root}: {len(skipped)} entries of TFRecord files are left out:{shards.reasons(skipped)}")
-        labels, classes, self.first = _numbered(self._root, self._files, index["label"], first)
-        fingerprint = digest(names.blob, labels, self._size)
-        super().__init__(classes, names, labels, fingerprint, [tuple(entry) for entry in skipped])
+        nothing = (
+            f"no image with a label in {len(files)} TFRecord file{'s' if len(files) > 1 else ''}; a record is a "
+            "tf.train.Example with image/encoded and image/class/label, or image and label"
+        )
+        names, skipped = shards.listed_in(index, root, "entries of TFRecord files", nothing)
+        labels, classes, self.first = _numbered(str(root), self._files, index["label"], first)
+        super().__init__(classes, names, labels, digest(names.blob, labels, self._size), skipped, root=root)
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """The encoded image `index`: uint8 `[n]`. BadImage if its record was cut, or its checksum does not match."""
@@ -92,10 +86,6 @@ class TFRecordSource(Listed):
         if _masked_crc(record[:size]) != int.from_bytes(record[size:], "little"):
             raise BadImage("its bytes in the TFRecord file have changed (checksum mismatch); copy the file anew")
         return record[start : start + int(self._length[index])]
-
-    def path(self, index: int) -> str:
-        """FILE:RECORD of sample `index`, with the folder of the data set."""
-        return os.path.join(self._root, self.name(index))
 
 
 def files(root: str | Path, split: str) -> list[str]:
@@ -123,8 +113,7 @@ def _index(root: str, files: list[str]) -> shards.Index:
     types |= {"label": np.int64}
     return {
         **{key: row.astype(kind) for (key, kind), row in zip(types.items(), np.hstack(columns), strict=True)},
-        "names": text_array(Strings.of(names).blob),
-        "skipped": text_array(json.dumps(skipped).encode()),
+        **shards.stored(names, skipped),
     }
 
 
