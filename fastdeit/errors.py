@@ -4,6 +4,9 @@ Only the modules at the top of the package use them. `recipe`, `data` and `engin
 because dependencies point down; `cli.exit_code` knows what those mean.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FastdeitError(Exception):
     """A failure with a message for the person at the terminal; shown without a traceback."""
@@ -30,6 +33,15 @@ class Interrupted(FastdeitError):
     """
 
     exit_code = 75
+
+
+@contextmanager
+def naming(what: object, kind: type[Exception] = UsageError) -> Iterator[None]:
+    """Errors of this kind in the block are UsageErrors, and say what they are about, such as a field of the recipe."""
+    try:
+        yield
+    except kind as error:
+        raise UsageError(f"{what}: {error}") from error
 
 
 COMMON_CODES = frozenset({UsageError.exit_code, NonFiniteError.exit_code, Interrupted.exit_code})

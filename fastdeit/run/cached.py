@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdeit.data.logits import Cache
 from fastdeit.data.plan.plan import Mixing
 from fastdeit.data.sources.source import DataError, Source
-from fastdeit.errors import UsageError
+from fastdeit.errors import UsageError, naming
 from fastdeit.methods.config import DistillConfig
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe.length import Length
@@ -139,10 +139,8 @@ def checked(recipe: "Recipe", source: Source, length: Length) -> Cache | None:
     if not isinstance(method, DistillConfig) or method.cached is None:
         return None
     folder = method.cached
-    try:
+    with naming("method.cached", DataError):
         cache = Cache.open(Path(folder))
-    except DataError as error:
-        raise UsageError(f"method.cached: {error}") from error
     # The first of the classes is exact at any temperature.
     ignored = (_OF_THE_TEACHER, TAU) if method.distillation == "hard" else (_OF_THE_TEACHER,)
     found = differences(cache.fingerprint, images_of(recipe, source), ignored)

@@ -7,7 +7,7 @@ from typing import Any
 from fastdeit import plugins
 from fastdeit.engine import checkpoint
 from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
-from fastdeit.errors import UsageError
+from fastdeit.errors import UsageError, naming
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import bare, directory
 from fastdeit.run.address import Address, parse
@@ -20,7 +20,7 @@ def chosen(address: Address, tensors: bool = True) -> tuple[Checkpoint, list[str
     UsageError where there is none, and where the one that is named is damaged.
     """
     notes: list[str] = []
-    try:
+    with naming(address, CheckpointError):
         if address.kind == "checkpoint":
             return checkpoint.load(address.path, tensors), notes
         root = address.path / directory.CHECKPOINTS
@@ -37,8 +37,6 @@ def chosen(address: Address, tensors: bool = True) -> tuple[Checkpoint, list[str
             step, told = _best(address, state_of(address, found, "record"))
             notes += told
             found = found if found.step == step else _of_step(address, root, step, tensors)
-    except CheckpointError as error:
-        raise UsageError(f"{address}: {error}") from error
     return found, notes
 
 
@@ -50,10 +48,8 @@ def check(text: str, overrides: Sequence[str], model: str | None = None) -> None
     """
     address = parse(text)
     if model is not None:
-        try:
+        with naming(f"--model {model}", ValueError):
             bare.split(model)
-        except ValueError as error:
-            raise UsageError(f"--model {model}: {error}") from error
     if address.kind in ("safetensors", "pickle", "timm"):
         recipes.override(bare.stand_in(), overrides)
     if address.kind == "run" and checkpoint.steps(address.path / directory.CHECKPOINTS):

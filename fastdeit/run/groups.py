@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from fastdeit.engine import optimizers
 from fastdeit.engine.groups import GroupError, ParamGroup, check, check_owned, default_groups, refined
-from fastdeit.errors import UsageError
+from fastdeit.errors import UsageError, naming
 from fastdeit.methods.base import Method
 from fastdeit.models.layers import hidden_matrices, layer_scales
 
@@ -23,12 +23,10 @@ def param_groups(method: Method, recipe: "Recipe") -> list[ParamGroup]:
     """
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
     base = decay_groups(method, recipe)
-    try:
+    with naming(f"method {recipe.method.use}", GroupError):
         groups = refined(method.param_groups(base), _scales(method, recipe), _matrices(method, recipe))
         check_owned(groups, trained)
         check(groups)
-    except GroupError as error:
-        raise UsageError(f"method {recipe.method.use}: {error}") from error
     grouped = {name for group in groups for name in group.params}
     for name, parameter in trained.items():
         parameter.requires_grad_(name in grouped)
@@ -46,20 +44,16 @@ def _scales(method: Method, recipe: "Recipe") -> dict[str, float]:
     decay = recipe.optim.layer_decay
     if decay is None:
         return {}
-    try:
+    with naming("optim.layer_decay", ValueError):
         return {f"model.{name}": scale for name, scale in layer_scales(method.model, decay).items()}
-    except ValueError as error:
-        raise UsageError(f"optim.layer_decay: {error}") from error
 
 
 def _matrices(method: Method, recipe: "Recipe") -> set[str]:
     """The student's hidden matrices by the names of the method, for an optimizer that treats them otherwise."""
     if not optimizers.find(recipe.optim.name).tells_matrices:
         return set()
-    try:
+    with naming(f"optim.name {recipe.optim.name}", ValueError):
         found = {f"model.{name}" for name in hidden_matrices(method.model)}
-    except ValueError as error:
-        raise UsageError(f"optim.name {recipe.optim.name}: {error}") from error
     if not found:
         raise UsageError(
             f"optim.name {recipe.optim.name} is for 2-D weights between embedding and head, of which the model has "

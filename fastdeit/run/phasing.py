@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fastdeit.engine import phases
 from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.step import Engine
-from fastdeit.errors import UsageError
+from fastdeit.errors import UsageError, naming
 from fastdeit.methods.base import Method, Phase
 from fastdeit.run.groups import param_groups
 
@@ -28,10 +28,8 @@ class PhaseSchedule:
         self._phases: Sequence[Phase] = tuple(method.phases())
         self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
         names = [name for name, _ in method.named_parameters()]
-        try:
+        with naming(f"method {recipe.method.use}", phases.PhaseError):
             phases.check(self._phases, epochs, names, self.trainable)
-        except phases.PhaseError as error:
-            raise UsageError(f"method {recipe.method.use}: {error}") from error
         self.phase = self._phases[0]
 
     def groups(self) -> list[ParamGroup]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fastdeit.data.sources.datasets import advice, layout
 from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.data.sources.source import DataError
-from fastdeit.errors import UsageError
+from fastdeit.errors import UsageError, naming
 from fastdeit.run.address import parse
 
 if TYPE_CHECKING:
@@ -20,10 +20,8 @@ def check(recipe: "Recipe") -> None:
     named += [("method.teacher.weights", config.weights) for config in recipe.method.teachers()]
     for field, text in named:
         if text is not None:
-            try:
+            with naming(field):
                 parse(text)
-            except UsageError as error:
-                raise UsageError(f"{field}: {error}") from error
 
 
 def check_root(recipe: "Recipe") -> None:

@@ -3,38 +3,21 @@
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastdeit.data.sources.source import Source
+from fastdeit.data.sources.parts import Part, labels_of
+from fastdeit.data.sources.source import NamedSource
 from fastdeit.errors import UsageError
 from fastdeit.run import classes as class_lists
 from fastdeit.text import some
 
 
-class Renumbered:
-    """`source` with the class list `classes`, in which each of its own classes has another place. A `Source`."""
+class Renumbered(Part):
+    """`source` with the class list `classes`, in which each of its own classes has another place."""
 
-    def __init__(self, source: Source, classes: Sequence[str]) -> None:
+    def __init__(self, source: NamedSource, classes: Sequence[str]) -> None:
         places = {name: place for place, name in enumerate(classes)}
-        self.classes = list(classes)
-        self.fingerprint = source.fingerprint
-        self._source = source
-        self._labels = [places[name] for name in source.classes]
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        """The encoded image, as the source has it."""
-        return self._source.read(index)
-
-    def label(self, index: int) -> int:
-        """The class number, an index into `classes`."""
-        return self._labels[self._source.label(index)]
-
-    def path(self, index: int) -> str:
-        """Where the image lies, for messages."""
-        return self._source.path(index)
+        labels = np.array([places[name] for name in source.classes])[labels_of(source)]
+        super().__init__(source, np.arange(len(source)), labels, list(classes), source.fingerprint, source.skipped)
 
 
 def is_subset(theirs: Sequence[str] | None, ours: Sequence[str], origin: str) -> bool:

@@ -6,7 +6,8 @@ makes the one that they belong to. What is chosen, stripped, renamed or resized 
 a sentence.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import isqrt
 from pickle import UnpicklingError
@@ -127,6 +128,15 @@ class Weights:
 _MOST_PREFIX_TOKENS = 32
 
 
+@contextmanager
+def _naming(origin: object) -> Iterator[None]:
+    """A ValueError in the block is a UsageError of the weights: on one line, whatever names are in their file."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(one_line(f"{origin}: {error}")) from error
+
+
 # ---- by address ------------------------------------------------------------------------------------------------------
 
 
@@ -228,20 +238,16 @@ def _fields(error: ValidationError) -> str:
 
 
 def _pickle(address: Address) -> Weights:
-    try:
+    with _naming(address):
         found = pickled.read(address.path, address.entry)
-    except ValueError as error:
-        raise UsageError(one_line(f"{address}: {error}")) from error
     return _of_file(address, found.tensors, list(found.notes))
 
 
 def _of_file(address: Address, tensors: dict[str, Tensor], notes: list[str], known: Known | None = None) -> Weights:
     """`known` is what the file itself tells of its network; None: a config.json beside it is asked."""
-    try:
+    with _naming(address):
         named, stripped = convert.bare(tensors)
         told = hub.described(address.path) if known is None else {}
-    except ValueError as error:
-        raise UsageError(one_line(f"{address}: {error}")) from error
     if told:
         architecture = told.pop("architecture")
         known = Known(**{"name" if architecture in models.MODELS else "timm": architecture}, **told)
@@ -308,10 +314,8 @@ def _published(origin: str, name: str) -> Any:
     # timm takes a second to import, and only its own weights need it.
     from fastdeit.models import timm_model
 
-    try:
+    with _naming(origin):
         return timm_model.published(name)
-    except ValueError as error:
-        raise UsageError(one_line(f"{origin}: {error}")) from error
 
 
 def _imagenet_classes(config: Any) -> tuple[str, ...] | None:
@@ -370,10 +374,8 @@ def load(
             "weights_grid out"
         )
     may_differ = {"student": None, "teacher": (), "features": (*network.head_names, "head", "head_dist")}[purpose]
-    try:
+    with _naming(weights.origin):
         report = load_weights(network, tensors, weights.grid or grid, may_differ)
-    except ValueError as error:
-        raise UsageError(one_line(f"{weights.origin}: {error}")) from error
     if rows is not None and not report.reinitialised_heads:
         _permute_heads(network, rows)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
@@ -438,7 +440,8 @@ def network(
     count = num_classes or known.num_classes or _rows_of_head(weights, known)
     if count is not None:
         options["num_classes"] = count
-    built = _built(weights.origin, lambda: models.of(known.name, known.timm, **options))
+    with _naming(weights.origin):
+        built = models.of(known.name, known.timm, **options)
     for note in load(built, weights, purpose=purpose, classes=classes, grid=grid):
         if say is not None:
             say(f"{weights.origin}: {note}")
@@ -451,13 +454,6 @@ def _named(known: Known, name: str | None) -> Known:
     if name.startswith("timm:"):
         return replace(known, name=None, timm=name.removeprefix("timm:"))
     return replace(known, name=name, timm=None)
-
-
-def _built(origin: str, build: Callable[[], nn.Module]) -> nn.Module:
-    try:
-        return build()
-    except ValueError as error:
-        raise UsageError(one_line(f"{origin}: {error}")) from error
 
 
 def _rows_of_head(weights: Weights, known: Known) -> int | None:

@@ -8,7 +8,7 @@ from torch import nn
 from fastdeit import cores
 from fastdeit.data.plan import order
 from fastdeit.engine.checkpoint import MAX_STEP
-from fastdeit.errors import UsageError
+from fastdeit.errors import UsageError, naming
 from fastdeit.recipe import differences, idle
 from fastdeit.recipe.length import Length, LengthError, length
 from fastdeit.run.building.pictures import views
@@ -28,10 +28,8 @@ def run_length(recipe: "Recipe", images: int) -> Length:
             f"recipe {recipe.name}: data.repeats is {recipe.data.repeats}, but there are {images} training images, so "
             "an epoch would show copies of one image alone; add data.repeats=1"
         )
-    try:
+    with naming(f"recipe {recipe.name}", LengthError):
         found = length(recipe, images, order.steps_per_epoch(images, recipe.train.batch_size))
-    except LengthError as error:
-        raise UsageError(f"recipe {recipe.name}: {error}") from error
     if found.total > MAX_STEP:
         given = "epochs" if recipe.train.steps is None else "steps"
         raise UsageError(
@@ -45,10 +43,8 @@ def check_batch(recipe: "Recipe", processes: int) -> None:
     """Raise UsageError for a batch that does not divide into groups for so many processes, and for one whose pixels
     alone do not fit the memory of this machine, before any of it is taken."""
     train = recipe.train
-    try:
+    with naming(f"recipe {recipe.name} on {processes} processes", ValueError):
         order.groups_per_batch(train.batch_size, recipe.data.group_size, train.accumulate, processes)
-    except ValueError as error:
-        raise UsageError(f"recipe {recipe.name} on {processes} processes: {error}") from error
     samples, there = train.batch_size // train.accumulate // processes, cores.memory()
     epochs = [epoch for epoch, _ in recipe.data.size_schedule] or [None]
     needed = samples * max(sum(3 * view.size[0] * view.size[1] for view in views(recipe, epoch)) for epoch in epochs)

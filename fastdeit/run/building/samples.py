@@ -3,9 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from fastdeit.data.sources import digits
 from fastdeit.data.sources.datasets import advice, kinds_at, layout, open_held_out, open_pair
 from fastdeit.data.sources.kinds import GENERATED, Columns
+from fastdeit.data.sources.parts import labels_of
 from fastdeit.data.sources.source import DataError, MachineError, Source
 from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.run.building.pictures import image_size
@@ -75,7 +78,4 @@ def compared_classes(recipe: "Recipe", source: Source) -> Sequence[str] | None:
 
 def class_counts(source: Source) -> list[int]:
     """How many images each class has."""
-    counts = [0] * len(source.classes)
-    for index in range(len(source)):
-        counts[source.label(index)] += 1
-    return counts
+    return np.bincount(labels_of(source), minlength=len(source.classes)).tolist()

@@ -8,10 +8,10 @@ from torch import nn
 
 from fastdeit import models, rng
 from fastdeit.engine.step import DTYPES
-from fastdeit.errors import UsageError
+from fastdeit.errors import UsageError, naming
 from fastdeit.fields import Section, size_pair
 from fastdeit.models.freeze import freeze_parts
-from fastdeit.run.building.messages import Report, naming
+from fastdeit.run.building.messages import Report
 from fastdeit.run.building.pictures import image_size
 from fastdeit.run.weights import load, open_weights
 
@@ -33,10 +33,8 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
     # timm's have no mode: a recipe can only say theirs.
     asked = ("drop_path_mode", "dropout") if config.timm is None else ("dropout",)
     options |= {name: getattr(config, name) for name in asked if _is_set(config, name)}
-    try:
+    with naming("model", ValueError):
         built = models.of(config.name, config.timm, **options)
-    except ValueError as error:
-        raise UsageError(f"model: {error}") from error
     _set_modes(built, recipe)
     for _, size in recipe.data.size_schedule:
         _check_takes(built, size)
@@ -46,10 +44,8 @@ def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str
             notes = load(built, found, purpose="student", classes=classes, grid=config.weights_grid)
         for note in (*found.notes, *notes) or ("all tensors fit",):
             say(f"weights of {found.origin}: {note}")
-    try:
+    with naming("model.freeze", ValueError):
         freeze_parts(built, config.freeze)
-    except ValueError as error:
-        raise UsageError(f"model.freeze: {error}") from error
     return built
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdeit.engine.step import DTYPES
-from fastdeit.errors import UsageError
+from fastdeit.errors import UsageError, naming
 from fastdeit.fields import ImageSize, size_pair
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
-from fastdeit.run.building.messages import Report, naming
+from fastdeit.run.building.messages import Report
 from fastdeit.run.building.pictures import image_size
 from fastdeit.run.building.student import model
 from fastdeit.run.weights import network, open_weights

@@ -12,7 +12,7 @@ from fastdeit.data.sources.source import Source
 from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import EmaTeacher
-from fastdeit.errors import UsageError
+from fastdeit.errors import UsageError, naming
 from fastdeit.methods.base import Context, Method, Momentum, scores
 from fastdeit.methods.config import MethodConfig, TeacherConfig
 from fastdeit.methods.evaluators import Classify, HeldOutLoss
@@ -64,11 +64,9 @@ def method(
 
     epochs = recipe.train.epochs or (steps if source is None else run_length(recipe, len(source)).epochs_begun)
     counts = None if source is None else partial(class_counts, source)
-    try:
+    with naming(f"method {recipe.method.use}", ValueError):
         context = Context(num_classes, epochs, steps, teacher, ema_teacher, counts)
         made = kind(student, recipe.method, context)
-    except ValueError as error:
-        raise UsageError(f"method {recipe.method.use}: {error}") from error
     if not set(averaged) <= set(made.modules()):
         raise UsageError(
             f"method {recipe.method.use}: what ema_teacher() returns must be an attribute of the method, or in an "
