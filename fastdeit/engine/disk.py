@@ -46,19 +46,24 @@ def writing(path: Path) -> Iterator[None]:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one step, which survives a power cut. Raises DiskError; the file that was there then is."""
-    temporary = path.with_name(f".tmp-{path.name}")
     with writing(path):
-        try:
-            _fault.point(f"write {path.name}")
-            temporary.write_text(text)
-            sync(temporary)
-            _fault.point(f"rename {path.name}")
-            os.replace(temporary, path)
-            sync(path.parent)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        replace(path, text.encode())
+
+
+def replace(path: Path, data: bytes) -> None:
+    """As `replace_text`, of any file. Raises OSError."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        _fault.point(f"write {path.name}")
+        temporary.write_bytes(data)
+        sync(temporary)
+        _fault.point(f"rename {path.name}")
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def make_directory(path: Path) -> None:

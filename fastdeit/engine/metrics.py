@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastdeit import files, jsons
-from fastdeit.engine import _fault
+from fastdeit.engine import _fault, disk
 
 LARGEST = 1 << 29
 """Bytes of a metrics.jsonl that is read. A line of each of a million steps has half of that."""
@@ -63,7 +63,7 @@ class MetricsLog:
         Raises MetricsError naming the key if a value is not JSON (a tensor, a numpy array), OSError if the disk fails.
         """
         line = _encode({"step": step, **values})
-        start = self._size()
+        start = os.fstat(self._file.fileno()).st_size
         _fault.point(f"write {self.path.name}")
         if self._file.write(line) != len(line):
             # A full disk takes part of a line; the next record must not continue it.
@@ -80,24 +80,13 @@ class MetricsLog:
             for line, record in _records(self.path)
             if record["step"] < step or (record["step"] == step and (kind is None or record.get("kind") != kind))
         ]
-        temporary = self.path.with_name(f".tmp-{self.path.name}")
-        _fault.point(f"write {temporary.name}")
-        with open(temporary, "wb") as file:
-            file.writelines(kept)
-            file.flush()
-            _fault.point(f"fsync {temporary.name}")
-            os.fsync(file.fileno())
-        _fault.point(f"rename {temporary.name}")
-        os.replace(temporary, self.path)
+        disk.replace(self.path, b"".join(kept))
         self._file.close()
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
 
     def close(self) -> None:
         """Close the file; no record can be appended after."""
         self._file.close()
-
-    def _size(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
 
     def _cut_torn_line(self) -> None:
         self._file.seek(0)
