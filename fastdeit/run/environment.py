@@ -5,7 +5,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,15 +19,6 @@ from fastdeit.version import __version__
 DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 PACKAGES = ("triton", "timm", "numpy", "safetensors", "pydantic")
 APEX_SOURCE = "https://github.com/NVIDIA/apex"
-
-
-@dataclass(frozen=True)
-class Space:
-    """Free and total bytes of the file system that holds `path`."""
-
-    path: str
-    free: int
-    total: int
 
 
 def report() -> dict[str, Any]:
@@ -50,7 +40,7 @@ def report() -> dict[str, Any]:
         "apex": apex_status(),
         "kernels": [{"name": item.name, "backend": item.backend, "reason": item.reason} for item in kernels.info()],
         "native": kernels.native_status(),
-        "space": {name: vars(space(path)) for name, path in _places().items()},
+        "space": {name: space(path) for name, path in _places().items()},
     }
 
 
@@ -155,7 +145,7 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def space(path: Path) -> Space:
-    """Room on the file system of an existing path."""
+def space(path: Path) -> dict[str, Any]:
+    """Of the file system of an existing `path`: this path, and the `free` and `total` bytes."""
     usage = shutil.disk_usage(path)
-    return Space(str(path), usage.free, usage.total)
+    return {"path": str(path), "free": usage.free, "total": usage.total}
