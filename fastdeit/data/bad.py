@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastdeit import jsons
-from fastdeit.data.sources.source import DataError, MachineError, Source
+from fastdeit.data.sources.source import DataError, MachineError, Source, itemised
 from fastdeit.text import one_line
 
 FILE = "bad_images.jsonl"
@@ -168,12 +168,10 @@ class BadImages:
         n = len(self._source)
         if total <= allowed(n, self._max_fraction) and (total < n or not n):
             return
-        known = self._shared.entries()
-        listed = "".join(f"\n  {path}: {reason}" for path, reason in known[:_LISTED])
-        more = f"\n  and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+        listed = itemised(self._shared.entries(), _LISTED)
         raise DataError(
             f"{total} of {n} images cannot be used, more than max_bad_fraction {self._max_fraction:g} "
-            f"allows; repair or delete the files that are damaged, or raise max_bad_fraction:{listed}{more}"
+            f"allows; repair or delete the files that are damaged, or raise max_bad_fraction:{listed}"
         )
 
 

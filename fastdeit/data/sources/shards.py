@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from fastdeit.cache_folder import cache_folder
 from fastdeit.data.sources.index import Strings, atomic, digest, seal, text_array, unseal
 from fastdeit.data.sources.notices import is_first, say, say_here
-from fastdeit.data.sources.source import DataError
-from fastdeit.text import one_line
+from fastdeit.data.sources.source import DataError, itemised
 
 TFRECORD = re.compile(r"(?P<stem>[^.].*?)(?:-\d+-of-\d+(?:\.tfrecords?)?|\.tfrecords?(?:-\d+-of-\d+)?)")
 # The `datasets` library keeps results of `map` and `filter` in files cache-*.arrow beside the data.
@@ -264,13 +263,7 @@ def told(names: Strings, skipped: Skipped, root: str | Path, what: str, nothing:
     """Both as they are. A warning says what was left out, which is called `what`. DataError, which says `nothing`,
     where no sample is left."""
     if not names:
-        raise DataError(f"{root}: {nothing}{reasons(skipped)}")
+        raise DataError(f"{root}: {nothing}{itemised(skipped, _SHOWN)}")
     if skipped:
-        say(f"{root}: {len(skipped)} {what} are left out:{reasons(skipped)}")
+        say(f"{root}: {len(skipped)} {what} are left out:{itemised(skipped, _SHOWN)}")
     return names, skipped
-
-
-def reasons(skipped: Skipped) -> str:
-    """The first reasons, a line each, for a message."""
-    more = f"\n  and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
-    return "".join(f"\n  {one_line(path)}: {one_line(reason)}" for path, reason in skipped[:_SHOWN]) + more

@@ -177,6 +177,12 @@ def quieten_pillow() -> None:
         warnings.filterwarnings("ignore", category=category, module=r"PIL\.")
 
 
+def itemised(entries: Sequence[tuple[str, str]], limit: int) -> str:
+    """The first `limit` of (path, reason), a line each, for a message, and how many more there are."""
+    more = f"\n  and {len(entries) - limit} more" if len(entries) > limit else ""
+    return "".join(f"\n  {one_line(path)}: {one_line(reason)}" for path, reason in entries[:limit]) + more
+
+
 def listed(names: Sequence[str], limit: int = 5) -> str:
     """The first `limit` names, quoted, for a message, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
