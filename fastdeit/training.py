@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -31,6 +31,7 @@ from fastdeit.errors import Interrupted
 from fastdeit.estimate import activations, capture
 from fastdeit.methods.evaluators import Classify
 from fastdeit.recipe.length import Length
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import agreement, build, carry, directory, precision, request, teachers, threads
 from fastdeit.run.clock import Clock
 from fastdeit.run.fork import Origin
@@ -38,9 +39,6 @@ from fastdeit.run.health import Health, stopped
 from fastdeit.run.parts import Parts
 from fastdeit.run.record import Record, describe
 from fastdeit.text import one_line
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 _RUN_DIR = "run directory"
 """What processes that a launcher starts anew go on with."""
@@ -68,9 +66,7 @@ def main(args: argparse.Namespace) -> None:
             train(recipe, asked.run_dir, world, resume=asked.resume, origin=asked.origin, began=args.began)
 
 
-def alone(
-    recipe: "Recipe", run_dir: Path | None, *, resume: bool = False, began: float | None = None
-) -> dict[str, Any]:
+def alone(recipe: Recipe, run_dir: Path | None, *, resume: bool = False, began: float | None = None) -> dict[str, Any]:
     """`train` in this process by itself, which computes with as many threads as the recipe says.
 
     resume  go on from the newest checkpoint in `run_dir`, if there is one
@@ -86,7 +82,7 @@ def alone(
             return train(recipe, run_dir, world, resume=resume, began=began)
 
 
-def _fixed(recipe: "Recipe", world: World) -> "Recipe":
+def _fixed(recipe: Recipe, world: World) -> Recipe:
     """The recipe with what it leaves to the machine."""
     recipe = precision.fixed(threads.fixed(recipe, world), world, _say_once)
     precision.check_products(recipe, world)
@@ -98,12 +94,12 @@ def _say_once(text: str) -> None:
         print(one_line(text), flush=True)
 
 
-def _of_teacher(recipe: "Recipe", text: str) -> None:
+def _of_teacher(recipe: Recipe, text: str) -> None:
     _say_once(f"of the teacher {recipe.name}, {text}")
 
 
 def train(
-    recipe: "Recipe",
+    recipe: Recipe,
     run_dir: Path | None,
     world: World,
     *,
@@ -398,7 +394,7 @@ def check_metrics(parts: Parts, start: int, record: Record) -> None:
         build.check_best_by(recipe, list(parts.held_out(method.evaluators(), batches=1).metrics))
 
 
-def schedule_of(recipe: "Recipe", length: Length) -> dict[str, Any]:
+def schedule_of(recipe: Recipe, length: Length) -> dict[str, Any]:
     """The arguments of `learning_rate` for a run of the recipe."""
     names = "schedule", "lr", "warmup_lr", "min_lr"
     run = {"steps_per_epoch": length.steps_per_epoch, "epochs": length.epochs, "warmup_epochs": length.warmup_epochs}

@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastdeit.data.sources.source import DataError
 from fastdeit.engine import checkpoint
@@ -19,12 +19,10 @@ from fastdeit.engine.checkpoint import Checkpoint, CheckpointError
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import directory, environment
 from fastdeit.run.fork import Origin
 from fastdeit.text import shorten
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 Result = TypeVar("Result")
 View = dict[str, Any]
@@ -40,7 +38,7 @@ _DATA = {
 }
 
 
-def same_view(world: World, recipe: "Recipe", run_dir: Path | None, origin: Origin | None) -> None:
+def same_view(world: World, recipe: Recipe, run_dir: Path | None, origin: Origin | None) -> None:
     """Raise UsageError, on every process, unless all have the same recipe, see the same checkpoints and run the same
     versions.
 

@@ -4,20 +4,18 @@ Importing this module imports no torch, so that overrides for a bare file are ch
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastdeit.fields import ImageSize
 from fastdeit.models.names import MODELS, check
 from fastdeit.recipe import resolve as recipes
-
-if TYPE_CHECKING:
-    from fastdeit.fields import ImageSize
 
 IMAGENET_SIZE = 224
 
 
 def recipe(
-    name: str | None, timm: str | None, *, size: "ImageSize" = IMAGENET_SIZE, data: Mapping[str, Any] | None = None
-) -> "recipes.Recipe":
+    name: str | None, timm: str | None, *, size: ImageSize = IMAGENET_SIZE, data: Mapping[str, Any] | None = None
+) -> recipes.Recipe:
     """A recipe of one of our models or of timm's, with fields of `data:`. Nothing is trained by it, so length and
     learning rate mean nothing. Raises pydantic's ValidationError for values that make no recipe."""
     return recipes.Recipe.model_validate(
@@ -34,7 +32,7 @@ def recipe(
     )
 
 
-def stand_in() -> "recipes.Recipe":
+def stand_in() -> recipes.Recipe:
     """A recipe by which overrides can be checked while it is not known which model the weights are of."""
     return recipe(MODELS[0], None)
 

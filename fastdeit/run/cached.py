@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +21,10 @@ from fastdeit.errors import UsageError, naming
 from fastdeit.methods.config import DistillConfig
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe.length import Length
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build
 from fastdeit.text import some
 from fastdeit.views import AugmentSettings
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 TAU = "method.tau"
 _NORMALISATION = "data.mean", "data.std"
@@ -34,7 +32,7 @@ _SCHEDULE = "data.size_schedule"
 _OF_THE_TEACHER = "teacher."
 
 
-def images_of(recipe: "Recipe", source: Source) -> dict[str, Any]:
+def images_of(recipe: Recipe, source: Source) -> dict[str, Any]:
     """Everything that the images of a run depend on, by the name of the field, as JSON has it.
 
     The settings of the first view are called by their names in the data section, wherever the recipe sets them.
@@ -58,7 +56,7 @@ def images_of(recipe: "Recipe", source: Source) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def _sizes(recipe: "Recipe") -> list[tuple[int, Any]]:
+def _sizes(recipe: Recipe) -> list[tuple[int, Any]]:
     """The entries of `data.size_schedule` if they change the size of the first view, which may have its own; one that
     only repeats the size before it is left out, and a square is said by its side."""
     found: list[tuple[int, Any]] = []
@@ -72,7 +70,7 @@ def _sizes(recipe: "Recipe") -> list[tuple[int, Any]]:
 
 
 def fingerprint(
-    recipe: "Recipe", source: Source, teachers: Sequence[tuple[Teacher, Mapping[str, Tensor]]], exact: bool
+    recipe: Recipe, source: Source, teachers: Sequence[tuple[Teacher, Mapping[str, Tensor]]], exact: bool
 ) -> dict[str, Any]:
     """What the records depend on that the teachers, each with its weights, give in the recipe's precision.
 
@@ -130,7 +128,7 @@ def _short(value: Any) -> str:
     return json.dumps(value)
 
 
-def checked(recipe: "Recipe", source: Source, length: Length) -> Cache | None:
+def checked(recipe: Recipe, source: Source, length: Length) -> Cache | None:
     """The cache that the recipe learns from, which has every record that the run needs; None if it names none.
 
     Raises UsageError, with the fields that differ, for a cache of other images, and for one that is not complete.

@@ -7,7 +7,6 @@ as those still fit; what cannot be carried over is refused in a sentence.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,15 +15,13 @@ from fastdeit.engine.checkpoint import Checkpoint
 from fastdeit.engine.fit import FitError, check_fit
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import agreement
 from fastdeit.run.build import Report
 from fastdeit.run.fork import Origin
 from fastdeit.run.record import Record
 from fastdeit.run.saver import Saver, does_not_fit, present
 from fastdeit.text import some
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 
 def over(origin: Origin, saver: Saver, say: Report) -> Record:
@@ -50,7 +47,7 @@ def over(origin: Origin, saver: Saver, say: Report) -> Record:
     return Record(phase=phase)
 
 
-def check(origin: Origin, recipe: "Recipe", classes: Sequence[str]) -> None:
+def check(origin: Origin, recipe: Recipe, classes: Sequence[str]) -> None:
     """Raise UsageError for a recipe, and data of such classes, that cannot go on from the checkpoint of `origin`, as
     far as can be said without its tensors."""
     parent, theirs = origin.recipe, origin.state["identity"]["classes"]
@@ -66,7 +63,7 @@ def check(origin: Origin, recipe: "Recipe", classes: Sequence[str]) -> None:
         raise _refusal(origin, f"the data there has {len(theirs)} classes, and other ones than the {len(classes)} here")
 
 
-def check_network(origin: Origin, recipe: "Recipe", files: Mapping[str, Mapping[str, Tensor]]) -> None:
+def check_network(origin: Origin, recipe: Recipe, files: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise UsageError as `over` does where a network whose checkpoints have such `files` (`saver.held`), perhaps
     without storage, is another than that in the checkpoint of `origin`."""
     found = checkpoint.load(origin.path, verify=False)
@@ -77,7 +74,7 @@ def check_network(origin: Origin, recipe: "Recipe", files: Mapping[str, Mapping[
         raise _misfit(origin, recipe, does_not_fit(found, origin.state["record"]["phase"], error)) from error
 
 
-def _misfit(origin: Origin, recipe: "Recipe", error: UsageError) -> UsageError:
+def _misfit(origin: Origin, recipe: Recipe, error: UsageError) -> UsageError:
     changed = ", ".join(field for field, _, _ in recipes.difference(origin.recipe, recipe))
     return _refusal(origin, f"{error} (changed: {changed or 'nothing'})")
 

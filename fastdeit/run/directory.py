@@ -29,13 +29,13 @@ from fastdeit import plugins
 from fastdeit.engine import checkpoint, disk, metrics
 from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.lock import NAME as LOCK
 from fastdeit.run.lock import locked, refuse_owned
 from fastdeit.run.state import checked
 
 if TYPE_CHECKING:
     from fastdeit.engine.dist import World
-    from fastdeit.recipe.resolve import Recipe
 
 RUNS = Path("runs")
 CHECKPOINTS, RECIPE, METRICS = "checkpoints", "recipe.yaml", "metrics.jsonl"
@@ -102,7 +102,7 @@ def newest(name: str) -> Path:
     return max(found)[-1]
 
 
-def recipe_of(run: Path) -> "Recipe":
+def recipe_of(run: Path) -> Recipe:
     """The recipe that the run goes on by: that of its newest checkpoint, whose hash is known.
 
     While its teacher is trained a run has no checkpoint; then it is the one in recipe.yaml. Raises UsageError where
@@ -124,7 +124,7 @@ def _newest_state(run: Path) -> dict[str, Any] | None:
     return None if plain is None else checked(plain, root)
 
 
-def written_recipe(run: Path) -> "Recipe":
+def written_recipe(run: Path) -> Recipe:
     """The recipe in recipe.yaml of the run, under its own name.
 
     Raises RecipeError where it cannot be read, `plugins.Untrusted` for code that only the run names.
@@ -132,13 +132,13 @@ def written_recipe(run: Path) -> "Recipe":
     return as_it_was_called(run, recipes.load(str(run / RECIPE), own=False))
 
 
-def as_it_was_called(run: Path, recipe: "Recipe") -> "Recipe":
+def as_it_was_called(run: Path, recipe: Recipe) -> Recipe:
     """`recipe`, read from recipe.yaml of the run, under the name that the run began with."""
     title = re.match(r"# The recipe (\S+),", (run / RECIPE).read_text())
     return recipe.model_copy(update={"name": title[1] if title else run.name})
 
 
-def checked_recipe(plain: Mapping[str, Any], where: Path) -> "Recipe":
+def checked_recipe(plain: Mapping[str, Any], where: Path) -> Recipe:
     """The recipe in the state of a checkpoint at `where`.
 
     Raises UsageError if this version of fastdeit has no such, `plugins.Untrusted` for code that only the checkpoint
@@ -156,7 +156,7 @@ def checked_recipe(plain: Mapping[str, Any], where: Path) -> "Recipe":
         ) from error
 
 
-def names_code(recipe: "Recipe") -> bool:
+def names_code(recipe: Recipe) -> bool:
     """Whether the recipe names code of somebody else, so that a run of it goes on with `--trust` alone."""
     named = [recipe.model.name, recipe.method.use, recipe.optim.name, recipe.data.source]
     named += [teacher.model for teacher in recipe.method.teachers()]
@@ -201,7 +201,7 @@ class Again:
         return f"{there}: there is no checkpoint yet"
 
 
-def write_recipe(run: Path, recipe: "Recipe") -> None:
+def write_recipe(run: Path, recipe: Recipe) -> None:
     """Write recipe.yaml for people to read."""
     disk.replace_text(run / RECIPE, _TITLE.format(name=recipe.name) + recipes.dump(recipe))
 

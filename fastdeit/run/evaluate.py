@@ -80,7 +80,7 @@ def named_metrics(results: Mapping[str, Result]) -> dict[str, float]:
     return {f"{name}{kind}": value for kind, result in results.items() for name, value in result.metrics.items()}
 
 
-def metric_rows(recipe: "recipes.Recipe", metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+def metric_rows(recipe: recipes.Recipe, metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Rows of a table for a person: what was measured, and the value. Accuracy among the first five is left out."""
     fuse = recipe.method.fuse
     fused = {"softmax": "sum of softmaxes", "logit": "mean of logits"}.get(fuse, f"{fuse} head alone")

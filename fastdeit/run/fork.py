@@ -8,19 +8,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastdeit.errors import UsageError
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.recipe import resolve as recipes
+from fastdeit.recipe.length import Length
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import address, directory, teachers
 from fastdeit.run.chosen import chosen, place_of
 from fastdeit.run.lock import NAME as LOCK
 from fastdeit.run.state import checked
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.length import Length
-    from fastdeit.recipe.resolve import Recipe
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,9 @@ class Origin:
     path: Path
     step: int
     state: dict[str, Any]
-    recipe: "Recipe"
+    recipe: Recipe
 
-    def start(self, length: "Length") -> int:
+    def start(self, length: Length) -> int:
         """The step at which a fork of this length begins.
 
         It is the parent's, or that of the same epoch where the epochs have another number of steps. Raises UsageError
@@ -54,13 +52,13 @@ class Origin:
             )
         return step
 
-    def lineage(self, recipe: "Recipe") -> list[dict[str, Any]]:
+    def lineage(self, recipe: Recipe) -> list[dict[str, Any]]:
         """What a fork by `recipe` is a fork of, the oldest first: {run, step, differences: {field: [old, new]}}."""
         changed = {field: [old, new] for field, old, new in recipes.changes(self.recipe, recipe)}
         entry = {"run": str(self.run), "step": self.step, "differences": changed}
         return [*self.state["lineage"], entry]
 
-    def teachers(self, recipe: "Recipe") -> dict[TeacherConfig, Path]:
+    def teachers(self, recipe: Recipe) -> dict[TeacherConfig, Path]:
         """The parent's teachers, trained there to their end, that a fork by `recipe` asks for as well."""
         theirs = teachers.trained(self.recipe, self.run)
         return {config: theirs[config] for config in teachers.folders(recipe.method) if config in theirs}

@@ -1,18 +1,14 @@
 """From a recipe and a method to the optimizer's groups: decay, the method's own factors, layer decay, matrices."""
 
-from typing import TYPE_CHECKING
-
 from fastdeit.engine import optimizers
 from fastdeit.engine.groups import GroupError, ParamGroup, check, check_owned, default_groups, refined
 from fastdeit.errors import UsageError, naming
 from fastdeit.methods.base import Method
 from fastdeit.models.layers import hidden_matrices, layer_scales
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
+from fastdeit.recipe.resolve import Recipe
 
 
-def param_groups(method: Method, recipe: "Recipe") -> list[ParamGroup]:
+def param_groups(method: Method, recipe: Recipe) -> list[ParamGroup]:
     """Optimizer groups of what asks for gradients now, validated.
 
     First come two groups, with and without weight decay. `Method.param_groups` changes them. Then each is split by
@@ -33,13 +29,13 @@ def param_groups(method: Method, recipe: "Recipe") -> list[ParamGroup]:
     return groups
 
 
-def decay_groups(method: Method, recipe: "Recipe") -> list[ParamGroup]:
+def decay_groups(method: Method, recipe: Recipe) -> list[ParamGroup]:
     """Base optimizer groups of what is trained now: what the student exempts from weight decay, by its names there."""
     _, exempt = method.model.decay_groups(decay_dist_token=recipe.optim.decay_dist_token)
     return default_groups(method.named_parameters(), recipe.optim.weight_decay, {f"model.{name}" for name in exempt})
 
 
-def _scales(method: Method, recipe: "Recipe") -> dict[str, float]:
+def _scales(method: Method, recipe: Recipe) -> dict[str, float]:
     """Factors of `optim.layer_decay` by the names of the method; what is not the student's is as near as its head."""
     decay = recipe.optim.layer_decay
     if decay is None:
@@ -48,7 +44,7 @@ def _scales(method: Method, recipe: "Recipe") -> dict[str, float]:
         return {f"model.{name}": scale for name, scale in layer_scales(method.model, decay).items()}
 
 
-def _matrices(method: Method, recipe: "Recipe") -> set[str]:
+def _matrices(method: Method, recipe: Recipe) -> set[str]:
     """The student's hidden matrices by the names of the method, for an optimizer that treats them otherwise."""
     if not optimizers.find(recipe.optim.name).tells_matrices:
         return set()

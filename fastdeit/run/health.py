@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastdeit.data.sources.source import DataError
 from fastdeit.engine import checkpoint
@@ -14,12 +13,10 @@ from fastdeit.engine.guard import SPIKE
 from fastdeit.engine.replicas import DriftError
 from fastdeit.engine.step import Engine
 from fastdeit.errors import FastdeitError, NonFiniteError
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import directory, precision
 from fastdeit.run.build import Report
 from fastdeit.run.saver import PoisonedError, Saver
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 
 class Health:
@@ -101,7 +98,7 @@ def stopped(error: Exception, step: int, way: str) -> FastdeitError:
 
 
 def gave_up(
-    recipe: "Recipe", run_dir: Path, last: int, limit: int, world: World, again: Callable[..., str]
+    recipe: Recipe, run_dir: Path, last: int, limit: int, world: World, again: Callable[..., str]
 ) -> NonFiniteError:
     """The error after `limit` steps in a row up to step `last` whose gradients were not finite, and what helps."""
     first = last - limit + 1
@@ -127,12 +124,12 @@ def gave_up(
     return NonFiniteError("\n".join(lines))
 
 
-def _gentler(recipe: "Recipe") -> list[str]:
+def _gentler(recipe: Recipe) -> list[str]:
     """Overrides with which a run may get past what it stopped for."""
     lr, clip = max(recipe.optim.lr / 2, recipe.optim.min_lr), recipe.optim.clip_grad
     return [f"optim.lr={lr:g}", *(["optim.clip_grad=1.0"] if clip is None or clip > 1 else [])]
 
 
-def _fork(recipe: "Recipe", run_dir: Path, step: int, settings: list[str], world: World) -> str:
+def _fork(recipe: Recipe, run_dir: Path, step: int, settings: list[str], world: World) -> str:
     run, trust = Path(f"{run_dir}@step={step}"), directory.names_code(recipe)
     return directory.command(run, *settings, verb="--from", world=world, trust=trust)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastdeit import kernels
 from fastdeit.data.bad import BadList
@@ -21,14 +20,12 @@ from fastdeit.methods.evaluators import Evaluator
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import agreement, build, cached, sharing, teachers
 from fastdeit.run.evaluate import Result, evaluate
 from fastdeit.run.phasing import PhaseSchedule
 from fastdeit.run.record import RunLog
 from fastdeit.run.saver import Saver, identity_of
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Parts:
     bad      those of them that cannot be used
     """
 
-    recipe: "Recipe"
+    recipe: Recipe
     world: World
     sources: tuple[Source, Source]
     bad: tuple[BadList, BadList]
@@ -55,7 +52,7 @@ class Parts:
     saver: Saver
 
     @classmethod
-    def of(cls, recipe: "Recipe", world: World, begins: bool, known: teachers.Known) -> "Parts":
+    def of(cls, recipe: Recipe, world: World, begins: bool, known: teachers.Known) -> "Parts":
         """Everything that the recipe asks for, in its initial state.
 
         begins  whether the student begins with `model.weights`; else a checkpoint gives it its weights, and the file

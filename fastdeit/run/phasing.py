@@ -1,17 +1,14 @@
 """The phases of a run's method, and which of them is under way."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from fastdeit.engine import phases
 from fastdeit.engine.groups import ParamGroup
 from fastdeit.engine.step import Engine
 from fastdeit.errors import UsageError, naming
 from fastdeit.methods.base import Method, Phase
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.groups import param_groups
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 
 class PhaseSchedule:
@@ -23,7 +20,7 @@ class PhaseSchedule:
     Raises UsageError for phases that do not fit the run.
     """
 
-    def __init__(self, method: Method, recipe: "Recipe", epochs: int) -> None:
+    def __init__(self, method: Method, recipe: Recipe, epochs: int) -> None:
         self._method, self._recipe = method, recipe
         self._phases: Sequence[Phase] = tuple(method.phases())
         self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}

@@ -1,19 +1,16 @@
 """What a recipe names on the disk, and whether it is there. No torch is imported, so a mistake is said at once."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastdeit.data.sources.datasets import advice, layout
 from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.data.sources.source import DataError
 from fastdeit.errors import UsageError, naming
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.address import parse
 
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
-
-def check(recipe: "Recipe") -> None:
+def check(recipe: Recipe) -> None:
     """Raise UsageError or DataError where the data set or the weights that a new run begins with are not there."""
     check_root(recipe)
     named = [("model.weights", recipe.model.weights)]
@@ -24,7 +21,7 @@ def check(recipe: "Recipe") -> None:
                 parse(text)
 
 
-def check_root(recipe: "Recipe") -> None:
+def check_root(recipe: Recipe) -> None:
     """Raise UsageError where the recipe needs a folder of data and none is given, DataError where there is none."""
     data = recipe.data
     if data.source in GENERATED or (data.root is not None and Path(data.root).expanduser().is_dir()):

@@ -6,21 +6,18 @@ device has none of 8 bits.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from fastdeit import kernels
 from fastdeit.engine.dist import World, pick_device
 from fastdeit.errors import UsageError
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
+from fastdeit.recipe.resolve import Recipe
 
 AUTO = "auto"
 
 
-def fixed(recipe: "Recipe", world: World | None = None, say: Callable[[str], None] | None = None) -> "Recipe":
+def fixed(recipe: Recipe, world: World | None = None, say: Callable[[str], None] | None = None) -> Recipe:
     """`recipe` with bf16 or fp16 in place of `auto` in `engine.precision`; with a world the same on every process, and
     then to be called on every process. The run's recipe has the answer, so that whoever goes on with it keeps it.
 
@@ -55,7 +52,7 @@ def fixed(recipe: "Recipe", world: World | None = None, say: Callable[[str], Non
     return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": precision})})
 
 
-def check_products(recipe: "Recipe", world: World | None = None) -> None:
+def check_products(recipe: Recipe, world: World | None = None) -> None:
     """Raise UsageError where a training is to have products that its device, or with a world that of any process, does
     not have. With a world it is to be called on every process. An evaluation has no such products: it is not checked.
     """

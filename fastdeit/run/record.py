@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import isnan
 from operator import gt, lt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastdeit.data.sources.source import Source
 from fastdeit.engine import disk, report
@@ -18,13 +18,11 @@ from fastdeit.engine.step import Engine
 from fastdeit.errors import UsageError
 from fastdeit.methods.base import Method
 from fastdeit.recipe.length import Length
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build, directory, environment
 from fastdeit.run.clock import Clock
 from fastdeit.run.evaluate import Result, metric_rows, named_metrics
 from fastdeit.text import one_line
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 CURVES_EVERY_S = 10.0
 """Drawing takes 0.2 s: more often, it would be a part of the time of a short run."""
@@ -73,7 +71,7 @@ class RunLog:
     Beside the main process it is silent, except for files that cannot be read, which every process meets on its own.
     """
 
-    def __init__(self, recipe: "Recipe", world: World, steps: int, steps_per_epoch: int) -> None:
+    def __init__(self, recipe: Recipe, world: World, steps: int, steps_per_epoch: int) -> None:
         self.recipe, self.world = recipe, world
         self.steps, self.steps_per_epoch = steps, steps_per_epoch
         self.run_dir: Path | None = None
@@ -327,7 +325,7 @@ class RunLog:
 
 
 def describe(
-    recipe: "Recipe", method: Method, train: Source, val: Source, world: World, length: Length, *, anew: bool
+    recipe: Recipe, method: Method, train: Source, val: Source, world: World, length: Length, *, anew: bool
 ) -> list[str]:
     """What is going to happen, in the few numbers that decide the result. anew: as of `build.notes`."""
     parameters = sum(p.numel() for p in method.model.parameters())

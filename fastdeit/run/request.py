@@ -12,18 +12,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import left_open
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import directory, fork
 from fastdeit.run.identity import refuse_other_run
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Request:
     origin   the checkpoint that a fork begins with
     """
 
-    recipe: "Recipe"
+    recipe: Recipe
     run_dir: Path | None = None
     resume: bool = False
     origin: fork.Origin | None = None
@@ -108,7 +105,7 @@ def _resume(run: Path, args: argparse.Namespace) -> Request:
     return Request(recipe, run, resume=True)
 
 
-def given_again(recipe: "Recipe", before: "Recipe") -> "Recipe":
+def given_again(recipe: Recipe, before: Recipe) -> Recipe:
     """`recipe`, which is given again to go on with a run by the recipe `before`: with the run's name, and its threads
     if none are given, as its results depend on them. What it leaves to be chosen is what the run has chosen, but for
     what other settings of it exclude, such as kept activations beside `checkpoint_blocks`: that is chosen anew."""

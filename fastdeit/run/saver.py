@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +24,13 @@ from fastdeit.errors import UsageError
 from fastdeit.methods.base import Method
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import agreement, directory, environment, state
 from fastdeit.run.build import Report
 from fastdeit.run.cached import differences
 from fastdeit.run.identity import as_overrides, refuse_other_run
 from fastdeit.run.phasing import PhaseSchedule
 from fastdeit.run.record import Record
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 
 class PoisonedError(Exception):
@@ -64,7 +62,7 @@ class Saver:
 
     def __init__(
         self,
-        recipe: "Recipe",
+        recipe: Recipe,
         identity: dict[str, Any],
         engine: Engine,
         world: World,
@@ -266,7 +264,7 @@ class Saver:
                 "run goes on from the checkpoint before it, if there is one"
             )
 
-    def _note_changes(self, found: Checkpoint, before: "Recipe", say: Report) -> None:
+    def _note_changes(self, found: Checkpoint, before: Recipe, say: Report) -> None:
         """Say and remember what may change the numbers of the run from here on."""
         there, here = found.state["versions"], environment.versions()
         changed = {field: [old, new] for field, old, new in recipes.changes(before, self.recipe) if field in NUMERICS}

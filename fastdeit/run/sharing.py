@@ -1,7 +1,5 @@
 """`engine.parallel`: how the processes of a run share its networks, and what cannot be split over them."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from fastdeit.engine import optimizers, parallel
@@ -9,16 +7,14 @@ from fastdeit.engine.dist import World
 from fastdeit.engine.parallel import Replicated, ShardError
 from fastdeit.errors import UsageError
 from fastdeit.methods.base import Method
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.build import Report
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 OLDEST = 2, 14
 """The first PyTorch whose FSDP2 finds the tensors in the dataclasses that methods take and return."""
 
 
-def shared(recipe: "Recipe", method: Method, world: World, say: Report) -> Replicated:
+def shared(recipe: Recipe, method: Method, world: World, say: Report) -> Replicated:
     """What `engine.parallel` asks for, with the networks of `method` split where it asks for that: then its parameters
     are others than before.
 
@@ -35,7 +31,7 @@ def shared(recipe: "Recipe", method: Method, world: World, say: Report) -> Repli
     return made
 
 
-def check(recipe: "Recipe", method: Method) -> None:
+def check(recipe: Recipe, method: Method) -> None:
     """Raise UsageError for what fsdp2 cannot do, where `engine.parallel` asks for it."""
     if recipe.engine.parallel != "fsdp2":
         return

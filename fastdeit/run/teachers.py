@@ -8,18 +8,15 @@ Importing this module imports no torch.
 
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastdeit import plugins
 from fastdeit.methods.config import MethodConfig, TeacherConfig
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.config import DataSplits
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import directory
 
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
-
-Known = Mapping[TeacherConfig, "Path | Recipe"]
+Known = Mapping[TeacherConfig, Path | Recipe]
 """Of each teacher with a recipe of its own: its run, or that recipe while it is not trained yet."""
 
 _WHICH_DATA = (*DataSplits.model_fields, "synthetic_samples", "synthetic_classes")
@@ -33,7 +30,7 @@ def folders(method: MethodConfig) -> dict[TeacherConfig, str]:
     return {config: directory.teacher_name(number) for number, config in named if config.recipe is not None}
 
 
-def trained(recipe: "Recipe", run: Path | None) -> dict[TeacherConfig, Path]:
+def trained(recipe: Recipe, run: Path | None) -> dict[TeacherConfig, Path]:
     """The runs of the teachers that were trained to their end in the run `run`."""
     if run is None:
         return {}
@@ -41,8 +38,8 @@ def trained(recipe: "Recipe", run: Path | None) -> dict[TeacherConfig, Path]:
 
 
 def to_train(
-    recipe: "Recipe", run: Path | None = None, done: Container[TeacherConfig] = ()
-) -> dict[TeacherConfig, "Recipe"]:
+    recipe: Recipe, run: Path | None = None, done: Container[TeacherConfig] = ()
+) -> dict[TeacherConfig, Recipe]:
     """The recipes by which the teachers that are not `done` are to be trained, on the student's data and engine.
 
     What the engine does with the student's network alone (`_OF_ITS_NETWORK`) is as in the teacher's own recipe. A
@@ -52,7 +49,7 @@ def to_train(
     return {config: _recipe(recipe, config, run and run / name) for config, name in wanted.items()}
 
 
-def _recipe(recipe: "Recipe", config: TeacherConfig, begun: Path | None) -> "Recipe":
+def _recipe(recipe: Recipe, config: TeacherConfig, begun: Path | None) -> Recipe:
     has_begun = begun is not None and directory.has_checkpoint(begun)
     own = directory.recipe_of(begun) if has_begun else recipes.load(config.recipe, own=plugins.is_own(config.recipe))
     data = own.data.model_copy(update={name: getattr(recipe.data, name) for name in _WHICH_DATA})

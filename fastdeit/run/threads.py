@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,14 +15,12 @@ from fastdeit import cores
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.fields import MOST_THREADS
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
+from fastdeit.recipe.resolve import Recipe
 
 VARIABLE = "OMP_NUM_THREADS"
 
 
-def fixed(recipe: "Recipe", world: World) -> "Recipe":
+def fixed(recipe: Recipe, world: World) -> Recipe:
     """`recipe` with a number in `engine.threads`, the same on every process. Call it on every process.
 
     By default that is a process's share of the processors that it may run on.

@@ -1,7 +1,5 @@
 """How long a recipe's run is, how large its batches are, and what a user should know of both."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
@@ -11,13 +9,11 @@ from fastdeit.engine.checkpoint import MAX_STEP
 from fastdeit.errors import UsageError, naming
 from fastdeit.recipe import differences, idle
 from fastdeit.recipe.length import Length, LengthError, length
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.building.pictures import views
 
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
-
-def run_length(recipe: "Recipe", images: int) -> Length:
+def run_length(recipe: Recipe, images: int) -> Length:
     """The length of the recipe's run on so many training images.
 
     Raises UsageError where the warm-up does not fit, for more copies of an image than there are images, and for more
@@ -39,7 +35,7 @@ def run_length(recipe: "Recipe", images: int) -> Length:
     return found
 
 
-def check_batch(recipe: "Recipe", processes: int) -> None:
+def check_batch(recipe: Recipe, processes: int) -> None:
     """Raise UsageError for a batch that does not divide into groups for so many processes, and for one whose pixels
     alone do not fit the memory of this machine, before any of it is taken."""
     train = recipe.train
@@ -57,7 +53,7 @@ def check_batch(recipe: "Recipe", processes: int) -> None:
 
 
 def notes(
-    recipe: "Recipe", images: int, student: nn.Module, processes: int, device: torch.device, *, anew: bool
+    recipe: Recipe, images: int, student: nn.Module, processes: int, device: torch.device, *, anew: bool
 ) -> list[str]:
     """What a user should know of a run on so many training images, processes and such devices, though it can be done.
 

@@ -1,7 +1,7 @@
 """From a recipe to its streams of batches."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -10,11 +10,9 @@ from fastdeit.data.bad import BadList, OnBad
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.sources.source import Source
 from fastdeit.engine.dist import World
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.building.extent import check_batch, run_length
 from fastdeit.run.building.pictures import augmentations, image_size, mixing
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 
 def loader_device(device: torch.device) -> str | int:
@@ -22,7 +20,7 @@ def loader_device(device: torch.device) -> str | int:
     return "cpu" if device.type == "cpu" else device.index or 0
 
 
-def _shared(recipe: "Recipe", world: World) -> dict[str, Any]:
+def _shared(recipe: Recipe, world: World) -> dict[str, Any]:
     """What the loaders of training and of evaluation have in common."""
     data = recipe.data
     return {
@@ -37,7 +35,7 @@ def _shared(recipe: "Recipe", world: World) -> dict[str, Any]:
 
 
 def train_loader(
-    recipe: "Recipe",
+    recipe: Recipe,
     source: Source,
     world: World,
     noise: Mapping[str, int],
@@ -68,7 +66,7 @@ def train_loader(
 
 
 def eval_loader(
-    recipe: "Recipe",
+    recipe: Recipe,
     source: Source,
     world: World,
     noise: Mapping[str, int],

@@ -1,28 +1,25 @@
 """From a recipe to what is made of a picture: sizes, views and augmentations."""
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 from fastdeit.data.plan.plan import Augment, Mixing
 from fastdeit.fields import size_pair
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.views import View, overridden, parse_policy, resolved, size_at
 
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
-
-def image_size(recipe: "Recipe") -> tuple[int, int]:
+def image_size(recipe: Recipe) -> tuple[int, int]:
     """(height, width) in pixels of the model's input."""
     return size_pair(recipe.model.image_size, "model.image_size")
 
 
-def scheduled_size(recipe: "Recipe", epoch: int) -> tuple[int, int] | None:
+def scheduled_size(recipe: Recipe, epoch: int) -> tuple[int, int] | None:
     """(height, width) that `data.size_schedule` has in an epoch; None where there is no schedule."""
     size = size_at(recipe.data.size_schedule, epoch, None)
     return None if size is None else size_pair(size, "data.size_schedule")
 
 
-def augmentations(recipe: "Recipe", epoch: int | None = None) -> tuple[Augment, ...]:
+def augmentations(recipe: Recipe, epoch: int | None = None) -> tuple[Augment, ...]:
     """What the plan of a training sample is drawn from: one for each view that the method wants; `epoch` as of
     `views`."""
     made: dict[str, Augment] = {}
@@ -42,7 +39,7 @@ def augmentations(recipe: "Recipe", epoch: int | None = None) -> tuple[Augment, 
     return tuple(made.values())
 
 
-def views(recipe: "Recipe", epoch: int | None = None) -> tuple[View, ...]:
+def views(recipe: Recipe, epoch: int | None = None) -> tuple[View, ...]:
     """The views of every training sample, with every setting that method, recipe and data section give them, in an
     epoch; None: as if `data.size_schedule` were empty."""
     own, size = recipe.method.views(), recipe.model.image_size
@@ -51,6 +48,6 @@ def views(recipe: "Recipe", epoch: int | None = None) -> tuple[View, ...]:
     return resolved(overridden(own, recipe.data.views), recipe.data, size)
 
 
-def mixing(recipe: "Recipe") -> Mixing:
+def mixing(recipe: Recipe) -> Mixing:
     """How the recipe mixes samples."""
     return Mixing(**{field.name: getattr(recipe.data, field.name) for field in fields(Mixing)})

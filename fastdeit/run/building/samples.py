@@ -1,7 +1,7 @@
 """From a recipe to its samples: training and held-out ones, and their classes."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,16 +11,14 @@ from fastdeit.data.sources.kinds import GENERATED, Columns
 from fastdeit.data.sources.parts import labels_of
 from fastdeit.data.sources.source import DataError, MachineError, Source
 from fastdeit.data.sources.synthetic import SyntheticSource
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.building.pictures import image_size
 from fastdeit.run.places import check_root
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 Opened = TypeVar("Opened")
 
 
-def sources(recipe: "Recipe") -> tuple[Source, Source]:
+def sources(recipe: Recipe) -> tuple[Source, Source]:
     """(training, held-out) samples. Raises DataError or UsageError with the field, the path and the way out."""
     data = recipe.data
     if data.source == "synthetic":
@@ -33,14 +31,14 @@ def sources(recipe: "Recipe") -> tuple[Source, Source]:
     return _opened(recipe, open_pair)
 
 
-def held_out(recipe: "Recipe") -> Source:
+def held_out(recipe: Recipe) -> Source:
     """The held-out samples alone, where the training split need not be there. Raises as `sources`."""
     if recipe.data.source in GENERATED:
         return sources(recipe)[1]
     return _opened(recipe, open_held_out)
 
 
-def _opened(recipe: "Recipe", opened: Callable[..., Opened]) -> Opened:
+def _opened(recipe: Recipe, opened: Callable[..., Opened]) -> Opened:
     """What `opened` makes of the recipe's kind, root and splits, with errors that say what to do."""
     check_root(recipe)
     data = recipe.data
@@ -70,7 +68,7 @@ def _expected(error: DataError, kind: str, root: str, train: str, val: str) -> s
     return "" if expected in str(error) else f"; expected are {expected}"
 
 
-def compared_classes(recipe: "Recipe", source: Source) -> Sequence[str] | None:
+def compared_classes(recipe: Recipe, source: Source) -> Sequence[str] | None:
     """Names of the classes of `source` in the order of their labels, with which those of weights are compared; None for
     synthetic images, whose classes have no names."""
     return None if recipe.data.source == "synthetic" else source.classes

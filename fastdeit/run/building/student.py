@@ -1,7 +1,7 @@
 """From a recipe to the network that is trained."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,15 +11,13 @@ from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError, naming
 from fastdeit.fields import Section, size_pair
 from fastdeit.models.freeze import freeze_parts
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.building.messages import Report
 from fastdeit.run.building.pictures import image_size
 from fastdeit.run.weights import load, open_weights
 
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
-
-def model(recipe: "Recipe", num_classes: int, say: Report, classes: Sequence[str] | None = None) -> nn.Module:
+def model(recipe: Recipe, num_classes: int, say: Report, classes: Sequence[str] | None = None) -> nn.Module:
     """The student, initialised from the seed alone and, if the recipe says so, from weights.
 
     `classes` names the classes of the data in the order of their labels; they are compared with those of the weights.
@@ -53,7 +51,7 @@ def _is_set(section: Section, name: str) -> bool:
     return getattr(section, name) != type(section).model_fields[name].default
 
 
-def _set_modes(network: nn.Module, recipe: "Recipe") -> None:
+def _set_modes(network: nn.Module, recipe: Recipe) -> None:
     """Have the network skip, keep and multiply what the recipe says, where that is not what it does by itself."""
     engine = recipe.engine
     if recipe.model.drop_path_skip:

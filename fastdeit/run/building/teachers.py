@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError, naming
@@ -10,13 +9,11 @@ from fastdeit.fields import ImageSize, size_pair
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.building.messages import Report
 from fastdeit.run.building.pictures import image_size
 from fastdeit.run.building.student import model
 from fastdeit.run.weights import network, open_weights
-
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
 
 def teacher(
@@ -98,7 +95,7 @@ def _pixels(size: ImageSize) -> str:
     return f"{height}x{width} pixels"
 
 
-def untrained_teacher(own: "Recipe", config: TeacherConfig, classes: int) -> Teacher:
+def untrained_teacher(own: Recipe, config: TeacherConfig, classes: int) -> Teacher:
     """The teacher as it will be but for its weights: what is built around it can be checked before it is trained."""
     frozen = freeze(model(own, classes, lambda text: None), image_size(own))
     mean, std = (own.data.mean, own.data.std) if config.mean is None else (config.mean, config.std)

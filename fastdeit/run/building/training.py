@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,15 +17,13 @@ from fastdeit.methods.base import Context, Method, Momentum, scores
 from fastdeit.methods.config import MethodConfig, TeacherConfig
 from fastdeit.methods.evaluators import Classify, HeldOutLoss
 from fastdeit.methods.teacher import Teacher
+from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.building.extent import run_length
 from fastdeit.run.building.messages import Report
 from fastdeit.run.building.samples import class_counts
 
-if TYPE_CHECKING:
-    from fastdeit.recipe.resolve import Recipe
 
-
-def tuning(recipe: "Recipe", world: World, say: Report) -> kernels.Tuning:
+def tuning(recipe: Recipe, world: World, say: Report) -> kernels.Tuning:
     """The trials of kernels in the first steps of the run. Whole steps are compared where a forward and backward can
     be made once more: a method or a model of somebody else's may count them, with fsdp2 a gradient is kept that is not
     reduced, and a step that is compiled was compiled for one choice."""
@@ -39,7 +37,7 @@ def tuning(recipe: "Recipe", world: World, say: Report) -> kernels.Tuning:
 
 
 def method(
-    recipe: "Recipe",
+    recipe: Recipe,
     student: nn.Module,
     num_classes: int,
     steps: int,
@@ -88,7 +86,7 @@ def _check_fuse(config: MethodConfig, student: nn.Module) -> None:
         )
 
 
-def _check_evaluators(made: Method, recipe: "Recipe") -> None:
+def _check_evaluators(made: Method, recipe: Recipe) -> None:
     """Raise UsageError for a method that is judged by its loss and wants of a sample what held-out images have not."""
     if not any(isinstance(evaluator, HeldOutLoss) for evaluator in made.evaluators().values()):
         return
@@ -102,7 +100,7 @@ def _check_evaluators(made: Method, recipe: "Recipe") -> None:
         )
 
 
-def _check_judged(made: Method, recipe: "Recipe") -> None:
+def _check_judged(made: Method, recipe: Recipe) -> None:
     """Raise UsageError where the recipe asks for metrics that the method does not have."""
     if recipe.train.stop_after is not None and not made.evaluators():
         raise UsageError(f"train.stop_after needs a metric, but method {recipe.method.use} has none")
@@ -121,7 +119,7 @@ def known_metrics(made: Method) -> list[str] | None:
     return [f"{metric}_{answer}" for _ in evaluators for metric in ("top1", "top5") for answer in answers]
 
 
-def check_best_by(recipe: "Recipe", metrics: Sequence[str]) -> None:
+def check_best_by(recipe: Recipe, metrics: Sequence[str]) -> None:
     """Raise UsageError where `train.best_by` is none of the metrics, of the weights or of an average that is kept."""
     averaged = [] if recipe.optim.ema_decay is None else [f"{name}_ema" for name in metrics]
     wanted, there_are = recipe.train.best_by, [*metrics, *averaged]
@@ -129,7 +127,7 @@ def check_best_by(recipe: "Recipe", metrics: Sequence[str]) -> None:
         raise UsageError(f"train.best_by {wanted} is no metric of this run, which has {', '.join(there_are) or 'none'}")
 
 
-def clipping(recipe: "Recipe", student: nn.Module) -> dict[str, Any]:
+def clipping(recipe: Recipe, student: nn.Module) -> dict[str, Any]:
     """The arguments of `Engine` for what the recipe says of gradient clipping."""
     limit = recipe.optim.clip_grad
     if recipe.optim.clip_mode == "norm":
