@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
+from pydantic import TypeAdapter
+
 from fastdeit.errors import UsageError
 from fastdeit.recipe.config import DataSplits
 from fastdeit.text import did_you_mean
@@ -76,9 +78,4 @@ def _fits(row: Published, pattern: str) -> bool:
 
 def _table() -> list[Published]:
     with resources.files(__package__).joinpath("published.csv").open(encoding="utf-8", newline="") as lines:
-        return [
-            Published(
-                row["model"], int(row["image_size"]), *(float(row[name]) for name in ("crop_ratio", "top1", "top5"))
-            )
-            for row in csv.DictReader(lines)
-        ]
+        return TypeAdapter(list[Published]).validate_python(list(csv.DictReader(lines)))
