@@ -25,11 +25,8 @@ def described(weights: Path) -> dict[str, Any]:
         return {}
     try:
         config = jsons.read(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        return {}
-    try:
+        if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+            return {}
         return _fields(config, config.get("pretrained_cfg") or {})
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
