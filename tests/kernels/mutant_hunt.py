@@ -174,15 +174,15 @@ def _found_by_lint(mutant: Mutant) -> Finding | None:
 
 _INTRODUCTION = """# Proofs of the kernels
 
-Four proofs run without a card, and each planted fault below is found by one of them.
+Four proofs run without a GPU. Each fault below was planted alone into a kernel, and the proof beside it found it first.
 `TRITON_INTERPRET=1 python -m tests.kernels.mutant_hunt` writes this page;
 `pytest -m slow tests/kernels/test_mutants.py` plants the faults again and compares.
 
-**Checked interpreter** (`tests/kernels/test_checked.py`). No access leaves its tensor or is misaligned. No int32 wraps.
-What `tl.multiple_of` promises holds. No two programs touch one address where one of them writes, unless an acquire and
-release orders them. A program reads again what it wrote only behind a barrier. Any order of programs gives the same
-bits. Every loop goes round twice, and every branch and mask has two sides. It does not show what the compiler makes of
-a kernel, products of bfloat16, or what the threads of one program do between two barriers.
+**Checked interpreter** (`tests/kernels/test_checked.py`). No access leaves its tensor or is misaligned. No int32
+wraps. The promises of `tl.multiple_of` hold. No two programs touch one address where one of them writes, unless an
+acquire and release orders them. A program reads its own writes only behind a barrier. Any order of programs gives
+the same bits. Every loop runs at least twice, and every branch and mask takes both values. It does not show what
+the compiler makes of a kernel, products of bfloat16, or what the threads of one program do between two barriers.
 
 **Error rule** (`tests/kernels/proof.py`). Results and gradients are as good as PyTorch's, measured against float64, and
 products are added up in float32.
@@ -195,8 +195,6 @@ data are taken where the data is 0.
 
 A fifth is optional, because it needs Python 3.12: [compiled kernels run on the CPU](compiled.md), where products of
 bfloat16 are right, too. It has a table of its own of the faults that it finds.
-
-Each line is one fault, planted alone, with the proof that finds it first.
 
 | fault | kind | file | found by | in |
 |---|---|---|---|---|

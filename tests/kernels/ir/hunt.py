@@ -49,39 +49,29 @@ def _shown(case: CheckedCase, arch: int) -> str | None:
 
 _INTRODUCTION = """# Compiled kernels on the CPU
 
-`FASTDEIT_IR=90 pytest -m gpu tests/kernels` gives tests of a card a meaning where there is none. Triton compiles each
-kernel for sm_90 (or for the architecture that the variable names), and
-[ttsem](https://pypi.org/project/ttsem/) runs the compiler's first product, TTIR, on tensors of the CPU
-(`tests/kernels/ir/executed.py`). The tier needs Python 3.12, Triton 3.8 and `pip install -e '.[test,ir]'`. Its tests
-are skipped with the reason where one of them is missing.
+```bash
+pip install -e '.[test,ir]'                  # Python 3.12 and Triton 3.8
+FASTDEIT_IR=90 pytest -m gpu tests/kernels   # the tests that need a GPU, on kernels compiled for sm_90
+```
 
-**What it shows.** All that the [checked interpreter](proofs.md) shows of bounds, alignment, races, barriers and the
-order of programs, but of what the compiler made of a kernel and not of its Python source: helpers are inlined,
-constants folded, types those of a card. Products of bfloat16 are right, which Triton's interpreter gets wrong, so the
-error rule holds for them as well. A fault comes with the tensor and the line of the kernel. That the last program may
-read what the others wrote is proven by happens-before: an acquire that saw their releases, each behind a barrier.
+Without a GPU, this runs on the CPU what Triton compiles for one. Triton compiles each kernel for the architecture
+that `FASTDEIT_IR` names. [ttsem](https://pypi.org/project/ttsem/) then runs TTIR, the compiler's first intermediate
+code, on tensors of the CPU (`tests/kernels/ir/executed.py`). If a package is missing, the tests are skipped with
+the reason.
 
-Attention for Hopper is in Gluon, which has no TTIR. Of it ttsem runs the next product, TTGIR, in which layouts and
-views of shared memory, loads by TMA and products by wgmma have been chosen. None of these is ever late here:
-[the machine](hopper.md) is about that.
+**What it shows.** The same as the [checked interpreter](proofs.md): bounds, alignment, races, barriers and the
+order of programs. But it shows them of the compiled kernel, in which helpers are inlined, constants folded, and
+types those of a card. Products of bfloat16 are right, which Triton's interpreter gets wrong, so the error rule
+holds for them as well. A fault comes with the tensor and the line of the kernel. Happens-before proves that the
+last program may read what the others wrote: it has an acquire that saw their releases, each behind a barrier.
 
-**What it does not show.** Of other kernels layouts, shared memory, pipelines and instructions, which the compiler
-decides on after TTIR. int32 that wraps, and promises of `tl.multiple_of`, which the interpreter checks. Streams,
-graphs, clocks and Inductor: tests of these have the mark `card`.
+**Attention for Hopper** is in Gluon, which has no TTIR. ttsem runs its next intermediate code, TTGIR, in which
+layouts and views of shared memory, loads by TMA and products by wgmma have been chosen. Here none of these is ever
+late. [The machine](hopper.md) tests lateness.
 
-## What ttsem 0.1.0 lacks for this
-
-ttsem is used as a library: its parser, and its meaning of each operation. Five things that we had to add could be
-reported to its authors:
-
-1. A launch is compiled down to PTX, and then again to TTIR, each time. TTIR kept by specialisation would do.
-2. A kernel may load an address from a table, as `foreach` optimizers do. Only the storages of arguments are known, so
-   that this is out of bounds. A session could take further tensors.
-3. `sem` of `tt.atomic_rmw` is dropped, so that the read of the last program counts as a race. Acquire and release order
-   programs, and should do so in the access log.
-4. `ttg.barrier` and `gpu.barrier` do nothing and are not in the access log. Without them nobody can tell whether a
-   release covers what other threads of the program wrote.
-5. `loc(callsite(...))` is not understood, so that a fault in a helper that was inlined comes without its line.
+**What it does not show.** Layouts, shared memory, pipelines and instructions of other kernels, which the compiler
+decides after TTIR. int32 that wraps, and promises of `tl.multiple_of`, which the interpreter checks. Streams,
+graphs, clocks and Inductor, whose tests have the mark `card`.
 
 ## Planted faults
 
