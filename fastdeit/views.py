@@ -153,7 +153,7 @@ def view_problems(views: Sequence[View]) -> Iterator[tuple[str, str, str]]:
             yield view.name, "crop_of", f"must name a view before {view.name} {earlier}, got {view.crop_of!r}"
         for field in CROP_FIELDS:
             if view.crop_of is not None and getattr(view, field) is not None:
-                yield view.name, field, f"has no place beside crop_of: crop and flip are those of view {view.crop_of}"
+                yield view.name, field, f"does not go with crop_of: crop and flip are those of view {view.crop_of}"
         before.append(view.name)
 
 

@@ -117,7 +117,7 @@ def test_two_processes_equal_one_over_boundaries(path, whole, ranks, tmp_path):
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("Renamed", "the checkpoint is of phase 'head', but the method has no phase of that name"),
+        ("Renamed", "the checkpoint was saved in phase 'head', but the method has no phase of that name"),
         (
             "Wider",
             r"step_00000004 does not fit, in phase 'head': of optim, ",

@@ -160,7 +160,7 @@ _add_rounds(OVERHEAD)
 
 SUITE = _verb(
     "suite",
-    "the grid of steps and forwards of DeiT, the most telling first",
+    "speed of many steps and forwards of DeiT, the most important first",
     f"[--time-limit MINUTES] {_CAPTURE} [--peer NAME ...]\n       {_MEASURING}",
     "fastdeit bench suite --time-limit 20 --out rows.jsonl  # as much of it as begins within 20 minutes",
 )
@@ -196,7 +196,7 @@ _add("--out", type=path, metavar="FILE", help="append the rows to this file")
 
 COUNT = _verb(
     "count",
-    "launches, bytes, FLOPs and memory of a step on a card that need not be there",
+    "launches, bytes, FLOPs and memory of a step; needs no GPU",
     "[--model NAME ...] [--batch N] [--drop-path P] [--arch N ...] [--json] [--update-golden]",
     "fastdeit bench count --model deit_base_distilled_patch16_224 --arch 90  # ours in every form, and timm's",
 )

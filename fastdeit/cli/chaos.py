@@ -45,7 +45,7 @@ _add(
     metavar="N",
     help="kills; hangs, signals, full disks and spoilt checkpoints come in proportion (default: 20)",
 )
-_add("--seed", type=natural, default=0, metavar="N", help="of what happens when (default: 0)")
+_add("--seed", type=natural, default=0, metavar="N", help="seed of the moments and kinds of interruptions (default: 0)")
 _add("--nproc", type=positive, default=1, metavar="N", help="processes of the run (default: 1)")
 _add("--keep", action="store_true", help="keep both runs and what they said; they are kept in any case if they differ")
 _add("--json", action="store_true", help="print what was measured as JSON")

@@ -116,7 +116,7 @@ CHECK = Verb(
     f"PATH {_SOURCE} [--processes N] [--json] [--html FILE]",
     _data_check,
     examples=[
-        "fastdeit data check /path/to/imagenet --html imagenet.html  # exit code 1 if a training would be another",
+        "fastdeit data check /path/to/imagenet --html imagenet.html  # exit code 1 if a finding matters",
         "fastdeit data check /path/to/imagenet --split val  # the held-out images alone",
     ],
 )

@@ -55,7 +55,7 @@ def _published(args: argparse.Namespace, argv: list[str]) -> int | None:
     if args.data is None:
         given = [*args.overrides, *(["--json"] if args.json else []), *(["--nproc"] if args.nproc else [])]
         if given:
-            raise UsageError(f"{given[0]} is of a measurement, and none is made without data; add --data DIR")
+            raise UsageError(f"{given[0]} belongs to an evaluation, which needs a data set; add --data DIR")
         print(published.listing(rows))
         return None
     if not Path(args.data).is_dir():

@@ -42,7 +42,7 @@ RUN = Verb(
         "fastdeit experiments run tokens --data glyphs data.source=folder train.epochs=30 --out glyphs_tokens",
     ],
 )
-add_recipe(RUN)
+add_recipe(RUN, "NAME", "name of an experiment")
 _add = RUN.parser.add_argument
 _add("--seeds", type=positive, default=5, metavar="N", help="trainings of each variant (default: 5)")
 _add("--out", type=path, default=_FOLDER, metavar="DIR", help=f"rows, pages and runs (default: {_FOLDER})")

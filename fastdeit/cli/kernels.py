@@ -54,7 +54,7 @@ KERNELS = Verb(
 
 LINT = Verb(
     "kernels lint",
-    "what the compiler makes of every Triton kernel, for cards that need not be there",
+    "what the compiler makes of every Triton kernel; needs no GPU",
     "[--arch N ...] [--op NAME] [--json FILE] [--update-golden] [--bounds]",
     _kernels_lint,
     examples=["fastdeit kernels lint --arch 80 90 --op attention  # one op, compiled for A100 and H100"],

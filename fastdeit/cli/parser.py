@@ -109,8 +109,8 @@ def add_overlays(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="lay settings that go together over the recipe: public-code (all in which it differs from the public "
-        "code), augreg-none to augreg-strong2, augreg-regularised",
+        help="apply a named group of settings to the recipe: public-code (all settings as in the public code), "
+        "augreg-none to augreg-strong2, augreg-regularised",
     )
 
 
@@ -180,8 +180,8 @@ def natural(text: str) -> int:
 positive.__name__ = natural.__name__ = "int"  # argparse names the type in its message
 
 
-def add_recipe(verb: Verb) -> None:
-    """The arguments that name a recipe: RECIPE, overrides and `--data`."""
+def add_recipe(verb: Verb, metavar: str = "RECIPE", what: str = "name of a recipe or a YAML file") -> None:
+    """The arguments that name `what` has a recipe: a word, overrides and `--data`."""
     add = verb.parser.add_argument
-    add("words", nargs="*", metavar="RECIPE", help="name of a recipe or a YAML file, and overrides")
+    add("words", nargs="*", metavar=metavar, help=f"{what}, and overrides")
     add("--data", type=path, metavar="DIR", help="the data set's folder; short for data.root=DIR")

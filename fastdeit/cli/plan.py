@@ -25,7 +25,7 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
 
 PLAN = Verb(
     "plan",
-    "time, memory and cost of a recipe on GPUs that need not be there",
+    "modelled time, memory and cost of a recipe on any GPUs; needs no GPU",
     "RECIPE [section.field=value ...] [--as NAME ...] [--gpu NAME ...] [--count N ...] [--nodes M] [--price USD ...]\n"
     "       [--images N] [--json] [--trust]",
     _plan,

@@ -127,7 +127,7 @@ class TeacherConfig(BaseModel):
         if self.model is not None and self.weights is None:
             raise ValueError("a teacher given by model needs weights: an untrained network has nothing to teach")
         if self.weights_grid is not None and self.weights is None:
-            raise ValueError("weights_grid is of weights, and there are none; leave it out")
+            raise ValueError("weights_grid describes weights, and none are given; leave it out")
         if (self.mean is None) != (self.std is None):
             raise ValueError("give mean and std together, or neither")
         return self
@@ -190,7 +190,7 @@ class SupervisedConfig(LabelConfig):
     @classmethod
     def _only_of_cross_entropy(cls, weights: Any, info: ValidationInfo) -> Any:
         if weights is not None and info.data.get("loss") == "bce":
-            raise ValueError("has no place beside method.loss bce, which has no term of one class alone")
+            raise ValueError("does not go with method.loss bce, which has no term of a single class")
         return weights
 
 

@@ -167,7 +167,7 @@ class DataSplits(Section):
     def _root_is_read(cls, root: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source", "folder")
         if root is not None and source in kinds.GENERATED:
-            raise ValueError(f"has no place beside data.source {source}, which reads no directory of yours")
+            raise ValueError(f"does not go with data.source {source}, which reads no directory of yours")
         return root
 
     @field_validator("train", "val", "image_column", "label_column", "classes")
@@ -175,7 +175,7 @@ class DataSplits(Section):
     def _is_read(cls, value: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source", "folder")
         if source in kinds.GENERATED and value != cls.model_fields[info.field_name].default:
-            raise ValueError(f"has no place beside data.source {source}, whose images are made here; leave it out")
+            raise ValueError(f"does not go with data.source {source}, whose images are made here; leave it out")
         return value
 
 

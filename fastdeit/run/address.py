@@ -115,7 +115,7 @@ def _nothing_there(path: Path) -> str:
 def _directory(text: str, path: Path, selector: str | None) -> Address:
     if (path / "manifest.json").exists():
         if selector not in (None, "ema"):
-            raise UsageError(f"{text}: a checkpoint knows @ema alone, not @{selector}; @best and @step= are of a run")
+            raise UsageError(f"{text}: a checkpoint takes only @ema, not @{selector}; a run takes @best and @step=")
         return Address(text, "checkpoint", path, ema=selector == "ema")
     if not (path / "checkpoints").is_dir():
         why = "is neither a run (it has no checkpoints/) nor a checkpoint"

@@ -47,7 +47,7 @@ class PhaseSchedule:
         """Make the phase called `name`, of a checkpoint, that of the engine, before its state is loaded."""
         found = next((phase for phase in self._phases if phase.name == name), None)
         if found is None:
-            raise UsageError(f"the checkpoint is of phase {name!r}, but the method has no phase of that name")
+            raise UsageError(f"the checkpoint was saved in phase {name!r}, but the method has no phase of that name")
         self._go_to(found, engine)
 
     def _go_to(self, phase: Phase, engine: Engine) -> bool:

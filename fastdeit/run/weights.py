@@ -365,7 +365,7 @@ def load(
     positions = weights.tensors.get("pos_embed")
     if grid is not None and (positions is None or positions.ndim != 3 or getattr(network, "grid", None) is None):
         raise UsageError(
-            f"{weights.origin}: weights_grid is of a positional embedding on a grid, and there is none; leave it out"
+            f"{weights.origin}: weights_grid describes a grid of positions, and there is none; leave it out"
         )
     if None not in (grid, weights.grid) and grid != weights.grid:
         theirs, said = (f"{rows} x {columns}" for rows, columns in (weights.grid, grid))
@@ -397,7 +397,7 @@ def _compared(weights: Weights, ours: Sequence[str], purpose: Purpose) -> tuple[
         why = class_lists.difference(theirs, ours)
         if purpose == "teacher":
             raise UsageError(f"{weights.origin}: the classes of the data are not those of the weights: {why}")
-        return [f"the heads are of other classes, and have them to learn: {why}"], None
+        return [f"the heads were trained on other classes and have to learn these: {why}"], None
     if match.kind == "other_count" and purpose == "teacher":
         raise UsageError(f"{weights.origin}: the weights know {len(theirs)} classes, and the data have {len(ours)}")
     return [], None

@@ -186,7 +186,7 @@ def _open(args: argparse.Namespace, opened: Callable[..., Opened]) -> Opened:
         raise UsageError(f"{path}: no such file or directory")
     if path.is_file():
         if args.split:
-            raise UsageError(f"--split has no place beside {path}, which is a file")
+            raise UsageError(f"--split does not go with {path}, which is a file")
         return opened(args.source or _kind_of_file(path), path.parent, [path.name], **options)
     kind, splits = _splits(path, args.source, args.split)
     try:
@@ -214,9 +214,7 @@ def _of_share(named: Sequence[str]) -> tuple[str, str]:
     """(training split, share of it that is held out) of such names, in whatever order; UsageError for any others."""
     whole, shares = [name for name in named if not is_share(name)], [name for name in named if is_share(name)]
     if len(shares) > 1 or len(whole) > 1:
-        raise UsageError(
-            f"--split {' --split '.join(named)}: a share, as 10%, stands alone or beside the split that it is of"
-        )
+        raise UsageError(f"--split {' --split '.join(named)}: give a share, as 10%, alone or with its split")
     try:
         share(shares[0])
     except ValueError as error:

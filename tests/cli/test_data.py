@@ -101,7 +101,7 @@ def test_one_packed_file_is_checked_on_its_own(run, folder, tmp_path):
             ["check", "images", "--split", "test", "--source", "folder"],
             "images: no subfolder 'test'; the expected layout is ROOT/",
         ),
-        (["check", "train.pack", "--split", "train"], "--split has no place beside train.pack"),
+        (["check", "train.pack", "--split", "train"], "--split does not go with train.pack"),
         (["check"], "the following arguments are required: PATH"),
         (["pack", "images"], "the following arguments are required: OUT"),
         (["pack", "images", "README"], "README: the folder for the packed files cannot be made"),
@@ -365,7 +365,7 @@ def test_where_a_sample_is_not(fails, tmp_path):
         (["show", "digits", "--sample", "one", "--out", "a.png"], "invalid int value: 'one'"),
         (["preview", "deit_tiny", "--out", "a.png"], "recipe deit_tiny needs images: add --data ROOT"),
         (["preview", "deit_tiny", "--out", "a.png", "--data", "no"], "data.source folder: no: no such directory"),
-        (["preview", "digits", "--out", "a.png", "--data", "x"], "has no place beside data.source digits"),
+        (["preview", "digits", "--out", "a.png", "--data", "x"], "does not go with data.source digits"),
     ],
 )
 def test_pictures_that_cannot_be_drawn(fails, tmp_path, monkeypatch, argv, message):

@@ -82,7 +82,7 @@ def test_the_table(capsys):
 def test_what_cannot_be_measured_is_said_at_once(capsys):
     assert "--data nowhere: there is no such folder" in refused(capsys, "published", "--data", "nowhere")
     for word in ("--json", "--nproc=2", "engine.precision=bf16"):
-        assert "none is made without data; add --data DIR" in refused(capsys, "published", word)
+        assert "needs a data set; add --data DIR" in refused(capsys, "published", word)
 
 
 @pytest.mark.parametrize("override", ["model.image_size=64", "data.eval_crop_ratio=1", "optim.lr=1", "data=x"])

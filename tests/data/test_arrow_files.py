@@ -38,7 +38,7 @@ def test_files_of_a_split(tmp_path, names, split, found):
     [
         (["train-1-of-2.arrow"], "1 of 2 files, as .*: number 0 is missing"),
         (["train-0-of-1.arrow", "train-00-of-1.arrow"], "are the same part of the data set; remove one"),
-        (["train-0-of-1.arrow", "train-0-of-2.arrow"], "are of different sets of files"),
+        (["train-0-of-1.arrow", "train-0-of-2.arrow"], "belong to different sets of files"),
         (["val.arrow"], "no Arrow file of split 'train'; looked for train/state.json"),
     ],
 )

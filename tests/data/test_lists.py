@@ -196,7 +196,7 @@ REFUSED = {
     "no such column": (
         lists("path,label", *lines("{}.jpg,{}", "01110")),
         ["data.label_column=kind"],
-        r"train\.csv: no column 'kind'; the columns are 'path', 'label': say which is meant by data\.label_column=NAME",
+        r"train\.csv: no column 'kind'; the columns are 'path', 'label': name the right one by data\.label_column=NAME",
     ),
     "two labels": (
         lists("path,label", "a.jpg,0", "b.jpg,1", "a.jpg,1", "d.jpg,1", "e.jpg,0"),

@@ -316,7 +316,7 @@ def test_what_is_not_valid_is_named(text, complaint):
 
 def test_jitter_that_timm_would_ignore_is_refused():
     for text in ("rand-m9", "original", "trivial", "augreg-light1"):
-        with pytest.raises(ValueError, match=f"has no place beside augment {text}, which changes the colours itself"):
+        with pytest.raises(ValueError, match=f"does not go with augment {text}, which changes the colours itself"):
             policy.parse(text, color_jitter=0.4)
     assert policy.parse("3a", color_jitter=0.4).jitter == (0.4, 0.4, 0.4, 0.0)
     with pytest.raises(ValueError, match=r"a hue of at most 0\.5"):

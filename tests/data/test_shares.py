@@ -58,8 +58,8 @@ def test_a_share_is_checked_and_packed_as_it_is_trained_on(tmp_path, capsys, bel
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        (["10%", "20%"], "--split 10% --split 20%: a share, as 10%, stands alone or beside the split that it is of"),
-        (["train", "val", "10%"], "--split train --split val --split 10%: a share, as 10%, stands alone"),
+        (["10%", "20%"], "--split 10% --split 20%: give a share, as 10%, alone or with its split"),
+        (["train", "val", "10%"], "--split train --split val --split 10%: give a share, as 10%, alone"),
         (["100%"], "--split must be a share between 0% and 100%, as in 10%, got '100%'"),
         (["0.01%"], "data.val=0.01%: of 4 images no held-out image is left; give another share\n"),
     ],

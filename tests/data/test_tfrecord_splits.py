@@ -193,11 +193,11 @@ def test_a_split_may_be_an_absolute_path(root):
         ),
         (
             ["train-00000-of-00001", "train-00000-of-00002"],
-            "are of different sets of files; name one of them by a glob",
+            "belong to different sets of files; choose one set by a glob",
         ),
-        (["train-00000-of-00001", "x-train-00000-of-00001"], "are of different sets of files"),
-        (["train-00000-of-00001", "train.tfrecord"], "are of different sets of files"),
-        (["train/a-0-of-1", "train/b-0-of-1"], "train: a-0-of-1 and b-0-of-1 are of different sets"),
+        (["train-00000-of-00001", "x-train-00000-of-00001"], "belong to different sets of files"),
+        (["train-00000-of-00001", "train.tfrecord"], "belong to different sets of files"),
+        (["train/a-0-of-1", "train/b-0-of-1"], "train: a-0-of-1 and b-0-of-1 belong to different sets"),
         (["val-0-of-1", "fit-0000.tfrecord"], "no TFRecord file of split 'train'; looked for .* given by a glob"),
     ],
 )

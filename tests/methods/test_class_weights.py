@@ -115,5 +115,5 @@ def test_weights_that_are_none(wrong):
 
 
 def test_binary_cross_entropy_has_no_class_weights():
-    with pytest.raises(ValidationError, match=r"has no place beside method\.loss bce"):
+    with pytest.raises(ValidationError, match=r"does not go with method\.loss bce"):
         Supervised.Config(loss="bce", smoothing=0.0, class_weights="balanced")

@@ -129,7 +129,7 @@ WRONG_VIEWS = {
     "crop of itself": ([("a", {}), ("b", {"crop_of": "b"})], "a view before b (a), got 'b'"),
     "crop twice": (
         [("a", {}), ("b", {"crop_of": "a", "flip": 0.0})],
-        "flip has no place beside crop_of: crop and flip are",
+        "flip does not go with crop_of: crop and flip are",
     ),
     "size": ([("a", {"size": 0})], "asks for a view that cannot be: size must be at least 1, got 0"),
 }

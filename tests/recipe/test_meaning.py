@@ -223,9 +223,7 @@ def test_every_kind_of_data_set_can_be_chosen_and_only_files_have_a_root(write):
         made = recipes.load(path, [f"data.source={kind}"]).data
         assert (made.root, made.val) == (None, "val")
         for word in ("root=/data", "train=fit", "val=10%", "image_column=i", "label_column=l", "classes=names.txt"):
-            with pytest.raises(
-                RecipeError, match=rf"data\.{word.split('=')[0]}: has no place beside data.source {kind}"
-            ):
+            with pytest.raises(RecipeError, match=rf"data\.{word.split('=')[0]}: does not go with data.source {kind}"):
                 recipes.load(path, [f"data.source={kind}", f"data.{word}"])
 
 

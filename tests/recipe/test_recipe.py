@@ -125,7 +125,7 @@ FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     ("optim.clip_mode", "agc", "agc needs an optim.clip_grad below 1, such as 0.01; it is null, got 'agc'"),
     ("model.timm", "vit_tiny", "is one model too many beside model.name deit_tiny_patch16_224; remove one of the two"),
     ("data.group_size", "1", "must be even, because mixup and cutmix pair the samples of a group, got 1"),
-    ("data.root", "/data", "has no place beside data.source synthetic, which reads no directory of yours, got '/data'"),
+    ("data.root", "/data", "does not go with data.source synthetic, which reads no directory of yours, got '/data'"),
     ("data.crop_ratio", "[1.3, 0.7]", "must be [smallest, largest], got [1.3, 0.7]"),
     ("data.crop_scale", "[0.5, 1.5]", "must be at most 1: a crop is a part of the image, got [0.5, 1.5]"),
     ("train.batch_size", "50", "must be a multiple of data.group_size (16), got 50"),
@@ -245,7 +245,7 @@ PLACES_GONE_WRONG = {  # what is replaced in GOOD, by what, the line and field t
         "  augment: rand-m9\n  views: {main: {\n    color_jitter: 0.4}}",
         12,
         "data.views.main.color_jitter",
-        "has no place beside augment rand-m9, which changes the colours itself; set it to null, or give the view an",
+        "does not go with augment rand-m9, which changes the colours itself; set it to null, or give the view an",
     ),
     "view that is a number": (
         "  group_size: 16",

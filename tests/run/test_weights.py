@@ -278,7 +278,7 @@ def test_a_grid_is_refused_where_there_are_no_positions(here):
     save_file(models.build("convnet_digits", image_size=32, num_classes=3).state_dict(), "convnet.safetensors")
     found = open_weights("convnet.safetensors")
     network(found, name="convnet_digits", image_size=32)
-    with pytest.raises(UsageError, match="weights_grid is of a positional embedding on a grid, and there is none"):
+    with pytest.raises(UsageError, match="weights_grid describes a grid of positions, and there is none"):
         network(found, name="convnet_digits", image_size=32, grid=(2, 2))
 
 
@@ -304,7 +304,7 @@ def test_a_file_of_an_ambiguous_grid_asks_for_it(here, write):
     made, said = teacher(TeacherConfig(**of_file, weights_grid=(2, 8)), size=(16, 64))
     assert torch.equal(made.model.pos_embed, wide.pos_embed)
     assert said == []
-    with pytest.raises(ValueError, match="weights_grid is of weights, and there are none"):
+    with pytest.raises(ValueError, match="weights_grid describes weights, and none are given"):
         TeacherConfig(timm="resnet18", weights_grid=(2, 8))
 
 
@@ -415,7 +415,7 @@ def test_a_head_is_permuted_to_the_order_of_the_data(here, write, name):
     [
         (CLASSES, None, None),
         (("dog", "cat", "eel", "fox"), None, "another order"),
-        (("cat", "dog", "eel", "owl"), "class 3 is 'fox' of the weights and 'owl' of the data", "have them to learn"),
+        (("cat", "dog", "eel", "owl"), "class 3 is 'fox' of the weights and 'owl' of the data", "have to learn these"),
         (("cat", "dog"), "know 4 classes, and the data have 2", "heads initialised anew: head"),
     ],
 )

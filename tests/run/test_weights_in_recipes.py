@@ -49,7 +49,7 @@ def test_what_is_done_to_the_weights_of_a_student_is_said(student):
     assert said == ["weights of run, step 4: heads initialised anew: head"]
     assert built.head.weight.abs().max() < 0.1
     _, said = student("model.weights=run", classes=("cat", "dog", "eel", "owl"))
-    assert "have them to learn: class 3 is 'fox'" in said[0]
+    assert "have to learn these: class 3 is 'fox'" in said[0]
 
 
 def test_weights_of_a_student_that_do_not_fit_name_the_field(student):

@@ -228,7 +228,7 @@ def parse(
         return policy
     if _AUGREG.get(text, text) not in ("none", "three_augment") and not text.startswith("3a"):
         # timm leaves colour jitter out beside these policies, without a word.
-        raise ValueError(f"has no place beside augment {text}, which changes the colours itself; set it to null")
+        raise ValueError(f"does not go with augment {text}, which changes the colours itself; set it to null")
     strengths = (color_jitter,) * 3 if isinstance(color_jitter, int | float) else tuple(color_jitter)
     if len(strengths) == 4 and strengths[3] > 0.5:
         raise ValueError("must have a hue of at most 0.5, which is half a turn of the colour circle")

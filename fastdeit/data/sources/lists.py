@@ -226,7 +226,7 @@ def _chosen(path: Path, head: list[str], columns: Columns) -> tuple[int, int]:
                 "of the training images out instead"
             )
             raise DataError(
-                f"{path}: {what}; the columns are {listed(head, 20)}: say which is meant by data.{field}_column=NAME"
+                f"{path}: {what}; the columns are {listed(head, 20)}: name the right one by data.{field}_column=NAME"
                 f"{without if field == 'label' else ''}"
             )
         found.append(at)

@@ -100,7 +100,7 @@ def in_order(folder: Path, files: list[re.Match[str]]) -> list[str]:
         parts[number if numbers else len(parts)] = match[0]
     if len(sets) > 1:
         first, second, *_ = (next(iter(parts.values())) for parts in sets.values())
-        raise DataError(f"{folder}: {first} and {second} are of different sets of files; name one of them by a glob")
+        raise DataError(f"{folder}: {first} and {second} belong to different sets of files; choose one set by a glob")
     ((which, parts),) = sets.items()
     if which is None:
         _require_no_gap(folder, [match["stem"] for match in files])

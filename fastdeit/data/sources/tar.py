@@ -335,7 +335,7 @@ def _why_not(path: str, at: int, error: Exception) -> str:
 def _open(root: Path, split: str, columns: Columns) -> TarSource:
     if columns.image is not None:
         raise DataError(
-            f"data.image_column={columns.image}: a tar file has no such column; its images are told by their "
+            f"data.image_column={columns.image}: a tar file has no such column; it recognises its images by their "
             "extensions (data.label_column names the field of KEY.json that holds the label)"
         )
     return TarSource(root, shards(root, split), columns.label or _LABEL_FIELD)
