@@ -18,13 +18,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Called by MkDocs with the files of `docs/`; adds those that are made."""
     files.append(File.generated(config, "getting_started.md", content=getting_started()))
     files.append(File.generated(config, "recipes.md", content=recipes_page.page()))
+    files.append(File.generated(config, "security.md", content=(ROOT / "SECURITY.md").read_text()))
     return files
 
 
 def getting_started() -> str:
-    """The README as a page of the site: its links point into `docs/`, and the file list, which is for the source tree,
-    is left out."""
+    """The README as a page of the site: links point to the site's pages, and the file list, which is for the source
+    tree, is left out."""
     text = (ROOT / "README.md").read_text()
     text = re.sub(r"^# .*$", "# Getting started", text, count=1, flags=re.MULTILINE)
     text = re.sub(r"^## Files\n.*", "", text, flags=re.MULTILINE | re.DOTALL)
-    return text.replace("](docs/", "](")
+    return text.replace("](docs/", "](").replace("](SECURITY.md)", "](security.md)")

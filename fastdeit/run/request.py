@@ -1,10 +1,12 @@
 """What `fastdeit train` is asked for: a new run, one to go on with, or a fork.
 
+```
 fastdeit train [RECIPE] [section.field=value ...] [--run-dir DIR]     a new run
 fastdeit train --resume RUN [section.field=value ...]                 go on with RUN, by its own recipe
 fastdeit train RECIPE --resume                                        go on with the newest of RECIPE under runs/
 fastdeit train [RECIPE] --run-dir DIR --resume                        go on with DIR; with a RECIPE, or begin there
 fastdeit train --from ADDRESS [section.field=value ...]               a new run that begins where another stood
+```
 """
 
 import argparse
