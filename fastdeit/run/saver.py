@@ -242,8 +242,8 @@ class Saver:
         theirs = found.state["steps"], found.state["steps_per_epoch"]
         if theirs != (self.length.total, self.length.steps_per_epoch) or found.step > self.length.total:
             raise UsageError(
-                f"{found.path} is of step {found.step} of {theirs[0]}, {theirs[1]} an epoch, and this run has "
-                f"{self.length.total}, {self.length.steps_per_epoch} an epoch; go on with the version that wrote it"
+                f"{found.path} was saved at step {found.step} of {theirs[0]}, {theirs[1]} an epoch, but this run has "
+                f"{self.length.total}, {self.length.steps_per_epoch} an epoch; resume it with the version that wrote it"
             )
 
     def _load_own(self, found: Checkpoint) -> None:

@@ -307,7 +307,7 @@ REFUSED = {
     "columns of other names": (
         lambda root: pair(root, hub, "train.parquet", "val.parquet", image="img", label="fine"),
         [],
-        r"no column image and no column label; there are .*: say which is meant by data\.image_column=img and data\.l",
+        r"no column image and no column label; there are .*: name the right one by data\.image_column=img and data\.l",
     ),
     "columns of a folder": (
         lambda root: folders(root, "train", "val"),

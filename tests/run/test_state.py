@@ -232,7 +232,9 @@ def test_a_checkpoint_of_a_step_beyond_the_run_is_refused(capfd):
     (folder / "manifest.json").write_bytes(checkpoint._encode(manifest | {"step": 1000}))
     folder.rename(folder.with_name("step_00001000"))
     assert cli(["train", "--resume", "run"]) == 2
-    assert re.search(r"^fastdeit: \S+/step_00001000 is of step 1000 of 6, 3 an epoch, and this", capfd.readouterr().err)
+    assert re.search(
+        r"^fastdeit: \S+/step_00001000 was saved at step 1000 of 6, 3 an epoch, but this", capfd.readouterr().err
+    )
 
 
 def poisoned(tensors):

@@ -232,8 +232,8 @@ def require_columns(path: str, schema: pyarrow.Schema, image: str, label: str) -
     if missing:
         options = " and ".join(f"data.{field}_column={_likely(schema, field)}" for field, _ in missing)
         raise DataError(
-            f"{path}: no column {' and no column '.join(name for _, name in missing)}; there are {names}: say which is "
-            f"meant by {options}"
+            f"{path}: no column {' and no column '.join(name for _, name in missing)}; there are {names}: name "
+            f"the right one by {options}"
         )
     if names.count(image) + names.count(label) > 2:
         raise DataError(f"{path}: column {image} or {label} is there twice; there are {names}")
