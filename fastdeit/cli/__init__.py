@@ -39,19 +39,15 @@ from fastdeit.text import did_you_mean, lines, shorten
 from fastdeit.version import __version__
 
 # As `fastdeit --help` lists them.
-GROUPS: dict[str, dict[str, Verb]] = {
-    "train and judge": {**train.VERBS, **submit.VERBS, **cache.VERBS, **evaluate.VERBS, **export.VERBS},
-    "find out before": {**recipes.VERBS, **explain.VERBS, **models.VERBS, **plan.VERBS},
-    "look at runs": {**runs.VERBS, **experiments.VERBS},
+_COMPLETION = completion.verb(lambda: VERBS)
+_GROUPS: dict[str, Sequence[Verb]] = {
+    "train and judge": (*train.VERBS, *submit.VERBS, *cache.VERBS, *evaluate.VERBS, *export.VERBS),
+    "find out before": (*recipes.VERBS, *explain.VERBS, *models.VERBS, *plan.VERBS),
+    "look at runs": (*runs.VERBS, *experiments.VERBS),
     "data": data.VERBS,
-    "this machine": {
-        **doctor.VERBS,
-        **chaos.VERBS,
-        **kernels.VERBS,
-        **bench.VERBS,
-        "completion": completion.verb(lambda: VERBS),
-    },
+    "this machine": (*doctor.VERBS, *chaos.VERBS, *kernels.VERBS, *bench.VERBS, _COMPLETION),
 }
+GROUPS = {title: {verb.name: verb for verb in verbs} for title, verbs in _GROUPS.items()}
 VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()}
 
 # The layers below define their own exceptions; named here, not imported, because importing them would import torch.

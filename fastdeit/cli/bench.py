@@ -227,15 +227,4 @@ _add(
     "--results", type=path, action="append", metavar="FILE", help="rows to report (default: benchmarks/results/*.jsonl)"
 )
 
-VERBS = {
-    "bench step": STEP,
-    "bench forward": FORWARD,
-    "bench train": TRAIN,
-    "bench data": DATA,
-    "bench overhead": OVERHEAD,
-    "bench suite": SUITE,
-    "bench calibrate": CALIBRATE,
-    "bench parity": PARITY,
-    "bench count": COUNT,
-    "bench report": REPORT,
-}
+VERBS = STEP, FORWARD, TRAIN, DATA, OVERHEAD, SUITE, CALIBRATE, PARITY, COUNT, REPORT

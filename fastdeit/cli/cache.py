@@ -4,8 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, add_overlays, add_recipe, add_trust, lay_over, one, path, positive
-from fastdeit.errors import UsageError
+from fastdeit.cli.parser import Verb, add_overlays, add_recipe, add_trust, lay_over, path, positive, required
 
 
 def _cache(args: argparse.Namespace, argv: list[str]) -> int:
@@ -13,14 +12,8 @@ def _cache(args: argparse.Namespace, argv: list[str]) -> int:
 
     processes = launch.Processes(args.nproc)
     with launch.process_of_a_run(processes):
-        args.recipe = one(args.words, "recipe")
-        if args.recipe is None:
-            raise UsageError("name the recipe whose images the teacher is to judge: fastdeit cache RECIPE")
-        if args.data is not None:
-            from fastdeit.verbs import data
-
-            told = launch.told_by_launcher()
-            args.overrides += data.implied(args.recipe, args.overrides, args.data, told)
+        otherwise = "name the recipe whose images the teacher is to judge: fastdeit cache RECIPE"
+        args.recipe = required(args.words, "recipe", otherwise)
         lay_over(args, args.recipe)
         args.out = Path(args.out or f"caches/{Path(args.recipe).stem}")
         return launch.run(args, argv, _work, processes)
@@ -68,4 +61,4 @@ _add("--epochs", type=epochs, metavar="A:B", help="epochs from A up to but witho
 _add("--nproc", type=positive, metavar="N", help="processes on this machine, one per GPU (default: 1)")
 add_trust(CACHE.parser)
 
-VERBS = {"cache": CACHE}
+VERBS = (CACHE,)

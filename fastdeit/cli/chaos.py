@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastdeit.cli.parser import Verb, add_recipe, natural, one, positive
+from fastdeit.cli.parser import Verb, add_recipe, natural, positive, required
 from fastdeit.errors import UsageError
 
 
@@ -10,9 +10,8 @@ def _chaos(args: argparse.Namespace, argv: list[str]) -> int:
     from fastdeit.recipe import resolve as recipe
     from fastdeit.run import places
 
-    args.recipe = one(args.words, "recipe")
-    if args.recipe is None:
-        raise UsageError("name the recipe whose training is to be interrupted: fastdeit chaos RECIPE")
+    otherwise = "name the recipe whose training is to be interrupted: fastdeit chaos RECIPE"
+    args.recipe = required(args.words, "recipe", otherwise)
     found = recipe.load(args.recipe, args.overrides)
     recipe.check_complete(found)
     places.check(found)
@@ -50,4 +49,4 @@ _add("--nproc", type=positive, default=1, metavar="N", help="processes of the ru
 _add("--keep", action="store_true", help="keep both runs and what they said; they are kept in any case if they differ")
 _add("--json", action="store_true", help="print what was measured as JSON")
 
-VERBS = {"chaos": CHAOS}
+VERBS = (CHAOS,)

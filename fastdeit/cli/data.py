@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, add_recipe, add_trust, one, path, positive
+from fastdeit.cli.parser import Verb, add_recipe, add_trust, lay_over, path, positive, required
 from fastdeit.errors import UsageError
 from fastdeit.verbs.make.names import SETS
 
@@ -29,9 +29,8 @@ def _data_pack(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _data_picture(args: argparse.Namespace, argv: list[str]) -> None:
-    args.recipe = one(args.words, "recipe or address of weights")
-    if args.recipe is None:
-        raise UsageError(f"name a recipe or a run: fastdeit data {argv[1]} RECIPE --out FILE.png")
+    otherwise = f"name a recipe or a run: fastdeit data {argv[1]} RECIPE --out FILE.png"
+    args.recipe = required(args.words, "recipe or address of weights", otherwise)
     _check_picture(args.out)
     _check_recipe(args)
     from fastdeit.verbs import pictures
@@ -51,12 +50,11 @@ def _check_recipe(args: argparse.Namespace) -> None:
     from fastdeit.recipe import resolve as recipe
     from fastdeit.run import chosen, places
     from fastdeit.run.address import is_address
-    from fastdeit.verbs import data as data_verbs
 
     if is_address(args.recipe):
         chosen.check(args.recipe, args.overrides)
         return
-    args.overrides += data_verbs.implied(args.recipe, args.overrides, args.data)
+    lay_over(args, args.recipe)
     places.check_root(recipe.load(args.recipe, args.overrides))
 
 
@@ -175,4 +173,4 @@ _add("--rows", type=positive, default=4, metavar="R", help="rows of training ima
 _add("--columns", type=positive, default=8, metavar="C", help="default: 8")
 _add("--out", type=path, required=True, metavar="FILE", help="the picture")
 
-VERBS = {"data check": CHECK, "data pack": PACK, "data show": SHOW, "data preview": PREVIEW, "data make": MAKE}
+VERBS = CHECK, PACK, SHOW, PREVIEW, MAKE

@@ -15,4 +15,4 @@ DOCTOR = Verb(
     "doctor", "what this machine offers, and which kernels will be used", "", _doctor, examples=["fastdeit doctor"]
 )
 
-VERBS = {"doctor": DOCTOR}
+VERBS = (DOCTOR,)

@@ -4,15 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, add_trust, one, path, positive
+from fastdeit.cli.parser import Verb, add_trust, path, positive, required
 from fastdeit.errors import UsageError
-
-
-def _address(args: argparse.Namespace, verb: str) -> str:
-    address = one(args.words, "address of weights")
-    if address is None:
-        raise UsageError(f"name the weights: fastdeit {verb}, where ADDRESS is a run, a file or timm:NAME")
-    return address
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -23,7 +16,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace, argv: list[str]) -> int | None:
-    args.address = _address(args, "eval ADDRESS --data DIR")
+    otherwise = "name the weights: fastdeit eval ADDRESS --data DIR, where ADDRESS is a run, a file or timm:NAME"
+    args.address = required(args.words, "address of weights", otherwise)
     if args.images is not None:
         _check(args)
         args.top = 5
@@ -162,4 +156,4 @@ _add("--block", type=int, metavar="N", help="block to look into, from 0 (default
 _add("--out", type=path, required=True, metavar="FILE", help="the picture")
 add_trust(ATTENTION.parser)
 
-VERBS = {"eval": EVAL, "published": PUBLISHED, "predict": PREDICT, "show attention": ATTENTION}
+VERBS = EVAL, PUBLISHED, PREDICT, ATTENTION

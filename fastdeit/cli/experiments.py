@@ -2,8 +2,7 @@
 
 import argparse
 
-from fastdeit.cli.parser import Verb, add_recipe, one, path, positive
-from fastdeit.errors import UsageError
+from fastdeit.cli.parser import Verb, add_recipe, path, positive, required
 
 
 def _list(args: argparse.Namespace, argv: list[str]) -> None:
@@ -13,9 +12,8 @@ def _list(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _run(args: argparse.Namespace, argv: list[str]) -> None:
-    args.name = one(args.words, "experiment")
-    if args.name is None:
-        raise UsageError("name an experiment: fastdeit experiments run NAME; `fastdeit experiments list` shows them")
+    otherwise = "name an experiment: fastdeit experiments run NAME; `fastdeit experiments list` shows them"
+    args.name = required(args.words, "experiment", otherwise)
     from fastdeit.experiments import command
 
     command.run(args)
@@ -47,4 +45,4 @@ _add = RUN.parser.add_argument
 _add("--seeds", type=positive, default=5, metavar="N", help="trainings of each variant (default: 5)")
 _add("--out", type=path, default=_FOLDER, metavar="DIR", help=f"rows, pages and runs (default: {_FOLDER})")
 
-VERBS = {"experiments list": LIST, "experiments run": RUN}
+VERBS = LIST, RUN

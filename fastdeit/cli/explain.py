@@ -26,4 +26,4 @@ EXPLAIN.parser.add_argument(
     "word", nargs="?", metavar="FIELD", help="section.field, a section, or a flag of timm's or DeiT's (default: list)"
 )
 
-VERBS = {"explain": EXPLAIN}
+VERBS = (EXPLAIN,)

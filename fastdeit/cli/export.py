@@ -54,4 +54,4 @@ _add(
 _add("--force", action="store_true", help="replace a file or an exported folder that is there")
 add_trust(EXPORT.parser)
 
-VERBS = {"export": EXPORT}
+VERBS = (EXPORT,)

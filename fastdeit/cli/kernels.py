@@ -100,4 +100,4 @@ _add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default:
 _add("--graph", action="store_true", help="for runs with engine.capture=graph, where launches do not count")
 _add("--budget", type=float, default=600.0, metavar="SECONDS", help="begin no trial after these (default: 600)")
 
-VERBS = {"kernels": KERNELS, "kernels lint": LINT, "kernels bench": BENCH, "kernels tune": TUNE}
+VERBS = KERNELS, LINT, BENCH, TUNE

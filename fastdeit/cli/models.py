@@ -29,4 +29,4 @@ MODELS.parser.add_argument(
     help="part of a name, or a pattern with * and ?; behind timm: one of timm's (default: all of ours)",
 )
 
-VERBS = {"models": MODELS}
+VERBS = (MODELS,)

@@ -75,8 +75,7 @@ class Verb:
         *,
         examples: Sequence[str] = (),
     ) -> None:
-        self.help = help
-        self.run = run
+        self.name, self.help, self.run = name, help, run
         self.examples = tuple(examples)
         self.parser = Parser(
             prog=f"fastdeit {name}",
@@ -124,11 +123,23 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def lay_over(args: argparse.Namespace, recipe: str) -> None:
-    """Put what `--as` stands for in the recipe before the command's own overrides, which win."""
-    if args.overlays:
+def lay_over(args: argparse.Namespace, recipe: str, *, say: bool = False) -> None:
+    """Add what `--data` implies to the command's own overrides, and put before them what `--as` stands for in the
+    recipe: they win over that.
+
+    say  print a line for each field that `--as` changes, once for all processes
+    """
+    if getattr(args, "data", None) is not None:
+        from fastdeit.launch import launch
+        from fastdeit.verbs import data
+
+        args.overrides += data.implied(recipe, args.overrides, args.data, launch.told_by_launcher())
+    if getattr(args, "overlays", None):
         from fastdeit.recipe import overlays
 
+        if say and "RANK" not in os.environ:
+            for line in overlays.differences(recipe, args.overlays, args.overrides):
+                print(line, flush=True)
         args.overrides = [*overlays.overrides(recipe, args.overlays, args.overrides), *args.overrides]
 
 
@@ -143,6 +154,14 @@ def one(words: list[str], what: str) -> str | None:
     if len(words) > 1:
         raise UsageError(f"expected one {what} and section.field=value overrides, got {' '.join(words)}")
     return words[0] if words else None
+
+
+def required(words: list[str], what: str, otherwise: str) -> str:
+    """The only word of `words`. Raises UsageError with the message `otherwise` where there is none, and for more."""
+    word = one(words, what)
+    if word is None:
+        raise UsageError(otherwise)
+    return word
 
 
 def path(text: str) -> str:

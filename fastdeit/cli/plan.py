@@ -2,14 +2,11 @@
 
 import argparse
 
-from fastdeit.cli.parser import Verb, add_overlays, add_trust, lay_over, one, positive
-from fastdeit.errors import UsageError
+from fastdeit.cli.parser import Verb, add_overlays, add_trust, lay_over, positive, required
 
 
 def _plan(args: argparse.Namespace, argv: list[str]) -> None:
-    args.recipe = one(args.words, "recipe")
-    if args.recipe is None:
-        raise UsageError("name a recipe: fastdeit plan RECIPE")
+    args.recipe = required(args.words, "recipe", "name a recipe: fastdeit plan RECIPE")
     lay_over(args, args.recipe)
     from fastdeit.recipe import resolve as recipe
 
@@ -46,4 +43,4 @@ _add("--images", type=positive, metavar="N", help="training images (default: wha
 _add("--json", action="store_true", help="print everything as JSON")
 add_trust(PLAN.parser)
 
-VERBS = {"plan": PLAN}
+VERBS = (PLAN,)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastdeit.cli.parser import Verb, add_overlays, lay_over, one
+from fastdeit.cli.parser import Verb, add_overlays, lay_over, required
 from fastdeit.errors import UsageError
 
 
@@ -16,9 +16,7 @@ def _recipes(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _show(args: argparse.Namespace, argv: list[str]) -> None:
-    name = one(args.words, "recipe")
-    if name is None:
-        raise UsageError("name a recipe: fastdeit recipes show NAME")
+    name = required(args.words, "recipe", "name a recipe: fastdeit recipes show NAME")
     if args.overrides and not args.resolved:
         raise UsageError(f"{args.overrides[0]}: overrides need --resolved; without it the file is printed as it is")
     if args.overlays and not args.resolved:
@@ -53,4 +51,4 @@ _add("--resolved", action="store_true", help="every field, with the values that 
 
 add_overlays(SHOW.parser)
 
-VERBS = {"recipes": RECIPES, "recipes show": SHOW}
+VERBS = RECIPES, SHOW

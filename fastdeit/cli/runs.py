@@ -65,4 +65,4 @@ _add(
 )
 _add("--target", type=float, required=True, metavar="VALUE", help="in the metric's unit, for top1 per cent")
 
-VERBS = {"runs list": LIST, "runs diff": DIFF, "runs curves": CURVES, "runs time": TIME}
+VERBS = LIST, DIFF, CURVES, TIME

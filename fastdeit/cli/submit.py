@@ -3,21 +3,14 @@
 import argparse
 from pathlib import Path
 
-from fastdeit.cli.parser import Verb, add_overlays, add_recipe, add_trust, lay_over, one, path, positive
-from fastdeit.errors import UsageError
+from fastdeit.cli.parser import Verb, add_overlays, add_recipe, add_trust, lay_over, path, positive, required
 
 
 def _submit(args: argparse.Namespace, argv: list[str]) -> None:
     from fastdeit.recipe import resolve as recipe
     from fastdeit.run import directory, places
 
-    name = one(args.words, "recipe")
-    if name is None:
-        raise UsageError("name the recipe to train: fastdeit submit RECIPE --hours H")
-    if args.data is not None:
-        from fastdeit.verbs import data
-
-        args.overrides += data.implied(name, args.overrides, args.data)
+    name = required(args.words, "recipe", "name the recipe to train: fastdeit submit RECIPE --hours H")
     lay_over(args, name)
     found = recipe.load(name, args.overrides)
     recipe.check_complete(found)
@@ -68,4 +61,4 @@ _add(
 
 add_trust(SUBMIT.parser)
 
-VERBS = {"submit": SUBMIT}
+VERBS = (SUBMIT,)

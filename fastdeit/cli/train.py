@@ -35,14 +35,8 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
                 )
             else:
                 print(one_line(f"starting: {args.named or args.origin or args.resume or args.run_dir}"), flush=True)
-        if args.data is not None and not of_a_run:
-            from fastdeit.verbs import data as data_verbs
-
-            told = launch.told_by_launcher()
-            args.overrides += data_verbs.implied(args.recipe, args.overrides, args.data, told)
-        if args.overlays:
-            _say_overlays(args)
-            lay_over(args, args.recipe)
+        if not of_a_run:
+            lay_over(args, args.recipe, say=True)
         if args.dry_run or "RANK" not in os.environ:
             # Before torch is loaded and before any worker exists, so that a mistake is reported at once, and once.
             from fastdeit.recipe import resolve as recipe
@@ -67,16 +61,6 @@ def _work(args: argparse.Namespace) -> None:
     from fastdeit import training
 
     training.main(args)
-
-
-def _say_overlays(args: argparse.Namespace) -> None:
-    """A line for each field that `--as` changes, once for all processes."""
-    if "RANK" in os.environ:
-        return
-    from fastdeit.recipe import overlays
-
-    for line in overlays.differences(args.recipe, args.overlays, args.overrides):
-        print(line, flush=True)
 
 
 def _read_resume(args: argparse.Namespace) -> None:
@@ -147,4 +131,4 @@ add_overlays(TRAIN.parser)
 add_trust(TRAIN.parser)
 _add("--dry-run", action="store_true", help="train nothing: say what would run, and check what can be checked")
 
-VERBS = {"train": TRAIN}
+VERBS = (TRAIN,)
