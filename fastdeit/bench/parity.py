@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastdeit.batch import Labels
 from fastdeit.bench import measure
-from fastdeit.bench.parity_peer import Peer, Settings
+from fastdeit.bench.parity_peer import Peer
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.stepping import Stepper
@@ -103,7 +103,7 @@ def compare(name: str, *, steps: int, batch: int, image_size: int) -> dict[str, 
         ours = Stepper(recipes.load("deit_tiny", _overrides(case, batch, size, file)), steps=steps)
         if case.start is not None:
             ours.load(_resized(case.model, image_size, ours.model))
-        peer = _peer(case, ours, steps, size, teacher)
+        peer = Peer(ours.recipe, case.loss, steps, ours.model.state_dict(), teacher)
         start = {key: tensor.clone() for key, tensor in ours.model.state_dict().items()}
         mine, theirs = [], []
         for images, labels in _batches(steps, batch, size):
@@ -164,30 +164,6 @@ def _resized(name: str, image_size: int, wanted: nn.Module) -> dict[str, Tensor]
     grid = positions[:, tokens:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     grown = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
     return weights | {"pos_embed": torch.cat([positions[:, :tokens], grown.flatten(2).transpose(1, 2)], 1)}
-
-
-def _peer(case: Case, ours: Stepper, steps: int, size: int, teacher: nn.Module) -> Peer:
-    recipe = ours.recipe
-    method, optim = recipe.method, recipe.optim
-    settings = Settings(
-        loss=case.loss,
-        optimizer=optim.name,
-        drop_path=recipe.model.drop_path,
-        lr=optim.lr,
-        warmup_lr=optim.warmup_lr,
-        min_lr=optim.min_lr,
-        warmup_steps=steps // EPOCHS,
-        steps=steps,
-        weight_decay=optim.weight_decay,
-        ema_decay=optim.ema_decay,
-        smoothing=method.smoothing,
-        alpha=getattr(method, "alpha", 0.0),
-        tau=getattr(method, "tau", 1.0),
-        clip_grad=optim.clip_grad,
-        accumulate=recipe.train.accumulate,
-    )
-    options = {"img_size": size, "num_classes": CLASSES}
-    return Peer(case.model, options, ours.model.state_dict(), settings, teacher)
 
 
 def _batches(steps: int, batch: int, size: int) -> Iterator[tuple[Tensor, Labels]]:

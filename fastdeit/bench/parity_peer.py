@@ -18,25 +18,8 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-
-class Settings(NamedTuple):
-    """What the peer is built by; names are those of a recipe. `loss` is a key of `LOSSES`."""
-
-    loss: str
-    optimizer: str
-    drop_path: float
-    lr: float
-    warmup_lr: float
-    min_lr: float
-    warmup_steps: int
-    steps: int
-    weight_decay: float
-    ema_decay: float
-    smoothing: float
-    alpha: float
-    tau: float
-    clip_grad: float | None = None
-    accumulate: int = 1
+from fastdeit.recipe.config import OptimConfig
+from fastdeit.recipe.resolve import Recipe
 
 
 class GivenDropPath(nn.Module):
@@ -57,48 +40,46 @@ class GivenDropPath(nn.Module):
 class Peer:
     """timm's model and its training step.
 
-    name     of timm's model
-    options  for `timm.create_model`
+    recipe   whose numbers are the peer's as well: rates, decays, smoothing, size of images and the like
+    loss     a key of `LOSSES`
+    steps    of the whole run
     weights  of our student, whose names are timm's
     teacher  the network that distils, if one does
     """
 
     def __init__(
-        self,
-        name: str,
-        options: dict[str, Any],
-        weights: dict[str, Tensor],
-        settings: Settings,
-        teacher: nn.Module | None,
+        self, recipe: Recipe, loss: str, steps: int, weights: dict[str, Tensor], teacher: nn.Module | None
     ) -> None:
-        self.settings = settings
-        self.model = timm.create_model(name, **options)
+        self.recipe, optim = recipe, recipe.optim
+        options = {"img_size": recipe.model.image_size, "num_classes": recipe.model.num_classes}
+        self.model = timm.create_model(recipe.model.name, **options)
         if hasattr(self.model, "set_distilled_training"):
             self.model.set_distilled_training(True)
         self.model.load_state_dict(weights)
         self._drops = list(self._given_drop_path())
         self.teacher = teacher
-        self._loss = LOSSES[settings.loss]
+        self._loss = LOSSES[loss]
         exempt = self.model.no_weight_decay()
-        groups = param_groups_weight_decay(self.model, settings.weight_decay, no_weight_decay_list=exempt)
-        self.optimizer = OPTIMIZERS[settings.optimizer](groups, settings)
+        groups = param_groups_weight_decay(self.model, optim.weight_decay, no_weight_decay_list=exempt)
+        self.optimizer = OPTIMIZERS[optim.name](groups, optim)
+        warmup_steps = round(steps * optim.warmup_epochs / recipe.train.epochs)
         self._schedule = CosineLRScheduler(
             self.optimizer,
-            t_initial=settings.steps - settings.warmup_steps,
-            lr_min=settings.min_lr,
-            warmup_t=settings.warmup_steps,
-            warmup_lr_init=settings.warmup_lr,
+            t_initial=steps - warmup_steps,
+            lr_min=optim.min_lr,
+            warmup_t=warmup_steps,
+            warmup_lr_init=optim.warmup_lr,
             warmup_prefix=True,
             t_in_epochs=False,
         )
-        self.average = ModelEmaV3(self.model, decay=settings.ema_decay)
+        self.average = ModelEmaV3(self.model, decay=optim.ema_decay)
         self.model.train()
 
     def _given_drop_path(self) -> Iterator[GivenDropPath]:
         """Drop-path modules, two a block, in the order in which they are called. timm's rates rise over the depth."""
         count = len(self.model.blocks)
         for number, block in enumerate(self.model.blocks):
-            rate = self.settings.drop_path * number / max(count - 1, 1)
+            rate = self.recipe.model.drop_path * number / max(count - 1, 1)
             for name in ("drop_path1", "drop_path2"):
                 setattr(block, name, GivenDropPath(rate))
                 yield getattr(block, name)
@@ -110,7 +91,7 @@ class Peer:
         noise   uniforms `[B, two a block]` of each forward: none without drop-path, one, and for cosub two
         """
         self._schedule.step_update(num_updates=number)
-        total, parts = 0.0, self.settings.accumulate
+        total, parts, limit = 0.0, self.recipe.train.accumulate, self.recipe.optim.clip_grad
         size = len(images) // parts
         for part in range(parts):
             rows = slice(part * size, (part + 1) * size)
@@ -118,8 +99,8 @@ class Peer:
             loss = self._loss(self, chosen) / parts
             loss.backward()
             total += loss.item()
-        if self.settings.clip_grad is not None and self.settings.optimizer != "lamb":
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+        if limit is not None and self.recipe.optim.name != "lamb":
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update(self.model)
@@ -127,7 +108,7 @@ class Peer:
 
     def logits(self, rows: "Rows", forward: int = 0) -> Any:
         """The model's answer, with drop-path by the uniforms of that forward."""
-        if self.settings.drop_path:
+        if self.recipe.model.drop_path:
             for drop, column in zip(self._drops, rows.noise[forward].unbind(1), strict=True):
                 drop.uniforms = column
         return self.model(rows.images)
@@ -150,7 +131,7 @@ class Rows(NamedTuple):
 
 
 def _supervised(peer: Peer, rows: Rows) -> Tensor:
-    return SoftTargetCrossEntropy()(peer.logits(rows), peer.targets(rows, peer.settings.smoothing))
+    return SoftTargetCrossEntropy()(peer.logits(rows), peer.targets(rows, peer.recipe.method.smoothing))
 
 
 def _bce(peer: Peer, rows: Rows) -> Tensor:
@@ -170,7 +151,7 @@ def _cosub(peer: Peer, rows: Rows) -> Tensor:
 
 def _soft(peer: Peer, rows: Rows) -> Tensor:
     def distance(student: Tensor, teacher: Tensor) -> Tensor:
-        tau = peer.settings.tau
+        tau = peer.recipe.method.tau
         mine, theirs = F.log_softmax(student / tau, 1), F.log_softmax(teacher / tau, 1)
         return F.kl_div(mine, theirs, reduction="sum", log_target=True) * tau**2 / mine.numel()
 
@@ -183,11 +164,12 @@ def _hard(peer: Peer, rows: Rows) -> Tensor:
 
 def _distilled(peer: Peer, rows: Rows, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The labels' loss of the class head, and the distance of the distillation head from the teacher."""
+    method = peer.recipe.method
     first, second = peer.logits(rows)
     with torch.no_grad():
         judged = peer.teacher(rows.images)
-    base = SoftTargetCrossEntropy()(first, peer.targets(rows, peer.settings.smoothing))
-    return (1 - peer.settings.alpha) * base + peer.settings.alpha * distance(second, judged)
+    base = SoftTargetCrossEntropy()(first, peer.targets(rows, method.smoothing))
+    return (1 - method.alpha) * base + method.alpha * distance(second, judged)
 
 
 LOSSES: dict[str, Callable[[Peer, Rows], Tensor]] = {
@@ -200,15 +182,15 @@ LOSSES: dict[str, Callable[[Peer, Rows], Tensor]] = {
 """By name: the loss of a micro-batch."""
 
 
-def _adamw(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8)
+def _adamw(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(0.9, 0.999), eps=1e-8)
 
 
-def _lamb(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
-    return Lamb(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=settings.clip_grad)
+def _lamb(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    return Lamb(groups, lr=optim.lr, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=optim.clip_grad)
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Settings], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "lamb": _lamb,
 }

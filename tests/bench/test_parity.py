@@ -7,6 +7,7 @@ import torch
 
 from fastdeit import cli
 from fastdeit.bench import parity, parity_peer
+from fastdeit.recipe import resolve as recipes
 
 # float32 rounds differently in the two orders of summation; after a few steps that is all there is.
 ROUNDING = 2e-6
@@ -28,14 +29,16 @@ def test_five_steps_are_timm_s():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"weight_decay": 0.5}, {"smoothing": 0.0}, {"ema_decay": 0.9}, {"min_lr": 0.0}])
-def test_another_setting_shows(settings, monkeypatch):
-    made = parity_peer.Settings
+@pytest.mark.parametrize(
+    "setting", ["optim.weight_decay=0.5", "method.smoothing=0.0", "optim.ema_decay=0.9", "optim.min_lr=0.0"]
+)
+def test_another_setting_shows(setting, monkeypatch):
+    made = parity_peer.Peer
 
-    def changed(**given):
-        return made(**{**given, **settings})
+    def changed(recipe, *given):
+        return made(recipes.override(recipe, [setting]), *given)
 
-    monkeypatch.setattr(parity, "Settings", changed)
+    monkeypatch.setattr(parity, "Peer", changed)
     row = parity.compare("clip", steps=10, batch=4, image_size=32)
     assert max(row["loss"] / ROUNDING, row["weights"] / 5e-4, row["average"] / 5e-4) > 1
 
