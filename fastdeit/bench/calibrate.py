@@ -26,7 +26,7 @@ from fastdeit.bench import (
     step,
     suite,
 )
-from fastdeit.bench.measure import CLASSES, CannotRun, Timer, interleave, median, reason, repeated, timed
+from fastdeit.bench.measure import CLASSES, CannotRun, Timer, interleave, median, noting, repeated, timed
 
 _SHAPES = {"cuda": ("deit_base_distilled_patch16_224", 256), "cpu": ("deit_tiny_distilled_patch16_224", 2)}
 _LIBRARY = {
@@ -71,12 +71,10 @@ def _measure(sides: Iterator[tuple[str, Callable[[], Side]]], rounds: int, devic
     work: dict[str, Side] = {}
     failed: dict[str, str] = {}
     for name, build in sides:
-        try:
+        with noting(failed, name):
             side = build()
             timers[name] = timed(side.call, device) if side.whole else repeated([side.call], device)
             work[name] = side
-        except Exception as error:  # recorded in the row; the others go on
-            failed[name] = reason(error)
     timers["copy"], copied = measure.copy_timer(device)
     found = interleave(timers, rounds, device, failed, discard=int(device.type == "cuda"))
     return found | {

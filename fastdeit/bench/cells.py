@@ -18,10 +18,8 @@ from fastdeit.bench import (
     watching,
 )
 from fastdeit.bench.measure import median
+from fastdeit.bench.names import STEP_PEERS
 
-_ATTENTIONS = ("timm_compile", "timm_compile_cudnn", "timm_compile_fa3", "timm_compile_fa4")
-GRAPHED_PEERS = ("timm_compile_graph", "timm_compile_graph_pruned")
-STEP_PEERS = ("timm", *_ATTENTIONS, *(f"{name}_pruned" for name in _ATTENTIONS), "accelerate", *GRAPHED_PEERS)
 CPU_NOTE = "These are figures of a CPU: they say nothing of a GPU."
 
 # ---- who takes part --------------------------------------------------------------------------------------------------

@@ -34,26 +34,16 @@ def main(args: argparse.Namespace) -> None:
 
         report.main(args.results, args.folder)
         return
-    if args.what == "parity":
-        from fastdeit.bench import parity
+    if args.what in ("parity", "count"):
+        from fastdeit.bench import count_command, parity
 
-        parity.main(args)
-        return
-    if args.what == "count":
-        from fastdeit.bench import count_command
-
-        count_command.main(args)
+        {"parity": parity.main, "count": count_command.main}[args.what](args)
         return
     device = pick_device(args.device)
-    if args.what == "overhead":
-        from fastdeit.bench import overhead
+    if args.what in ("suite", "calibrate", "overhead"):
+        from fastdeit.bench import calibrate, overhead, suite
 
-        overhead.main(args, device)
-        return
-    if args.what in ("suite", "calibrate"):
-        from fastdeit.bench import calibrate, suite
-
-        {"suite": suite.main, "calibrate": calibrate.main}[args.what](args, device)
+        {"suite": suite.main, "calibrate": calibrate.main, "overhead": overhead.main}[args.what](args, device)
     elif args.what == "data":
         finish({"what": "data", **data(args, device)}, args.out)
     elif args.what == "train":

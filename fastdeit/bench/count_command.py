@@ -19,12 +19,12 @@ from fastdeit.bench import count, count_expected, count_host, count_peers, measu
 from fastdeit.bench import step as bench_step
 from fastdeit.bench.count import FORMS, KINDS, ONLY_ON, Count, Counted
 from fastdeit.bench.count_expected import Expected
+from fastdeit.bench.names import ARCHS
 from fastdeit.engine.optimizers import Muon
 from fastdeit.engine.progress import table
 from fastdeit.errors import UsageError
 
 MODELS = tuple(f"deit_{size}_distilled_patch16_224" for size in ("base", "small", "tiny"))
-ARCHS = 80, 90, 100
 BATCH = 256
 GIB = 2**30
 
@@ -76,14 +76,11 @@ def row(cell: Counted, arch: int) -> dict[str, Any]:
     sides: dict[str, Count] = {}
     failed: dict[str, str] = {}
     for name, counted in SIDES.items():
-        try:
+        with measure.noting(failed, name):
             sides[name] = counted(cell, arch)
-        except Exception as error:  # named in the row; the others go on
-            failed[name] = measure.reason(error)
-    try:
+    host: dict[str, float] = {}
+    with measure.noting(failed, "host"):
         host = count_host.seconds(cell.model, ema=cell.ema)
-    except Exception as error:
-        host, failed["host"] = {}, measure.reason(error)
     return {
         **asdict(cell),
         "what": "count",

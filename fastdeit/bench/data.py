@@ -152,7 +152,7 @@ class Setting:
 @contextmanager
 def opened(args: argparse.Namespace, device: torch.device, fixed: dict[str, Any] | None = None) -> Generator[Setting]:
     """The recipe with what the benchmark sets, and the fields `fixed`; `write_images` makes the files that it reads,
-    which live as long as the context. UsageError for an override of what is set here."""
+    which live as long as the context."""
     with tempfile.TemporaryDirectory() as root:
         yield Setting(_recipe(args, root, fixed or {}), device, getattr(args, "eval", False))
 
@@ -178,9 +178,6 @@ def _recipe(args: argparse.Namespace, root: str, fixed: dict[str, Any]) -> "Reci
     own |= {"data.threads": args.threads or len(os.sched_getaffinity(0)), "data.group_size": batch}
     own |= {"train.batch_size": batch, "train.accumulate": 1, **fixed}
     own["data.size_schedule"] = []  # peers make images of `model.image_size`
-    for field in (override.partition("=")[0] for override in args.overrides):
-        if field in own:
-            raise UsageError(f"{field} is set by the benchmark (by flags: --batch, --threads)")
     recipe = recipes.load(args.recipe, [*args.overrides, *(f"{field}={value}" for field, value in own.items())])
     if len(build.augmentations(recipe)) > 1:
         raise UsageError(f"recipe {recipe.name}: its method wants several views of a sample, which no peer makes")

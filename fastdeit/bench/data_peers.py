@@ -21,7 +21,7 @@ from fastdeit.bench.input_peers.dali import dali
 from fastdeit.bench.input_peers.deit import deit
 from fastdeit.bench.input_peers.timm import timm
 from fastdeit.bench.input_peers.torchvision import torchvision
-from fastdeit.bench.measure import Timer, reason
+from fastdeit.bench.measure import Timer, noting
 from fastdeit.errors import UsageError
 
 _SIDES: dict[str, Callable[[Setting], Side]] = {
@@ -65,10 +65,8 @@ def _built(setting: Setting, names: list[str]) -> tuple[dict[str, Side], dict[st
     built: dict[str, Side] = {}
     failed: dict[str, str] = {}
     for name in ["fastdeit", *names]:
-        try:
+        with noting(failed, name):
             built[name] = _SIDES[name](setting)
-        except Exception as error:
-            failed[name] = reason(error)
     peers = [name for name in names if not name.startswith("fastdeit")]
     if peers and all(name in failed for name in peers):
         why = "; ".join(dict.fromkeys(failed[name] for name in peers))

@@ -106,11 +106,9 @@ def measure(name: str, build: Callable[[], Work], args: argparse.Namespace, devi
     works = [first, *(build() for _ in range(copies - 1))]
     sides, failed = {}, {}
     for side, call in _sides(name, device):
-        try:
+        with bench_measure.noting(failed, side):
             calls = [lambda call=call, work=work: call(work) for work in works]
             sides[side] = bench_measure.repeated(calls, device)
-        except Exception as error:  # recorded in the row; the others are measured
-            failed[side] = bench_measure.reason(error)
     sides["copy"], copied = bench_measure.copy_timer(device)
     row = {"what": "kernel", "op": name, "model": args.model, "batch": args.batch, "dtype": args.dtype}
     row["width"] = _op.width(first.args)

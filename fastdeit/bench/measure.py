@@ -11,7 +11,8 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ CLASSES = 1000
 WARM_CALLS = {"cpu": 1, "cuda": 3}
 """Calls that allocate and compile, and are not measured."""
 _LEAST_SECONDS = 0.2
+_LEAST_GRAPHED_MS = 20.0
 _COPY_BYTES = {"cpu": 2**24, "cuda": 2**28}
 
 
@@ -39,6 +41,15 @@ def reason(error: Exception) -> str:
     """One line for the field `failed` of a row."""
     first = str(error).strip().split("\n")[0][:300]
     return first if isinstance(error, CannotRun) else f"{type(error).__name__}: {first}"
+
+
+@contextmanager
+def noting(failed: dict[str, str], name: str) -> Iterator[None]:
+    """What the block raises becomes the reason of the side `name` in `failed`; the other sides go on."""
+    try:
+        yield
+    except Exception as error:
+        failed[name] = reason(error)
 
 
 # ---- timers ----------------------------------------------------------------------------------------------------------
@@ -84,7 +95,7 @@ def repeated(calls: Sequence[Callable[[], Any]], device: torch.device) -> Timer:
     return measured
 
 
-def _graphed(calls: Sequence[Callable[[], Any]], milliseconds: float = 20.0) -> Timer:
+def _graphed(calls: Sequence[Callable[[], Any]]) -> Timer:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -106,7 +117,7 @@ def _graphed(calls: Sequence[Callable[[], Any]], milliseconds: float = 20.0) -> 
         end.synchronize()
         return begin.elapsed_time(end)
 
-    count = max(1, round(milliseconds / max(replays(1), 1e-3)))
+    count = max(1, round(_LEAST_GRAPHED_MS / max(replays(1), 1e-3)))
 
     def measured() -> tuple[float, float]:
         used = time.process_time()

@@ -25,7 +25,6 @@ import torch
 
 from fastdeit.bench import step as cells
 from fastdeit.bench import watching
-from fastdeit.bench.cells import CPU_NOTE
 from fastdeit.bench.measure import CLASSES, Timer, interleave, timed
 from fastdeit.bench.step import LR, Cell
 from fastdeit.data.logits import Cache, CachedLogits, Layout
@@ -45,8 +44,6 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     known = {"image_size": args.image_size, "precision": args.precision, "teacher": args.teacher}
     wanted = cells.cell("step", args.model, device, batch=args.batch or 16, **known)
     print("\n".join(sentences(wanted, measure(wanted, args.rounds, device))))
-    if device.type == "cpu":
-        print(CPU_NOTE)
 
 
 def measure(wanted: Cell, rounds: int, device: torch.device) -> dict[str, Any]:

@@ -9,17 +9,18 @@ from fastdeit.recipe import resolve
 
 SETS = (
     *("data.root", "data.source", "data.train", "data.val", "data.repeats", "data.threads", "data.group_size"),
-    *("train.batch_size", "train.accumulate"),
+    *("data.size_schedule", "train.batch_size", "train.accumulate"),
 )
-"""Fields of a recipe that every measurement of input sets itself, and that no override may name."""
+"""Fields of a recipe that every measurement of input sets itself (`data.py`), and that no override may name."""
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise UsageError for a `--model` that we do not have, for an override of what the benchmark sets itself, and for
     rows that cannot be appended to the file `--out`; RecipeError for what is wrong with the recipe."""
     if "recipe" in args:
+        own = (*SETS, "model.image_size") if args.what == "train" else SETS
         for field in (override.partition("=")[0] for override in args.overrides):
-            if field in SETS:
+            if field in own:
                 raise UsageError(f"{field} is set by the benchmark (by flags: --batch, --threads)")
         resolve.load(args.recipe, args.overrides)
     given = getattr(args, "model", None) or []

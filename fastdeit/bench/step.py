@@ -36,10 +36,11 @@ from fastdeit.bench.measure import (
     copy_timer,
     flops_of_products,
     interleave,
+    noting,
     products_timer,
-    reason,
     timed,
 )
+from fastdeit.bench.names import CAPTURES
 from fastdeit.engine.capture import WARM_STEPS, GraphedStep
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema, EmaTeacher
@@ -56,7 +57,6 @@ from fastdeit.models.layers import hidden_matrices
 from fastdeit.run.precision import has_bf16
 
 DROP_PATH, EMA_DECAY, WEIGHT_DECAY, LR = 0.1, 0.99996, 0.05, 1e-4
-CAPTURES = ("none", "compile", "graph")
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,8 @@ def measure(
     flops: dict[str, float] = {}
     peaks: dict[str, int | None] = {}
     for name, build in builders.items():
-        try:
+        with noting(failed, name):
             timers[name], flops[name], peaks[name] = ready(build, wanted, device)
-        except Exception as error:  # recorded in the row; the others go on
-            failed[name] = reason(error)
         release(device)
     shapes = products(wanted)
     copy, copied = copy_timer(device)

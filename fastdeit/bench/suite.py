@@ -8,6 +8,7 @@ import torch
 
 from fastdeit.bench import cells as bench_cells
 from fastdeit.bench import step
+from fastdeit.bench.names import GRAPHED_PEERS
 from fastdeit.bench.step import Cell
 
 TEACHERS = {"cpu": "regnety_002", "cuda": "regnety_160"}
@@ -44,7 +45,7 @@ def captures(cell: Cell, device: torch.device) -> tuple[str, ...]:
 
 def peers(cell: Cell, asked: Sequence[str]) -> list[str]:
     """Those that run in a cell of the suite."""
-    return [name for name in asked if cell.image_size <= GRAPHED_SIZE or name not in bench_cells.GRAPHED_PEERS]
+    return [name for name in asked if cell.image_size <= GRAPHED_SIZE or name not in GRAPHED_PEERS]
 
 
 def main(args: argparse.Namespace, device: torch.device) -> None:

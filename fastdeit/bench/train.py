@@ -22,7 +22,7 @@ from fastdeit.batch import map_tensors
 from fastdeit.bench import data, data_peers
 from fastdeit.bench import step as bench_step
 from fastdeit.bench.data import Setting
-from fastdeit.bench.measure import WARM_CALLS, CannotRun, Timer, clocks, interleave, reason
+from fastdeit.bench.measure import WARM_CALLS, CannotRun, Timer, clocks, interleave, noting
 from fastdeit.bench.step import LR, Cell
 from fastdeit.engine.dist import World
 
@@ -71,7 +71,7 @@ def _sides(
     makers = {bench_step.name_of(capture): partial(_ours, capture=capture) for capture in captures}
     makers |= {name: partial(_peer, name=name) for name in peers}
     for name, make in makers.items():
-        try:
+        with noting(failed, name):
             step, warm, stream, kind_of_work = make(wanted, setting)
             with closing(stream()) as batches:
                 kept = map_tensors(torch.clone, next(batches))
@@ -82,8 +82,6 @@ def _sides(
             if name not in peers:
                 still = partial(_trained, step, partial(_repeated, kept))
                 timers[name + RESIDENT], work[name + RESIDENT] = data.timer(still, setting), "none"
-        except Exception as error:  # recorded in the row; the others go on
-            failed[name] = reason(error)
         bench_step.release(setting.device)
     return timers, failed, work
 

@@ -2,14 +2,8 @@
 
 import argparse
 
+from fastdeit.bench.names import ARCHS, CAPTURES, DATA_PEERS, PARITY_CASES, STEP_PEERS
 from fastdeit.cli.parser import Verb, path, positive
-
-_ATTENTIONS = ("timm_compile", "timm_compile_cudnn", "timm_compile_fa3", "timm_compile_fa4")
-_GRAPHED = ("timm_compile_graph", "timm_compile_graph_pruned")
-STEP_PEERS = ("timm", *_ATTENTIONS, *(f"{name}_pruned" for name in _ATTENTIONS), "accelerate", *_GRAPHED)
-PARITY_CASES = ("supervised", "soft", "hard", "bce_lamb", "cosub", "accumulate", "clip", "finetune")
-COUNTED = 80, 90, 100
-DATA_PEERS = ("timm", "deit", "torchvision", "dali")
 
 
 def _rate(text: str) -> float:
@@ -59,11 +53,11 @@ def _add_peers(verb: Verb, default: str) -> None:
     )
 
 
-def _add_cell(verb: Verb, batch: str = "16", model: str = "deit_tiny_patch16_224") -> None:
+def _add_cell(verb: Verb, model: str = "deit_tiny_patch16_224") -> None:
     """Which network, and at which size."""
     add = verb.parser.add_argument
     add("--model", default=model, metavar="NAME", help=f"default: {model}")
-    add("--batch", type=positive, metavar="N", help=f"images per batch (default: {batch})")
+    add("--batch", type=positive, metavar="N", help="images per batch (default: 16)")
     add("--image-size", type=positive, metavar="N", help="pixels of a side (default: the model's)")
     add("--precision", choices=("fp32", "fp16", "bf16"), help="default: bf16, fp16 before sm_80, fp32 on a CPU")
 
@@ -72,7 +66,7 @@ def _add_capture(verb: Verb, default: str) -> None:
     verb.parser.add_argument(
         "--capture",
         action="append",
-        choices=("none", "compile", "graph"),
+        choices=CAPTURES,
         help=f"engine.capture of our side; may be repeated, for several (default: {default})",
     )
 
@@ -207,7 +201,7 @@ _add("--drop-path", type=_rate, default=0.1, metavar="P", help="rate of drop-pat
 _add(
     "--arch",
     type=int,
-    choices=COUNTED,
+    choices=ARCHS,
     action="append",
     metavar="N",
     help="80, 90 or 100; may be repeated (default: 90)",

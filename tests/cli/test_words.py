@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastdeit import cli
-from fastdeit.bench import cells, data_peers, parity
+from fastdeit.bench import data_peers, names, parity
 from fastdeit.bench import peers as bench_peers
 from fastdeit.data.sources import digits
 from fastdeit.errors import UsageError
@@ -55,10 +55,9 @@ def test_help_lists_verbs_in_groups_and_families(capsys):
 
 
 def test_the_command_line_has_the_peers_that_there_are():
-    assert cli.bench.STEP_PEERS == cells.STEP_PEERS
-    assert set(cells.STEP_PEERS) == bench_peers.PEERS.keys()
-    assert (*parity.CASES,) == cli.bench.PARITY_CASES
-    assert {*cli.bench.DATA_PEERS, "all", "none"} == data_peers._PEERS.keys()
+    assert set(names.STEP_PEERS) == bench_peers.PEERS.keys()
+    assert (*parity.CASES,) == names.PARITY_CASES
+    assert {*names.DATA_PEERS, "all", "none"} == data_peers._PEERS.keys()
 
 
 # ---- ~ ---------------------------------------------------------------------------------------------------------------
