@@ -46,7 +46,6 @@ class Table:
     meaning  what the section is, in one line or several paragraphs
     """
 
-    section: str
     choice: str
     meaning: str
     fields: tuple[Field, ...]
@@ -67,7 +66,7 @@ def tables(section: str) -> Iterator[Table]:
 
 
 def _table(section: str, model: type[BaseModel], choice: str = "") -> Table:
-    return Table(section, choice, inspect.cleandoc(model.__doc__ or ""), tuple(_fields(section, model)))
+    return Table(choice, inspect.cleandoc(model.__doc__ or ""), tuple(_fields(section, model)))
 
 
 def _fields(path: str, model: type[BaseModel]) -> Iterator[Field]:

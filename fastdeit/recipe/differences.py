@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
 
 
-def _always(recipe: "Recipe") -> bool:
-    return True
-
-
 NO_SETTING = object()
 """The `value` of a difference that no setting takes away."""
 
@@ -35,7 +31,7 @@ class Difference(NamedTuple):
     subject: str
     ours: str
     theirs: str
-    where: "Callable[[Recipe], bool]" = _always
+    where: "Callable[[Recipe], bool]" = lambda recipe: True
     value: Any = NO_SETTING
 
     @property
@@ -106,10 +102,6 @@ def _begins_as_deit(recipe: "Recipe") -> bool:
 
 def _with(field: str, *values: Any) -> "Callable[[Recipe], bool]":
     return lambda recipe: _value(recipe, field) in values
-
-
-def _has_size(pixels: int) -> "Callable[[Recipe], bool]":
-    return lambda recipe: recipe.model.image_size == pixels
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -188,7 +180,7 @@ _DEIT = (
             "size of images",
             f"{ours} pixels: whole patches of 14",
             f"{theirs} pixels: the last {theirs - ours} are in no patch",
-            _has_size(ours),
+            _with("model.image_size", ours),
         )
         for ours, theirs in ((154, 160), (126, 128))
     ),

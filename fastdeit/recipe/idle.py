@@ -41,9 +41,7 @@ def notes(recipe: "Recipe", facts: Facts) -> list[str]:
         *_of_mixing(recipe),
         *_of_method(recipe),
         *_of_the_rest(recipe),
-        *_of_the_run(recipe, facts),
-        *_of_the_model(recipe, facts),
-        *_of_the_engine(recipe, facts),
+        *_by_facts(recipe, facts),
     ]
     return [f"{path}{_value(recipe, path)} has no effect: {why}" for path, why in told if _is_given(recipe, path)]
 
@@ -145,21 +143,15 @@ def _of_the_rest(recipe: "Recipe") -> Iterator[tuple[str, str]]:
         yield "train.eval_every", f"train.eval_every_steps is {train.eval_every_steps}"
 
 
-def _of_the_run(recipe: "Recipe", facts: Facts) -> Iterator[tuple[str, str]]:
+def _by_facts(recipe: "Recipe", facts: Facts) -> Iterator[tuple[str, str]]:
     limit = recipe.train.stop_after
     if limit is not None and limit + 1 >= facts.evaluations:  # the first one is a new best, and after the last all ends
         plural = "s" * (facts.evaluations > 1)
         yield "train.stop_after", f"the run has {facts.evaluations} evaluation{plural}, and ends with the last"
-
-
-def _of_the_model(recipe: "Recipe", facts: Facts) -> Iterator[tuple[str, str]]:
     if facts.heads == 1:
         yield "method.fuse", "the model has one head"
     if not facts.dist_token and recipe.optim.weight_decay > 0:
         yield "optim.decay_dist_token", "the model has no distillation token"
-
-
-def _of_the_engine(recipe: "Recipe", facts: Facts) -> Iterator[tuple[str, str]]:
     if facts.processes == 1:
         for field in ("parallel", "reduce", "sync_batchnorm", "timeout_s"):
             yield f"engine.{field}", "it is of several processes, and there is one"

@@ -181,16 +181,17 @@ def difference(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     Not compared: `about`, `name`, `engine`, and from where and by how many threads the data are read.
     """
     sections = {"model", "method", "data", "optim", "train"}
-    mine, theirs = (dict(flat(recipe.model_dump(include=sections, exclude=_PLACES))) for recipe in (a, b))
-    fields = dict.fromkeys([*mine, *theirs])
-    return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
+    return differing(*(dict(flat(recipe.model_dump(include=sections, exclude=_PLACES))) for recipe in (a, b)))
 
 
 def changes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     """(dotted field, value in a, value in b) of all fields but `about` and `name` that differ, as JSON has them."""
-    mine, theirs = (dict(flat(recipe.model_dump(mode="json", exclude={"about", "name"}))) for recipe in (a, b))
-    fields = dict.fromkeys([*mine, *theirs])
-    return [(field, mine.get(field), theirs.get(field)) for field in fields if mine.get(field) != theirs.get(field)]
+    return differing(*(dict(flat(recipe.model_dump(mode="json", exclude={"about", "name"}))) for recipe in (a, b)))
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, value in a, value in b) wherever recipes with dotted fields differ; an absent one counts as None."""
+    return [(field, a.get(field), b.get(field)) for field in dict.fromkeys([*a, *b]) if a.get(field) != b.get(field)]
 
 
 def fields(recipe: Recipe) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from fastdeit.engine import report
 from fastdeit.engine.metrics import MetricsError
 from fastdeit.engine.progress import table
 from fastdeit.errors import UsageError
+from fastdeit.recipe.sections import flat
 from fastdeit.run import overview
 from fastdeit.run.overview import Overview
 from fastdeit.text import one_line
@@ -56,7 +57,7 @@ def show_diff(args: argparse.Namespace) -> None:
     """Print where the recipes of two runs differ, and what both have measured."""
     a, b = (overview.read(overview.find(name)) for name in (args.a, args.b))
     names = a.path.name, b.path.name
-    fields = list(_different(dict(flat(a.recipe)), dict(flat(b.recipe))))
+    fields = list(_different(fields_of(a.recipe), fields_of(b.recipe)))
     if fields:
         table(fields, ("field", *names))
     else:
@@ -68,13 +69,9 @@ def show_diff(args: argparse.Namespace) -> None:
     table(rows, ("measured last", *names, "difference"))
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted field, value) of a recipe as its file has it, without `about`."""
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            yield from flat(inner, f"{prefix}{key}.")
-        elif not prefix.startswith("about"):
-            yield f"{prefix}{key}", inner
+def fields_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """By dotted name the fields of a recipe as its file has it, without `about`."""
+    return {field: value for field, value in flat(recipe) if not field.startswith("about.")}
 
 
 def _different(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -11,7 +11,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run import overview
 from fastdeit.run.overview import Overview
 from fastdeit.text import did_you_mean
-from fastdeit.verbs.runs import flat
+from fastdeit.verbs.runs import fields_of
 
 REFERENCE = "vit_small_90"
 """The recipe of the protocol, which a row's recipe is compared with."""
@@ -67,10 +67,9 @@ def _named(metric: str, names: Sequence[str], run: Overview) -> str:
 
 def _differences(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a run's recipe that are not as in `REFERENCE`; None for one that the run does not have."""
-    theirs = dict(flat(recipes.load(REFERENCE).model_dump(mode="json", exclude={"about", "name"})))
-    ours = {field: value for field, value in flat(recipe) if field != "name"}
-    fields = dict.fromkeys([*theirs, *ours])
-    return {field: ours.get(field) for field in fields if ours.get(field) != theirs.get(field)}
+    theirs = fields_of(recipes.load(REFERENCE).model_dump(mode="json", exclude={"name"}))
+    ours = {field: value for field, value in fields_of(recipe).items() if field != "name"}
+    return {field: mine for field, _, mine in recipes.differing(theirs, ours)}
 
 
 def _without_paths(environment: Mapping[str, Any]) -> dict[str, Any]:
