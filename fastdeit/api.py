@@ -27,7 +27,7 @@ from fastdeit.errors import UsageError
 from fastdeit.feed import Loader
 from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
-from fastdeit.run import directory, overview, threads
+from fastdeit.run import directory, overview
 from fastdeit.stepping import Stepper
 
 _LARGEST_PICTURE = 1 << 24  # bytes; ours have some hundred thousand
@@ -182,9 +182,7 @@ class Run:
         weights = open_weights(f"{self.path}@{which}" if which else str(self.path))
         recipe = settings(weights, None, written(overrides))
         with join_world(recipe.engine.device) as world:
-            recipe = threads.fixed(recipe, world)
-            with threads.computing(recipe.engine.threads):
-                found = judge(weights, recipe, known_classes(weights, build.held_out(recipe)), world)
+            found = judge(weights, recipe, known_classes(weights, build.held_out(recipe)), world)
         return {
             f"{name}{'_ema' if each.averaged and len(found) > 1 else ''}": value
             for each in found

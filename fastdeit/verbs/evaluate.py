@@ -66,9 +66,7 @@ def main(args: argparse.Namespace) -> None:
         recipe = settings(weights, args.model, args.overrides, args.data)
     with join_world(recipe.engine.device, recipe.engine.timeout_s) as world:
         source = known_classes(weights, build.held_out(recipe), say=world.main)
-        recipe = threads.fixed(recipe, world)
-        with threads.computing(recipe.engine.threads):  # those of the run, so that its number is met to the last bit
-            found = judge(weights, recipe, source, world, confusion=args.confusion is not None)
+        found = judge(weights, recipe, source, world, confusion=args.confusion is not None)
         if not world.main:
             return
         if args.json:
@@ -93,7 +91,11 @@ def known_classes(weights: Weights, source: Source, *, say: bool = False) -> Sou
 
 
 def judge(weights: Weights, recipe: Recipe, source: Source, world: World, *, confusion: bool = False) -> list[Found]:
-    """What the weights reach on `source`, and what their average does, where there is one. Call it on every process."""
+    """What the weights reach on `source`, and what their average does, where there is one. Call it on every process.
+
+    It computes with the threads that the recipe says, or that `threads.fixed` derives, and not with torch's as they are
+    set.
+    """
     sets = [each for each in (weights, average_of(weights)) if each is not None]
     said: set[str] = set()
 
@@ -102,7 +104,9 @@ def judge(weights: Weights, recipe: Recipe, source: Source, world: World, *, con
             said.add(path)
             print(f"{path}: {reason}", file=sys.stderr)
 
-    return [_judge(each, recipe, source, world, unreadable, confusion=confusion) for each in sets]
+    own = threads.fixed(recipe, world).engine.threads  # those of the run, so that its number is met to the last bit
+    with threads.computing(own):
+        return [_judge(each, recipe, source, world, unreadable, confusion=confusion) for each in sets]
 
 
 def _judge(

@@ -11,7 +11,7 @@ from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.errors import FastdeitError, UsageError
 from fastdeit.recipe import resolve as recipes
-from fastdeit.run import bare, build, threads
+from fastdeit.run import bare, build
 from fastdeit.run.published import Published, published
 from fastdeit.run.settings import kind_of_data, settings
 from fastdeit.run.weights import open_weights
@@ -60,10 +60,9 @@ def measure(row: Published, root: str, overrides: list[str], world: World) -> di
     """
     weights = open_weights(f"timm:{row.model}")
     shown = f"model.image_size={row.image_size}", f"data.eval_crop_ratio={row.crop_ratio:g}"
-    recipe = threads.fixed(settings(weights, None, [*shown, *overrides], root), world)
+    recipe = settings(weights, None, [*shown, *overrides], root)
     source = known_classes(weights, build.held_out(recipe), say=world.main)
-    with threads.computing(recipe.engine.threads):
-        result = judge(weights, recipe, source, world)[0].result
+    result = judge(weights, recipe, source, world)[0].result
     return {
         "model": row.model,
         "image_size": build.image_size(recipe)[0],
