@@ -4,7 +4,6 @@ Of several rows of the same cell on the same device the newest counts. Everythin
 the rounds; nothing is known here of any result.
 """
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastdeit.bench import cells as bench_cells
 from fastdeit.bench import data, train
 from fastdeit.bench.measure import median
+from fastdeit.engine.report import write_png
 from fastdeit.errors import UsageError
 from fastdeit.estimate import rows as estimate_rows
 
@@ -255,7 +255,6 @@ _COLUMNS: dict[str, dict[str, Tell]] = {
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """A PNG with a panel for each device and kind: our speed as a multiple of each peer's, the rounds as a range."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels: dict[tuple[str, str], dict[str, list[Comparison]]] = defaultdict(dict)
@@ -269,11 +268,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         _panel(axes, cells)
         note = f"\n{bench_cells.CPU_NOTE}" if where.startswith("CPU") else ""
         axes.set_title(f"{what} on {where}{note}", fontsize=10, loc="left")
-    temporary = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        FigureCanvasAgg(figure).print_png(temporary)
-        os.replace(temporary, path)
+        write_png(figure, path)
     except OSError as error:
         raise UsageError(f"--report {path.parent} cannot be written: {error.strerror}") from error
 

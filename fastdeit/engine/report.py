@@ -14,6 +14,7 @@ from fastdeit.text import for_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _TEACHER = "teacher_top1"
 _SMOOTH_FROM = 50
@@ -80,7 +81,6 @@ def compare(logs: Mapping[str, Path], out_path: Path) -> None:
 def _draw(panels: Iterable[tuple[float, Any, Callable[["Axes", Any], None]]], span: float, out_path: Path) -> None:
     """Write a PNG of panels, from the top, over `span` epochs. A panel is its relative height, its data, and what draws
     them; one without data is left out."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = [panel for panel in panels if panel[1]]
@@ -97,11 +97,20 @@ def _draw(panels: Iterable[tuple[float, Any, Callable[["Axes", Any], None]]], sp
     all_axes[-1].set_xlim(-0.02 * (span or 1), 1.02 * (span or 1))
     all_axes[-1].set_xlabel("epoch")
     figure.align_ylabels()
+    write_png(figure, out_path)
 
-    temporary = out_path.with_name(f".tmp-{out_path.name}")
-    _fault.point(f"write {out_path.name}")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, out_path)
+
+def write_png(figure: "Figure", path: Path, **options: Any) -> None:
+    """Write a picture in one step: who opens the file meanwhile has the old or the new one, whole. Raises OSError.
+
+    options  of matplotlib's `print_png`
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    temporary = path.with_name(f".tmp-{path.name}")
+    _fault.point(f"write {path.name}")
+    FigureCanvasAgg(figure).print_png(temporary, **options)
+    os.replace(temporary, path)
 
 
 def _of_kind(records: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:

@@ -1,11 +1,11 @@
 """The picture of an experiment: a panel for each metric, in it a mean with its interval for each variant, and a dot for
 each seed."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdeit.engine.report import write_png
 from fastdeit.experiments.experiment import Experiment, Term
 from fastdeit.experiments.rows import Row
 from fastdeit.experiments.statistics import interval, values
@@ -19,7 +19,6 @@ _ACROSS = 2
 
 def draw(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
     """Write the PNG to `path`, in one step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     measured = {
@@ -36,9 +35,7 @@ def draw(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
         axes.set_title(title, fontsize=9, loc="left")
     for axes in all_axes[len(measured) :]:
         axes.set_visible(False)
-    temporary = path.with_name(f".tmp-{path.name}")
-    FigureCanvasAgg(figure).print_png(temporary, metadata={"Software": None})
-    os.replace(temporary, path)
+    write_png(figure, path, metadata={"Software": None})
 
 
 def panel(axes: "Axes", experiment: Experiment, rows: Sequence[Row], metric: str) -> None:

@@ -6,7 +6,6 @@ of one process among as many as there are groups in a batch. Where a method want
 """
 
 import argparse
-import os
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from fastdeit.data.execute.decode import pixels
 from fastdeit.data.plan import order, plan
 from fastdeit.data.sources.source import Source
 from fastdeit.engine.dist import World, pick_device
+from fastdeit.engine.report import write_png
 from fastdeit.errors import UsageError
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
@@ -318,11 +318,7 @@ def _draw(axes: "Axes", image: Any) -> None:
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    temporary = path.with_name(f".tmp-{path.name}")
     try:
-        FigureCanvasAgg(figure).print_png(temporary)
-        os.replace(temporary, path)
+        write_png(figure, path)
     except OSError as error:
         raise UsageError(f"--out {path}: the picture cannot be written: {error.strerror}") from error
