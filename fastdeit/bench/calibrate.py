@@ -88,9 +88,8 @@ def _measure(sides: Iterator[tuple[str, Callable[[], Side]]], rounds: int, devic
 def _products(
     config: Any, batch: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Callable[[], Side]]]:
-    rows, dim = batch * (config.grid[0] * config.grid[1] + 2), config.dim
-    hidden = int(dim * config.mlp_ratio)
-    for layer, n, k in (("qkv", 3 * dim, dim), ("proj", dim, dim), ("fc1", hidden, dim), ("fc2", dim, hidden)):
+    rows = batch * (config.grid[0] * config.grid[1] + 2)
+    for layer, (n, k) in step.linear_layers(config).items():
         for direction in ("forward", "input_gradient", "weight_gradient"):
             yield f"{layer}_{direction}", partial(_product, direction, rows, n, k, dtype, device)
 

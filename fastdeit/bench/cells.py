@@ -95,11 +95,17 @@ def sentence(row: dict[str, Any]) -> str:
 def _title(row: dict[str, Any]) -> str:
     if row["what"] == "data":
         return f"data of {data.input_of(row)} on {row['device']}, batch {row['batch']}"
-    text = f"{row['what']} of {row['model']} on {row['device']}, batch {row['batch']}, {row['image_size']} px, "
-    text += row["precision"]
-    text += f", teacher {row['teacher']}" if row["teacher"] else ""
-    text += ", EMA" if row["ema"] else ""
-    return text + (f", input of {data.input_of(row)}" if row["what"] == "train" else "")
+    return ", ".join([f"{row['what']} of {row['model']} on {row['device']}", *conditions(row)])
+
+
+def conditions(row: dict[str, Any]) -> list[str]:
+    """What a row of a step, forward or training was measured with, besides the model; older rows leave some out."""
+    words = [f"batch {row['batch']}"]
+    words += [f"{row['image_size']} px"] if "image_size" in row else []
+    words += [row.get("precision", "fp32")]
+    words += [f"teacher {row['teacher']}"] if row.get("teacher") else []
+    words += ["EMA"] if row.get("ema") else []
+    return words + ([f"input of {data.input_of(row)}"] if row["what"] == "train" else [])
 
 
 def _speed(row: dict[str, Any], name: str) -> str:

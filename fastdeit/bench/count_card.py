@@ -219,6 +219,15 @@ class _Generator(torch.Generator):
 
 
 @contextmanager
+def replacing(*values: tuple[Any, str, Any]) -> Iterator[None]:
+    """Inside, each owner's attribute of that name has that value: (owner, name, value)."""
+    with ExitStack() as stack:
+        for owner, name, value in values:
+            stack.enter_context(patch.object(owner, name, value))
+        yield
+
+
+@contextmanager
 def pretended_card(capturing: bool = False, arch: int = ARCH) -> Iterator[Card]:
     """Inside, there is a card of that architecture, one of `CARDS`: 90 is sm_90."""
     card = Card(capturing)
@@ -241,9 +250,7 @@ def pretended_card(capturing: bool = False, arch: int = ARCH) -> Iterator[Card]:
         (_triton, "INTERPRETED", False),
         (_triton, "launch", lambda *args, **options: _check_launch(card, *args, **options)),
     )
-    with ExitStack() as stack:
-        for owner, name, value in replaced:
-            stack.enter_context(patch.object(owner, name, value))
+    with replacing(*replaced):
         for cache in _CACHES:
             cache.cache_clear()
         try:

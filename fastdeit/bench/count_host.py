@@ -7,8 +7,8 @@ where to look, and not how long a step takes a host.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -65,14 +65,7 @@ def _peer(cell: Cell) -> Callable[[], None]:
     return lambda: step(images)
 
 
-@contextmanager
-def _nothing_launched() -> Iterator[None]:
+def _nothing_launched() -> AbstractContextManager:
     """Inside, Triton's backends take tensors of the CPU, as they do under its interpreter, and launch nothing."""
-    with ExitStack() as stack:
-        for name, value in (
-            ("INTERPRETED", True),
-            ("launch", lambda *_, **__: None),
-            ("require_products", lambda *_: None),
-        ):
-            stack.enter_context(patch.object(_triton, name, value))
-        yield
+    nothing = {"launch": lambda *_, **__: None, "require_products": lambda *_: None}
+    return patch.multiple(_triton, INTERPRETED=True, **nothing)

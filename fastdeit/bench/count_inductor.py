@@ -8,10 +8,9 @@ This calls Inductor's own parts, which change with every release: it is written 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -159,9 +158,7 @@ def _card_for_inductor(arch: int) -> Iterator[None]:
         (driver, "_active", target),
         (config.triton, "cudagraphs", False),
     )
-    with ExitStack() as stack:
-        for owner, attribute, value in replaced:
-            stack.enter_context(patch.object(owner, attribute, value))
+    with count_card.replacing(*replaced):
         yield
 
 

@@ -56,7 +56,8 @@ WARM_BATCHES, TIMED_BATCHES = 8, 16
 BATCH = 64
 OURS = "all of the recipe, replayable: TrainLoader (box decoded by DALI, rendered in threads)"
 DECODER = "fastdeit_decoder"
-_CLASSES = 8
+CLASSES = 8
+"""Classes of the generated files, a folder each."""
 _FACTS = {
     "train": ("crop", "augment", "color_jitter", "erase", "mixup", "cutmix", "mix_probability"),
     "val": ("eval_crop_ratio",),
@@ -89,11 +90,6 @@ class Setting:
     def batch(self) -> int:
         """Images of a batch."""
         return self.recipe.train.batch_size
-
-    @property
-    def classes(self) -> int:
-        """Classes of the generated files, a folder each."""
-        return _CLASSES
 
     @property
     def steps(self) -> int:
@@ -237,13 +233,13 @@ def timer(open_stream: Callable[[], Generator[Any, None, None]], setting: Settin
 def write_images(setting: Setting) -> None:
     """The files of both splits: enough for `Setting.steps`, of the other a few."""
     for split in ("train", "val"):
-        count = setting.steps * setting.batch if split == setting.split else _CLASSES
+        count = setting.steps * setting.batch if split == setting.split else CLASSES
         _write(Path(setting.data.root, split), count)
 
 
 def _write(folder: Path, count: int) -> None:
     """`count` names of `IMAGES` different files."""
-    source = SyntheticSource(IMAGES, classes=_CLASSES, size=SIDES, seed=0)
+    source = SyntheticSource(IMAGES, classes=CLASSES, size=SIDES, seed=0)
     written: list[Path] = []
     for i in range(count):
         path = folder / f"class{source.label(i)}" / f"{i:05d}.jpg"

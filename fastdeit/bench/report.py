@@ -115,12 +115,7 @@ def cell(row: Row) -> str:
         return f"{row['op']}, {row['model']}, batch {row['batch']}, {row['dtype']}"
     if row["what"] == "data":
         return f"{data.input_of(row)}, batch {row['batch']}, {row.get('threads', '?')} threads"
-    words = [row["model"], f"batch {row['batch']}"]
-    words += [f"{row['image_size']} px"] if "image_size" in row else []
-    words += [row.get("precision", "fp32")]
-    words += [f"teacher {row['teacher']}"] if row.get("teacher") else []
-    words += ["EMA"] if row.get("ema") else []
-    words += [f"input of {data.input_of(row)}"] if row["what"] == "train" else []
+    words = [row["model"], *bench_cells.conditions(row)]
     if row["device"] == "cpu" and "threads" in row:
         words.append("1 thread" if row["threads"] == 1 else f"{row['threads']} threads")
     return ", ".join(words)

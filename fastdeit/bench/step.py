@@ -229,10 +229,14 @@ def products(wanted: Cell) -> list[tuple[int, int, int]]:
     """(M, N, K) of the four linear layers of a block, forward: qkv, proj, fc1, fc2."""
     with torch.device("meta"):
         model = models.build(wanted.model, **wanted.options)
-    config = model.config
-    rows = wanted.batch * (config.grid[0] * config.grid[1] + model.prefix_tokens)
+    rows = wanted.batch * (model.config.grid[0] * model.config.grid[1] + model.prefix_tokens)
+    return [(rows, n, k) for n, k in linear_layers(model.config).values()]
+
+
+def linear_layers(config: Any) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of the linear layers of a block, in their order."""
     dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
-    return [(rows, n, k) for n, k in ((3 * dim, dim), (dim, dim), (hidden, dim), (dim, hidden))]
+    return {"qkv": (3 * dim, dim), "proj": (dim, dim), "fc1": (hidden, dim), "fc2": (dim, hidden)}
 
 
 def _rate(amount: float, seconds: list[float] | None) -> float | None:

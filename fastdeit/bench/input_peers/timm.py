@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from fastdeit.bench.data import Setting, Side, Stream
+from fastdeit.bench.data import CLASSES, Setting, Side, Stream
 from fastdeit.bench.measure import CannotRun
 
 
@@ -85,7 +85,7 @@ def mixing_options(setting: Setting) -> dict[str, Any]:
         "prob": data.mix_probability,
         "switch_prob": data.mix_switch,
         "mode": "elem" if data.mix_mode == "element" else data.mix_mode,
-        "num_classes": setting.classes,
+        "num_classes": CLASSES,
     }
 
 

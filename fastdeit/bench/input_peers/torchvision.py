@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from fastdeit.bench.data import Setting, Side, Stream
+from fastdeit.bench.data import CLASSES, Setting, Side, Stream
 from fastdeit.bench.input_peers.common import (
     BINS,
     BLUR,
@@ -102,6 +102,6 @@ def _mixing(setting: Setting, notes: list[str]) -> Transform | None:
         return None
     notes.append("MixUp or CutMix of the float batch on the device, one draw a batch")
     kinds = (v2.MixUp, data.mixup, 1 - data.mix_switch), (v2.CutMix, data.cutmix, data.mix_switch)
-    on = [(kind(alpha=alpha, num_classes=setting.classes), share) for kind, alpha, share in kinds if alpha]
+    on = [(kind(alpha=alpha, num_classes=CLASSES), share) for kind, alpha, share in kinds if alpha]
     either = v2.RandomChoice([kind for kind, _ in on], [share for _, share in on] if len(on) == 2 else None)
     return v2.RandomApply([either], data.mix_probability)
