@@ -54,12 +54,12 @@ class Split:
         counts = [count for _, count in self.classes]
         yield f"{self.name}: {self.samples} samples: {formats or 'none usable'}"
         yield f"decoded by {', by '.join(f'{name} {count}' for name, count in self.decoders.items()) or 'nothing'}"
-        yield "shorter side {} to {} pixels, median {}".format(*_ends_first(self.side))
-        yield "width over height {:.2f} to {:.2f}, median {:.2f}".format(*_ends_first(self.ratio))
-        yield "encoded size {} to {} bytes, median {}".format(*_ends_first(self.size))
+        yield "shorter side {0} to {2} pixels, median {1}".format(*self.side)
+        yield "width over height {0:.2f} to {2:.2f}, median {1:.2f}".format(*self.ratio)
+        yield "encoded size {0} to {2} bytes, median {1}".format(*self.size)
         ends = self.classes[0][0], self.classes[-1][0]
-        spread = _ends_first(summary(np.array(counts)))
-        yield "samples of a class {} to {}, median {}; classes {!r} to {!r}".format(*spread, *ends)
+        spread = summary(np.array(counts))
+        yield "samples of a class {0} to {2}, median {1}; classes {3!r} to {4!r}".format(*spread, *ends)
         yield from in_words(self.findings)
 
 
@@ -178,10 +178,6 @@ def summary(values: NDArray[np.generic]) -> tuple[Any, Any, Any]:
 def summarised(three: tuple[Any, Any, Any]) -> dict[str, Any]:
     """A summary by name."""
     return dict(zip(("smallest", "median", "largest"), three, strict=True))
-
-
-def _ends_first(three: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-    return three[0], three[2], three[1]
 
 
 def _of_samples(source: NamedSource, found: Samples, labels: NDArray[np.int64]) -> Iterator[Finding]:
