@@ -58,7 +58,6 @@ Verdict = Literal["shown", "not shown at this scale", "the opposite is shown", "
 class Finding:
     """What the rows say of an expectation. difference: left - right by seed, None where nothing was run."""
 
-    expectation: Expectation
     difference: Interval | None
     verdict: Verdict
 
@@ -74,13 +73,13 @@ def judge(expectation: Expectation, rows: Sequence[Row]) -> Finding:
     measured = [side for side in sides if side is not None]
     seeds = sorted(set.intersection(*(set(side) for side in measured)))
     if not seeds:
-        return Finding(expectation, None, "not run")
+        return Finding(None, "not run")
     left, right = (
         [given if side is None else side[seed] for seed in seeds]
         for side, given in zip(sides, (expectation.left, expectation.right), strict=True)
     )
     found = interval([a - b for a, b in zip(left, right, strict=True)])
-    return Finding(expectation, found, _verdict(expectation, found))
+    return Finding(found, _verdict(expectation, found))
 
 
 def _verdict(expectation: Expectation, found: Interval) -> Verdict:

@@ -49,7 +49,8 @@ def read(path: Path, entry: str | None = None) -> Pickled:
     Raises ValueError, in a sentence, for a file that is damaged or holds anything but plain data and tensors, for one
     without weights, and for an entry that is not there. Raises OSError if the file cannot be read.
     """
-    content = _load(path)
+    with path.open("rb") as file:
+        content = _parsed(file)
     found = dict(_state_dicts(content))
     if entry is not None:
         if entry not in found:
@@ -70,11 +71,6 @@ def read(path: Path, entry: str | None = None) -> Pickled:
         beside = f", not {', '.join(others)} (@{others[0]} would)" if others else ""
         notes.append(f"took the entry {chosen!r}{beside}")
     return Pickled(found[chosen], chosen, tuple(notes))
-
-
-def _load(path: Path) -> Any:
-    with path.open("rb") as file:
-        return _parsed(file)
 
 
 def _parsed(file: BinaryIO) -> Any:
