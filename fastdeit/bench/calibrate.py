@@ -20,12 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdeit import models
-from fastdeit.bench import (
-    kernels,
-    measure,
-    step,
-    suite,
-)
+from fastdeit.bench import kernels, measure, step, suite
 from fastdeit.bench.measure import CLASSES, CannotRun, Timer, interleave, median, noting, repeated, timed
 
 _SHAPES = {"cuda": ("deit_base_distilled_patch16_224", 256), "cpu": ("deit_tiny_distilled_patch16_224", 2)}

@@ -10,13 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdeit.bench import (
-    data,
-    measure,
-    step,
-    train,
-    watching,
-)
+from fastdeit.bench import data, measure, step, train, watching
 from fastdeit.bench.measure import median
 from fastdeit.bench.names import STEP_PEERS
 

@@ -9,16 +9,9 @@ from typing import Any
 
 import torch
 
-from fastdeit.bench import (
-    cells,
-    data_peers,
-)
-from fastdeit.bench import (
-    step as bench_step,
-)
-from fastdeit.bench import (
-    train as bench_train,
-)
+from fastdeit.bench import cells, data_peers
+from fastdeit.bench import step as bench_step
+from fastdeit.bench import train as bench_train
 from fastdeit.bench.cells import builders, finish, peers
 from fastdeit.bench.measure import interleave
 from fastdeit.engine.dist import pick_device

@@ -17,15 +17,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from fastdeit.fields import size_pair
-from fastdeit.models.contract import (
-    ImageSize,
-    Logits,
-    Owner,
-    TokenMaps,
-    counted_flops,
-    refuse_patches,
-    split_decay,
-)
+from fastdeit.models.contract import ImageSize, Logits, Owner, TokenMaps, counted_flops, refuse_patches, split_decay
 from fastdeit.models.tokens import QKV, block_stages, kept, last_block, mapped
 from fastdeit.text import did_you_mean
 

@@ -6,12 +6,7 @@ from typing import Any, NamedTuple
 from fastdeit.data.sources.kinds import GENERATED
 from fastdeit.data.sources.share import is_share
 from fastdeit.recipe.sections import ADAMW
-from fastdeit.recipe.yaml import (
-    NOWHERE,
-    FieldPath,
-    Item,
-    first_place,
-)
+from fastdeit.recipe.yaml import NOWHERE, FieldPath, Item, first_place
 
 
 def insert(root: Item, path: FieldPath, item: Item | None) -> None:

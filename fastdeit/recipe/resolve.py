@@ -28,18 +28,7 @@ from fastdeit.recipe.config import About, DataConfig, EngineConfig, ModelConfig,
 from fastdeit.recipe.errors import unknown_field, validate_section
 from fastdeit.recipe.merge import insert, merged
 from fastdeit.recipe.sections import ADAMW, SECTIONS, conflicts, flat, method_model, optim_config, optim_model
-from fastdeit.recipe.yaml import (
-    MAX_DEPTH,
-    NOWHERE,
-    FieldPath,
-    Item,
-    Place,
-    Problems,
-    Reader,
-    as_item,
-    place_of,
-    plain,
-)
+from fastdeit.recipe.yaml import MAX_DEPTH, NOWHERE, FieldPath, Item, Place, Problems, Reader, as_item, place_of, plain
 from fastdeit.text import did_you_mean, shorten
 
 SHIPPED = Path(__file__).parents[1] / "recipes"

@@ -11,13 +11,7 @@ from fastdeit.engine import options
 from fastdeit.fields import Section
 from fastdeit.recipe.config import About, DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from fastdeit.recipe.errors import in_words
-from fastdeit.recipe.yaml import (
-    FieldPath,
-    Item,
-    Problems,
-    format_value,
-    place_of,
-)
+from fastdeit.recipe.yaml import FieldPath, Item, Problems, format_value, place_of
 from fastdeit.text import did_you_mean
 from fastdeit.views import overridden, resolution_problems, view_problems
 
