@@ -3,10 +3,14 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastdeit.cli.parser import Verb, add_overlays, add_trust, is_override, lay_over, natural, one, path, positive
 from fastdeit.errors import UsageError
 from fastdeit.text import one_line
+
+if TYPE_CHECKING:
+    from fastdeit.run.request import Request
 
 DEFAULT_RECIPE = "digits"
 IMAGENET_EXAMPLE = "fastdeit train deit_base_distilled --data /path/to/imagenet --nproc 8"
@@ -27,34 +31,38 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
                 f"--as {args.overlays[0]} is laid over a recipe, and none is named here: a run that is there, or a "
                 "fork, has its own"
             )
-        if "RANK" not in os.environ:
-            if not args.named and not of_a_run:
-                print(
-                    f"no recipe named: training {DEFAULT_RECIPE!r}, which needs no data. ImageNet: {IMAGENET_EXAMPLE}",
-                    flush=True,
-                )
-            else:
-                print(one_line(f"starting: {args.named or args.origin or args.resume or args.run_dir}"), flush=True)
+        first = "RANK" not in os.environ
+        if first and (args.named or of_a_run):
+            print(one_line(f"starting: {args.named or args.origin or args.resume or args.run_dir}"), flush=True)
+        elif first:
+            example = f"ImageNet: {IMAGENET_EXAMPLE}"
+            print(f"no recipe named: training {DEFAULT_RECIPE!r}, which needs no data. {example}", flush=True)
         if not of_a_run:
             lay_over(args, args.recipe, say=True)
-        if args.dry_run or "RANK" not in os.environ:
-            # Before torch is loaded and before any worker exists, so that a mistake is reported at once, and once.
-            from fastdeit.recipe import resolve as recipe
-            from fastdeit.run import directory, request
-
-            asked = request.read(args, lambda text: None)
-            recipe.check_complete(asked.recipe)
-            directory.check_free(asked.run_dir, resume=asked.resume)
-            if not asked.goes_on:
-                from fastdeit.run import places
-
-                places.check(asked.recipe)
+        if args.dry_run or first:
+            asked = _checked(args)
         if args.dry_run:
             from fastdeit.verbs import dry_run
 
             dry_run.show(asked, (args.nproc or 1) * processes.nnodes)
             return 0
         return launch.run(args, argv, _work, processes)
+
+
+def _checked(args: argparse.Namespace) -> "Request":
+    """The run that is asked for. It is checked before torch is loaded and before any worker exists, so that a mistake
+    is reported at once, and once."""
+    from fastdeit.recipe import resolve as recipe
+    from fastdeit.run import directory, request
+
+    asked = request.read(args, lambda text: None)
+    recipe.check_complete(asked.recipe)
+    directory.check_free(asked.run_dir, resume=asked.resume)
+    if not asked.goes_on:
+        from fastdeit.run import places  # with Pillow, which a mistake in the recipe need not wait for
+
+        places.check(asked.recipe)
+    return asked
 
 
 def _work(args: argparse.Namespace) -> None:
