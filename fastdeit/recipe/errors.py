@@ -102,27 +102,24 @@ def unknown_field(value: Any, models: Models, path: FieldPath) -> str:
     """What to say of a field that no model has: its value, and the section that has a field of that name, or else
     similar names beside it."""
     *parents, key = path
-    homes = [section for section, model in models.items() if model is not None and key in model.model_fields]
+    homes = [section for section, model in models.items() if model is not None and _has(model, key)]
     flag = flags.named(str(key)) if len(path) <= 2 and not isinstance(value, Mapping) else None
     if homes:
         hint = f"; did you mean {homes[0]}.{key}?"
     elif flag is not None and "." in flag.ours and flag.ours != ".".join(map(str, path)):
-        note = f" ({flag.note})" if flag.note else ""
-        hint = f"; did you mean {flags.written(flag, value if isinstance(value, str) else format_value(value))}?{note}"
-    elif owners := _optimizers_with(key) if parents == ["optim"] else []:
+        instead = flags.written(flag, value if isinstance(value, str) else format_value(value))
+        hint = f"; did you mean {instead}?{flag.remark}"
+    elif parents == ["optim"] and (owners := [name for name, each in OPTIMIZERS.items() if _has(each.options, key)]):
         hint = f"; it belongs to optim.name {' or '.join(owners)}"
-    elif owners := [
-        use for use, shipped in METHODS.items() if parents == ["method"] and key in shipped.config.model_fields
-    ]:
+    elif parents == ["method"] and (owners := [use for use, each in METHODS.items() if _has(each.config, key)]):
         hint = f"; it belongs to method.use {' or '.join(owners)}"
     else:
         hint = did_you_mean(str(key), _fields(models, parents) if parents else models)
     return f"unknown field ({format_value(value)}){hint}"
 
 
-def _optimizers_with(option: str | int) -> list[str]:
-    """Names of the optimizers that have this option."""
-    return [name for name, optimizer in OPTIMIZERS.items() if option in optimizer.options.model_fields]
+def _has(model: type[BaseModel], field: str | int) -> bool:
+    return field in model.model_fields
 
 
 def in_words(error: ValueError) -> str:

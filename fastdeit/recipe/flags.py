@@ -26,6 +26,11 @@ class Flag:
     note: str = ""
     also: tuple[str, ...] = ()
 
+    @property
+    def remark(self) -> str:
+        """The note as the end of a sentence; "" where there is none."""
+        return f" ({self.note})" if self.note else ""
+
 
 def _both(ours: str, *names: str, value: str | None = None, note: str = "", also: tuple[str, ...] = ()) -> Flag:
     return Flag(ours, names, names, value, note, also)
@@ -161,8 +166,7 @@ def typed_instead(word: str, value: str) -> str | None:
     """
     flag = named(word)
     if flag is not None:
-        note = f" ({flag.note})" if flag.note else ""
-        return f"type {written(flag, value)}{note}"
+        return f"type {written(flag, value)}{flag.remark}"
     field = word.lstrip("-").replace("-", "_")
     if "." in field:
         return f"fields of a recipe have no dashes: type {field}={value or '...'}"
@@ -187,8 +191,7 @@ def theirs(ours: str) -> list[str]:
         alone = {"timm and deit": both, "timm": _without(flag.timm, both), "deit": _without(flag.deit, both)}
         for who, names in alone.items():
             if names:
-                note = f" ({flag.note})" if flag.note else ""
-                said.append(f"{who}: {', '.join(f'--{name}' for name in names)}{value}{note}")
+                said.append(f"{who}: {', '.join(f'--{name}' for name in names)}{value}{flag.remark}")
     return said
 
 
