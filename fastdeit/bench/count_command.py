@@ -169,11 +169,6 @@ def pinned(
     return found
 
 
-def read_golden() -> dict[str, Any]:
-    """The golden counts of the installed torch; empty where it has none."""
-    return json.loads(golden_file().read_text()) if golden_file().exists() else {}
-
-
 def update_golden() -> None:
     """Count everything that is pinned and write it. UsageError outside of a checkout."""
     if not GOLDEN.parent.is_dir():
@@ -183,25 +178,3 @@ def update_golden() -> None:
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
     golden_file().write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(f"wrote {len(found)} counts to {golden_file()}")
-
-
-def differences(golden: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """One line for every count and kind that differs from the golden one, and for every count that has none."""
-    lines = []
-    for key, new in found.items():
-        old = golden.get(key)
-        if old is None:
-            lines.append(f"{key}: not in the golden file")
-            continue
-        for kind in sorted(old.keys() | new.keys()):
-            before, now = old.get(kind, [0, 0, 0]), new.get(kind, [0, 0, 0])
-            if before != now:
-                lines.append(f"{key}: {kind}: {_words(before)} -> {_words(now)}")
-    return lines
-
-
-def _words(found: list[int] | dict[str, int]) -> str:
-    if isinstance(found, dict):
-        return ", ".join(f"{name} {size:,} bytes" for name, size in found.items())
-    launches, moved, flops = found
-    return f"{launches} launches, {moved:,} bytes, {flops:,} FLOPs"
