@@ -337,10 +337,10 @@ class Loop:
         self._parts.world.at("an evaluation", patient=True)
         self._measure_average()
         method.eval()
-        results = {"": self._parts.held_out(method.evaluators())}
+        results = {"": self._parts.held_out(method.evaluators(), self.step)}
         if ema is not None:
             with ema.applied():
-                results["_ema"] = self._parts.held_out(method.evaluators())
+                results["_ema"] = self._parts.held_out(method.evaluators(), self.step)
         method.train()
         self._parts.log.evaluation(self.step, results, self._record, self._parts.bad_images())
 
@@ -387,11 +387,11 @@ def check_metrics(parts: Parts, start: int, record: Record) -> None:
     recipe, method = parts.recipe, parts.method
     judged = method.teacher is not None and all(config.classifies for config in recipe.method.teachers())
     if judged and record.teacher_top1 is None:
-        parts.log.teacher(start, parts.held_out({"teacher": Classify(method.teacher.scores)}), record)
+        parts.log.teacher(start, parts.held_out({"teacher": Classify(method.teacher.scores)}, start), record)
     if recipe.train.best_by is not None and build.known_metrics(method) is None:
         # Only an evaluation tells the names of the metrics. One batch is enough.
         method.eval()
-        build.check_best_by(recipe, list(parts.held_out(method.evaluators(), batches=1).metrics))
+        build.check_best_by(recipe, list(parts.held_out(method.evaluators(), start, batches=1).metrics))
 
 
 def schedule_of(recipe: Recipe, length: Length) -> dict[str, Any]:

@@ -66,7 +66,8 @@ class Silent(Scripted):
 
 
 class InTwoPhases(Supervised):
-    """Its loss, by which it is judged, is another in the second phase; of its state a part has a row a step."""
+    """Its loss, by which it is judged, is another in the second phase, and grows through the run; of its state a part
+    has a row a step."""
 
     def __init__(self, model, config, context):
         super().__init__(model, config, context)
@@ -80,7 +81,8 @@ class InTwoPhases(Supervised):
 
     def forward(self, batch):
         out = super().forward(batch)
-        out.loss = self.factor * out.loss
+        out.loss = self.factor * out.loss * (1 + batch.step.progress)
+        out.parts["progress"] = batch.step.progress
         return out
 
     def evaluators(self):
@@ -152,5 +154,6 @@ def test_eval_judges_in_the_phase_of_the_checkpoint(tmp_path, capsys, ema):
     assert cli(["eval", str(tmp_path / "run")]) == 0
     printed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]]
     names = [name for name in summary if name.startswith("held_out")]
-    assert len(names) == (2 if ema == "null" else 4)
+    assert len(names) == (3 if ema == "null" else 6)
+    assert summary["held_out_progress"] == 3 / 4  # the last of four steps, whose schedules hold
     assert printed == [f"{summary[name]:.4g}" for name in names]

@@ -1,7 +1,8 @@
 """Buffers of a method from step to step: the same on all processes, and unchanged by a step that is skipped.
 
-Two kinds are told apart. Buffers of networks, below the children of the method, change in a forward pass: BatchNorm's
-running statistics above all. Buffers of the method itself change in its `after_step`, which knows of skipped steps.
+Buffers may change in a forward pass: BatchNorm's running statistics above all, but a method's own as well, such as the
+centre of a teacher's outputs. What changes in the method's `after_step` instead is its own affair, since it knows there
+whether the step was skipped.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,35 +27,26 @@ class Buffers:
     def __init__(self, method: nn.Module, world: World) -> None:
         self._world = world
         self._all = list(_slots(method.modules()))
-        self._networks = list(_slots(module for _, module in networks(method) if module is not method))
+        self._moved = list(_slots(module for _, module in networks(method)))
         self.share()
 
     def copies(self) -> list[Tensor]:
-        """What the networks' buffers are now, for `settle` after the forward passes of a step."""
-        return [flat for _, flat in _flattened(self._networks)]
+        """What the buffers are now, but for those of averaged teachers, for `settle` after the forward passes of a
+        step."""
+        return [flat for _, flat in _flattened(self._moved)]
 
     @torch.no_grad()
     def settle(self, before: list[Tensor], skipped: Tensor) -> None:
-        """After the forward passes of a step, before its update: the networks' buffers as all processes made them.
+        """After the forward passes of a step, before its update: these buffers as all processes made them.
 
         A float buffer has moved by the mean of the processes' changes, exactly not at all where nothing has changed.
         Where `skipped` (bool scalar) is true, all are as they were in `before`. No value is read from the device.
         """
-        for (tensors, after), old in zip(_flattened(self._networks), before, strict=True):
+        for (tensors, after), old in zip(_flattened(self._moved), before, strict=True):
             if self._world.size > 1 and after.is_floating_point():
                 change = torch.where(after == old, 0.0, after - old)  # minus infinity less itself would be NaN
                 after = old + self._world.sum(change) / self._world.size
             _unflatten(tensors, torch.where(skipped, old, after))
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Whatever happens inside, all buffers are afterwards what they were before."""
-        before = [flat for _, flat in _flattened(self._all)]
-        try:
-            yield
-        finally:
-            for (tensors, _), flat in zip(_flattened(self._all), before, strict=True):
-                _unflatten(tensors, flat)
 
     @torch.no_grad()
     def share(self) -> None:
@@ -62,6 +54,19 @@ class Buffers:
         if self._world.size > 1:
             for tensors, flat in _flattened(self._all):
                 _unflatten(tensors, self._world.broadcast(flat))
+
+
+@contextmanager
+def kept(module: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, the persistent buffers of `module` are afterwards what they were before."""
+    slots = list(_slots(module.modules()))
+    before = [flat for _, flat in _flattened(slots)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (tensors, _), flat in zip(_flattened(slots), before, strict=True):
+                _unflatten(tensors, flat)
 
 
 def _slots(modules: Iterable[nn.Module]) -> Iterator[_Slot]:

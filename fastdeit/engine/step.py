@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.batch import Step
-from fastdeit.engine import batchnorm, replicas, shards
+from fastdeit.engine import batchnorm, buffers, replicas, shards
 from fastdeit.engine.buffers import Buffers
 from fastdeit.engine.capture import GraphedStep
 from fastdeit.engine.clip import UnitClipping
@@ -202,7 +202,7 @@ class Engine:
         self.now = getattr(batches[0], "step", None)
         if self.tuning is not None and self.tuning.rehearses:
             self._rehearse(batches[0])
-        buffers = self._buffers.copies()
+        before = self._buffers.copies()
         for number, batch in enumerate(batches):
             self._last_micro = number == len(batches) - 1
             self.method.step(batch, self)
@@ -215,7 +215,7 @@ class Engine:
             self.skipped = verdict.skip
             if self.clip_units is not None:
                 self.clip_units.apply(self.optimizer.params, verdict.factor, total)
-            self._buffers.settle(buffers, verdict.skip)
+            self._buffers.settle(before, verdict.skip)
             average, decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
             self.optimizer.step(lr, verdict, average, decay, total)
         self.optimizer.zero_grad()
@@ -240,7 +240,7 @@ class Engine:
                     parameter.grad = None
 
         devices = [self.world.device] if self.world.device.type == "cuda" else []
-        with self._buffers.kept(), torch.random.fork_rng(devices):
+        with buffers.kept(self.method), torch.random.fork_rng(devices):
             self.tuning.rehearse(run)
 
     def _refuse_stray_gradients(self) -> None:
@@ -262,7 +262,7 @@ class Engine:
         """
         self.ema.copy_statistics()
         batches = (batch.to(self.world.device) for batch in chain.from_iterable(steps))
-        with self._buffers.kept(), self.ema.applied(), autocast(self.world.device, self.precision):
+        with buffers.kept(self.method), self.ema.applied(), autocast(self.world.device, self.precision):
             measured = batchnorm.measure(self.ema.norms.values(), (partial(self.method, batch) for batch in batches))
             for statistic in (tensor for layer in measured for tensor in (layer.running_mean, layer.running_var)):
                 self.world.sum(statistic).div_(self.world.size)

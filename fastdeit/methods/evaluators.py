@@ -39,7 +39,8 @@ class Processes(Protocol):
 class Evaluation:
     """What an evaluator works with; the method is in eval mode, and nothing has gradients.
 
-    held_out  this process's share of the held-out images, in batches on the device
+    held_out  this process's share of the held-out images, in batches on the device; their `step` is the last step that
+              the weights have made, or, where they are of no run, the first
     training  the same of the training images, as evaluation sees them: not augmented, each once
     autocast  a context of the run's precision, to be entered around the network
     """
@@ -115,7 +116,8 @@ class HeldOutLoss:
     """`held_out_loss`, the method's own loss, and `held_out_PART` for its parts: their means over held-out images.
 
     What the loss draws at random comes from `batch.noise`, which depends on the image alone: every evaluation draws
-    the same, such as the same masks of a masked autoencoder. Held-out images have one view and no extras: a run of a
+    the same, such as the same masks of a masked autoencoder. Schedules stand where the run does: `batch.step` is the
+    last step that was made. Held-out images have one view and no extras: a run of a
     method that wants more is refused before it starts.
     """
 

@@ -1,14 +1,15 @@
 """Exact evaluation: every held-out image is counted once, on any number of processes."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 from torch import nn
 
-from fastdeit.batch import Batch
+from fastdeit.batch import Batch, Step
 from fastdeit.data.loader import EvalLoader
+from fastdeit.engine import buffers
 from fastdeit.engine.dist import World
 from fastdeit.engine.step import autocast
 from fastdeit.methods.evaluators import Evaluation, Evaluator
@@ -38,10 +39,12 @@ def evaluate(
     training: Callable[[], EvalLoader],
     world: World,
     precision: str,
+    step: Step | None = None,
     batches: int | None = None,
 ) -> Result:
     """Run `evaluators` one after the other on `method`, which is in eval mode. Call it on every process.
 
+    step     where the weights stand in their run (`judged_at`); None where they are of none: the first step of a run
     batches  how many batches of each loader are looked at, at most: one tells the metrics' names; None for all
 
     `training` makes the loader of the training images, which few evaluators ask for. Images that cannot be decoded are
@@ -52,7 +55,7 @@ def evaluate(
     def moved(loader: EvalLoader) -> Iterator[Batch]:
         for batch in islice(loader.batches(), batches):
             world.at("an evaluation", patient=True)
-            yield batch.to(world.device)
+            yield (batch if step is None else replace(batch, step=step)).to(world.device)
 
     evaluation = Evaluation(
         method,
@@ -64,7 +67,8 @@ def evaluate(
     metrics: dict[str, float] = {}
     lower: set[str] = set()
     for name, evaluator in evaluators.items():
-        found = evaluator(evaluation)
+        with buffers.kept(method):  # a method's forward may move its own, which training goes on with
+            found = evaluator(evaluation)
         if twice := metrics.keys() & found.keys():
             raise ValueError(f"evaluator {name!r} returns the metric {min(twice)!r}, which an earlier one has, too")
         metrics |= found
@@ -73,6 +77,11 @@ def evaluate(
     images, bad = world.sum(torch.tensor([held_out.share - bad, bad], device=world.device)).tolist()
     held_out.bad.check(bad)  # where the processes have no list in common, each has counted its own share alone
     return Result(images, bad, metrics, frozenset(lower))
+
+
+def judged_at(step: int, steps_per_epoch: int, total: int) -> Step:
+    """The step whose schedules an evaluation after `step` steps of a run is judged by: the last that was made."""
+    return Step.at(max(step - 1, 0), steps_per_epoch, total)
 
 
 def named_metrics(results: Mapping[str, Result]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.length import Length, settled
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import agreement, build, cached, sharing, teachers
-from fastdeit.run.evaluate import Result, evaluate
+from fastdeit.run.evaluate import Result, evaluate, judged_at
 from fastdeit.run.phasing import PhaseSchedule
 from fastdeit.run.record import RunLog
 from fastdeit.run.saver import Saver, identity_of
@@ -110,15 +110,16 @@ class Parts:
         loaders = loader, val_loader
         return cls(recipe, world, sources, bad, length, log, method, schedule, tuning, engine, *loaders, saver)
 
-    def held_out(self, evaluators: Mapping[str, Evaluator], batches: int | None = None) -> Result:
-        """What the evaluators say of the held-out images, or of the first `batches` of them."""
+    def held_out(self, evaluators: Mapping[str, Evaluator], step: int, batches: int | None = None) -> Result:
+        """What the evaluators say of the held-out images, or of the first `batches` of them, after `step` steps."""
 
         def training() -> EvalLoader:
             return build.eval_loader(self.recipe, self.sources[0], self.world, {}, self.log.bad_image, self.bad[0])
 
         precision = self.recipe.engine.precision
+        at = judged_at(step, self.length.steps_per_epoch, self.length.total)
         with self.engine.parallel.gathered(self.method):
-            return evaluate(self.method, evaluators, self.val_loader, training, self.world, precision, batches)
+            return evaluate(self.method, evaluators, self.val_loader, training, self.world, precision, at, batches)
 
     def share_bad(self, run_dir: Path) -> None:
         """Keep the lists of bad images in the run directory, one for all processes. What an earlier start has entered,

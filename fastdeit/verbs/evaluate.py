@@ -28,7 +28,7 @@ from fastdeit.methods.teacher import DeferredTeacher
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build, teachers, threads
 from fastdeit.run.classification import Classification
-from fastdeit.run.evaluate import Result, evaluate, metric_rows
+from fastdeit.run.evaluate import Result, evaluate, judged_at, metric_rows
 from fastdeit.run.settings import doubt, settings
 from fastdeit.run.subset import Renumbered, is_subset
 from fastdeit.run.weights import Weights, average_of, load, open_weights
@@ -124,7 +124,10 @@ def _judge(
         if isinstance(evaluator, Classify) and method.answers_with_logits:
             evaluators[name] = details = Classification(method.model, method.config.fuse, confusion=confusion)
     loader = build.eval_loader(recipe, source, world, method.noise(), unreadable)
-    result = evaluate(method, evaluators, loader, training, world, recipe.engine.precision)
+    step, checkpoint = None, weights.checkpoint
+    if checkpoint is not None:
+        step = judged_at(checkpoint.step, checkpoint.state["steps_per_epoch"], checkpoint.state["steps"])
+    result = evaluate(method, evaluators, loader, training, world, recipe.engine.precision, step)
     return Found(weights.averaged, result, details)
 
 

@@ -24,7 +24,7 @@ INFINITE, CONSTANT = torch.tensor([-float("inf"), 0.0]), torch.linspace(0.1, 1, 
 
 
 class Normalised(nn.Module):
-    """A method to the engine: a network with BatchNorm, an averaged teacher, and a buffer that its forward moves."""
+    """A method to the engine: a network with BatchNorm, an averaged teacher, and buffers that its forward moves."""
 
     def __init__(self, network=None):
         super().__init__()
@@ -32,9 +32,11 @@ class Normalised(nn.Module):
         self.model = network or nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Linear(6, 2))
         self.teacher = EmaTeacher(self.model, 0.5)
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("centre", torch.zeros(4))
 
     def forward(self, x):
         self.forwards += 1
+        self.centre.lerp_(x.mean(0), 0.1)
         return SimpleNamespace(loss=self.model(x).square().mean(), parts={})
 
     def step(self, batch, engine):
@@ -119,7 +121,7 @@ def test_statistics_are_stale_after_a_step_until_they_are_measured_or_loaded():
 # ---- a skipped step --------------------------------------------------------------------------------------------------
 
 
-def test_a_skipped_step_leaves_the_statistics():
+def test_a_skipped_step_leaves_the_statistics_and_what_the_forward_of_the_method_has_moved():
     engine = make(accumulate=2)
     engine.step(batches(2), 0.1)
     before = state(engine.method)
@@ -127,7 +129,6 @@ def test_a_skipped_step_leaves_the_statistics():
     bad[0, 0] = float("nan")
     engine.step([good, bad], 0.1)
     assert engine.guard.skipped.item() == 1
-    before["forwards"] += 2  # the method's own buffers are its own affair
     assert_same(state(engine.method), before)
     engine.step(batches(2), 0.1)
     assert not torch.equal(engine.method.model[1].running_mean, before["model.1.running_mean"])
@@ -202,6 +203,15 @@ def test_two_processes_have_the_mean_of_their_statistics(ranks):
         torch.testing.assert_close(first[f"model.1.{key}"], mean)
     assert first["model.1.num_batches_tracked"] == 2  # once a micro-batch
     assert first["forwards"] == 7
+    torch.testing.assert_close(first["centre"], (centre(parts[0::2]) + centre(parts[1::2])) / 2)
+
+
+def centre(parts):
+    """The running mean that the method keeps of its input, after these batches."""
+    found = torch.zeros(4)
+    for x in parts:
+        found = found.lerp(x.mean(0), 0.1)
+    return found
 
 
 # ---- SyncBatchNorm ---------------------------------------------------------------------------------------------------
@@ -299,10 +309,9 @@ def test_training_leaves_the_statistics_of_a_frozen_teacher():
     assert_same(state(frozen), before)
 
 
-def test_an_evaluation_leaves_the_statistics():
+def test_an_evaluation_leaves_the_statistics_and_what_the_forward_of_the_method_moves():
     engine = averaged_engine()
     before = state(engine.method)
-    before["forwards"] += 1
     held_out = SimpleNamespace(
         batches=lambda: iter([Rows(batches(1)[0])]), bad=SimpleNamespace(reasons={}, check=print), share=8
     )
