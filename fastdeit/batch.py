@@ -68,7 +68,10 @@ class Batch:
     noise      by name float32 `[B, columns]`: uniforms in [0, 1), a function of the place in the global batch
     erase      for each view (boxes int32 `[B, 4]` like `box`, keys int64 `[B]`): what noise replaces, and its key;
                None, for a view or for all: nothing
-    extras     by name a tensor `[B, ...]` that a store holds for (epoch, index, copy): what a method `needs`
+    extras     by name a tensor `[B, ...]` that a store holds for (epoch, index, copy), which a method `needs`, and what
+               the source knows of each sample besides its class, such as boxes (`sources.source.AnnotatedSource`)
+    geometry   float32 `[V, B, 2, 3]`: the place (x, y, 1) of a picture, in pixels, to its place (x, y) in each view;
+               None where the source knows only classes. `boxes` applies it
     rendered   float `[B, 3, H, W]` that stands in for the pixels of the first view (see `rendered_as`)
     """
 
@@ -85,6 +88,7 @@ class Batch:
     noise: Mapping[str, Tensor] = field(default_factory=dict)
     erase: tuple[tuple[Tensor, Tensor] | None, ...] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    geometry: Tensor | None = None
     rendered: Tensor | None = None
 
     @classmethod
@@ -151,6 +155,32 @@ class Batch:
         if self.rendered is not None and view == 0:
             return kernels.to_patches(self.rendered, patch_size)
         return kernels.patchify(self.images[view], patch_size=patch_size, **self._rendering(view, None, None))
+
+    def boxes(self, boxes: Tensor, view: int = 0) -> tuple[Tensor, Tensor]:
+        """(boxes of the pictures as they lie in a view, the share of each that is in the view).
+
+        boxes  `[B, N, 4]` (x0, y0, x1, y1) in pixels of the picture, as a source with annotations has them
+
+        The first are float32 `[B, N, 4]` in pixels of the view: the box around what has become of the four corners, cut
+        at the edges of the view. The second are float32 `[B, N]`: the area after the cut over that before, 0 for an
+        empty box. Mixing is not in it: `partner`, `pixel_lam` and `box` say what the view shows of another picture.
+
+        Raises ValueError where the source of the images has no annotations.
+        """
+        if self.geometry is None:
+            raise ValueError(
+                "the batch does not know where pixels come from, because the source of its images has no annotations; "
+                "see AnnotatedSource in fastdeit.data.sources.source"
+            )
+        height, width = self.images[view].shape[1:3]
+        corners = boxes[..., [0, 1, 2, 1, 0, 3, 2, 3]].float().unflatten(-1, (4, 2))
+        matrix, shift = self.geometry[view].split((2, 1), -1)
+        corners = (matrix[:, None, None] @ corners[..., None] + shift[:, None, None])[..., 0]
+        low, high = corners.amin(-2), corners.amax(-2)
+        sides = [(edge[..., 0].clamp(0, width), edge[..., 1].clamp(0, height)) for edge in (low, high)]
+        (x0, y0), (x1, y1) = sides
+        share = (x1 - x0) * (y1 - y0) / (high - low).prod(-1)
+        return torch.stack((x0, y0, x1, y1), -1), share.nan_to_num(0.0, 0.0, 0.0)
 
     def rendered_as(self, x: Tensor) -> "Batch":
         """This batch with `x` float `[B, 3, H, W]`, in the student's normalisation, as the pixels of the first view.

@@ -25,7 +25,8 @@ from fastdeit.data.execute.dali import Decoder, Executor, Work
 from fastdeit.data.execute.prefetch import Prefetch
 from fastdeit.data.execute.route import Encoded, file_of
 from fastdeit.data.plan import order, plan
-from fastdeit.data.sources.source import DataError, Source, quieten_pillow
+from fastdeit.data.plan.geometry import geometry
+from fastdeit.data.sources.source import DataError, Source, annotations_of, quieten_pillow
 
 Read = Callable[[NDArray[np.int64]], list[Encoded | str]]
 _AHEAD = 2
@@ -205,8 +206,12 @@ class TrainLoader:
                 (torch.from_numpy(planned.erase_box), torch.from_numpy(planned.erase_key)) if view.erase else None
                 for view, planned in zip(rows.views, work.views, strict=True)
             ),
-            "extras": {name: _read_store(name, store, rows, place) for name, store in self._stores.items()},
-        }
+        } | _known(
+            self._source,
+            rows.sample,
+            zip(work.views, (view.size for view in rows.views), strict=True),
+            {name: _read_store(name, store, rows, place) for name, store in self._stores.items()},
+        )
 
 
 class EvalLoader:
@@ -293,7 +298,7 @@ class EvalLoader:
             "std": self._std,
             "noise": _noise(self._noise, 0, 0, index),
             "erase": (None,),
-        }
+        } | _known(self._source, index, [(*work.views, self._size)], {})
 
     def _repair(self, work: Work, failures: dict[int, str]) -> Work:
         for row, reason in failures.items():
@@ -344,6 +349,36 @@ def _read_store(name: str, store: Store, rows: _Rows, place: NDArray[np.int64]) 
             "dimension must be that of the samples"
         )
     return values
+
+
+def _known(
+    source: Source,
+    index: NDArray[np.int64],
+    views: Iterable[tuple[plan.Plan, tuple[int, int]]],
+    stored: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """The fields `extras` and `geometry` of a batch: of samples with annotations in views of these plans and sizes."""
+    known = [annotations_of(source, i) for i in index.tolist()]
+    if any(each is None for each in known):
+        return {"extras": stored}
+    names = known[0].keys()
+    if twice := names & stored.keys():
+        raise DataError(f"{min(twice)!r} is the name of a store of the method and of an annotation of the source")
+    extras = {}
+    for name in names:
+        arrays = [np.asarray(each[name]) if name in each else None for each in known]
+        first = arrays[0]
+        for array, i in zip(arrays, index.tolist(), strict=True):
+            if array is None or (array.shape, array.dtype) != (first.shape, first.dtype):
+                found = "missing" if array is None else f"{array.dtype} {list(array.shape)}"
+                raise DataError(
+                    f"{source.path(i)}: annotation {name!r} is {found}, and {first.dtype} {list(first.shape)} for "
+                    f"{source.path(int(index[0]))}; give it the same shape and dtype for every sample, padded to the "
+                    "longest"
+                )
+        extras[name] = torch.from_numpy(np.stack(arrays))
+    placed = np.stack([geometry(planned, size) for planned, size in views])
+    return {"extras": stored | extras, "geometry": torch.from_numpy(placed)}
 
 
 def _stream(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastdeit.data.sources.parts import Part, labels_of
-from fastdeit.data.sources.source import NamedSource
+from fastdeit.data.sources.source import NamedSource, annotations_of
 from fastdeit.errors import UsageError
 from fastdeit.run import classes as class_lists
 from fastdeit.text import some
@@ -15,6 +15,11 @@ class Renumbered(Part):
     """`source` with the class list `classes`, in which each of its own classes has another place."""
 
     def __init__(self, source: NamedSource, classes: Sequence[str]) -> None:
+        if len(source) and annotations_of(source, 0) is not None:
+            raise UsageError(
+                "the data set has annotations, whose class numbers are those of its own classes: it cannot be judged "
+                f"by weights of {len(classes)} classes, only by those of all of its own"
+            )
         places = {name: place for place, name in enumerate(classes)}
         labels = np.array([places[name] for name in source.classes])[labels_of(source)]
         super().__init__(source, np.arange(len(source)), labels, list(classes), source.fingerprint, source.skipped)

@@ -4,18 +4,26 @@
 are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fastdeit.data.sources.index import digest
 from fastdeit.data.sources.names import LeftOut
 from fastdeit.data.sources.notices import say
 from fastdeit.data.sources.share import share
-from fastdeit.data.sources.source import EXTENSIONS, DataError, NamedSource, Source, lines_of, listed
+from fastdeit.data.sources.source import (
+    EXTENSIONS,
+    DataError,
+    NamedSource,
+    Source,
+    annotations_of,
+    lines_of,
+    listed,
+)
 
 _ANEW = ".png"
 
@@ -54,6 +62,10 @@ class Part:
     def name(self, index: int) -> str:
         """Name of sample `index` within the data set."""
         return self._whole.name(int(self._index[index]))
+
+    def annotations(self, index: int) -> Mapping[str, ArrayLike] | None:
+        """What the whole source knows of sample `index` besides its class."""
+        return annotations_of(self._whole, int(self._index[index]))
 
 
 def labels_of(source: Source) -> NDArray[np.int64]:
@@ -113,6 +125,11 @@ def numbered_by(source: NamedSource, path: str) -> NamedSource:
     number = {name: at for at, name in enumerate(names)}
     if list(source.classes) == names:
         return source
+    if len(source) and annotations_of(source, 0) is not None:
+        raise DataError(
+            f"{path}: the data set has annotations, whose class numbers are those of its own "
+            f"{len(source.classes)} classes, and not of a file; leave data.classes out"
+        )
     new = np.array([number.get(name, -1) for name in source.classes], np.int64)
     labels = new[labels_of(source)]
     index = np.flatnonzero(labels >= 0)

@@ -8,12 +8,12 @@ import codecs
 import re
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from fastdeit.data.sources import faults
@@ -81,6 +81,25 @@ class NamedSource(Source, Protocol):
     def name(self, index: int) -> str:
         """What the sample is called within the data set."""
         ...
+
+
+class AnnotatedSource(Source, Protocol):
+    """A source that knows more of a sample than its class, such as the boxes of the objects in it. `batch.extras` has
+    that by name, for training and held-out images, and `batch.boxes` moves boxes as each view was cut and flipped.
+
+    The fingerprint stands for the annotations, too.
+    """
+
+    def annotations(self, index: int) -> Mapping[str, ArrayLike] | None:
+        """By name an array, of the same shape and dtype for every sample: pad lists of objects to the longest, so that
+        all steps have one shape. Class numbers in it are indices into `classes`. None: there are no annotations."""
+        ...
+
+
+def annotations_of(source: Source, index: int) -> Mapping[str, ArrayLike] | None:
+    """What the source knows of a sample besides its class; None where it is no `AnnotatedSource`."""
+    find = getattr(source, "annotations", None)
+    return None if find is None else find(index)
 
 
 def require_same_classes(root: str | Path, training: tuple[str, Source], held_out: tuple[str, Source]) -> None:
