@@ -71,7 +71,7 @@ class Batch:
     extras     by name a tensor `[B, ...]` that a store holds for (epoch, index, copy), which a method `needs`, and what
                the source knows of each sample besides its class, such as boxes (`sources.source.AnnotatedSource`)
     geometry   float32 `[V, B, 2, 3]`: the place (x, y, 1) of a picture, in pixels, to its place (x, y) in each view;
-               None where the source knows only classes. `boxes` applies it
+               None where the source knows only classes, and where pictures are mixed. `boxes` applies it
     rendered   float `[B, 3, H, W]` that stands in for the pixels of the first view (see `rendered_as`)
     """
 
@@ -163,14 +163,16 @@ class Batch:
 
         The first are float32 `[B, N, 4]` in pixels of the view: the box around what has become of the four corners, cut
         at the edges of the view. The second are float32 `[B, N]`: the area after the cut over that before, 0 for an
-        empty box. Mixing is not in it: `partner`, `pixel_lam` and `box` say what the view shows of another picture.
+        empty box.
 
-        Raises ValueError where the source of the images has no annotations.
+        Raises ValueError where the source of the images has no annotations, and where pictures are mixed: a view then
+        shows objects of two pictures.
         """
         if self.geometry is None:
             raise ValueError(
-                "the batch does not know where pixels come from, because the source of its images has no annotations; "
-                "see AnnotatedSource in fastdeit.data.sources.source"
+                "the batch does not know where its pixels lie in a picture: either data.source has no annotations "
+                "(AnnotatedSource in fastdeit.data.sources.source says what these are), or its pictures are mixed; set "
+                "data.mixup=0 and data.cutmix=0"
             )
         height, width = self.images[view].shape[1:3]
         corners = boxes[..., [0, 1, 2, 1, 0, 3, 2, 3]].float().unflatten(-1, (4, 2))

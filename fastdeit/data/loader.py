@@ -211,6 +211,7 @@ class TrainLoader:
             rows.sample,
             zip(work.views, (view.size for view in rows.views), strict=True),
             {name: _read_store(name, store, rows, place) for name, store in self._stores.items()},
+            mixed=self._mixing.mixes,
         )
 
 
@@ -298,7 +299,7 @@ class EvalLoader:
             "std": self._std,
             "noise": _noise(self._noise, 0, 0, index),
             "erase": (None,),
-        } | _known(self._source, index, [(*work.views, self._size)], {})
+        } | _known(self._source, index, [(*work.views, self._size)], {}, mixed=False)
 
     def _repair(self, work: Work, failures: dict[int, str]) -> Work:
         for row, reason in failures.items():
@@ -356,6 +357,8 @@ def _known(
     index: NDArray[np.int64],
     views: Iterable[tuple[plan.Plan, tuple[int, int]]],
     stored: dict[str, torch.Tensor],
+    *,
+    mixed: bool,
 ) -> dict[str, Any]:
     """The fields `extras` and `geometry` of a batch: of samples with annotations in views of these plans and sizes."""
     known = [annotations_of(source, i) for i in index.tolist()]
@@ -377,6 +380,8 @@ def _known(
                     "longest"
                 )
         extras[name] = torch.from_numpy(np.stack(arrays))
+    if mixed:  # a view shows two pictures, which lie in it differently
+        return {"extras": stored | extras}
     placed = np.stack([geometry(planned, size) for planned, size in views])
     return {"extras": stored | extras, "geometry": torch.from_numpy(placed)}
 

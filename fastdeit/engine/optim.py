@@ -142,10 +142,11 @@ class Optimizer:
         missing = [name for name, p in self.params.items() if p.grad is None]
         if missing:
             raise RuntimeError(
-                f"{len(missing)} trained parameters got no gradient, first {missing[0]!r}: the loss does not use them. "
-                "If they are not to be trained at all, freeze them with requires_grad_(False) in the method's "
-                "__init__; if they are in a part of the run only, say so in the method's phases(). Calling "
-                "requires_grad_ later does not help"
+                f"{len(missing)} trained parameters got no gradient, first {missing[0]!r}: the loss does not use them, "
+                "or only by values without a gradient, as are all but `total` of kernels.distillation_loss. If they "
+                "are not to be trained at all, freeze them with requires_grad_(False) in the method's __init__; if "
+                "they are in a part of the run only, say so in the method's phases(). Calling requires_grad_ later "
+                "does not help"
             )
         return [shards.local(p.grad) for p in self.params.values()]
 

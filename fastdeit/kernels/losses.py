@@ -466,6 +466,8 @@ def distillation_loss(
 ) -> DistillationLoss:
     """Loss of the label and, with a teacher, of distillation (Touvron et al. 2021, section 4).
 
+    `total` is to be trained on. `base` and `distill` are for the log: they carry no gradient.
+
     cls, dist     floating logits `[B, K]` of the class and the distillation head. Without a distillation head ("usual
                   distillation") pass `dist=cls`; without distillation, `dist=None`
     targets       (y1, y2, lam): int64 `[B]` twice and floating `[B]` in [0, 1], for

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdeit.batch import Batch
 from fastdeit.fields import size_pair
-from fastdeit.models.contract import ImageSize, Tokens
+from fastdeit.models.contract import ImageSize, Logits, Tokens
 from fastdeit.models.tokens import Taps, taps
 
 
@@ -55,14 +55,19 @@ class Teacher:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of images `[B, 3, H, W]` in the teacher's normalisation, resized to its resolution."""
-        out: Any = self.model(self._sized(x))
-        return (out[0] + out[1]) / 2 if isinstance(out, tuple) else out
+        return _answer(self.model(self._sized(x)))
 
     @torch.no_grad()
     def tokens(self, x: Tensor, *, stop: int | None = None, keep: Tensor | None = None) -> Tensor:
         """Tokens `[B, N, dim]` of images as in `logits`: after `stop` blocks without the final norm, or after all with
         it; `keep` as in `contract.Tokens.tokens`."""
         return self._transformer().tokens(self._sized(x), stop=stop, keep=keep)
+
+    @torch.no_grad()
+    def classify(self, tokens: Tensor) -> Tensor:
+        """Logits `[B, K]` of all that `tokens` returned, so that tokens and answer are of one pass; two heads answer
+        with the mean of theirs."""
+        return _answer(self._transformer().classify(tokens))
 
     @torch.no_grad()
     def taps(
@@ -84,6 +89,11 @@ class Teacher:
             return x
         # In float32: on a CPU there is no antialiasing in 16 bit.
         return F.interpolate(x.float(), size=self.size, mode="bicubic", antialias=True)
+
+
+def _answer(logits: Logits) -> Tensor:
+    """The logits, or the mean of two heads'."""
+    return (logits[0] + logits[1]) / 2 if isinstance(logits, tuple) else logits
 
 
 class Ensemble:

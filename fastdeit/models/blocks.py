@@ -4,7 +4,7 @@ Addition, LayerScale, drop-path and LayerNorm are one kernel. Between two blocks
 what has been added, and the branches that have not.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,9 +16,10 @@ from fastdeit.kernels._op import autocast_dtype
 from fastdeit.kernels.nn import LayerScale
 from fastdeit.models.config import ViTConfig
 from fastdeit.models.drop_path import Kept
-from fastdeit.models.tokens import QKV
+from fastdeit.models.tokens import QKV, attended
 
 _ALL = Kept()
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Branch(NamedTuple):
@@ -97,13 +98,22 @@ class Attention(nn.Module):
         return kernels.with_bias_gradient(branch.value, branch.bias)
 
     def branch(
-        self, x: Tensor, operands: Sequence[Tensor], gamma: Tensor | None, kept: Kept, rows: int | None = None
+        self,
+        x: Tensor,
+        operands: Sequence[Tensor],
+        gamma: Tensor | None,
+        kept: Kept,
+        rows: int | None = None,
+        attend: Attend | None = None,
     ) -> Branch:
         """`forward` as the last branch in front of a LayerNorm, which has the gradient of `proj.bias`. `operands` has
-        the module's, in the dtype of the products."""
+        the module's, in the dtype of the products. `attend` stands in for softmax attention (`contract.Tokens`)."""
         weight, bias, *of_proj = operands
         linear = kernels.fp8_linear if self.fp8 and self.training else F.linear
-        if rows is None:
+        if attend is not None:
+            qkv = kernels.with_bias_gradient(linear(x, weight, bias), self.qkv.bias)
+            mixed = attended(attend, *qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4))
+        elif rows is None:
             mixed = kernels.attention(linear(x, weight, bias), self.heads, bias=self.qkv.bias)
         else:
             mixed = kernels.query_attention(*kernels.queries_apart(x, weight, bias, self.qkv.bias, rows), self.heads)
@@ -168,16 +178,23 @@ class Block(nn.Module):
         self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio))
         self.ls2 = _layer_scale(config)
 
-    def forward(self, stream: Stream, keeps: Sequence[Kept] = (Kept(), Kept()), rows: int | None = None) -> Stream:
+    def forward(
+        self,
+        stream: Stream,
+        keeps: Sequence[Kept] = (Kept(), Kept()),
+        rows: int | None = None,
+        attend: Attend | None = None,
+    ) -> Stream:
         """The tokens after the block.
 
-        keeps  what drop-path leaves of the attention and of the MLP
-        rows   only that many of the first tokens come out, and only they are computed behind keys and values
+        keeps   what drop-path leaves of the attention and of the MLP
+        rows    only that many of the first tokens come out, and only they are computed behind keys and values
+        attend  as of `Attention.branch`, with all rows
         """
         of_attention, of_mlp = keeps
         operands = kernels.autocast_copies([*self.attn.operands(), *self.mlp.operands()])
         residual, normed = stream.normed(self.norm1, of_attention)
-        attention = self.attn.branch(normed, operands[:4], _gamma(self.ls1), of_attention, rows)
+        attention = self.attn.branch(normed, operands[:4], _gamma(self.ls1), of_attention, rows, attend)
         residual, normed = Stream(_first(residual, rows), (attention,)).normed(self.norm2, of_mlp)
         value = self.mlp(normed, operands[4:])
         return Stream(residual, (Branch(value, _gamma(self.ls2), of_mlp, self.mlp.fc2.bias),))

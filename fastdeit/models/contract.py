@@ -22,6 +22,7 @@ ImageSize = int | tuple[int, int]
 Logits = Tensor | tuple[Tensor, Tensor]
 Owner = nn.Module | nn.Parameter
 TokenMaps = Mapping[int, Callable[[Tensor], Tensor]]
+Attends = Mapping[int, Callable[[Tensor, Tensor, Tensor], Tensor]]
 
 
 @runtime_checkable
@@ -87,14 +88,17 @@ class Tokens(Protocol):
         at: TokenMaps | None = None,
         stop: int | None = None,
         keep: Tensor | None = None,
+        attend: Attends | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
         """All tokens `[B, N, dim]` after the final norm; `x` and `noise` as in `forward`.
 
-        at    {block index: fn}: the tokens before that block are replaced by `fn(tokens)`, which may be fewer
-        stop  run blocks [0, stop) and nothing after them, and return their tokens without the final norm
-        keep  int64 `[B, M]`: the patches that take part, by their number in the image, in this order; each keeps its
-              position
+        at      {block index: fn}: the tokens before that block are replaced by `fn(tokens)`, which may be fewer
+        stop    run blocks [0, stop) and nothing after them, and return their tokens without the final norm
+        keep    int64 `[B, M]`: the patches that take part, by their number in the image, in this order; each keeps its
+                position
+        attend  {block index: fn}: in that block `fn(q, k, v)` of `qkv` stands in for softmax(q @ k.mT / sqrt(head_dim))
+                @ v, and returns the same shape `[B, heads, N, head_dim]`: attention with a mask, within windows, ...
 
         Raises ValueError for an index that no block has.
         """

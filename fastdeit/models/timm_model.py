@@ -5,7 +5,7 @@ generator, so unlike fastdeit's models the result of training with them depends 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
@@ -17,8 +17,17 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from fastdeit.fields import size_pair
-from fastdeit.models.contract import ImageSize, Logits, Owner, TokenMaps, counted_flops, refuse_patches, split_decay
-from fastdeit.models.tokens import QKV, block_stages, kept, last_block, mapped
+from fastdeit.models.contract import (
+    Attends,
+    ImageSize,
+    Logits,
+    Owner,
+    TokenMaps,
+    counted_flops,
+    refuse_patches,
+    split_decay,
+)
+from fastdeit.models.tokens import QKV, attended, block_stages, kept, last_block, mapped
 from fastdeit.text import did_you_mean
 
 _DIST_HEAD = re.compile(r"(^|\.)heads?_dist\.")
@@ -186,6 +195,7 @@ class TimmVisionTransformer(TimmModel):
         at: TokenMaps | None = None,
         stop: int | None = None,
         keep: Tensor | None = None,
+        attend: Attends | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
         """All tokens `[B, N, dim]` after the final norm, as `contract.Tokens.tokens`; `noise` is accepted and unused.
@@ -193,16 +203,29 @@ class TimmVisionTransformer(TimmModel):
         With `keep` all patches are embedded, and those not named are dropped before the first block.
         """
         refuse_patches(x, f"timm's {self.name}")
-        inner, at = self.inner, at or {}
-        end = last_block(len(self.blocks), at, stop)
+        inner, at, attend = self.inner, at or {}, attend or {}
+        end = last_block(len(self.blocks), at, attend, stop)
         # From here on timm's `forward_features`, block by block.
         tokens = inner.norm_pre(inner.patch_drop(inner._pos_embed(inner.patch_embed(x))))
         if keep is not None:
             prefix = inner.num_prefix_tokens
             tokens = torch.cat((tokens[:, :prefix], kept(tokens[:, prefix:], keep)), 1)
         for index, block in enumerate(self.blocks[:end]):
-            tokens = block(mapped(at, index, tokens) if index in at else tokens)
+            tokens = mapped(at, index, tokens) if index in at else tokens
+            tokens = self._attending(index, tokens, attend[index]) if index in attend else block(tokens)
         return tokens if stop is not None else inner.norm(tokens)
+
+    def _attending(self, index: int, tokens: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """timm's `Block.forward` with other attention."""
+        q, k, v = self.qkv(index, tokens)
+        block = self.blocks[index]
+        if getattr(block.attn, "gate", None) is not None:
+            raise ValueError(
+                f"block {index} of timm's {self.name} has a gate behind attention, which attend leaves out"
+            )
+        mixed = getattr(block.attn, "norm", nn.Identity())(attended(attend, q, k, v))
+        tokens = tokens + block.drop_path1(block.ls1(block.attn.proj_drop(block.attn.proj(mixed))))
+        return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
     def qkv(self, block: int, tokens: Tensor) -> QKV:
         """Queries, keys and values `[B, heads, N, head_dim]` that `block` makes of `tokens`, those before it.

@@ -1,12 +1,12 @@
 """Tokens of a transformer: read at blocks and at the q/k/v of a block, and what models need to offer that."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastdeit.models.contract import Owner, TokenMaps, Tokens
+from fastdeit.models.contract import Attends, Owner, TokenMaps, Tokens
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -55,15 +55,25 @@ def taps(model: Tokens, x: Tensor, *, blocks: Collection[int] = (), qkv: Collect
 # ---- for models ------------------------------------------------------------------------------------------------------
 
 
-def last_block(depth: int, at: TokenMaps, stop: int | None) -> int:
-    """How many blocks run; raises ValueError for `at` and `stop` that do not fit a model of `depth` blocks."""
+def last_block(depth: int, at: TokenMaps, attend: Attends, stop: int | None) -> int:
+    """How many blocks run; raises ValueError for arguments that do not fit a model of `depth` blocks."""
     end = depth if stop is None else stop
     if not 0 <= end <= depth:
         raise ValueError(f"stop is {stop}, but the model has {depth} blocks")
-    for index in at:
-        if not 0 <= index < end:
-            raise ValueError(f"at has block {index}, but only blocks 0 to {end - 1} run")
+    for name, blocks in (("at", at), ("attend", attend)):
+        for index in blocks:
+            if not 0 <= index < end:
+                raise ValueError(f"{name} has block {index}, but only blocks 0 to {end - 1} run")
     return end
+
+
+def attended(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`[B, N, heads * head_dim]`: the values that `attend` mixes, heads side by side; ValueError if they are none."""
+    result = attend(q, k, v)
+    if not isinstance(result, Tensor) or result.shape != v.shape:
+        got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else repr(result)
+        raise ValueError(f"attend must return mixed values {list(v.shape)}, not {got}")
+    return result.transpose(1, 2).flatten(2)
 
 
 def mapped(at: TokenMaps, index: int, tokens: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from fastdeit import kernels
 from fastdeit.kernels._hooks import hooks
 from fastdeit.models.blocks import Attention, Block, Mlp, ParallelBlock, Stream
 from fastdeit.models.config import ViTConfig
-from fastdeit.models.contract import ImageSize, Logits, Owner, TokenMaps, refuse_patches, split_decay
+from fastdeit.models.contract import Attends, ImageSize, Logits, Owner, TokenMaps, refuse_patches, split_decay
 from fastdeit.models.drop_path import Kept, drawn, dropped_of, skipping
 from fastdeit.models.embedding import joined
 from fastdeit.models.init import SCHEMES
@@ -137,25 +137,36 @@ class VisionTransformer(nn.Module):
         at: TokenMaps | None = None,
         stop: int | None = None,
         keep: Tensor | None = None,
+        attend: Attends | None = None,
         noise: Tensor | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """All tokens `[B, N, dim]` after the final LayerNorm, prefix tokens first; else as `forward`.
 
-        at    {block index: fn}: the tokens before that block are replaced by `fn(tokens)`; token pruning returns fewer
-        stop  run blocks [0, stop) and return their tokens without the final LayerNorm
-        keep  int64 `[B, M]`: indices of the patches to embed, with their positions; the others are never computed
+        at      {block index: fn}: the tokens before that block are replaced by `fn(tokens)`; token pruning returns
+                fewer
+        stop    run blocks [0, stop) and return their tokens without the final LayerNorm
+        keep    int64 `[B, M]`: indices of the patches to embed, with their positions; the others are never computed
+        attend  {block index: fn}: what stands in for softmax attention there (`contract.Tokens`), in plain PyTorch
 
-        Raises ValueError for an index that no block has, and for what `forward` raises it for.
+        Raises ValueError for an index that no block has, for what `forward` raises it for, and for `attend` in blocks
+        of parallel attentions or with samples that are skipped (`set_drop_path_skip`), which have no tokens there.
         """
         x, grid = self._input(x, grid)
         keeps = self._keeps(noise, len(x))
-        end = last_block(self.config.depth, at or {}, stop)
+        at, attend = at or {}, attend or {}
+        end = last_block(self.config.depth, at, attend, stop)
+        if attend and (self.config.parallel > 1 or (self.training and self._skip is not None)):
+            raise ValueError(
+                "attend needs one attention a block and all samples in it: take a model without parallel blocks, and "
+                "leave model.drop_path_skip out"
+            )
         stream = Stream(self._embed(x, grid, keep))
         for number in range(end):
-            if at and number in at:
+            if number in at:
                 stream = Stream(mapped(at, number, stream.sum()))
-            stream = self._through(self.blocks[number], stream, keeps[number])
+            own = (None, attend[number]) if number in attend else ()
+            stream = self._through(self.blocks[number], stream, keeps[number], *own)
         return self._normed(stream) if stop is None else stream.sum()
 
     def qkv(self, block: int, tokens: Tensor) -> QKV:

@@ -81,7 +81,9 @@ def test_the_share_of_a_box_that_is_in_the_view():
 
 
 def test_a_batch_without_geometry_says_why():
-    with pytest.raises(ValueError, match="the source of its images has no annotations; see AnnotatedSource"):
+    with pytest.raises(
+        ValueError, match=r"either data.source has no annotations .*; set data.mixup=0 and data.cutmix=0"
+    ):
         toy_batch(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)).boxes(
             torch.zeros(1, 1, 4)
         )
@@ -115,10 +117,10 @@ def source(memory, encode):
     return Annotated(memory([encode(Image.fromarray(picture), "PNG") for picture in painted()]))
 
 
-def loader(source, **options):
+def loader(source, mixup=0, **options):
     views = [CROP, replace(VIEWS["wide"], stream="wide", crop_stream="wide")]
     options = {"seed": 3, "batch_size": 8, "threads": 1} | options
-    return TrainLoader(source, views, plan.Mixing(mixup=0, cutmix=0, group_size=4), **options)
+    return TrainLoader(source, views, plan.Mixing(mixup=mixup, cutmix=0, group_size=4), **options)
 
 
 def assert_moved(batch):
@@ -142,6 +144,13 @@ def test_a_substitute_brings_what_is_known_of_it(source):
     for micro_batches in loader(source, accumulate=2, max_bad_fraction=0.5, on_bad=lambda *_: None).batches(0, 4):
         for batch in micro_batches:
             assert_moved(batch)
+
+
+def test_boxes_of_mixed_pictures_are_refused(source):
+    ((batch,),) = loader(source, mixup=0.8).batches(0, 1)
+    assert torch.equal(batch.extras["objects"], batch.index)
+    with pytest.raises(ValueError, match=r"its pictures are mixed; set data.mixup=0"):
+        batch.boxes(batch.extras["box"])
 
 
 def test_a_part_of_the_samples_keeps_their_annotations(source):

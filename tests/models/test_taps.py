@@ -126,6 +126,54 @@ def test_what_did_not_run_has_no_gradient(network):
     assert not {name for name in learned if name.split(".")[0] in ("norm", "head", "head_dist")}
 
 
+def softmax_attention(q, k, v):
+    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "frozen"])
+def test_attention_of_the_caller_stands_in_for_that_of_a_block(network, frozen, accelerated):
+    asked, x = frozen if accelerated else network, images()
+    expected = network.tokens(x)
+    torch.testing.assert_close(
+        asked.tokens(x, attend={0: softmax_attention, 2: softmax_attention}), expected, rtol=1e-4, atol=1e-4
+    )
+    assert (asked.tokens(x, attend={1: lambda q, k, v: 0 * v}) - expected).abs().max() > 0.01
+    assert torch.equal(asked.tokens(x, stop=1, attend={0: softmax_attention}).isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize(
+    ("attend", "words"),
+    [
+        ({99: softmax_attention}, "attend has block 99"),
+        ({1: lambda q, k, v: v[:, :1]}, "attend must return mixed values"),
+    ],
+)
+def test_attention_that_does_not_fit_is_refused(network, attend, words):
+    with pytest.raises(ValueError, match=words):
+        network.tokens(images(), attend=attend)
+
+
+def test_attention_of_the_caller_needs_every_sample_and_one_attention_a_block():
+    parallel = models.build("deit_digits_patch8_32", image_size=SIZE, depth=2, parallel=2)
+    skipping = models.build("deit_digits_patch8_32", image_size=SIZE, depth=2, drop_path=0.5)
+    skipping.set_drop_path_skip(2)
+    for vit in (parallel, skipping):
+        with pytest.raises(ValueError, match="attend needs one attention a block and all samples in it"):
+            vit.train().tokens(images(), attend={0: softmax_attention}, noise=torch.rand(2, vit.noise_per_sample))
+    skipping.eval().tokens(images(), attend={0: softmax_attention})
+
+
+def test_gradients_through_attention_of_the_caller_are_those_without():
+    torch.manual_seed(0)
+    vit, x = models.build("deit_digits_patch8_32", image_size=SIZE, depth=2).double(), images().double()
+    mine, expected = (
+        torch.autograd.grad(vit.tokens(x, attend=attend).sin().sum(), list(vit.blocks.parameters()))
+        for attend in ({0: softmax_attention, 1: softmax_attention}, None)
+    )
+    torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_gradients_of_q_k_and_v_are_those_of_autograd():
     """With the bias, which our attention otherwise keeps apart."""
     torch.manual_seed(0)

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from fastdeit import models
@@ -40,12 +42,18 @@ METHODS = {
     "mae": (VIT, 'use: "tests.plugins.mae:MaskedAutoencoder"', 4),
     "adversarial": ("convnet_digits", 'use: "tests.plugins.adversarial:Adversarial", eps: 0.05, eta: 0.02', 3),
     "cached": (VIT, 'use: "tests.plugins.cached:CachedLogits", store: "STORE"', 3),
+    "detection": (VIT, 'use: "tests.plugins.detection:Detection", window: 2, whole: [3]', 4),
     "dino": (
         VIT,
         'use: "tests.plugins.dino:Dino", crops: 2, teacher_temperature: [0.04, 0.04], momentum: [0.95, 0.95]',
         3,
     ),
     "incubation": (VIT, 'use: "tests.plugins.incubation:Incubation", depths: [3, 1], meta_epochs: 2', 9),
+    "pruning": (
+        VIT,
+        f'use: "tests.plugins.pruning:Pruning", before: [1, 3], teacher: {{model: {VIT}, weights: WEIGHTS}}',
+        3,
+    ),
     "relations": (
         VIT,
         'use: "tests.plugins.relations:Relations", block: 2, teacher_block: 1, '
@@ -70,8 +78,33 @@ def store(few_digits, tmp_path_factory):
 def written(folder, model, method, epochs, data):
     """The recipe, which is in FOLDER/recipe.yaml now."""
     text = RECIPE.replace("MODEL", model).replace("METHOD", method).replace("EPOCHS", str(epochs))
-    (folder / "recipe.yaml").write_text(text.replace("source: folder", f'source: folder, root: "{data}"'))
+    if "detection" in method:
+        text = text.replace("source: folder", 'source: "tests.plugins.detection:Annotations"').replace(
+            "flip: 0.0", "flip: 0.5"
+        )
+        data = painted(folder / "shapes")
+    (folder / "recipe.yaml").write_text(text.replace("data:\n  {", f'data:\n  {{root: "{data}", '))
     return recipes.load(str(folder / "recipe.yaml"))
+
+
+def painted(root):
+    """ROOT with 400 training and 100 held-out pictures of a disc or two and rectangles, and where these are."""
+    root.mkdir()
+    (root / "classes.json").write_text('["disc", "rectangle"]')
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 400), ("val", 100)):
+        known = {}
+        for number in range(count):
+            image, objects = Image.new("RGB", (48, 40), (20, 20, 20)), []
+            for label in generator.integers(2, size=generator.integers(1, 3)).tolist():
+                x, y, side = generator.integers((0, 0, 14), (30, 22, 19)).tolist()
+                draw = ImageDraw.Draw(image)
+                (draw.rectangle if label else draw.ellipse)((x, y, x + side - 1, y + side - 1), ("red", "blue")[label])
+                objects.append((label, x, y, x + side, y + side))
+            known[f"{split}_{number}.png"] = objects
+            image.save(root / f"{split}_{number}.png")
+        (root / f"{split}.json").write_text(json.dumps(known))
+    return root
 
 
 def teacher():
@@ -79,7 +112,7 @@ def teacher():
     return Teacher(models.build("convnet_digits", num_classes=10))
 
 
-LONG = {"mae", "dino", "incubation", "adversarial", "relations"}
+LONG = {*METHODS} - {"cached"}
 
 
 @pytest.fixture(
@@ -271,3 +304,49 @@ def test_what_is_masked_does_not_reach_the_encoder():
         tokens = method.model.tokens(patches, keep=order[:, : method.kept])
         predictions.append(method.decoded(tokens[:, 1:], order))
     assert torch.equal(*predictions)
+
+
+def test_a_patch_that_is_masked_counts_as_little_as_one_that_is_gone():
+    """What training masks is what evaluation leaves out, and the label's loss reaches the predictor."""
+    from tests.plugins.pruning import Pruning
+
+    torch.manual_seed(0)
+    model = models.build("deit_digits_patch8_32", num_classes=10)
+    config = Pruning.Config(use="pruning", teacher={"model": VIT, "weights": "none"}, before=(1, 3), keep=0.5)
+    method = Pruning(model, config, toy_context()).eval()
+    x = torch.randn(3, 3, 32, 32)
+    tokens, (first, second) = method.masked(x, {name: torch.rand(3, 32) for name in ("gumbel_0", "gumbel_1")})
+    assert 0 < second.sum() < first.sum() < first.numel()
+
+    def kept(stage, patches):
+        order = (first, second)[stage][row].nonzero()[:, 0]
+        before = order if stage == 0 else (first[row].nonzero() == order).nonzero()[:, 0]
+        return torch.cat((patches[:, :1], patches[:, 1:][:, before]), 1)
+
+    for row in range(3):
+        at = {1: partial(kept, 0), 3: partial(kept, 1)}
+        gathered = model.tokens(x[row : row + 1], at=at)
+        left = torch.cat((tokens[row, :1], tokens[row, 1:][second[row] > 0]))
+        torch.testing.assert_close(gathered[0], left, rtol=1e-4, atol=1e-5)
+    loss = F.cross_entropy(model.classify(tokens), torch.arange(3))
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in method.predictors[0].parameters())
+    assert method.gathered(x).shape[1] == 1 + 4  # a quarter of 16 patches
+
+
+@pytest.mark.parametrize(
+    ("detections", "precision"),
+    [
+        ([(0.9, 0, 0, 10, 9), (0.8, 0, 0, 10, 8), (0.7, 50, 50, 60, 60)], 1 / 2),  # one of two, once more, and nothing
+        ([(0.9, 0, 0, 10, 5.5), (0.8, 0, 4.5, 10, 10)], 1 / 2),  # two that are apart, both of the first
+        ([(0.9, 50, 50, 60, 60), (0.8, 0, 0, 10, 9), (0.7, 20, 20, 30, 30)], 2 / 3),  # both, behind a wrong one
+        ([(0.9, 3, 3, 13, 13)], 0),  # too far off
+    ],
+)
+def test_average_precision_is_the_area_under_precision_over_recall(detections, precision):
+    from tests.plugins.detection import average_precision
+
+    truth = torch.tensor([[[0.0, 0, 0, 10, 10], [0, 20, 20, 30, 30]]])
+    other_class = (1.0, 0.95, 20, 20, 30, 30)
+    found = torch.tensor([[other_class, *((0.0, *each) for each in detections)]])
+    assert average_precision(found, truth, 0.0) == pytest.approx(precision)

@@ -66,6 +66,11 @@ class Mixing:
     group_size: int = 64
     mix_mode: Literal["batch", "pair", "element"] = "batch"
 
+    @property
+    def mixes(self) -> bool:
+        """Whether any samples are mixed."""
+        return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
+
 
 @dataclass(frozen=True)
 class Plan:
