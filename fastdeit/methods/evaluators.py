@@ -117,7 +117,7 @@ class HeldOutLoss:
 
     What the loss draws at random comes from `batch.noise`, which depends on the image alone: every evaluation draws
     the same, such as the same masks of a masked autoencoder. Schedules stand where the run does: `batch.step` is the
-    last step that was made. Held-out images have one view and no extras: a run of a
+    last step that was made. Held-out images have one view and no extras of stores: a run of a
     method that wants more is refused before it starts.
     """
 

@@ -95,8 +95,8 @@ def _check_evaluators(made: Method, recipe: Recipe) -> None:
         what = f"extras ({', '.join(stores)})" if stores else f"{len(views)} views"
         raise UsageError(
             f"method {recipe.method.use}: its evaluators have HeldOutLoss, but its loss wants {what} of a sample, and "
-            "held-out images have one view, which is not augmented, and no extras; judge it by Knn or LinearProbe, or "
-            "by an evaluator of its own"
+            "held-out images have one view, which is not augmented, and no extras of stores; judge it by Knn or "
+            "LinearProbe, or by an evaluator of its own"
         )
 
 
