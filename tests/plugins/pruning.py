@@ -36,7 +36,7 @@ class Predictor(nn.Module):
 
     def forward(self, patches: Tensor, policy: Tensor) -> Tensor:
         own, shared = self.own(patches).chunk(2, -1)
-        mean = (shared * policy[..., None]).sum(1, keepdim=True) / (policy.sum(1)[:, None, None] + 1e-6)
+        mean = (shared * policy[..., None]).sum(1, keepdim=True) / policy.sum(1).clamp(min=1)[:, None, None]
         return self.decide(torch.cat((own, mean.expand_as(own)), -1)).float().log_softmax(-1)
 
 
@@ -89,7 +89,7 @@ class Pruning(Method):
             reduction="batchmean",
         )
         error = (tokens.float() - theirs.float())[:, self.model.prefix_tokens :].square().mean(-1)
-        features = (error * policies[-1]).sum(1) / (policies[-1].sum(1) + 1e-6)
+        features = (error * policies[-1]).sum(1) / policies[-1].sum(1).clamp(min=1)
         off = [policy.mean(1) - self.wanted(stage, batch.step) for stage, policy in enumerate(policies)]
         ratio = torch.stack(off).square().mean()
         loss = 2 * answers.total + 0.5 * features.mean() + self.config.ratio * ratio

@@ -37,7 +37,8 @@ def predict(x):
 
 
 def accuracy(rank, size, labels, bad=0):
-    method = SimpleNamespace(predict=predict)
+    method = torch.nn.Module()
+    method.predict = predict
     world = World(torch.device("cpu"), rank, size)
     found = evaluate(method, {"classify": Classify()}, Labelled(labels[rank::size], bad), None, world, "fp32")
     return found.images, found.bad, found.metrics
