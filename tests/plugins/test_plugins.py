@@ -42,7 +42,7 @@ METHODS = {
     "mae": (VIT, 'use: "tests.plugins.mae:MaskedAutoencoder"', 4),
     "adversarial": ("convnet_digits", 'use: "tests.plugins.adversarial:Adversarial", eps: 0.05, eta: 0.02', 3),
     "cached": (VIT, 'use: "tests.plugins.cached:CachedLogits", store: "STORE"', 3),
-    "detection": (VIT, 'use: "tests.plugins.detection:Detection", window: 2, whole: [3]', 4),
+    "detection": (VIT, 'use: "tests.plugins.detection:Detection", window: 2, whole: [3]', 2),
     "dino": (
         VIT,
         'use: "tests.plugins.dino:Dino", crops: 2, teacher_temperature: [0.04, 0.04], momentum: [0.95, 0.95]',
@@ -52,7 +52,7 @@ METHODS = {
     "pruning": (
         VIT,
         f'use: "tests.plugins.pruning:Pruning", before: [1, 3], teacher: {{model: {VIT}, weights: WEIGHTS}}',
-        3,
+        2,
     ),
     "relations": (
         VIT,
