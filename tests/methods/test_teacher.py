@@ -144,6 +144,15 @@ def test_features_of_a_teacher_are_its_networks(name):
         assert not answer.requires_grad
 
 
+@pytest.mark.parametrize("name", ["deit_digits_distilled_patch8_32", "deit_digits_patch8_32"])
+def test_tokens_and_answer_of_a_teacher_are_of_one_pass(name):
+    torch.manual_seed(0)
+    teacher, x = Teacher(models.build(name, num_classes=10)), torch.randn(2, 3, 32, 32)
+    answer = teacher.classify(teacher.tokens(x))
+    assert not answer.requires_grad
+    torch.testing.assert_close(answer, teacher.logits(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("ask", [Teacher.tokens, partial(Teacher.taps, blocks=(0,))])
 def test_a_teacher_without_tokens_says_so(ask):
     with pytest.raises(ValueError, match="the teacher is a ConvNet, which has no tokens; a method that reads tokens"):
