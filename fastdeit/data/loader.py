@@ -361,9 +361,9 @@ def _known(
     mixed: bool,
 ) -> dict[str, Any]:
     """The fields `extras` and `geometry` of a batch: of samples with annotations in views of these plans and sizes."""
-    known = [annotations_of(source, i) for i in index.tolist()]
-    if any(each is None for each in known):
+    if not len(index) or annotations_of(source, int(index[0])) is None:
         return {"extras": stored}
+    known = [annotations_of(source, i) or {} for i in index.tolist()]
     names = known[0].keys()
     if twice := names & stored.keys():
         raise DataError(f"{min(twice)!r} is the name of a store of the method and of an annotation of the source")
