@@ -7,9 +7,11 @@ from typing import NamedTuple
 from fastdeit.bench.count import Count, Counted, CountError, ours
 from fastdeit.bench.measure import CLASSES
 from fastdeit.estimate import activations, interval, memory, presets
+from fastdeit.estimate import designs as estimate_designs
 from fastdeit.estimate import model as estimate
+from fastdeit.estimate.designs import TIMM_COMPILE, Design
 from fastdeit.estimate.gpus import GPU, GPUS
-from fastdeit.estimate.model import TIMM_COMPILE, Design, Network, Work
+from fastdeit.estimate.networks import Network, Work
 from fastdeit.estimate.options import with_options
 from fastdeit.estimate.presets import Preset
 from fastdeit.estimate.subject import network
@@ -54,7 +56,7 @@ def _on(gpu: GPU, student: Network, work: Work) -> Expected | None:
 
 def _designs(gpu: GPU, student: Network, work: Work, keep: bool) -> list[Design]:
     options = {"keep_activations": keep, "residual": "fp32", "products": "precision"}
-    return [with_options(design, gpu, **options) for design in estimate.designs(gpu, work.precision, student)]
+    return [with_options(design, gpu, **options) for design in estimate_designs.compared(gpu, work.precision, student)]
 
 
 def counted(cell: Counted, arch: int) -> Count:

@@ -14,12 +14,12 @@ from fastdeit import methods
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.estimate import memory
-from fastdeit.estimate import model as estimate
+from fastdeit.estimate.designs import FUSED
 from fastdeit.estimate.gpus import GPU, GPUS
 from fastdeit.estimate.memory import GIB
 from fastdeit.estimate.options import with_options
 from fastdeit.estimate.rows import known_gpu
-from fastdeit.estimate.subject import Subject, subject
+from fastdeit.estimate.subject import Subject, subject, work_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,10 +79,8 @@ def fits(found: Subject, gpu: GPU, processes: int, precision: str) -> tuple[bool
         return False, f"since the memory of method {recipe.method.use} is not known; say true if there is enough"
     if found.student.vit is None or not found.student.own:
         return False, f"since of {found.student.name} nothing is made again"
-    images = recipe.method.passes * recipe.train.batch_size // (processes * recipe.train.accumulate)
-    averaged = recipe.optim.ema_decay is not None
-    work = estimate.Work(images, precision, recipe.model.drop_path > 0, averaged, found.trained, found.kept)
-    design = with_options(estimate.FUSED, gpu, keep_activations=True, residual=engine.residual, products="precision")
+    work = work_of(recipe, processes, precision, found.trained, found.kept)
+    design = with_options(FUSED, gpu, keep_activations=True, residual=engine.residual, products="precision")
     options = {"world": processes, "parallel": engine.parallel, "accumulate": recipe.train.accumulate}
     needed = memory.total(memory.peak(found.student, work, design, teachers=found.teachers, **options))
     words = f"since a step with them takes {needed / GIB:.3g} of {gpu.memory / GIB:.3g} GiB (modelled)"

@@ -15,10 +15,11 @@ from fastdeit.engine.dist import World
 from fastdeit.engine.options import shipped
 from fastdeit.errors import UsageError
 from fastdeit.estimate import model as estimate
+from fastdeit.estimate.designs import EAGER, FUSED
 from fastdeit.estimate.gpus import GPUS
 from fastdeit.estimate.options import with_options
 from fastdeit.estimate.rows import known_gpu
-from fastdeit.estimate.subject import kept_of, network, students, trained_of
+from fastdeit.estimate.subject import kept_of, network, students, trained_of, work_of
 from fastdeit.fields import size_pair
 
 if TYPE_CHECKING:
@@ -69,10 +70,8 @@ def chosen(recipe: "Recipe", card: str | None, processes: int) -> tuple[str, str
     except UsageError:
         return "none", f"since {model.name} is a network that cannot be modelled"
     size, student = min(sized.items(), key=lambda one: one[1].flops)
-    images = recipe.method.passes * train.batch_size // (processes * train.accumulate)
-    averaged = recipe.optim.ema_decay is not None
-    work = estimate.Work(images, recipe.engine.precision, model.drop_path > 0, averaged, trained, kept)
-    design = estimate.FUSED if student.vit is not None else estimate.EAGER
+    work = work_of(recipe, processes, recipe.engine.precision, trained, kept)
+    design = FUSED if student.vit is not None else EAGER
     engine = recipe.engine
     options = {"residual": engine.residual, "products": engine.products}
     design = with_options(design, gpu, keep_activations=engine.keep_activations is True, **options)

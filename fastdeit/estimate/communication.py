@@ -6,7 +6,8 @@ Only the standard library is imported.
 from typing import NamedTuple
 
 from fastdeit.estimate.gpus import GPU
-from fastdeit.estimate.model import Network, Step, Work
+from fastdeit.estimate.model import Step
+from fastdeit.estimate.networks import Network, Work
 
 _COLLECTIVE_SHARE = 0.8
 """Of a link, in NCCL's rings with large messages."""

@@ -11,10 +11,12 @@ from fastdeit.estimate import communication
 from fastdeit.estimate import interval as estimate_interval
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows as estimate_rows
+from fastdeit.estimate.designs import EAGER, Design
 from fastdeit.estimate.gpus import GPU
 from fastdeit.estimate.machines import Machine
-from fastdeit.estimate.model import Design, Step, Work
-from fastdeit.estimate.subject import Subject
+from fastdeit.estimate.model import Step
+from fastdeit.estimate.networks import Work
+from fastdeit.estimate.subject import Subject, work_of
 
 if TYPE_CHECKING:
     from fastdeit.recipe.resolve import Recipe
@@ -29,13 +31,9 @@ def precision(recipe: "Recipe", gpu: GPU) -> str:
 
 
 def work(trained: Subject, machine: Machine) -> Work:
-    """What the student computes: each image as often as the method shows it."""
-    recipe = trained.recipe
-    micro = recipe.method.passes * recipe.train.batch_size // (machine.count * recipe.train.accumulate)
-    average = recipe.optim.ema_decay is not None
-    return Work(
-        micro, precision(recipe, machine.gpu), recipe.model.drop_path > 0, average, trained.trained, trained.kept
-    )
+    """What the student computes."""
+    taken = precision(trained.recipe, machine.gpu)
+    return work_of(trained.recipe, machine.count, taken, trained.trained, trained.kept)
 
 
 def shared(trained: Subject, machine: Machine) -> dict[str, Any]:
@@ -67,7 +65,7 @@ def run(trained: Subject, machine: Machine, design: Design, calibration: estimat
     share = trained.held_out / (machine.count * computed.batch)
     judged = _teachers_seconds(trained, machine, design)
     not_measured = estimate_rows.NOT_CALIBRATED
-    first = [run(each, machine, estimate.EAGER, not_measured) for each in trained.teacher_runs]
+    first = [run(each, machine, EAGER, not_measured) for each in trained.teacher_runs]
     own = sum(each["training"] + each["evaluation"] for each in first)
     return {
         "step": mean(lambda step: step["seconds"]),
@@ -114,6 +112,6 @@ def _teachers_seconds(part: Subject, machine: Machine, design: Design) -> float:
     """Of the forward of all teachers in a micro-batch."""
     unseen = replace(work(part, machine), drop_path=False, trained=None)
     return sum(
-        estimate.step(teacher, unseen, design if teacher.own and teacher.vit else estimate.EAGER, machine.gpu).forward
+        estimate.step(teacher, unseen, design if teacher.own and teacher.vit else EAGER, machine.gpu).forward
         for teacher in part.teachers
     )

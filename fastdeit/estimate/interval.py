@@ -13,8 +13,10 @@ from functools import cache
 from typing import NamedTuple
 
 from fastdeit.estimate import model as estimate
+from fastdeit.estimate.designs import Design
 from fastdeit.estimate.gpus import GPU
-from fastdeit.estimate.model import Design, Network, Op, Step, Work
+from fastdeit.estimate.model import Op, Step
+from fastdeit.estimate.networks import Network, Work
 
 DRAWS = 64
 LOW, HIGH = 0.05, 0.95

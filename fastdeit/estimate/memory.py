@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fastdeit.estimate.designs import Design, computed
 from fastdeit.estimate.gpus import GPU
-from fastdeit.estimate.model import Design, Network, Trained, ViT, Work, computed
+from fastdeit.estimate.networks import Network, Trained, ViT, Work
 
 GIB = 2**30
 
@@ -33,7 +34,7 @@ def blocks_saved(vit: ViT, work: Work, design: Design) -> list[float]:
             work.batch
             * (design.stream * vit.dim * (vit.tokens + rows) + share * (vit.tokens * of_input + rows * of_output))
         )
-        for rows, share in zip(vit.rows, work.shares(vit, design), strict=True)
+        for rows, share in zip(vit.rows, design.shares(vit, work), strict=True)
     ]
 
 

@@ -6,8 +6,8 @@ Only the standard library is imported.
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fastdeit.estimate.designs import FP8_PIECES, Design
 from fastdeit.estimate.gpus import GPU
-from fastdeit.estimate.model import FP8_PIECES, Design
 
 
 def with_options(design: Design, gpu: GPU, *, keep_activations: bool, residual: str, products: str) -> Design:

@@ -11,15 +11,16 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fastdeit.estimate import model as estimate
+from fastdeit.estimate.designs import Design
 from fastdeit.estimate.gpus import GPU
-from fastdeit.estimate.model import Design, Network, Work
+from fastdeit.estimate.networks import Network, Work
 from fastdeit.kernels.trial.presets import ALONE, PRESETS
 
 NAME = "trial"
 HELP = "the same, in the preset of kernels that a trial at the start of a run is expected to choose"
 _ATTENTIONS = "triton", "fused_backward"
-_MLPS = {"triton": "fused", "epilogue": "epilogue"}
-"""Of the backends of the MLP that the model knows, the designs that have them."""
+_MLPS = {"fused": "triton", "epilogue": "epilogue"}
+"""Backend of the MLP by design, of those that the model knows."""
 
 
 class Preset(NamedTuple):
@@ -42,25 +43,27 @@ class Preset(NamedTuple):
 def modelled(network: Network, work: Work, designs: Iterable[Design], gpu: GPU) -> list[Preset]:
     """The presets that differ on the GPU, the fastest first; none where there is nothing to choose. designs: those of
     the network there, with the options of the run."""
-    named = {design.name: design for design in designs}
-    mlps = [mlp for mlp, design in _MLPS.items() if design in named and not (named[design].fp8 and mlp != "triton")]
-    if not mlps or not gpu.triton_products or work.bytes != 2:
-        return []
-    steps = {
-        (attention, mlp): replace(named[_MLPS[mlp]], name=NAME, help=HELP, attention=attention, tried=True)
-        for attention in _ATTENTIONS
-        for mlp in mlps
-    }
+    steps = _steps(designs) if gpu.triton_products and work.bytes == 2 else {}
     seconds = {forms: sum(estimate.step(network, work, design, gpu)) for forms, design in steps.items()}
     found: dict[tuple[str, str], str] = {}
     for name, forms in PRESETS.items():
-        attention, mlp = (forms.get(op, ()) for op in ("attention", "mlp"))
-        able = [
-            pair
-            for pair in steps
-            if (pair[0] in attention or not attention) and pair[1] == ("epilogue" if mlp else "triton")
-        ]
-        if name != ALONE and "" not in forms and able:
+        if name == ALONE or "" in forms:
+            continue
+        mlp = "epilogue" if "mlp" in forms else "triton"
+        pairs = ((attention, mlp) for attention in forms.get("attention", _ATTENTIONS))
+        if able := [pair for pair in pairs if pair in steps]:
             found.setdefault(min(able, key=seconds.__getitem__), name)
     presets = [Preset(name, *forms, steps[forms]) for forms, name in found.items()]
     return sorted(presets, key=lambda preset: seconds[preset.attention, preset.mlp])
+
+
+def _steps(designs: Iterable[Design]) -> dict[tuple[str, str], Design]:
+    """By the backends of attention and of the MLP, the designs that have both. Products of 8 bits have no epilogue."""
+    found = {}
+    for design in designs:
+        mlp = _MLPS.get(design.name)
+        if mlp is None or (design.fp8 and mlp != "triton"):
+            continue
+        for attention in _ATTENTIONS:
+            found[attention, mlp] = replace(design, name=NAME, help=HELP, attention=attention, tried=True)
+    return found

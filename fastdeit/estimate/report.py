@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 from fastdeit import methods
 from fastdeit.engine.progress import table
 from fastdeit.estimate import activations, duration, memory
+from fastdeit.estimate import designs as estimate_designs
 from fastdeit.estimate import interval as estimate_interval
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import options as estimate_options
 from fastdeit.estimate import presets as estimate_presets
 from fastdeit.estimate import rows as estimate_rows
+from fastdeit.estimate.designs import DESIGNS, FUSED, TIMM_COMPILE, Design
 from fastdeit.estimate.machines import Machine
 from fastdeit.estimate.memory import GIB
-from fastdeit.estimate.model import DESIGNS, TIMM_COMPILE, Design, Network
+from fastdeit.estimate.networks import Network
 from fastdeit.estimate.rows import MODELLED
 from fastdeit.estimate.subject import IMAGENET, Subject, network, subject
 
@@ -102,7 +104,7 @@ def _described(network: Network) -> dict[str, Any]:
 def _designs(trained: Subject, machine: Machine, keep: bool) -> list[Design]:
     """`keep`: whether ours keep the activations of the MLPs."""
     recipe = trained.recipe
-    found = estimate.designs(machine.gpu, duration.precision(recipe, machine.gpu), trained.student)
+    found = estimate_designs.compared(machine.gpu, duration.precision(recipe, machine.gpu), trained.student)
     engine = recipe.engine
     options = {"keep_activations": keep, "residual": engine.residual, "products": engine.products}
     return [estimate_options.with_options(design, machine.gpu, **options) for design in found]
@@ -228,69 +230,69 @@ def _accumulate(recipe: "Recipe", world: int, fits: int) -> int | None:
     )
 
 
-def _notes(trained: Subject, machines: Sequence[Machine], bases: set[str]) -> list[str]:
+def _notes(trained: Subject, machines: Sequence[Machine], bases: set[str]) -> Iterator[str]:
     """What somebody who reads a figure alone would miss."""
-    recipe = trained.recipe
-    notes = ["no row of benchmarks/results is of these GPUs: nothing here is measured"] if bases == {MODELLED} else []
-    notes += ["input is assumed to keep up; compiling, checkpoints and start-up are left out"]
+    if bases == {MODELLED}:
+        yield "no row of benchmarks/results is of these GPUs: nothing here is measured"
+    yield "input is assumed to keep up; compiling, checkpoints and start-up are left out"
     if trained.assumed is not None:
-        notes.append(trained.assumed)
+        yield trained.assumed
+    yield from _notes_on_options(trained, machines)
+    if trained.recipe.train.batch_size > trained.images:
+        yield f"a batch has more than the {trained.images:,} training images: each is in it several times"
+    yield from _notes_on_what_is_left_out(trained)
+
+
+def _notes_on_options(trained: Subject, machines: Sequence[Machine]) -> Iterator[str]:
+    recipe = trained.recipe
     if recipe.engine.precision == "bf16" and any(machine.gpu.name == "V100" for machine in machines):
-        notes.append("V100 has no bf16: planned there with engine.precision=fp16, which train has to be told")
-    notes += _kept_activations(trained, machines)
+        yield "V100 has no bf16: planned there with engine.precision=fp16, which train has to be told"
+    yield from _kept_activations(trained, machines)
     if recipe.engine.products == "fp8":
         without = dict.fromkeys(machine.gpu.name for machine in machines if not machine.gpu.fp8)
-        notes += [
-            f"{name} has no products of 8 bits: engine.products is planned there as precision" for name in without
-        ]
+        for name in without:
+            yield f"{name} has no products of 8 bits: engine.products is planned there as precision"
         if len(without) < len(machines):
-            notes.append("how fast products of 8 bits are is judged, and its range is not in 5 to 95 %")
+            yield "how fast products of 8 bits are is judged, and its range is not in 5 to 95 %"
     if recipe.data.size_schedule:
-        notes.append("data.size_schedule: times of a step are means over the run, memory is that of the largest images")
+        yield "data.size_schedule: times of a step are means over the run, memory is that of the largest images"
     if recipe.engine.async_checkpoints:
         kept, averages = trained.trained, recipe.optim.ema_decay is not None
         numbers = trained.student.parameters + kept.states + averages * kept.parameters
-        notes.append(
+        yield (
             f"engine.async_checkpoints takes {4 * numbers / GIB:,.2f} GiB of memory of the host more, in the process "
             "that writes"
         )
-    if recipe.train.batch_size > trained.images:
-        notes.append(f"a batch has more than the {trained.images:,} training images: each is in it several times")
-    if trained.student.vit is None:
-        notes.append(
-            f"{trained.student.name} is not a plain vision transformer: its speed follows FLOPs alone, roughly"
-        )
+
+
+def _notes_on_what_is_left_out(trained: Subject) -> Iterator[str]:
+    recipe, student = trained.recipe, trained.student
+    if student.vit is None:
+        yield f"{student.name} is not a plain vision transformer: its speed follows FLOPs alone, roughly"
         if recipe.engine.checkpoint_blocks:
-            notes.append(f"engine.checkpoint_blocks is left out of the figures of {trained.student.name}")
+            yield f"engine.checkpoint_blocks is left out of the figures of {student.name}"
     if recipe.optim.name not in ("adamw", "sgd"):
-        notes.append(f"of an update by {recipe.optim.name} only what it reads and writes once is counted")
-    notes += [
-        f"the speed of the teacher {teacher.name} follows its FLOPs alone, roughly"
-        for teacher in trained.teachers
-        if teacher.vit is None
-    ]
+        yield f"of an update by {recipe.optim.name} only what it reads and writes once is counted"
+    for teacher in trained.teachers:
+        if teacher.vit is None:
+            yield f"the speed of the teacher {teacher.name} follows its FLOPs alone, roughly"
     if recipe.method.use not in methods.METHODS:
         gathered = ", nor is what fsdp2 gathers of them" if recipe.engine.parallel == "fsdp2" else ""
-        notes.append(
+        yield (
             f"modules that method {recipe.method.use} owns beside the student, such as averaged teachers, are not "
             f"counted{gathered}"
         )
-    return notes
 
 
 def _kept_activations(trained: Subject, machines: Sequence[Machine]) -> list[str]:
     """What `engine.keep_activations` costs and saves, whether it is on or not, and what auto makes of it."""
     machine = machines[0]
     student, work = trained.largest.student, duration.work(trained, machine)
-    fused = any(design.name == "fused" for design in _designs(trained, machine, False))
     engine = trained.recipe.engine
-    if not fused or engine.checkpoint_blocks or engine.products == "fp8":
+    each_way = (_designs(trained, machine, keep) for keep in (False, True))
+    sides = [design for designs in each_way for design in designs if design.name == FUSED.name]
+    if not sides or engine.checkpoint_blocks or engine.products == "fp8":
         return []
-    given = {"residual": engine.residual, "products": engine.products}
-    sides = [
-        estimate_options.with_options(estimate.FUSED, machine.gpu, keep_activations=keep, **given)
-        for keep in (False, True)
-    ]
     options = duration.shared(trained, machine)
     less, more = (memory.total(memory.peak(student, work, design, **options)) / GIB for design in sides)
     slow, fast = (sum(estimate.step(student, work, design, machine.gpu)) for design in sides)

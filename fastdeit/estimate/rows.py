@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 from fastdeit import jsons
 from fastdeit.errors import UsageError
+from fastdeit.estimate.designs import COMPILE_2_9, DESIGNS, UNFUSED, Design
 from fastdeit.estimate.gpus import GPUS
-from fastdeit.estimate.model import COMPILE_2_9, DESIGNS, UNFUSED, Design, Network, ViT, Work, step
+from fastdeit.estimate.model import step
+from fastdeit.estimate.networks import Network, ViT, Work
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 """Of a checkout; an installed package has none."""

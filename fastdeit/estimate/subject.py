@@ -20,7 +20,7 @@ from fastdeit.engine import optimizers
 from fastdeit.engine.groups import ParamGroup
 from fastdeit.errors import UsageError
 from fastdeit.estimate import options as estimate_options
-from fastdeit.estimate.model import Network, Trained, ViT
+from fastdeit.estimate.networks import Network, Trained, ViT, Work
 from fastdeit.fields import size_pair
 from fastdeit.models.drop_path import dropped_of
 from fastdeit.models.freeze import freeze_parts
@@ -143,6 +143,13 @@ def students(recipe: "Recipe", classes: int) -> Iterator[tuple[tuple[int, int], 
             yield size, network(model.name, model.timm, size, classes, model.drop_path)
         except UsageError as error:
             raise not_taken(size, error) from error
+
+
+def work_of(recipe: "Recipe", processes: int, precision: str, trained: Trained, kept: tuple[float, ...]) -> Work:
+    """What the student computes in a micro-batch of one process: each image as often as the method shows it."""
+    images = recipe.method.passes * recipe.train.batch_size // (processes * recipe.train.accumulate)
+    averaged = recipe.optim.ema_decay is not None
+    return Work(images, precision, recipe.model.drop_path > 0, averaged, trained, kept)
 
 
 def kept_of(recipe: "Recipe") -> tuple[float, ...]:

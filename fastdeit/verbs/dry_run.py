@@ -23,9 +23,10 @@ from fastdeit.engine.ema import Ema
 from fastdeit.engine.metrics import check_sinks
 from fastdeit.engine.step import check_capture
 from fastdeit.estimate import memory, report
-from fastdeit.estimate import model as estimate
+from fastdeit.estimate.designs import EAGER
 from fastdeit.estimate.gpus import GPUS, GPUS_PER_NODE
 from fastdeit.estimate.machines import Machine
+from fastdeit.estimate.networks import Network, Work
 from fastdeit.estimate.rows import known_gpu
 from fastdeit.estimate.subject import Subject
 from fastdeit.estimate.subject import subject as subject_of
@@ -210,7 +211,7 @@ def _named(device: torch.device) -> str:
     return "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
-def _network(network: estimate.Network) -> str:
+def _network(network: Network) -> str:
     return f"{network.name}: {network.parameters / 1e6:,.2f} M parameters, {network.flops / 1e9:,.2f} GFLOP an image"
 
 
@@ -228,10 +229,10 @@ def _estimates(recipe: "Recipe", subject: Subject, processes: int, device: torch
         return
     micro = recipe.method.passes * recipe.train.batch_size // (processes * recipe.train.accumulate)
     averaged = recipe.optim.ema_decay is not None
-    work = estimate.Work(micro, recipe.engine.precision, recipe.model.drop_path > 0, averaged, subject.trained)
+    work = Work(micro, recipe.engine.precision, recipe.model.drop_path > 0, averaged, subject.trained)
     shared = {"world": processes, "parallel": recipe.engine.parallel, "accumulate": recipe.train.accumulate}
     largest = subject.largest
-    parts = memory.peak(largest.student, work, estimate.EAGER, **shared, teachers=largest.teachers)
+    parts = memory.peak(largest.student, work, EAGER, **shared, teachers=largest.teachers)
     parts.pop("context")  # of CUDA
     yield f"{memory.total(parts) / memory.GIB:,.2g} GiB a process besides the libraries (modelled, not measured)"
     yield f"no time: there is no model of the speed of {_named(device)}; `fastdeit plan {recipe.name}` knows some GPUs"

@@ -13,9 +13,10 @@ from fastdeit.engine.options import OPTIMIZERS
 from fastdeit.estimate import memory, report, subject
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows as estimate_rows
+from fastdeit.estimate.designs import FUSED
 from fastdeit.estimate.gpus import DEFAULT_GPUS, GPUS
 from fastdeit.estimate.machines import Machine
-from fastdeit.estimate.model import FUSED, Work
+from fastdeit.estimate.networks import Work
 from fastdeit.recipe import resolve as recipe
 from fastdeit.run import build
 from fastdeit.run.groups import param_groups

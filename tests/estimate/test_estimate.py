@@ -17,10 +17,13 @@ from fastdeit.engine.ema import Ema
 from fastdeit.engine.groups import default_groups
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.estimate import communication, gpus, memory, options, subject
+from fastdeit.estimate import designs as estimate_designs
 from fastdeit.estimate import model as estimate
+from fastdeit.estimate import networks as estimate_networks
 from fastdeit.estimate import rows as estimate_rows
+from fastdeit.estimate.designs import DESIGNS, EAGER, EPILOGUE, FUSED, TIMM, TIMM_COMPILE
 from fastdeit.estimate.gpus import GPUS
-from fastdeit.estimate.model import DESIGNS, EAGER, EPILOGUE, FUSED, TIMM, TIMM_COMPILE, Network, ViT, Work
+from fastdeit.estimate.networks import Network, ViT, Work
 from fastdeit.kernels import _op
 from fastdeit.kernels.attention import fused_backward, tiles
 from fastdeit.kernels.attention.hopper import backend as hopper
@@ -188,7 +191,7 @@ def test_on_a_v100_attention_is_native_where_the_heads_fit():
     )
     assert fits == expected  # the last block's queries are the library's
     assert not_fp16 == wide == {"forward": [], "backward": []}
-    assert estimate._NATIVE_WIDTHS == HEAD_DIMS
+    assert estimate_designs._NATIVE_WIDTHS == HEAD_DIMS
 
 
 def test_on_a_v100_wide_attention_is_the_library_s():
@@ -245,7 +248,7 @@ def test_what_one_program_a_head_does_not_take_goes_to_the_split_one(choose, opt
 
 
 def test_limits_and_padding_of_the_fused_backward_are_the_kernel_s():
-    limits = estimate._FUSED_BACKWARD_TOKENS, estimate._FUSED_BACKWARD_WIDTH
+    limits = estimate_designs._FUSED_BACKWARD_TOKENS, estimate_designs._FUSED_BACKWARD_WIDTH
     assert limits == (fused_backward.MOST_TOKENS, fused_backward.WIDEST_HEAD) == (hopper.MOST_TOKENS, hopper.HEAD_WIDTH)
     for tokens in range(1, limits[0] + 1):
         assert sum(tiles.chunks(tokens)) == estimate._padded(tokens, 16)
@@ -298,7 +301,7 @@ def test_kept_activations_take_memory_and_save_bytes(design):
 
 def test_designs_that_cannot_run_are_not_offered():
     def names(gpu, precision="bf16", network=BASE):
-        return [design.name for design in estimate.designs(GPUS[gpu], precision, network)]
+        return [design.name for design in estimate_designs.compared(GPUS[gpu], precision, network)]
 
     assert names("A100") == ["timm", "timm_compile", "fused", "epilogue"]
     assert names("V100", "fp16") == names("A100", "fp32") == ["timm", "timm_compile", "fused"]
@@ -514,9 +517,9 @@ def test_published_rows_have_sources_and_known_gpus():
 
 
 def test_the_teacher_s_rows_agree_with_each_other():
-    flops = estimate._CONVNET_FLOPS
-    for speed, bandwidth in estimate._CONVNET_ROWS:
-        assert speed * flops / bandwidth == pytest.approx(estimate.CONVNET_FLOPS_PER_BYTE, rel=0.1)
+    flops = estimate_networks._CONVNET_FLOPS
+    for speed, bandwidth in estimate_networks._CONVNET_ROWS:
+        assert speed * flops / bandwidth == pytest.approx(estimate_networks.CONVNET_FLOPS_PER_BYTE, rel=0.1)
 
 
 def bench_row(card="NVIDIA A100-SXM4-80GB", slower=2.0, **changes):

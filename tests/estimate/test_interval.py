@@ -12,8 +12,10 @@ from fastdeit.bench import count, count_command
 from fastdeit.bench.count_command import MODELS
 from fastdeit.estimate import interval, memory, options
 from fastdeit.estimate import model as estimate
+from fastdeit.estimate.designs import EPILOGUE, FUSED, TIMM_COMPILE
 from fastdeit.estimate.gpus import GPUS
-from fastdeit.estimate.model import EPILOGUE, FUSED, TIMM_COMPILE, Network, Op, ViT, Work
+from fastdeit.estimate.model import Op
+from fastdeit.estimate.networks import Network, ViT, Work
 from fastdeit.models.drop_path import dropped_of
 
 COUNTS = sorted((Path(__file__).parents[1] / "golden" / "counts").glob("torch-*.json"))[-1]

@@ -8,6 +8,7 @@ import pytest
 from fastdeit import cli
 from fastdeit.bench.count_command import MODELS, cell
 from fastdeit.bench.count_expected import of
+from fastdeit.estimate import designs as estimate_designs
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import options, presets
 from fastdeit.estimate.gpus import GPUS
@@ -20,7 +21,7 @@ PLAN = ["plan", "deit_tiny", "data.group_size=128", "--count", "1", "--json"]
 
 def modelled(gpu="H200", width=192, work=WORK, **changes):
     gpu = replace(GPUS[gpu], **changes)
-    return presets.modelled(network(width), work, estimate.designs(gpu, work.precision, network(width)), gpu)
+    return presets.modelled(network(width), work, estimate_designs.compared(gpu, work.precision, network(width)), gpu)
 
 
 @pytest.mark.parametrize(("model", "size"), list(zip(MODELS, GOALS, strict=True)))
@@ -43,14 +44,14 @@ def test_presets_of_a_trial_are_those_that_the_model_expects(width):
     assert times == sorted(times)
     # The design asks no table: on an A100 it has one for attention.
     split = next(p for p in modelled("A100") if (p.attention, p.mlp) == ("triton", "triton"))
-    assert estimate.selected(split.design, network(192).vit, WORK, GPUS["A100"]).attention == "triton"
+    assert estimate_designs.selected(split.design, network(192).vit, WORK, GPUS["A100"]).attention == "triton"
 
 
 def test_what_is_expected_follows_the_card():
     assert (modelled(epilogue=2.0)[0].mlp, modelled(epilogue=2.0)[0].name) == ("triton", "default")
     # Attention in one kernel takes 208 tokens; of two that are the same the default is named.
     long = replace(network(192), vit=replace(network(192).vit, patches=400))
-    found = presets.modelled(long, WORK, estimate.designs(GPUS["H200"], "bf16", long), GPUS["H200"])
+    found = presets.modelled(long, WORK, estimate_designs.compared(GPUS["H200"], "bf16", long), GPUS["H200"])
     assert found[0].attention == "triton"
 
 
@@ -59,7 +60,7 @@ def test_where_there_is_nothing_to_choose():
     assert modelled(work=replace(WORK, precision="fp32")) == []
     tiny = cell(MODELS[-1], 8)
     assert of(tiny, 70) == of(replace(tiny, precision="fp32"), 90) == []
-    eight = [options.eight_bit(design) for design in estimate.designs(GPUS["H200"], "bf16", network(192))]
+    eight = [options.eight_bit(design) for design in estimate_designs.compared(GPUS["H200"], "bf16", network(192))]
     found = presets.modelled(network(192), WORK, eight, GPUS["H200"])
     assert {preset.mlp for preset in found} == {"triton"}
 

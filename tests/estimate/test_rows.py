@@ -8,8 +8,9 @@ import pytest
 from fastdeit.errors import UsageError
 from fastdeit.estimate import model as estimate
 from fastdeit.estimate import rows
+from fastdeit.estimate.designs import FUSED, TIMM, TIMM_COMPILE
 from fastdeit.estimate.gpus import GPUS
-from fastdeit.estimate.model import FUSED, TIMM, TIMM_COMPILE, Network, ViT, Work
+from fastdeit.estimate.networks import Network, ViT, Work
 
 VIT = ViT(patches=196, prefix=1, patch_values=768, dim=192, depth=12, heads=3, hidden=768, classes=1000)
 OURS = Network("tiny", VIT.parameters, VIT.flops, 3 * 224 * 224, 1000, vit=VIT)
