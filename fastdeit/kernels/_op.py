@@ -39,6 +39,7 @@ NAMESPACE = "fastdeit"
 REFERENCE = "reference"
 MEASURED = "measured: "
 """How the reason of a row of `choices.json` begins that was measured, and not judged by the compiled code."""
+_ALIGNMENT = 16  # bytes
 _ALONE = "there is no other kernel for it yet"
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -346,6 +347,12 @@ def _contiguous(result: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Te
     if isinstance(result, tuple):
         return tuple(tensor.contiguous() for tensor in result)
     return None if result is None else result.contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, contiguous and at an address that is a multiple of 16 bytes, as wide loads and TMA want it."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
 
 def _reference_capability(device: torch.device, forced: bool) -> tuple[bool, str]:

@@ -121,7 +121,7 @@ def test_loads_are_ahead_where_that_does_not_spill(monkeypatch, version, arch, s
     monkeypatch.setattr(_triton, "VERSION", version)
     qkv, out = (torch.empty(2, 198, size, dtype=torch.float16, device="meta") for size in (192, 64))
     with _triton.recording(arch) as recorded:
-        fused_backward.backward(out, qkv, out, torch.empty(2, 1, 198, device="meta"), 1, 0.125, sums=False)
+        fused_backward.backward(out, qkv, out, torch.empty(2, 1, 198, device="meta"), 1, 0.125, False, None)
     assert [launch.stages for launch in recorded.launches] == [stages]
 
 

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _triton
-from fastdeit.kernels.attention.tiles import LOG2E, chunks, dot, load_tile, logits, store_tile
+from fastdeit.kernels.attention import forward as forward_of_all
+from fastdeit.kernels.attention.tiles import LOG2E, Operands, chunks, dot, load_tile, logits, store_tile
 
 MOST_TOKENS, WIDEST_HEAD = 208, 64
 COMPILER = 3, 5
@@ -142,8 +143,17 @@ def _fused_kernel(
 _triton.expect(_fused_kernel, products=True)
 
 
-def check(qkv: Tensor, num_heads: int) -> None:
-    """Raise `Unsupported` for what does not fit one program."""
+def forward(
+    qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) as of the op's reference, in one launch. `Unsupported` for what the backward does not take: refusing
+    there would be too late."""
+    _triton.require(key_mask is None, "it does not take a mask of keys yet")
+    _check(qkv, num_heads)
+    return forward_of_all.forward(Operands.of_packed(qkv.contiguous(), num_heads, scale))
+
+
+def _check(qkv: Tensor, num_heads: int) -> None:
     tokens, width = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     _triton.require(qkv.dtype in (torch.float16, torch.bfloat16), f"it computes in 16 bit, not in {qkv.dtype}")
     _triton.require(tokens <= MOST_TOKENS, f"{tokens} tokens, at most {MOST_TOKENS} fit one program")
@@ -152,15 +162,22 @@ def check(qkv: Tensor, num_heads: int) -> None:
 
 
 def backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, *, sums: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of qkv `[B, N, 3*H*d]`, packed like it; with `sums`, its float32 sum over all tokens `[3*H*d]`."""
-    check(qkv, num_heads)
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    scale: float,
+    with_bias: bool,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(dqkv, dbias) as of the op's backward, in one launch, and a small sum for the bias."""
+    _check(qkv, num_heads)
     qkv, out, grad = qkv.contiguous(), out.contiguous(), grad.contiguous()
     batch, tokens, packed = qkv.shape
     width = packed // (3 * num_heads)
     dqkv = torch.empty_like(qkv)
-    partial = torch.empty(batch, packed, dtype=torch.float32, device=qkv.device) if sums else None
+    partial = torch.empty(batch, packed, dtype=torch.float32, device=qkv.device) if with_bias else None
     block = max(32, _triton.power_of_two(width))
     first, second, third = chunks(tokens)
     constants = {"TOKENS": tokens, "HEADS": num_heads, "WIDTH": width, "BLOCK": block, "ROWS": block // 2}
@@ -171,4 +188,4 @@ def backward(
     tensors = qkv, out, grad, lse, dqkv, partial
     grid = (batch * num_heads,)
     _triton.launch(_fused_kernel, grid, *tensors, scale, warps=warps, stages=1 + ahead, **constants)
-    return dqkv, None if partial is None else partial.sum(0)
+    return dqkv, lse.new_empty(0) if partial is None else partial.sum(0)

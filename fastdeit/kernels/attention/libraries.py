@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from fastdeit.kernels import _op, _triton
+from fastdeit.kernels._op import aligned
 
-_ALIGNMENT = 16  # bytes: of the first element of a head
 _LSE_MULTIPLE = 32
 """The memory-efficient kernel wants rows of that many logarithms."""
 _MOST_BATCH = 65_535
@@ -188,8 +188,7 @@ def _forward(
     library: Library, qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) as of the op's reference. `Unsupported` where the library does not take this call."""
-    library = _ON_CPU if library is FLASH_2 and qkv.device.type == "cpu" else library
-    _check(library, qkv, num_heads, key_mask)
+    library = _checked(library, qkv, num_heads, key_mask)
     with torch.cuda.device_of(qkv):
         out, lse = library.forward(_five(qkv, num_heads), scale)
     return out.flatten(2), lse
@@ -208,9 +207,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """(dqkv, dbias) as of the op's backward. `Unsupported` for what `_forward` refuses: a registered op chooses anew in
     its backward, and then the forward was another backend's."""
-    library = _ON_CPU if library is FLASH_2 and qkv.device.type == "cpu" else library
-    _check(library, qkv, num_heads, key_mask)
-    grad, out = (_dense(x).unflatten(2, (num_heads, -1)) for x in (grad.to(qkv.dtype), out))
+    library = _checked(library, qkv, num_heads, key_mask)
+    grad, out = (aligned(x).unflatten(2, (num_heads, -1)) for x in (grad.to(qkv.dtype), out))
     with torch.cuda.device_of(qkv):
         dqkv = library.backward(grad, _five(qkv, num_heads), out, lse, scale).flatten(2)
     return dqkv, dqkv.sum((0, 1), dtype=lse.dtype) if with_bias else lse.new_empty(0)
@@ -218,16 +216,12 @@ def _backward(
 
 def _five(qkv: Tensor, num_heads: int) -> Tensor:
     """`[B, N, 3*H*d]` as `[B, N, 3, H, d]`, dense."""
-    return _dense(qkv).unflatten(2, (3, num_heads, -1))
+    return aligned(qkv).unflatten(2, (3, num_heads, -1))
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Contiguous, and aligned for wide loads."""
-    x = x.contiguous()
-    return x.clone() if x.device.type == "cuda" and x.data_ptr() % _ALIGNMENT else x
-
-
-def _check(library: Library, qkv: Tensor, num_heads: int, key_mask: Tensor | None) -> None:
+def _checked(library: Library, qkv: Tensor, num_heads: int, key_mask: Tensor | None) -> Library:
+    """The library, or what takes its place on a CPU. `Unsupported` where it does not take this call."""
+    library = _ON_CPU if library is FLASH_2 and qkv.device.type == "cpu" else library
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     _triton.require(key_mask is None, "it does not take a mask of keys here")
     _triton.require(0 not in qkv.shape, f"qkv {list(qkv.shape)} is empty")
@@ -236,6 +230,7 @@ def _check(library: Library, qkv: Tensor, num_heads: int, key_mask: Tensor | Non
     _triton.require(fits, f"heads are {width} wide, not a multiple of {library.multiple} up to {library.widest}")
     _triton.require(batch <= _MOST_BATCH, f"a batch of {batch} is more than {_MOST_BATCH}")
     _triton.require(tokens > 1 or library is not CUDNN, "its backward wants more than one token")
+    return library
 
 
 _HALVES = torch.float16, torch.bfloat16

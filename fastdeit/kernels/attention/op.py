@@ -43,8 +43,7 @@ from torch import Tensor
 
 from fastdeit.kernels import _asked, _checks, _derivatives, _op, _triton
 from fastdeit.kernels._example import BASE, BASE_FP16, DEITS, Example, Maker
-from fastdeit.kernels.attention import backward, forward, libraries
-from fastdeit.kernels.attention import fused_backward as one_program_a_head
+from fastdeit.kernels.attention import backward, forward, fused_backward, libraries
 from fastdeit.kernels.attention.hopper import backend as hopper
 from fastdeit.kernels.attention.tiles import Operands
 from fastdeit.kernels.native import attention as native_attention
@@ -159,10 +158,6 @@ def query_reference_backward(
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
-def _operands(qkv: Tensor, num_heads: int, scale: float) -> Operands:
-    return Operands(*qkv.split(qkv.shape[2] // 3, 2), num_heads, scale)
-
-
 def _query_operands(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Operands:
     return Operands(q, *kv.split(kv.shape[2] // 2, 2), num_heads, scale)
 
@@ -176,7 +171,7 @@ def triton_forward(
     qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`reference` in one launch."""
-    return forward.forward(_operands(qkv.contiguous(), num_heads, scale), _bytes_of(key_mask))
+    return forward.forward(Operands.of_packed(qkv.contiguous(), num_heads, scale), _bytes_of(key_mask))
 
 
 def triton_backward(
@@ -192,32 +187,8 @@ def triton_backward(
     """`reference_backward` in two launches, and a small sum for the bias."""
     qkv = qkv.contiguous()
     dqkv = torch.empty_like(qkv)
-    operands, gradients = (_operands(packed, num_heads, scale) for packed in (qkv, dqkv))
+    operands, gradients = (Operands.of_packed(packed, num_heads, scale) for packed in (qkv, dqkv))
     sums = backward.backward(grad, operands, out, lse, gradients, _bytes_of(key_mask), sums=with_bias)
-    return dqkv, lse.new_empty(0) if sums is None else sums
-
-
-def fused_forward(
-    qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, key_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`triton_forward`, of what `fused_backward` takes: refusing there would be too late."""
-    _triton.require(key_mask is None, "it does not take a mask of keys yet")
-    one_program_a_head.check(qkv, num_heads)
-    return triton_forward(qkv, num_heads, scale, bias, None)
-
-
-def fused_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    num_heads: int,
-    scale: float,
-    with_bias: bool,
-    key_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`reference_backward` in one launch, and a small sum for the bias."""
-    dqkv, sums = one_program_a_head.backward(grad, qkv, out, lse, num_heads, scale, sums=with_bias)
     return dqkv, lse.new_empty(0) if sums is None else sums
 
 
@@ -283,7 +254,7 @@ _EXAMPLES = [
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 _capability = partial(_triton.capability, needs=80)
-_fused_capability = partial(_triton.capability, needs=80, compiler=one_program_a_head.COMPILER)
+_fused_capability = partial(_triton.capability, needs=80, compiler=fused_backward.COMPILER)
 OP = _op.Op(
     "attention",
     reference,
@@ -291,7 +262,7 @@ OP = _op.Op(
     examples=_EXAMPLES,
     others=[
         _op.Backend("triton", _capability, triton_forward, triton_backward),
-        _op.Backend("fused_backward", _fused_capability, fused_forward, fused_backward),
+        _op.Backend("fused_backward", _fused_capability, fused_backward.forward, fused_backward.backward),
         _op.Backend("hopper", hopper.capability, hopper.forward, hopper.backward),
         _op.Backend("native", native_choice.capability, native_attention.forward, native_attention.backward),
         *libraries.BACKENDS,

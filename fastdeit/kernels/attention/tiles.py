@@ -101,6 +101,11 @@ class Operands(NamedTuple):
     num_heads: int
     scale: float
 
+    @classmethod
+    def of_packed(cls, qkv: Tensor, num_heads: int, scale: float) -> "Operands":
+        """Those of `[B, N, 3*H*d]`."""
+        return cls(*qkv.split(qkv.shape[2] // 3, 2), num_heads, scale)
+
     @property
     def width(self) -> int:
         """Channels of a head."""

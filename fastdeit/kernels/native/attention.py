@@ -6,12 +6,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from fastdeit.kernels._op import Unsupported
+from fastdeit.kernels._op import Unsupported, aligned
 from fastdeit.kernels.native import choice
 from fastdeit.kernels.native.launches import HEAD_DIMS, MOST_BLOCKS, Sizes
 from fastdeit.kernels.native.runnable import Backward, Runnable, Unusable
-
-_ALIGNMENT = 16  # bytes
 
 
 def forward(
@@ -19,7 +17,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) as of the op's reference. `Unsupported` where the kernels do not take this call, or do not run."""
     sizes = _checked(qkv, num_heads, scale, key_mask)
-    qkv = _dense(qkv)
+    qkv = aligned(qkv)
     out = qkv.new_empty(sizes.batch, sizes.tokens, num_heads * sizes.head_dim)
     lse = qkv.new_empty(sizes.batch, num_heads, sizes.tokens, dtype=torch.float32)
     _run(qkv.device, lambda kernels, stream: kernels.forward(qkv, out, lse, sizes, stream))
@@ -38,7 +36,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(dqkv, dbias) as of the op's backward."""
     sizes = _checked(qkv, num_heads, scale, key_mask)
-    grad, qkv, out, lse = _dense(grad.to(qkv.dtype)), _dense(qkv), _dense(out), _dense(lse)
+    grad, qkv, out, lse = map(aligned, (grad.to(qkv.dtype), qkv, out, lse))
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     dbias = partial = None
     if with_bias:
@@ -61,12 +59,6 @@ def _run(device: torch.device, call: Callable[[Runnable, int], None]) -> None:
             except Unusable as error:
                 found.drop(str(error))
     raise Unsupported(found.why_not)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Contiguous, and aligned for loads of 16 bytes."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
 
 def _checked(qkv: Tensor, num_heads: int, scale: float, key_mask: Tensor | None) -> Sizes:

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from fastdeit.kernels import _triton
-from fastdeit.kernels._op import Unsupported
+from fastdeit.kernels._op import Unsupported, aligned
 
 ARCH = 90
 """The one architecture with wgmma."""
@@ -18,7 +18,6 @@ COMPILER = 3, 8
 MOST_TOKENS, HEAD_WIDTH = 208, 64
 """Keys whose dk and dv fit the registers of 256 threads; and rows of a wgmma, which are the channels of dk and dv."""
 MOST_PROGRAMS = 2**31 - 1
-_ALIGNMENT = 16  # bytes
 capability = partial(_triton.gluon_capability, needs=ARCH, compiler=COMPILER)
 
 
@@ -27,7 +26,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) as of the op's reference, in one launch. `Unsupported` for what forward or backward do not take."""
     _check(qkv, num_heads, scale, key_mask)
-    return _kernels("forward").forward(_aligned(qkv), num_heads, scale)
+    return _kernels("forward").forward(aligned(qkv), num_heads, scale)
 
 
 def backward(
@@ -42,9 +41,8 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(dqkv, dbias) as of the op's backward, in one launch, and a small sum for the bias."""
     _check(qkv, num_heads, scale, key_mask)
-    tensors = _aligned(grad), _aligned(qkv), _aligned(out), lse.contiguous()
-    dqkv, sums = _kernels("backward").backward(*tensors, num_heads, scale, sums=with_bias)
-    return dqkv, lse.new_empty(0) if sums is None else sums
+    tensors = *map(aligned, (grad, qkv, out)), lse.contiguous()
+    return _kernels("backward").backward(*tensors, num_heads, scale, sums=with_bias)
 
 
 def _check(qkv: Tensor, num_heads: int, scale: float, key_mask: Tensor | None) -> None:
@@ -58,12 +56,6 @@ def _check(qkv: Tensor, num_heads: int, scale: float, key_mask: Tensor | None) -
     require(qkv.numel() > 0, f"qkv {list(qkv.shape)} is empty")
     programs = batch * num_heads
     require(programs <= MOST_PROGRAMS, f"{programs} programs, at most {MOST_PROGRAMS} fit a launch")
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, and aligned as TMA wants it."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
 
 def _kernels(name: str) -> Any:

@@ -284,9 +284,9 @@ _triton.expect(backward_kernel, loads=0, stores=0, products=True, boxes=True)
 
 def backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, *, sums: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of contiguous qkv `[B, N, 3*H*d]`, packed like it; with `sums`, its float32 sum over all tokens
-    `[3*H*d]`."""
+) -> tuple[Tensor, Tensor]:
+    """Gradient of contiguous qkv `[B, N, 3*H*d]`, packed like it, and its float32 sum over all tokens `[3*H*d]`, empty
+    without `sums`."""
     out, grad = out.contiguous(), grad.contiguous()
     batch, tokens, packed = qkv.shape
     width = packed // (3 * num_heads)
@@ -298,4 +298,4 @@ def backward(
     constants = {"TOKENS": tokens, "HEADS": num_heads, "WIDTH": width}
     arguments = *inputs, *results, lse, partial, scale
     _triton.launch(backward_kernel, (batch * num_heads,), *arguments, warps=4 * GROUPS.value, **constants)
-    return dqkv, None if partial is None else partial.sum(0)
+    return dqkv, lse.new_empty(0) if partial is None else partial.sum(0)
