@@ -145,32 +145,18 @@ def _adamw_kernel(
             tl.store(copy_at + offset, p.to(COPY), mask=inside)
 
 
-def update(
-    parts: Sequence[_multi_tensor.Lists],
-    schedule: Tensor,
-    found_inf: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    ema_decay: float,
-) -> None:
-    """One launch for each of the parts of (params, grads, exp_avgs, exp_avg_sqs, ema, copies)."""
-    # Whole numbers as floats, or Triton would compile a kernel of its own for them.
-    numbers = list(map(float, (beta2, 1 - beta1, 1 - beta2, eps, weight_decay, 1 - ema_decay)))
-    for part in parts:
-        arguments = *part.rows, part.sizes, part.starts, found_inf, schedule, *numbers
-        constants = {"GRAD": part.types[1], "COPY": part.types[5], "BLOCK": _multi_tensor.BLOCK, **part.constants}
-        _triton.launch(_adamw_kernel, (part.chunks,), *arguments, warps=_multi_tensor.WARPS, **constants)
-
-
 def triton_adamw(*arguments: Any) -> None:
-    """`reference` in one pass over the tensors."""
+    """`reference` in one pass over the tensors, with a launch for each of their parts."""
     a = _update.AdamArguments(*arguments)
     grads = [grad.contiguous() for grad in a.grads]
     parts = _multi_tensor.split(a.params, grads, a.exp_avgs, a.exp_avg_sqs, a.ema, a.copies)
     schedule = _update.make_schedule(a.step, a.lr, a.beta1, a.beta2, a.grad_scale, a.found_inf)
-    update(parts, schedule, a.found_inf, a.beta1, a.beta2, a.eps, a.weight_decay, a.ema_decay)
+    # Whole numbers as floats, or Triton would compile a kernel of its own for them.
+    numbers = list(map(float, (a.beta2, 1 - a.beta1, 1 - a.beta2, a.eps, a.weight_decay, 1 - a.ema_decay)))
+    for part in parts:
+        arguments = *part.rows, part.sizes, part.starts, a.found_inf, schedule, *numbers
+        constants = {"GRAD": part.types[1], "COPY": part.types[5], "BLOCK": _multi_tensor.BLOCK, **part.constants}
+        _triton.launch(_adamw_kernel, (part.chunks,), *arguments, warps=_multi_tensor.WARPS, **constants)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------

@@ -186,44 +186,34 @@ def _apply_kernel(
             tl.store(copy_at + offset, p.to(COPY), mask=inside)
 
 
-def _trusting_update(
-    part: _multi_tensor.Lists,
-    schedule: Tensor,
-    found_inf: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    ema_decay: float,
-) -> None:
+def _trusting_update(part: _multi_tensor.Lists, schedule: Tensor, a: _update.AdamArguments) -> None:
     """The launches of one part: moments and squares, the ratio of each tensor, parameters."""
     params, grads, exp_avgs, exp_avg_sqs, emas, copies = part.rows
     shape = part.sizes, part.starts
     squares = torch.empty(2, part.chunks, dtype=torch.float32, device=schedule.device).unbind()
     ratios = torch.empty(part.tensors, dtype=torch.float32, device=schedule.device)
     constants = {"BLOCK": _multi_tensor.BLOCK, "warps": _multi_tensor.WARPS, **part.constants}
-    moments = params, grads, exp_avgs, exp_avg_sqs, *shape, found_inf, schedule, *squares
-    numbers = map(float, (beta2, 1 - beta1, 1 - beta2, eps, weight_decay))
+    moments = params, grads, exp_avgs, exp_avg_sqs, *shape, a.found_inf, schedule, *squares
+    numbers = map(float, (a.beta2, 1 - a.beta1, 1 - a.beta2, a.eps, a.weight_decay))
     _triton.launch(_moments_kernel, (part.chunks,), *moments, *numbers, GRAD=part.types[1], **constants)
     sizes = {"CHUNK": _multi_tensor.CHUNK, "BLOCK": _ADDED}
     _triton.launch(_ratio_kernel, (part.tensors,), *squares, *shape, ratios, warps=4, **sizes)
-    applied = params, exp_avgs, exp_avg_sqs, emas, copies, *shape, found_inf, schedule, ratios
-    numbers = map(float, (eps, weight_decay, 1 - ema_decay))
+    applied = params, exp_avgs, exp_avg_sqs, emas, copies, *shape, a.found_inf, schedule, ratios
+    numbers = map(float, (a.eps, a.weight_decay, 1 - a.ema_decay))
     _triton.launch(_apply_kernel, (part.chunks,), *applied, *numbers, COPY=part.types[5], **constants)
 
 
 def triton_lamb(*arguments: Any) -> None:
-    """`reference` in two passes over the tensors, in one where there is no decay."""
+    """`reference` in two passes over the tensors; without decay there is no r, and the update is AdamW's."""
     a = _update.AdamArguments(*arguments)
+    if a.weight_decay == 0:
+        adamw.triton_adamw(*arguments)
+        return
     grads = [grad.contiguous() for grad in a.grads]
     parts = _multi_tensor.split(a.params, grads, a.exp_avgs, a.exp_avg_sqs, a.ema, a.copies)
     schedule = _update.make_schedule(a.step, a.lr, a.beta1, a.beta2, a.grad_scale, a.found_inf)
-    numbers = a.beta1, a.beta2, a.eps, a.weight_decay, a.ema_decay
-    if a.weight_decay == 0:
-        adamw.update(parts, schedule, a.found_inf, *numbers)
-        return
     for part in parts:
-        _trusting_update(part, schedule, a.found_inf, *numbers)
+        _trusting_update(part, schedule, a)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
