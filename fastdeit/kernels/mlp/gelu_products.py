@@ -156,8 +156,9 @@ def product_gelu(x: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product_gelu_backward(dout: Tensor, w2: Tensor, pre: Tensor, *, act: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(dpre, gelu(pre) if `act`, db1) of contiguous dout `[rows, C']`, w2 `[C', F]` and pre `[rows, F]`; db1 is float32
-    `[F]`."""
+    """(dpre, gelu(pre) if `act`, db1) of dout `[rows, C']`, w2 `[C', F]` and pre `[rows, F]`, of which dout and pre are
+    contiguous; db1 is float32 `[F]`."""
+    w2 = w2.contiguous()
     check(dout, w2, pre)
     (rows, depth), width = dout.shape, w2.shape[1]
     dpre = torch.empty_like(pre)

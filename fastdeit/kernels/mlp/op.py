@@ -126,16 +126,6 @@ def triton_forward(
     return reference(x, w1, b1, w2, b2, recompute)
 
 
-def triton_backward(
-    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, act: Tensor | None, with_b2: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`reference_backward` with everything between the products in one pass."""
-    _triton.require_dtypes(grad, x, w1, w2, pre)
-    rows, grads, pres = (_rows(tensor) for tensor in (x, grad, pre))
-    dpre, again, db1 = gelu.backward(grads @ w2, pres, act=act is None)
-    return _gradients(x, rows, grads, w1, w2, dpre, again if act is None else _rows(act), db1, with_b2)
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
@@ -148,7 +138,7 @@ def _products_forward(
     return F.linear(act, w2, b2), pre, _kept(act, recompute)
 
 
-def _products_backward(
+def _backward(
     product_gelu_backward: Callable,
     grad: Tensor,
     x: Tensor,
@@ -158,10 +148,27 @@ def _products_backward(
     act: Tensor | None,
     with_b2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`reference_backward` with everything between the products in the first of them: `product_gelu_backward`."""
+    """`reference_backward` with the first product and all that stands behind it by `product_gelu_backward`, as of
+    `gelu_products`."""
     rows, grads, pres = (_rows(tensor) for tensor in (x, grad, pre))
-    dpre, again, db1 = product_gelu_backward(grads, w2.contiguous(), pres, act=act is None)
-    return _gradients(x, rows, grads, w1, w2, dpre, again if act is None else _rows(act), db1, with_b2)
+    dpre, again, db1 = product_gelu_backward(grads, w2, pres, act=act is None)
+    acts = again if act is None else _rows(act)
+    return (
+        (dpre @ w1).reshape(x.shape),
+        dpre.T @ rows,
+        db1.to(w1.dtype),
+        grads.T @ acts,
+        gelu.column_sums(grads).to(w2.dtype) if with_b2 else w2.new_empty(0),
+    )
+
+
+def _library_product(dout: Tensor, w2: Tensor, pre: Tensor, *, act: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The product is the vendor's, and all that stands behind it one pass."""
+    _triton.require_dtypes(dout, w2, pre)
+    return gelu.backward(dout @ w2, pre, act=act)
+
+
+triton_backward = partial(_backward, _library_product)
 
 
 def _forward_before_products(
@@ -170,26 +177,6 @@ def _forward_before_products(
     """`triton_forward` of what the backward of `gelu_products` takes: refusing there would be too late."""
     gelu_products.check(x, w1, w2)
     return triton_forward(x, w1, b1, w2, b2, recompute)
-
-
-def _gradients(
-    x: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    dpre: Tensor,
-    act: Tensor,
-    db1: Tensor,
-    with_b2: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        (dpre @ w1).reshape(x.shape),
-        dpre.T @ rows,
-        db1.to(w1.dtype),
-        grads.T @ act,
-        gelu.column_sums(grads).to(w2.dtype) if with_b2 else w2.new_empty(0),
-    )
 
 
 def _normed_forward(mlp_forward: Callable, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -229,7 +216,7 @@ _epilogue, _quack = (
         name,
         capability,
         partial(_products_forward, products.product_gelu),
-        partial(_products_backward, products.product_gelu_backward),
+        partial(_backward, products.product_gelu_backward),
     )
     for name, capability, products in (
         ("epilogue", partial(_triton.capability, needs=80), gelu_products),

@@ -65,6 +65,7 @@ def product_gelu(x: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
 
 def product_gelu_backward(dout: Tensor, w2: Tensor, pre: Tensor, *, act: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """(dpre, gelu(pre) if `act`, db1) as of `gelu_products.product_gelu_backward`."""
+    w2 = w2.contiguous()
     _check(dout, w2, pre)
     with torch.cuda.device_of(dout):
         if act:
