@@ -417,27 +417,34 @@ class BlockMixin(AnyBlock):
             branch = self.attn(normed, **arguments)
         else:
             x, branch = x[:, :rows], self.attn.of_first(normed, rows)
-        tokens = sum_of(self, x, branch, "1")
-        x, normed = add_layer_norm(
-            tokens.residual, tokens.branch, norm2.weight, norm2.bias, norm2.eps, gamma=tokens.gamma, keep=tokens.keep
-        )
+        x, normed = normed_sum(sum_of(self, x, branch, "1"), norm2)
         return sum_of(self, x, self.mlp(normed), "2").sum()
 
 
 def sum_of(block: nn.Module, x: Tensor, branch: Tensor, number: str) -> drop_in.Tokens:
-    """The sum of x and a branch, in the dtype to which PyTorch would promote it."""
+    """`summed`, with the factor and the drop-path of one of timm's blocks."""
     scale = getattr(block, f"ls{number}", None)
     gamma = getattr(block, f"gamma_{number}", None)
     if gamma is None and type(scale).__name__ == "LayerScale":
         gamma = scale.gamma
+    return summed(x, branch, gamma, getattr(block, f"drop_path{number}", None) or getattr(block, "drop_path", None))
+
+
+def summed(x: Tensor, branch: Tensor, gamma: Tensor | None, drop: nn.Module | None) -> drop_in.Tokens:
+    """The sum of x and a branch with this factor and this drop-path, in the dtype to which PyTorch would promote it."""
     dtype = torch.promote_types(x.dtype, branch.dtype)
     if gamma is not None:
         dtype = torch.promote_types(dtype, gamma.dtype)
-    drop = getattr(block, f"drop_path{number}", None) or getattr(block, "drop_path", None)
-    return drop_in.Tokens(x.to(dtype), branch, gamma, kept(drop, x))
+    return drop_in.Tokens(x.to(dtype), branch, gamma, _kept(drop, x))
 
 
-def kept(drop: nn.Module | None, x: Tensor) -> Tensor | None:
+def normed_sum(tokens: drop_in.Tokens, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(the sum, its LayerNorm as `norm` has it)"""
+    residual, branch, gamma, keep = tokens
+    return add_layer_norm(residual, branch, norm.weight, norm.bias, norm.eps, gamma=gamma, keep=keep)
+
+
+def _kept(drop: nn.Module | None, x: Tensor) -> Tensor | None:
     """Factors of the samples of a branch, by the drop-path of its block; None for none."""
     if drops(drop) and drop.training:
         # Its own code draws, so that the draws are those of the original model. In float32, because 1 / (1 - p) rounded

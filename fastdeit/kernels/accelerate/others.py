@@ -7,7 +7,6 @@ They are recognised by the names of their children, tried out, and compared at e
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastdeit.kernels import nn as drop_in
@@ -21,11 +20,12 @@ from fastdeit.kernels.accelerate.modules import (
     called_as_it_is,
     drop_path,
     exact_gelu,
-    kept,
     layer_norm,
     linear,
+    normed_sum,
     nothing,
     passed_by,
+    summed,
     traced,
 )
 from fastdeit.kernels.layer_norm.op import add_layer_norm
@@ -40,24 +40,18 @@ def _layer_scale(module: nn.Module) -> str | None:
     return nothing(module)
 
 
-def _summed(block: AnyBlock, x: Tensor, branch: Tensor, number: str) -> drop_in.Tokens:
-    """The sum of x and a branch, in the dtype to which PyTorch would promote it."""
+def _sum_of(block: AnyBlock, x: Tensor, branch: Tensor, number: str) -> drop_in.Tokens:
+    """`summed`, with the factor and the drop-path of the block."""
     gamma = getattr(getattr(block, f"layer_scale{number}", None), "lambda1", None)
-    dtype = torch.promote_types(x.dtype, branch.dtype)
-    if gamma is not None:
-        dtype = torch.promote_types(dtype, gamma.dtype)
-    return drop_in.Tokens(x.to(dtype), branch, gamma, kept(getattr(block, "drop_path", None), x))
+    return summed(x, branch, gamma, getattr(block, "drop_path", None))
 
 
 def _run(block: AnyBlock, x: Tensor, attend: Callable[[nn.Module, Tensor], tuple[Tensor, Any]]) -> Tensor:
     """The tokens that the block makes, where `attend` calls its attention with the normalised ones."""
     norm1, attn, norm2, mlp_of = (block._modules[name] for name in block.names)
     _, normed = add_layer_norm(x, None, norm1.weight, norm1.bias, norm1.eps)
-    tokens = _summed(block, x, attend(attn, normed)[0], "1")
-    x, normed = add_layer_norm(
-        tokens.residual, tokens.branch, norm2.weight, norm2.bias, norm2.eps, gamma=tokens.gamma, keep=tokens.keep
-    )
-    return _summed(block, x, mlp_of(normed), "2").sum()
+    x, normed = normed_sum(_sum_of(block, x, attend(attn, normed)[0], "1"), norm2)
+    return _sum_of(block, x, mlp_of(normed), "2").sum()
 
 
 class TransformersBlock(AnyBlock):
