@@ -33,6 +33,7 @@ from torch import Tensor
 from fastdeit.kernels import _asked, _checks, _derivatives, _tried
 from fastdeit.kernels._asked import AUTO, OPS, choice, source
 from fastdeit.kernels._example import Example
+from fastdeit.kernels._table import aligned as aligned_table
 from fastdeit.kernels._tried import INDUCTOR
 
 NAMESPACE = "fastdeit"
@@ -435,9 +436,7 @@ def info() -> list[OpInfo]:
 
 def format_info() -> str:
     """`info()` as an aligned table, one op a line."""
-    rows = info()
-    name, backend = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return "\n".join(f"{row.name:{name}}  {row.backend:{backend}}  {row.reason}" for row in rows)
+    return aligned_table(info())
 
 
 # ---- autocast --------------------------------------------------------------------------------------------------------

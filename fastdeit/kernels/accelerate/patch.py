@@ -24,13 +24,13 @@ import copyreg
 import inspect
 import re
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
 from fastdeit.kernels import nn as drop_in
+from fastdeit.kernels._table import aligned
 from fastdeit.kernels.accelerate import last_block as patch_last_block
 from fastdeit.kernels.accelerate import other_attention, others
 from fastdeit.kernels.accelerate.identity import Unknown, difference
@@ -75,18 +75,14 @@ class Report:
     def __str__(self) -> str:
         if not self.rows:
             return "no module has the structure of a transformer block, its attention or its MLP"
-        alike = Counter((re.sub(r"\b\d+\b", "*", row.path), *row[1:]) for row in self.rows)
-        single = {(re.sub(r"\b\d+\b", "*", row.path), *row[1:]): row.path for row in self.rows}
+        alike: dict[tuple, list[str]] = {}
+        for row in self.rows:
+            alike.setdefault((re.sub(r"\b\d+\b", "*", row.path), *row[1:]), []).append(row.path)
         lines = [("modules", "", "part", "runs on", "why")]
-        for key, count in alike.items():
-            _, part, op, reason = key
-            path = key[0] if count > 1 else single[key]
-            lines.append((path or "(the model)", str(count), part, op or "its own code", reason))
-        widths = [max(len(line[column]) for line in lines) for column in range(4)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
-            for line in lines
-        )
+        for (pattern, part, op, reason), paths in alike.items():
+            path = pattern if len(paths) > 1 else paths[0]
+            lines.append((path or "(the model)", str(len(paths)), part, op or "its own code", reason))
+        return aligned(lines)
 
 
 def accelerate(model: nn.Module, *, strict: bool = False, last_block: bool = True) -> Report:

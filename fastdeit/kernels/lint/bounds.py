@@ -33,6 +33,7 @@ from triton.runtime.interpreter import _interpreter, interpreter_builder
 
 from fastdeit.kernels import _triton
 from fastdeit.kernels._example import Maker
+from fastdeit.kernels._table import aligned
 from fastdeit.kernels.lint import interpreter
 from fastdeit.kernels.lint.cases import Case, cases
 from fastdeit.kernels.lint.interpreter import Extent, Fault, Memory, Places
@@ -227,9 +228,7 @@ def main(args: argparse.Namespace) -> int:
         largest = f"{max(checked.elements for checked in own) / 2**31:.2f} x 2**31"
         counts = str(len(own)), str(sum(checked.programs for checked in own)), largest
         lines.append((op, kernel, *counts, f"{faults} faults" if faults else "within bounds"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(aligned(lines))
     faults = [f"{checked.op} | {checked.case} | {checked.fault}" for checked in found if checked.fault]
     print("\n" + ("\n".join(faults) or f"{len(found)} launches, all within bounds"))
     return 1 if faults else 0

@@ -41,6 +41,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
 from fastdeit.kernels import _triton
+from fastdeit.kernels._table import aligned
 from fastdeit.kernels.lint import cute
 from fastdeit.kernels.lint.cases import Case, compiled_cases
 from fastdeit.kernels.lint.disassembly import disassembled, mix
@@ -391,14 +392,6 @@ def table(rows: Sequence[Row], facts: dict[Job, Facts]) -> str:
         fact, job = facts[row.job], row.job
         lines.append((row.case.op, row.case.name, job.name, str(job.arch), str(job.warps), *_cells(fact)))
     return aligned(lines)
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of as many cells each, as text in columns."""
-    columns = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:{width}}" for cell, width in zip(line, columns, strict=True)).rstrip() for line in lines
-    )
 
 
 def _cells(fact: Facts) -> tuple[str, ...]:
