@@ -48,7 +48,7 @@ def cases() -> dict[str, list[Case]]:
 
 def compiled_cases() -> dict[str, list[Case]]:
     """What the lint compiles: `cases`, and those of backends in Gluon, which has no interpreter."""
-    return _cases([*backends(), *gluon_backends()])
+    return _cases([*backends(), *backends(_triton.gluon_capability)])
 
 
 def _cases(backends: Iterable[tuple[str, _op.Backend]]) -> dict[str, list[Case]]:
@@ -79,19 +79,12 @@ def _run(op: _op.Op, backend: _op.Backend, example: Example, make: Maker) -> Non
             torch.autograd.backward(ends, [torch.empty_like(end) for end in ends])
 
 
-def backends() -> Iterable[tuple[str, _op.Backend]]:
-    """(op, backend) of all backends whose kernels are in Triton's own language: their capability is that of Triton."""
+def backends(capability: Callable = _triton.capability) -> Iterable[tuple[str, _op.Backend]]:
+    """(op, backend) of all backends with this capability: that of Triton's own language, or that of Gluon, in which
+    each is for one architecture."""
     for op in _op.OPS.values():
         for backend in op.backends:
-            if _asks(backend, _triton.capability):
-                yield op.name, backend
-
-
-def gluon_backends() -> Iterable[tuple[str, _op.Backend]]:
-    """(op, backend) of all backends whose kernels are in Gluon, each for one architecture."""
-    for op in _op.OPS.values():
-        for backend in op.backends:
-            if _asks(backend, _triton.gluon_capability):
+            if _asks(backend, capability):
                 yield op.name, backend
 
 

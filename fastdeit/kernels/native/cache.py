@@ -42,10 +42,15 @@ def read(path: Path) -> bytes | None:
 
 def write(path: Path, image: bytes) -> None:
     """Keep a compiled kernel, in the place of what is there. Raises OSError where that is not possible."""
+    write_aside(path, hashlib.sha256(image).digest() + image)
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write a file of the cache beside its place, and rename it. Raises OSError where that is not possible."""
     scratch = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(hashlib.sha256(image).digest() + image)
+        scratch.write_bytes(content)
         scratch.replace(path)
     except OSError:
         with suppress(OSError):

@@ -8,7 +8,6 @@ another process has written meanwhile is kept.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,7 +24,7 @@ import triton
 from fastdeit.kernels._op import REFERENCE
 from fastdeit.kernels._tried import Shape
 from fastdeit.kernels.native import sources
-from fastdeit.kernels.native.cache import home
+from fastdeit.kernels.native.cache import home, write_aside
 
 FORMAT = 1
 _PACKAGES = "flash-attn-3", "flash-attn-4"
@@ -191,14 +190,9 @@ class Store:
         return path if self._write(path, named | content) else None
 
     def _write(self, path: Path, content: dict[str, Any]) -> bool:
-        scratch = path.with_name(f".{path.name}-{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps(content, indent=1) + "\n")
-            scratch.replace(path)
+            write_aside(path, (json.dumps(content, indent=1) + "\n").encode())
         except OSError as error:
-            with suppress(OSError):
-                scratch.unlink()
             reason = error.strerror or error
             self.notes.append(f"{path} cannot be written: {reason}. Set FASTDEIT_CACHE=FOLDER to keep what is found")
             return False
