@@ -340,6 +340,9 @@ class Loop:
         results = {"": self._parts.held_out(method.evaluators(), self.step)}
         if ema is not None:
             with ema.applied():
+                # What modules compute once for eval mode, such as tables of attention's biases, is of these weights.
+                method.train()
+                method.eval()
                 results["_ema"] = self._parts.held_out(method.evaluators(), self.step)
         method.train()
         self._parts.log.evaluation(self.step, results, self._record, self._parts.bad_images())

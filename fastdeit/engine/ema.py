@@ -39,6 +39,16 @@ class Ema:
         }
         self.average = {name: p.detach().float().clone() for name, p in params.items()}
         self.average |= {name: buffer.clone() for name, buffer in self._statistics()}
+        averaged = {id(tensor): name for name, tensor in [*params.items(), *self._statistics()]}
+        named = (*method.named_parameters(remove_duplicate=False), *method.named_buffers(remove_duplicate=False))
+        self._tied = {
+            name: averaged[id(tensor)] for name, tensor in named if id(tensor) in averaged and name not in self.average
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """The averages by all names that the state dict of the method has for them: a tied tensor has several, and
+        whoever loads the weights of a network by its names must find the same average under each."""
+        return self.average | {name: self.average[first] for name, first in self._tied.items()}
 
     def _statistics(self) -> Iterator[tuple[str, Tensor]]:
         for path, norm in self.norms.items():
@@ -81,8 +91,8 @@ class Ema:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Copy the averages in. Raises FitError where names, shapes and dtypes are not exactly these."""
-        check_fit("ema", state, self.average)
+        """Copy what `state` returned in. Raises FitError where names, shapes and dtypes are not exactly these."""
+        check_fit("ema", {name: tensor for name, tensor in state.items() if name not in self._tied}, self.average)
         for name, tensor in self.average.items():
             tensor.copy_(shards.placed(state[name], tensor))
         self.stale = False
@@ -111,6 +121,7 @@ class EmaTeacher(nn.Module):
         self.module = copy.deepcopy(source).float().requires_grad_(False).eval()
         self.momentum = momentum
         self.__dict__["source"] = source
+        self.__dict__["_modal"] = [each for each in self.module.modules() if type(each).train is not nn.Module.train]
 
     def train(self, mode: bool = True) -> "EmaTeacher":
         """Stays in eval mode: whoever puts the method into training mode does not mean its teacher."""
@@ -119,6 +130,9 @@ class EmaTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the averaged module returns."""
+        for module in self._modal:  # what they made for eval mode, such as tables of biases, is of older weights
+            module.train()
+            module.eval()
         return self.module(*args, **kwargs)
 
     @torch.no_grad()

@@ -350,7 +350,7 @@ def held(method: Method, optimizer: Optimizer, ema: Ema | None) -> dict[str, dic
     """The tensors that a checkpoint holds of them, by the names of its files."""
     own = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("model.")}
     found = {"model": method.model.state_dict(), "method": own, "optim": optimizer.state_dict()}
-    return found if ema is None else found | {"ema": ema.average}
+    return found if ema is None else found | {"ema": ema.state()}
 
 
 def size(files: Mapping[str, Mapping[str, Tensor]]) -> int:

@@ -1,5 +1,6 @@
 """BatchNorm under averages of weights, skipped steps, several processes and frozen teachers."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from fastdeit.engine.step import Engine
 from fastdeit.methods.evaluators import HeldOutLoss
 from fastdeit.methods.teacher import Teacher
 from fastdeit.run.evaluate import evaluate
+from fastdeit.training import Loop
 from tests.toys import batch_norm_convnet
 
 CPU = torch.device("cpu")
@@ -116,6 +118,65 @@ def test_statistics_are_stale_after_a_step_until_they_are_measured_or_loaded():
     without = make(Normalised(nn.Linear(4, 2)))
     without.step(batches(1), 0.1)
     assert not without.ema.stale
+
+
+# ---- tied tensors, and what is made for eval mode --------------------------------------------------------------------
+
+
+def test_an_average_is_there_under_every_name_of_its_tensor():
+    """A network that reads its weights by name would else find averages under one, and the weights under the other."""
+    shared = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    engine = make(Normalised(nn.Sequential(shared, nn.GELU(), shared)))
+    engine.step(batches(1), 0.5)
+    found, names = engine.ema.state(), engine.method.model.state_dict()
+    assert {name.removeprefix("model.") for name in found} == set(names)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, found[name.replace("model.2", "model.0")])
+    assert not torch.equal(found["model.2.0.weight"], names["2.0.weight"])
+    before = state(engine.method)
+    others = {name: tensor + 1 for name, tensor in found.items()}
+    engine.ema.load(others)
+    assert_same(engine.ema.state(), others)
+    assert_same(state(engine.method), before)
+
+
+class Table(nn.Linear):
+    """Makes what it computes with when it is put into eval mode, as timm's LeViT and TinyViT do."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.made = None if mode else 2 * self.weight.detach()
+        return self
+
+    def forward(self, x):
+        return nn.functional.linear(x, 2 * self.weight if self.made is None else self.made, self.bias)
+
+
+def test_an_averaged_teacher_answers_with_its_weights_of_now():
+    engine = make(Normalised(Table(4, 2)))
+    x = batches(1)[0]
+    engine.method.teacher(x)
+    engine.step([x], 0.5)
+    teacher, weights = engine.method.teacher, engine.method.teacher.module
+    assert torch.equal(teacher(x), nn.functional.linear(x, 2 * weights.weight, weights.bias))
+
+
+def test_averaged_weights_are_judged_by_what_is_made_of_them_for_eval_mode():
+    engine, found = make(Normalised(Table(4, 2))), {}
+    x = batches(1)[0]
+    engine.step([x], 0.5)
+    loop, method = Loop.__new__(Loop), engine.method
+    method.evaluators = dict
+    log = SimpleNamespace(evaluation=lambda step, results, *rest: found.update(results))
+    parts = {"method": method, "world": World(CPU), "log": log, "bad_images": list}
+    loop._parts = SimpleNamespace(held_out=lambda evaluators: method.model(x).detach(), **parts)
+    loop._engine, loop._record, loop.step = engine, None, 1
+    loop.evaluate()
+    for name, applied in (("", nullcontext()), ("_ema", engine.ema.applied())):
+        with applied:
+            assert torch.equal(found[name], nn.functional.linear(x, 2 * method.model.weight, method.model.bias))
+    assert not torch.equal(found[""], found["_ema"])
+    assert method.training
 
 
 # ---- a skipped step --------------------------------------------------------------------------------------------------
