@@ -14,8 +14,9 @@ from fastdeit.run import sharing, state
 from fastdeit.run.record import Record
 from fastdeit.training import train
 
+FSDP2_IS_THERE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= sharing.OLDEST
 fsdp2_is_there = pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) < sharing.OLDEST,
+    not FSDP2_IS_THERE,
     reason=f"engine.parallel fsdp2 needs PyTorch {'.'.join(map(str, sharing.OLDEST))}",
 )
 

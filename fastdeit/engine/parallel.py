@@ -3,6 +3,7 @@
 The engine asks one object, `Replicated` or `Sharded`, and nothing else in it knows which of them it is.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -118,7 +119,7 @@ class Sharded(Replicated):
         fully_shard(method, **options)
         for module, names in ((method, _FORWARDS), *((block, _OF_BLOCKS) for block in units)):
             for name in names:
-                if hasattr(module, name):
+                if inspect.ismethod(getattr(module, name, None)):  # a block may have a layer of that name
                     register_fsdp_forward_method(module, name)
 
     def wrap(self, module: nn.Module) -> nn.Module:

@@ -322,8 +322,10 @@ def _activations(built: nn.Module, size: tuple[int, int]) -> dict[str, int]:
         widths.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
     hooks = [module.register_forward_hook(measure) for module in built.modules() if not list(module.children())]
+    columns = getattr(built, "noise_per_sample", 0)
+    noise = {"noise": torch.empty(2, columns, device="meta")} if columns else {}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        built(torch.empty(2, 3, *size, device="meta"))
+        built(torch.empty(2, 3, *size, device="meta"), **noise)
     for hook in hooks:
         hook.remove()
     saved = sum(storage.nbytes() for storage in kept.values())

@@ -39,7 +39,7 @@ def _imported(path: str, options: dict[str, Any]) -> "nn.Module":
     """The model that the callable at an import path makes."""
     from torch import nn
 
-    from fastdeit.models.contract import missing
+    from fastdeit.models.contract import missing, wrong
 
     make = load(path, "model")
     if not callable(make):
@@ -53,6 +53,8 @@ def _imported(path: str, options: dict[str, Any]) -> "nn.Module":
         raise ValueError(f"model {path!r} makes a {type(model).__name__}, not a torch.nn.Module")
     if lacking := missing(model):
         raise ValueError(f"model {path!r} does not follow the contract of models; it lacks: {'; '.join(lacking)}")
+    if contradictions := wrong(model):
+        raise ValueError(f"model {path!r} does not follow the contract of models: {'; '.join(contradictions)}")
     return model
 
 

@@ -6,6 +6,7 @@ besides. Both are structural: a class is a `Model` by having the parts, not by i
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdeit.text import did_you_mean
+from fastdeit.text import did_you_mean, some
 
 ConfigT = TypeVar("ConfigT")
 ImageSize = int | tuple[int, int]
@@ -30,9 +31,20 @@ class Model(Protocol):
     """A network that can be trained: an `nn.Module` with these parts besides.
 
     Its `state_dict` is all that a checkpoint keeps of it. In eval mode its result is a function of the parameters, the
-    buffers and the input alone.
+    buffers and the input alone. What it computes once for eval mode, such as a table of attention's biases, belongs
+    into its `train(mode)`: fastdeit puts a network into eval mode anew after it has changed the weights.
 
-    Six methods are optional, and a recipe that needs one is refused where it is missing: `layers()` (see
+    A parameter may be used several times, and have several names. Such a tied parameter counts once, under the first
+    name that `named_parameters()` gives it.
+
+    Weights are taken over by the names of the state dict. `pos_embed` `[1, N, dim]` is interpolated where the model has
+    `grid`, the (rows, columns) of its patches; `image_size`, the (height, width) that they are of, tells those of a
+    run. The positions before the patches are the rest, unless `prefix_positions` says how many there are. What else
+    depends on the size of images, such as tables of biases, is resized by the optional `resized_weights(tensors)`,
+    which gets weights by name, perhaps of a model for another size, and returns them as this model needs them. Buffers
+    that follow from the size alone are registered with `persistent=False`.
+
+    Six more methods are optional, and a recipe that needs one is refused where it is missing: `layers()` (see
     `models.layers`), `set_grad_checkpointing(enable)`, which computes activations again in backward instead of keeping
     them, `set_keep_activations(enable)`, which keeps those that the kernels would make again, `set_residual(dtype)`,
     the dtype of the residual stream, `set_fp8_products(enable)`, which lets products of training be of 8 bits, and
@@ -44,8 +56,8 @@ class Model(Protocol):
     patch_size: int | None
     """Pixels per side of a patch where `forward` takes patchified input as well, else None."""
     head_names: tuple[str, ...]
-    """Names of the `nn.Linear` layers whose outputs are the logits, in the order of the logits; empty without a
-    head."""
+    """Names of the `nn.Linear` layers whose outputs are the logits, in the order of the logits, as many as `forward`
+    returns; empty where no such layer makes them, and then weights for other classes cannot be taken over."""
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Logits:
         """Logits `[B, K]`, or (class, distillation) logits of a model with two heads, in train and eval mode alike.
@@ -138,10 +150,42 @@ def missing(model: nn.Module) -> list[str]:
     Looked at are names and the signature of `forward`, not what the parts do.
     """
     lacking = [f"{name} ({meaning})" for name, meaning in _PARTS.items() if not hasattr(model, name)]
-    signature = inspect.signature(model.forward)
-    if "noise" not in signature.parameters:
-        lacking.append(f"noise in forward{signature} ({_PARTS['forward']})")
+    for name, argument in (("forward", "noise"), ("decay_groups", "decay_dist_token"), ("flops", "image_size")):
+        if hasattr(model, name) and argument not in (signature := inspect.signature(getattr(model, name))).parameters:
+            lacking.append(f"{argument} in {name}{signature} ({_PARTS[name]})")
     return lacking
+
+
+def wrong(model: nn.Module) -> list[str]:
+    """What contradicts itself in a model that lacks no part (`missing`), a clause each; empty if all is right.
+
+    Names that no tensor has would be passed over in training: a misspelt one would be decayed, or its head not be made
+    anew for other classes.
+    """
+    found = []
+    for name in model.head_names:
+        if not isinstance(dict(model.named_modules()).get(name), nn.Linear):
+            found.append(f"head_names has {name!r}, which is no nn.Linear of it; leave out what is none")
+    if not (isinstance(model.noise_per_sample, int) and model.noise_per_sample >= 0):
+        found.append(f"noise_per_sample is {model.noise_per_sample!r}, but has to be a number of columns")
+    told = Counter(name for group in model.decay_groups() for name in group)
+    return found + not_once("decay_groups()", told, model)
+
+
+def not_once(source: str, told: Counter[str], model: nn.Module) -> list[str]:
+    """What is wrong with names of parameters that ought to be all of the model's, each once. A tied parameter has the
+    first of its names."""
+    names = [name for name, _ in model.named_parameters()]
+    other = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False) if name not in names)
+    problems = {
+        "names {}, which is no parameter": [name for name in told if name not in names and name not in other],
+        "names {}, which is the second name of a tied parameter; name it as named_parameters() does": [
+            name for name in told if name in other
+        ],
+        "leaves out {}": [name for name in names if name not in told],
+        "names {} more than once": [name for name, count in told.items() if count > 1],
+    }
+    return [f"{source} {what.format(some(which))}" for what, which in problems.items() if which]
 
 
 def with_options(config: ConfigT, owner: str, options: Mapping[str, Any]) -> ConfigT:

@@ -6,10 +6,11 @@ last of them, and the heads are the last layer, with the norm behind the mean of
 """
 
 import re
+from collections import Counter
 
 from torch import nn
 
-from fastdeit.models.contract import Tokens
+from fastdeit.models.contract import Tokens, not_once
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
@@ -21,7 +22,10 @@ def layers(model: nn.Module) -> list[list[str]]:
     ValueError for any other model.
     """
     if hasattr(model, "layers"):
-        return model.layers()
+        found = model.layers()
+        if problems := not_once("layers()", Counter(name for names in found for name in names), model):
+            raise ValueError(f"{type(model).__name__} says wrongly how deep its parameters lie: {'; '.join(problems)}")
+        return found
     if isinstance(model, Tokens):
         return block_layers(model)
     raise ValueError(

@@ -73,7 +73,8 @@ def load_weights(
                 of classes: what only the model has, and such a head, is initialised anew; what only the weights have is
                 left out. None: the heads, and the distillation token. Everything else must be there on both sides
 
-    A positional embedding for another image size is resized (`resize_pos_embed`). Where the model adds its prefix
+    A positional embedding for another image size is resized (`resize_pos_embed`), and what else depends on it by the
+    model's own `resized_weights`, where it has that (`contract.Model`). Where the model adds its prefix
     tokens without positions, those of the weights are added to the tokens. The names of LeViT's files and of DeiT's
     parallel blocks are mapped, and LayerScale is renamed or folded (`convert`). Raises ValueError, before anything is
     changed, where something is missing, left over, or of another shape or kind of number.
@@ -84,12 +85,17 @@ def load_weights(
     tensors, renamed = convert.levit(own, state_dict)
     tensors, parallel = convert.parallel(own, tensors)
     tensors, scaled = convert.layer_scale(own, tensors)
+    tensors, resized = _resized_by_model(model, tensors)
     if not own.keys() & tensors.keys():
         raise ValueError(
             f"no tensor name of the weights ({some(state_dict)}) is one of the model's ({some(own)}); they are of "
             "another kind of model, or under names that are not known here"
         )
     free = (*model.head_names, *HEADS, "dist_token") if may_differ is None else tuple(may_differ)
+    tied = _tied(model)
+    tensors = tensors | {
+        name: tensors[first] for name, first in tied.items() if name not in tensors and first in tensors
+    }
     missing = tuple(name for name in own if name not in tensors)
     unexpected = tuple(sorted(name for name in tensors if name not in own))  # safetensors has no order
     heads = _foreign_heads(model, own, tensors)
@@ -105,14 +111,15 @@ def load_weights(
         if name in own and not any(name.startswith(f"{head}.") for head in heads)
     }
     _refuse_other_numbers(taken, own)
-    resized = ()
-    if "pos_embed" in taken and taken["pos_embed"].ndim == 3 and getattr(model, "grid", None) is not None:
+    positions = _positions(model)
+    if positions is not None and "pos_embed" in taken and taken["pos_embed"].ndim == 3 and not resized:
         taken["pos_embed"], note = resize_pos_embed(tensors, model, grid)
         resized = (note,) if note else ()
-        if model.prefix_positions == 0:
+        if positions[1] == 0:
             tokens = _prefix_with_positions(tensors, tuple(model.grid), grid)
             taken |= {name: tensor for name, tensor in tokens.items() if name in taken}
     _refuse_other_shapes(taken, own)
+    _refuse_untied(taken, tied)
     model.load_state_dict(taken, strict=False)
     for head in heads:
         init_linear(model.get_submodule(head))
@@ -137,6 +144,39 @@ def _refuse_other_numbers(taken: Mapping[str, Tensor], own: Mapping[str, Tensor]
     for name, tensor in taken.items():
         if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
             raise ValueError(f"{name} of the weights is {tensor.dtype}, and that of the model {own[name].dtype}")
+
+
+def _refuse_untied(taken: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
+    for name, first in tied.items():
+        if name in taken and first in taken and not torch.equal(taken[name], taken[first]):
+            raise ValueError(f"{first} and {name} are one tensor of the model, but two different ones of the weights")
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """The further names of the tensors that the state dict has under several, each with the first one."""
+    firsts: dict[int, str] = {}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: first for name, tensor in named if (first := firsts.setdefault(id(tensor), name)) != name}
+
+
+def _resized_by_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The weights as the model's own `resized_weights` makes them, if it has that, and what was resized, in words."""
+    tensors = dict(tensors)
+    if not hasattr(model, "resized_weights"):
+        return tensors, ()
+    made = dict(model.resized_weights(tensors))
+    changed = {name: (tensors[name].shape, tensor.shape) for name, tensor in made.items() if name in tensors}
+    return made, tuple(f"{name} {tuple(old)} -> {tuple(new)}" for name, (old, new) in changed.items() if old != new)
+
+
+def _positions(model: nn.Module) -> tuple[tuple[int, int], int] | None:
+    """(grid, prefix positions) of the model's `pos_embed`; None where it has none, or does not tell its `grid`."""
+    grid, own = getattr(model, "grid", None), model.state_dict().get("pos_embed")
+    if grid is None or own is None or own.ndim != 3:
+        return None
+    rows, columns = grid
+    prefix = getattr(model, "prefix_positions", own.shape[1] - rows * columns)
+    return ((rows, columns), prefix) if prefix >= 0 else None
 
 
 def _foreign_heads(model: nn.Module, own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -165,7 +205,7 @@ def resize_pos_embed(
     where they are none, or are as many as those of a model that is no square.
     """
     source, own = state_dict["pos_embed"], model.state_dict()["pos_embed"]
-    new_grid, new_prefix = tuple(model.grid), model.prefix_positions
+    new_grid, new_prefix = _positions(model)
     old_prefix, old_grid = _source_layout(source, state_dict, new_grid, grid)
     if (old_grid, old_prefix) == (new_grid, new_prefix):
         return source, ""

@@ -375,13 +375,25 @@ def load(
         )
     may_differ = {"student": None, "teacher": (), "features": (*network.head_names, "head", "head_dist")}[purpose]
     with _naming(weights.origin):
-        report = load_weights(network, tensors, weights.grid or grid, may_differ)
+        report = load_weights(network, tensors, weights.grid or grid or _grid_as_of(network, weights), may_differ)
     if rows is not None and not report.reinitialised_heads:
         _permute_heads(network, rows)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
     if others := sorted(dtypes - {"float32"}):
         notes.append(f"converted from {' and '.join(others)} to float32")
     return (*notes, *([] if report.exact else [str(report)]))
+
+
+def _grid_as_of(network: nn.Module, weights: Weights) -> tuple[int, int] | None:
+    """(rows, columns) of the patches at the size that the weights were trained at, where the network tells its own
+    `grid` and `image_size`; None where it does not, or where these are not the positions of the weights."""
+    positions, known = weights.tensors.get("pos_embed"), weights.known.image_size
+    grid, own = getattr(network, "grid", None), getattr(network, "image_size", None)
+    if None in (positions, known, grid, own) or positions.ndim != 3:
+        return None
+    (height, width), (rows, columns) = size_pair(own, "image_size"), grid
+    rows, columns = known[0] * rows // height, known[1] * columns // width
+    return (rows, columns) if 0 <= positions.shape[1] - rows * columns < _MOST_PREFIX_TOKENS else None
 
 
 def _compared(weights: Weights, ours: Sequence[str], purpose: Purpose) -> tuple[list[str], list[int] | None]:

@@ -255,8 +255,18 @@ def _traced(job: Job) -> torch.export.ExportedProgram:
     """The program for batches of any size up to `_MOST_IMAGES`."""
     batch = torch.export.Dim("batch", min=1, max=_MOST_IMAGES)
     example = torch.zeros(2, 3, *job.known.image_size)
-    with torch.no_grad():
-        return torch.export.export(_program(job), (example,), dynamic_shapes=({0: batch},))
+    try:
+        with torch.no_grad():
+            return torch.export.export(_program(job), (example,), dynamic_shapes=({0: batch},))
+    except Exception as error:
+        if ":" not in (job.known.name or ""):
+            raise
+        # Its reasons are many, and those of a network of somebody else's are in that network's code.
+        raise UsageError(
+            f"{job.known.name}: torch.export cannot follow it for batches of any size ({type(error).__name__}: "
+            f"{one_line(str(error).partition(chr(10))[0])}); a forward must not make a Python number of the size of "
+            "the batch, so write x.shape[0] and not len(x). As .safetensors it can be exported as it is"
+        ) from error
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from fastdeit.run.weights import Known, network, open_weights
 from fastdeit.verbs import export
 from fastdeit.verbs.formats import FORMATS, check_place
 from tests.painted_runs import CLASSES, refused
+from tests.small_runs import Tiny
 
 SIZE = 16, 32
 
@@ -175,6 +176,20 @@ def test_a_program_that_is_wrong_takes_no_name(run, tmp_path, capsys, monkeypatc
     assert "is wrong" in refused(capsys, "export", run, tmp_path / "w.pt2", "--force", code=1)
     assert [file.name for file in tmp_path.iterdir()] == ["w.pt2"]
     assert (tmp_path / "w.pt2").read_text() == "the file before"
+
+
+class FixedBatch(Tiny):
+    def forward(self, x, noise=None):
+        return super().forward(x.reshape(len(x), *x.shape[1:]))
+
+
+def test_a_model_of_somebody_else_that_cannot_be_traced_is_told_why():
+    model = FixedBatch(SIZE, 3)
+    job = export.Job(None, model.eval(), Known(name="tests.cli.test_export:FixedBatch", image_size=SIZE), "class")
+    with pytest.raises(
+        UsageError, match=r"FixedBatch: torch.export cannot follow it .* write x.shape\[0\] and not len"
+    ):
+        export._traced(job)
 
 
 def test_one_head_is_not_fused(tmp_path, capsys):

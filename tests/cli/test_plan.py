@@ -504,3 +504,9 @@ def test_flops_that_cannot_be_counted_are_an_error(capsys, monkeypatch):
 
     monkeypatch.setattr(timm_model.TimmModel, "flops", flops)
     assert "cannot be counted" in fails(capsys, *TINY, "model.timm=resnet26")
+
+
+def test_a_model_by_import_path_gets_the_noise_of_its_training(plan):
+    """Its activations are counted in a training forward."""
+    found = plan(*TINY, "model.name=tests.plugins.sret:SReT", "model.drop_path=0")
+    assert found["model"]["parameters"] > 0

@@ -14,7 +14,8 @@ from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.kernels import to_patches
 from fastdeit.models import deit, families
-from fastdeit.models.contract import Model, Tokens, missing
+from fastdeit.models.contract import Model, Tokens, missing, wrong
+from fastdeit.models.layers import layers
 from fastdeit.models.timm_model import TimmVisionTransformer
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
@@ -102,7 +103,7 @@ def close(left, right, tolerance=1e-4):
 
 def test_has_all_parts(model):
     assert isinstance(model, Model)
-    assert missing(model) == []
+    assert missing(model) == wrong(model) == []
 
 
 @torch.no_grad()
@@ -320,6 +321,28 @@ class NoNoise(Net):
         return self.head(x.mean((2, 3)))
 
 
+class Misspelt(Net):
+    head_names = ("haed",)
+    noise_per_sample = None
+
+    def decay_groups(self, decay_dist_token=False):
+        return ["head.wieght"], ["head.bias", "head.bias"]
+
+
+class Tied(Net):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.again = self.head
+
+    def decay_groups(self, decay_dist_token=False):
+        return ["again.weight", "head.weight"], ["head.bias"]
+
+
+class NoToken(Net):
+    def decay_groups(self):
+        return super().decay_groups()
+
+
 class Half(nn.Linear):
     head_names = ()
 
@@ -378,6 +401,14 @@ def test_a_recipe_names_a_model_by_import_path(plugin, tmp_path):
             "NoNoise",
             r"plugin_of_models:NoNoise' does not follow .* it lacks: noise in forward\(x\) \(forward\(x, noise=",
         ),
+        ("NoToken", r"it lacks: decay_dist_token in decay_groups\(\)"),
+        (
+            "Misspelt",
+            "head_names has 'haed', which is no nn.Linear of it.*noise_per_sample is None, but.*"
+            r"decay_groups\(\) names head.wieght, which is no parameter.*leaves out head.weight.*"
+            "names head.bias more than once",
+        ),
+        ("Tied", r"decay_groups\(\) names again.weight, which is the second name of a tied parameter"),
         ("Half", r"it lacks: noise_per_sample \(the columns of .*; patch_size \(.*; decay_groups \(.*; flops \("),
         ("text", "model 'plugin_of_models:text' makes a str, not a torch.nn.Module"),
         (
@@ -391,6 +422,16 @@ def test_a_recipe_names_a_model_by_import_path(plugin, tmp_path):
 def test_what_is_no_model_is_refused(plugin, name, message):
     with pytest.raises(ValueError, match=message):
         models.build(f"{plugin}:{name}", image_size=32, num_classes=7)
+
+
+def test_layers_that_leave_a_parameter_out_are_refused():
+    """Its factor of `optim.layer_decay` would silently be 1."""
+    model = nn.Linear(1, 1)
+    model.layers = lambda: [["weight"]]
+    with pytest.raises(
+        ValueError, match=r"Linear says wrongly how deep its parameters lie: layers\(\) leaves out bias"
+    ):
+        layers(model)
 
 
 def test_a_model_that_has_a_part_is_not_said_to_lack_it():

@@ -3,10 +3,13 @@
 import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
+from torch import nn
 
 from fastdeit import models
 from fastdeit.models.vit import VisionTransformer, ViTConfig
 from fastdeit.models.weights import LoadReport, load_weights, resize_pos_embed
+from fastdeit.run.weights import Known, Weights, load
+from tests.plugins.levit import LeViT
 
 PLAIN, DISTILLED = "deit_digits_patch8_32", "deit_digits_distilled_patch8_32"
 
@@ -196,6 +199,66 @@ def test_a_model_without_positions():
     net, other = models.build("convnet_digits"), models.build("convnet_digits", num_classes=3)
     assert load_weights(net, models.build("convnet_digits").state_dict()).exact
     assert load_weights(net, other.state_dict()).reinitialised_heads == ("head",)
+
+
+class Positions(nn.Module):
+    """A model of somebody else's, which tells its grid and not how many positions lie before it."""
+
+    head_names = ()
+
+    def __init__(self, grid, prefix=1):
+        super().__init__()
+        self.grid, self.image_size = grid, (8 * grid[0], 8 * grid[1])
+        self.pos_embed = nn.Parameter(torch.randn(1, prefix + grid[0] * grid[1], 4))
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_positions_before_the_grid_are_what_is_left_of_them(prefix):
+    model, source = Positions((3, 5), prefix), Positions((4, 4), prefix).state_dict() | {}
+    if prefix:
+        source["cls_token"], model.cls_token = torch.randn(1, 1, 4), nn.Parameter(torch.zeros(1, 1, 4))
+    assert load_weights(model, source).resized == (f"pos_embed {prefix}+4x4 -> {prefix}+3x5",)
+    torch.testing.assert_close(model.pos_embed.detach(), timms(source["pos_embed"], (3, 5), prefix=prefix))
+
+
+def test_a_run_tells_the_grid_of_a_model_that_tells_its_own():
+    """Which is no square, and which no layer of a known name tells."""
+    model, source = Positions((4, 6), 0), Positions((2, 8), 0)
+    weights = Weights("a run", dict(source.state_dict()), Known(image_size=(16, 64)))
+    assert "pos_embed 0+2x8 -> 0+4x6" in load(model, weights, purpose="student")[0]
+    torch.testing.assert_close(model.pos_embed.detach(), timms(source.pos_embed.detach(), (4, 6), (2, 8), prefix=0))
+
+
+def test_a_model_resizes_what_only_it_knows():
+    model, source = LeViT((48, 32), 10), LeViT((32, 32), 10).state_dict()
+    for tensor in source.values():
+        tensor.random_(0, 9)
+    report = load_weights(model, source)
+    assert report.resized == (
+        "first.biases (2, 64) -> (2, 96)",
+        "shrink.biases (4, 64) -> (4, 96)",
+        "last.biases (4, 16) -> (4, 24)",
+    )
+    assert torch.equal(model.first.query.linear.weight, source["first.query.linear.weight"])
+    columns = model.last.biases.detach().unflatten(1, (6, 4))
+    assert 0 < (columns.mean((1, 2)) - source["last.biases"].mean(1)).abs().max() < 1
+
+
+class Tied(nn.Module):
+    head_names = ()
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = nn.Linear(2, 2)
+
+
+def test_a_tied_tensor_has_one_value():
+    model, source = Tied(), Tied().state_dict()
+    once = {name: tensor for name, tensor in source.items() if name.startswith("first")}
+    assert load_weights(model, once).exact
+    assert torch.equal(model.second.weight, source["first.weight"])
+    with pytest.raises(ValueError, match=r"first.weight and second.weight are one tensor of the model, but two"):
+        load_weights(model, source | {"second.weight": torch.zeros(2, 2)})
 
 
 def test_a_timm_model_is_loaded_as_ours_is():

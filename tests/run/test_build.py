@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastdeit import models
 from fastdeit.data.plan import plan
 from fastdeit.data.sources.packed import pack
 from fastdeit.data.sources.source import DataError
@@ -14,7 +15,7 @@ from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.errors import UsageError
 from fastdeit.methods.config import SupervisedConfig
-from fastdeit.methods.evaluators import HeldOutLoss
+from fastdeit.methods.evaluators import HeldOutLoss, Knn
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
@@ -242,6 +243,32 @@ def test_a_loss_that_held_out_images_cannot_have_is_refused_at_the_start(path, s
     recipe = recipes.load(path, [f"method.use=tests.run.test_build:{kind}"])
     with pytest.raises(UsageError, match=f"HeldOutLoss, but its loss wants {what} of a sample"):
         build.method(recipe, student(), 4, 10, None)
+
+
+class JudgedByNeighbours(Supervised):
+    def evaluators(self):
+        return {"neighbours": Knn()}
+
+
+class WithFeatures(JudgedByNeighbours):
+    def features(self, x):
+        return x.flatten(1)
+
+
+def test_features_that_nothing_has_are_missed_at_the_start(path):
+    def made(kind):
+        recipe = recipes.load(path, [f"method.use=tests.run.test_build:{kind}"])
+        return build.method(recipe, models.build("convnet_digits"), 10, 10, None)
+
+    with pytest.raises(UsageError, match=r"Knn, which reads features, but ConvNet has no tokens .* override features"):
+        made("JudgedByNeighbours")
+    made("WithFeatures")
+
+
+def test_metrics_of_a_model_without_linear_heads_are_not_known_before(path):
+    recipe, model = recipes.load(path), models.build("convnet_digits")
+    model.head_names = ()
+    assert build.known_metrics(build.method(recipe, model, 4, 10, None)) is None
 
 
 class Averages(Supervised):

@@ -15,7 +15,7 @@ from fastdeit.engine.ema import EmaTeacher
 from fastdeit.errors import UsageError, naming
 from fastdeit.methods.base import Context, Method, Momentum, scores
 from fastdeit.methods.config import MethodConfig, TeacherConfig
-from fastdeit.methods.evaluators import Classify, HeldOutLoss
+from fastdeit.methods.evaluators import Classify, HeldOutLoss, Knn, LinearProbe
 from fastdeit.methods.teacher import Teacher
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.building.extent import run_length
@@ -87,8 +87,19 @@ def _check_fuse(config: MethodConfig, student: nn.Module) -> None:
 
 
 def _check_evaluators(made: Method, recipe: Recipe) -> None:
-    """Raise UsageError for a method that is judged by its loss and wants of a sample what held-out images have not."""
-    if not any(isinstance(evaluator, HeldOutLoss) for evaluator in made.evaluators().values()):
+    """Raise UsageError for a method that is judged by its loss and wants of a sample what held-out images have not, and
+    for one that is judged by its features and has none."""
+    evaluators = made.evaluators().values()
+    own_features = type(made).features is not Method.features or hasattr(made.model, "tokens")
+    if not own_features and (
+        read := [type(each).__name__ for each in evaluators if isinstance(each, Knn | LinearProbe)]
+    ):
+        raise UsageError(
+            f"method {recipe.method.use}: its evaluators have {read[0]}, which reads features, but "
+            f"{type(made.model).__name__} has no tokens to take them from; override features(x) in the method, or give "
+            "the model tokens()"
+        )
+    if not any(isinstance(evaluator, HeldOutLoss) for evaluator in evaluators):
         return
     views, stores = recipe.method.views(), type(made).needs(recipe.method)
     if len(views) > 1 or stores:
@@ -112,6 +123,8 @@ def _check_judged(made: Method, recipe: Recipe) -> None:
 def known_metrics(made: Method) -> list[str] | None:
     """Names of the metrics of a method's evaluations, where its heads tell them; None where only an evaluation does."""
     evaluators = list(made.evaluators().values())
+    if not made.model.head_names:  # its logits come from something else than linear layers
+        return None
     if not made.answers_with_logits or not all(type(each) is Classify and each.scores is None for each in evaluators):
         return None
     logits = tuple(torch.zeros(1, 1) for _ in made.model.head_names)
