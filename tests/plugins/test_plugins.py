@@ -1,4 +1,5 @@
-"""Methods of third parties, each one file: trained by `fastdeit train`, resumed exactly, the same on two processes."""
+"""Methods and models of third parties, each one file: trained by `fastdeit train`, resumed exactly, the same on two
+processes."""
 
 import json
 from dataclasses import replace
@@ -23,7 +24,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
 from fastdeit.training import train
 from tests.plugins import adversarial, cached
-from tests.small_runs import StopAt, assert_same_weights, logged, stored, train_rank
+from tests.small_runs import FSDP2_IS_THERE, StopAt, assert_same_weights, logged, stored, train_rank
 from tests.toys import toy_batch, toy_context
 
 RECIPE = """\
@@ -60,7 +61,11 @@ METHODS = {
         f"teacher: {{model: {VIT}, weights: WEIGHTS}}",
         3,
     ),
+    "levit": ("tests.plugins.levit:LeViT", "use: supervised", 2),
+    "sret": ("tests.plugins.sret:SReT", "use: supervised", 2),
 }
+OF_MODELS = {"optim: {": "optim: {ema_decay: 0.8, ", "engine: {": "engine: {sync_batchnorm: true, "}
+"""What the recipes of models have besides: averaged weights, and BatchNorm over the batches of all processes."""
 CPU = World(torch.device("cpu"))
 
 
@@ -78,6 +83,8 @@ def store(few_digits, tmp_path_factory):
 def written(folder, model, method, epochs, data):
     """The recipe, which is in FOLDER/recipe.yaml now."""
     text = RECIPE.replace("MODEL", model).replace("METHOD", method).replace("EPOCHS", str(epochs))
+    for old, new in OF_MODELS.items() if ":" in model else ():
+        text = text.replace(old, new)
     if "detection" in method:
         text = text.replace("source: folder", 'source: "tests.plugins.detection:Annotations"').replace(
             "flip: 0.0", "flip: 0.5"
@@ -162,8 +169,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(case, tmp_path):
 
 
 def test_two_processes_equal_one(case, ranks, tmp_path):
-    _, steps, run = case
-    ranks(2, train_rank, run.parent / "recipe.yaml", [], tmp_path / "run")
+    """Where blocks are applied twice, the two have its weights in parts: each is gathered and reduced twice a step."""
+    recipe, steps, run = case
+    in_parts = recipe.model.name == METHODS["sret"][0] and FSDP2_IS_THERE
+    overrides = ["engine.parallel=fsdp2"] if in_parts else []
+    ranks(2, train_rank, run.parent / "recipe.yaml", overrides, tmp_path / "run")
     np.testing.assert_allclose(losses(run), losses(tmp_path / "run"), rtol=2e-3)
     judged, others = (logged(folder)[-1] for folder in (run, tmp_path / "run"))
     assert judged.keys() == others.keys()
@@ -180,11 +190,17 @@ NOT_MEASURED = "kind", "step", "epoch", "images", "bad_images", "lower_is_better
 
 
 def test_eval_finds_again_what_the_run_found(case, capsys):
-    """Two heads are one answer in the log; `eval` calls it by how they are fused."""
-    _, _, run = case
+    """Two heads are one answer in the log; `eval` calls it by how they are fused. Averaged weights are a set of their
+    own."""
+    recipe, _, run = case
     assert cli(["eval", str(run), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["results"][0]["metrics"]
-    known = {name.replace("fused", "softmax"): value for name, value in logged(run)[-1].items()}
+    results = json.loads(capsys.readouterr().out)["results"]
+    found = {
+        f"{name}{'_ema' * number}": value
+        for number, each in enumerate(results)
+        for name, value in each["metrics"].items()
+    }
+    known = {name.replace("fused", recipe.method.fuse): value for name, value in logged(run)[-1].items()}
     measured = {name: value for name, value in known.items() if name not in NOT_MEASURED}
     assert measured
     assert {name: found[name] for name in measured} == pytest.approx(measured)
