@@ -147,7 +147,7 @@ _PARTS = {
 def missing(model: nn.Module) -> list[str]:
     """What `model` lacks to be a `Model`, each part with an explanation; empty if it has all of them.
 
-    Looked at are names and the signature of `forward`, not what the parts do.
+    Looked at are names and signatures, not what the parts do.
     """
     lacking = [f"{name} ({meaning})" for name, meaning in _PARTS.items() if not hasattr(model, name)]
     for name, argument in (("forward", "noise"), ("decay_groups", "decay_dist_token"), ("flops", "image_size")):

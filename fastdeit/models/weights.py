@@ -73,11 +73,12 @@ def load_weights(
                 of classes: what only the model has, and such a head, is initialised anew; what only the weights have is
                 left out. None: the heads, and the distillation token. Everything else must be there on both sides
 
-    A positional embedding for another image size is resized (`resize_pos_embed`), and what else depends on it by the
-    model's own `resized_weights`, where it has that (`contract.Model`). Where the model adds its prefix
+    A positional embedding for another image size is resized (`resize_pos_embed`). What else depends on the size is
+    resized by the model's own `resized_weights`, where it has that (`contract.Model`). Where the model adds its prefix
     tokens without positions, those of the weights are added to the tokens. The names of LeViT's files and of DeiT's
     parallel blocks are mapped, and LayerScale is renamed or folded (`convert`). Raises ValueError, before anything is
-    changed, where something is missing, left over, or of another shape or kind of number.
+    changed, where something is missing, left over, or of another shape or kind of number, and where a tied tensor of
+    the model has two values.
     """
     own = model.state_dict()
     if odd := [name for name, tensor in state_dict.items() if tensor.layout != torch.strided or tensor.is_meta]:
@@ -112,9 +113,9 @@ def load_weights(
     }
     _refuse_other_numbers(taken, own)
     positions = _positions(model)
-    if positions is not None and "pos_embed" in taken and taken["pos_embed"].ndim == 3 and not resized:
+    if positions is not None and "pos_embed" not in resized and getattr(taken.get("pos_embed"), "ndim", 0) == 3:
         taken["pos_embed"], note = resize_pos_embed(tensors, model, grid)
-        resized = (note,) if note else ()
+        resized |= {"pos_embed": note} if note else {}
         if positions[1] == 0:
             tokens = _prefix_with_positions(tensors, tuple(model.grid), grid)
             taken |= {name: tensor for name, tensor in tokens.items() if name in taken}
@@ -123,7 +124,7 @@ def load_weights(
     model.load_state_dict(taken, strict=False)
     for head in heads:
         init_linear(model.get_submodule(head))
-    return LoadReport(missing, unexpected, resized, heads, (*renamed, *parallel, *scaled))
+    return LoadReport(missing, unexpected, tuple(resized.values()), heads, (*renamed, *parallel, *scaled))
 
 
 def _refuse(sentence: str, names: Collection[str], free: Collection[str]) -> None:
@@ -159,14 +160,14 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return {name: first for name, tensor in named if (first := firsts.setdefault(id(tensor), name)) != name}
 
 
-def _resized_by_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The weights as the model's own `resized_weights` makes them, if it has that, and what was resized, in words."""
+def _resized_by_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights as the model's own `resized_weights` makes them, if it has that, and by name how, in words."""
     tensors = dict(tensors)
     if not hasattr(model, "resized_weights"):
-        return tensors, ()
+        return tensors, {}
     made = dict(model.resized_weights(tensors))
     changed = {name: (tensors[name].shape, tensor.shape) for name, tensor in made.items() if name in tensors}
-    return made, tuple(f"{name} {tuple(old)} -> {tuple(new)}" for name, (old, new) in changed.items() if old != new)
+    return made, {name: f"{name} {tuple(a)} -> {tuple(b)}" for name, (a, b) in changed.items() if a != b}
 
 
 def _positions(model: nn.Module) -> tuple[tuple[int, int], int] | None:

@@ -244,6 +244,22 @@ def test_a_model_resizes_what_only_it_knows():
     assert 0 < (columns.mean((1, 2)) - source["last.biases"].mean(1)).abs().max() < 1
 
 
+class Table(Positions):
+    """Positions, which are interpolated for it, and a table that it resizes itself."""
+
+    def __init__(self, grid):
+        super().__init__(grid, prefix=0)
+        self.table = nn.Parameter(torch.zeros(grid[0]))
+
+    def resized_weights(self, tensors):
+        return tensors | {"table": tensors["table"][:1].expand(len(self.table))}
+
+
+def test_a_model_may_leave_its_positions_to_us():
+    report = load_weights(Table((6, 6)), Table((4, 4)).state_dict())
+    assert report.resized == ("table (4,) -> (6,)", "pos_embed 0+4x4 -> 0+6x6")
+
+
 class Tied(nn.Module):
     head_names = ()
 
