@@ -55,7 +55,7 @@ class Attention(nn.Module):
         layers = (self.query, fewer), (self.key, x), (self.value, x)
         q, k, v = (layer(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer, tokens in layers)
         bias = self.biases[:, self.places] if self.table is None else self.table
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q))  # the network may have moved since
         return self.out(F.hardswish(mixed.transpose(1, 2).flatten(2)))
 
 
