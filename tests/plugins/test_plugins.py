@@ -68,8 +68,8 @@ OF_MODELS = {
     "optim: {lr: 2e-3": "optim: {name: sgd, lr: 0.1, ema_decay: 0.8",
     "engine: {": "engine: {sync_batchnorm: true, ",
 }
-"""What is other in the recipes of models: averaged weights, and BatchNorm over the batches of all processes. SGD, since a
-bias before a BatchNorm has no gradient but rounding, of which Adam makes whole updates."""
+"""What is other in the recipes of models: averaged weights, and BatchNorm over the batches of all processes. SGD,
+because a bias before a BatchNorm has no gradient but rounding, of which Adam makes whole updates."""
 CPU = World(torch.device("cpu"))
 
 
