@@ -129,7 +129,7 @@ def evaluated(rank, size, path, counts):
         for count in counts:
             source = SyntheticSource(count, 5, (16, 16))
             loader = build.eval_loader(parts.recipe, source, world, {}, print)
-            result = replace(parts, val_loader=loader).held_out({"loss": HeldOutLoss(), "class": Classify()})
+            result = replace(parts, val_loader=loader).held_out({"loss": HeldOutLoss(), "class": Classify()}, 0)
             found.append((result.images, result.metrics))
         parts.method.train()
 

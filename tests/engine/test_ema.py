@@ -169,7 +169,7 @@ def test_averaged_weights_are_judged_by_what_is_made_of_them_for_eval_mode():
     method.evaluators = dict
     log = SimpleNamespace(evaluation=lambda step, results, *rest: found.update(results))
     parts = {"method": method, "world": World(CPU), "log": log, "bad_images": list}
-    loop._parts = SimpleNamespace(held_out=lambda evaluators: method.model(x).detach(), **parts)
+    loop._parts = SimpleNamespace(held_out=lambda evaluators, step: method.model(x).detach(), **parts)
     loop._engine, loop._record, loop.step = engine, None, 1
     loop.evaluate()
     for name, applied in (("", nullcontext()), ("_ema", engine.ema.applied())):
