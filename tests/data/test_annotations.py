@@ -80,6 +80,18 @@ def test_the_share_of_a_box_that_is_in_the_view():
     assert share.tolist() == [[1.0, 0.5, 0.0, 0.0, pytest.approx(6 / 16)]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_round_boxes(dtype):
+    batch = toy_batch(torch.zeros(1, 224, 224, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    batch = replace(batch, geometry=torch.tensor([[[[0.31, 0.0, -101.3], [0.0, 0.29, -57.7]]]]))
+    boxes = torch.tensor([[[503, 401, 901, 777], [1003, 203, 1029, 419]]])
+    moved, share = batch.boxes(boxes)
+    with torch.autocast("cpu", dtype):
+        again = batch.boxes(boxes)
+    assert moved.dtype == again[0].dtype == torch.float32
+    assert torch.equal(again[0], moved) and torch.equal(again[1], share)
+
+
 def test_a_batch_without_geometry_says_why():
     with pytest.raises(
         ValueError, match=r"either data.source has no annotations .*; set data.mixup=0 and data.cutmix=0"
