@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fastdeit import cores
 from fastdeit.batch import Batch, Labels, Step
@@ -30,6 +30,7 @@ from fastdeit.data.sources.source import DataError, Source, annotations_of, quie
 
 Read = Callable[[NDArray[np.int64]], list[Encoded | str]]
 _AHEAD = 2
+_ALIKE = "give it the same shape and dtype for every sample, padded to the longest"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -360,30 +361,41 @@ def _known(
     *,
     mixed: bool,
 ) -> dict[str, Any]:
-    """The fields `extras` and `geometry` of a batch: of samples with annotations in views of these plans and sizes."""
-    if not len(index) or annotations_of(source, int(index[0])) is None:
+    """The fields `extras` and `geometry` of a batch: of samples with annotations in views of these plans and sizes.
+
+    What the source knows of its first sample says what it knows of all: names, shapes and dtypes.
+    """
+    pattern = annotations_of(source, 0) if len(index) else None
+    if pattern is None:
+        if len(index) and annotations_of(source, int(index[0])) is not None:
+            raise DataError(f"{source.path(int(index[0]))}: annotations are there, and missing for {source.path(0)}")
         return {"extras": stored}
-    known = [annotations_of(source, i) or {} for i in index.tolist()]
-    names = known[0].keys()
-    if twice := names & stored.keys():
+    known = [(source.path(i), annotations_of(source, i) or {}) for i in index.tolist()]
+    if twice := pattern.keys() & stored.keys():
         raise DataError(f"{min(twice)!r} is the name of a store of the method and of an annotation of the source")
-    extras = {}
-    for name in names:
-        arrays = [np.asarray(each[name]) if name in each else None for each in known]
-        first = arrays[0]
-        for array, i in zip(arrays, index.tolist(), strict=True):
-            if array is None or (array.shape, array.dtype) != (first.shape, first.dtype):
-                found = "missing" if array is None else f"{array.dtype} {list(array.shape)}"
-                raise DataError(
-                    f"{source.path(i)}: annotation {name!r} is {found}, and {first.dtype} {list(first.shape)} for "
-                    f"{source.path(int(index[0]))}; give it the same shape and dtype for every sample, padded to the "
-                    "longest"
-                )
-        extras[name] = torch.from_numpy(np.stack(arrays))
+    for path, each in known:
+        if more := each.keys() - pattern.keys():
+            raise DataError(f"{path}: annotation {min(more)!r} is there, and missing for {source.path(0)}; {_ALIKE}")
+    extras = {name: _annotation(source.path(0), name, np.asarray(value), known) for name, value in pattern.items()}
     if mixed:  # a view shows two pictures, which lie in it differently
         return {"extras": stored | extras}
     placed = np.stack([geometry(planned, size) for planned, size in views])
     return {"extras": stored | extras, "geometry": torch.from_numpy(placed)}
+
+
+def _annotation(
+    first: str, name: str, pattern: NDArray[Any], known: Sequence[tuple[str, Mapping[str, ArrayLike]]]
+) -> torch.Tensor:
+    """An annotation `[B, ...]` of the samples `known`, each of the shape and dtype of `pattern`, that of `first`."""
+    if pattern.dtype.kind not in "biuf":
+        raise DataError(f"{first}: annotation {name!r} has dtype {pattern.dtype}, not one of numbers")
+    arrays = [np.asarray(each[name]) if name in each else None for _, each in known]
+    for array, (path, _) in zip(arrays, known, strict=True):
+        if array is None or (array.shape, array.dtype) != (pattern.shape, pattern.dtype):
+            found = "missing" if array is None else f"{array.dtype} {list(array.shape)}"
+            wanted = f"{pattern.dtype} {list(pattern.shape)}"
+            raise DataError(f"{path}: annotation {name!r} is {found}, and {wanted} for {first}; {_ALIKE}")
+    return torch.from_numpy(np.stack(arrays))
 
 
 def _stream(

@@ -89,7 +89,8 @@ def test_autocast_does_not_round_boxes(dtype):
     with torch.autocast("cpu", dtype):
         again = batch.boxes(boxes)
     assert moved.dtype == again[0].dtype == torch.float32
-    assert torch.equal(again[0], moved) and torch.equal(again[1], share)
+    assert torch.equal(again[0], moved)
+    assert torch.equal(again[1], share)
 
 
 def test_a_batch_without_geometry_says_why():
@@ -185,11 +186,29 @@ def test_other_class_numbers_than_those_of_the_annotations_are_refused(source, t
     [
         (lambda index, known: known if index % 2 else known | {"box": np.zeros((2, 4), np.float32)}, r"float32 \["),
         (lambda index, known: known if index % 2 else {"box": known["box"]}, "missing"),
+        (lambda index, known: known | ({"box": np.zeros((2, 4), np.float32)} if index else {}), r"float32 \["),
+        (lambda index, known: None if index else known, "missing"),
+        (lambda index, known: known | ({} if index == 0 else {"more": 1}), "there, and missing"),
     ],
 )
 def test_annotations_of_different_shapes_are_refused_with_the_way_out(source, change, found):
     with pytest.raises(DataError, match=rf"annotation '\w+' is .*{found}.*padded to the longest"):
         next(loader(Annotated(source._whole, change)).batches(0, 1))
+
+
+def test_annotations_that_the_first_sample_lacks_are_refused(source):
+    with pytest.raises(DataError, match="memory:1: annotations are there, and missing for memory:0"):
+        list(
+            EvalLoader(
+                Annotated(source._whole, lambda i, known: known if i else None), (8, 8), 1.0, batch_size=1
+            ).batches()
+        )
+
+
+@pytest.mark.parametrize("value", ["a word", [None], 1j])
+def test_annotations_are_numbers(source, value):
+    with pytest.raises(DataError, match=r"annotation 'what' has dtype \S+, not one of numbers"):
+        next(EvalLoader(Annotated(source._whole, lambda index, known: {"what": value}), (8, 8), 1.0).batches())
 
 
 def test_one_name_for_a_store_and_an_annotation_is_refused(source):
