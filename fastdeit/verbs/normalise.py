@@ -1,16 +1,16 @@
 """`fastdeit data pack --normalise`: odd files encoded anew, with the pixels that training sees."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from fastdeit.data.examine import read_by_both
 from fastdeit.data.sources.parts import renamed
-from fastdeit.data.sources.source import BadImage, NamedSource
+from fastdeit.data.sources.source import BadImage, NamedSource, annotations_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ class Normalised:
         """As that of the source, `parts.renamed` where the sample was encoded anew."""
         name = self._source.name(index)
         return renamed(name) if index in self.rewritten else name
+
+    def annotations(self, index: int) -> Mapping[str, ArrayLike] | None:
+        """As those of the source."""
+        return annotations_of(self._source, index)
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """The file, or a PNG file in its place: uint8 `[n]`. Raises what the source raises."""

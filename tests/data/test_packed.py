@@ -14,6 +14,7 @@ from fastdeit.data.sources.packed import PackedSource, pack
 from fastdeit.data.sources.source import BadImage, DataError
 from fastdeit.data.sources.synthetic import SyntheticSource
 from fastdeit.text import one_line
+from fastdeit.verbs.normalise import Normalised
 
 
 @pytest.fixture
@@ -45,6 +46,16 @@ def test_packing_a_pack_gives_the_same_file(folder, out, tmp_path):
     pack(folder, out)
     pack(PackedSource(out), tmp_path / "again.pack")
     assert (tmp_path / "again.pack").read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize("wrapped", [lambda source: source, Normalised])
+def test_annotations_are_not_left_behind(folder, out, wrapped):
+    folder.annotations = lambda index: {"boxes": np.zeros((1, 4))}
+    with pytest.raises(
+        DataError, match=r"train.pack: the data set has annotations, .*; train from the data set itself"
+    ):
+        pack(wrapped(folder), out)
+    assert not out.exists()
 
 
 def test_progress_counts_the_samples(folder, out):

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from fastdeit.data.sources.index import Listed, Strings, atomic, read_range, seal, text_array, unseal
 from fastdeit.data.sources.kinds import Kind
 from fastdeit.data.sources.parts import labels_of
-from fastdeit.data.sources.source import BadImage, DataError, NamedSource, unreadable
+from fastdeit.data.sources.source import BadImage, DataError, NamedSource, annotations_of, unreadable
 
 VERSION = 1
 SUFFIX = ".pack"
@@ -70,9 +70,14 @@ def pack(
     threads  that call `source.read`, a few samples ahead of the file
 
     Bytes are copied, not re-encoded, images that cannot be decoded among them. DataError, and no file, if one cannot
-    be read or `out` cannot be written.
+    be read or `out` cannot be written, and for a source with annotations, which a pack would leave behind.
     """
     out = Path(out)
+    if len(source) and annotations_of(source, 0) is not None:
+        raise DataError(
+            f"{out}: the data set has annotations, such as boxes, and a packed file holds images and classes alone; "
+            "train from the data set itself"
+        )
     try:
         with atomic(out) as file:
             _write(source, file, progress or (lambda done, total: None), threads)
