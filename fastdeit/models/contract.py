@@ -151,7 +151,10 @@ def missing(model: nn.Module) -> list[str]:
     """
     lacking = [f"{name} ({meaning})" for name, meaning in _PARTS.items() if not hasattr(model, name)]
     for name, argument in (("forward", "noise"), ("decay_groups", "decay_dist_token"), ("flops", "image_size")):
-        if hasattr(model, name) and argument not in (signature := inspect.signature(getattr(model, name))).parameters:
+        signature = inspect.signature(getattr(model, name, lambda: None))
+        # The size goes by its place, whatever it is called.
+        takes = signature.parameters if name == "flops" else argument in signature.parameters
+        if hasattr(model, name) and not takes:
             lacking.append(f"{argument} in {name}{signature} ({_PARTS[name]})")
     return lacking
 
@@ -163,12 +166,15 @@ def wrong(model: nn.Module) -> list[str]:
     anew for other classes.
     """
     found = []
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in model.head_names:
-        if not isinstance(dict(model.named_modules()).get(name), nn.Linear):
+        if not isinstance(modules.get(name), nn.Linear):
             found.append(f"head_names has {name!r}, which is no nn.Linear of it; leave out what is none")
     if not (isinstance(model.noise_per_sample, int) and model.noise_per_sample >= 0):
         found.append(f"noise_per_sample is {model.noise_per_sample!r}, but has to be a number of columns")
     told = Counter(name for group in model.decay_groups() for name in group)
+    # What the model itself has frozen, such as a table of sines, never decays, whether it is named or not.
+    told.update(name for name, p in model.named_parameters() if not p.requires_grad and name not in told)
     return found + not_once("decay_groups()", told, model)
 
 

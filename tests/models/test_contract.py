@@ -338,6 +338,21 @@ class Tied(Net):
         return ["again.weight", "head.weight"], ["head.bias"]
 
 
+class Right(Tied):
+    # Two heads that are one layer, a table that the model has frozen itself, and another word for the size.
+    head_names = "head", "again"
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_parameter("sines", nn.Parameter(self.head.weight.detach(), requires_grad=False))
+
+    def decay_groups(self, decay_dist_token=False):
+        return ["head.weight"], ["head.bias"]
+
+    def flops(self, size=None):
+        return 1
+
+
 class NoToken(Net):
     def decay_groups(self):
         return super().decay_groups()
@@ -422,6 +437,10 @@ def test_a_recipe_names_a_model_by_import_path(plugin, tmp_path):
 def test_what_is_no_model_is_refused(plugin, name, message):
     with pytest.raises(ValueError, match=message):
         models.build(f"{plugin}:{name}", image_size=32, num_classes=7)
+
+
+def test_what_is_right_though_unusual_is_no_mistake(plugin):
+    models.build(f"{plugin}:Right", image_size=32, num_classes=7)
 
 
 def test_layers_that_leave_a_parameter_out_are_refused():
