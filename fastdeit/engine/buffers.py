@@ -44,8 +44,8 @@ class Buffers:
         """
         for (tensors, after), old in zip(_flattened(self._moved), before, strict=True):
             if self._world.size > 1 and after.is_floating_point():
-                change = torch.where(after == old, 0.0, after - old)  # minus infinity less itself would be NaN
-                after = old + self._world.sum(change) / self._world.size
+                finite = torch.where(old.isfinite(), old, 0.0)  # a largest value may begin at minus infinity
+                after = finite + self._world.sum(after - finite) / self._world.size
             _unflatten(tensors, torch.where(skipped, old, after))
 
     @torch.no_grad()

@@ -214,15 +214,17 @@ class Alike(World):
 def test_a_buffer_that_does_not_change_keeps_its_bits():
     """A mask of minus infinity would become NaN, and a third of three times a number is not always the number."""
     method = Normalised()
-    for name, tensor in (("mask", INFINITE), ("constant", CONSTANT)):
+    for name, tensor in (("mask", INFINITE), ("constant", CONSTANT), ("largest", torch.full((2,), -torch.inf))):
         method.model.register_buffer(name, tensor.clone())
     buffers = Buffers(method, Alike())
     before = buffers.copies()
     method.model[1].running_mean.fill_(0.25)
+    method.model.largest[0] = 3.0
     buffers.settle(before, torch.tensor(False))
     assert torch.equal(method.model.mask, INFINITE)
     assert torch.equal(method.model.constant, CONSTANT)
     assert method.model[1].running_mean.tolist() == [0.25] * 6
+    assert method.model.largest.tolist() == [3.0, -torch.inf]
 
 
 class Ranked(Normalised):
