@@ -93,7 +93,7 @@ def load_weights(
             "another kind of model, or under names that are not known here"
         )
     free = (*model.head_names, *HEADS, "dist_token") if may_differ is None else tuple(may_differ)
-    tied = _tied(model)
+    tied = second_names(model)
     tensors = tensors | {
         name: tensors[first] for name, first in tied.items() if name not in tensors and first in tensors
     }
@@ -153,7 +153,7 @@ def _refuse_untied(taken: Mapping[str, Tensor], tied: Mapping[str, str]) -> None
             raise ValueError(f"{first} and {name} are one tensor of the model, but two different ones of the weights")
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def second_names(model: nn.Module) -> dict[str, str]:
     """The further names of the tensors that the state dict has under several, each with the first one."""
     firsts: dict[int, str] = {}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))

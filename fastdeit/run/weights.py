@@ -26,7 +26,7 @@ from fastdeit.fields import size_pair
 from fastdeit.models import convert, pickled
 from fastdeit.models.contract import ImageSize
 from fastdeit.models.families import CONFIGS, names_by_shapes
-from fastdeit.models.weights import load_weights
+from fastdeit.models.weights import load_weights, second_names
 from fastdeit.run import classes as class_lists
 from fastdeit.run import hub, reach
 from fastdeit.run.address import Address, parse
@@ -359,6 +359,8 @@ def load(
     tensors = weights.tensors
     if len(own.keys() & weights.as_named.keys()) > len(own.keys() & tensors.keys()):
         tensors = dict(weights.as_named)  # the network itself has the names that were stripped
+    if weights.averaged:
+        tensors = tensors | _averages_of_second_names(network, weights)
     notes, rows = [], None
     if classes is not None and purpose != "features":
         notes, rows = _compared(weights, classes, purpose)
@@ -382,6 +384,14 @@ def load(
     if others := sorted(dtypes - {"float32"}):
         notes.append(f"converted from {' and '.join(others)} to float32")
     return (*notes, *([] if report.exact else [str(report)]))
+
+
+def _averages_of_second_names(network: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """By its further names the average of a tied tensor, which checkpoints of earlier versions have under the first
+    alone."""
+    there, tensors = weights.checkpoint.tensors["ema"], weights.tensors
+    further = {name: first for name, first in second_names(network).items() if f"model.{name}" not in there}
+    return {name: tensors[first] for name, first in further.items() if first in tensors}
 
 
 def _grid_as_of(network: nn.Module, weights: Weights) -> tuple[int, int] | None:

@@ -3,19 +3,22 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from fastdeit import models
 from fastdeit.engine import checkpoint
+from fastdeit.engine.checkpoint import Checkpoint
 from fastdeit.errors import UsageError
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.recipe import resolve as recipes
 from fastdeit.run import build
-from fastdeit.run.weights import Known, Weights, load, network, open_weights
+from fastdeit.run.weights import Known, Weights, average_of, load, network, open_weights
 from tests.run.noise_as_weights import CLASSES, DIGITS, DISTILLED, NAME, RECIPE, is_around, make_run, teacher, tensors
 
 STEP_4 = "run/checkpoints/step_00000004"
@@ -216,6 +219,25 @@ def test_an_average_of_buffers_lies_over_the_models(here, write):
     assert averaged["norm.weight"].eq(50).all()
     assert averaged.keys() == plain.keys()
     assert all(torch.equal(averaged[name], plain[name]) for name in plain if name != "norm.weight")
+
+
+class Tied(nn.Module):
+    head_names = ()
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = nn.Linear(2, 2)
+
+
+def test_an_average_that_a_checkpoint_has_under_the_first_name_of_a_tied_tensor_alone():
+    """As those have that earlier versions wrote."""
+    model, average = Tied(), {f"model.first.{name}": torch.full((2,), 3.0) for name in ("weight", "bias")}
+    average["model.first.weight"] = torch.full((2, 2), 2.0)
+    found = Checkpoint(Path("step_00000004"), 4, {"ema": average}, {})
+    weights = Weights("an earlier run", model.state_dict(), Known(), (), found)
+    load(model, average_of(weights), purpose="student")
+    assert model.second.weight.eq(2).all()
+    assert model.second.bias.eq(3).all()
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
