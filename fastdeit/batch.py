@@ -175,7 +175,9 @@ class Batch:
                 "data.mixup=0 and data.cutmix=0"
             )
         height, width = self.images[view].shape[1:3]
-        corners = boxes[..., [0, 1, 2, 1, 0, 3, 2, 3]].float().unflatten(-1, (4, 2))
+        x0, y0, x1, y1 = boxes.float().unbind(-1)
+        # A list as an index would be copied from the host, which a CUDA graph cannot record.
+        corners = torch.stack((x0, y0, x1, y0, x0, y1, x1, y1), -1).unflatten(-1, (4, 2))
         matrix, shift = self.geometry[view].split((2, 1), -1)
         # Not as a matrix product: autocast would make that one of 16 bits, and TF32 one of 10, which miss by pixels.
         corners = (matrix[:, None, None] * corners[..., None, :]).sum(-1) + shift[:, None, None, :, 0]

@@ -4,6 +4,7 @@ What the numbers are, the CPU's tests say, and those of `test_engine_gpu.py`.
 """
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -201,6 +202,14 @@ def test_a_step_that_waits_is_found(mistake):
         batches = [batch(method.noise())]
         with pytest.raises((Waits, RuntimeError)), card.never_waited_for():
             running.step(batches, 1e-3)
+
+
+def test_boxes_are_moved_without_an_index_from_the_host():
+    with pretended_card() as card:
+        placed = replace(batch({}), geometry=torch.empty(1, B, 2, 3, device=CARD))
+        moved, _ = placed.boxes(torch.empty(B, 2, 4, device=CARD))
+        assert moved.shape == (B, 2, 4)
+        assert "index" not in card.operations
 
 
 def test_a_tensor_on_the_cpu_is_found():
