@@ -260,6 +260,11 @@ def test_a_model_may_leave_its_positions_to_us():
     assert report.resized == ("table (4,) -> (6,)", "pos_embed 0+4x4 -> 0+6x6")
 
 
+def test_weights_of_another_kind_are_refused_where_a_model_resizes_them():
+    with pytest.raises(ValueError, match=r"Table.resized_weights asks for 'table', .* of another kind of model"):
+        load_weights(Table((6, 6)), {"head.weight": torch.zeros(4, 4)})
+
+
 class Tied(nn.Module):
     head_names = ()
 
