@@ -73,7 +73,8 @@ class Model(Protocol):
         """
 
     def decay_groups(self, decay_dist_token: bool = False) -> tuple[list[str], list[str]]:
-        """Names of the parameters `(with, without)` weight decay: each parameter once.
+        """Names of the parameters `(with, without)` weight decay: each parameter once. One that the model itself has
+        frozen may be left out.
 
         `decay_dist_token=True` decays a distillation token, as DeiT's public code does.
         """

@@ -169,8 +169,8 @@ def _resized_by_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[
         made = dict(model.resized_weights(tensors))
     except KeyError as error:
         raise ValueError(
-            f"{type(model).__name__}.resized_weights asks for {error}, which the weights do not have; they are of another "
-            "kind of model"
+            f"{type(model).__name__}.resized_weights asks for {error}, which the weights do not have; they are of "
+            "another kind of model"
         ) from error
     changed = {name: (tensors[name].shape, tensor.shape) for name, tensor in made.items() if name in tensors}
     return made, {name: f"{name} {tuple(a)} -> {tuple(b)}" for name, (a, b) in changed.items() if a != b}

@@ -87,7 +87,8 @@ class AnnotatedSource(Source, Protocol):
     """A source that knows more of a sample than its class, such as the boxes of the objects in it. `batch.extras` has
     that by name, for training and held-out images, and `batch.boxes` moves boxes as each view was cut and flipped.
 
-    The fingerprint stands for the annotations, too.
+    The fingerprint stands for the annotations, too. What the first sample has says what all have. A packed file has no
+    annotations, so `data pack` refuses such a source.
     """
 
     def annotations(self, index: int) -> Mapping[str, ArrayLike] | None:
