@@ -336,15 +336,10 @@ class Loop:
         method, ema = self._parts.method, self._engine.ema
         self._parts.world.at("an evaluation", patient=True)
         self._measure_average()
-        method.eval()
         results = {"": self._parts.held_out(method.evaluators(), self.step)}
         if ema is not None:
             with ema.applied():
-                # What modules compute once for eval mode, such as tables of attention's biases, is of these weights.
-                method.train()
-                method.eval()
                 results["_ema"] = self._parts.held_out(method.evaluators(), self.step)
-        method.train()
         self._parts.log.evaluation(self.step, results, self._record, self._parts.bad_images())
 
     def save(self, last: bool) -> None:
@@ -393,7 +388,6 @@ def check_metrics(parts: Parts, start: int, record: Record) -> None:
         parts.log.teacher(start, parts.held_out({"teacher": Classify(method.teacher.scores)}, start), record)
     if recipe.train.best_by is not None and build.known_metrics(method) is None:
         # Only an evaluation tells the names of the metrics. One batch is enough.
-        method.eval()
         build.check_best_by(recipe, list(parts.held_out(method.evaluators(), start, batches=1).metrics))
 
 

@@ -111,7 +111,10 @@ class Parts:
         return cls(recipe, world, sources, bad, length, log, method, schedule, tuning, engine, *loaders, saver)
 
     def held_out(self, evaluators: Mapping[str, Evaluator], step: int, batches: int | None = None) -> Result:
-        """What the evaluators say of the held-out images, or of the first `batches` of them, after `step` steps."""
+        """What the evaluators say of the held-out images, or of the first `batches` of them, after `step` steps.
+
+        The method is in eval mode meanwhile, and in training mode afterwards.
+        """
 
         def training() -> EvalLoader:
             return build.eval_loader(self.recipe, self.sources[0], self.world, {}, self.log.bad_image, self.bad[0])
@@ -119,7 +122,12 @@ class Parts:
         precision = self.recipe.engine.precision
         at = judged_at(step, self.length.steps_per_epoch, self.length.total)
         with self.engine.parallel.gathered(self.method):
-            return evaluate(self.method, evaluators, self.val_loader, training, self.world, precision, at, batches)
+            # What modules compute once for eval mode, such as tables of attention's biases, is of these weights, whole.
+            self.method.eval()
+            try:
+                return evaluate(self.method, evaluators, self.val_loader, training, self.world, precision, at, batches)
+            finally:
+                self.method.train()
 
     def share_bad(self, run_dir: Path) -> None:
         """Keep the lists of bad images in the run directory, one for all processes. What an earlier start has entered,

@@ -173,9 +173,10 @@ def test_an_interrupted_run_ends_with_the_same_weights(case, tmp_path):
 
 
 def test_two_processes_equal_one(case, ranks, tmp_path):
-    """Where blocks are applied twice, the two have its weights in parts: each is gathered and reduced twice a step."""
+    """Of whole models the two have the weights in parts. A block that is applied twice is gathered and reduced twice a
+    step, and what a module makes for eval mode is made of whole weights."""
     recipe, steps, run = case
-    in_parts = recipe.model.name == METHODS["sret"][0] and FSDP2_IS_THERE
+    in_parts = recipe.model.name in (METHODS["levit"][0], METHODS["sret"][0]) and FSDP2_IS_THERE
     overrides = ["engine.parallel=fsdp2"] if in_parts else []
     ranks(2, train_rank, run.parent / "recipe.yaml", overrides, tmp_path / "run")
     np.testing.assert_allclose(losses(run), losses(tmp_path / "run"), rtol=2e-3)
