@@ -121,7 +121,9 @@ class EmaTeacher(nn.Module):
         self.module = copy.deepcopy(source).float().requires_grad_(False).eval()
         self.momentum = momentum
         self.__dict__["source"] = source
-        self.__dict__["_modal"] = [each for each in self.module.modules() if type(each).train is not nn.Module.train]
+        for each in self.module.modules():
+            if type(each).train is not nn.Module.train:
+                each.register_forward_pre_hook(_anew)
 
     def train(self, mode: bool = True) -> "EmaTeacher":
         """Stays in eval mode: whoever puts the method into training mode does not mean its teacher."""
@@ -130,9 +132,6 @@ class EmaTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the averaged module returns."""
-        for module in self._modal:  # what they made for eval mode, such as tables of biases, is of older weights
-            module.train()
-            module.eval()
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
@@ -150,3 +149,10 @@ class EmaTeacher(nn.Module):
         torch._foreach_add_(averages, torch._foreach_mul(sources, 1 - keep))
         for average, source in zip(self.module.buffers(), self.source.buffers(), strict=True):
             average.copy_(source)
+
+
+def _anew(module: nn.Module, inputs: Any) -> None:
+    """A hook before a forward: what the module made for eval mode, such as a table of biases, is of older weights. With
+    fsdp2 they are whole here, and not yet before the forward of what it is a part of."""
+    module.train()
+    module.eval()

@@ -161,6 +161,22 @@ def test_an_averaged_teacher_answers_with_its_weights_of_now():
     assert torch.equal(teacher(x), nn.functional.linear(x, 2 * weights.weight, weights.bias))
 
 
+def test_what_an_averaged_teacher_makes_for_eval_mode_is_made_within_its_block():
+    """There fsdp2 has gathered the weights, and not yet at the beginning of the teacher's forward."""
+    order = []
+
+    class Noted(Table):
+        def train(self, mode=True):
+            order.append("made")
+            return super().train(mode)
+
+    teacher = EmaTeacher(nn.Sequential(nn.Sequential(Noted(4, 2))), 0.9)
+    teacher.module[0].register_forward_pre_hook(lambda *_: order.append("gathered"))
+    order.clear()
+    teacher(torch.ones(1, 4))
+    assert order == ["gathered", "made", "made"]
+
+
 def test_averaged_weights_are_judged_by_what_is_made_of_them_for_eval_mode():
     engine, found = make(Normalised(Table(4, 2))), {}
     x = batches(1)[0]
