@@ -25,7 +25,7 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run import build, precision, teachers
 from fastdeit.run.parts import Parts
-from fastdeit.training import schedule_of, seed_torch
+from fastdeit.training import decay_of, schedule_of, seed_torch
 
 
 class Stepper:
@@ -146,7 +146,8 @@ class Stepper:
             self.method.on_epoch(epoch, self.engine)
         seed_torch(self.recipe.train.seed, self.number, 0)
         micro_batches = batch.split(self.recipe.train.accumulate)
-        self.engine.step([one.to(self.engine.world.device) for one in micro_batches], self.rate)
+        decay = decay_of(parts.recipe, length, self.number)
+        self.engine.step([one.to(self.engine.world.device) for one in micro_batches], self.rate, decay)
         self.number += 1
         return self.engine.means()
 

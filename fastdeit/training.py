@@ -26,7 +26,7 @@ from fastdeit.engine.disk import DiskError, writing
 from fastdeit.engine.dist import World
 from fastdeit.engine.dist import world as join_world
 from fastdeit.engine.metrics import check_sinks
-from fastdeit.engine.schedule import learning_rate
+from fastdeit.engine.schedule import decay_factor, learning_rate
 from fastdeit.errors import Interrupted
 from fastdeit.estimate import activations, capture
 from fastdeit.methods.evaluators import Classify
@@ -290,7 +290,8 @@ class Loop:
         micro_batches = [batch.to(world.device) for batch in next(batches)]
         waited = time.perf_counter() - began
         world.at("the computation of a step", patient=not self._steady)
-        self._engine.step(micro_batches, learning_rate(self.step, **self._rates))
+        decay = decay_of(recipe, self._length, self.step)
+        self._engine.step(micro_batches, learning_rate(self.step, **self._rates), decay)
         self.health.step = self.step = self.step + 1
         self._steady = not parts.tuning.changed
         world.at("the end of a step", patient=not self._steady)
@@ -322,7 +323,10 @@ class Loop:
 
     def write_line(self) -> None:
         """Log the training since the line before."""
-        self._parts.log.training(self.step, self._engine, self._record, learning_rate(self.step - 1, **self._rates))
+        last, decay = self.step - 1, decay_of(self._recipe, self._length, self.step - 1)
+        weight_decay = None if decay is None else decay * self._recipe.optim.weight_decay
+        rate = learning_rate(last, **self._rates)
+        self._parts.log.training(self.step, self._engine, self._record, rate, weight_decay)
 
     def look(self, due: Due) -> None:
         """Find out whether a step or a checkpoint has failed meanwhile. A checkpoint that failed is due again."""
@@ -396,6 +400,12 @@ def schedule_of(recipe: Recipe, length: Length) -> dict[str, Any]:
     names = "schedule", "lr", "warmup_lr", "min_lr"
     run = {"steps_per_epoch": length.steps_per_epoch, "epochs": length.epochs, "warmup_epochs": length.warmup_epochs}
     return run | {name: getattr(recipe.optim, name) for name in names}
+
+
+def decay_of(recipe: Recipe, length: Length, step: int) -> float | None:
+    """The factor on weight decays in a step of a run of the recipe; None where they follow no schedule."""
+    end = recipe.optim.weight_decay_end
+    return None if end is None else decay_factor(step, total=length.total, end=end / recipe.optim.weight_decay)
 
 
 def seed_torch(seed: int, step: int, rank: int) -> None:

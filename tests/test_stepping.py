@@ -19,14 +19,14 @@ from fastdeit.recipe import resolve as recipes
 from fastdeit.run.building import teachers
 from fastdeit.run.parts import Parts
 from fastdeit.stepping import Stepper
-from fastdeit.training import schedule_of, seed_torch
+from fastdeit.training import decay_of, schedule_of, seed_torch
 from fastdeit.views import View
 
 SETTINGS = [
     *("method.use=supervised", "model.name=deit_digits_patch8_32", "model.num_classes=10", "model.drop_path=0.3"),
     *("train.epochs=2", "train.batch_size=8", "train.accumulate=2", "data.group_size=4", "optim.warmup_epochs=1"),
     *("data.source=synthetic", "data.synthetic_classes=10", "data.synthetic_samples=16", "optim.ema_decay=0.9"),
-    *("engine.device=cpu", "data.erase=0.5"),
+    *("engine.device=cpu", "data.erase=0.5", "optim.weight_decay_end=0.4"),
 ]
 
 
@@ -70,7 +70,8 @@ def test_the_steps_of_a_run_s_own_batches(settings):
             labels = Labels(*(torch.cat(columns) for columns in zip(*(b.targets for b in micro_batches), strict=True)))
             seed_torch(settings.train.seed, number, 0)
             assert steps.rate == learning_rate(number, **rates)
-            parts.engine.step(micro_batches, learning_rate(number, **rates))
+            decay = decay_of(parts.recipe, parts.length, number)
+            parts.engine.step(micro_batches, learning_rate(number, **rates), decay)
             assert steps.step(images, labels) == parts.engine.means()
     assert steps.number == 4
     for name, parameter in parts.method.model.named_parameters():

@@ -1,6 +1,7 @@
 """Going on with a run by its name, what a start checks before it makes anything, and a guard that heals."""
 
 import json
+import math
 import os
 import pydoc
 import re
@@ -17,6 +18,8 @@ import torch
 from fastdeit.cli import main as cli
 from fastdeit.engine import checkpoint
 from fastdeit.engine.dist import World
+from fastdeit.engine.optim import Optimizer
+from fastdeit.engine.schedule import decay_factor
 from fastdeit.errors import FastdeitError, Interrupted, NonFiniteError, UsageError
 from fastdeit.methods.supervised import Supervised
 from fastdeit.recipe import resolve as recipes
@@ -31,7 +34,7 @@ method: {use: "tests.test_train_resume:Poisoned"}
 data:
   {source: synthetic, synthetic_samples: 24, synthetic_classes: 4, flip: 0, mixup: 0, cutmix: 0, group_size: 4,
    repeats: 1, mean: [0.3, 0.4, 0.5], std: [0.2, 0.25, 0.3]}
-optim: {lr: 1e-3, warmup_epochs: 0}
+optim: {lr: 1e-3, warmup_epochs: 0, weight_decay: 0.04, weight_decay_end: 0.4}
 train: {epochs: 2, batch_size: 8, eval_every: 2}
 engine: {device: cpu, precision: fp32, checkpoint_every: 0.3333, log_every: 100}
 """
@@ -98,7 +101,11 @@ def command_in(text, start):
 # ---- which run, by which recipe --------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_by_its_name_alone_with_the_command_that_it_gave(recipe_file, whole, tmp_path, capfd):
+def test_a_run_goes_on_by_its_name_alone_with_the_command_that_it_gave(
+    recipe_file, whole, tmp_path, capfd, monkeypatch
+):
+    factors, step = [], Optimizer.step
+    monkeypatch.setattr(Optimizer, "step", lambda *args: (factors.append(args[-1]), step(*args)))
     own = shutil.copy(recipe_file, tmp_path / "mine.yaml")
     recipe = recipes.load(str(own))
     with pytest.raises(Interrupted) as stop:
@@ -113,6 +120,10 @@ def test_a_run_goes_on_by_its_name_alone_with_the_command_that_it_gave(recipe_fi
     assert "resumed at step 2 of 6" in out
     assert_same_weights(whole, run, TOTAL)
     assert logged(whole) == logged(run)
+    assert factors == [decay_factor(step, total=TOTAL, end=0.4 / 0.04) for step in range(TOTAL)]
+    last = next(record for record in logged(run) if record["kind"] == "train")
+    assert last["weight_decay"] == pytest.approx(0.4 - 0.18 * (1 + math.cos(math.pi * 5 / 6)))
+    assert "; weight decay from 0.04 to 0.4; " in out
     assert json.loads((run / "summary.json").read_text())["step"] == TOTAL
 
 

@@ -1,10 +1,10 @@
 """A training step as one CUDA graph: forward, loss, backward, clipping, update and EMA, launched at once.
 
-A graph replays kernels on the addresses they were recorded with. Therefore batches and the learning rate are copied
-into tensors that stay, the first steps run normally (kernels are compiled, libraries and buckets allocate), and one
-step is recorded; recording runs nothing, so that every step is run exactly once. Nothing in a step may look at the
-device, or depend on anything but these tensors and those the step itself changes. Numbers of Python's that a step reads
-are part of the recording: `Constants` raises an error when one of them changes.
+A graph replays kernels on the addresses they were recorded with. Therefore batches, the learning rate and other numbers
+are copied into tensors that stay, the first steps run normally (kernels are compiled, libraries and buckets allocate),
+and one step is recorded; recording runs nothing, so that every step is run exactly once. Nothing in a step may look at
+the device, or depend on anything but these tensors and those the step itself changes. Numbers of Python's that a step
+reads are part of the recording: `Constants` raises an error when one of them changes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,30 +25,29 @@ class CaptureError(RuntimeError):
 
 
 class GraphedStep:
-    """`step(batches, lr)` on a CUDA device, recorded once and replayed. Batches keep their shapes for ever.
+    """`step(batches, *numbers)` on a CUDA device, recorded once and replayed. Batches keep their shapes for ever.
 
-    batches: dataclasses, tuples and tensors, of which tensors may change from step to step and nothing else does. lr: a
-    float here, a float64 scalar on the device there. module: its Python attributes are watched from the recording on.
+    batches: dataclasses, tuples and tensors, of which tensors may change from step to step and nothing else does.
+    numbers: learning rate and the like; floats here, float64 scalars on the device there. module: its Python attributes
+    are watched from the recording on.
     """
 
-    def __init__(
-        self, step: Callable[[Sequence[Any], Tensor], None], device: torch.device, module: nn.Module | None = None
-    ) -> None:
+    def __init__(self, step: Callable[..., None], device: torch.device, module: nn.Module | None = None) -> None:
         self._step, self._device, self._module = step, device, module
         self._batches: list[Any] | None = None
-        self._lr = torch.zeros((), dtype=torch.float64, device=device)
+        self._numbers: list[Tensor] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._constants: Constants | None = None
         self._stream = torch.cuda.Stream(device)
         self._ran = 0
 
-    def __call__(self, batches: Sequence[Any], lr: float) -> None:
-        self._receive(batches, lr)
+    def __call__(self, batches: Sequence[Any], *numbers: float) -> None:
+        self._receive(batches, numbers)
         if self._ran < WARM_STEPS:
             # On the stream of the recording: libraries keep a workspace a stream, and autograd remembers where it ran.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
-                self._step(self._batches, self._lr)
+                self._step(self._batches, *self._numbers)
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
         else:
             if self._graph is None:
@@ -59,17 +58,19 @@ class GraphedStep:
             self._graph.replay()
         self._ran += 1
 
-    def _receive(self, batches: Sequence[Any], lr: float) -> None:
+    def _receive(self, batches: Sequence[Any], numbers: Sequence[float]) -> None:
         if self._batches is None:
             self._batches = [map_tensors(torch.clone, batch) for batch in batches]
+            self._numbers = [torch.zeros((), dtype=torch.float64, device=self._device) for _ in numbers]
         copy_tensors(self._batches, batches)
-        self._lr.fill_(lr)
+        for kept, number in zip(self._numbers, numbers, strict=True):
+            kept.fill_(number)
 
     def _recorded(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # thread_local: loader threads go on allocating and copying meanwhile, which "global", the default, forbids.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._step(self._batches, self._lr)
+            self._step(self._batches, *self._numbers)
         return graph
 
 

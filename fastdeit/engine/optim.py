@@ -158,21 +158,33 @@ class Optimizer:
         ema: Mapping[str, Tensor] | None = None,
         ema_decay: float = 0.0,
         total: Callable[[Tensor], Tensor] | None = None,
+        decay: float | Tensor | None = None,
     ) -> None:
         """One update of all parameters with what the guard says of their gradients; averages follow in the same pass.
 
         Nothing changes, in parameters, state, counts and averages, where `verdict.skip` is true. total: as of `Update`.
+        decay: factor on the weight decay of every group, a float or a float64 scalar tensor; the parameters then decay
+        in a pass of their own, before an `update` without decay. None: no factor, and `update` has the decay in it.
+
+        Raises ValueError for a `decay` where the options are not `decoupled`.
         """
+        if decay is not None and not self.options.decoupled:
+            raise ValueError(f"the weight decay of {type(self).__name__} is not decoupled, so it can have no factor")
         for part in self._parts:
             params = [self.params[name] for name in part.names]
+            local = [shards.local(p) for p in params]
             states = [self.state[kind] for kind in self.states_of(part.group)]
+            rate, weight_decay = lr * part.group.lr_scale, part.group.weight_decay
+            if decay is not None and weight_decay:
+                _decay(local, rate * weight_decay * decay, verdict.skip)
+                weight_decay = 0.0
             lists = Update(
-                params=[shards.local(p) for p in params],
+                params=local,
                 grads=[shards.local(p.grad) for p in params],
                 state=[[shards.local(tensors[name]) for name in part.names] for tensors in states],
                 step=part.step,
-                lr=lr * part.group.lr_scale,
-                weight_decay=part.group.weight_decay,
+                lr=rate,
+                weight_decay=weight_decay,
                 matrix=part.group.matrix,
                 verdict=verdict,
                 ema=None if ema is None else [shards.local(ema[name]) for name in part.names],
@@ -214,3 +226,11 @@ class Optimizer:
             equal = {number: torch.tensor(number) for number in numbers}
             counts = {name: equal[number] for name, number in zip(self.params, numbers, strict=True)}
             self._parts = self._split(counts)
+
+
+def _decay(params: list[Tensor], share: float | Tensor, skip: Tensor) -> None:
+    """Take `share` of the parameters away, in place, where not skipped; nothing is read from the device."""
+    kept = 1 - share
+    if not isinstance(kept, Tensor):
+        kept = torch.full((), kept, dtype=torch.float64, device=skip.device)
+    torch._foreach_mul_(params, torch.where(skip, 1.0, kept).to(params[0].dtype))

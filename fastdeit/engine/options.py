@@ -4,7 +4,7 @@ Importing this module imports no torch, so that a recipe is refused in tenths of
 in `optimizers.py`.
 """
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -20,6 +20,10 @@ class OptimizerOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    decoupled: ClassVar[bool] = False
+    """Whether weight decay multiplies a parameter by 1 - lr * weight_decay and does nothing else, so that it may follow
+    a schedule (`optim.weight_decay_end`)."""
+
 
 class AdamWOptions(OptimizerOptions):
     """Adam with decoupled weight decay (Loshchilov & Hutter, ICLR 2019).
@@ -32,6 +36,8 @@ class AdamWOptions(OptimizerOptions):
     eps: _Positive = 1e-8
     """Added to the root of the averaged square."""
 
+    decoupled: ClassVar[bool] = True
+
 
 class LambOptions(AdamWOptions):
     """LAMB (You et al., ICLR 2020) as in apex's FusedLAMB, which DeiT III is trained with.
@@ -42,6 +48,7 @@ class LambOptions(AdamWOptions):
 
     clip_grad: _Positive | None = 1.0
     """Largest norm of the gradient of all parameters; null: no clipping."""
+    decoupled: ClassVar[bool] = False  # the trust ratio has the decay in it
 
 
 class SgdOptions(OptimizerOptions):
@@ -63,6 +70,11 @@ class SgdOptions(OptimizerOptions):
         if nesterov and info.data.get("momentum") == 0:
             raise ValueError("must be false where optim.momentum is 0")
         return nesterov
+
+    @property
+    def decoupled(self) -> bool:
+        """As of `OptimizerOptions`."""
+        return self.decoupled_decay
 
 
 class MuonOptions(AdamWOptions):

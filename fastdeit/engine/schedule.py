@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the step: nothing to save, nothing to restore."""
+"""Learning rates and weight decays as pure functions of the step: nothing to save, nothing to restore."""
 
 from math import cos, pi
 
@@ -32,3 +32,9 @@ def learning_rate(
     if t < warmup_epochs:
         return warmup_lr + t * (lr - warmup_lr) / warmup_epochs
     return min_lr + 0.5 * (lr - min_lr) * (1 + cos(pi * min(progress, 1.0)))
+
+
+def decay_factor(step: int, *, total: int, end: float) -> float:
+    """Factor on the weight decay in training step `step` of `total`, both counted from 0: a half cosine from 1 to
+    `end`, per step and without a warm-up, as the public code of DINO has it."""
+    return end + 0.5 * (1 - end) * (1 + cos(pi * step / total))

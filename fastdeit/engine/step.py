@@ -185,20 +185,22 @@ class Engine:
 
     # ---- for the loop ------------------------------------------------------------------------------------------------
 
-    def step(self, batches: Iterable[Any], lr: float) -> None:
-        """One update from `accumulate` micro-batches; skipped as a whole where the guard says so."""
+    def step(self, batches: Iterable[Any], lr: float, decay: float | None = None) -> None:
+        """One update from `accumulate` micro-batches; skipped as a whole where the guard says so. decay: as of
+        `Optimizer.step`, in all steps or in none."""
         step = self._graphed or self._run_step
+        numbers = (lr,) if decay is None else (lr, decay)
         if self.tuning is None:
-            step(list(batches), lr)
+            step(list(batches), *numbers)
         else:
             with self.tuning.trying():
-                step(list(batches), lr)
+                step(list(batches), *numbers)
             if self.capture == "compile" and self.tuning.changed and self.tuning.left_to_compiler():
                 torch.compiler.reset()  # what runs on PyTorch's own operations is compiled with what surrounds it
         if self.ema is not None:
             self.ema.stale = bool(self.ema.norms)
 
-    def _run_step(self, batches: Sequence[Any], lr: float | Tensor) -> None:
+    def _run_step(self, batches: Sequence[Any], lr: float | Tensor, decay: float | Tensor | None = None) -> None:
         self.now = getattr(batches[0], "step", None)
         if self.tuning is not None and self.tuning.rehearses:
             self._rehearse(batches[0])
@@ -216,8 +218,8 @@ class Engine:
             if self.clip_units is not None:
                 self.clip_units.apply(self.optimizer.params, verdict.factor, total)
             self._buffers.settle(before, verdict.skip)
-            average, decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
-            self.optimizer.step(lr, verdict, average, decay, total)
+            average, ema_decay = (self.ema.average, self.ema.decay) if self.ema else (None, 0.0)
+            self.optimizer.step(lr, verdict, average, ema_decay, total, decay)
         self.optimizer.zero_grad()
         for teacher in self._averages:
             teacher.follow(self.now, verdict.skip)

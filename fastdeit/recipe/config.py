@@ -248,6 +248,9 @@ class OptimConfig(Section):
     """Peak learning rate of the global batch."""
     weight_decay: NonNegative = 0.05
     """Share of the weights that an update takes away, times the learning rate. Of sgd 1e-4 by default."""
+    weight_decay_end: NonNegative | None = None
+    """Weight decay at the end of the run, to which it goes from weight_decay by a half cosine, step by step and without
+    a warm-up, as in DINO; null: weight_decay throughout. A method's own groups keep their ratio to it."""
     clip_grad: Positive | None = None
     """Limit of gradient clipping; null: no clipping. Of lamb 1.0 by default."""
     clip_mode: Literal["norm", "agc"] = "norm"

@@ -75,6 +75,23 @@ def conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
             f"must be less than train.epochs ({train.epochs}), got {format_value(optim.warmup_epochs)}; add "
             f"optim.warmup_epochs={train.epochs / 20:g}, or null, for a twentieth of the run",
         )
+    if optim and optim.weight_decay_end is not None:
+        yield from _decay_conflicts(optim)
+
+
+def _decay_conflicts(optim: Any) -> Iterator[tuple[FieldPath, str]]:
+    """What keeps the weight decay from following a schedule."""
+    if optim.weight_decay == 0:
+        yield (
+            ("optim", "weight_decay_end"),
+            "needs an optim.weight_decay above 0, to begin with; give a small one, such as 1e-6",
+        )
+    if not optim.decoupled:
+        sgd = "; for sgd add optim.decoupled_decay=true" if isinstance(optim, options.SgdOptions) else ""
+        yield (
+            ("optim", "weight_decay_end"),
+            f"needs an optimizer with decoupled weight decay, such as adamw or muon, and {optim.name} has not{sgd}",
+        )
 
 
 def _broken_texts(parts: Mapping[str, Any]) -> Iterator[FieldPath]:

@@ -169,8 +169,8 @@ class RunLog:
         if self.progress is not None:
             self.progress.update(step)
 
-    def training(self, step: int, engine: Engine, record: Record, lr: float) -> None:
-        """One line of training. Call it on every process."""
+    def training(self, step: int, engine: Engine, record: Record, lr: float, weight_decay: float | None = None) -> None:
+        """One line of training, with the weight decay where it follows a schedule. Call it on every process."""
         means = engine.means()
         if "loss" not in engine.sums:
             raise UsageError(
@@ -189,7 +189,8 @@ class RunLog:
             self.progress.line(step, **shown)
         skipped = int(engine.guard.skipped.item())
         told = {"images_per_second": speed, "data_wait_percent": waiting, "skipped_steps": skipped}
-        self._write("train", step, **means, lr=lr, **told, spikes=engine.guard.noticed().count)
+        rates = {"lr": lr} if weight_decay is None else {"lr": lr, "weight_decay": weight_decay}
+        self._write("train", step, **means, **rates, **told, spikes=engine.guard.noticed().count)
 
     def teacher(self, step: int, result: Result, record: Record) -> None:
         """The accuracy of the teacher, or of all together and of each, on the held-out images, as of the first step."""
@@ -332,6 +333,8 @@ def describe(
     height, width = build.image_size(recipe)
     batch, data = recipe.train.batch_size, recipe.data
     groups = batch // data.group_size
+    end = recipe.optim.weight_decay_end
+    decay = "" if end is None else f"; weight decay from {recipe.optim.weight_decay:g} to {end:g}"
     return [
         f"model {recipe.model.timm or recipe.model.name}: {parameters / 1e6:.2f} M parameters, {height}x{width} "
         "pixels, "
@@ -339,7 +342,7 @@ def describe(
         f"data {len(train):,} training and {len(val):,} held-out images; evaluation crop ratio "
         f"{data.eval_crop_ratio:g}",
         f"global batch {batch} = {groups} groups of {data.group_size}, over {world.size} processes x "
-        f"{recipe.train.accumulate} micro-batches; learning rate {recipe.optim.lr:g}; "
+        f"{recipe.train.accumulate} micro-batches; learning rate {recipe.optim.lr:g}{decay}; "
         f"{length.total} steps, {length.epochs:g} epochs of {length.steps_per_epoch}",
         *build.notes(recipe, len(train), method.model, world.size, world.device, anew=anew),
     ]

@@ -81,22 +81,24 @@ class Card:
         yield
         self.capturing = None
 
-    def step(self, batches, lr):
-        run = lambda: self.ran.append((float(batches[0].images[0][0]), batches[0].label.item(), float(lr)))  # noqa: E731
+    def step(self, batches, *numbers):
+        def run():
+            self.ran.append((float(batches[0].images[0][0]), batches[0].label.item(), *map(float, numbers)))
+
         if self.capturing is None:
             run()
         else:
             self.capturing.replay = run
 
 
-def test_every_step_is_run_once_on_its_own_batch_and_rate_before_and_after_the_recording(monkeypatch):
+def test_every_step_is_run_once_on_its_own_batch_and_numbers_before_and_after_the_recording(monkeypatch):
     card = Card(monkeypatch)
     graphed = GraphedStep(card.step, CPU)
     for number in range(WARM_STEPS + 4):
         given = pair(float(number))
-        graphed([given], 0.1 * number)
+        graphed([given], 0.1 * number, 1.0 + number)
         map_tensors(torch.zero_, given)  # the loader's memory is its own again
-    assert card.ran == [(float(number), number, 0.1 * number) for number in range(WARM_STEPS + 4)]
+    assert card.ran == [(float(number), number, 0.1 * number, 1.0 + number) for number in range(WARM_STEPS + 4)]
     assert card.modes == ["thread_local"]
 
 

@@ -47,11 +47,12 @@ def test_a_step_waits_for_nothing(precision):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def losses(device, precision, steps=10, capture="none"):
+def losses(device, precision, steps=10, capture="none", decays=False):
+    """decays: whether the weight decay of each step has another factor."""
     engine = make(device, precision, capture)
     found = []
     for step in range(steps):
-        engine.step([batch(step, device)], 1e-3 * (1 + step % 3))
+        engine.step([batch(step, device)], 1e-3 * (1 + step % 3), 1.0 + step if decays else None)
         found.append(engine.means()["loss"])
     return torch.tensor(found)
 
@@ -65,9 +66,9 @@ def test_two_runs_have_the_same_losses():
     assert torch.equal(losses("cuda", "fp16"), losses("cuda", "fp16"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_recorded_step_has_the_bits_of_one_that_runs(precision):
-    assert torch.equal(losses("cuda", precision, 50, "graph"), losses("cuda", precision, 50))
+@pytest.mark.parametrize(("precision", "decays"), [("fp32", False), ("fp16", False), ("fp16", True)])
+def test_a_recorded_step_has_the_bits_of_one_that_runs(precision, decays):
+    assert torch.equal(losses("cuda", precision, 50, "graph", decays), losses("cuda", precision, 50, decays=decays))
 
 
 def test_a_compiled_step_learns_the_same():

@@ -13,8 +13,8 @@ from fastdeit.engine.fit import FitError
 from fastdeit.engine.groups import ParamGroup, default_groups
 from fastdeit.engine.guard import Guard, Verdict
 from fastdeit.engine.optim import Optimizer, Update
-from fastdeit.engine.optimizers import AdamW, Lamb, Sgd
-from fastdeit.engine.options import OPTIMIZERS, OptimizerOptions
+from fastdeit.engine.optimizers import AdamW, Lamb, Muon, Sgd
+from fastdeit.engine.options import OPTIMIZERS, OptimizerOptions, SgdOptions
 from fastdeit.engine.step import Engine
 
 CPU = torch.device("cpu")
@@ -173,6 +173,45 @@ def test_each_group_has_its_decay_and_its_factor_on_the_rate(kind, lr):
     walk(kind([group(plain, "a", 0.0)]), plain, range(2), lr=0.005)
     walk(kind([group(plain, "bc", 0.2)]), plain, range(2), lr=0.01)
     assert_same_bits(params, plain)
+
+
+DECOUPLED = {
+    "adamw": AdamW,
+    "sgd": lambda groups: Sgd(groups, SgdOptions(decoupled_decay=True)),
+    "muon": lambda groups: Muon([replace(groups[0], matrix=True), *groups[1:]]),
+}
+
+
+@pytest.mark.parametrize("number", [float, lambda x: torch.tensor(x, dtype=torch.float64)], ids=["host", "device"])
+@pytest.mark.parametrize("make", DECOUPLED.values(), ids=DECOUPLED)
+def test_a_factor_on_the_decay_is_that_decay(make, number):
+    """In every step another one; with each group's factor on the rate, in the average too, and not where decay is 0."""
+    params, plain = values(), values()
+    averages = [{name: p.detach().clone() for name, p in tensors.items()} for tensors in (params, plain)]
+    optimizer = make([group(params, "ac", 0.5, 0.5), group(params, "b", 0.0)])
+    reference = make([group(plain, "ac", 0.5, 0.5), group(plain, "b", 0.0)])
+    for step, factor in enumerate((1.0, 0.25, 10.0)):
+        give_gradients(params, "abc", step)
+        give_gradients(plain, "abc", step)
+        optimizer.step(number(0.1), PASS, averages[0], 0.75, decay=number(factor))
+        decayed = [replace(own, weight_decay=own.weight_decay * factor) for own in reference.groups]
+        reference.regroup(decayed)
+        reference.step(0.1, PASS, averages[1], 0.75)
+        reference.regroup([replace(own, weight_decay=own.weight_decay / factor) for own in decayed])
+    for mine, theirs in ((params, plain), averages):
+        for name in SHAPES:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-12, atol=1e-12)
+    before = copied(params)
+    give_gradients(params, "abc", 3)
+    optimizer.step(number(0.1), SKIP, averages[0], 0.75, decay=number(10.0))
+    assert_same_bits(copied(params), before)
+
+
+@pytest.mark.parametrize("kind", [Lamb, Sgd])
+def test_a_decay_that_is_no_factor_of_the_parameters_takes_none(kind):
+    params = values()
+    with pytest.raises(ValueError, match=f"the weight decay of {kind.__name__} is not decoupled"):
+        kind([group(params, "abc")]).step(0.1, PASS, decay=2.0)
 
 
 def test_an_average_follows_in_the_same_pass(kind):

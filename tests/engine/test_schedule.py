@@ -3,9 +3,10 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from fastdeit.engine.schedule import learning_rate
+from fastdeit.engine.schedule import decay_factor, learning_rate
 
 DEIT = {"epochs": 300, "lr": 1e-3, "warmup_epochs": 5, "warmup_lr": 1e-6, "min_lr": 1e-5}
 
@@ -47,3 +48,10 @@ def test_the_rates_of_a_run_add_up_to_more_than_the_public_codes():
 def test_unknown_schedule_is_named():
     with pytest.raises(ValueError, match="'linear'"):
         rate(0, "linear")
+
+
+def test_weight_decay_follows_the_schedule_of_dino():
+    """From 0.04 to 0.4 in 300 steps: the values of its `cosine_scheduler`."""
+    expected = 0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * np.arange(300) / 300))
+    found = [0.04 * decay_factor(step, total=300, end=0.4 / 0.04) for step in range(300)]
+    assert found == pytest.approx(expected, rel=1e-12)

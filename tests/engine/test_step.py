@@ -56,8 +56,8 @@ def weights(engine):
     return {name: p.detach().clone() for name, p in engine.method.named_parameters()}
 
 
-def plain(steps=3, clip_grad=None):
-    """The same updates by torch.optim.AdamW in float64."""
+def plain(steps=3, clip_grad=None, decays=(1.0, 1.0, 1.0)):
+    """The same updates by torch.optim.AdamW in float64, with a factor on the weight decay in each step."""
     toy = Toy().double()
     groups = default_groups(toy.named_parameters(), 0.05)
     optimizer = torch.optim.AdamW(
@@ -65,7 +65,8 @@ def plain(steps=3, clip_grad=None):
     )
     norms = []
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.01 * (step + 1)
+        for own, group in zip(optimizer.param_groups, groups, strict=True):
+            own.update(lr=0.01 * (step + 1), weight_decay=group.weight_decay * decays[step])
         toy.model(X.double()).square().mean().backward()
         limit = float("inf") if clip_grad is None else clip_grad
         norm = torch.nn.utils.clip_grad_norm_(toy.parameters(), limit).item()
@@ -82,11 +83,12 @@ def close(ours, expected, rtol=1e-4):
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize("clip_grad", [None, 0.01])
-def test_step_equals_plain_adamw(accumulate, clip_grad):
+@pytest.mark.parametrize("decays", [None, (0.1, 40.0, 20.0)], ids=["decay", "scheduled decay"])
+def test_step_equals_plain_adamw(accumulate, clip_grad, decays):
     engine = make(accumulate=accumulate, clip_grad=clip_grad)
     for step in range(3):
-        engine.step(X.chunk(accumulate), 0.01 * (step + 1))
-    expected, norm = plain(clip_grad=clip_grad)
+        engine.step(X.chunk(accumulate), 0.01 * (step + 1), *(decays or ())[step : step + 1])
+    expected, norm = plain(clip_grad=clip_grad, decays=decays or (1.0, 1.0, 1.0))
     close(weights(engine), expected)
     # Adam does not see the scale of a gradient; its norm does.
     assert engine.means()["grad_norm"] == pytest.approx(norm, rel=1e-4)

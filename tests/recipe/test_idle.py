@@ -252,7 +252,7 @@ ALWAYS = {
     },
     "optim": {
         "it is in the formula of the update": {"name", "lr", "weight_decay", "betas", "eps", "momentum", "clip_grad"},
-        "refused without what it changes": {"clip_mode", "nesterov"},
+        "refused without what it changes": {"clip_mode", "nesterov", "weight_decay_end"},
         "it is in the rate": {"schedule", "warmup_epochs", "min_lr", "layer_decay"},
         "it makes the average": {"ema_decay"},
     },

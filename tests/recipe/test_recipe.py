@@ -11,7 +11,7 @@ from tests.recipe_texts import GOOD, edited, refusal
 
 FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     # unknown fields, and similar names
-    ("optim.weigth_decay", "0.1", "unknown field (0.1); did you mean weight_decay or ema_decay"),
+    ("optim.weigth_decay", "0.1", "unknown field (0.1); did you mean weight_decay or weight_decay_end or ema_decay"),
     ("optim.batch_size", "2", "unknown field (2); did you mean train.batch_size?"),
     ("train.name", "x", "unknown field ('x'); did you mean model.name?"),
     # optimizers and their options
@@ -133,6 +133,7 @@ FIELDS_GONE_WRONG = [  # field, what is written there, words of the message
     ("optim.min_lr", "2e-3", "must not be above optim.lr (0.001), got 0.002"),
     ("optim.warmup_lr", "2e-3", "must not be above optim.lr (0.001), got 0.002"),
     ("optim.warmup_epochs", "10", "must be less than train.epochs (10), got 10.0"),
+    ("optim.weight_decay_end", "-0.1", "must be at least 0, got -0.1"),
     # YAML that a recipe does without
     ("optim.lr", "!!float 1e-3", "tags are not allowed"),
     ("optim.lr", "!!python/object/apply:os.system ['true']", "tags are not allowed"),
@@ -178,6 +179,28 @@ PLACES_GONE_WRONG = {  # what is replaced in GOOD, by what, the line and field t
         15,
         "optim.nesterov",
         "must be false where optim.momentum is 0, got true",
+    ),
+    "a schedule of coupled decay": (
+        "  lr: 1e-3",
+        "  name: sgd\n  lr: 1e-3\n  weight_decay_end: 0.4",
+        14,
+        "optim.weight_decay_end",
+        "needs an optimizer with decoupled weight decay, such as adamw or muon, and sgd has not; for sgd add "
+        "optim.decoupled_decay=true",
+    ),
+    "a schedule of lamb's decay": (
+        "  lr: 1e-3",
+        "  name: lamb\n  lr: 1e-3\n  weight_decay_end: 0.4",
+        14,
+        "optim.weight_decay_end",
+        "needs an optimizer with decoupled weight decay, such as adamw or muon, and lamb has not",
+    ),
+    "a schedule from no decay": (
+        "  lr: 1e-3",
+        "  lr: 1e-3\n  weight_decay: 0\n  weight_decay_end: 0.4",
+        14,
+        "optim.weight_decay_end",
+        "needs an optim.weight_decay above 0, to begin with; give a small one, such as 1e-6",
     ),
     "missing method": ("  use: supervised", "  smoothing: 0.1", 6, "method.use", "is required"),
     "missing field": ("  lr: 1e-3", "  eps: 1e-6", 11, "optim.lr", "is required"),
