@@ -43,9 +43,9 @@ class Loader:
     Without `uint8` a batch is (images, targets): float32 `[B, 3, H, W]` (in the dtype of autocast where that is on),
     normalised, erased and mixed, and shares of the classes, float32 `[B, K]`, which `torch.nn.CrossEntropyLoss` takes;
     labels int64 `[B]` where the recipe mixes nothing, and of held-out images. Labels are not smoothed: that is for the
-    loss. With `data.size_schedule` H and W change with the epoch. `step` is the number of the next batch since the
-    first epoch. Raises UsageError and DataError as a run does,
-    and UsageError for a method that wants several views of a sample.
+    loss. What a source knows of a sample besides its class, such as boxes, does not come. With `data.size_schedule` H
+    and W change with the epoch. `step` is the number of the next batch since the first epoch. Raises UsageError and
+    DataError as a run does, and UsageError for a method that wants several views of a sample.
     """
 
     def __init__(

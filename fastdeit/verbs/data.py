@@ -101,6 +101,8 @@ def pack(args: argparse.Namespace) -> None:
     present = [str(target) for target in targets if target.exists()]
     if present and not args.force:
         raise UsageError(f"{', '.join(present)}: already there; --force replaces it")
+    for _, source in sources:
+        packed.require_no_annotations(source)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdeit.cli import main as cli
 from fastdeit.data.execute.render import Renderer
 from fastdeit.data.loader import EvalLoader, TrainLoader
 from fastdeit.data.pixel_ops import KINDS
 from fastdeit.data.plan import plan
 from fastdeit.data.plan.geometry import geometry
 from fastdeit.data.plan.operations import Ops
+from fastdeit.data.sources.packed import pack
 from fastdeit.data.sources.parts import divided, numbered_by
 from fastdeit.data.sources.source import DataError
 from fastdeit.errors import UsageError
@@ -179,6 +181,24 @@ def test_other_class_numbers_than_those_of_the_annotations_are_refused(source, t
         numbered_by(source, tmp_path / "names.txt")
     with pytest.raises(UsageError, match="the data set has annotations"):
         Renumbered(source, [*source.classes, "more"])
+
+
+@pytest.mark.parametrize("words", [[], ["--normalise"]], ids=["as they are", "normalised"])
+def test_a_pack_would_lose_them_and_is_refused(tmp_path, capsys, words):
+    """Before anything is written, whichever split it is of."""
+    (tmp_path / "classes.json").write_text('["a"]')
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.json").write_text(f'{{"{split}.png": [[0, 1, 2, 3, 4]]}}')
+    own = ["--source", "tests.plugins.detection:Annotations", *words]
+    assert cli(["data", "pack", str(tmp_path), str(tmp_path / "out"), *own]) == 2
+    assert "train.png: the data set has annotations (boxes, labels), and a packed file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_not_even_the_function_packs_them(source, tmp_path):
+    with pytest.raises(DataError, match=r"the data set has annotations \(box, objects\)"):
+        pack(divided(source, "40%")[0], tmp_path / "train.pack")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

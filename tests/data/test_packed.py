@@ -51,9 +51,7 @@ def test_packing_a_pack_gives_the_same_file(folder, out, tmp_path):
 @pytest.mark.parametrize("wrapped", [lambda source: source, Normalised])
 def test_annotations_are_not_left_behind(folder, out, wrapped):
     folder.annotations = lambda index: {"boxes": np.zeros((1, 4))}
-    with pytest.raises(
-        DataError, match=r"train.pack: the data set has annotations, .*; train from the data set itself"
-    ):
+    with pytest.raises(DataError, match=r"the data set has annotations \(boxes\), .*; train on the data set as it is"):
         pack(wrapped(folder), out)
     assert not out.exists()
 

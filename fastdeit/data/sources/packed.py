@@ -72,17 +72,23 @@ def pack(
     Bytes are copied, not re-encoded, images that cannot be decoded among them. DataError, and no file, if one cannot
     be read or `out` cannot be written, and for a source with annotations, which a pack would leave behind.
     """
+    require_no_annotations(source)
     out = Path(out)
-    if len(source) and annotations_of(source, 0) is not None:
-        raise DataError(
-            f"{out}: the data set has annotations, such as boxes, and a packed file holds images and classes alone; "
-            "train from the data set itself"
-        )
     try:
         with atomic(out) as file:
             _write(source, file, progress or (lambda done, total: None), threads)
     except OSError as error:
         raise DataError(f"{out}: the packed file cannot be written: {error.strerror or error}") from error
+
+
+def require_no_annotations(source: NamedSource) -> None:
+    """DataError where the source knows more of its samples than their class, which a packed file would not have."""
+    known = annotations_of(source, 0) if len(source) else None
+    if known is not None:
+        raise DataError(
+            f"{source.path(0)}: the data set has annotations ({', '.join(known)}), and a packed file holds images and "
+            "their classes alone; train on the data set as it is"
+        )
 
 
 def _write(source: NamedSource, file: BinaryIO, progress: Callable[[int, int], None], threads: int) -> None:
