@@ -69,8 +69,7 @@ class Loader:
                 "and WORLD_SIZE or none"
             )
         self._here, self._uint8, self.step = World(torch.device(device), rank, world), uint8, 0
-        data = recipe.data
-        self._mixes = train and bool(data.mix_probability and (data.mixup or data.cutmix))
+        self._mixes = train and recipe.data.mixes
         source = build.sources(recipe)[0] if train else build.held_out(recipe)
         self.classes = source.classes
         make = build.train_loader if train else build.eval_loader

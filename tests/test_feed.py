@@ -88,8 +88,9 @@ def test_bytes_come_neither_mixed_nor_normalised(run):
     loader.close()
 
 
-def test_labels_where_nothing_is_mixed():
-    loader = fastdeit.loader("deit_tiny", FIELDS | PLAIN)
+@pytest.mark.parametrize("plain", [PLAIN, {"data.mix_probability": 0}])
+def test_labels_where_nothing_is_mixed(plain):
+    loader = fastdeit.loader("deit_tiny", FIELDS | plain)
     images, labels = next(iter(loader))
     assert (images.dtype, images.shape, labels.dtype, labels.shape) == (
         torch.float32,

@@ -142,7 +142,7 @@ class Setting:
     @property
     def mixes(self) -> bool:
         """Whether images are mixed in pairs."""
-        return bool(self.data.mix_probability and (self.data.mixup or self.data.cutmix)) and not self.evaluation
+        return self.data.mixes and not self.evaluation
 
 
 @contextmanager

@@ -226,6 +226,11 @@ class DataConfig(AugmentSettings, DataSplits):
     synthetic_classes: Classes = 1000
     """Number of classes, for source synthetic."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed in pairs."""
+        return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
+
     @field_validator("group_size")
     @classmethod
     def _in_pairs(cls, group_size: int, info: ValidationInfo) -> int:

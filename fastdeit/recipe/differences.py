@@ -77,7 +77,7 @@ def _distils_softly(recipe: "Recipe") -> bool:
 
 
 def _mixes(recipe: "Recipe") -> bool:
-    return recipe.data.mix_probability > 0 and (recipe.data.mixup > 0 or recipe.data.cutmix > 0)
+    return recipe.data.mixes
 
 
 def _repeats(recipe: "Recipe") -> bool:
