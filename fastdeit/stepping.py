@@ -174,6 +174,8 @@ def _needs(recipe: Recipe) -> Iterator[str]:
             f"method {method.use} reads what is stored of each image ({', '.join(stores)}); where that is a teacher's "
             "answers (method.cached), give method.teacher=RUN"
         )
+    if method.needs_boxes:
+        yield f"method {method.use} asks where things lie in the pictures, which a step is not told"
     if len(views := method.views()) > 1:
         yield f"method {method.use} wants {len(views)} views of each image, but a step is given one"
     if getattr(method, "class_weights", None) == "balanced":

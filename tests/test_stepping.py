@@ -28,6 +28,7 @@ SETTINGS = [
     *("data.source=synthetic", "data.synthetic_classes=10", "data.synthetic_samples=16", "optim.ema_decay=0.9"),
     *("engine.device=cpu", "data.erase=0.5", "optim.weight_decay_end=0.4"),
 ]
+DETECTION = 'use: "tests.plugins.detection:Detection", window: 2, whole: [3]'
 
 
 class HeadFirst(Supervised):
@@ -99,6 +100,10 @@ def test_a_teacher_is_not_trained():
     [
         (["method={use: distill, cached: x}"], r"method distill reads what is stored of each image \(teacher\)"),
         (["method.class_weights=balanced"], "method.class_weights balanced counts the images of each class"),
+        (
+            [f"method={{{DETECTION}}}", "data.mixup=0", "data.cutmix=0"],
+            "method .*Detection asks where things lie in the",
+        ),
         (["method.use=tests.test_stepping:TwoViews"], "method .*TwoViews wants 2 views of each image"),
     ],
 )

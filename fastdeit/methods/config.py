@@ -37,6 +37,9 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     needs_drop_path: ClassVar[bool] = False
     """Whether the method learns nothing where the model has no stochastic depth: such a recipe is refused."""
+    needs_boxes: ClassVar[bool] = False
+    """Whether the method asks `batch.boxes` where things lie: a recipe that mixes pictures is then refused, and so are
+    data without annotations."""
     passes: ClassVar[int] = 1
     """How often each image goes through the student in a step, which `fastdeit plan` reckons with."""
 

@@ -63,6 +63,14 @@ def conflicts(parts: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str]]:
             f"must be above 0 for method {method.use}, which learns from the submodels that stochastic depth makes; "
             "add model.drop_path=0.1",
         )
+    if method and data and method.needs_boxes and data.mixes:
+        for field in ("mixup", "cutmix"):
+            if getattr(data, field) > 0:
+                yield (
+                    ("data", field),
+                    f"must be 0 for method {method.use}, which asks where things lie, and a mixed picture shows those "
+                    f"of two; add data.{field}=0",
+                )
     if train and model and train.epochs is None and train.steps is None and model.weights is None:
         yield (
             ("train", "epochs"),

@@ -1,6 +1,7 @@
 """What a source knows of a sample besides its class: that it comes with every batch, and that boxes lie in each view
 where their pixels do."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,8 @@ from fastdeit.data.sources.packed import pack
 from fastdeit.data.sources.parts import divided, numbered_by
 from fastdeit.data.sources.source import DataError
 from fastdeit.errors import UsageError
+from fastdeit.recipe import resolve as recipes
+from fastdeit.run import build
 from fastdeit.run.subset import Renumbered
 from tests.toys import toy_batch
 
@@ -181,6 +184,22 @@ def test_other_class_numbers_than_those_of_the_annotations_are_refused(source, t
         numbered_by(source, tmp_path / "names.txt")
     with pytest.raises(UsageError, match="the data set has annotations"):
         Renumbered(source, [*source.classes, "more"])
+
+
+def test_data_without_them_are_refused_to_a_method_that_asks_for_boxes(tmp_path):
+    """Before training, and before an evaluation too."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            shutil.copy(tmp_path / "one.png", tmp_path / split / name)
+    method = '{use: "tests.plugins.detection:Detection", window: 2, whole: [3]}'
+    plain = [f"method={method}", "data.mixup=0", "data.cutmix=0"]
+    for overrides in (["data.source=folder", f"data.root={tmp_path}"], ["data.source=synthetic"]):
+        recipe = recipes.load("digits", [*plain, *overrides])
+        for opened in (build.sources, build.held_out):
+            with pytest.raises(UsageError, match=r"asks where things lie .* data.source \w+ has no annotations"):
+                opened(recipe)
 
 
 @pytest.mark.parametrize("words", [[], ["--normalise"]], ids=["as they are", "normalised"])

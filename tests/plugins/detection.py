@@ -7,6 +7,7 @@ Attention stays within windows of `window` x `window` patches in all blocks but 
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +46,8 @@ class Detection(Method):
 
     class Config(MethodConfig):
         """The recipe's `method:` section."""
+
+        needs_boxes: ClassVar[bool] = True
 
         use: str
         window: int

@@ -202,6 +202,14 @@ PLACES_GONE_WRONG = {  # what is replaced in GOOD, by what, the line and field t
         "optim.weight_decay_end",
         "needs an optim.weight_decay above 0, to begin with; give a small one, such as 1e-6",
     ),
+    "mixed pictures for a method that asks for boxes": (
+        "  use: supervised\ndata:",
+        '  use: "tests.plugins.detection:Detection"\n  window: 2\n  whole: [3]\ndata:\n  cutmix: 0',
+        10,
+        "data.mixup",
+        "must be 0 for method tests.plugins.detection:Detection, which asks where things lie, and a mixed picture "
+        "shows those of two; add data.mixup=0",
+    ),
     "missing method": ("  use: supervised", "  smoothing: 0.1", 6, "method.use", "is required"),
     "missing field": ("  lr: 1e-3", "  eps: 1e-6", 11, "optim.lr", "is required"),
     "missing section": ("optim:\n  lr: 1e-3\n", "", 1, "optim.lr", "is required"),

@@ -9,8 +9,9 @@ from fastdeit.data.sources import digits
 from fastdeit.data.sources.datasets import advice, kinds_at, layout, open_held_out, open_pair
 from fastdeit.data.sources.kinds import GENERATED, Columns
 from fastdeit.data.sources.parts import labels_of
-from fastdeit.data.sources.source import DataError, MachineError, Source
+from fastdeit.data.sources.source import DataError, MachineError, Source, annotations_of
 from fastdeit.data.sources.synthetic import SyntheticSource
+from fastdeit.errors import UsageError
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.building.pictures import image_size
 from fastdeit.run.places import check_root
@@ -20,6 +21,13 @@ Opened = TypeVar("Opened")
 
 def sources(recipe: Recipe) -> tuple[Source, Source]:
     """(training, held-out) samples. Raises DataError or UsageError with the field, the path and the way out."""
+    found = _sources(recipe)
+    for source in found:
+        _check_annotations(recipe, source)
+    return found
+
+
+def _sources(recipe: Recipe) -> tuple[Source, Source]:
     data = recipe.data
     if data.source == "synthetic":
         shape = {"classes": data.synthetic_classes, "size": image_size(recipe)}
@@ -35,7 +43,18 @@ def held_out(recipe: Recipe) -> Source:
     """The held-out samples alone, where the training split need not be there. Raises as `sources`."""
     if recipe.data.source in GENERATED:
         return sources(recipe)[1]
-    return _opened(recipe, open_held_out)
+    source = _opened(recipe, open_held_out)
+    _check_annotations(recipe, source)
+    return source
+
+
+def _check_annotations(recipe: Recipe, source: Source) -> None:
+    """Raise UsageError where the method asks where things lie and the source does not know it."""
+    if recipe.method.needs_boxes and len(source) and annotations_of(source, 0) is None:
+        raise UsageError(
+            f"method {recipe.method.use} asks where things lie in the pictures, and data.source {recipe.data.source} "
+            "has no annotations; name a source that has them, such as a reader of your own by import path"
+        )
 
 
 def _opened(recipe: Recipe, opened: Callable[..., Opened]) -> Opened:
