@@ -57,6 +57,12 @@ class Unjudged(Scripted):
         return {}
 
 
+class Spare(Scripted):
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.spare = torch.nn.Parameter(torch.zeros(3))
+
+
 class Silent(Scripted):
     """Logs no loss."""
 
@@ -140,6 +146,12 @@ def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path, method, ha
 def test_a_method_that_logs_no_loss_is_told_so(tmp_path):
     with pytest.raises(UsageError, match=r"tests.test_train_best:Silent: its step has logged no loss; call engine.run"):
         run(tmp_path, "method.use=tests.test_train_best:Silent", "engine.log_every=1")
+
+
+def test_a_parameter_that_the_loss_does_not_use_is_a_mistake_of_the_method(tmp_path, capsys):
+    (tmp_path / "spare.yaml").write_text(RECIPE.replace("Scripted", "Spare"))
+    assert cli(["train", str(tmp_path / "spare.yaml"), "--run-dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("fastdeit: 1 trained parameters got no gradient, first 'spare': the loss")
 
 
 def test_a_method_without_metrics_has_no_best_step(tmp_path):

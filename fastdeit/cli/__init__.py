@@ -61,6 +61,7 @@ _EXIT_CODES = {
     ("fastdeit.engine.checkpoint", "CheckpointError"): UsageError.exit_code,
     ("fastdeit.engine.metrics", "MetricsError"): UsageError.exit_code,
     ("fastdeit.engine.capture", "CaptureError"): UsageError.exit_code,
+    ("fastdeit.engine.groups", "GradientError"): UsageError.exit_code,
     ("fastdeit.engine.dist", "DeviceError"): UsageError.exit_code,
     ("fastdeit.engine.dist", "DisagreementError"): UsageError.exit_code,
     ("fastdeit.engine.rendezvous", "DeclinedError"): UsageError.exit_code,

@@ -24,6 +24,10 @@ class GroupError(ValueError):
     """Groups of parameters that cannot be trained by."""
 
 
+class GradientError(RuntimeError):
+    """A method's step gives other gradients than those of the parameters that are trained, and of these all."""
+
+
 def default_groups(
     named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float, no_decay: Collection[str] = ()
 ) -> list[ParamGroup]:

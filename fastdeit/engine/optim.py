@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdeit.engine import shards
 from fastdeit.engine.fit import check_fit
-from fastdeit.engine.groups import ParamGroup, check
+from fastdeit.engine.groups import GradientError, ParamGroup, check
 from fastdeit.engine.guard import Verdict
 from fastdeit.engine.options import OptimizerOptions
 
@@ -137,11 +137,11 @@ class Optimizer:
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def gradients(self) -> list[Tensor]:
-        """What this process holds of the gradients of all parameters. A parameter that got none is an error: DDP and
-        the EMA would go wrong silently."""
+        """What this process holds of the gradients of all parameters. A parameter that got none is a
+        GradientError: DDP and the EMA would go wrong silently."""
         missing = [name for name, p in self.params.items() if p.grad is None]
         if missing:
-            raise RuntimeError(
+            raise GradientError(
                 f"{len(missing)} trained parameters got no gradient, first {missing[0]!r}: the loss does not use them, "
                 "or only by values without a gradient, as are all but `total` of kernels.distillation_loss. If they "
                 "are not to be trained at all, freeze them with requires_grad_(False) in the method's __init__; if "

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastdeit import kernels
 from fastdeit.batch import map_tensors, tensors_of
 from fastdeit.engine.dist import World
+from fastdeit.engine.groups import GradientError
 
 _REDUCTIONS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
 """What sends a bucket of gradients in 16 bit: each process's share is rounded, and so is the sum."""
@@ -189,7 +190,7 @@ def _named(method: nn.Module, unit_of: dict[int, int]) -> Iterator[tuple[str, Te
 def _refuse_hidden(method: nn.Module, inputs: Any, output: Any) -> None:
     """A hook after a method's forward: weights are gathered for backward because of the tensors in what it returns."""
     if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in tensors_of(output)):
-        raise TypeError(
+        raise GradientError(
             f"engine.parallel fsdp2 finds no tensor with a gradient in the {type(output).__name__} that "
             f"{type(method).__name__}.forward returns; return an Out"
         )

@@ -18,7 +18,7 @@ from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import DeviceError, World
 from fastdeit.engine.ema import Ema, EmaTeacher
 from fastdeit.engine.fit import check_fit
-from fastdeit.engine.groups import ParamGroup
+from fastdeit.engine.groups import GradientError, ParamGroup
 from fastdeit.engine.guard import Guard, OnSpike
 from fastdeit.engine.optim import Optimizer
 from fastdeit.engine.parallel import Replicated
@@ -164,7 +164,7 @@ class Engine:
         if wrt is None:
             return None
         if wrt.grad is None:
-            raise ValueError(
+            raise GradientError(
                 "backward(loss, wrt=x): the loss does not depend on x, or x is no leaf that requires a gradient; give "
                 "engine.run a batch.rendered_as(x)"
             )
@@ -246,10 +246,10 @@ class Engine:
             self.tuning.rehearse(run)
 
     def _refuse_stray_gradients(self) -> None:
-        """Raise RuntimeError where a parameter has a gradient but no update: processes would not reduce it either."""
+        """Raise GradientError where a parameter has a gradient but no update: processes would not reduce it either."""
         stray = next((name for name, p in self._untrained if p.grad is not None), None)
         if stray is not None:
-            raise RuntimeError(
+            raise GradientError(
                 f"parameter {stray!r} has a gradient, but the optimizer does not train it: it was frozen when the "
                 "groups of parameters were made. requires_grad_(True) later does not train it; say in the method's "
                 "phases() when it is trained"

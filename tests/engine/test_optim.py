@@ -10,7 +10,7 @@ from torch import nn
 from fastdeit.engine import optimizers
 from fastdeit.engine.dist import World
 from fastdeit.engine.fit import FitError
-from fastdeit.engine.groups import ParamGroup, default_groups
+from fastdeit.engine.groups import GradientError, ParamGroup, default_groups
 from fastdeit.engine.guard import Guard, Verdict
 from fastdeit.engine.optim import Optimizer, Update
 from fastdeit.engine.optimizers import AdamW, Lamb, Muon, Sgd
@@ -237,7 +237,7 @@ def test_a_parameter_without_gradient_is_named_with_what_helps():
     params = values()
     optimizer = AdamW([group(params, "abc")])
     give_gradients(params, "ac", 0)
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(GradientError) as caught:
         optimizer.gradients()
     for words in ("1 trained parameters", "'b'", "requires_grad_(False) in the method's __init__", "phases()"):
         assert words in str(caught.value)

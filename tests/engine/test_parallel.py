@@ -10,7 +10,7 @@ from fastdeit.engine import parallel, shards
 from fastdeit.engine.clip import UnitClipping
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema, EmaTeacher
-from fastdeit.engine.groups import default_groups
+from fastdeit.engine.groups import GradientError, default_groups
 from fastdeit.engine.optimizers import find
 from fastdeit.engine.options import AdamWOptions, LambOptions, SgdOptions
 from fastdeit.engine.parallel import ShardError
@@ -213,7 +213,7 @@ def refusal(change, world):
         parallel.check(method)
         parallel.of("fsdp2", world, "fp32").spread(method)
         method(torch.randn(1, 3, 16, 16))
-    except (ShardError, TypeError) as error:
+    except (GradientError, ShardError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -223,4 +223,6 @@ def test_each_holds_its_share_and_what_cannot_be_split_is_named(ranks):
         assert held == pytest.approx(dict.fromkeys(held, 0.5), abs=0.1)
         assert scalar.startswith("ShardError: 'scale' is a scalar, which has no rows to split")
         assert tied.startswith("ShardError: 'model.blocks.0.norm1.weight' and 'model.blocks.1.norm1.weight' are one")
-        assert hidden.startswith("TypeError: engine.parallel fsdp2 finds no tensor with a gradient in the SimpleNames")
+        assert hidden.startswith(
+            "GradientError: engine.parallel fsdp2 finds no tensor with a gradient in the SimpleNames"
+        )

@@ -13,7 +13,7 @@ from torch import nn
 from fastdeit.batch import Step, map_tensors
 from fastdeit.engine.dist import World
 from fastdeit.engine.ema import Ema, EmaTeacher
-from fastdeit.engine.groups import default_groups
+from fastdeit.engine.groups import GradientError, default_groups
 from fastdeit.engine.guard import Guard
 from fastdeit.engine.optimizers import AdamW
 from fastdeit.engine.parallel import Replicated
@@ -269,7 +269,14 @@ def test_a_parameter_without_gradient_is_named():
     engine = make()
     engine.method.unused = nn.Parameter(torch.zeros(2))
     engine.optimizer.params["unused"] = engine.method.unused
-    with pytest.raises(RuntimeError, match="'unused'"):
+    with pytest.raises(GradientError, match="'unused'"):
+        engine.step([X], 0.01)
+
+
+def test_a_gradient_that_no_update_takes_is_named():
+    engine = make()
+    engine.enter(engine.optimizer.groups[:1])  # without biases
+    with pytest.raises(GradientError, match=r"'model\.0\.bias' has a gradient, but the optimizer does not train it"):
         engine.step([X], 0.01)
 
 
@@ -386,7 +393,9 @@ def test_backward_returns_the_plain_gradient_of_an_input_besides():
 def test_an_input_that_the_loss_does_not_depend_on_has_no_gradient(leaf):
     engine, batch = pixel_engine(Pixels()), image_batch()
     x = batch.pixels().requires_grad_(leaf)
-    with pytest.raises(ValueError, match=r"the loss does not depend on x, or x is no leaf .* batch.rendered_as\(x\)"):
+    with pytest.raises(
+        GradientError, match=r"the loss does not depend on x, or x is no leaf .* batch.rendered_as\(x\)"
+    ):
         engine.backward(engine.run(batch if leaf else batch.rendered_as(x)).loss, wrt=x)
 
 
