@@ -358,7 +358,7 @@ def _head(found: dict[str, Any]) -> Iterator[str]:
     yield f"data      {data['images']:,} training and {data['held_out']:,} held-out images{origin}"
     accumulated = f" in {run['accumulate']:,} micro-batches" if run["accumulate"] > 1 else ""
     yield (
-        f"run       {run['epochs']:,} epochs, {run['steps']:,} steps of {run['batch_size']:,} images{accumulated}, "
+        f"run       {run['epochs']:,.6g} epochs, {run['steps']:,} steps of {run['batch_size']:,} images{accumulated}, "
         f"{run['evaluations']:,} evaluations, {run['parallel']}"
     )
     for whole, what in ((False, "steps on one GPU"), (True, "whole runs, whose input and communication it leaves out")):

@@ -212,7 +212,7 @@ def network(
     except (NotImplementedError, RuntimeError) as error:
         raise UsageError(f"the FLOPs of {timm or name} cannot be counted on the meta device ({error})") from error
     parameters = sum(parameter.numel() for parameter in built.parameters())
-    outputs = classes * len(built.head_names)
+    outputs = classes * max(1, len(built.head_names))  # where no linear layer makes the logits, one kind of them
     return Network(timm or name, parameters, flops, 3 * size[0] * size[1], outputs, timm is None, shape, **other)
 
 

@@ -175,6 +175,26 @@ def test_speeds_and_ratios_to_the_peer_have_intervals(plan, capsys):
     assert f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" in capsys.readouterr().out
 
 
+def test_the_epochs_of_a_run_of_steps_are_rounded(capsys):
+    assert (
+        cli.main(
+            [
+                "plan",
+                *TINY[:-1],
+                "1",
+                "train.epochs=null",
+                "train.steps=12",
+                "train.batch_size=64",
+                "optim.warmup_epochs=null",
+                "--images",
+                "1408",
+            ]
+        )
+        == 0
+    )
+    assert "\nrun       0.545455 epochs, 12 steps of 64 images, " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("recipe_name", ["deit_tiny", "deit_tiny_distilled"])
 def test_twice_the_epochs_take_twice_the_time(plan, recipe_name):
     once, twice = (

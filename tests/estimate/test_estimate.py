@@ -29,6 +29,7 @@ from fastdeit.kernels.attention import fused_backward, tiles
 from fastdeit.kernels.attention.hopper import backend as hopper
 from fastdeit.kernels.native.launches import HEAD_DIMS
 from fastdeit.models.deit import CONFIGS
+from tests.small_runs import Tiny
 
 NAMES = list(CONFIGS)
 
@@ -577,3 +578,20 @@ def test_the_model_needs_no_torch():
     code += "print({'torch', 'numpy', 'pydantic'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+class Mixture(Tiny):
+    """Its logits are a sum over two heads: no linear layer makes them."""
+
+    head_names = ()
+
+    def forward(self, x, noise=None):
+        one, other = super().forward(x)
+        return one + other
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs"), [("tests.small_runs:Tiny", 20), ("tests.estimate.test_estimate:Mixture", 10)]
+)
+def test_logits_count_whether_or_not_linear_layers_make_them(name, outputs):
+    assert subject.network(name, None, (8, 8), 10).outputs == outputs
