@@ -4,14 +4,15 @@ timm's code computes; this adapter only gives it the contract's face. Drop-path 
 generator, so unlike fastdeit's models the result of training with them depends on the number of processes.
 """
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resize_rel_pos_bias_table, resize_rel_pos_bias_table_levit
 from timm.models import PretrainedCfg, group_parameters
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -146,6 +147,22 @@ class TimmModel(nn.Module):
         classifier = self.inner.pretrained_cfg["classifier"]
         return (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
+    def resized_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights with tables of attention's biases for this image size, as `contract.Model` has it.
+
+        timm's functions interpolate those of BEiT, MaxViT and CoAtNet (`relative_position_bias_table`) and those of
+        LeViT (`attention_biases`). The weights' own tables are taken for those of squares. What cannot be resized, as
+        LeViT's for images that are no squares, stays, and does not fit then.
+        """
+        own, found = self.state_dict(), dict(tensors)
+        for name, tensor in tensors.items():
+            if name in own and tensor.shape != own[name].shape and tensor.ndim == own[name].ndim:
+                owner, _, kind = name.rpartition(".")
+                square = self.image_size[0] == self.image_size[1]
+                made = _resized_table(kind, tensor, own[name].shape, self.get_submodule(owner), square)
+                found[name] = tensor if made is None else made
+        return found
+
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Logits:
         """Logits, or (class, distillation) logits, of float images `[B, C, H, W]`; `noise` is accepted and unused."""
         refuse_patches(x, f"timm's {self.name}")
@@ -183,6 +200,22 @@ class TimmModel(nn.Module):
         """Floating-point operations (2 per multiply-add) of `forward` for one image, as `contract.counted_flops`."""
         size = self.image_size if image_size is None else size_pair(image_size, "image_size")
         return counted_flops(self, (1, self.inner.pretrained_cfg["input_size"][0], *size))
+
+
+def _resized_table(kind: str, table: Tensor, shape: torch.Size, owner: nn.Module, square: bool) -> Tensor | None:
+    """`table` of attention's biases of module `owner` in another `shape`; None where timm cannot resize it.
+
+    square  whether it is to be for images that are squares
+    """
+    if kind == "attention_biases" and table.ndim == 2 and len(table) == shape[0]:  # [heads, distances]
+        square = square and math.isqrt(table.shape[1]) ** 2 == table.shape[1]
+        return resize_rel_pos_bias_table_levit(table.T, (shape[1], shape[0])).T.contiguous() if square else None
+    if kind == "relative_position_bias_table" and hasattr(owner, "window_size"):
+        try:
+            return resize_rel_pos_bias_table(table, new_window_size=owner.window_size, new_bias_shape=shape)
+        except (AssertionError, RuntimeError, ValueError):
+            return None
+    return None
 
 
 class TimmVisionTransformer(TimmModel):

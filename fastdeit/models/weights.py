@@ -138,7 +138,9 @@ def _refuse_other_shapes(taken: Mapping[str, Tensor], own: Mapping[str, Tensor])
     if wrong:
         shapes = (f"{name} is {tuple(taken[name].shape)}, not {tuple(own[name].shape)}" for name in wrong[:4])
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(f"the weights are of another model: {'; '.join(shapes)}{more}")
+        raise ValueError(
+            f"the weights are of another model, or of this one for another image size: {'; '.join(shapes)}{more}"
+        )
 
 
 def _refuse_other_numbers(taken: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

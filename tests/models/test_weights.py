@@ -1,11 +1,16 @@
 """Loading weights of another size, class count or number of heads: what changes, and that it is said."""
 
+import math
+
 import pytest
+import timm
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models.beit import checkpoint_filter_fn
 from torch import nn
 
 from fastdeit import models
+from fastdeit.models.timm_model import TimmModel
 from fastdeit.models.vit import VisionTransformer, ViTConfig
 from fastdeit.models.weights import LoadReport, load_weights, resize_pos_embed
 from fastdeit.run.weights import Known, Weights, load
@@ -130,7 +135,8 @@ def test_weights_of_another_model_change_nothing():
     vit, source = build(), weights(dim=192)
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     with pytest.raises(
-        ValueError, match=r"of another model: cls_token is \(1, 1, 192\), not \(1, 1, 96\); .* and \d+ more"
+        ValueError,
+        match=r"of this one for another image size: cls_token is \(1, 1, 192\), not \(1, 1, 96\); .* and \d+ more",
     ):
         load_weights(vit, source)
     assert all(torch.equal(before[name], tensor) for name, tensor in vit.state_dict().items())
@@ -280,6 +286,47 @@ def test_a_tied_tensor_has_one_value():
     assert torch.equal(model.second.weight, source["first.weight"])
     with pytest.raises(ValueError, match=r"first.weight and second.weight are one tensor of the model, but two"):
         load_weights(model, source | {"second.weight": torch.zeros(2, 2)})
+
+
+TABLES = {
+    "levit_128s": {"embed_dim": (32, 48, 64), "num_heads": (2, 3, 4), "depth": (1, 1, 1), "key_dim": 8},
+    "beit_base_patch16_224": {"embed_dim": 32, "depth": 1, "num_heads": 2},
+}
+
+
+def with_tables(kind, *size):
+    """A small network of timm's for images of `size`, with tables of attention's biases that are no constants."""
+    inner = timm.create_model(kind, img_size=size, num_classes=5, **TABLES[kind])
+    for name, parameter in inner.named_parameters():
+        if name.endswith(("attention_biases", "relative_position_bias_table")):
+            nn.init.normal_(parameter)
+    return TimmModel(kind, inner, size)
+
+
+def test_tables_of_levit_are_resized_as_pictures():
+    small, large = with_tables("levit_128s", 96, 96), with_tables("levit_128s", 192, 192)
+    weights = small.state_dict()
+    tables = [name for name in weights if name.endswith("attention_biases")]
+    assert len(load_weights(large, weights).resized) == len(tables) > 3
+    for name in tables:
+        found = large.state_dict()[name]
+        picture = weights[name].unflatten(1, (math.isqrt(weights[name].shape[1]), -1))[None]
+        side = math.isqrt(found.shape[1])
+        expected = nn.functional.interpolate(picture, (side, side), mode="bicubic", antialias=True)
+        torch.testing.assert_close(found, expected[0].flatten(1))
+    with pytest.raises(ValueError, match="or of this one for another image size: stages"):
+        load_weights(with_tables("levit_128s", 96, 192), weights)
+
+
+@pytest.mark.parametrize("size", [(192, 192), (96, 192)])
+def test_tables_of_beit_are_resized_as_timm_resizes_them(size):
+    small, large = (with_tables("beit_base_patch16_224", *each) for each in ((96, 96), size))
+    expected = checkpoint_filter_fn(small.state_dict(), large.inner)
+    assert len(load_weights(large, small.state_dict()).resized) == 1
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in large.state_dict().items())
+    if size[0] != size[1]:  # of such a table nobody knows the window
+        with pytest.raises(ValueError, match="or of this one for another image size: blocks"):
+            load_weights(small, large.state_dict())
 
 
 def test_a_timm_model_is_loaded_as_ours_is():
