@@ -302,7 +302,8 @@ def of_a_recipe():
         if name in ("train", "cache", "plan") and len(behind) > 1:
             args = cli.VERBS[name].parse(behind)
             changed = [text for text in args.overrides if not text.startswith("data.")]
-            if args.words and args.words[0] in recipes.names() and (changed or args.overlays or "--nnodes" in words):
+            spread = "--nproc" in words or "--nnodes" in words
+            if args.words and args.words[0] in recipes.names() and (changed or args.overlays or spread):
                 found[" ".join(words)] = pytest.param(name, args, id=" ".join(words))
     return found.values()
 
