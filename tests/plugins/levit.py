@@ -66,21 +66,10 @@ class Mlp(nn.Sequential):
         super().__init__(LinearNorm(dim, 2 * dim), nn.Hardswish(), LinearNorm(2 * dim, dim, 0.0))
 
 
-class NormHead(nn.Module):
-    """BatchNorm and a linear layer."""
-
-    def __init__(self, dim: int, classes: int) -> None:
-        super().__init__()
-        self.norm, self.linear = nn.BatchNorm1d(dim), nn.Linear(dim, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x))
-
-
 class LeViT(nn.Module):
     """(class, distillation) logits of images `[B, 3, H, W]`, H and W multiples of 8."""
 
-    noise_per_sample, patch_size, head_names = 0, None, ("head.linear", "head_dist.linear")
+    noise_per_sample, patch_size, head_names = 0, None, ("head.1", "head_dist.1")
 
     def __init__(self, image_size: Grid, num_classes: int, drop_path: float = 0.0, dims: Grid = (16, 32)) -> None:
         super().__init__()
@@ -94,7 +83,8 @@ class LeViT(nn.Module):
         self.first, self.first_mlp = Attention(dim, dim, 2, grid), Mlp(dim)
         self.shrink, self.shrink_mlp = Attention(dim, wide, 4, grid, stride=2), Mlp(wide)
         self.last, self.last_mlp = Attention(wide, wide, 4, fewer), Mlp(wide)
-        self.head, self.head_dist = NormHead(wide, num_classes), NormHead(wide, num_classes)
+        heads = (nn.Sequential(nn.BatchNorm1d(wide), nn.Linear(wide, num_classes)) for _ in range(2))
+        self.head, self.head_dist = heads
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = self.stem(x).flatten(2).mT
