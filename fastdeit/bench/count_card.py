@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastdeit.kernels import _op, _triton
+from fastdeit.kernels.dtypes import HALVES
 from fastdeit.kernels.native import choice
 from fastdeit.kernels.optimizer import _multi_tensor
 
@@ -41,7 +42,6 @@ _WITHOUT_META = {torch.ops.aten._fused_adamw_.tensor_lr}
 """Operations in place that return nothing, and of which torch knows no more for tensors without values."""
 _IN_16_BIT = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _IN_32_BIT = {F.layer_norm, F.log_softmax, F.cross_entropy, F.nll_loss}
-_HALVES = torch.float16, torch.bfloat16
 _WIDEST_HEAD = 256
 """Of FlashAttention."""
 
@@ -207,7 +207,7 @@ def is_flash(args: Sequence[Any], options: dict[str, Any]) -> bool:
     """Whether this call of `F.scaled_dot_product_attention` runs FlashAttention on a card, as far as the models of
     DeiT's family call it: 16 bit, and no mask."""
     q, *others = args
-    halves = q.dtype in _HALVES and q.shape[-1] <= _WIDEST_HEAD
+    halves = q.dtype in HALVES and q.shape[-1] <= _WIDEST_HEAD
     return halves and len(others) == 2 and options.get("attn_mask") is None
 
 

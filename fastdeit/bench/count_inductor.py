@@ -24,7 +24,8 @@ from fastdeit.bench import count_card, peers
 from fastdeit.bench.count import FLASH_BACKWARD, Launch, bytes_of, flash_backward, kind_of_operation
 from fastdeit.bench.count_card import CARDS
 from fastdeit.bench.measure import CLASSES, CannotRun
-from fastdeit.bench.step import DTYPES, Cell
+from fastdeit.bench.step import Cell
+from fastdeit.kernels.dtypes import DTYPES
 
 TORCH = (2, 14)
 """The release whose Inductor is called."""

@@ -22,11 +22,11 @@ from torch import Tensor
 from fastdeit import kernels, models
 from fastdeit.bench import measure as bench_measure
 from fastdeit.engine.dist import pick_device
-from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError
 from fastdeit.estimate import gpus as estimate_gpus
 from fastdeit.kernels import _op
 from fastdeit.kernels._example import Maker, Sizes
+from fastdeit.kernels.dtypes import DTYPES
 
 CHOICES = Path(kernels.__file__).parent / "choices.json"
 _L2_BYTES = 128 * 2**20

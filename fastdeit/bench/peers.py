@@ -24,9 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdeit import kernels, models
 from fastdeit.bench.measure import CLASSES, CannotRun
-from fastdeit.bench.step import DTYPES, EMA_DECAY, LR, WEIGHT_DECAY, Cell, Side, floats, step_flops, teacher
+from fastdeit.bench.step import EMA_DECAY, LR, WEIGHT_DECAY, Cell, Side, floats, step_flops, teacher
 from fastdeit.bench.stronger_peers import check_flash, flash, prune
 from fastdeit.engine.step import autocast
+from fastdeit.kernels.dtypes import DTYPES
 
 _ALPHA = 0.5
 _GRAPHS = "reduce-overhead"

@@ -47,9 +47,10 @@ from fastdeit.engine.ema import Ema, EmaTeacher
 from fastdeit.engine.groups import default_groups, refined
 from fastdeit.engine.optim import Optimizer
 from fastdeit.engine.optimizers import AdamW
-from fastdeit.engine.step import DTYPES, Engine, autocast
+from fastdeit.engine.step import Engine, autocast
 from fastdeit.errors import UsageError
 from fastdeit.fields import size_pair
+from fastdeit.kernels.dtypes import DTYPES
 from fastdeit.methods.base import Context
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher

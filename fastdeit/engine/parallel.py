@@ -19,10 +19,10 @@ from fastdeit import kernels
 from fastdeit.batch import map_tensors, tensors_of
 from fastdeit.engine.dist import World
 from fastdeit.engine.groups import GradientError
+from fastdeit.kernels.dtypes import DTYPES
 
 _REDUCTIONS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
 """What sends a bucket of gradients in 16 bit: each process's share is rounded, and so is the sum."""
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FORWARDS = "predict", "features"
 """What is called of a method besides its forward, with the weights."""
 _OF_BLOCKS = ("qkv",)
@@ -107,11 +107,12 @@ class Sharded(Replicated):
         units = blocks(method)
         # The last block returns a view of the tokens, which nothing changes in place.
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
+        reduced = None if self.reduce == "fp32" else DTYPES[self.reduce]
         options = {
             "mesh": DeviceMesh.from_group(dist.group.WORLD, self.world.device.type),
             # Of the root as well: a forward alone would leave it gathered, and the next one would not see an update.
             "reshard_after_forward": True,
-            "mp_policy": MixedPrecisionPolicy(reduce_dtype=_DTYPES.get(self.reduce), cast_forward_inputs=False),
+            "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False),
         }
         for block in units:
             block.register_forward_hook(_outliving)

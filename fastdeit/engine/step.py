@@ -23,8 +23,7 @@ from fastdeit.engine.guard import Guard, OnSpike
 from fastdeit.engine.optim import Optimizer
 from fastdeit.engine.parallel import Replicated
 from fastdeit.kernels import Tuning
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from fastdeit.kernels.dtypes import DTYPES
 
 
 def autocast(device: torch.device, precision: str, keeps_casts: bool = True) -> AbstractContextManager:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdeit.kernels.dtypes import HALVES
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's training images, by channel, in units of [0, 1]."""
 
@@ -58,7 +60,6 @@ MANY_CLASSES = replace(BASE, name="21,841 classes", classes=21_841, odd=True)
 FEW = Sizes("few", 8, 2, 12, batch=3, tokens=5, depth=1, classes=7, image=(4, 6), patch=2)
 """A few elements each: what finite differences and checks of a registration can afford."""
 
-HALVES = torch.float16, torch.bfloat16
 BASE_FP16 = ((BASE, torch.float16),)
 DEITS = tuple((sizes, dtype) for sizes in (BASE, SMALL, TINY) for dtype in HALVES)
 """Every DeiT in both 16-bit dtypes."""

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastdeit.kernels import _op, _triton
 from fastdeit.kernels._op import aligned
+from fastdeit.kernels.dtypes import HALVES
 
 _LSE_MULTIPLE = 32
 """The memory-efficient kernel wants rows of that many logarithms."""
@@ -233,13 +234,12 @@ def _checked(library: Library, qkv: Tensor, num_heads: int, key_mask: Tensor | N
     return library
 
 
-_HALVES = torch.float16, torch.bfloat16
-FLASH_2 = Library(_flash_forward, _flash_backward, _HALVES, 128)
-_ON_CPU = Library(_cpu_forward, _cpu_backward, (*_HALVES, torch.float32, torch.float64), 2**16, multiple=1)
-EFFICIENT = Library(_efficient_forward, _efficient_backward, (*_HALVES, torch.float32), 128)
-CUDNN = Library(_cudnn_forward, _cudnn_backward, _HALVES, 128)
-FA3 = Library(_fa3_forward, _fa3_backward, _HALVES, 128)
-FA4 = Library(_fa4_forward, _fa4_backward, _HALVES, 128)
+FLASH_2 = Library(_flash_forward, _flash_backward, HALVES, 128)
+_ON_CPU = Library(_cpu_forward, _cpu_backward, (*HALVES, torch.float32, torch.float64), 2**16, multiple=1)
+EFFICIENT = Library(_efficient_forward, _efficient_backward, (*HALVES, torch.float32), 128)
+CUDNN = Library(_cudnn_forward, _cudnn_backward, HALVES, 128)
+FA3 = Library(_fa3_forward, _fa3_backward, HALVES, 128)
+FA4 = Library(_fa4_forward, _fa4_backward, HALVES, 128)
 
 
 # ---- where they run --------------------------------------------------------------------------------------------------

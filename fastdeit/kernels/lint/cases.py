@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastdeit.kernels import _op, _triton
 from fastdeit.kernels._example import Example, Maker
+from fastdeit.kernels.dtypes import DTYPES
 
 _META = torch.device("meta")
-_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _cases(backends: Iterable[tuple[str, _op.Backend]]) -> dict[str, list[Case]]
         newest = needs if _asks(backend, _triton.gluon_capability) else None
         for example in op.examples:
             for sizes, dtype in example.compiled:
-                title = " ".join(filter(None, (sizes.name, _DTYPES[dtype], example.name))) + suffix
+                title = " ".join(filter(None, (sizes.name, _NAMES[dtype], example.name))) + suffix
                 run = partial(_run, op, backend, example, Maker(sizes, dtype, _META))
                 half = dtype != torch.float32
                 found[name].append(Case(name, backend.name, title, run, needs, half, sizes.odd, newest))

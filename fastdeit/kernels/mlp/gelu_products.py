@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels import _triton
+from fastdeit.kernels.dtypes import HALVES
 from fastdeit.kernels.mlp.gelu import gelu_and_derivative
-
-_HALVES = torch.float16, torch.bfloat16
 
 
 @triton.jit
@@ -137,7 +136,7 @@ def _tiles(device: torch.device, warps: int) -> dict[str, int]:
 def check(*tensors: Tensor) -> None:
     """`Unsupported` unless all tensors are of one 16-bit dtype and hold anything."""
     for tensor in tensors:
-        _triton.require(tensor.dtype in _HALVES, f"its products are of 16-bit operands, not {tensor.dtype}")
+        _triton.require(tensor.dtype in HALVES, f"its products are of 16-bit operands, not {tensor.dtype}")
         _triton.require(tensor.dtype == tensors[0].dtype, f"operands are {tensors[0].dtype} and {tensor.dtype}")
     _triton.require_products(*tensors)
     _triton.require(all(tensor.numel() for tensor in tensors), "an operand is empty")

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fastdeit import models, rng
-from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError, naming
 from fastdeit.fields import Section, size_pair
+from fastdeit.kernels.dtypes import DTYPES
 from fastdeit.models.freeze import freeze_parts
 from fastdeit.recipe.resolve import Recipe
 from fastdeit.run.building.messages import Report

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastdeit.engine.step import DTYPES
 from fastdeit.errors import UsageError, naming
 from fastdeit.fields import ImageSize, size_pair
+from fastdeit.kernels.dtypes import DTYPES
 from fastdeit.methods.config import TeacherConfig
 from fastdeit.methods.frozen import freeze
 from fastdeit.methods.teacher import Teacher
