@@ -86,7 +86,7 @@ def test_an_experiment_runs_from_end_to_end(name, few_digits, tmp_path):
         assert "sees" not in said["teacher_48"]
     if name == "transfer":
         assert {row.facts["training_images"] for row in found} == {200}
-        assert "the heads are of other classes" in (tmp_path / name / "transfer-seed0.log").read_text()
+        assert "the heads were trained on other classes" in (tmp_path / name / "transfer-seed0.log").read_text()
 
 
 @pytest.mark.parametrize(("split", "classes"), [("train/first", "01234"), ("val/second", "56789")])
